@@ -1,0 +1,165 @@
+"""Dual LoRA in plain PyTorch: the definition that every faster implementation is judged by.
+
+    P = B A     Q = D C     ΔW = s · ReLU(P) ⊙ Sign(Q)     s = λ α / √(r1 r2)     Sign(0) = -1
+
+Xu et al., "Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates", arXiv 2512.03402.
+
+Legend for shapes: O out features, I in features, T tokens, r1 magnitude rank, r2 direction rank.
+This file is slow and keeps several O × I tensors for backward: it is for judging, not for training.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Ste = Literal["clip", "identity", "hardtanh"]
+Magnitude = Literal["relu", "identity"]
+Direction = Literal["sign", "identity"]
+
+
+class Factors(NamedTuple):
+    """The four trainable factors of one layer: magnitude (A, B) and direction (C, D)."""
+
+    A: Tensor  # [r1, I]
+    B: Tensor  # [O, r1]
+    C: Tensor  # [r2, I]
+    D: Tensor  # [O, r2]
+
+    def rows(self, start: int, stop: int) -> Factors:
+        """The factors of the rows start…stop of ΔW."""
+        return Factors(self.A, self.B[start:stop], self.C, self.D[start:stop])
+
+
+class Form(NamedTuple):
+    """Which member of the family is computed. The defaults are the paper's method.
+
+    ste: straight-through estimator of Sign's gradient H.
+        "clip" (the paper): clip(H, -1, 1); "identity": H; "hardtanh": H where |Q| <= 1, else 0.
+    magnitude: "relu", or "identity" for the ablation without ReLU.
+    direction: "sign", or "identity" for the ablation without Sign (then `ste` plays no part).
+    live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the ramp-free start).
+    """
+
+    ste: Ste = "clip"
+    magnitude: Magnitude = "relu"
+    direction: Direction = "sign"
+    live_zero: bool = False
+
+    def check(self) -> Form:
+        """Return self, or raise ValueError naming the unknown choice and the known ones."""
+        for field, kind in (("ste", Ste), ("magnitude", Magnitude), ("direction", Direction)):
+            value, known = getattr(self, field), get_args(kind)
+            if value not in known:
+                raise ValueError(f"Unknown {field} {value!r}: choose one of {', '.join(map(repr, known))}.")
+        return self
+
+    @property
+    def code(self) -> int:
+        """This form as one integer, the shape in which operators take it."""
+        ste, magnitude, direction = (get_args(kind) for kind in (Ste, Magnitude, Direction))
+        return (
+            ste.index(self.ste)
+            | magnitude.index(self.magnitude) << 2
+            | direction.index(self.direction) << 3
+            | int(self.live_zero) << 4
+        )
+
+    @classmethod
+    def from_code(cls, code: int) -> Form:
+        """The inverse of `code`."""
+        return cls(
+            get_args(Ste)[code & 3],
+            get_args(Magnitude)[code >> 2 & 1],
+            get_args(Direction)[code >> 3 & 1],
+            bool(code >> 4 & 1),
+        )
+
+
+def scaling(alpha: float, r1: int, r2: int) -> float:
+    """α / √(r1 r2): the scale of ΔW once the warm-up is over."""
+    return alpha / math.sqrt(r1 * r2)
+
+
+def magnitude(P: Tensor, form: Form) -> Tensor:
+    """How far each weight moves: ReLU(P), or P in the ablation."""
+    return P.clamp(min=0) if form.magnitude == "relu" else P
+
+
+def direction(Q: Tensor, form: Form) -> Tensor:
+    """Which way each weight moves: +1 where Q > 0, else -1; or Q in the ablation."""
+    return torch.where(Q > 0, 1.0, -1.0).to(Q.dtype) if form.direction == "sign" else Q
+
+
+def product_gradients(
+    G: Tensor,
+    P: Tensor,
+    Q: Tensor,
+    scale: Tensor | float,
+    form: Form,
+    loss_scale: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I].
+
+    loss_scale: the factor that a gradient scaler has put on the loss. The clip looks at values, so it acts on the
+        unscaled gradient: clip(H / L, -1, 1) · L.
+    """
+    H = scale * G * magnitude(P, form)
+    dP = scale * G * direction(Q, form)
+    if form.magnitude == "relu":
+        dP = torch.where(P >= 0 if form.live_zero else P > 0, dP, 0.0)
+    if form.direction == "identity" or form.ste == "identity":
+        dQ = H
+    elif form.ste == "hardtanh":
+        dQ = torch.where(Q.abs() <= 1, H, 0.0)
+    elif loss_scale is None:
+        dQ = H.clamp(-1, 1)
+    else:
+        dQ = (H / loss_scale).clamp(-1, 1) * loss_scale
+    return dP, dQ
+
+
+class _Combine(torch.autograd.Function):
+    """s · magnitude(P) ⊙ direction(Q) with the straight-through gradients above."""
+
+    @staticmethod
+    def forward(ctx, P, Q, scale, form, loss_scale):
+        ctx.save_for_backward(P, Q)
+        ctx.rest = scale, form, loss_scale
+        return scale * magnitude(P, form) * direction(Q, form)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, G):
+        scale, form, loss_scale = ctx.rest
+        return *product_gradients(G, *ctx.saved_tensors, scale, form, loss_scale), None, None, None
+
+
+def delta_weight(
+    factors: Factors,
+    scale: Tensor | float,
+    form: Form = Form(),  # noqa: B008 - a NamedTuple is immutable
+    loss_scale: Tensor | float | None = None,
+) -> Tensor:
+    """ΔW, [O, I], in the factors' dtype, differentiable in the four factors."""
+    A, B, C, D = factors
+    return _Combine.apply(B @ A, D @ C, scale, form, loss_scale)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factors: Factors,
+    scale: Tensor | float,
+    form: Form = Form(),  # noqa: B008
+    loss_scale: Tensor | float | None = None,
+) -> Tensor:
+    """y = x (W + ΔW)ᵀ + bias; x [..., I] -> y [..., O]. Without a weight, the adapter's share alone."""
+    W = delta_weight(factors, scale, form, loss_scale)
+    if weight is not None:
+        W = weight + W
+    return torch.nn.functional.linear(x, W.to(x.dtype), bias)
