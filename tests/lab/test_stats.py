@@ -1,0 +1,267 @@
+"""The statistics keep their word: false alarms at their level, power as stated, one seed no winner."""
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from dual_lora.lab import stats
+
+# Where the noise sits: (seed, item, rest). The last is what accuracies of two good models look like.
+NOISES = {
+    "seeds": (1.0, 0.0, 0.3),
+    "items": (0.0, 1.0, 0.3),
+    "rest": (0.0, 0.0, 1.0),
+    "mixed": (0.1, 0.5, 1.0),
+}
+
+
+def draw(random, seeds, items, noise, shift=0.0):
+    """Differences [seeds, items] of the crossed model with a known true difference."""
+    by_seed, by_item, rest = noise
+    return (
+        shift
+        + by_seed * random.standard_normal((seeds, 1))
+        + by_item * random.standard_normal((1, items))
+        + rest * random.standard_normal((seeds, items))
+    )
+
+
+def rate(hits):
+    """The share of hits, and the half-width of 3 standard errors of it at a true rate of 5 %."""
+    return np.mean(hits), 3 * np.sqrt(0.05 * 0.95 / len(hits))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("noise", NOISES)
+def test_false_alarms_stay_at_the_level(noise, seeds):
+    random = np.random.default_rng(seeds)
+    hits = [
+        stats.difference_p(stats.spread(draw(random, seeds, 60, NOISES[noise]))) < 0.05 for _ in range(2000)
+    ]
+    share, slack = rate(hits)
+    assert share < 0.05 + slack, f"{share:.3f} false alarms at a level of 0.05"
+    assert noise in ("rest", "mixed") or seeds == 2 or share > 0.05 - 2 * slack, (
+        f"{share:.3f}: needlessly timid"
+    )
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_false_alarms_with_right_and_wrong_answers(seeds):
+    """Items are 0 or 1, items differ in difficulty, and training runs differ in luck."""
+    random = np.random.default_rng(seeds)
+    hits = []
+    for _ in range(1500):
+        ease = random.normal(1.0, 1.5, (1, 1, 120))
+        luck = random.normal(0.0, 0.3, (2, seeds, 1))
+        right = random.random((2, seeds, 120)) < 1 / (1 + np.exp(-(ease + luck)))
+        hits.append(stats.difference_p(stats.spread(right[0].astype(float) - right[1])) < 0.05)
+    share, slack = rate(hits)
+    assert share < 0.05 + slack
+
+
+def test_items_alone_would_raise_false_alarms():
+    """Why the verdict does not use the test over items: it takes the luck of the seeds for skill."""
+    random = np.random.default_rng(0)
+    hits = [stats.sign_flip_p(draw(random, 3, 60, NOISES["seeds"]).mean(0), 199) < 0.05 for _ in range(200)]
+    assert np.mean(hits) > 0.3
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_intervals_cover_the_truth(noise):
+    random = np.random.default_rng(1)
+    inside = []
+    for _ in range(400):
+        low, high = stats.bootstrap_interval(draw(random, 4, 40, NOISES[noise], 0.7), resamples=600)
+        inside.append(low <= 0.7 <= high)
+    assert np.mean(inside) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 400)
+
+
+@pytest.mark.parametrize(("seeds", "noise"), [(3, "items"), (5, "seeds"), (5, "mixed"), (8, "seeds")])
+def test_power_is_as_stated(seeds, noise):
+    """A difference of the visible size, computed from the true noise, is found about as often as promised.
+
+    A little less often, because the noise, too, has to be estimated from few runs."""
+    random = np.random.default_rng(2)
+    by_seed, by_item, rest = NOISES[noise]
+    items = 80
+    error = np.sqrt(by_seed**2 / seeds + by_item**2 / items + rest**2 / (seeds * items))
+    by_seeds_only = by_seed**2 / seeds
+    freedom = error**4 / (by_seeds_only**2 / (seeds - 1) + (error**2 - by_seeds_only) ** 2 / (items - 1))
+    size = stats.smallest_visible(stats.Spread(0.0, error, freedom, seeds, items), 0.05, 0.8)
+    hits = [
+        stats.difference_p(stats.spread(draw(random, seeds, items, NOISES[noise], size))) < 0.05
+        for _ in range(1500)
+    ]
+    assert 0.70 < np.mean(hits) < 0.85
+
+
+def test_power_matches_simulated_t_test():
+    random = np.random.default_rng(3)
+    x = random.normal(1.2, 1.0, (20000, 6))
+    found = np.mean(scipy_stats.ttest_1samp(x, 0, axis=1).pvalue < 0.05)
+    assert stats.power(1.2, 1 / np.sqrt(6), 5, 0.05) == pytest.approx(found, abs=0.012)
+
+
+def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
+    """The true difference sits exactly at the margin."""
+    random = np.random.default_rng(4)
+    hits = [
+        stats.same_p(stats.spread(draw(random, 5, 60, NOISES["mixed"], 0.2)), 0.2) < 0.05 for _ in range(2000)
+    ]
+    share, slack = rate(hits)
+    assert share < 0.05 + slack
+
+
+def test_family_of_comparisons_keeps_the_level():
+    """The chance of any winner among eight candidates that are all alike stays at 5 %."""
+    random = np.random.default_rng(5)
+    any_hit, any_plain = [], []
+    for _ in range(150):
+        reference = draw(random, 4, 40, NOISES["mixed"])
+        p = [
+            stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["mixed"]) - reference))
+            for _ in range(8)
+        ]
+        any_hit.append(min(stats.holm(p)) < 0.05)
+        any_plain.append(min(p) < 0.05)
+    assert np.mean(any_hit) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
+    assert np.mean(any_plain) > 2 * 0.05
+
+
+def test_holm_by_hand():
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_spread_with_one_item_is_the_paired_t_test():
+    random = np.random.default_rng(6)
+    a, b = random.normal(size=7), random.normal(size=7)
+    ours = stats.difference_p(stats.spread(a - b))
+    assert ours == pytest.approx(scipy_stats.ttest_rel(a, b).pvalue)
+
+
+def test_sign_flip_is_exact_for_few_seeds():
+    assert stats.sign_flip_p([1.0, 2.0, 3.0]) == 2 / 2**3
+    assert stats.sign_flip_p([1.0, -1.0, 0.0]) == 1.0
+    assert stats.sign_flip_p([0.0, 0.0]) == 1.0
+
+
+def run_family(shift=0.0, seeds=5, margin=None, items=200):
+    random = np.random.default_rng(7)
+    base = random.random((seeds, items))
+    noise = 0.05 * random.standard_normal((seeds, items))
+    pair = stats.compare_pair(
+        base + shift + noise, base, names=("dual", "lora"), task="cola", metric="accuracy", margin=margin
+    )
+    return stats.judge([pair])[0]
+
+
+@pytest.mark.parametrize(
+    ("shift", "margin", "verdict"),
+    [
+        (0.1, None, stats.Verdict.BETTER),
+        (-0.1, 0.02, stats.Verdict.WORSE),
+        (0.0, 0.02, stats.Verdict.EQUIVALENT),
+        (0.0, None, stats.Verdict.OPEN),
+        (0.01, 0.05, stats.Verdict.EQUIVALENT),
+    ],
+)
+def test_verdicts(shift, margin, verdict):
+    judged = run_family(shift, margin=margin)
+    assert judged.verdict is verdict
+    assert str(verdict) in judged.sentence
+    assert "dual against lora on cola" in judged.sentence
+    assert judged.low <= judged.difference <= judged.high
+
+
+def test_sure_sign_inside_the_margin_is_said():
+    assert "the size does not matter" in run_family(0.01, margin=0.05).sentence
+
+
+def test_one_seed_never_has_a_winner():
+    judged = run_family(shift=10.0, seeds=1, margin=0.5)
+    assert judged.verdict is stats.Verdict.ONE_SEED
+    assert judged.p is None
+    assert judged.visible is None
+    assert "Give at least two seeds" in judged.sentence
+
+
+def test_more_comparisons_make_smaller_things_invisible():
+    random = np.random.default_rng(8)
+    pairs = [
+        stats.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x"))
+        for i in range(4)
+    ]
+    alone = stats.judge(pairs[:1])[0]
+    family = stats.judge(pairs)[0]
+    assert family.visible > alone.visible
+
+
+def test_identical_runs():
+    scores = np.ones((3, 10))
+    judged = stats.judge([stats.compare_pair(scores, scores, margin=0.01)])[0]
+    assert judged.verdict is stats.Verdict.EQUIVALENT
+    assert judged.p == 1.0
+    assert judged.low == judged.high == 0.0
+
+
+def test_pseudo_values_give_matthews_and_its_spread():
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    random = np.random.default_rng(9)
+    labels = random.integers(0, 2, 400)
+    guesses = np.where(random.random((3, 400)) < 0.8, labels, 1 - labels)
+    cells = stats.confusion_cells(labels, guesses, 2)
+    for ours, theirs in ((stats.matthews, matthews_corrcoef), (stats.f1, f1_score)):
+        values = stats.pseudo_values(cells, ours)
+        expected = [theirs(labels, g) for g in guesses]
+        assert values.mean(1) == pytest.approx(expected, abs=1e-9)
+        # the delta method's standard error against an ordinary bootstrap of the metric
+        picks = random.integers(0, 400, (1500, 400))
+        resampled = np.std([theirs(labels[p], guesses[0][p]) for p in picks])
+        assert values[0].std() / np.sqrt(400) == pytest.approx(resampled, rel=0.1)
+
+
+def test_three_class_f1_is_the_macro_mean():
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    random = np.random.default_rng(10)
+    labels, guesses = random.integers(0, 3, (2, 100))
+    table = stats.confusion_cells(labels, guesses[None], 3)[0].sum(0)
+    assert stats.f1(table) == pytest.approx(f1_score(labels, guesses, average="macro"))
+    assert stats.matthews(table) == pytest.approx(matthews_corrcoef(labels, guesses))
+
+
+def test_ranks_and_critical_difference():
+    # Demšar 2006, table 6: 4 methods on 14 data sets have a critical difference of 1.25 at 5 % (q = 2.569)
+    random = np.random.default_rng(11)
+    quality = random.random(14)
+    ranking = stats.rank_methods(
+        {name: quality + gain for name, gain in zip("abcd", (0.3, 0.2, 0.1, 0), strict=True)}
+    )
+    assert ranking.critical == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=2e-3)
+    assert ranking.ranks == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    assert ranking.groups == [["a", "b"], ["b", "c"], ["c", "d"]]
+    assert ranking.p < 0.01
+
+
+def test_ranks_of_equal_methods_raise_no_alarm():
+    random = np.random.default_rng(12)
+    p = [
+        stats.rank_methods(dict(zip("abc", random.random((3, 6)), strict=True)), seed=i).p for i in range(60)
+    ]
+    assert np.mean(np.array(p) < 0.05) <= 0.13
+    few = stats.rank_methods({"a": [1, 1], "b": [0, 0], "c": [2, 2]})
+    assert "told apart" in few.note
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="same seeds and items"):
+        stats.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
+    with pytest.raises(ValueError, match="not finite"):
+        stats.spread([[1.0, np.nan], [1.0, 2.0]])
+    with pytest.raises(ValueError, match="positive margin"):
+        stats.same_p(stats.spread([[1.0, 0.0], [1.0, 2.0]]), 0.0)
+    with pytest.raises(ValueError, match="at least two"):
+        stats.difference_p(stats.spread([[1.0, 2.0]]))
