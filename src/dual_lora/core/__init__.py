@@ -1,0 +1,1 @@
+"""The mathematics and the kernels of Dual LoRA. Imports torch and nothing else."""

@@ -104,8 +104,8 @@ def product_gradients(
 ) -> tuple[Tensor, Tensor]:
     """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I].
 
-    loss_scale: the factor that a gradient scaler has put on the loss. The clip looks at values, so it acts on the
-        unscaled gradient: clip(H / L, -1, 1) · L.
+    loss_scale: the factor L that a gradient scaler has put on the loss. The clip looks at values, so it acts on
+        the unscaled gradient: clip(H / L, -1, 1) · L.
     """
     H = scale * G * magnitude(P, form)
     dP = scale * G * direction(Q, form)

@@ -1,0 +1,195 @@
+"""The public operator y = x (W + ΣΔW)ᵀ + bias: schema, fake, backward, dispatch.
+
+`torch.ops.dual_lora.linear` keeps x, W and the factors for backward and nothing of the weight's size. It is opaque to
+torch.compile, which is meant: its blocks are the optimisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import blocked
+from .blocked import Adapter, Needs, RowSource
+from .reference import Factors, Form
+
+torch.library.define(
+    "dual_lora::linear",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale)"
+    " -> Tensor",
+)
+torch.library.define(
+    "dual_lora::linear_backward",
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
+    " bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
+)
+
+
+def dual_lora_linear(
+    x: Tensor,
+    weight: Tensor | RowSource | None,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    loss_scale: Tensor | None = None,
+) -> Tensor:
+    """y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
+
+    weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight; None for the adapters' share.
+    adapters: factors (kept in fp32), scale s = λα/√(r1 r2) as a 0-dim tensor, form.
+    loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
+
+    Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
+    Raises ValueError for shapes that do not fit, RuntimeError on double backward.
+    """
+    if not adapters:
+        raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
+    _check_shapes(x, weight, adapters)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        bias = None if bias is None else bias.to(x.dtype)
+    factors = [f for a in adapters for f in a.factors]
+    scales = [a.scale for a in adapters]
+    forms = [a.form.code for a in adapters]
+    if weight is None or isinstance(weight, Tensor):
+        return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
+    y = _RowSourceLinear.apply(x, weight, scales, forms, loss_scale, *factors)
+    return y if bias is None else y + bias
+
+
+def _check_shapes(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> None:
+    for (A, B, C, D), _, _ in adapters:
+        O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
+        r1, r2 = A.shape[0], C.shape[0]
+        expected = Factors((r1, I), (O, r1), (r2, I), (O, r2))
+        received = Factors(*map(tuple, (A.shape, B.shape, C.shape, D.shape)))
+        if received != expected:
+            raise ValueError(f"Factors of shapes {received} do not fit a weight [{O}, {I}]: expected {expected}.")
+        if x.shape[-1] != I:
+            raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
+
+
+def _adapters(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[int]) -> list[Adapter]:
+    return [
+        Adapter(Factors(*factors[4 * k : 4 * k + 4]), scale, Form.from_code(form))
+        for k, (scale, form) in enumerate(zip(scales, forms, strict=True))
+    ]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+# Forward and backward for every device; autocast is off inside, so that P and Q stay fp32.
+
+
+@torch.library.impl("dual_lora::linear", ("cpu", "cuda"))
+def _linear(x, weight, bias, factors, scales, forms, loss_scale):
+    with torch.autocast(x.device.type, enabled=False):
+        y = blocked.forward(_rows(x), weight, _adapters(factors, scales, forms))
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.library.impl("dual_lora::linear_backward", ("cpu", "cuda"))
+def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
+    adapters = _adapters(factors, scales, forms)
+    needs = Needs(need_x, need_weight, need_factors)
+    with torch.autocast(x.device.type, enabled=False):
+        grads = blocked.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
+    out = []
+    if need_x:
+        out.append(grads.x.view(x.shape))
+    if need_weight:
+        out.append(grads.weight.to(weight.dtype))
+    if need_factors:
+        out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
+    return out
+
+
+@torch.library.register_fake("dual_lora::linear")
+def _(x, weight, bias, factors, scales, forms, loss_scale):
+    return x.new_empty(*x.shape[:-1], factors[1].shape[0])
+
+
+@torch.library.register_fake("dual_lora::linear_backward")
+def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
+    out = [x.new_empty(x.shape)] if need_x else []
+    if need_weight:
+        out.append(weight.new_empty(weight.shape))
+    if need_factors:
+        out += [f.new_empty(f.shape) for f in factors]
+    return out
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, factors, scales, forms, loss_scale = inputs
+    ctx.save_for_backward(x, weight, loss_scale, *factors, *scales)
+    ctx.forms, ctx.bias_dtype = forms, None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy):
+    need_x, need_weight, need_bias, need_factors, *_ = ctx.needs_input_grad
+    x, weight, loss_scale, *rest = ctx.saved_tensors
+    n = len(ctx.forms)
+    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
+    needs = bool(need_x), bool(need_weight), any(need_factors)
+    out = iter(
+        torch.ops.dual_lora.linear_backward(dy, x, weight, factors, scales, ctx.forms, loss_scale, *needs)
+        if any(needs)
+        else ()
+    )
+    dx = next(out) if needs[0] else None
+    dW = next(out) if needs[1] else None
+    db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
+    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[2] else [None] * 4 * n
+    return dx, dW, db, dF, [None] * n, None, None
+
+
+torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
+
+
+def _refuse_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "Dual LoRA has no second derivative: Sign and ReLU are trained by straight-through estimators, whose gradient"
+        " is not the derivative of anything. Call backward without create_graph=True."
+    )
+
+
+torch.library.register_autograd("dual_lora::linear_backward", _refuse_double_backward)
+
+
+class _RowSourceLinear(torch.autograd.Function):
+    """The same for a weight that is read by rows (quantised); it keeps no dequantised copy."""
+
+    @staticmethod
+    def forward(ctx, x, source, scales, forms, loss_scale, *factors):
+        ctx.save_for_backward(x, loss_scale, *factors, *scales)
+        ctx.source, ctx.forms = source, forms
+        with torch.autocast(x.device.type, enabled=False):
+            y = blocked.forward(_rows(x), source, _adapters(factors, scales, forms))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, loss_scale, *rest = ctx.saved_tensors
+        n = len(ctx.forms)
+        factors, scales = rest[: 4 * n], rest[4 * n :]
+        need_x, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        with torch.autocast(x.device.type, enabled=False):
+            grads = blocked.backward(
+                _rows(dy),
+                _rows(x),
+                ctx.source,
+                _adapters(factors, scales, ctx.forms),
+                loss_scale,
+                Needs(need_x, False, any(need_factors)),
+            )
+        dx = grads.x.view(x.shape) if need_x else None
+        flat = [g for four in grads.factors for g in four] if grads.factors else [None] * len(factors)
+        dF = [g.to(f.dtype) if wanted else None for g, f, wanted in zip(flat, factors, need_factors, strict=True)]
+        return dx, None, None, None, None, *dF
