@@ -1,3 +1,75 @@
-"""Dual LoRA (Xu et al., arXiv 2512.03402) as a Hugging Face PEFT method."""
+"""Dual LoRA (Xu et al., arXiv 2512.03402) as a Hugging Face PEFT method.
+
+>>> from peft import get_peft_model                          # doctest: +SKIP
+>>> from dual_lora import DualLoraConfig                     # doctest: +SKIP
+>>> model = get_peft_model(model, DualLoraConfig(r=16))      # doctest: +SKIP
+
+Importing this package registers the method with PEFT (at once, or as soon as PEFT is imported), so that saved adapters
+load by PEFT's and transformers' own functions. The names below are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._on_import import when_imported
+
+if TYPE_CHECKING:
+    from .core.blocked import Adapter
+    from .core.op import dual_lora_linear
+    from .core.reference import Factors, Form, delta_weight
+    from .method.cache import composed_weights
+    from .method.callback import DualLoraCallback
+    from .method.config import DualLoraConfig
+    from .method.layer import DualLoraLayer
+    from .method.model import DualLoraModel
+    from .method.scaler import grad_scaler
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DualLoraConfig": ".method.config",
+    "DualLoraModel": ".method.model",
+    "DualLoraLayer": ".method.layer",
+    "DualLoraCallback": ".method.callback",
+    "composed_weights": ".method.cache",
+    "grad_scaler": ".method.scaler",
+    "dual_lora_linear": ".core.op",
+    "Adapter": ".core.blocked",
+    "Factors": ".core.reference",
+    "Form": ".core.reference",
+    "delta_weight": ".core.reference",
+}
+
+__all__ = [
+    "Adapter",
+    "DualLoraCallback",
+    "DualLoraConfig",
+    "DualLoraLayer",
+    "DualLoraModel",
+    "Factors",
+    "Form",
+    "__version__",
+    "composed_weights",
+    "delta_weight",
+    "dual_lora_linear",
+    "grad_scaler",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        if _HOMES[name].startswith(".method"):
+            import_module("peft")  # registers the method, which the module below relies on
+        return getattr(import_module(_HOMES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _register() -> None:
+    import_module(".method.registration", __name__).register()
+
+
+when_imported("peft", _register)

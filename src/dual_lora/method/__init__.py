@@ -1,0 +1,1 @@
+"""Dual LoRA as a PEFT method, laid out like `peft/tuners/<name>/`."""

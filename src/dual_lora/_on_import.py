@@ -1,0 +1,53 @@
+"""Run something as soon as a module has been imported, without importing it.
+
+`import dual_lora` has to register the method with PEFT, but PEFT takes seconds to import, which commands that only
+print their help should not pay. If PEFT is there already, it happens at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+
+def when_imported(name: str, action: Callable[[], Any]) -> None:
+    """Call `action` after the module `name` has been imported: now, or when somebody imports it."""
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, name: str, action: Callable[[], Any]):
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)  # the real finders' turn
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self.action)
+        return spec
+
+
+class _Loader(Loader):
+    def __init__(self, real: Any, action: Callable[[], Any]):
+        self.real, self.action = real, action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.real.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module is its real loader's again, whatever looks at it later.
+        module.__loader__ = self.real
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.real
+        self.real.exec_module(module)
+        self.action()

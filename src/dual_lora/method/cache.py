@@ -1,0 +1,82 @@
+"""Composed weights kept for inference.
+
+Without them every decoding step would compose every weight anew: 2 (r1 + r2) flops an entry for one multiply-add.
+
+The one rule: an entry is used only while the factors, λ, the base weight and the active adapters are those that it was
+made from, told by the tensors' version counters; and it lives only without gradients in eval mode. Writes through
+`.data` (`param.data.mul_()`) raise no version counter and are not seen: call `composed_weights.clear()` after them.
+Entries are also dropped on `train()`, loading, merging and adapter changes.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class _Entry(NamedTuple):
+    sources: list[tuple[weakref.ref[Tensor], int]]
+    extra: tuple[Any, ...]
+    weight: Tensor
+
+    def is_made_from(self, sources: list[Tensor], extra: tuple[Any, ...]) -> bool:
+        return (
+            self.extra == extra
+            and len(self.sources) == len(sources)
+            and all(
+                ref() is t and version == t._version for (ref, version), t in zip(self.sources, sources, strict=True)
+            )
+        )
+
+
+class ComposedWeights:
+    """W + ΔW of layers in inference, at most `limit_bytes` of them. `dual_lora.composed_weights` is the only one."""
+
+    def __init__(self, limit_bytes: int = 4 << 30):
+        self.limit_bytes = limit_bytes
+        self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
+        self._warned = False
+
+    @property
+    def bytes_held(self) -> int:
+        """Size of all entries, in bytes."""
+        return sum(entry.weight.nbytes for entry in self._entries.values())
+
+    def get(
+        self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """The layer's composed weight, made now if the kept one has other sources. [O, I]"""
+        if any(t.is_inference() for t in sources):
+            return make()  # inference tensors have no version counter to rely on
+        kept = self._entries.get(layer)
+        if kept is not None and kept.is_made_from(sources, extra):
+            return kept.weight
+        self.drop(layer)
+        weight = make()
+        if self.bytes_held + weight.nbytes <= self.limit_bytes:
+            self._entries[layer] = _Entry([(weakref.ref(t), t._version) for t in sources], extra, weight)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose their "
+                "weight at every step, which makes generation slow. Raise `dual_lora.composed_weights.limit_bytes`, or "
+                "merge the adapter (`merge_adapter()`).",
+                UserWarning,
+                stacklevel=2,
+            )
+        return weight
+
+    def drop(self, layer: nn.Module) -> None:
+        """Forget the composed weight of one layer."""
+        self._entries.pop(layer, None)
+
+    def clear(self) -> None:
+        """Forget all composed weights, e.g. after writing to parameters through `.data`."""
+        self._entries.clear()
+
+
+composed_weights = ComposedWeights()

@@ -1,0 +1,25 @@
+"""A callback for transformers' Trainer: nothing but what a layer cannot know by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from .scaler import set_grad_scaler
+
+
+class DualLoraCallback(TrainerCallback):
+    """Makes the Trainer's fp16 gradient scaler known to the `clip` estimator.
+
+    Only fp16 training with ste="clip" needs it: `Trainer(…, callbacks=[DualLoraCallback()])`. The warm-up needs no
+    callback.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look the scaler up in the Trainer's optimizer."""
+        set_grad_scaler(getattr(kwargs.get("optimizer"), "scaler", None))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget it."""
+        set_grad_scaler(None)

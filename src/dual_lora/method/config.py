@@ -1,0 +1,217 @@
+"""DualLoraConfig: what a user sets, checked when it is written down."""
+
+from __future__ import annotations
+
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..core.reference import Direction, Form, Magnitude, Ste
+
+Rank = int | list[int] | tuple[int, int]
+
+
+@dataclass
+class DualLoraConfig(PeftConfig):
+    """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
+
+    `r` is the total budget: `DualLoraConfig(r=16)` trains as many parameters as `LoraConfig(r=16)`, with
+    r1 = r2 = 8. The defaults suit a learning rate that suits LoRA.
+
+    Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
+    """
+
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Total rank r1 + r2, even; 8 when neither r nor r1 and r2 are given. Same size as LoRA's r."},
+    )
+    r1: int | None = field(default=None, metadata={"help": "Rank of the magnitude group (A, B). Default: r / 2."})
+    r2: int | None = field(default=None, metadata={"help": "Rank of the direction group (C, D). Default: r / 2."})
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Scale: ΔW is multiplied by α/√(r1 r2). Default: 2 (r1 + r2), of each layer's own ranks."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter branch's input; 0 is the fastest."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Module names, a regular expression, or 'all-linear'. Default: as LoRA for known models."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
+    )
+    bias: Literal["none", "all", "dual_lora_only"] = field(
+        default="none", metadata={"help": "Which biases train: 'none', 'all' or 'dual_lora_only'."}
+    )
+    init_weights: bool | Literal["zero"] = field(
+        default=True,
+        metadata={
+            "help": "True: the paper's Gaussian start under the warm-up. 'zero': B = 0 and no warm-up needed. "
+            "False: random factors at full strength (for tests; it changes the model's output)."
+        },
+    )
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start."})
+    warmup_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Optimizer steps over which ΔW is ramped in (λ from 0 to 1). About a tenth of the run. 0: no ramp."
+        },
+    )
+    ste: Ste = field(
+        default="clip", metadata={"help": "Straight-through estimator of Sign: 'clip', 'identity' or 'hardtanh'."}
+    )
+    magnitude_activation: Magnitude = field(
+        default="relu", metadata={"help": "'relu' (the method) or 'identity' (ablation without ReLU)."}
+    )
+    direction_activation: Direction = field(
+        default="sign", metadata={"help": "'sign' (the method) or 'identity' (ablation without Sign)."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Set this if the layer stores its weight as (in, out), like GPT-2's Conv1D."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules, trained whole and saved with the adapter (e.g. a head)."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indexes of the layers to adapt; needs target_modules as names."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the model's layer list, where it is not a usual one."}
+    )
+    rank_pattern: dict[str, Rank] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks of single layers by name or regular expression: a total, or [r1, r2]."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "α of single layers by name or regular expression."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train, as in LoraConfig."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Build a larger model from ranges of layers, as in LoraConfig."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of nn.Parameters to adapt (expert weights of MoE models)."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep tied embeddings tied when one of them is trained, as in LoraConfig."}
+    )
+    lora_alpha: InitVar[float | None] = None
+    lora_dropout: InitVar[float | None] = None
+
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.DUAL_LORA  # type: ignore[attr-defined]
+        self.alpha = _one_of("alpha", self.alpha, "lora_alpha", lora_alpha, unset=None)
+        self.dropout = _one_of("dropout", self.dropout, "lora_dropout", lora_dropout, unset=0.0)
+        self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
+        self.r = self.r1 + self.r2
+        for key, rank in self.rank_pattern.items():
+            self.ranks_of(rank, where=f"rank_pattern[{key!r}]")
+        for name, alpha in [
+            ("alpha", self.alpha),
+            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
+        ]:
+            if alpha is not None and not _is_positive(alpha):
+                raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
+        if not _is_positive(self.init_std):
+            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is 0.02.")
+        if not isinstance(self.warmup_steps, int) or isinstance(self.warmup_steps, bool) or self.warmup_steps < 0:
+            raise ValueError(
+                f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no ramp), got "
+                f"{self.warmup_steps!r}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
+        if self.init_weights not in (True, False, "zero"):
+            raise ValueError(
+                f"Unknown init_weights {self.init_weights!r}: choose True (Gaussian start under the warm-up), 'zero' "
+                "(B = 0, no warm-up) or False (random, for tests)."
+            )
+        if self.bias not in ("none", "all", "dual_lora_only"):
+            raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")
+        self.form  # noqa: B018 - raises for unknown names
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str: list the module names instead, or "
+                        "write the layers into the regular expression."
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    @property
+    def form(self) -> Form:
+        """The member of the family that this configuration trains."""
+        return Form(
+            self.ste, self.magnitude_activation, self.direction_activation, live_zero=self.init_weights == "zero"
+        ).check()
+
+    @property
+    def steps_at_start(self) -> int:
+        """Optimizer steps before a fresh adapter acts at full strength."""
+        return self.warmup_steps if self.init_weights is True and not self.inference_mode else 0
+
+    @staticmethod
+    def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:
+        """(r1, r2) from a total or a pair, as `rank_pattern` takes them."""
+        if isinstance(rank, list | tuple):
+            if len(rank) != 2:
+                raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
+            return split_rank(None, *rank, where=where)
+        return split_rank(rank, None, None, where=where)
+
+
+def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") -> tuple[int, int]:
+    """(r1, r2) from any sufficient choice of the three, or ValueError with the way out."""
+    for name, value in (("r", r), ("r1", r1), ("r2", r2)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{where}: `{name}` must be a whole number, got {value!r}.")
+    if r is None and r1 is None and r2 is None:
+        r = 8
+    if r is not None and r < 2:
+        raise ValueError(
+            f"{where}: `r` should be a positive integer value of at least 2 (one rank for the magnitude, one for the "
+            f"direction) but the value passed is {r}."
+        )
+    if r1 is None and r2 is None:
+        assert r is not None
+        if r % 2:
+            raise ValueError(
+                f"{where}: the total rank r = {r} is odd and cannot be halved. Use r = {r + 1}, or give both groups a "
+                f"rank: r1={r // 2 + 1}, r2={r // 2}."
+            )
+        return r // 2, r // 2
+    if r is None and (r1 is None or r2 is None):
+        raise ValueError(f"{where}: got r1={r1}, r2={r2}: give both, or one of them and the total `r`.")
+    r1 = r - r2 if r1 is None else r1  # type: ignore[operator]
+    r2 = r - r1 if r2 is None else r2  # type: ignore[operator]
+    if r1 < 1 or r2 < 1:
+        raise ValueError(f"{where}: both ranks must be at least 1, got r1={r1}, r2={r2} (r={r}).")
+    if r is not None and r1 + r2 != r:
+        raise ValueError(
+            f"{where}: r = {r} is the total, but r1 + r2 = {r1} + {r2} = {r1 + r2}. Leave `r` out, or make them agree."
+        )
+    return r1, r2
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _one_of(name: str, value: Any, other: str, other_value: Any, unset: Any) -> Any:
+    """A field that may also come under LoRA's name, as long as the two do not contradict each other."""
+    if other_value is None or value == other_value:
+        return value
+    if value != unset:
+        raise ValueError(
+            f"Got both {name}={value} and {other}={other_value}: keep `{name}`, which is this method's name."
+        )
+    return other_value

@@ -1,0 +1,489 @@
+"""Dual LoRA on one layer: y = x (W + λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C))ᵀ + bias.
+
+Xu et al., arXiv 2512.03402. The mathematics is in `core`; here live the factors of every adapter, the warm-up's count,
+the choice between the fused product and base + adapter (dropout, hooks), and the exact merge.
+
+Factor shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32 (fp64 after `.double()`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core import blocked
+from ..core.blocked import Adapter
+from ..core.op import dual_lora_linear
+from ..core.reference import Factors, Form, scaling
+from . import warmup
+from .cache import composed_weights
+from .config import DualLoraConfig
+from .scaler import check_clip_is_safe, loss_scale
+
+# Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
+CACHED_ROWS = 256
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A warning that a user should read once, not once a layer."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+class DualLoraLayer(BaseTunerLayer):
+    """What every adapted layer has: factors, warm-up, merge. Subclasses say how the weight is a matrix [O, I]."""
+
+    adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
+    other_param_names: tuple[str, ...] = (
+        "r1",
+        "r2",
+        "alpha",
+        "scaling",
+        "forms",
+        "warmup_steps",
+        "dual_lora_dropout",
+        "dual_lora_left",
+        "dual_lora_scale",
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.r1: dict[str, int] = {}
+        self.r2: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.forms: dict[str, Form] = {}
+        self.warmup_steps: dict[str, int] = {}
+        self.dual_lora_dropout = nn.ModuleDict()
+        self.dual_lora_A = nn.ParameterDict()
+        self.dual_lora_B = nn.ParameterDict()
+        self.dual_lora_C = nn.ParameterDict()
+        self.dual_lora_D = nn.ParameterDict()
+        self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength; saved
+        self.dual_lora_scale = BufferDict(persistent=False)  # λ α/√(r1 r2), derived from the line above
+        self._left: dict[str, int] = {}  # the same count without a device synchronisation
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._original: Tensor | None = None  # the base weight's data while something is merged
+        self.kwargs = kwargs
+        self.out_features, self.in_features = self._matrix_shape()
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
+
+    # The weight as a matrix. Override these three for other layouts.
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """(O, I) of the weight as a matrix."""
+        raise NotImplementedError
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as a view [O, I]."""
+        raise NotImplementedError
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix [O, I] in the layout of the stored weight."""
+        raise NotImplementedError
+
+    # Factors.
+
+    def update_layer(
+        self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter, or make one of that name anew."""
+        alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
+        self.r1[adapter_name], self.r2[adapter_name] = r1, r2
+        self.alpha[adapter_name] = alpha
+        self.scaling[adapter_name] = scaling(alpha, r1, r2)
+        self.forms[adapter_name] = config.form
+        self.warmup_steps[adapter_name] = config.warmup_steps
+        self.dual_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        O, I = self.out_features, self.in_features
+        for name, shape in zip("ABCD", ((r1, I), (O, r1), (r2, I), (O, r2)), strict=True):
+            getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.reset_dual_lora_parameters(adapter_name, config)
+        self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32)
+        self.dual_lora_scale[adapter_name] = torch.tensor(0.0, dtype=torch.float32)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._set_steps_left(adapter_name, config.steps_at_start)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
+        """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
+        # For tests: the update should show in a model of any width.
+        std = config.init_std if config.init_weights else 0.3
+        for factor in self._stored(adapter_name):
+            if factor.device.type != "meta":
+                nn.init.normal_(factor, std=std)
+        if config.init_weights == "zero":
+            nn.init.zeros_(self.dual_lora_B[adapter_name])
+
+    def _stored(self, adapter: str) -> Factors:
+        return Factors(
+            self.dual_lora_A[adapter], self.dual_lora_B[adapter], self.dual_lora_C[adapter], self.dual_lora_D[adapter]
+        )
+
+    def factors(self, adapter: str) -> Factors:
+        """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
+        stored = self._stored(adapter)
+        for factor in stored:
+            if factor.dtype not in (torch.float32, torch.float64):
+                warn_once(
+                    f"Dual LoRA's factors were cast to {factor.dtype} and are fp32 again, without the bits that were "
+                    "lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in fp32 "
+                    "(no model.to(bfloat16), no autocast_adapter_dtype=False); the base may have any dtype."
+                )
+                factor.data = factor.data.float()
+        return stored
+
+    def adapter(self, name: str) -> Adapter:
+        """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
+        return Adapter(self.factors(name), self.dual_lora_scale[name], self.forms[name])
+
+    def adapter_names(self) -> list[str]:
+        """All adapters of this layer."""
+        return list(self.scaling)
+
+    def trainable_factors(self, adapter: str) -> list[Tensor]:
+        """The trainable factors in the order B, A, D, C; the first one's optimizer is the adapter's clock."""
+        A, B, C, D = self._stored(adapter)
+        return [f for f in (B, A, D, C) if f.requires_grad]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
+        with torch.no_grad():
+            return self._from_matrix(blocked.compose(None, [self.adapter(adapter)], torch.float32))
+
+    # Warm-up.
+
+    def steps_left(self, adapter: str) -> int:
+        """Optimizer steps before the adapter acts at full strength."""
+        return self._left[adapter]
+
+    def warmup_factor(self, adapter: str) -> float:
+        """λ: 0 at the start of the warm-up, 1 at its end."""
+        left = self._left[adapter]
+        return 1.0 - left / self.warmup_steps[adapter] if left else 1.0
+
+    def step(self, adapter: str) -> None:
+        """Count one optimizer step."""
+        if self._left[adapter] > 0:
+            self._set_steps_left(adapter, self._left[adapter] - 1)
+
+    def _set_steps_left(self, adapter: str, left: int) -> None:
+        left = min(left, self.warmup_steps[adapter])
+        self._left[adapter] = left
+        with torch.no_grad():
+            self.dual_lora_left[adapter].fill_(left)
+            self.dual_lora_scale[adapter].fill_(self.scaling[adapter] * self.warmup_factor(adapter))
+        if left or self.training:  # type: ignore[attr-defined]
+            warmup.watch(self)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's strength to `scale` times its configured α/√(r1 r2)."""
+        if adapter not in self.scaling:
+            return
+        self.scaling[adapter] = scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
+        self._set_steps_left(adapter, self._left[adapter])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`."""
+        for adapter in self.active_adapters:
+            if scale != 1 and adapter in self.scaling:
+                self.scaling[adapter] *= scale
+                self._set_steps_left(adapter, self._left[adapter])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
+        for adapter in self.active_adapters:
+            if adapter not in self.scaling:
+                continue
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
+                self._set_steps_left(adapter, self._left[adapter])
+
+    # Life cycle: what drops the cached weight, what restores derived state.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters; they train unless `inference_mode`."""
+        composed_weights.drop(self)  # type: ignore[arg-type]
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        composed_weights.drop(self)  # type: ignore[arg-type]
+        self._left.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As nn.Module; training drops the cached weight."""
+        if mode:
+            composed_weights.drop(self)  # type: ignore[arg-type]
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        composed_weights.drop(self)  # type: ignore[arg-type]
+        for adapter in self.adapter_names():
+            dtype = self.factors(adapter).A.dtype
+            if self.dual_lora_scale[adapter].dtype != dtype:
+                self.dual_lora_scale[adapter] = self.dual_lora_scale[adapter].to(dtype)
+            if self.dual_lora_scale[adapter].device.type != "meta":
+                self._set_steps_left(adapter, self._left[adapter])
+        if self._original is not None:
+            self._original = fn(self._original)
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        if any(self._left.values()):
+            warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            factors = getattr(self, name)
+            if factors[adapter_name].device.type != "meta":
+                factors[adapter_name] = factors[adapter_name].to(device)
+        for buffers in (self.dual_lora_left, self.dual_lora_scale):
+            buffers[adapter_name] = buffers[adapter_name].to(device)
+
+    # Merge: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back.
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight.
+
+        Batch and sequential merges give the same bits, in any order: the sum is always taken anew, in fp32, from the
+        original weight, which is kept until `unmerge` (so a merged model holds two copies of the adapted weights).
+
+        safe_merge: check the result for NaN and infinity first, and raise ValueError with the base untouched.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names or () if name in self.scaling]
+        if names:
+            self._write_merged([*self.merged_adapters, *names], safe_merge)
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Take adapters out of the base weight (default: all), bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        gone = self.merged_adapters if adapter_names is None else adapter_names
+        self._write_merged([name for name in self.merged_adapters if name not in gone], safe_merge=False)
+
+    def _write_merged(self, names: list[str], safe_merge: bool) -> None:
+        composed_weights.drop(self)  # type: ignore[arg-type]
+        parameter = self._merge_parameter()
+        original = parameter.data if self._original is None else self._original
+        if not names:
+            parameter.data, self._original = original, None
+        else:
+            merged = self._merged_weight(original, names)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+                )
+            parameter.data, self._original = merged, original
+        self._merge_bias(names)
+        self.merged_adapters = names
+
+    def _merge_parameter(self) -> nn.Parameter:
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    def _merge_bias(self, names: list[str]) -> None:
+        """For layers whose merge changes more than the weight."""
+
+    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
+        """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
+        adapters = [self.adapter(name) for name in self.scaling if name in names]
+        with torch.no_grad():
+            merged = blocked.compose(self._matrix(original), adapters, original.dtype)
+            return self._from_matrix(merged).contiguous()
+
+    # Forward.
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.scaling]
+
+    def _loss_scale(self, names: list[str], device: torch.device) -> Tensor | None:
+        """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
+        clips = any(self.forms[n].ste == "clip" and self.forms[n].direction == "sign" for n in names)
+        if not (self.training and clips and torch.is_grad_enabled()):  # type: ignore[attr-defined]
+            return None
+        check_clip_is_safe(device)
+        return loss_scale(device)
+
+
+def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
+    """After load_state_dict: the count on the device is the truth; the rest is derived from it."""
+    composed_weights.drop(layer)  # type: ignore[arg-type]
+    for adapter in layer.adapter_names():
+        left = layer.dual_lora_left[adapter]
+        if left.device.type != "meta":
+            layer._set_steps_left(adapter, int(left))
+
+
+class Linear(nn.Module, DualLoraLayer):
+    """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: DualLoraConfig,
+        r1: int,
+        r2: int,
+        alpha: float | None,
+        fan_in_fan_out: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.fan_in_fan_out = fan_in_fan_out
+        DualLoraLayer.__init__(self, base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r1, r2, alpha, config=config)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        shape = getattr(self.get_base_layer().weight, "ds_shape", None) or self.get_base_layer().weight.shape
+        return (shape[1], shape[0]) if self.fan_in_fan_out else (shape[0], shape[1])
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    _from_matrix = _matrix
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = x (W + ΣΔW)ᵀ + bias over the active adapters; x [..., I] -> y [..., O]."""
+        self._check_forward_args(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        active = self._present(self.active_adapters)
+        if self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+
+        # An adapter with dropout sees another input than the base, so that it needs a product of its own.
+        dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
+        fused = [n for n in active if n not in dropped] if _is_plain(self.base_layer) and not (args or kwargs) else []
+        y = self._fused(x, fused) if fused else self.base_layer(x, *args, **kwargs)
+        for name in active:
+            if name not in fused:
+                y = y + self._adapter_branch(x, name).to(y.dtype)
+        return y
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        """One product with the composed weight."""
+        base = self.base_layer
+        weight = self._matrix(base.weight)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        if self._may_cache(x):
+            return self._cached_product(x, names)
+        scale = self._loss_scale(names, x.device)
+        return dual_lora_linear(x, weight, base.bias, [self.adapter(n) for n in names], scale)
+
+    def _may_cache(self, x: Tensor) -> bool:
+        return (
+            not self.training
+            and not torch.is_grad_enabled()
+            and x.numel() <= CACHED_ROWS * self.in_features
+            and not torch.compiler.is_compiling()
+        )
+
+    def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
+        base = self.base_layer
+        adapters = [self.adapter(n) for n in names]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        sources = [base.weight, *(t for a in adapters for t in (*a.factors, a.scale))]
+        weight = composed_weights.get(
+            self,
+            sources,
+            (tuple(names), dtype),
+            lambda: blocked.compose(self._matrix(base.weight), adapters, dtype),
+        )
+        return nn.functional.linear(x, weight, base.bias)
+
+    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
+        """dropout(x) ΔWᵀ, [..., O]."""
+        x = self.dual_lora_dropout[name](x)
+        if not torch.is_autocast_enabled(x.device.type):
+            # In the base's precision; a quantised base has none, and takes that of x.
+            dtype = self.get_base_layer().weight.dtype
+            x = x.to(dtype) if dtype.is_floating_point else x
+        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Every sample with its own adapter ("__base__": none)."""
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self._present(sorted(set(adapter_names))):
+            index = [k for k, item in enumerate(adapter_names) if item == name]
+            y[index] = y[index] + self._adapter_branch(x[index], name).to(y.dtype)
+        return y
+
+    def __repr__(self) -> str:
+        return "dual_lora." + super().__repr__()
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is x Wᵀ + bias and nothing else, so that the call may be replaced by one product."""
+    return (
+        type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+        and "forward" not in vars(layer)  # accelerate's hooks sit there
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+    )
+
+
+def dispatch_default(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+    """The adapted layer for nn.Linear and Conv1D, or None."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    fan_in_fan_out = config.fan_in_fan_out
+    if isinstance(base, Conv1D):
+        if not fan_in_fan_out:
+            warnings.warn(
+                "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
+                stacklevel=2,
+            )
+        fan_in_fan_out = True
+    elif isinstance(base, nn.Linear):
+        if fan_in_fan_out:
+            warnings.warn(
+                "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to "
+                "False.",
+                stacklevel=2,
+            )
+        fan_in_fan_out = False
+    else:
+        return None
+    return Linear(target, adapter_name, config=config, fan_in_fan_out=fan_in_fan_out, **kwargs)

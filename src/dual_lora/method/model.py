@@ -1,0 +1,193 @@
+"""DualLoraModel: finds the layers, puts the adapters on them, saves and loads the warm-up's count."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .config import DualLoraConfig
+from .layer import DualLoraLayer, dispatch_default, warn_once
+
+DISPATCHERS = [dispatch_default]
+SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+
+
+class DualLoraModel(BaseTuner):
+    """A model with Dual LoRA adapters, as `peft.get_peft_model(model, DualLoraConfig(…))` makes it.
+
+    Dual LoRA (Xu et al., arXiv 2512.03402): W + λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
+    """
+
+    prefix: str = "dual_lora_"
+    tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+        if peft_config.layer_replication:
+            replicate_layers(model, peft_config.layer_replication)
+
+    def _create_and_replace(
+        self,
+        config: DualLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        r1, r2, alpha = layer_options(config, current_key)
+        if isinstance(target, DualLoraLayer):
+            target.update_layer(adapter_name, r1, r2, alpha, config=config)
+            return
+        new = self._create_new_module(config, adapter_name, target, r1=r1, r2=r2, alpha=alpha)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)  # a further adapter does not train before it is chosen
+        self._replace_module(parent, target_name, new, target)
+
+    @staticmethod
+    def _create_new_module(config: DualLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        for dispatch in DISPATCHERS:
+            new = dispatch(target, adapter_name, config=config, **kwargs)
+            if new is not None:
+                return new
+        raise ValueError(
+            f"Target module {target} is not supported. Currently, only the following modules are supported: {SUPPORTED}. "
+            "Leave it out of `target_modules`, or name it in `exclude_modules`."
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if not autocast_adapter_dtype:
+            warn_once(
+                "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's dtype, "
+                "because bf16 factors flip signs and change ΔW by 4.6 %."
+            )
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
+
+    # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for m in self.modules() if isinstance(m, DualLoraLayer) for name in m.adapter_names()}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Loaded: "
+                f"{', '.join(sorted(known))}."
+            )
+        beams = kwargs.get("num_beams")
+        repeated = adapter_names
+        if isinstance(beams, int) and beams > 1:
+            repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_add_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
+                with_kwargs=True,
+            )
+            for module in self.modules()
+            if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        **kwargs: Any,
+    ) -> None:
+        """A copy of one adapter at another strength: ΔW' = w ΔW, exactly, for w > 0.
+
+        ReLU and Sign are not linear, so a sum of several ΔW is no Dual LoRA update; the error says what to do instead.
+        """
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")
+        if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0] > 0:
+            raise ValueError(
+                f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "
+                "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of this "
+                "form. Activate them together (`model.base_model.set_adapter([…])`, each layer's `set_scale(name, w)` "
+                "for weights), merge them into the base (`merge_adapter([…])`), or convert each to LoRA "
+                "(`peft.convert_to_lora`) and combine those. One adapter with a positive weight works."
+            )
+        source = adapters[0]
+        config = self.peft_config[source]
+        self.peft_config[adapter_name] = type(config)(
+            **{**config.to_dict(), "peft_type": None, "alpha": None, "inference_mode": False}
+        )
+        self.peft_config[adapter_name].alpha = config.alpha
+        self.inject_adapter(self.model, adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, DualLoraLayer) and source in module.scaling:
+                for new, old in zip(module.factors(adapter_name), module.factors(source), strict=True):
+                    new.data.copy_(old.data)
+                module.alpha[adapter_name] = module.alpha[source] * weights[0]
+                module.scaling[adapter_name] = module.scaling[source] * weights[0]
+                module._set_steps_left(adapter_name, module.steps_left(source))
+
+    # Saved state: the four factors of every layer, and the optimizer steps left of the warm-up. Without the latter
+    # (written by another program), an adapter counts as finished.
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state_dict = dict(state_dict)
+        for key in list(state_dict):
+            stem, found, _ = key.rpartition(".dual_lora_B")
+            if found:
+                state_dict.setdefault(f"{stem}.dual_lora_left", torch.tensor(0, dtype=torch.int32))
+        left = max((int(v) for k, v in state_dict.items() if k.endswith(".dual_lora_left")), default=0)
+        if left and config.inference_mode:
+            warnings.warn(
+                f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
+                "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
+                "choose fewer `warmup_steps`.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
+    """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key))
+    r1, r2 = (config.r1, config.r2) if rank is None else config.ranks_of(rank)
+    return r1, r2, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.alpha)  # type: ignore[return-value]
+
+
+def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+__all__ = ["BaseTunerLayer", "DualLoraModel", "layer_options"]

@@ -1,0 +1,49 @@
+"""The one place that knows how PEFT's registries work.
+
+PEFT accepts only names in its `PeftType` enum, so the member has to be added first. If PEFT gains a method of this name
+itself, ours stays out of its way and says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+NAME = "dual_lora"
+
+
+def register() -> None:
+    """Make DUAL_LORA known to PEFT; harmless when called twice."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
+    member = NAME.upper()
+    if member in PeftType.__members__:
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[member])
+        if tuner is not None:
+            if not tuner.__module__.startswith("dual_lora."):
+                warnings.warn(
+                    f"PEFT has its own method {member} ({tuner.__module__}): that one is used, and this package's "
+                    "is not registered.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            return
+    else:
+        _add_enum_member(PeftType, member)
+
+    from .config import DualLoraConfig
+    from .model import DualLoraModel
+
+    register_peft_method(name=NAME, config_cls=DualLoraConfig, model_cls=DualLoraModel)
+
+
+def _add_enum_member(enum: type, name: str) -> None:
+    """Add a member to a (str, Enum) class after its definition; works on Python 3.11 to 3.13."""
+    value = str.__new__(enum, name)
+    value._name_, value._value_ = name, name  # type: ignore[attr-defined]
+    value.__objclass__ = enum  # type: ignore[attr-defined]
+    value._sort_order_ = len(enum.__members__)  # type: ignore[attr-defined]
+    enum._member_names_.append(name)  # type: ignore[attr-defined]
+    enum._member_map_[name] = value  # type: ignore[attr-defined]
+    enum._value2member_map_[name] = value  # type: ignore[attr-defined]
+    type.__setattr__(enum, name, value)
