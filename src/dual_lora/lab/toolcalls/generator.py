@@ -9,7 +9,7 @@ The seed decides everything: which phrasings and which values are held out of tr
 | `values` | seen, word by word | every string and number, every entry of a list, is new |
 | `phrasings` | new sentences | seen |
 
-*Seen* means that it occurs in the training examples that were really generated, not that it could have occurred.
+*Seen* means that it occurs in the training examples that were generated, not that it could have occurred.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.toolcalls.schema import TOOLS, Argument, Tool, Value
+from dual_lora.lab.toolcalls.schema import TOOLS, Argument, Entry, Tool, Value
 
 SYSTEM_PROMPT = "Reply with one JSON tool call."
 HELD_OUT_PHRASINGS = 4  # of each tool's sentences
@@ -30,23 +30,19 @@ TEST_SETS = ("combinations", "values", "phrasings")
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
-Pools = dict[str, Sequence[str | int | float]]
 
 
 class Example(NamedTuple):
     """One request and the call that answers it, with what it was made of."""
 
     tool: Tool
-    phrasing: str  # the line of `PHRASINGS`
-    wording: str  # that line with its choices made: "Set a timer for {minutes} minutes called {label}."
+    wording: str  # a phrasing with its choices made: "Set a timer for {minutes} minutes called {label}."
     arguments: dict[str, Value]
 
     @property
     def request(self) -> str:
-        spoken = {
-            argument.name: argument.spoken(self.arguments[argument.name]) for argument in self.tool.arguments
-        }
-        return _SLOT.sub(lambda match: spoken[match[1]], self.wording)
+        slots = {argument.name: argument for argument in self.tool.arguments}
+        return _SLOT.sub(lambda slot: slots[slot[1]].spoken(self.arguments[slot[1]]), self.wording)
 
     @property
     def answer(self) -> str:
@@ -84,27 +80,26 @@ def wordings(phrasing: str) -> list[str]:
     if choice is None:
         sentence = re.sub(r" +([,.?!;]|$)", r"\1", re.sub(r"  +", " ", phrasing)).strip()
         return [sentence[0].upper() + sentence[1:]]
-    heads = (
-        phrasing[: choice.start()] + option + phrasing[choice.end() :] for option in choice[1].split("|")
-    )
-    return [wording for head in heads for wording in wordings(head)]
+    before, after = phrasing[: choice.start()], phrasing[choice.end() :]
+    return [wording for option in choice[1].split("|") for wording in wordings(before + option + after)]
 
 
 def generate(seed: int, train: int = 1_000, test: int = 100) -> Splits:
-    """The four sets of a seed: `train` examples, and `test` examples for each test set, evenly over the tools.
+    """The four sets of a seed, evenly over the tools: `train` examples, and `test` examples in each test set.
 
     Raises:
         ValueError: a set is too small to hold one example of every tool.
     """
     if min(train, test) < len(TOOLS):
         raise ValueError(
-            f"train={train} and test={test}: each set holds every tool at least once, so ask for {len(TOOLS)} or more"
+            f"train={train} and test={test}: each set holds all {len(TOOLS)} tools, so ask for {len(TOOLS)} or more"
         )
     splits = Splits([], [], [], [])
+    held_out = _held_out_values(seed)
     for tool, train_share, test_share in zip(TOOLS, _shares(train), _shares(test), strict=True):
         # A stream of its own for each tool: adding a phrasing to one leaves the others' examples alone.
         rng = random.Random(f"{seed} {tool.name}")
-        for whole, part in zip(splits, _tool_splits(tool, train_share, test_share, rng), strict=True):
+        for whole, part in zip(splits, _of_tool(tool, train_share, test_share, held_out, rng), strict=True):
             whole.extend(part)
     rng = random.Random(seed)
     for examples in splits:
@@ -116,63 +111,63 @@ def _shares(total: int) -> list[int]:
     return [total // len(TOOLS) + (index < total % len(TOOLS)) for index in range(len(TOOLS))]
 
 
-def _tool_splits(tool: Tool, train: int, test: int, rng: random.Random) -> Splits:
+def _held_out_values(seed: int) -> set[Entry]:
+    """A share of every open set, held out for all tools at once: a room that is new is new to light and heating."""
+    held_out: set[Entry] = set()
+    for argument in (argument for tool in TOOLS for argument in tool.arguments if not argument.closed):
+        ranked = sorted(argument.pool, key=lambda entry: random.Random(f"{seed} {entry}").random())
+        held_out.update(ranked[: round(HELD_OUT_VALUES * len(ranked))])
+    return held_out
+
+
+def _of_tool(tool: Tool, train: int, test: int, held_out: set[Entry], rng: random.Random) -> Splits:
     lines = rng.sample(tool.phrasings, len(tool.phrasings))
     new_lines, train_lines = lines[:HELD_OUT_PHRASINGS], lines[HELD_OUT_PHRASINGS:]
-    train_pools: Pools = {}
-    new_pools: Pools = {}
+    train_pools, new_pools = {}, {}
     for argument in tool.arguments:
-        pool = rng.sample(argument.pool, len(argument.pool))
-        held_out = 0 if argument.closed else round(HELD_OUT_VALUES * len(pool))
-        train_pools[argument.name] = pool[held_out:]
-        new_pools[argument.name] = pool[:held_out] or pool
+        new = () if argument.closed else tuple(entry for entry in argument.pool if entry in held_out)
+        train_pools[argument.name] = tuple(entry for entry in argument.pool if entry not in new)
+        new_pools[argument.name] = new or argument.pool
 
-    seen_calls: set[str] = set()
-
-    def draw(wordings_: Iterable[str], pools: Pools, phrasing_of: Callable[[str], str]) -> list[Example]:
-        """One example for each wording; no call is drawn twice in all the sets."""
-        drawn = []
-        for wording in wordings_:
-            example = _fresh(tool, phrasing_of(wording), wording, pools, rng, seen_calls)
-            seen_calls.add(example.answer)
-            drawn.append(example)
-        return drawn
-
-    line_of = {wording: line for line in tool.phrasings for wording in wordings(line)}
-    trained = draw(_cycle(train_lines, train, rng), train_pools, line_of.__getitem__)
+    taken: set[str] = set()  # no call twice, over all four sets
+    trained = _draw(tool, _evenly(train_lines, train, rng), train_pools, taken, rng)
     seen_wordings = sorted({example.wording for example in trained})
-    seen_pools = {argument.name: _seen_values(argument, trained) for argument in tool.arguments}
+    seen_pools = {argument.name: _seen_entries(argument, trained) for argument in tool.arguments}
     return Splits(
         trained,
-        draw((rng.choice(seen_wordings) for _ in range(test)), seen_pools, line_of.__getitem__),
-        draw((rng.choice(seen_wordings) for _ in range(test)), new_pools, line_of.__getitem__),
-        draw(_cycle(new_lines, test, rng), seen_pools, line_of.__getitem__),
+        _draw(tool, rng.choices(seen_wordings, k=test), seen_pools, taken, rng),
+        _draw(tool, rng.choices(seen_wordings, k=test), new_pools, taken, rng),
+        _draw(tool, _evenly(new_lines, test, rng), seen_pools, taken, rng),
     )
 
 
-def _cycle(lines: Sequence[str], count: int, rng: random.Random) -> list[str]:
+def _evenly(lines: Sequence[str], count: int, rng: random.Random) -> list[str]:
     """`count` wordings, every line equally often."""
     return [rng.choice(wordings(lines[index % len(lines)])) for index in range(count)]
 
 
-def _seen_values(argument: Argument, examples: Iterable[Example]) -> list[str | int | float]:
-    seen: dict[str | int | float, None] = {}  # a set that keeps the order, so that a seed means one result
+def _seen_entries(argument: Argument, examples: Iterable[Example]) -> tuple[Entry, ...]:
+    seen: dict[Entry, None] = {}  # a set that keeps the order, so that a seed means one result
     for example in examples:
         value = example.arguments[argument.name]
         seen.update(dict.fromkeys(value if isinstance(value, list) else [value]))
-    return list(seen)
+    return tuple(seen)
 
 
-def _fresh(
-    tool: Tool, phrasing: str, wording: str, pools: Pools, rng: random.Random, taken: set[str]
-) -> Example:
-    for _ in range(200):
-        arguments = {argument.name: argument.draw(pools[argument.name], rng) for argument in tool.arguments}
-        spoken = [json.dumps(value) for value in arguments.values()]
-        example = Example(tool, phrasing, wording, arguments)
-        # Converting EUR to EUR is no request.
-        if len(set(spoken)) == len(spoken) and example.answer not in taken:
-            return example
-    raise ValueError(
-        f"no unused combination of values is left for {tool.name}: ask for fewer examples than {len(taken)} a tool"
-    )
+def _draw(
+    tool: Tool, sentences: Iterable[str], pools: Mapping[str, Sequence[Entry]], taken: set[str], rng: random.Random
+) -> list[Example]:
+    """An example for each sentence, with values from `pools`, whose calls are not in `taken` (and are then)."""
+    drawn = []
+    for wording in sentences:
+        for _ in range(200):
+            arguments = {argument.name: argument.draw(pools[argument.name], rng) for argument in tool.arguments}
+            example = Example(tool, wording, arguments)
+            twice = len({json.dumps(value) for value in arguments.values()}) < len(arguments)  # EUR to EUR
+            if not twice and example.answer not in taken:
+                break
+        else:
+            raise ValueError(f"{tool.name} has no call left after {len(taken)}: ask for fewer examples")
+        taken.add(example.answer)
+        drawn.append(example)
+    return drawn

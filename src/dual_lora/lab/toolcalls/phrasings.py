@@ -1,8 +1,8 @@
 """How people ask for each tool: the sentences that the generator fills with values.
 
-One line is one *phrasing*: a sentence of its own. ``{slot}`` is an argument, ``[a|b|]`` a choice of words (possibly none)
-that leaves the sentence what it is. A whole line is either seen in training or held out, never split between the two, and
-the seed draws which; so no line may be a small edit of another one of its tool (a test measures it).
+One line is one *phrasing*: a sentence of its own. `{slot}` is an argument, `[a|b|]` a choice of words (possibly
+none) that leaves the sentence what it is. A whole line is either seen in training or held out, and the seed draws
+which; so no line may be a small edit of another one of its tool (a test measures it).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "It's {time} soon, is the light in the {room} {on}? [If not, do it|It should be].",
         "[Flip|Hit] the switch of the {room} to {on} at {time} [sharp|].",
         "[Get|Have] the bulbs in the {room} {on}, [not before|as of] {time}.",
-        "Let there be light {on} in the {room} after {time}.",
+        "After {time} I [need|wish] the {room} with its light {on}.",
         "[Program|Schedule] the {room} lighting: {on} at {time}.",
         "[Would|Will] you mind having the ceiling light {on} in the {room} by {time}?",
         "Regarding illumination in the {room} I wish {on}, [beginning|starting] {time}.",
@@ -163,7 +163,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "[Can|Could] you work out {amount} {source} as {target}?",
         "If I pay {amount} {source}, what does it [cost|come to] in {target}?",
         "The [bill|price|ticket] is {amount} {source}; I [think|pay] in {target}.",
-        "Currency: {amount} {source} [to|>] {target}.",
+        "Currency converter: {target} for {amount} {source}.",
         "[Calculate|Compute] the {target} equivalent of {amount} {source}.",
         "How many {target} [would|will] {amount} {source} buy?",
         "I need to know what {amount} {source} [makes|gives] in {target}.",

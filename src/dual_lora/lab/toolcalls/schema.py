@@ -1,12 +1,11 @@
 """What a tool call is: a tool, its typed arguments, and the pool of values that each argument draws from.
 
-Every kind of argument knows three things: its pool (what can be drawn), the JSON value of a draw, and the words that
-stand for it in a request. All but booleans are copied from the request character by character.
+An argument knows what can be drawn, the JSON value of a draw, and the words that stand for it in a request. All but
+booleans are copied from the request character by character.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -15,22 +14,23 @@ from typing import NamedTuple
 from dual_lora.lab.toolcalls import values as v
 from dual_lora.lab.toolcalls.phrasings import PHRASINGS
 
-Value = str | int | float | bool | list[str]
+Entry = str | int | float  # what a pool holds
+Value = str | int | float | bool | list[str]  # what an argument holds
 
 
 class Argument(NamedTuple):
-    """A typed argument. A *closed* set (enum, boolean) has no unseen values; of an open set the seed holds some out."""
+    """A typed argument. Enums and booleans are *closed*: all their values occur in training."""
 
     name: str
     kind: str  # "string", "integer", "number", "boolean", "enum", "array"
-    pool: tuple[str | int | float, ...]
+    pool: tuple[Entry, ...]
     words: tuple[str, ...] = ()  # booleans only: what stands for each entry of the pool in a request
 
     @property
     def closed(self) -> bool:
         return self.kind in ("boolean", "enum")
 
-    def draw(self, pool: Sequence[str | int | float], rng: random.Random) -> Value:
+    def draw(self, pool: Sequence[Entry], rng: random.Random) -> Value:
         """One value from `pool`; an array gets one to three different entries."""
         if self.kind == "array":
             return [str(entry) for entry in rng.sample(pool, rng.choice((1, 2, 2, 3)))]
@@ -65,7 +65,6 @@ def _halves(low: int, high: int) -> tuple[float, ...]:
 
 
 AMOUNTS = tuple(round(0.05 * step, 2) for step in range(21, 9_000, 7))
-TEXTS = tuple(f"{subject} {statement}" for subject, statement in itertools.product(v.SUBJECTS, v.STATEMENTS))
 TIMES = tuple(f"{hour}:{minute:02d}" for hour in range(5, 24) for minute in range(0, 60, 5))
 DATES = tuple(f"{day} {month}" for month in v.MONTHS for day in range(1, 29))
 
@@ -82,7 +81,7 @@ TOOLS: tuple[Tool, ...] = (
             Argument("unit", "enum", v.UNITS),
         ),
     ),
-    Tool("send_message", (Argument("to", "string", v.NAMES), Argument("text", "string", TEXTS))),
+    Tool("send_message", (Argument("to", "string", v.NAMES), Argument("text", "string", v.TEXTS))),
     Tool(
         "set_temperature",
         (Argument("room", "string", v.ROOMS), Argument("celsius", "number", _halves(12, 29))),
