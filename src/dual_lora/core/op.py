@@ -63,8 +63,8 @@ def _check_shapes(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequen
     for (A, B, C, D), _, _ in adapters:
         O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
         r1, r2 = A.shape[0], C.shape[0]
-        expected = Factors((r1, I), (O, r1), (r2, I), (O, r2))
-        received = Factors(*map(tuple, (A.shape, B.shape, C.shape, D.shape)))
+        expected = {"A": (r1, I), "B": (O, r1), "C": (r2, I), "D": (O, r2)}
+        received = {name: tuple(f.shape) for name, f in zip("ABCD", (A, B, C, D), strict=True)}
         if received != expected:
             raise ValueError(f"Factors of shapes {received} do not fit a weight [{O}, {I}]: expected {expected}.")
         if x.shape[-1] != I:
@@ -101,11 +101,11 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     with torch.autocast(x.device.type, enabled=False):
         grads = blocked.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
     out = []
-    if need_x:
+    if grads.x is not None:
         out.append(grads.x.view(x.shape))
-    if need_weight:
+    if grads.weight is not None:
         out.append(grads.weight.to(weight.dtype))
-    if need_factors:
+    if grads.factors is not None:
         out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
     return out
 
@@ -189,7 +189,10 @@ class _RowSourceLinear(torch.autograd.Function):
                 loss_scale,
                 Needs(need_x, False, any(need_factors)),
             )
-        dx = grads.x.view(x.shape) if need_x else None
+        dx = None if grads.x is None else grads.x.view(x.shape)
         flat = [g for four in grads.factors for g in four] if grads.factors else [None] * len(factors)
-        dF = [g.to(f.dtype) if wanted else None for g, f, wanted in zip(flat, factors, need_factors, strict=True)]
+        dF = [
+            g.to(f.dtype) if wanted and g is not None else None
+            for g, f, wanted in zip(flat, factors, need_factors, strict=True)
+        ]
         return dx, None, None, None, None, *dF

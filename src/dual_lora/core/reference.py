@@ -135,7 +135,8 @@ class _Combine(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, G):
         scale, form, loss_scale = ctx.rest
-        return *product_gradients(G, *ctx.saved_tensors, scale, form, loss_scale), None, None, None
+        P, Q = ctx.saved_tensors
+        return *product_gradients(G, P, Q, scale, form, loss_scale), None, None, None
 
 
 def delta_weight(

@@ -62,9 +62,9 @@ class ComposedWeights:
         elif not self._warned:
             self._warned = True
             warnings.warn(
-                f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose their "
-                "weight at every step, which makes generation slow. Raise `dual_lora.composed_weights.limit_bytes`, or "
-                "merge the adapter (`merge_adapter()`).",
+                f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
+                "their weight at every step, which makes generation slow. Raise "
+                "`dual_lora.composed_weights.limit_bytes`, or merge the adapter (`merge_adapter()`).",
                 UserWarning,
                 stacklevel=2,
             )

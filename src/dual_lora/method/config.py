@@ -165,7 +165,7 @@ class DualLoraConfig(PeftConfig):
         if isinstance(rank, list | tuple):
             if len(rank) != 2:
                 raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
-            return split_rank(None, *rank, where=where)
+            return split_rank(None, rank[0], rank[1], where=where)
         return split_rank(rank, None, None, where=where)
 
 

@@ -371,13 +371,14 @@ class Linear(nn.Module, DualLoraLayer):
         self.update_layer(adapter_name, r1, r2, alpha, config=config)
 
     def _matrix_shape(self) -> tuple[int, int]:
-        shape = getattr(self.get_base_layer().weight, "ds_shape", None) or self.get_base_layer().weight.shape
+        weight: Any = self.get_base_layer().weight
+        shape = getattr(weight, "ds_shape", None) or weight.shape
         return (shape[1], shape[0]) if self.fan_in_fan_out else (shape[0], shape[1])
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
 
-    _from_matrix = _matrix
+    _from_matrix = _matrix  # type: ignore[assignment]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + ΣΔW)ᵀ + bias over the active adapters; x [..., I] -> y [..., O]."""
@@ -404,7 +405,7 @@ class Linear(nn.Module, DualLoraLayer):
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """One product with the composed weight."""
-        base = self.base_layer
+        base: Any = self.base_layer
         weight = self._matrix(base.weight)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(weight.dtype)
@@ -422,7 +423,7 @@ class Linear(nn.Module, DualLoraLayer):
         )
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
-        base = self.base_layer
+        base: Any = self.base_layer
         adapters = [self.adapter(n) for n in names]
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -440,7 +441,8 @@ class Linear(nn.Module, DualLoraLayer):
         x = self.dual_lora_dropout[name](x)
         if not torch.is_autocast_enabled(x.device.type):
             # In the base's precision; a quantised base has none, and takes that of x.
-            dtype = self.get_base_layer().weight.dtype
+            weight: Any = self.get_base_layer().weight
+            dtype = weight.dtype
             x = x.to(dtype) if dtype.is_floating_point else x
         return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
 

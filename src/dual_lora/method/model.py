@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,13 +30,13 @@ class DualLoraModel(BaseTuner):
 
     prefix: str = "dual_lora_"
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         config: DualLoraConfig,
         adapter_name: str,
@@ -62,15 +63,15 @@ class DualLoraModel(BaseTuner):
             if new is not None:
                 return new
         raise ValueError(
-            f"Target module {target} is not supported. Currently, only the following modules are supported: {SUPPORTED}. "
-            "Leave it out of `target_modules`, or name it in `exclude_modules`."
+            f"Target module {target} is not supported. Currently, only the following modules are supported: "
+            f"{SUPPORTED}. Leave it out of `target_modules`, or name it in `exclude_modules`."
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
             warn_once(
-                "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's dtype, "
-                "because bf16 factors flip signs and change ΔW by 4.6 %."
+                "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's "
+                "dtype, because bf16 factors flip signs and change ΔW by 4.6 %."
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 
@@ -124,7 +125,7 @@ class DualLoraModel(BaseTuner):
         combination_type: str = "linear",
         **kwargs: Any,
     ) -> None:
-        """A copy of one adapter at another strength: ΔW' = w ΔW, exactly, for w > 0.
+        """A copy of one adapter at another strength: ΔW' = w ΔW for w > 0, by B' = w B.
 
         ReLU and Sign are not linear, so a sum of several ΔW is no Dual LoRA update; the error says what to do instead.
         """
@@ -134,24 +135,22 @@ class DualLoraModel(BaseTuner):
         if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0] > 0:
             raise ValueError(
                 f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "
-                "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of this "
-                "form. Activate them together (`model.base_model.set_adapter([…])`, each layer's `set_scale(name, w)` "
-                "for weights), merge them into the base (`merge_adapter([…])`), or convert each to LoRA "
-                "(`peft.convert_to_lora`) and combine those. One adapter with a positive weight works."
+                "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of "
+                "this form. Activate them together (`model.base_model.set_adapter([…])`, each layer's "
+                "`set_scale(name, w)` for weights), merge them into the base (`merge_adapter([…])`), or convert each "
+                "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a positive weight works."
             )
         source = adapters[0]
-        config = self.peft_config[source]
-        self.peft_config[adapter_name] = type(config)(
-            **{**config.to_dict(), "peft_type": None, "alpha": None, "inference_mode": False}
-        )
-        self.peft_config[adapter_name].alpha = config.alpha
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
+        self.peft_config[adapter_name].inference_mode = False
         self.inject_adapter(self.model, adapter_name)
         for module in self.model.modules():
             if isinstance(module, DualLoraLayer) and source in module.scaling:
                 for new, old in zip(module.factors(adapter_name), module.factors(source), strict=True):
                     new.data.copy_(old.data)
-                module.alpha[adapter_name] = module.alpha[source] * weights[0]
-                module.scaling[adapter_name] = module.scaling[source] * weights[0]
+                # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
+                strength = weights[0] * module.scaling[source] / module.scaling[adapter_name]
+                module.factors(adapter_name).B.data.mul_(strength)
                 module._set_steps_left(adapter_name, module.steps_left(source))
 
     # Saved state: the four factors of every layer, and the optimizer steps left of the warm-up. Without the latter
@@ -180,9 +179,9 @@ class DualLoraModel(BaseTuner):
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
     """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), key))
-    r1, r2 = (config.r1, config.r2) if rank is None else config.ranks_of(rank)
-    return r1, r2, config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), key), config.alpha)  # type: ignore[return-value]
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key))
+    r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
+    return r1, r2, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.alpha)
 
 
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ itself, ours stays out of its way and says so.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 NAME = "dual_lora"
 
@@ -37,13 +38,13 @@ def register() -> None:
     register_peft_method(name=NAME, config_cls=DualLoraConfig, model_cls=DualLoraModel)
 
 
-def _add_enum_member(enum: type, name: str) -> None:
+def _add_enum_member(enum: Any, name: str) -> None:
     """Add a member to a (str, Enum) class after its definition; works on Python 3.11 to 3.13."""
-    value = str.__new__(enum, name)
-    value._name_, value._value_ = name, name  # type: ignore[attr-defined]
-    value.__objclass__ = enum  # type: ignore[attr-defined]
-    value._sort_order_ = len(enum.__members__)  # type: ignore[attr-defined]
-    enum._member_names_.append(name)  # type: ignore[attr-defined]
-    enum._member_map_[name] = value  # type: ignore[attr-defined]
-    enum._value2member_map_[name] = value  # type: ignore[attr-defined]
+    value: Any = str.__new__(enum, name)
+    value._name_, value._value_ = name, name
+    value.__objclass__ = enum
+    value._sort_order_ = len(enum.__members__)
+    enum._member_names_.append(name)
+    enum._member_map_[name] = value
+    enum._value2member_map_[name] = value
     type.__setattr__(enum, name, value)

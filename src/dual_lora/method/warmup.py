@@ -72,9 +72,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _foreign_steps = 0 if own or not orphans else _foreign_steps + 1
     if _foreign_steps == FOREIGN_STEPS_BORNE:
         _warn(
-            f"The factors of the Dual LoRA adapter {orphans[0]!r} get gradients, but in {_foreign_steps} optimizer steps no "
-            "optimizer held them: they do not move and their warm-up does not advance. Build the optimizer from the "
-            "model's trainable parameters after the adapter was added (and after moving or sharding the model)."
+            f"The factors of the Dual LoRA adapter {orphans[0]!r} get gradients, but in {_foreign_steps} optimizer "
+            "steps no optimizer held them: they do not move and their warm-up does not advance. Build the optimizer "
+            "from the model's trainable parameters after the adapter was added (and after moving or sharding the "
+            "model)."
         )
 
 
@@ -99,13 +100,13 @@ def _check_gradients(adapter: str, factors: list[Tensor], steps: int) -> None:
     if not grads:
         _warn(
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
-            "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient checkpointing "
-            "with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?"
+            "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
+            "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?"
         )
     elif not any(bool(g.any()) for g in grads):
         _warn(
-            f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step {steps}: its "
-            "factors do not move. Is the layer's output used, and the loss finite and not constant?"
+            f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
+            f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?"
         )
 
 
