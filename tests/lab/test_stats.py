@@ -1,5 +1,7 @@
 """The statistics keep their word: false alarms at their level, power as stated, one seed no winner."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
@@ -35,14 +37,10 @@ def rate(hits):
 @pytest.mark.parametrize("noise", NOISES)
 def test_false_alarms_stay_at_the_level(noise, seeds):
     random = np.random.default_rng(seeds)
-    hits = [
-        stats.difference_p(stats.spread(draw(random, seeds, 60, NOISES[noise]))) < 0.05 for _ in range(2000)
-    ]
+    hits = [stats.difference_p(stats.spread(draw(random, seeds, 60, NOISES[noise]))) < 0.05 for _ in range(2000)]
     share, slack = rate(hits)
     assert share < 0.05 + slack, f"{share:.3f} false alarms at a level of 0.05"
-    assert noise in ("rest", "mixed") or seeds == 2 or share > 0.05 - 2 * slack, (
-        f"{share:.3f}: needlessly timid"
-    )
+    assert noise in ("rest", "mixed") or seeds == 2 or share > 0.05 - 2 * slack, f"{share:.3f}: needlessly timid"
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -70,10 +68,10 @@ def test_items_alone_would_raise_false_alarms():
 def test_intervals_cover_the_truth(noise):
     random = np.random.default_rng(1)
     inside = []
-    for _ in range(400):
+    for _ in range(250):
         low, high = stats.bootstrap_interval(draw(random, 4, 40, NOISES[noise], 0.7), resamples=600)
         inside.append(low <= 0.7 <= high)
-    assert np.mean(inside) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 400)
+    assert np.mean(inside) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 250)
 
 
 @pytest.mark.parametrize(("seeds", "noise"), [(3, "items"), (5, "seeds"), (5, "mixed"), (8, "seeds")])
@@ -89,8 +87,7 @@ def test_power_is_as_stated(seeds, noise):
     freedom = error**4 / (by_seeds_only**2 / (seeds - 1) + (error**2 - by_seeds_only) ** 2 / (items - 1))
     size = stats.smallest_visible(stats.Spread(0.0, error, freedom, seeds, items), 0.05, 0.8)
     hits = [
-        stats.difference_p(stats.spread(draw(random, seeds, items, NOISES[noise], size))) < 0.05
-        for _ in range(1500)
+        stats.difference_p(stats.spread(draw(random, seeds, items, NOISES[noise], size))) < 0.05 for _ in range(1500)
     ]
     assert 0.70 < np.mean(hits) < 0.85
 
@@ -105,9 +102,7 @@ def test_power_matches_simulated_t_test():
 def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
     """The true difference sits exactly at the margin."""
     random = np.random.default_rng(4)
-    hits = [
-        stats.same_p(stats.spread(draw(random, 5, 60, NOISES["mixed"], 0.2)), 0.2) < 0.05 for _ in range(2000)
-    ]
+    hits = [stats.same_p(stats.spread(draw(random, 5, 60, NOISES["mixed"], 0.2)), 0.2) < 0.05 for _ in range(2000)]
     share, slack = rate(hits)
     assert share < 0.05 + slack
 
@@ -118,10 +113,7 @@ def test_family_of_comparisons_keeps_the_level():
     any_hit, any_plain = [], []
     for _ in range(150):
         reference = draw(random, 4, 40, NOISES["mixed"])
-        p = [
-            stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["mixed"]) - reference))
-            for _ in range(8)
-        ]
+        p = [stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["mixed"]) - reference)) for _ in range(8)]
         any_hit.append(min(stats.holm(p)) < 0.05)
         any_plain.append(min(p) < 0.05)
     assert np.mean(any_hit) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
@@ -189,10 +181,7 @@ def test_one_seed_never_has_a_winner():
 
 def test_more_comparisons_make_smaller_things_invisible():
     random = np.random.default_rng(8)
-    pairs = [
-        stats.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x"))
-        for i in range(4)
-    ]
+    pairs = [stats.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x")) for i in range(4)]
     alone = stats.judge(pairs[:1])[0]
     family = stats.judge(pairs)[0]
     assert family.visible > alone.visible
@@ -213,14 +202,15 @@ def test_pseudo_values_give_matthews_and_its_spread():
     labels = random.integers(0, 2, 400)
     guesses = np.where(random.random((3, 400)) < 0.8, labels, 1 - labels)
     cells = stats.confusion_cells(labels, guesses, 2)
-    for ours, theirs in ((stats.matthews, matthews_corrcoef), (stats.f1, f1_score)):
+    macro = partial(f1_score, average="macro")
+    for ours, theirs in ((stats.matthews, matthews_corrcoef), (stats.f1, macro)):
         values = stats.pseudo_values(cells, ours)
         expected = [theirs(labels, g) for g in guesses]
         assert values.mean(1) == pytest.approx(expected, abs=1e-9)
         # the delta method's standard error against an ordinary bootstrap of the metric
-        picks = random.integers(0, 400, (1500, 400))
+        picks = random.integers(0, 400, (250, 400))
         resampled = np.std([theirs(labels[p], guesses[0][p]) for p in picks])
-        assert values[0].std() / np.sqrt(400) == pytest.approx(resampled, rel=0.1)
+        assert values[0].std() / np.sqrt(400) == pytest.approx(resampled, rel=0.2)
 
 
 def test_three_class_f1_is_the_macro_mean():
@@ -237,9 +227,7 @@ def test_ranks_and_critical_difference():
     # Demšar 2006, table 6: 4 methods on 14 data sets have a critical difference of 1.25 at 5 % (q = 2.569)
     random = np.random.default_rng(11)
     quality = random.random(14)
-    ranking = stats.rank_methods(
-        {name: quality + gain for name, gain in zip("abcd", (0.3, 0.2, 0.1, 0), strict=True)}
-    )
+    ranking = stats.rank_methods({name: quality + gain for name, gain in zip("abcd", (0.3, 0.2, 0.1, 0), strict=True)})
     assert ranking.critical == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=2e-3)
     assert ranking.ranks == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
     assert ranking.groups == [["a", "b"], ["b", "c"], ["c", "d"]]
@@ -248,9 +236,7 @@ def test_ranks_and_critical_difference():
 
 def test_ranks_of_equal_methods_raise_no_alarm():
     random = np.random.default_rng(12)
-    p = [
-        stats.rank_methods(dict(zip("abc", random.random((3, 6)), strict=True)), seed=i).p for i in range(60)
-    ]
+    p = [stats.rank_methods(dict(zip("abc", random.random((3, 6)), strict=True)), seed=i).p for i in range(60)]
     assert np.mean(np.array(p) < 0.05) <= 0.13
     few = stats.rank_methods({"a": [1, 1], "b": [0, 0], "c": [2, 2]})
     assert "told apart" in few.note

@@ -284,11 +284,10 @@ def matthews(confusion: Table) -> float:
 
 
 def f1(confusion: Table) -> float:
-    """F1 from a confusion matrix (label, prediction) [K*K]: of class 1 if there are two, else the mean."""
+    """Mean over the classes of F1, from a confusion matrix (label, prediction) [K*K] in any unit."""
     k = math.isqrt(confusion.size)
     c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
-    each = 2 * np.diag(c) / np.maximum(c.sum(0) + c.sum(1), 1e-300)
-    return float(each[1] if k == 2 else each.mean())
+    return float((2 * np.diag(c) / np.maximum(c.sum(0) + c.sum(1), 1e-300)).mean())
 
 
 def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
@@ -354,9 +353,7 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
     many = [c for c in comparisons if c.p is not None]
     apart = dict(zip(map(id, many), holm([c.p for c in many if c.p is not None]), strict=True))
     margins = [c for c in many if c.p_same is not None]
-    alike = dict(
-        zip(map(id, margins), holm([c.p_same for c in margins if c.p_same is not None]), strict=True)
-    )
+    alike = dict(zip(map(id, margins), holm([c.p_same for c in margins if c.p_same is not None]), strict=True))
     judged = []
     for c in comparisons:
         if id(c) not in apart:
@@ -398,9 +395,7 @@ def rank_methods(scores: dict[str, Sequence[float]], level: float = 0.05, seed: 
     average = stats.rankdata(-values, axis=0).mean(1)
     ranks = dict(sorted(zip(scores, average.tolist(), strict=True), key=lambda pair: pair[1]))
     if tasks < 2 or k < 2:
-        return Ranking(
-            ranks, tasks, None, None, [list(ranks)], "Ranks over tasks need two tasks and two methods."
-        )
+        return Ranking(ranks, tasks, None, None, [list(ranks)], "Ranks over tasks need two tasks and two methods.")
     critical = float(
         stats.studentized_range.isf(level, k, np.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * tasks))
     )
@@ -433,6 +428,4 @@ def over_tasks(comparisons: Sequence[Comparison]) -> Spread:
     below = sum(e**4 / c.spread.freedom for e, c in zip(parts, comparisons, strict=True) if c.spread.freedom)
     freedom = total**2 / below if below else min(c.spread.freedom for c in comparisons)
     mean = sum(c.difference for c in comparisons) / T
-    return Spread(
-        mean, math.sqrt(total), freedom, min(c.seeds for c in comparisons), sum(c.items for c in comparisons)
-    )
+    return Spread(mean, math.sqrt(total), freedom, min(c.seeds for c in comparisons), sum(c.items for c in comparisons))

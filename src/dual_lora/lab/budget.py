@@ -1,0 +1,177 @@
+"""How large is a method on a model, and which rank makes it as large as another? Counted on the meta device.
+
+The model is built from its configuration without weights, the method is put on it by PEFT itself, and what would
+train is counted: no formula of ours that could differ from what PEFT does.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import ModelPart, Recipe
+
+# The field that sets a method's size, where it is not "r".
+RANK_FIELDS = {
+    "adalora": "init_r",
+    "fourierft": "n_frequency",
+    "waveft": "n_frequency",
+    "prompt_tuning": "num_virtual_tokens",
+    "prefix_tuning": "num_virtual_tokens",
+    "p_tuning": "num_virtual_tokens",
+    "cpt": "num_virtual_tokens",
+    "adaption_prompt": "adapter_len",
+}
+# Fields that draw or decompose weights at the start: without meaning on the meta device, and without parameters.
+_UNCOUNTED = {"init_lora_weights": False}
+_REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters that train (those of a frozen group are not among them), and all of the base model."""
+
+    trainable: int
+    base: int
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The rank found, the size it gives, and the relative mismatch to the target."""
+
+    rank: int
+    size: int
+    mismatch: float
+
+
+def rank_field(method: str) -> str | None:
+    """The field of a method that sets its size, None if it has none."""
+    from dual_lora.lab.methods import method_fields
+
+    plain = method.lower().replace("-", "_")
+    field = RANK_FIELDS.get(plain, "r")
+    return field if field in method_fields(method) else None
+
+
+def classes_of(recipe: Recipe) -> int | None:
+    """Number of classes of the recipe's training records; None for a language model."""
+    from dual_lora.lab.data.encode import class_names
+    from dual_lora.lab.data.examples import load_split
+
+    if recipe.model.head != "classification":
+        return None
+    return len(class_names(load_split(recipe.data, "train")))
+
+
+class Scale:
+    """Counts methods on models; each model is built once."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[str, str, int | None], Any] = {}
+
+    def size(self, recipe: Recipe, classes: int | None, frozen: Iterable[str] = ()) -> Size:
+        """What would train under the recipe. frozen: regular expressions of parameters that never move."""
+        from dual_lora.lab.methods import method_config
+
+        base = self._base(recipe.model, classes)
+        total = sum(p.numel() for p in base.parameters())
+        method = {k: _UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
+        steps = recipe.train.steps or 100
+        config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
+        if config is None:
+            return Size(total, total)
+        adapted = self._adapted(recipe, base, config, total)
+        still = [re.compile(pattern) for pattern in frozen]
+        named = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
+        return Size(sum(p.numel() for n, p in named if not any(s.search(n) for s in still)), total)
+
+    def _adapted(self, recipe: Recipe, base: Any, config: Any, total: int) -> Any:
+        import torch
+        from peft import get_peft_model
+
+        try:
+            with torch.device("meta"):
+                return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+        except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
+            if total > _REAL_LIMIT:
+                raise self._misfit(recipe, on_meta) from on_meta
+        try:
+            real = copy.deepcopy(base).to_empty(device="cpu")
+            for tensor in real.parameters():
+                torch.nn.init.normal_(tensor, std=0.02)
+            return get_peft_model(real, config)
+        except Exception as error:
+            raise self._misfit(recipe, error) from error
+
+    @staticmethod
+    def _misfit(recipe: Recipe, error: Exception) -> UserError:
+        message = " ".join(str(error).split())
+        return UserError(f"The method {recipe.method['name']} does not fit {recipe.model.path}: {message}")
+
+    def _base(self, part: ModelPart, classes: int | None) -> Any:
+        key = (part.path, part.head, classes)
+        if key not in self._models:
+            self._models[key] = empty_model(part, classes)
+        return self._models[key]
+
+
+def _counting(method: str) -> dict[str, Any]:
+    """Settings under which an alias that decomposes weights at the start can be counted."""
+    return {"init_lora_weights": False} if method.lower() in ("pissa", "olora") else {}
+
+
+def empty_model(part: ModelPart, classes: int | None) -> Any:
+    """The model of a recipe without weights, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from dual_lora.lab.models import locate, quiet
+
+    place = locate(part.path)
+    more = {"num_labels": classes} if classes else {}
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(place.name, **place.arguments(), **more)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The configuration of {part.path!r} could not be read: {str(error).splitlines()[0]}"
+        ) from error
+    factory: Any = AutoModelForSequenceClassification if part.head == "classification" else AutoModelForCausalLM
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return factory.from_config(config)
+
+
+def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> Solved:
+    """The rank (a multiple of `step`, at most `top`) whose size is nearest to the target.
+
+    size has to rise or fall with the rank all the way (RandLoRA's falls). About 2 log2(top) sizes are counted.
+    """
+    known: dict[int, int] = {}
+
+    def at(multiple: int) -> int:
+        rank = multiple * step
+        if rank not in known:
+            known[rank] = size(rank)
+        return known[rank]
+
+    low, high = 1, max(1, top // step)
+    upper = 1
+    rising = at(min(2, high)) >= at(1)
+    # Double first: large ranks are slow to build, and most answers are small.
+    while upper < high and (at(upper) < target) == rising:
+        low, upper = upper, min(2 * upper, high)
+    while upper - low > 1:
+        middle = (low + upper) // 2
+        if (at(middle) < target) == rising:
+            low = middle
+        else:
+            upper = middle
+    at(low), at(upper)
+    best = min(known, key=lambda rank: (abs(known[rank] - target), rank))
+    return Solved(best, known[best], known[best] / target - 1)

@@ -1,0 +1,421 @@
+"""A study, written down: which methods are compared on what, at which budget, with how much search and how many seeds.
+
+    name: activations
+    question: Do ReLU and Sign each earn their place?
+    tasks: [boolq-smollm2]                  # recipes: shipped names or files
+    methods:
+      lora: {r: 16, lora_alpha: 32}
+      dual_lora: {}
+      no ReLU: {name: dual_lora, magnitude_activation: identity}
+    reference: dual_lora
+    budget: {match: parameters, like: lora} # ranks of all others are solved for
+    search: {trials: 3, space: {learning_rate: [3.0e-4, 1.0e-3, 3.0e-3]}}
+    seeds: 5
+
+A method is any that the installed PEFT offers, "full", or a preset below; every key that is not one of `MethodEntry`'s
+own is a field of the method's PEFT configuration. This file holds the typed fields and what can be checked without
+a model; `plan` turns a study into runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.metrics import METRICS
+from dual_lora.lab.recipe import Part
+
+# Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
+PRESETS: dict[str, dict[str, Any]] = {
+    "loraplus": {"name": "lora", "train": {"optimizer": "loraplus"}},
+    "galore": {
+        "name": "full",
+        "unmatched": True,
+        "train": {"optimizer": "galore_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "apollo": {
+        "name": "full",
+        "unmatched": True,
+        "train": {"optimizer": "apollo_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "full": {"name": "full", "unmatched": True},
+}
+
+SEARCH_SEED = 1000
+
+
+class MethodEntry(BaseModel):
+    """One method of a study. Keys beyond these are fields of the method's PEFT configuration (`fields`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("", description="Method or preset; left out: the entry's own key.")
+    about: str = Field("", description="One sentence for tables and reports.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe's train part.")
+    search: dict[str, Any] = Field(default_factory=dict, description="Its own search space, same number of trials.")
+    unmatched: bool = Field(False, description="Runs outside the budget (shown as such), e.g. full fine-tuning.")
+    freeze: dict[str, float] = Field(
+        default_factory=dict,
+        description="Regular expression of parameter names: share of the steps after which they stand still.",
+    )
+    round: dict[str, Literal["bfloat16", "float16", "int8"]] = Field(
+        default_factory=dict,
+        description="Regular expression of parameter names: precision that they are rounded to after every step.",
+    )
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the PEFT configuration."""
+        return dict(self.model_extra or {})
+
+
+class TaskEntry(Part):
+    """One task: a recipe and what is laid over it."""
+
+    recipe: str = Field(description="Shipped recipe or recipe file.")
+    metric: str | None = Field(
+        None, description=f"One of {', '.join(METRICS)}; left out: the recipe's first evaluation."
+    )
+    model: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's model part.")
+    data: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's data part.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's train part.")
+    evaluate: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's evaluate part.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRICS:
+            raise ValueError(f"unknown metric {value!r}.{suggest(value, METRICS)}")
+        return value
+
+
+class Budget(Part):
+    """What all methods get the same of."""
+
+    match: Literal["parameters", "time", "memory", "none"] = Field(
+        "none",
+        description="parameters and memory: the rank is solved for; time: the number of steps; none: as written.",
+    )
+    like: str | None = Field(None, description="The method whose need is the budget; it keeps its rank and steps.")
+    value: float | None = Field(
+        None, gt=0, description="Instead of `like`: trainable parameters, seconds of training, or bytes of peak memory."
+    )
+    tolerance: float = Field(0.05, gt=0, lt=1, description="Largest relative mismatch that still counts as matched.")
+    max_rank: int = Field(2048, ge=2, description="Ranks above this are not tried.")
+
+    @model_validator(mode="after")
+    def _has_a_measure(self) -> Budget:
+        if self.match != "none" and (self.like is None) == (self.value is None):
+            raise ValueError(f"match: {self.match} needs either like: METHOD or value: NUMBER, and not both")
+        return self
+
+
+class Range(Part):
+    """An interval that is searched."""
+
+    low: float
+    high: float
+    scale: Literal["log", "linear"] = "log"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high or (self.scale == "log" and self.low <= 0):
+            raise ValueError(f"low {self.low} and high {self.high}: low has to be smaller, and positive on a log scale")
+        return self
+
+
+Axis = list[Any] | Range
+
+
+class Search(Part):
+    """The same number of trials for every method, judged on validation records, never on test."""
+
+    space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
+    trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
+    metric: str | None = Field(None, description="Judged by this; left out: the task's metric.")
+    holdout: int | None = Field(
+        None, ge=1, description="Validation records taken out of training where a recipe has none."
+    )
+    train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
+    seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return TaskEntry._known(value)
+
+    @model_validator(mode="after")
+    def _enough_points(self) -> Search:
+        if not self.space:
+            raise ValueError("space is empty: name at least learning_rate")
+        self.points()
+        return self
+
+    @property
+    def count(self) -> int:
+        """Trials of each method: `trials`, or every point of the lists."""
+        axes = [_axis(axis) for axis in self.space.values()]
+        points = math.prod(len(axis) if isinstance(axis, list) else 0 for axis in axes)
+        if not self.trials and not points:
+            raise ValueError("a space with a range needs trials: NUMBER")
+        return self.trials or points
+
+    def points(self, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The trials' settings, {dotted name: value}; `own` is a method's own space."""
+        space = {dotted(name): _axis(axis) for name, axis in (own or self.space).items()}
+        lists = {name: axis for name, axis in space.items() if isinstance(axis, list)}
+        if len(lists) < len(space):
+            return _spread_points(space, self.count)
+        grid = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
+        if len(grid) < self.count:
+            raise ValueError(f"{self.count} trials wanted, but the space holds only {len(grid)} points")
+        chosen = random.Random(0).sample(range(len(grid)), self.count)
+        return [grid[i] for i in sorted(chosen)]
+
+
+def _axis(axis: Any) -> Axis:
+    if isinstance(axis, Range):
+        return axis
+    if isinstance(axis, dict):
+        return Range.model_validate(axis)
+    if not isinstance(axis, list) or not axis:
+        raise ValueError(f"{axis!r} is no search axis: expected a list of values or {{low: , high: }}")
+    return axis
+
+
+def _spread_points(space: dict[str, Axis], wanted: int) -> list[dict[str, Any]]:
+    """`wanted` points that fill the space evenly, the same at every call and for every method."""
+    import numpy as np
+    from scipy.stats import qmc
+
+    if len(space) == 1:
+        unit = np.linspace(0, 1, wanted)[:, None] if wanted > 1 else np.array([[0.5]])
+    else:
+        unit = qmc.Halton(len(space), rng=0).random(wanted)
+    return [{name: _at(axis, u) for (name, axis), u in zip(space.items(), row, strict=True)} for row in unit]
+
+
+def _at(axis: Axis, u: float) -> Any:
+    if isinstance(axis, list):
+        return axis[min(int(u * len(axis)), len(axis) - 1)]
+    if axis.scale == "linear":
+        return float(f"{axis.low + u * (axis.high - axis.low):.4g}")
+    return float(f"{axis.low * (axis.high / axis.low) ** u:.4g}")
+
+
+class Study(Part):
+    """A complete comparison."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$", description="Name of the study and of its default output folder.")
+    question: str = Field("", description="What the study is to answer, in one sentence.")
+    tasks: dict[str, TaskEntry] = Field(description="Recipes: a list of names, or name: {recipe: , metric: , ...}.")
+    models: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Name: what is laid over the recipe ({model: {path: ...}}); empty: the recipe's own.",
+    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Laid over every recipe.")
+    methods: dict[str, MethodEntry] = Field(description="Name: the method and its fields.")
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="train.X or method.X: values; every method is run with each of them."
+    )
+    reference: str = Field("", description="The method that all others are compared with; left out: the first.")
+    pairs: Literal["reference", "all"] = Field("reference", description="Comparisons that are made and corrected for.")
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}), description="What is held equal.")
+    seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
+    search: Search | None = Field(None, description="Tuning before the final runs; left out: none.")
+    margin: dict[str, float] = Field(
+        default_factory=dict,
+        description="Metric: the difference that is too small to matter; one number for all metrics.",
+    )
+    level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
+    power: float = Field(0.8, gt=0.5, lt=1, description="Chance meant by the smallest visible difference.")
+    cost: bool = Field(True, description="Measure merge time and inference slow-down on each method's first seed.")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names_are_tasks(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            return {Path(str(name)).stem: {"recipe": str(name)} for name in value}
+        return (
+            {k: {"recipe": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names_are_methods(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            value = {str(name): {} for name in value}
+        return {k: v or {} for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_is_seeds(cls, value: Any) -> Any:
+        return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _one_margin(cls, value: Any) -> Any:
+        return dict.fromkeys(METRICS, value) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Study:
+        if not self.tasks or not self.methods:
+            raise ValueError("a study needs at least one task and one method")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds {self.seeds}: expected at least one, all different, none negative")
+        if self.search and self.search.seed in self.seeds:
+            raise ValueError(
+                f"search.seed {self.search.seed} is one of the final seeds, and those must be new to the tuning"
+            )
+        for metric, margin in self.margin.items():
+            if metric not in METRICS:
+                raise ValueError(f"margin for the unknown metric {metric!r}.{suggest(metric, METRICS)}")
+            if margin <= 0:
+                raise ValueError(f"margin {margin} for {metric}: expected a positive number, in the metric's unit")
+        if self.budget.like is not None and self.budget.like not in self.methods:
+            raise ValueError(f"budget.like is {self.budget.like!r}.{suggest(self.budget.like, self.methods)}")
+        variants = self.variants()
+        if self.reference and self.reference not in variants:
+            raise ValueError(
+                f"reference {self.reference!r} is no method of the study.{suggest(self.reference, variants)}"
+            )
+        if self.search:
+            for name, entry in self.methods.items():
+                try:
+                    self.search.points(entry.search or None)
+                except ValueError as error:
+                    raise ValueError(f"methods.{name}.search: {error}; every method gets the same number") from None
+        return self
+
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with."""
+        return self.reference or next(iter(self.variants()))
+
+    def variants(self) -> dict[str, MethodEntry]:
+        """The methods, each once for every point of the sweep."""
+        points = [dict(zip(self.sweep, p, strict=True)) for p in itertools.product(*self.sweep.values())]
+        return {
+            " ".join([name, *(f"{_short(key)}={value}" for key, value in point.items())]): with_settings(
+                entry, point, name
+            )
+            for name, entry in self.methods.items()
+            for point in points
+        }
+
+
+def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str = "") -> MethodEntry:
+    """The method with settings {train.X or method.X: value} laid over it (learning_rate is train.learning_rate)."""
+    values = entry.model_dump()
+    values["name"] = entry.name or key
+    for name, value in settings.items():
+        part, _, field = dotted(name).partition(".")
+        if part == "train":
+            values["train"] = {**values["train"], field: value}
+        else:
+            values[field] = value
+    return MethodEntry.model_validate(values)
+
+
+def dotted(name: str) -> str:
+    """`learning_rate` -> `train.learning_rate`. Raises ValueError for a name outside train and method."""
+    from dual_lora.lab.recipe import TrainPart
+
+    full = f"train.{name}" if name in TrainPart.model_fields else name
+    part, _, field = full.partition(".")
+    if part == "method" and field:
+        return full
+    if part != "train" or field not in TrainPart.model_fields:
+        hint = suggest(field or part, TrainPart.model_fields)
+        raise ValueError(f"{name!r} can not be varied: expected train.FIELD or method.FIELD.{hint}")
+    return full
+
+
+def _short(name: str) -> str:
+    return {"learning_rate": "lr"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
+
+
+_RANK_RULE = re.compile(r"^\s*(?:(?P<times>[\d.]+)\s*\*?\s*)?r\s*(?:/\s*(?P<over>[\d.]+))?\s*$")
+
+
+def rank_rule(value: Any, rank: int | None, where: str) -> Any:
+    """`2r`, `r` or `r/2` in a field becomes that multiple of the rank; anything else stays what it is."""
+    match = _RANK_RULE.match(value) if isinstance(value, str) else None
+    if not match:
+        return value
+    if rank is None:
+        raise UserError(f"{where} is {value!r}, but the method has no rank: write a number.")
+    result = rank * float(match["times"] or 1) / float(match["over"] or 1)
+    return int(result) if result == int(result) else result
+
+
+def rank_denominator(values: Iterable[Any], least: int) -> int:
+    """The rank has to be a multiple of this, so that every rank rule among the values gives a whole number."""
+    rules = (_RANK_RULE.match(value) for value in values if isinstance(value, str))
+    return math.lcm(least, *(int(float(m["over"])) for m in rules if m and m["over"]))
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name → file of the studies that the package carries."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "studies").glob("*.yaml"))}
+
+
+def read_study(source: str | Path) -> tuple[Study, str]:
+    """The study in a YAML file, or the shipped one of that name, and its text.
+
+    Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
+    """
+    path, shipped = Path(source), shipped_studies()
+    if not path.is_file():
+        if str(source) not in shipped:
+            raise UserError(
+                f"There is no study {str(source)!r}, neither a file nor a shipped one.{suggest(str(source), shipped)}"
+            )
+        path = shipped[str(source)]
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
+    return build_study(values, str(path)), text
+
+
+def build_study(values: dict[str, Any], where: str = "the study") -> Study:
+    """A validated study from plain values, or a UserError that names every problem."""
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {' '.join(_problem(item) for item in error.errors())}") from None
+
+
+def _problem(item: Any) -> str:
+    place = ".".join(str(p) for p in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown field {place!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"field {place!r} is missing."
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message}{'' if message.endswith(('.', '?')) else '.'}" if place else f"{message}."
+
+
+def _known_at(loc: tuple[Any, ...]) -> list[str]:
+    part: type[BaseModel] = Study
+    nested: dict[str, type[BaseModel]] = {"budget": Budget, "search": Search, "tasks": TaskEntry}
+    if loc:
+        part = nested.get(str(loc[0]), Study)
+    return list(part.model_fields)
