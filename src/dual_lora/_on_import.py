@@ -30,16 +30,21 @@ class _Finder(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)  # the real finders' turn
-        spec = find_spec(fullname)
+        # Aside for the real finders' turn only: whoever asks may just want to know whether the module is there
+        # (transformers does, long before PEFT is imported).
+        sys.meta_path.remove(self)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.action)
+            spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(Loader):
-    def __init__(self, real: Any, action: Callable[[], Any]):
-        self.real, self.action = real, action
+    def __init__(self, real: Any, finder: _Finder):
+        self.real, self.finder = real, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.real.create_module(spec)
@@ -50,4 +55,5 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.real
         self.real.exec_module(module)
-        self.action()
+        sys.meta_path.remove(self.finder)
+        self.finder.action()
