@@ -1,0 +1,60 @@
+"""PEFT's own tests, fetched from the source distribution of the installed version and put into this method's words.
+
+Nothing of PEFT is kept in this repository: the tests are unpacked into a cache folder, and the names that stand for
+LoRA's configuration, layer and factors are replaced by ours there. What the tests do and assert stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+# LoRA keeps its factors in modules (lora_A["default"].weight), this method in parameters (dual_lora_A["default"]).
+REPLACEMENTS = [
+    (r"\blora_([AB])((?:\[[^\]\n]*\]|\.\w+)?)\.weight\b", r"dual_lora_\1\2"),
+    (r"(?<![\w])lora_([AB])\b", r"dual_lora_\1"),
+    (r"\blora_embedding_([AB])\b", r"dual_lora_\1"),
+    (r"\bLoraConfig\b", "DualLoraConfig"),
+    (r"\bLoraLayer\b", "DualLoraLayer"),
+    (r"\bLoraModel\b", "DualLoraModel"),
+    (r"\blora_only\b", "dual_lora_only"),
+    (r"\bPeftType\.LORA\b", "PeftType.DUAL_LORA"),
+    (r"([\"'])lora_\1", r"\1dual_lora_\1"),
+    (r"([\"'])LORA\1", r"\1DUAL_LORA\1"),
+    (r"([\"'])lora\.", r"\1dual_lora."),
+]
+
+
+def tests_of_installed_peft(cache: Path, method: str) -> Path:
+    """A folder with `tests/`, as PEFT ships them (method "lora") or in this method's words ("dual_lora")."""
+    name = f"peft-{version('peft')}"
+    original = cache / "source" / name
+    if not (original / "tests").is_dir():
+        _download(name, cache / "source")
+        (original / "tests" / "__init__.py").touch()  # PEFT leaves it out, and its tests import each other
+    if method == "lora":
+        return original
+    translated = cache / "translated" / name
+    (translated / "tests").mkdir(parents=True, exist_ok=True)
+    for path in (original / "tests").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for pattern, replacement in REPLACEMENTS:
+            text = re.sub(pattern, replacement, text)
+        target = translated / "tests" / path.name
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
+            target.write_text(text, encoding="utf-8")
+    return translated
+
+
+def _download(name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    requirement = name.replace("peft-", "peft==")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-binary", ":all:", "--no-deps", requirement]
+    subprocess.run([*command, "--dest", str(folder)], check=True)
+    archive = next(folder.glob("peft-*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
