@@ -1,0 +1,198 @@
+"""One gradient pass over a few batches: what the clip cuts, which group gets how much, where the first step goes.
+
+The full weight gradient G = dyᵀx of a layer is made a block of rows at a time while backward passes the layer; nothing
+of a weight's size is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dual_lora.core.reference import product_gradients
+from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
+from dual_lora.lab.analysis.updates import adapted_layers, snapshot
+
+Batch = dict[str, Tensor]
+LossOf = Callable[[Any, Batch], Tensor]
+
+GROUPS = {"dual_lora_A": "magnitude", "dual_lora_B": "magnitude", "dual_lora_C": "direction", "dual_lora_D": "direction"}
+
+
+class WeightGradient:
+    """G = dyᵀ x of one layer and one batch, fp32, by rows."""
+
+    def __init__(self, x: Tensor, dy: Tensor):
+        self.x, self.dy = x.detach().flatten(0, -2), dy.detach().flatten(0, -2)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.dy.shape[1], self.x.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return (self.dy[:, start:stop].t() @ self.x).float()
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return (self.dy.t() @ self.x[:, start:stop]).float()
+
+
+@contextmanager
+def watched(layers: dict[str, Any], see: Callable[[str, WeightGradient], None]) -> Iterator[None]:
+    """Call ``see(layer name, G)`` for every layer while backward passes it."""
+
+    def attach(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            x = args[0]
+            if torch.is_tensor(output) and output.requires_grad:
+                output.register_hook(lambda dy: see(name, WeightGradient(x, dy)))
+
+        return hook
+
+    handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradient_shares(layer: nn.Module) -> dict[str, float]:
+    """Share of every group of an adapter's tensors in the squared norm of its gradient, from `.grad`.
+
+    share_magnitude and share_direction for Dual LoRA (A and B, C and D), and one share for each kind of tensor
+    (share_dual_lora_A, share_lora_B, …). Empty where no gradient has been taken, or it is zero.
+    """
+    squares: dict[str, float] = {}
+    for name, parameter in layer.named_parameters():
+        if parameter.grad is None or name.startswith("base_layer."):
+            continue
+        size = float(parameter.grad.double().square().sum())
+        kind = name.partition(".")[0]
+        for key in {kind, GROUPS.get(kind, kind)}:
+            squares[key] = squares.get(key, 0.0) + size
+    total = sum(size for key, size in squares.items() if key not in GROUPS.values())
+    return {f"share_{key}": size / total for key, size in sorted(squares.items())} if total else {}
+
+
+def gradient_pass(
+    model: Any, batches: list[Batch], loss_of: LossOf, adapter: str = "default"
+) -> dict[str, dict[str, float]]:
+    """By layer: gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
+
+    cut: share of the entries of H = s G ⊙ ReLU(P) that the estimator changes, cut_moving: the same among entries with
+    H ≠ 0; lost: share of Σ|H| that is gone; largest_H: the largest |H|. Under "clip" these are entries beyond ±1, under
+    "hardtanh" those with |Q| > 1. The clip acts on each micro-batch, so a batch here should be one of training's.
+    The factors' gradients are summed over the batches; the model is left without gradients.
+    """
+    layers = adapted_layers(model)
+    updates = snapshot(model, adapter)
+    tallies: dict[str, Tensor] = {}
+
+    def see(name: str, G: WeightGradient) -> None:
+        matrix = updates[name].update()
+        if isinstance(matrix, Factored) and matrix.adapter.form.direction == "sign":
+            tally = _estimator_tally(matrix, G, updates[name].strength)
+            if name in tallies:
+                tally[-1] = torch.maximum(tally[-1], tallies[name][-1])
+                tally[:-1] += tallies[name][:-1]
+            tallies[name] = tally
+
+    model.zero_grad(set_to_none=True)
+    with _evaluating(model), watched({n: layers[n] for n in updates}, see), torch.enable_grad():
+        for batch in batches:
+            loss_of(model, batch).backward()
+    result = {name: gradient_shares(layers[name]) for name in updates}
+    for name, tally in tallies.items():
+        cut, moving, total, before, after, largest = tally.tolist()
+        result[name] |= {
+            "cut": cut / total,
+            "cut_moving": cut / moving if moving else 0.0,
+            "lost": 1 - after / before if before else 0.0,
+            "largest_H": largest,
+        }
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
+    """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
+    form, scale = matrix.adapter.form, strength * matrix.adapter.scale
+    P, Q = matrix.product("magnitude"), matrix.product("direction")
+    tally = torch.zeros(6, dtype=torch.float64)
+    for span in row_spans(matrix):
+        args = G.rows(*span), P.rows(*span), Q.rows(*span), scale
+        H = product_gradients(*args, form._replace(ste="identity"))[1]
+        kept = product_gradients(*args, form)[1]
+        tally[:5] += torch.stack(
+            [(H != kept).sum(), (H != 0).sum(), torch.tensor(H.numel()), H.double().abs().sum(), kept.double().abs().sum()]
+        ).double()
+        tally[5] = torch.maximum(tally[5], H.abs().max().double())
+    return tally
+
+
+def first_step(
+    model: Any, batch: Batch, loss_of: LossOf, learning_rate: float, adapter: str = "default"
+) -> dict[str, dict[str, float]]:
+    """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
+
+    gradient_cosine: cosine of the step in ΔW with -G, plain gradient descent's direction; sign_cosine: with -sign(G),
+    the first step of AdamW on the weight itself. The batch passes twice, once for the step and once for G, so that no
+    G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0 nothing moves.
+    """
+    layers, before = adapted_layers(model), snapshot(model, adapter)
+    with _evaluating(model), torch.enable_grad():
+        model.zero_grad(set_to_none=True)
+        loss_of(model, batch).backward()
+        trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+        kept = [p.detach().clone() for p in trained]
+        torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0).step()
+        after = snapshot(model, adapter)
+        with torch.no_grad():
+            for parameter, old in zip(trained, kept, strict=True):
+                parameter.copy_(old)
+        result: dict[str, dict[str, float]] = {}
+
+        def see(name: str, G: WeightGradient) -> None:
+            result[name] = _alignment(before[name].update(), after[name].update(), G)
+
+        model.zero_grad(set_to_none=True)
+        with watched({n: layers[n] for n in before}, see):
+            loss_of(model, batch).backward()
+        model.zero_grad(set_to_none=True)
+    return {name: result[name] for name in before if name in result}
+
+
+def _alignment(old: Matrix, new: Matrix, G: Matrix) -> dict[str, float]:
+    along = along_sign = step = gradient = nonzero = 0.0
+    for span in row_spans(new):
+        move = (new.rows(*span) - old.rows(*span)).double()
+        g = G.rows(*span).double()
+        along -= float((move * g).sum())
+        along_sign -= float((move * g.sign()).sum())
+        step += float(move.square().sum())
+        gradient += float(g.square().sum())
+        nonzero += float((g != 0).sum())
+    return {
+        "gradient_cosine": along / math.sqrt(step * gradient) if step and gradient else math.nan,
+        "sign_cosine": along_sign / math.sqrt(step * nonzero) if step and nonzero else math.nan,
+    }
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Without dropout: a figure should not depend on a draw."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)

@@ -1,0 +1,95 @@
+"""Zeros, signs and sizes of one update, and what changed between two, in one pass over blocks of rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
+
+
+def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -> dict[str, float]:
+    """Shares of all entries and norms.
+
+    zero, positive, negative: shares of the update's entries. direction_positive: share of Sign(DC) = +1, moved or not
+    (Dual LoRA). norm: Frobenius norm; rms, largest: of the entries. norm_ratio, largest_ratio: the same against the
+    base weight's norm and root mean square. Norms are multiplied by `strength` (λ), shares are not.
+    """
+    positive = negative = squares = base_squares = 0.0
+    largest = torch.zeros((), device=update.device)
+    for start, stop in row_spans(update):
+        block = update.rows(start, stop)
+        positive += float((block > 0).sum())
+        negative += float((block < 0).sum())
+        squares += float(block.double().square().sum())
+        largest = torch.maximum(largest, block.abs().max())
+        if base is not None:
+            base_squares += float(base.rows(start, stop).double().square().sum())
+    O, I = update.shape
+    entries = O * I
+    norm = strength * math.sqrt(squares)
+    result = {
+        "zero": 1 - (positive + negative) / entries,
+        "positive": positive / entries,
+        "negative": negative / entries,
+        "norm": norm,
+        "rms": norm / math.sqrt(entries),
+        "largest": strength * float(largest),
+    }
+    if base_squares:
+        result["norm_ratio"] = norm / math.sqrt(base_squares)
+        result["largest_ratio"] = result["largest"] / math.sqrt(base_squares / entries)
+    if isinstance(update, Factored) and update.adapter.form.direction == "sign":
+        result["direction_positive"] = _share_positive(update.group("direction"))
+    return result
+
+
+def _share_positive(matrix: Matrix) -> float:
+    count = sum(float((matrix.rows(*span) > 0).sum()) for span in row_spans(matrix))
+    return count / (matrix.shape[0] * matrix.shape[1])
+
+
+def changes(old: Matrix, new: Matrix) -> dict[str, float]:
+    """What changed from one update to another, as shares of all entries.
+
+    flipped: moved before and after, in opposite directions. switched_on, switched_off: zero before, not zero after,
+    and the reverse (for Dual LoRA: ReLU opened or closed). direction_flipped: Sign(DC) changed, moved or not.
+    An entry that went and came back between the two is not seen.
+    """
+    counts = {"flipped": 0.0, "switched_on": 0.0, "switched_off": 0.0}
+    for start, stop in row_spans(new):
+        before, after = torch.sign(old.rows(start, stop)), torch.sign(new.rows(start, stop))
+        counts["flipped"] += float((before * after < 0).sum())
+        counts["switched_on"] += float(((before == 0) & (after != 0)).sum())
+        counts["switched_off"] += float(((before != 0) & (after == 0)).sum())
+    entries = new.shape[0] * new.shape[1]
+    result = {name: count / entries for name, count in counts.items()}
+    signed = isinstance(old, Factored) and isinstance(new, Factored) and new.adapter.form.direction == "sign"
+    if signed:
+        result["direction_flipped"] = _share_different(old.group("direction"), new.group("direction"))  # type: ignore[union-attr]
+    return result
+
+
+def _share_different(old: Matrix, new: Matrix) -> float:
+    count = sum(float((old.rows(*span) != new.rows(*span)).sum()) for span in row_spans(new))
+    return count / (new.shape[0] * new.shape[1])
+
+
+def threshold_of_largest(matrix: Matrix, share: float) -> float:
+    """The absolute value that the largest `share` of the entries reach, to one part in 2,000.
+
+    Counted in bins of the leading bits of a float, which order positive numbers; nothing is sorted or kept.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}, expected a number above 0 and up to 1.")
+    shift = 12  # keeps the exponent and 11 bits of the mantissa
+    counts = torch.zeros(1 << (31 - shift), dtype=torch.int64)
+    for span in row_spans(matrix):
+        bits: Tensor = matrix.rows(*span).abs().contiguous().view(torch.int32) >> shift
+        counts += torch.bincount(bits.flatten().cpu(), minlength=len(counts))
+    wanted = max(1, round(share * matrix.shape[0] * matrix.shape[1]))
+    reached = counts.flip(0).cumsum(0)
+    bin_number = len(counts) - 1 - int((reached >= wanted).nonzero()[0])
+    return float(torch.tensor(bin_number << shift, dtype=torch.int32).view(torch.float32))

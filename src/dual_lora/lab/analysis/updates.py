@@ -1,0 +1,169 @@
+"""The updates of a model's layers, by layer name, for any PEFT method and for full fine-tuning.
+
+A layer's name is that of the module in the base model ("model.layers.0.self_attn.q_proj"), so that runs of different
+methods meet on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dual_lora.lab.analysis.matrices import Dense, Difference, Factored, Matrix, Saved, Update
+from dual_lora.lab.errors import UserError
+
+
+class LayerUpdate(NamedTuple):
+    """A layer's update at one moment. strength: the warm-up's λ, by which `update` is not yet multiplied."""
+
+    update: Update
+    strength: float = 1.0
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The tuner layers of a PEFT model by their names in the base model."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, BaseTunerLayer) and not _is_inner(name, base)
+    }
+
+
+def _is_inner(name: str, base: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    parent = name.rpartition(".")[0]
+    return bool(parent) and isinstance(base.get_submodule(parent), BaseTunerLayer)
+
+
+def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdate]:
+    """What the adapter does to every layer now; stays what it is when the model trains on.
+
+    Holds copies of the adapter's own tensors, never of a weight. Dual LoRA's updates are at full strength, with the
+    warm-up's λ beside them: the pattern of signs and zeros is there before λ lets it act.
+    """
+    from dual_lora.method.layer import DualLoraLayer
+
+    result = {}
+    for name, layer in adapted_layers(model).items():
+        if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
+            full = layer.adapter(adapter)
+            copies = full.factors._make(f.detach().clone() for f in full.factors)
+            matrix = Factored(full._replace(factors=copies, scale=torch.full_like(full.scale, layer.scaling[adapter])))
+            result[name] = LayerUpdate(lambda matrix=matrix: matrix, layer.warmup_factor(adapter))
+        elif adapter in getattr(layer, "active_adapters", []):
+            tensors = {n: p.detach().clone() for n, p in _own_tensors(layer)}
+            result[name] = LayerUpdate(lambda layer=layer, tensors=tensors: _effect(layer, tensors, adapter))
+    return result
+
+
+def base_matrix(layer: nn.Module) -> Matrix | None:
+    """The base weight as [O, I], or None where it is not a plain tensor (quantised)."""
+    inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = getattr(inner, "weight", None)
+    if weight is None or not weight.dtype.is_floating_point or weight.dim() < 2:
+        return None
+    return Dense(_matrix(inner, weight))
+
+
+def _matrix(inner: nn.Module, weight: Tensor) -> Tensor:
+    """A stored weight as [O, I]: transformers' Conv1D keeps the transpose."""
+    return weight.t() if type(inner).__name__ == "Conv1D" else weight
+
+
+def _own_tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        if not name.startswith("base_layer."):
+            yield name, tensor
+
+
+def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
+    """Merged weight - base weight, by the layer's own merge, with the adapter's tensors as they were.
+
+    `get_delta_weight` is the update for some methods and something else for others (DoRA leaves the magnitudes out,
+    OFT gives a rotation); what merging does is what the adapter does. In fp64, so that the base rounds nothing away.
+    """
+    now = {n: t.data for n, t in _own_tensors(layer)}
+    inner = layer.get_base_layer()
+    weight = inner.weight
+    original, bias = weight.data, getattr(inner, "bias", None)
+    kept_bias = None if bias is None else bias.data.clone()
+    try:
+        for name, tensor in _own_tensors(layer):
+            tensor.data = tensors[name].to(tensor.device)
+        if not original.dtype.is_floating_point:
+            with torch.no_grad():
+                return Dense(_matrix(inner, layer.get_delta_weight(adapter)))
+        weight.data = original.double()
+        with torch.no_grad():
+            layer.merge(adapter_names=[adapter])
+            return Dense(_matrix(inner, inner.weight.data.double() - original.double()).float())
+    except (NotImplementedError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{type(layer).__name__} of {type(layer).__module__} can neither be merged nor give its update: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    finally:
+        weight.data = original
+        inner.weight = weight
+        if bias is not None:
+            bias.data = kept_bias
+        layer.merged_adapters.clear()
+        for name, tensor in _own_tensors(layer):
+            tensor.data = now[name]
+
+
+class FullUpdates:
+    """The updates of full fine-tuning: saved weights minus the base model's. Use as a context manager.
+
+    files: the safetensors files of one state. names: the layers to look at.
+    """
+
+    def __init__(self, files: list[Any], base: nn.Module, names: list[str] | None = None):
+        from contextlib import ExitStack
+
+        self.files, self.base = files, base
+        self.names = linear_layers(base) if names is None else names
+        self._stack = ExitStack()
+
+    def __enter__(self) -> dict[str, LayerUpdate]:
+        from safetensors import safe_open
+
+        where: dict[str, Any] = {}
+        for file in self.files:
+            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+            where |= dict.fromkeys(opened.keys(), opened)
+        result = {}
+        for name in self.names:
+            key = f"{name}.weight"
+            if key not in where:
+                raise UserError(f"{self.files[0].parent} holds no weight {key}: is it of another model?")
+            module = self.base.get_submodule(name)
+            old = base_matrix(module)
+            assert old is not None
+            conv1d = type(module).__name__ == "Conv1D"
+            saved = Saved(where[key], key, old.device, transposed=conv1d)
+            result[name] = LayerUpdate(lambda saved=saved, old=old: Difference(saved, old))
+        return result
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+
+def linear_layers(base: nn.Module) -> list[str]:
+    """The layers that "all-linear" adapts: every linear layer but the output layer."""
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    heads = ("classifier", "score", "lm_head")
+    return [
+        name
+        for name, module in base.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and module is not output
+        and not name.startswith(heads)
+    ]
