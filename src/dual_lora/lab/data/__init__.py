@@ -1,0 +1,1 @@
+"""From files to batches: records (read), examples (formats), token ids (encode), batches in order (batches)."""

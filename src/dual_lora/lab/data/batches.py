@@ -1,0 +1,100 @@
+"""Batches padded to their longest row, in an order that depends on the seed and nothing else."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from dual_lora.lab.data.encode import IGNORED, Encoded
+
+BATCHES_PER_POOL = 16  # rows of like length are put together within such a pool; larger pools pad less, mix less
+
+
+def training_order(lengths: list[int], rows: int, batch: int, seed: int) -> list[int]:
+    """Indices of ``rows`` training rows: whole passes in random order, rows of like length in the same batch.
+
+    The whole order is fixed before training, so that a resumed run goes on with the very row that would have come.
+    """
+    chance = random.Random(seed)
+    stream: list[int] = []
+    while len(stream) < rows:
+        one_pass = list(range(len(lengths)))
+        chance.shuffle(one_pass)
+        stream += one_pass
+    stream = stream[:rows]
+    # Pools are cut from the stream of all passes, not from each pass: their batches then stay aligned.
+    pool = batch * BATCHES_PER_POOL
+    order: list[int] = []
+    for start in range(0, rows, pool):
+        part = sorted(stream[start : start + pool], key=lambda i: lengths[i])
+        batches = [part[i : i + batch] for i in range(0, len(part), batch)]
+        last = [batches.pop()] if len(batches[-1]) < batch else []
+        chance.shuffle(batches)
+        order += [i for rows_of_batch in batches + last for i in rows_of_batch]
+    return order
+
+
+class Ordered:
+    """A data set whose rows come in a given order: read from front to back it is the whole training run."""
+
+    def __init__(self, rows: list[Encoded], order: list[int]):
+        self.rows, self.order = rows, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[self.order[index]]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows to tensors. Language models: padded on the left, with position ids and the number of last positions
+    whose logits are needed (``logits_to_keep``), if the model knows these arguments. Classifiers: padded on the right.
+    """
+
+    pad: int
+    classification: bool = False
+    accepts: frozenset[str] = frozenset({"position_ids", "logits_to_keep"})
+
+    def __call__(self, rows: list[Encoded]) -> dict[str, Any]:
+        import torch
+
+        width = max(len(row.input_ids) for row in rows)
+        if self.classification:
+            ids = [row.input_ids + [self.pad] * (width - len(row.input_ids)) for row in rows]
+            mask = [[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]
+            labels = [row.labels[0] for row in rows]
+            return {
+                "input_ids": torch.tensor(ids),
+                "attention_mask": torch.tensor(mask),
+                "labels": torch.tensor(labels),
+            }
+        batch = left_padded([row.input_ids for row in rows], self.pad)
+        labels_2d = [[IGNORED] * (width - len(row.labels)) + row.labels for row in rows]
+        batch["labels"] = torch.tensor(labels_2d)
+        # The logits at a position tell the next token: one position more than there are labels.
+        batch["logits_to_keep"] = min(width, max(row.label_tail for row in rows) + 1)
+        return {k: v for k, v in batch.items() if k in _ALWAYS or k in self.accepts}
+
+
+_ALWAYS = {"input_ids", "attention_mask", "labels"}
+
+
+def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
+    """input_ids, attention_mask and position_ids [rows, longest] with padding on the left."""
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def accepted_arguments(model: Any) -> frozenset[str]:
+    """Which of position_ids and logits_to_keep the base model's forward takes."""
+    import inspect
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(base.forward).parameters) & {"position_ids", "logits_to_keep"}

@@ -1,0 +1,149 @@
+"""Examples to token ids, with labels on the answer's tokens only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dual_lora.lab.data.examples import Example
+from dual_lora.lab.errors import UserError
+
+IGNORED = -100  # the label that losses of PyTorch leave out
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and labels of equal length, or one class label; ``where`` names the record."""
+
+    where: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def label_tail(self) -> int:
+        """Length of the end of the sequence that holds every label."""
+        first = next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+        return len(self.labels) - first
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Writes prompts as the recipe's template says. ``template`` is "chat", "alpaca" or "plain" ("auto": chat if any)."""
+
+    tokenizer: Any
+    template: str = "auto"
+
+    @property
+    def kind(self) -> str:
+        if self.template == "auto":
+            return "chat" if self.tokenizer.chat_template else "plain"
+        if self.template == "chat" and not self.tokenizer.chat_template:
+            raise UserError("data.template is chat, but this tokenizer has no chat template: use alpaca or plain.")
+        return self.template
+
+    def prompt_text(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> str:
+        """The prompt as text, up to where the answer begins."""
+        kind = self.kind
+        if kind == "chat":
+            more = {"tools": list(tools)} if tools else {}
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **more
+            )
+        body = "\n".join(str(message["content"]) for message in messages)
+        return ALPACA.format(prompt=body) if kind == "alpaca" else f"{body}\n"
+
+    def prompt_ids(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> list[int]:
+        """The prompt as token ids; a template writes its special tokens itself."""
+        text = self.prompt_text(messages, tools)
+        ids = self.tokenizer(text, add_special_tokens=self.kind != "chat").input_ids
+        if ids and ids[-1] == self.tokenizer.eos_token_id and self.kind != "chat":
+            ids = ids[:-1]
+        return ids
+
+    def answer_ids(self, answer: str, end: bool = True) -> list[int]:
+        """The answer as token ids, with the token that ends it."""
+        ids = self.tokenizer(answer, add_special_tokens=False).input_ids
+        return [*ids, self.tokenizer.eos_token_id] if end else ids
+
+    def encode(self, example: Example) -> Encoded:
+        """Prompt and answers; in a longer conversation every assistant's turn is learned, nothing else."""
+        ids: list[int] = []
+        labels: list[int] = []
+        written = ""
+        for i, message in enumerate(example.messages):
+            if message["role"] != "assistant":
+                continue
+            last = i == len(example.messages) - 1
+            if not written:
+                context = self.prompt_ids(example.messages[:i], example.tools)
+            else:
+                text = self.prompt_text(example.messages[:i], example.tools)
+                if not text.startswith(written):
+                    raise UserError(
+                        f"{example.where}: the chat template rewrites earlier turns, so a conversation of several answers "
+                        "cannot be learned at once; give each answer a record of its own."
+                    )
+                context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
+            answer = self.answer_ids(str(message["content"]))
+            ids += context + answer
+            labels += [IGNORED] * len(context) + answer
+            if not last:
+                written = (
+                    self.prompt_text(example.messages[:i], example.tools)
+                    + str(message["content"])
+                    + str(self.tokenizer.eos_token)
+                )
+        return Encoded(example.where, ids, labels)
+
+
+def encode_all(examples: list[Example], prompter: Prompter, max_length: int) -> tuple[list[Encoded], int]:
+    """Encoded training examples and how many were longer than ``max_length`` tokens and left out.
+
+    Raises UserError if none is left.
+    """
+    encoded = [prompter.encode(example) for example in examples]
+    kept = [e for e in encoded if len(e.input_ids) <= max_length]
+    if not kept:
+        shortest = min(encoded, key=lambda e: len(e.input_ids))
+        raise UserError(
+            f"All {len(encoded)} examples are longer than data.max_length = {max_length} tokens; "
+            f"the shortest, {shortest.where}, has {len(shortest.input_ids)}."
+        )
+    return kept, len(encoded) - len(kept)
+
+
+def class_names(examples: list[Example]) -> list[str]:
+    """The labels that occur, numbers in their order."""
+    names = {example.label for example in examples}
+    return sorted(names, key=lambda name: (0, float(name), "") if _is_number(name) else (1, 0.0, name))
+
+
+def encode_texts(
+    examples: list[Example], tokenizer: Any, max_length: int, classes: list[str]
+) -> tuple[list[Encoded], int]:
+    """Texts (or pairs) with class numbers, and how many had to be cut to ``max_length`` tokens."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    result: list[Encoded] = []
+    cut = 0
+    for example in examples:
+        if example.label not in numbers:
+            raise UserError(f"{example.where}: label {example.label!r} is none of the classes {', '.join(classes)}.")
+        ids = tokenizer(*example.text).input_ids
+        if len(ids) > max_length:
+            cut += 1
+            ids = tokenizer(*example.text, truncation=True, max_length=max_length).input_ids
+        result.append(Encoded(example.where, ids, [numbers[example.label]]))
+    return result, cut
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,182 @@
+"""Examples: what a record asks and what the right answer is, whatever format it came in."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dual_lora.lab.data.records import Record, read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import DataPart
+
+
+@dataclass(frozen=True)
+class Example:
+    """One task. Generation uses messages, answer, target, choices, references; classification text and label."""
+
+    where: str
+    messages: tuple[dict[str, Any], ...] = ()  # the conversation, the trained answers included
+    tools: tuple[Any, ...] = ()
+    answer: str = ""  # the text to produce after the last prompt
+    target: str = ""  # what exact_match looks for, and what a choice is: usually a part of the answer
+    choices: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()  # one text, or a pair
+    label: str = ""
+
+    @property
+    def prompt(self) -> tuple[dict[str, Any], ...]:
+        """The conversation up to the last answer."""
+        return self.messages[:-1]
+
+    def answer_with(self, choice: str) -> str:
+        """The answer if ``choice`` were right: the target in it replaced where it stands last."""
+        head, found, tail = self.answer.rpartition(self.target)
+        return f"{head}{choice}{tail}" if found else choice
+
+
+def load_split(data: DataPart, split: str) -> list[Example]:
+    """The examples of "train", "validation" or "test" as the recipe wants them, limits and holdout applied."""
+    if split == "validation" and not data.validation and data.holdout:
+        return _limited(_parted(data)[1], data.test_limit, data.seed)
+    if split == "train":
+        examples = _parted(data)[0] if data.holdout and not data.validation else _read(data, "train")
+        return _limited(examples, data.train_limit, data.seed)
+    return _limited(_read(data, split), data.test_limit, data.seed)
+
+
+def read_examples(source: str, data: DataPart) -> list[Example]:
+    """All examples of a source. Raises UserError with file and line for the first record that lacks a field."""
+    records = read_records(source, data.columns)
+    if data.fields:
+        records = [Record({**r.values, **_renamed(r, data.fields)}, r.where) for r in records]
+    form = _FORMATS[data.format if data.format != "auto" else _guess(records[0])]
+    examples = [form(record) for record in records]
+    if data.choices:
+        examples = [replace(e, choices=tuple(data.choices)) for e in examples]
+    return examples
+
+
+def _read(data: DataPart, split: str) -> list[Example]:
+    source = getattr(data, split)
+    if not source:
+        way_out = " (or data.holdout, to take them out of the training records)" if split == "validation" else ""
+        raise UserError(f"The recipe names no {split} records: set data.{split}{way_out}.")
+    return read_examples(source, data)
+
+
+def _parted(data: DataPart) -> tuple[list[Example], list[Example]]:
+    examples = _read(data, "train")
+    if data.holdout >= len(examples):
+        raise UserError(f"data.holdout is {data.holdout}, but {data.train} holds only {len(examples)} records.")
+    held = set(random.Random(data.seed).sample(range(len(examples)), data.holdout))
+    return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+
+
+def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
+    if limit is None or limit >= len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
+
+
+def _renamed(record: Record, fields: dict[str, str]) -> dict[str, Any]:
+    return {ours: _field(record, theirs) for ours, theirs in fields.items()}
+
+
+def _field(record: Record, name: str) -> Any:
+    if name not in record.values or record.values[name] is None:
+        raise UserError(
+            f"{record.where}: field {name!r} is missing, found {', '.join(map(str, record.values)) or 'none'}."
+        )
+    return record.values[name]
+
+
+def _text(record: Record, name: str) -> str:
+    value = _field(record, name)
+    if not isinstance(value, (str, int, float)):
+        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected text.")
+    return str(value)
+
+
+def _guess(record: Record) -> str:
+    for form, keys in (
+        ("chat", {"messages"}),
+        ("instruction", {"instruction", "output"}),
+        ("prompt", {"prompt", "answer"}),
+        ("text", {"text", "label"}),
+        ("facts", {"line"}),
+    ):
+        if keys <= set(record.values):
+            return form
+    raise UserError(
+        f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or instruction and "
+        "output, or prompt and answer, or text and label. Map names with data.fields, e.g. {text: sentence}."
+    )
+
+
+def _chat(record: Record) -> Example:
+    messages = _field(record, "messages")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
+    ):
+        raise UserError(f"{record.where}: messages has to be a list of {{role, content}}.")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
+    answer = str(messages[-1]["content"])
+    return _generation(record, tuple(messages), answer, tuple(record.values.get("tools") or ()))
+
+
+def _instruction(record: Record) -> Example:
+    text = _text(record, "instruction")
+    if record.values.get("input"):
+        text = f"{text}\n\n{_text(record, 'input')}"
+    answer = _text(record, "output")
+    return _generation(record, _turn(text, answer), answer)
+
+
+def _prompt(record: Record) -> Example:
+    answer = _text(record, "answer")
+    return _generation(record, _turn(_text(record, "prompt"), answer), answer)
+
+
+def _facts(record: Record) -> Example:
+    facts, bar, sentence = str(_field(record, "line")).partition("||")
+    if not bar or not sentence.strip():
+        raise UserError(f"{record.where}: expected facts||sentence, found {record.values['line'][:60]!r}.")
+    return _generation(record, _turn(facts.strip(), sentence.strip()), sentence.strip())
+
+
+def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: tuple[Any, ...] = ()) -> Example:
+    if not answer.strip():
+        raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
+    target = str(record.values.get("answer") or answer)
+    choices = record.values.get("choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
+    return Example(record.where, messages, tools, answer, target, tuple(map(str, choices)))
+
+
+def _turn(prompt: str, answer: str) -> tuple[dict[str, Any], ...]:
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+
+
+def _choices_in(prompt: str) -> list[str]:
+    """The choices of the LLM-Adapters tasks, which stand in the question's last line."""
+    found = re.search(r"Answer format:\s*(\S+(?:/\S+)+)\s*$", prompt)
+    return found[1].split("/") if found else []
+
+
+def _labelled_text(record: Record) -> Example:
+    texts = [_text(record, "text")]
+    if "text_pair" in record.values:
+        texts.append(_text(record, "text_pair"))
+    return Example(record.where, text=tuple(texts), label=_text(record, "label"))
+
+
+_FORMATS: dict[str, Callable[[Record], Example]] = {
+    "chat": _chat,
+    "instruction": _instruction,
+    "prompt": _prompt,
+    "facts": _facts,
+    "text": _labelled_text,
+}

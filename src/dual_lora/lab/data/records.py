@@ -1,0 +1,138 @@
+"""Read records, each with the place it stands at, so that an error can name file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class Record:
+    """Raw values and where they stand (``train.json, record 12`` or ``dev.tsv, line 7``)."""
+
+    values: dict[str, Any]
+    where: str
+
+
+def data_folder() -> Path:
+    """Where relative data paths are sought after the working folder."""
+    return Path(os.environ.get("DUAL_LORA_DATA", "../shared/data")).expanduser()
+
+
+def find(source: str) -> Path:
+    """The file that ``source`` names. Raises UserError saying where it was sought."""
+    path = Path(source).expanduser()
+    candidates = [path] if path.is_absolute() else [path, data_folder() / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    for candidate in candidates:
+        if candidate.parent.is_dir():
+            near = suggest(path.name, [p.name for p in candidate.parent.iterdir() if p.is_file()])
+            raise UserError(f"There is no data file {candidate}.{near}")
+    raise UserError(
+        f"There is no data file {source}: neither in the working folder nor in {data_folder()} "
+        "(set DUAL_LORA_DATA to the folder that holds it)."
+    )
+
+
+def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
+    """All records of a file or of a hub data set (``hub:NAME[,SUBSET][:SPLIT]``).
+
+    columns: names of the columns of a .tsv or .csv file without a header line.
+    Raises UserError for missing, empty and broken files.
+    """
+    if source.startswith("hub:"):
+        records = list(_hub(source.removeprefix("hub:")))
+    else:
+        path = find(source)
+        readers = {".json": _json, ".jsonl": _jsonl, ".txt": _lines}
+        try:
+            if path.suffix in (".tsv", ".csv"):
+                records = list(_table(path, columns))
+            elif path.suffix in readers:
+                records = list(readers[path.suffix](path))
+            else:
+                raise UserError(f"{path}: unknown kind of data file, expected .json, .jsonl, .tsv, .csv or .txt.")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
+    if not records:
+        raise UserError(f"{source} holds no records.")
+    return records
+
+
+def _json(path: Path) -> Iterator[Record]:
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        return
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected a list of records.")
+    for number, value in enumerate(values, 1):
+        yield _record(value, f"{path}, record {number}")
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
+        yield _record(value, f"{path}, line {number}")
+
+
+def _record(value: Any, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {type(value).__name__} found, expected a record with named fields.")
+    return Record(value, where)
+
+
+def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
+    """Tab-separated files have no quoting (as in GLUE); comma-separated ones have the usual one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Iterator[list[str]]
+        if path.suffix == ".tsv":
+            rows = (line.rstrip("\r\n").split("\t") for line in file)
+        else:
+            rows = csv.reader(file)
+        names, first = (columns, 1) if columns else (next(rows, []), 2)
+        for number, row in enumerate(rows, first):
+            if not any(cell.strip() for cell in row):
+                continue
+            if len(row) != len(names):
+                raise UserError(
+                    f"{path}, line {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})."
+                )
+            yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}")
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            yield Record({"line": line}, f"{path}, line {number}")
+
+
+def _hub(name: str) -> Iterator[Record]:
+    import datasets
+
+    whole, _, split = name.partition(":")
+    repository, _, subset = whole.partition(",")
+    try:
+        rows = datasets.load_dataset(repository, subset or None, split=split or "train")
+    except Exception as error:  # the hub client raises many kinds, each with a usable first line
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The hub data set {name!r} could not be loaded: {first}") from error
+    for number, row in enumerate(rows, 1):
+        yield Record(dict(row), f"hub:{name}, record {number}")

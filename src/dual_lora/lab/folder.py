@@ -1,0 +1,139 @@
+"""A run's folder: what lies in it, whose it is at the moment, which of its checkpoints are whole.
+
+recipe.yaml     the recipe with every default written out
+record.json     versions, device, times, result
+metrics.jsonl   one line per log step
+checkpoints/    what --resume goes on from
+adapter/        the finished adapter (``model/`` for full fine-tuning)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+
+WHOLE = "complete.json"  # written last into a checkpoint: the names and sizes of its files
+
+
+class RunFolder:
+    """Paths of a run, its lock and its checkpoints."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.record = path / "record.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.full_model = path / "model"
+        self._lock: Any = None
+
+    @property
+    def is_run(self) -> bool:
+        return self.recipe.is_file()
+
+    @property
+    def result(self) -> Path | None:
+        """The finished adapter or model."""
+        return next((p for p in (self.adapter, self.full_model) if p.is_dir()), None)
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
+        if self.path.is_file():
+            raise UserError(f"The output {self.path} is a file, expected a folder.")
+        filled = self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir())
+        if filled and not resume and not overwrite:
+            hint = "--resume to go on, --overwrite to start anew, or " if self.is_run else ""
+            raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
+        if filled and not self.is_run:
+            raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        if overwrite and not resume:
+            for item in self.path.iterdir():
+                if item.name != ".lock":
+                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def _take(self) -> None:
+        from filelock import FileLock, Timeout
+
+        # The operating system frees the lock when its holder dies, however that happens.
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"The output folder {self.path} is in use by another run; wait for it or give another --out."
+            ) from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; remains of interrupted writes are removed."""
+        for path in sorted(self.checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
+            if is_whole(path):
+                return path
+            shutil.rmtree(path)
+        return None
+
+    def keep_newest(self, count: int) -> None:
+        """Remove all but the ``count`` newest whole checkpoints."""
+        whole = [p for p in sorted(self.checkpoints.glob("checkpoint-*"), key=_step) if is_whole(p)]
+        for path in whole[:-count]:
+            (path / WHOLE).unlink()  # first: a half-removed checkpoint must not look whole
+            shutil.rmtree(path)
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Declare a checkpoint complete, once all its files have reached the disk."""
+    sizes = {}
+    for file in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
+    write_atomically(checkpoint / WHOLE, json.dumps(sizes, indent=1))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that was written is there in its full size."""
+    try:
+        sizes = json.loads((checkpoint / WHOLE).read_text())
+    except (OSError, ValueError):
+        return False
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or the new one at every moment."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_folder_atomically(target: Path, write: Any) -> None:
+    """``write(folder)`` fills a folder beside ``target``, which then takes its place."""
+    part = target.with_name(target.name + ".part")
+    if part.exists():
+        shutil.rmtree(part)
+    write(part)
+    if target.exists():
+        shutil.rmtree(target)
+    part.replace(target)
+
+
+def _step(checkpoint: Path) -> int:
+    digits = checkpoint.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,220 @@
+"""One function a task: model + examples → one row an example, in their order. Batched, longest rows first."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
+from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
+from dual_lora.lab.data.examples import Example
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import EvaluatePart
+
+Rows = list[dict[str, Any]]
+Advance = Callable[[int], None]
+
+
+def score_loss(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
+    encoded = [prompter.encode(example) for example in examples]
+    collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits[:, :-1].float()
+        targets = labels[:, labels.shape[1] - logits.shape[1] :]
+        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        sums, counts = nats.view_as(targets).double().sum(1).tolist(), (targets != IGNORED).sum(1).tolist()
+        for i, total, count in zip(part, sums, counts, strict=True):
+            rows[i] = {"nats": total, "tokens": count}
+        advance(len(part))
+    return rows
+
+
+def score_choice(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """The choice with the largest log-likelihood, and all of them.
+
+    Choices that differ in their last token alone share one row of the batch: their scores stand in the same logits.
+    """
+    contexts: list[list[int]] = []  # the rows that the model reads
+    wanted: list[list[tuple[int, int, list[int]]]] = []  # a row: (example, choice, its answer's tokens)
+    for number, example in enumerate(examples):
+        if example.target not in example.choices:
+            raise UserError(
+                f"{example.where}: the answer {example.target!r} is not among the choices "
+                f"{', '.join(example.choices) or '(none)'}: set data.choices, or give the records a field choices."
+            )
+        prompt = prompter.prompt_ids(example.prompt, example.tools)
+        by_context: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+        for position, choice in enumerate(example.choices):
+            answer = prompter.answer_ids(example.answer_with(choice), end=False)
+            by_context.setdefault(tuple(answer[:-1]), []).append((number, position, answer))
+        for context, entries in by_context.items():
+            contexts.append(prompt + list(context))
+            wanted.append(entries)
+
+    accepts = accepted_arguments(model)
+    scores: list[list[float]] = [[0.0] * len(example.choices) for example in examples]
+    for part in _batches([len(c) for c in contexts], spec.batch_size):
+        batch = left_padded([contexts[i] for i in part], tokenizer.pad_token_id)
+        longest = max(len(answer) for i in part for _, _, answer in wanted[i])
+        batch["logits_to_keep"] = longest
+        batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask") or k in accepts}
+        with torch.inference_mode():
+            logs = log_softmax(model(**_to(model, batch)).logits[:, -longest:].float(), -1)
+        for row, i in enumerate(part):
+            for number, position, answer in wanted[i]:
+                index = torch.tensor(answer, device=logs.device)
+                places = torch.arange(longest - len(answer), longest, device=logs.device)
+                total = float(logs[row, places, index].sum())
+                scores[number][position] = total / len(answer) if spec.per_token else total
+        advance(len({number for i in part for number, _, _ in wanted[i]}))
+    rows: Rows = []
+    for example, values in zip(examples, scores, strict=True):
+        best = max(range(len(values)), key=values.__getitem__)
+        chosen = example.choices[best]
+        rows.append({"correct": chosen == example.target, "predicted": chosen, "scores": values})
+    return rows
+
+
+def score_exact_match(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """Greedy answers, and whether each one is the expected one."""
+    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in examples]
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance)
+    rows: Rows = []
+    for example, text in zip(examples, texts, strict=True):
+        found = text.strip()
+        if spec.extract:
+            match = re.search(spec.extract, text)
+            found = (match[match.lastindex or 0] if match else "").strip()
+        expected = example.target if spec.extract else example.answer
+        rows.append({"correct": _same(found, expected.strip(), spec.compare), "predicted": found})
+    return rows
+
+
+def score_bleu(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """One greedy text for each different prompt, with all answers to this prompt as references."""
+    references: dict[str, list[Example]] = {}
+    for example in examples:
+        references.setdefault(prompter.prompt_text(example.prompt, example.tools), []).append(example)
+    firsts = [group[0] for group in references.values()]
+    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in firsts]
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance)
+    return [
+        {"predicted": text.strip(), "references": [e.answer for e in group]}
+        for text, group in zip(texts, references.values(), strict=True)
+    ]
+
+
+def score_classification(
+    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
+    advance: Advance,
+) -> Rows:  # fmt: skip
+    """The most probable class of each text and its cross-entropy (nats)."""
+    encoded: list[Encoded]
+    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
+    collate = Collator(tokenizer.pad_token_id, classification=True)
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits.float()
+        nats, best = cross_entropy(logits, labels, reduction="none").tolist(), logits.argmax(1).tolist()
+        for i, loss, number in zip(part, nats, best, strict=True):
+            name = classes[number]
+            rows[i] = {"correct": name == examples[i].label, "predicted": name, "nats": loss}
+        advance(len(part))
+    return rows
+
+
+def generate_all(
+    model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
+    advance: Advance = lambda _: None,
+) -> list[str]:  # fmt: skip
+    """Greedy continuations of token-id prompts as text, without special tokens."""
+    texts = [""] * len(prompts)
+    for part in _batches([len(p) for p in prompts], batch_size):
+        batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
+        batch.pop("position_ids")  # generate counts positions itself
+        width = batch["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = model.generate(
+                **_to(model, batch),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for i, text in zip(part, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            texts[i] = text
+        advance(len(part))
+    return texts
+
+
+def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
+    """The figures of a task over its rows."""
+    if task == "loss":
+        nats, tokens = sum(r["nats"] for r in rows), sum(r["tokens"] for r in rows)
+        loss = nats / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if task == "bleu":
+        try:
+            from sacrebleu import corpus_bleu
+        except ImportError:
+            raise UserError("The task bleu needs sacrebleu: `pip install sacrebleu`.") from None
+        most = max(len(r["references"]) for r in rows)
+        columns = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
+        return {"bleu": corpus_bleu([r["predicted"] for r in rows], columns).score}
+    accuracy = sum(r["correct"] for r in rows) / len(rows)
+    if task != "classification":
+        return {task: accuracy}
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    truth, guess = [e.label for e in examples], [r["predicted"] for r in rows]
+    return {
+        "accuracy": accuracy,
+        "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        "matthews": float(matthews_corrcoef(truth, guess)),
+        "loss": sum(r["nats"] for r in rows) / len(rows),
+    }
+
+
+def _same(found: str, expected: str, compare: str) -> bool:
+    if compare == "text":
+        return found == expected
+    try:
+        return json.loads(found) == json.loads(expected)
+    except json.JSONDecodeError:
+        return False
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of rows of like length, the longest first: too little memory then shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _to(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
