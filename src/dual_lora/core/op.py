@@ -46,9 +46,9 @@ def dual_lora_linear(
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     _check_shapes(x, weight, adapters)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    autocast = autocast_dtype(x.device)
+    if autocast is not None:
+        x = x.to(autocast)
         bias = None if bias is None else bias.to(x.dtype)
     factors = [f for a in adapters for f in a.factors]
     scales = [a.scale for a in adapters]
@@ -57,6 +57,13 @@ def dual_lora_linear(
         return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
     y = _RowSourceLinear.apply(x, weight, scales, forms, loss_scale, *factors)
     return y if bias is None else y + bias
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _check_shapes(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> None:
@@ -174,25 +181,25 @@ class _RowSourceLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, loss_scale, *rest = ctx.saved_tensors
         n = len(ctx.forms)
         factors, scales = rest[: 4 * n], rest[4 * n :]
-        need_x, need_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        needs = Needs(ctx.needs_input_grad[0], False, any(ctx.needs_input_grad[5:]))
+        dx, *dF = _RowSourceGradients.apply(dy, x, ctx.source, scales, ctx.forms, loss_scale, needs, *factors)
+        return dx, None, None, None, None, *dF
+
+
+class _RowSourceGradients(torch.autograd.Function):
+    """The backward above, a function of its own so that differentiating it can be refused."""
+
+    backward = staticmethod(_refuse_double_backward)  # type: ignore[assignment]
+
+    @staticmethod
+    def forward(ctx, dy, x, source, scales, forms, loss_scale, needs, *factors):
         with torch.autocast(x.device.type, enabled=False):
-            grads = blocked.backward(
-                _rows(dy),
-                _rows(x),
-                ctx.source,
-                _adapters(factors, scales, ctx.forms),
-                loss_scale,
-                Needs(need_x, False, any(need_factors)),
-            )
+            adapters = _adapters(factors, scales, forms)
+            grads = blocked.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
         dx = None if grads.x is None else grads.x.view(x.shape)
         flat = [g for four in grads.factors for g in four] if grads.factors else [None] * len(factors)
-        dF = [
-            g.to(f.dtype) if wanted and g is not None else None
-            for g, f, wanted in zip(flat, factors, need_factors, strict=True)
-        ]
-        return dx, None, None, None, None, *dF
+        return dx, *(None if g is None else g.to(f.dtype) for g, f in zip(flat, factors, strict=True))

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import blocked
 from ..core.blocked import Adapter
-from ..core.op import dual_lora_linear
+from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
 from . import warmup
 from .cache import composed_weights
@@ -407,7 +407,7 @@ class Linear(nn.Module, DualLoraLayer):
         """One product with the composed weight."""
         base: Any = self.base_layer
         weight = self._matrix(base.weight)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             x = x.to(weight.dtype)
         if self._may_cache(x):
             return self._cached_product(x, names)
@@ -425,8 +425,7 @@ class Linear(nn.Module, DualLoraLayer):
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
         adapters = [self.adapter(n) for n in names]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = autocast_dtype(x.device) or x.dtype
         sources = [base.weight, *(t for a in adapters for t in (*a.factors, a.scale))]
         weight = composed_weights.get(
             self,
@@ -439,7 +438,7 @@ class Linear(nn.Module, DualLoraLayer):
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""
         x = self.dual_lora_dropout[name](x)
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             # In the base's precision; a quantised base has none, and takes that of x.
             weight: Any = self.get_base_layer().weight
             dtype = weight.dtype

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..core.op import autocast_dtype
+
 _current: torch.amp.GradScaler | None = None
 
 
@@ -54,9 +56,7 @@ def loss_scale(device: torch.device) -> Tensor | None:
 
 def check_clip_is_safe(device: torch.device) -> None:
     """Refuse `clip` under fp16 autocast with an unknown scaler, in words."""
-    if _current is not None or not torch.is_autocast_enabled(device.type):
-        return
-    if torch.get_autocast_dtype(device.type) == torch.float16:
+    if _current is None and autocast_dtype(device) == torch.float16:
         raise RuntimeError(
             "Dual LoRA's 'clip' estimator looks at gradient values, and under fp16 autocast a gradient scaler "
             "multiplies them by up to 65,536 without a layer being able to see it: training would silently be "
