@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,11 @@ class Cell:
     def place(self) -> tuple[str, str]:
         """Model and task: the cells of one place are compared with each other."""
         return self.model, self.task
+
+
+def cell_id(cell: Cell) -> str:
+    """The cell's name among the study's cells."""
+    return json.dumps([cell.model, cell.task, cell.method])
 
 
 def lay_out(study: Study) -> list[Cell]:
@@ -131,8 +136,8 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> None:
         )
     if data.validation and same(data.validation, data.test):
         raise UserError(
-            f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records makes "
-            "every comparison worthless: use data.holdout to take validation records out of training."
+            f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records "
+            "makes every comparison worthless: use data.holdout to take validation records out of training."
         )
     if data.test.startswith("hub:"):
         return  # its splits are separate by name; reading them here would mean a download
@@ -142,8 +147,8 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> None:
     shared = sum(example in tested for example in tuned_on)
     if shared * 2 > len(tuned_on):
         raise UserError(
-            f"tasks.{task}: {shared} of {len(tuned_on)} validation records are test records too. Tuning on test records "
-            "makes every comparison worthless: use data.holdout to take validation records out of training."
+            f"tasks.{task}: {shared} of {len(tuned_on)} validation records are test records too. Tuning on test "
+            "records makes every comparison worthless: use data.holdout to take validation records out of training."
         )
 
 
@@ -199,8 +204,8 @@ def _cell(
     assert target is not None
     if written is not None and field_name in entry.fields:
         raise UserError(
-            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set unmatched: true "
-            "to run this method outside the budget."
+            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
+            "unmatched: true to run this method outside the budget."
         )
     rank = written
     if written is None and field_name:
@@ -217,8 +222,8 @@ def _cell(
         )
         raise UserError(
             f"methods.{name}: the budget of {target:,.0f} trainable parameters cannot be matched within "
-            f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the budget, "
-            "or raise budget.tolerance."
+            f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
+            "budget, or raise budget.tolerance."
         )
     return _with_method(base, entry, _fields(entry, rank)), size, rank, mismatch, []
 
@@ -249,6 +254,22 @@ def trial_jobs(study: Study, cell: Cell) -> list[dict[str, Any]]:
     ]
 
 
+def choose(trials: Sequence[dict[str, Any]], outcomes: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The settings of the best trial ({} without a search).
+
+    None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
+    """
+    if not trials:
+        return {}
+    if any(outcome is None for outcome in outcomes):
+        return None
+    scored = [(o["score"], job) for o, job in zip(outcomes, trials, strict=True) if o and o["status"] == "done"]
+    if not scored:
+        return None
+    better = metrics.sign(trials[0]["metric"])
+    return max(scored, key=lambda pair: better * pair[0])[1]["settings"]
+
+
 def final_jobs(study: Study, cell: Cell, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs that are compared, with the settings that the search chose."""
     return [
@@ -265,6 +286,13 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> dict[str, An
     if rank is not None:
         over["method"] = _fields(cell.entry, rank)
     return _job(cell, "probe", study.seeds[0], over, cell.metric, "none", settings={}, rank=rank)
+
+
+def set_rank(cell: Cell, rank: int) -> None:
+    """Give the cell another rank, found by probes."""
+    cell.recipe = _with_method(cell.recipe, cell.entry, _fields(cell.entry, rank))
+    cell.size = Scale().size(cell.recipe, cell.classes, [p for p, share in cell.entry.freeze.items() if share == 0])
+    cell.rank = rank
 
 
 def base_jobs(cells: Iterable[Cell]) -> list[dict[str, Any]]:

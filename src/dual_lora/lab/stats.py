@@ -21,7 +21,7 @@ intervals that are not too short for small samples), Schuirmann 1987 (two one-si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -90,6 +90,7 @@ class Comparison:
     spread: Spread
     verdict: Verdict
     note: str = ""
+    place: tuple[str, str] = ("", "")  # model and task, for programs
 
     @property
     def seeds(self) -> int:
@@ -178,6 +179,12 @@ def same_p(s: Spread, margin: float) -> float:
     if s.error == 0:
         return 0.0 if abs(s.difference) < margin else 1.0
     return float(stats.t.sf((margin - abs(s.difference)) / s.error, s.freedom))
+
+
+def student_interval(s: Spread, confidence: float = 0.95) -> tuple[float, float]:
+    """The symmetric interval of Student's t."""
+    half = s.error * float(stats.t.isf((1 - confidence) / 2, s.freedom))
+    return s.difference - half, s.difference + half
 
 
 def bootstrap_interval(
@@ -388,7 +395,7 @@ class Ranking:
     note: str
 
 
-def rank_methods(scores: dict[str, Sequence[float]], level: float = 0.05, seed: int = 0) -> Ranking:
+def rank_methods(scores: Mapping[str, Sequence[float]], level: float = 0.05, seed: int = 0) -> Ranking:
     """scores: method -> one score a task (the same tasks in the same order, higher is better)."""
     values = np.array(list(scores.values()), dtype=np.float64)  # [methods, tasks]
     k, tasks = values.shape

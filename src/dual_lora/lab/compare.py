@@ -1,0 +1,281 @@
+"""Run a study: plan, tune, repeat with fresh seeds, judge. Stopped at any moment, it goes on where it was.
+
+OUT/state.sqlite    what has been done (see `state`)
+OUT/study.yaml      the study as it was started
+OUT/runs/           one folder and one outcome file a run (see `perform`)
+OUT/results.json    what the study says so far (see `verdicts`); written after every stage
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab import plan
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.executors import run_jobs
+from dual_lora.lab.forecast import Clock, in_words, learn_from
+from dual_lora.lab.perform import KEPT, read_outcome
+from dual_lora.lab.plan import Cell, cell_id
+from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.state import FINISHED, State, write_json
+from dual_lora.lab.study import Study, read_study
+from dual_lora.lab.verdicts import Finished, build_results
+
+MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the runs are done."""
+
+    executor: str
+    workers: int
+    keep: str
+    progress: bool
+
+
+def compare(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    executor: str = "serial",
+    workers: int | None = None,
+    update: bool = False,
+    keep: str = "adapters",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
+
+    executor: serial, process or ray; workers: runs at a time. update: go on although the study has changed since it
+    was started; finished runs that it still contains are kept. keep: adapters of the final runs, all (full models
+    too), or nothing but scores. Started again after any kind of stop, it repeats no finished run.
+
+    Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
+    go on; the results then say what is missing ("complete": false, "failed").
+    """
+    study, _ = read_study(source)
+    if keep not in KEPT:
+        raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
+    folder = Path(out) if out is not None else Path("studies") / study.name
+    way = Way(executor, 1 if executor == "serial" else workers or os.cpu_count() or 1, keep, progress)
+    with State(folder) as state:
+        if state.notice:
+            console.print(state.notice, markup=False)
+        _notice_change(state, study, folder, update)
+        cells = plan.lay_out(study)
+        return _Course(study, folder, state, way, cells).run()
+
+
+def _notice_change(state: State, study: Study, folder: Path, update: bool) -> None:
+    now = study.model_dump(mode="json")
+    before = state.get("study")
+    known = folder / "study.yaml"
+    if before is None and known.is_file():  # the state was lost: the folder still says which study it holds
+        before = json.dumps(read_study(known)[0].model_dump(mode="json"))
+    if before is not None and (changed := [k for k in now if json.loads(before).get(k) != now[k]]) and not update:
+        raise UserError(
+            f"The study has changed since it was started in {folder}: {', '.join(changed)}. Give --update to go on "
+            "with the changed study (finished runs that it still contains are kept), or another --out to start anew."
+        )
+    import yaml
+
+    text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110)
+    part = known.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, known)
+    state.put("study", json.dumps(now))
+
+
+class _Course:
+    """One call of `compare`: the stages in their order."""
+
+    def __init__(self, study: Study, folder: Path, state: State, way: Way, cells: list[Cell]):
+        self.study, self.folder, self.state, self.way, self.cells = study, folder, state, way, cells
+        self.runs = folder / "runs"
+        self.failed: dict[str, str] = {}
+        self.clock = Clock({})
+        self.began = time.time()
+
+    def run(self) -> dict[str, Any]:
+        learn_from(self.clock, self.state.entries())
+        self._match_by_probes()
+        trials = {cell_id(cell): plan.trial_jobs(self.study, cell) for cell in self.cells}
+        self._do("tuning", _in_turns(trials.values()))
+        chosen = {key: plan.choose(jobs, [self._outcome(job) for job in jobs]) for key, jobs in trials.items()}
+        finals = {
+            cell_id(cell): plan.final_jobs(self.study, cell, settings)
+            if (settings := chosen[cell_id(cell)]) is not None
+            else []
+            for cell in self.cells
+        }
+        self._do("runs", [*plan.base_jobs(self.cells), *_in_turns(finals.values())])
+        return self._results(trials, chosen, finals)
+
+    def _do(self, what: str, jobs: Sequence[dict[str, Any]]) -> None:
+        """Make sure that every job has an outcome or a recorded error."""
+        jobs = list({job["key"]: job for job in jobs}.values())
+        if not jobs:
+            return
+        self.state.plan(jobs)
+        self._adopt(jobs)
+        entries = self.state.entries()
+        left = {job["key"]: job for job in jobs if entries[job["key"]].status not in FINISHED}
+        with Bar(what, len(jobs), self.way.progress, start=len(jobs) - len(left)) as bar:
+            bar.to(len(jobs) - len(left), self._note(left))
+            for key, outcome, error in run_jobs(
+                self.way.executor, list(left.values()), self.runs, self.way.workers, self.way.keep, self.state.start
+            ):
+                job = left.pop(key)
+                if outcome is not None:
+                    self.state.finish(key, outcome)
+                    self.clock.learn(job, outcome["seconds"])
+                else:
+                    self.failed[key] = f"{_name(job)}: {error}"
+                    self.state.fail(key, error or "unknown")
+                    if self.way.progress:
+                        console.print(f"failed: {self.failed[key]}", markup=False)
+                bar.to(len(jobs) - len(left), self._note(left, job, outcome))
+
+    def _note(
+        self, left: dict[str, dict[str, Any]], job: dict[str, Any] | None = None, outcome: dict[str, Any] | None = None
+    ) -> str:
+        remaining = self.clock.left(left.values(), self.way.workers)
+        note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
+        if job is None:
+            return note
+        said = "failed" if outcome is None else outcome["status"]
+        if outcome and outcome.get("score") is not None:
+            said = f"{outcome['metric']} {outcome['score']:.4g}"
+        return f"{_name(job)}: {said}" + (f" · {note}" if note else "")
+
+    def _adopt(self, jobs: Sequence[dict[str, Any]]) -> None:
+        """Take up what was finished while no leader was there to note it down, or whose note was lost."""
+        entries = self.state.entries()
+        for job in jobs:
+            if entries[job["key"]].status not in FINISHED and (found := read_outcome(self.runs, job["key"])):
+                self.state.finish(job["key"], found)
+                self.clock.learn(job, found["seconds"])
+
+    def _outcome(self, job: dict[str, Any]) -> dict[str, Any] | None:
+        return read_outcome(self.runs, job["key"])
+
+    def _results(self, trials: Any, chosen: Any, finals: Any) -> dict[str, Any]:
+        from dual_lora.lab.record import surroundings
+
+        finished = [
+            Finished(
+                cell,
+                [(job, self._outcome(job)) for job in trials[cell_id(cell)]],
+                chosen[cell_id(cell)],
+                [(job, self._outcome(job)) for job in finals[cell_id(cell)]],
+                doomed=bool(trials[cell_id(cell)])
+                and all((o := self._outcome(job)) and o["status"] == "diverged" for job in trials[cell_id(cell)]),
+            )
+            for cell in self.cells
+        ]
+        results = build_results(self.study, finished, self.runs)
+        results["untrained"] = [
+            {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
+            for job in plan.base_jobs(self.cells)
+            if (outcome := self._outcome(job)) and outcome["status"] == "done"
+        ]
+        results["failed"] = sorted(self.failed.values())
+        results["provenance"] = surroundings() | {
+            "executor": self.way.executor,
+            "runs_at_a_time": self.way.workers,
+            "seconds_of_runs": round(sum(e.outcome["seconds"] for e in self.state.entries().values() if e.outcome), 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        if self.way.workers > 1:
+            results["notes"].append(
+                f"{self.way.workers} runs went side by side: times and speeds are comparable with each other only."
+            )
+        write_json(self.folder / "results.json", results)
+        return results
+
+    def _match_by_probes(self) -> None:
+        """Budgets in time or memory: measure a few steps of every method, then fit its steps or its rank."""
+        budget = self.study.budget
+        if budget.match not in ("time", "memory"):
+            return
+        if budget.match == "memory" and self.way.executor == "serial":
+            self.way = Way("process", 1, self.way.keep, self.way.progress)  # peaks need processes of their own
+        rest = [cell for cell in self.cells if not cell.entry.unmatched]
+        first = {cell_id(cell): plan.probe_job(self.study, cell) for cell in rest}
+        self._do("probes", list(first.values()))
+        for cell in rest:
+            target = budget.value or self._like(cell, first)
+            if budget.match == "time":
+                self._fit_steps(cell, first[cell_id(cell)], target)
+            else:
+                self._fit_rank(cell, first[cell_id(cell)], target)
+
+    def _like(self, cell: Cell, probes: dict[str, dict[str, Any]]) -> float:
+        model = next(
+            c for c in self.cells if c.place == cell.place and c.method.split(" ")[0] == self.study.budget.like
+        )
+        training = self._probed(model, probes[cell_id(model)])
+        if self.study.budget.match == "memory":
+            return float(training["peak_memory"])
+        return training["seconds"] / training["steps"] * plan.planned_steps(model.recipe)
+
+    def _probed(self, cell: Cell, job: dict[str, Any]) -> dict[str, Any]:
+        outcome = self._outcome(job)
+        if outcome is None or outcome["status"] != "done":
+            reason = self.failed.get(job["key"], "it diverged")
+            raise UserError(
+                f"The budget cannot be matched: the probe of {cell.method} on {cell.task} gave nothing ({reason})."
+            )
+        return outcome["training"]
+
+    def _fit_steps(self, cell: Cell, job: dict[str, Any], seconds: float) -> None:
+        training = self._probed(cell, job)
+        steps = max(1, round(seconds * training["steps"] / training["seconds"]))
+        cell.mismatch = steps * training["seconds"] / training["steps"] / seconds - 1
+        cell.recipe = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": steps})})
+        cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
+
+    def _fit_rank(self, cell: Cell, job: dict[str, Any], target: float) -> None:
+        """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
+        peak = self._probed(cell, job)["peak_memory"]
+        if abs(peak / target - 1) <= 0.005 or cell.rank is None:
+            self._check_memory(cell, peak, target)
+            return
+        wide = plan.probe_job(self.study, cell, cell.rank * MEMORY_RANKS)
+        self._do("probes", [wide])
+        slope = (self._probed(cell, wide)["peak_memory"] - peak) / (cell.rank * (MEMORY_RANKS - 1))
+        rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
+        step = 2 if cell.entry.name == "dual_lora" else 1
+        rank = min(max(step, rank // step * step), self.study.budget.max_rank)
+        check = plan.probe_job(self.study, cell, rank)
+        self._do("probes", [check])
+        plan.set_rank(cell, rank)
+        self._check_memory(cell, self._probed(cell, check)["peak_memory"], target)
+
+    def _check_memory(self, cell: Cell, peak: float, target: float) -> None:
+        cell.mismatch = peak / target - 1
+        if abs(cell.mismatch) > self.study.budget.tolerance:
+            raise UserError(
+                f"methods.{cell.method}: the budget of {target / 2**20:,.0f} MiB peak memory cannot be matched within "
+                f"{self.study.budget.tolerance:.0%}: the nearest is {peak / 2**20:,.0f} MiB at rank {cell.rank} "
+                f"({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise budget.tolerance."
+            )
+
+
+def _name(job: dict[str, Any]) -> str:
+    where = f"{job['method']} on {job['task']}" + (f" ({job['model']})" if job["model"] else "")
+    if job["kind"] == "trial":
+        return f"{where}, " + ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in job["settings"].items())
+    return where if job["kind"] != "final" else f"{where}, seed {job['seed']}"
+
+
+def _in_turns(groups: Any) -> list[dict[str, Any]]:
+    """First run of every group, then the second ...: a study that is stopped early has complete pairs."""
+    groups = [list(group) for group in groups]
+    return [group[i] for i in range(max(map(len, groups), default=0)) for group in groups if i < len(group)]

@@ -1,0 +1,202 @@
+"""One job of a study, from its recipe to its outcome. It runs in the leader, in a process of its own, or elsewhere.
+
+runs/<key>/              the run's folder: checkpoints while it goes on, then adapter and record
+runs/<key>.json          its outcome, written last and whole: if it is there, the run is finished
+runs/<key>.scores.json   what every test item adds to the metric
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.state import write_json
+
+WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
+KEPT = ("adapters", "all", "nothing")
+
+
+def outcome_file(runs: Path, key: str) -> Path:
+    """Where the outcome of a run lies."""
+    return runs / f"{key}.json"
+
+
+def scores_file(runs: Path, key: str) -> Path:
+    """Where what every item adds to the metric lies."""
+    return runs / f"{key}.scores.json"
+
+
+def read_outcome(runs: Path, key: str) -> dict[str, Any] | None:
+    """The outcome of a finished run, None if it is not finished (or its file is no whole JSON)."""
+    try:
+        outcome = json.loads(outcome_file(runs, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return outcome if outcome.get("key") == key else None
+
+
+def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str, Any]:
+    """Do the job, or return its outcome if it is done. A run that was killed goes on from its last checkpoint.
+
+    A run that diverged is an outcome ("status": "diverged"). Raises what training or evaluation raises otherwise.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    if (done := read_outcome(runs, job["key"])) is not None:
+        return done
+    start = time.time()
+    reset_peak()
+    folder = runs / job["key"]
+    with contextlib.ExitStack() as stack:
+        held(folder, stack)
+        if (done := read_outcome(runs, job["key"])) is not None:
+            return done  # an orphan finished it while we waited
+        outcome = {"key": job["key"], "status": "done"}
+        try:
+            outcome |= _base(job, runs) if job["kind"] == "base" else _trained(job, folder, runs)
+        except UserError as error:
+            if not _diverged(error):
+                raise
+            outcome |= {"status": "diverged", "error": str(error)}
+        outcome["seconds"] = round(time.time() - start, 3)
+        write_json(outcome_file(runs, job["key"]), outcome)
+        _tidy(job, folder, keep)
+    return outcome
+
+
+def held(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Hold a lock beside the run's folder, so that nobody else runs the same job."""
+    from filelock import FileLock, Timeout
+
+    try:
+        stack.enter_context(FileLock(folder.with_suffix(".lock"), timeout=WAIT_SECONDS))
+    except Timeout:
+        raise UserError(
+            f"The run {folder} is still held by another process; wait for it, then start the study again."
+        ) from None
+
+
+def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
+    from dual_lora.lab.data.examples import load_split
+    from dual_lora.lab.evaluate import evaluate
+    from dual_lora.lab.metrics import features, value
+    from dual_lora.lab.recipe import build_recipe
+    from dual_lora.lab.train import run
+    from dual_lora.lab.tuned import open_tuned
+
+    recipe = build_recipe(job["recipe"])
+    if folder.exists() and not (folder / "recipe.yaml").exists():
+        shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
+    result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
+    if result.state != "finished":
+        raise KeyboardInterrupt
+    peak = peak_bytes() or result.peak_memory
+    outcome: dict[str, Any] = {
+        "training": {k: v for k, v in result.summary().items() if k != "folder"} | {"peak_memory": peak},
+        "steps_per_second": round(result.steps / result.seconds, 4) if result.seconds else None,
+    }
+    if job["split"] == "none":
+        return outcome
+    tuned = result.tuned or open_tuned(folder)
+    examples = load_split(recipe.data, job["split"])
+    began = time.perf_counter()
+    measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["tuned"], progress=False)
+    outcome |= _scored(job, runs, measured, examples, tuned.classes, features, value)
+    outcome["evaluation_seconds"] = round(time.perf_counter() - began, 3)
+    if job["cost"]:
+        from dual_lora.lab.cost import use_cost
+
+        outcome["use"] = use_cost(tuned, examples, recipe)
+    return outcome
+
+
+def _base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    from dual_lora.lab.data.examples import load_split
+    from dual_lora.lab.evaluate import evaluate
+    from dual_lora.lab.metrics import features, value
+    from dual_lora.lab.models import load_model
+    from dual_lora.lab.recipe import build_recipe
+    from dual_lora.lab.tuned import Tuned
+
+    recipe = build_recipe(job["recipe"])
+    loaded = load_model(recipe.model)
+    examples = load_split(recipe.data, job["split"])
+    tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
+    measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
+    return _scored(job, runs, measured, examples, [], features, value)
+
+
+def _scored(
+    job: dict[str, Any], runs: Path, measured: Any, examples: list[Any], classes: list[str], features: Any, value: Any
+) -> dict[str, Any]:
+    import numpy as np
+
+    labels = [example.label for example in examples]
+    shares = features(job["metric"], measured.items, labels, classes)
+    score = value(job["metric"], np.asarray(shares, dtype=np.float64).mean(0))
+    if not math.isfinite(score):
+        raise UserError(f"The {job['metric']} is not finite.") from NotFinite()
+    write_json(scores_file(runs, job["key"]), shares)
+    (figures,) = measured.metrics.values()
+    return {"score": score, "metric": job["metric"], "figures": figures, "items": len(shares)}
+
+
+class NotFinite(Exception):
+    """The evaluation of a trained model gave no number: the training has diverged."""
+
+
+def _diverged(error: UserError) -> bool:
+    from dual_lora.lab.train import Diverged
+
+    return isinstance(error, Diverged) or isinstance(error.__cause__, NotFinite)
+
+
+def _callbacks(job: dict[str, Any]) -> list[Any]:
+    from dual_lora.lab.interventions import Freeze, Round
+
+    given: list[Any] = []
+    if job["freeze"]:
+        given.append(Freeze(job["freeze"]))
+    if job["round"]:
+        given.append(Round(job["round"]))
+    return given
+
+
+def _tidy(job: dict[str, Any], folder: Path, keep: str) -> None:
+    """Checkpoints go (the outcome is written), and what the study was not told to keep."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if keep == "all":
+        return
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    if job["kind"] != "final" or keep == "nothing":
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def reset_peak() -> None:
+    """Start measuring the peak anew, so that a process that has run other jobs does not report theirs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """Peak since `reset_peak`: the accelerator's allocations, or Linux's resident size; None where unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    return None
