@@ -1,0 +1,313 @@
+"""The gradients of the four factors from dy and x, tile by tile: G = dyᵀ x never reaches memory.
+
+    each program    G = a tile of dyᵀ x, summed over the tokens in registers, fp32
+                    P, Q recomputed; ∂P, ∂Q by the rule of `reference.product_gradients`
+                    dA += Bᵀ ∂P    dB += ∂P Aᵀ    dC += Dᵀ ∂Q    dD += ∂Q Cᵀ
+
+A tile's four small products belong to sums over other programs. Two ways of adding them up:
+
+* atomic (the default): fp32 atomic additions into the results; nothing beside them is allocated, and the order of
+  the additions, so the last bits, change from run to run;
+* deterministic: each program writes its share, one sum afterwards. The shares take about
+  4 (r1 + r2) O I (1/rows + 1/cols) bytes for a tile of rows × cols, 33 MiB for 4096 × 4096 at rank 32.
+
+Several adapters share one G. With a batch dimension (experts) each weight has its own dy and x: batches of equal
+length [E, T, ·], or one run of tokens sorted by expert with `offsets`. On the CPU: Triton's interpreter only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_launch
+from .blocked import Adapter
+from .reference import Factors
+from .triton_launch import RANK_CHUNK, Tile
+from .triton_product import product, product_gradients
+
+Precision = Literal["ieee", "tf32", "bf16"]
+
+PRECISIONS: dict[torch.dtype, Precision] = {
+    torch.float32: "ieee",
+    torch.float16: "tf32",
+    torch.bfloat16: "bf16",
+}
+
+BAND = tl.constexpr(8)
+"""Rows of tiles that are walked through together, so that a strip of x is read from cache."""
+
+RANKS = 16
+"""Ranks of the factor gradients made at a time: the least that the matrix units take without padding."""
+
+# (device, bytes of an input's element): tiles, the largest first. The first that fills the device is taken.
+# 128 × 256 spills some 200 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
+# for their turn. It stays because it reads each of dy and x half as often as 128 × 128 does, which spills nothing.
+TILES = {
+    ("sm_80", 2): (Tile(128, 128, 32, 8, 4, strips=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_80", 4): (Tile(64, 64, 16, 4, 3, strips=2), Tile(32, 64, 16, 4, 3)),
+    ("sm_90", 2): (Tile(128, 256, 64, 8, 3, strips=4), Tile(128, 128, 64, 8, 3, strips=2), Tile(64, 64, 64, 4, 4)),
+    ("sm_90", 4): (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3)),
+    ("gfx942", 2): (Tile(128, 128, 32, 8, 2, strips=2), Tile(64, 64, 32, 4, 2)),
+    ("gfx942", 4): (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2)),
+    ("interpreter", 2): (Tile(64, 64, 32, 4, 1, strips=2),),
+    ("interpreter", 4): (Tile(32, 64, 32, 4, 1, strips=4),),
+}
+
+
+def factor_gradients(
+    dy: Tensor,
+    x: Tensor,
+    adapters: Sequence[Adapter],
+    loss_scale: Tensor | None = None,
+    deterministic: bool | None = None,
+    offsets: Tensor | None = None,
+    precision: Precision | None = None,
+) -> list[Factors]:
+    """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
+
+    dy [T, O] and x [T, I]: one floating dtype, any strides. In a batch: [E, T, O] and [E, T, I].
+    adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each.
+    loss_scale: one fp32 number on the device; the "clip" estimator acts on H / loss_scale.
+    deterministic: the same bits in every run. By default torch.are_deterministic_algorithms_enabled().
+    offsets: int [E + 1] on the device; then dy [T, O] and x [T, I] hold the tokens of expert e in rows
+        offsets[e]…offsets[e + 1].
+    precision: of the four small products. "ieee": fp32. "tf32", "bf16": ∂P, ∂Q and the factors are rounded to 11 or
+        8 bits on their way into the matrix units, sums stay fp32. By default what the inputs themselves carry: "ieee"
+        for fp32, "tf32" for fp16, "bf16" for bf16. Signs and masks do not depend on it: P and Q are always fp32.
+
+    Raises ValueError for shapes or dtypes that do not fit together.
+    """
+    s = triton_launch.stack(adapters)
+    _check(dy, x, s, offsets)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    if precision is None:
+        precision = PRECISIONS[x.dtype]
+    elif precision not in get_args(Precision):
+        raise ValueError(f"Unknown precision {precision!r}: choose one of {', '.join(map(repr, get_args(Precision)))}.")
+    tile = _tile(s, x)
+    down, across = triton.cdiv(s.O, tile.rows), triton.cdiv(s.I, tile.cols)
+    if s.batch * s.O * s.I * x.shape[-2] == 0:
+        return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
+    results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
+    fp32 = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    with triton_launch.on(x.device):
+        gradient_kernel[(down * across, s.batch)](
+            dy,
+            x,
+            offsets,
+            s.A,
+            s.B,
+            s.C,
+            s.D,
+            *zip(*(r.targets for r in results), strict=True),
+            s.scales,
+            loss_scale,
+            x.shape[-2],
+            s.O,
+            s.I,
+            *triton_launch.strides(dy),
+            *triton_launch.strides(x),
+            R1=s.r1,
+            R2=s.r2,
+            FORMS=s.forms,
+            ROWS=tile.rows,
+            COLS=tile.cols,
+            TOKENS=tile.tokens,
+            STRIPS=tile.strips,
+            CHUNK=RANK_CHUNK,
+            RANKS=RANKS,
+            INPUT_PRECISION=fp32,
+            PRECISION=precision,
+            ATOMIC=not deterministic,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return [r.total() for r in results]
+
+
+class _Result(NamedTuple):
+    """Where one adapter's gradients are added up, and how they come out of there."""
+
+    targets: Factors
+    deterministic: bool
+
+    @classmethod
+    def make(cls, factors: Factors, down: int, across: int, deterministic: bool) -> _Result:
+        if deterministic:
+            shares = down, across, down, across
+            targets = [f.new_empty((n, *f.shape)) for f, n in zip(factors, shares, strict=True)]
+        else:
+            sizes = [f.numel() for f in factors]
+            flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
+            targets = [part.view(f.shape) for part, f in zip(flat.split(sizes), factors, strict=True)]
+        return cls(Factors(*targets), deterministic)
+
+    def total(self) -> Factors:
+        return Factors(*(t.sum(0) for t in self.targets)) if self.deterministic else self.targets
+
+
+def _check(dy: Tensor, x: Tensor, s: triton_launch.Stack, offsets: Tensor | None) -> None:
+    lead = s.shape[:-2] if offsets is None else ()
+    expected = (*lead, x.shape[-2], s.O), (*lead, x.shape[-2], s.I)
+    if (dy.shape, x.shape) != expected:
+        raise ValueError(
+            f"dy and x have shapes {tuple(dy.shape)} and {tuple(x.shape)}, expected {expected[0]} and {expected[1]}."
+        )
+    if dy.dtype != x.dtype or x.dtype not in PRECISIONS:
+        known = ", ".join(map(str, PRECISIONS))
+        raise ValueError(f"dy is {dy.dtype} and x is {x.dtype}: cast them to the same, one of {known}.")
+    if offsets is not None and offsets.shape != (s.batch + 1,):
+        raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected ({s.batch + 1},) for {s.batch} experts.")
+
+
+def _tile(s: triton_launch.Stack, x: Tensor) -> Tile:
+    """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest."""
+    tiles = TILES[triton_launch.target(x.device), x.element_size()]
+    for tile in tiles:
+        programs = s.batch * triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
+        if 4 * programs >= 3 * triton_launch.processors(x.device):
+            return tile
+    return tiles[-1]
+
+
+@triton.jit
+def gradient_kernel(
+    dy,  # [E, T, O]
+    x,  # [E, T, I]
+    offsets,  # [E + 1] or None
+    As,  # tuples, one entry for each adapter; [E, r1, I] contiguous
+    Bs,  # [E, O, r1]
+    Cs,  # [E, r2, I]
+    Ds,  # [E, O, r2]
+    dAs,  # the same shapes, or [down, E, r1, I] …
+    dBs,  # … [across, E, O, r1] for shares
+    dCs,
+    dDs,
+    scales,  # tuple of pointers to one number
+    loss_scale,  # pointer to one number, or None
+    T,
+    O,
+    I,
+    dy_e,
+    dy_t,
+    dy_o,
+    x_e,
+    x_t,
+    x_i,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    FORMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANKS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ATOMIC: tl.constexpr,
+):
+    down, across = tl.cdiv(O, ROWS), tl.cdiv(I, COLS)
+    block_o, block_i = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, BAND)
+    rows = block_o * ROWS + tl.arange(0, ROWS)
+    cols = block_i * COLS + tl.arange(0, COLS)
+    e = tl.program_id(1).to(tl.int64)
+    first, last = 0, T
+    if offsets is not None:
+        first, last = tl.load(offsets + e).to(tl.int64), tl.load(offsets + e + 1).to(tl.int64)
+    G = _tile_of_G(dy + e * dy_e, x + e * x_e, first, last, rows, cols, O, I,
+                   dy_t, dy_o, x_t, x_i, TOKENS, INPUT_PRECISION)  # fmt: skip
+    strips = _strips(G, STRIPS)
+    for j in tl.static_range(STRIPS):
+        part = block_i * COLS + j * (COLS // STRIPS) + tl.arange(0, COLS // STRIPS)
+        if ATOMIC:
+            share_o, share_i = e, e
+        else:
+            experts = tl.num_programs(1)
+            share_o = block_o.to(tl.int64) * experts + e
+            share_i = (block_i * STRIPS + j).to(tl.int64) * experts + e
+        for n in tl.static_range(len(R1)):
+            A, B = As[n] + e * I * R1[n], Bs[n] + e * O * R1[n]
+            C, D = Cs[n] + e * I * R2[n], Ds[n] + e * O * R2[n]
+            P = product(B, A, rows, part, O, I, R1[n], CHUNK)
+            Q = product(D, C, rows, part, O, I, R2[n], CHUNK)
+            dP, dQ = product_gradients(strips[j] * tl.load(scales[n]), P, Q, loss_scale, FORMS[n])
+            if PRECISION == "bf16":  # at once: it halves what waits in registers
+                dP, dQ = dP.to(tl.bfloat16), dQ.to(tl.bfloat16)
+            _add_factors(dP, B, A, dBs[n] + share_i * O * R1[n], dAs[n] + share_o * I * R1[n],
+                         rows, part, O, I, R1[n], RANKS, PRECISION, ATOMIC)  # fmt: skip
+            _add_factors(dQ, D, C, dDs[n] + share_i * O * R2[n], dCs[n] + share_o * I * R2[n],
+                         rows, part, O, I, R2[n], RANKS, PRECISION, ATOMIC)  # fmt: skip
+
+
+@triton.jit
+def _strips(G, STRIPS: tl.constexpr):
+    """G's columns in 1, 2 or 4 equal strips, in order; registers are renamed, nothing moves."""
+    if STRIPS == 1:
+        parts = (G,)
+    else:
+        tl.static_assert(STRIPS == 2 or STRIPS == 4)
+        halves = tl.split(tl.permute(tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2)), (0, 2, 1)))
+        if STRIPS == 2:
+            parts = halves
+        else:
+            parts = _strips(halves[0], 2) + _strips(halves[1], 2)
+    return parts
+
+
+@triton.jit
+def _tile_of_G(
+    dy, x, first, last, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dy[first:last, rows]ᵀ @ x[first:last, cols], fp32."""
+    G = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    t = tl.arange(0, TOKENS)
+    at_dy = dy + (first + t)[:, None] * dy_t + rows.to(tl.int64)[None, :] * dy_o
+    at_x = x + (first + t)[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
+    for start in range(first, last, TOKENS):
+        left = (start + t < last)[:, None]
+        a = tl.load(at_dy, mask=left & (rows < O)[None, :], other=0.0)
+        b = tl.load(at_x, mask=left & (cols < I)[None, :], other=0.0)
+        G = tl.dot(tl.trans(a), b, G, input_precision=PRECISION)
+        at_dy += TOKENS * dy_t
+        at_x += TOKENS * x_t
+    return G
+
+
+@triton.jit
+def _add_factors(
+    dZ, left, right, d_left, d_right, rows, cols, O, I, R: tl.constexpr,
+    RANKS: tl.constexpr, PRECISION: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """d_left += dZ @ rightᵀ and d_right += leftᵀ @ dZ, some ranks at a time; left [O, R], right [R, I]."""
+    for start in range(0, R, RANKS):
+        k = start + tl.arange(0, RANKS)
+        in_left, in_right = (rows < O)[:, None] & (k < R)[None, :], (cols < I)[:, None] & (k < R)[None, :]
+        at_left = rows.to(tl.int64)[:, None] * R + k[None, :]
+        at_right = k.to(tl.int64)[None, :] * I + cols[:, None]
+        a = tl.load(left + at_left, mask=in_left, other=0.0)
+        b = tl.load(right + at_right, mask=in_right, other=0.0)
+        da = _small_dot(dZ, b, PRECISION)
+        db = _small_dot(tl.trans(dZ), a, PRECISION)
+        if ATOMIC:
+            tl.atomic_add(d_left + at_left, da, mask=in_left, sem="relaxed")
+            tl.atomic_add(d_right + at_right, db, mask=in_right, sem="relaxed")
+        else:
+            tl.store(d_left + at_left, da, mask=in_left)
+            tl.store(d_right + at_right, db, mask=in_right)
+
+
+@triton.jit
+def _small_dot(a, b, PRECISION: tl.constexpr):
+    if PRECISION == "bf16":
+        c = tl.dot(a, b.to(tl.bfloat16))
+    else:
+        c = tl.dot(a, b, input_precision=PRECISION)
+    return c

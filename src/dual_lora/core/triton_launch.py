@@ -1,0 +1,119 @@
+"""Launch constants of the Triton kernels, and the one place that asks what device they run on.
+
+How they were chosen: no GPU was at hand. Each row was compiled ahead of time and its registers, spills and shared
+memory read off the machine code (`tests/core/test_triton_compile.py` repeats that and holds the rows to it); none
+has been timed. A sweep on a card may move every number here.
+
+The factor products run on plain fp32 units, whose operands want registers: that, not the matrix units, bounds the
+tiles. A rank chunk of 8 is the least that `tl.dot` takes for fp32, so a rank of 8 is not padded to 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocked import Adapter
+
+RANK_CHUNK = 8
+"""Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
+
+
+class Tile(NamedTuple):
+    """One program's share of ΔW and how it is run."""
+
+    rows: int  # of ΔW (out features)
+    cols: int  # of ΔW (in features)
+    tokens: int  # of dy and x multiplied at a time; compose has none
+    warps: int
+    stages: int
+    strips: int = 1  # equal parts of the columns whose P and Q are made one after the other
+
+
+class Stack(NamedTuple):
+    """One or several adapters as the kernels take them: one tuple for each letter."""
+
+    A: tuple[Tensor, ...]
+    B: tuple[Tensor, ...]
+    C: tuple[Tensor, ...]
+    D: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    r1: tuple[int, ...]
+    r2: tuple[int, ...]
+    forms: tuple[int, ...]
+    shape: torch.Size  # of ΔW: [O, I] or [E, O, I]
+    batch: int  # E, or 1
+    O: int
+    I: int
+
+
+def target(device: torch.device) -> str:
+    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU.
+
+    Consumer cards of every generation take "sm_80": its tiles fit into their shared memory.
+    """
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one, which is where Triton launches."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def processors(device: torch.device) -> int:
+    """Number of multiprocessors, of which a grid should fill each at least once."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def stack(adapters: Sequence[Adapter]) -> Stack:
+    """Check the adapters against each other and lay them out for the kernels.
+
+    The factors are matrices, or all of them carry the same leading batch dimension (experts).
+    """
+    if not adapters:
+        raise ValueError("Got no adapter: pass at least one.")
+    first = adapters[0].factors
+    shape = torch.Size((*first.B.shape[:-1], first.A.shape[-1]))
+    if len(shape) not in (2, 3):
+        raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
+    *E, O, I = shape
+    for factors, scale, _ in adapters:
+        r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
+        expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
+        received = tuple(tuple(f.shape) for f in factors)
+        if received != expected:
+            raise ValueError(f"Factors A, B, C, D of shapes {received} do not fit together: expected {expected}.")
+        for name, tensor in (*factors._asdict().items(), ("scale", scale)):
+            if tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype}: the kernels take torch.float32 alone (Adapter.working).")
+        if scale.numel() != 1:
+            raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
+    A, B, C, D = (tuple(f.contiguous() for f in letter) for letter in zip(*(a.factors for a in adapters), strict=True))
+    return Stack(
+        A,
+        B,
+        C,
+        D,
+        scales=tuple(a.scale for a in adapters),
+        r1=tuple(f.shape[-2] for f in A),
+        r2=tuple(f.shape[-2] for f in C),
+        forms=tuple(a.form.check().code for a in adapters),
+        shape=shape,
+        batch=E[0] if E else 1,
+        O=O,
+        I=I,
+    )
+
+
+def strides(tensor: Tensor) -> tuple[int, int, int]:
+    """The strides of a batch of matrices, or of one matrix as those of a batch of one."""
+    *batch, row, column = tensor.stride()
+    return (batch[0] if batch else 0), row, column

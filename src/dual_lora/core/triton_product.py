@@ -1,0 +1,81 @@
+"""One tile of P = B A and Q = D C, and of the two rules made of them, for every Triton kernel.
+
+The formula of `reference.py` in the language of tiles: `displacement` is ΔW / s, `product_gradients` its namesake.
+P and Q are IEEE fp32 sums over the rank in ascending order whatever the tile, so that all kernels agree on signs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .reference import Form
+
+# A form reaches the kernels as Form.code, a compile-time integer; these are its bits.
+STE = tl.constexpr(Form(ste="identity").code | Form(ste="hardtanh").code)
+CLIP = tl.constexpr(Form(ste="clip").code)
+HARDTANH = tl.constexpr(Form(ste="hardtanh").code)
+SIGNED = tl.constexpr(Form(magnitude="identity").code)
+UNSIGNED = tl.constexpr(Form(direction="identity").code)
+LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
+
+
+@triton.jit
+def product(left, right, rows, cols, O, I, R: tl.constexpr, CHUNK: tl.constexpr):
+    """left[rows] @ right[:, cols], fp32; left [O, R], right [R, I], contiguous. Zero beyond O and I."""
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in range(0, R, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        at_left = left + rows.to(tl.int64)[:, None] * R + k[None, :]
+        at_right = right + k.to(tl.int64)[:, None] * I + cols[None, :]
+        a = tl.load(at_left, mask=(rows < O)[:, None] & (k < R)[None, :], other=0.0)
+        b = tl.load(at_right, mask=(k < R)[:, None] & (cols < I)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def magnitude(P, FORM: tl.constexpr):
+    if not SIGNED & FORM:
+        P = tl.where(P < 0, 0.0, P)  # not maximum(): NaN has to stay NaN
+    return P
+
+
+@triton.jit
+def direction(Q, FORM: tl.constexpr):
+    if not UNSIGNED & FORM:
+        Q = tl.where(Q > 0, 1.0, -1.0)
+    return Q
+
+
+@triton.jit
+def displacement(P, Q, FORM: tl.constexpr):
+    return magnitude(P, FORM) * direction(Q, FORM)
+
+
+@triton.jit
+def product_gradients(G, P, Q, loss_scale, FORM: tl.constexpr):
+    """∂L/∂P and ∂L/∂Q; G already carries the scale s. loss_scale: pointer to one fp32, or None."""
+    H = G * magnitude(P, FORM)
+    dP = G * direction(Q, FORM)
+    if not SIGNED & FORM:
+        if LIVE_ZERO & FORM:
+            dP = tl.where(P >= 0, dP, 0.0)
+        else:
+            dP = tl.where(P > 0, dP, 0.0)
+    dQ = H
+    if not UNSIGNED & FORM:
+        if STE & FORM == HARDTANH:
+            dQ = tl.where(tl.abs(Q) <= 1, H, 0.0)
+        elif STE & FORM == CLIP:
+            if loss_scale is not None:
+                L = tl.load(loss_scale)
+                dQ = _clip(H / L) * L
+            else:
+                dQ = _clip(H)
+    return dP, dQ
+
+
+@triton.jit
+def _clip(H):
+    return tl.where(H < -1, -1.0, tl.where(H > 1, 1.0, H))
