@@ -29,6 +29,8 @@ from .scaler import check_clip_is_safe, loss_scale
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
 CACHED_ROWS = 256
 
+_FACTOR_DTYPES = (torch.float32, torch.float64)
+
 _warned: set[str] = set()
 
 
@@ -92,6 +94,11 @@ class DualLoraLayer(BaseTunerLayer):
         """A matrix [O, I] in the layout of the stored weight."""
         raise NotImplementedError
 
+    def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
+        """Shapes of A, B, C and D."""
+        O, I = self.out_features, self.in_features
+        return [(r1, I), (O, r1), (r2, I), (O, r2)]
+
     # Factors.
 
     def update_layer(
@@ -105,8 +112,7 @@ class DualLoraLayer(BaseTunerLayer):
         self.forms[adapter_name] = config.form
         self.warmup_steps[adapter_name] = config.warmup_steps
         self.dual_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        O, I = self.out_features, self.in_features
-        for name, shape in zip("ABCD", ((r1, I), (O, r1), (r2, I), (O, r2)), strict=True):
+        for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
         self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32)
@@ -134,11 +140,11 @@ class DualLoraLayer(BaseTunerLayer):
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
         stored = self._stored(adapter)
         for factor in stored:
-            if factor.dtype not in (torch.float32, torch.float64):
+            if factor.dtype not in _FACTOR_DTYPES:
                 warn_once(
-                    f"Dual LoRA's factors were cast to {factor.dtype} and are fp32 again, without the bits that were "
-                    "lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in fp32 "
-                    "(no model.to(bfloat16), no autocast_adapter_dtype=False); the base may have any dtype."
+                    f"Dual LoRA's factors were cast to {factor.dtype} by foreign code and are fp32 again, without the "
+                    "bits that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the "
+                    "factors in fp32; the base may have any dtype."
                 )
                 factor.data = factor.data.float()
         return stored
@@ -231,9 +237,14 @@ class DualLoraLayer(BaseTunerLayer):
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        before = {adapter: [f.data for f in self._stored(adapter)] for adapter in self.adapter_names()}
         result = super()._apply(fn, recurse)  # type: ignore[misc]
         composed_weights.drop(self)  # type: ignore[arg-type]
         for adapter in self.adapter_names():
+            for factor, old in zip(self._stored(adapter), before[adapter], strict=True):
+                # `.to(bfloat16)` and the like move the factors and leave their bits alone.
+                if factor.dtype not in _FACTOR_DTYPES and old.dtype in _FACTOR_DTYPES:
+                    factor.data = old.to(factor.device)
             dtype = self.factors(adapter).A.dtype
             if self.dual_lora_scale[adapter].dtype != dtype:
                 self.dual_lora_scale[adapter] = self.dual_lora_scale[adapter].to(dtype)
@@ -350,8 +361,11 @@ def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
             layer._set_steps_left(adapter, int(left))
 
 
-class Linear(nn.Module, DualLoraLayer):
-    """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
+class MapLayer(nn.Module, DualLoraLayer):
+    """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
+
+    Subclasses give `_is_plain`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
+    """
 
     def __init__(
         self,
@@ -361,27 +375,27 @@ class Linear(nn.Module, DualLoraLayer):
         r1: int,
         r2: int,
         alpha: float | None,
-        fan_in_fan_out: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.fan_in_fan_out = fan_in_fan_out
         DualLoraLayer.__init__(self, base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r1, r2, alpha, config=config)
 
-    def _matrix_shape(self) -> tuple[int, int]:
-        weight: Any = self.get_base_layer().weight
-        shape = getattr(weight, "ds_shape", None) or weight.shape
-        return (shape[1], shape[0]) if self.fan_in_fan_out else (shape[0], shape[1])
+    def _is_plain(self) -> bool:
+        """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
+        raise NotImplementedError
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        """f(x; W + ΣΔW)."""
+        raise NotImplementedError
 
-    _from_matrix = _matrix  # type: ignore[assignment]
+    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
+        """f(dropout(x); ΔW)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y = x (W + ΣΔW)ᵀ + bias over the active adapters; x [..., I] -> y [..., O]."""
+        """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
@@ -396,12 +410,44 @@ class Linear(nn.Module, DualLoraLayer):
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
         dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
-        fused = [n for n in active if n not in dropped] if _is_plain(self.base_layer) and not (args or kwargs) else []
+        fused = [n for n in active if n not in dropped] if not (args or kwargs) and self._is_plain() else []
         y = self._fused(x, fused) if fused else self.base_layer(x, *args, **kwargs)
         for name in active:
             if name not in fused:
                 y = y + self._adapter_branch(x, name).to(y.dtype)
         return y
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        """Every sample with its own adapter ("__base__": none)."""
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self._present(sorted(set(adapter_names))):
+            index = [k for k, item in enumerate(adapter_names) if item == name]
+            y[index] = y[index] + self._adapter_branch(x[index], name).to(y.dtype)
+        return y
+
+    def __repr__(self) -> str:
+        return "dual_lora." + super().__repr__()
+
+
+class Linear(MapLayer):
+    """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
+        self.fan_in_fan_out = fan_in_fan_out
+        super().__init__(base_layer, *args, **kwargs)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        weight: Any = self.get_base_layer().weight
+        shape = getattr(weight, "ds_shape", None) or weight.shape
+        return (shape[1], shape[0]) if self.fan_in_fan_out else (shape[0], shape[1])
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.fan_in_fan_out else weight
+
+    _from_matrix = _matrix  # type: ignore[assignment]
+
+    def _is_plain(self) -> bool:
+        return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """One product with the composed weight."""
@@ -445,22 +491,11 @@ class Linear(nn.Module, DualLoraLayer):
             x = x.to(dtype) if dtype.is_floating_point else x
         return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
 
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        """Every sample with its own adapter ("__base__": none)."""
-        y = self.base_layer(x, *args, **kwargs)
-        for name in self._present(sorted(set(adapter_names))):
-            index = [k for k, item in enumerate(adapter_names) if item == name]
-            y[index] = y[index] + self._adapter_branch(x[index], name).to(y.dtype)
-        return y
 
-    def __repr__(self) -> str:
-        return "dual_lora." + super().__repr__()
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer is x Wᵀ + bias and nothing else, so that the call may be replaced by one product."""
+def is_plain(layer: nn.Module, *forwards: Any) -> bool:
+    """Whether calling the layer is one of these forwards and nothing else (a subclass, hooks)."""
     return (
-        type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+        type(layer).forward in forwards
         and "forward" not in vars(layer)  # accelerate's hooks sit there
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )

@@ -1,0 +1,176 @@
+"""The operator W + ΣΔW, for layers whose forward is more than one product: convolution, attention, experts.
+
+`torch.ops.dual_lora.weight` keeps the factors for backward and takes the gradient G of the composed weight block by
+block. A weight may carry a leading dimension of experts, of which only the routed ones are composed.
+
+The layer's own function would keep the composed weight for its backward; `recomposing` makes it compose it once more
+instead, so that nothing of the weight's size is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import blocked
+from .blocked import Adapter
+from .op import _adapters, _refuse_double_backward
+from .reference import Factors
+
+torch.library.define(
+    "dual_lora::weight",
+    "(Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, Tensor? routed,"
+    " ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    "dual_lora::weight_backward",
+    "(Tensor G, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, Tensor? routed) -> Tensor[]",
+)
+
+
+def dual_lora_weight(
+    weight: Tensor | None,
+    adapters: Sequence[Adapter],
+    loss_scale: Tensor | None = None,
+    *,
+    routed: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """W + ΣΔW, [O, I] or [E, O, I], the rounding of the fp32 sum to `dtype` (default: the weight's, else fp32).
+
+    weight: any strides, which the result has as well; None for ΣΔW alone.
+    adapters: factors with the same leading dimension as the weight, scale, form.
+    routed: indices of the experts to compose; the others are left as they are (or zero without a weight).
+
+    Differentiable in the factors and the weight; keeps only the factors.
+    """
+    if not adapters:
+        raise ValueError("dual_lora_weight got no adapter: pass at least one, or use the weight as it is.")
+    if dtype is None:
+        dtype = torch.float32 if weight is None else weight.dtype
+    factors = [f for a in adapters for f in a.factors]
+    scales = [a.scale for a in adapters]
+    forms = [a.form.code for a in adapters]
+    return torch.ops.dual_lora.weight(weight, factors, scales, forms, loss_scale, routed, dtype)
+
+
+@contextmanager
+def recomposing(composed: Tensor, weight: Tensor, adapters: Sequence[Adapter], routed: Tensor | None) -> Iterator[None]:
+    """Let autograd compose again what it would keep of `composed` for its backward.
+
+    Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: the weight is composed
+    twice there anyway.
+    """
+    if not composed.requires_grad or torch.compiler.is_compiling() or _hooks_are_set():
+        yield
+        return
+    storage = composed.untyped_storage().data_ptr()
+    dtype = composed.dtype
+
+    def pack(tensor: Tensor) -> object:
+        if tensor.dtype == dtype and tensor.untyped_storage().data_ptr() == storage:
+            return tensor.size(), tensor.stride(), tensor.storage_offset()
+        return tensor
+
+    def unpack(packed: object) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            again = dual_lora_weight(weight, adapters, routed=routed, dtype=dtype)
+        return again.as_strided(*packed)  # type: ignore[misc]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _hooks_are_set() -> bool:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def weight_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
+    """The gradients of the factors, fp32, from G = ∂L/∂W [O, I]."""
+    blocks = blocked._Blocks(None, adapters, by_rows=True)
+    grads = [Factors(*map(torch.zeros_like, a.factors)) for a in blocks.adapters]
+    for block in blocks:
+        part = block._buffer("G").copy_(G[block.rows])
+        for k, grad in enumerate(grads):
+            last = k == len(grads) - 1
+            block.add_factor_gradients(k, part if last else part.clone(), grad, loss_scale)
+    return grads
+
+
+def _of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
+    return [Adapter(Factors(*(f[e] for f in a.factors)), a.scale, a.form) for a in adapters]
+
+
+def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if weight is not None:
+        return torch.empty_like(weight, dtype=dtype)
+    A, B = factors[0], factors[1]
+    return B.new_empty(*B.shape[:-1], A.shape[-1], dtype=dtype)
+
+
+@torch.library.impl("dual_lora::weight", ("cpu", "cuda"))
+def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
+    adapters = _adapters(factors, scales, forms)
+    out = _result(weight, factors, dtype)
+    with torch.autocast(out.device.type, enabled=False):
+        if out.ndim == 2:
+            return blocked.compose(weight, adapters, dtype, out=out)
+        if routed is not None:
+            out.zero_() if weight is None else out.copy_(weight)
+        for e in range(out.shape[0]) if routed is None else routed.tolist():
+            blocked.compose(None if weight is None else weight[e], _of_expert(adapters, e), dtype, out=out[e])
+    return out
+
+
+@torch.library.impl("dual_lora::weight_backward", ("cpu", "cuda"))
+def _weight_backward(G, factors, scales, forms, loss_scale, routed):
+    adapters = _adapters(factors, scales, forms)
+    with torch.autocast(G.device.type, enabled=False):
+        if G.ndim == 2:
+            grads = [g for four in weight_gradients(G, adapters, loss_scale) for g in four]
+        else:
+            grads = [torch.zeros_like(f) for f in factors]
+            for e in range(G.shape[0]) if routed is None else routed.tolist():
+                flat = (g for four in weight_gradients(G[e], _of_expert(adapters, e), loss_scale) for g in four)
+                for grad, g in zip(grads, flat, strict=True):
+                    grad[e] = g
+    return [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]
+
+
+@torch.library.register_fake("dual_lora::weight")
+def _(weight, factors, scales, forms, loss_scale, routed, dtype):
+    return _result(weight, factors, dtype)
+
+
+@torch.library.register_fake("dual_lora::weight_backward")
+def _(G, factors, scales, forms, loss_scale, routed):
+    return [f.new_empty(f.shape) for f in factors]
+
+
+def _setup(ctx, inputs, output):
+    weight, factors, scales, forms, loss_scale, routed, _ = inputs
+    ctx.save_for_backward(loss_scale, routed, *factors, *scales)
+    ctx.forms, ctx.weight_dtype = forms, None if weight is None else weight.dtype
+
+
+def _backward(ctx, G):
+    need_weight, need_factors, *_ = ctx.needs_input_grad
+    loss_scale, routed, *rest = ctx.saved_tensors
+    n = len(ctx.forms)
+    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
+    dF = [None] * 4 * n
+    if any(need_factors):
+        grads = torch.ops.dual_lora.weight_backward(G, factors, scales, ctx.forms, loss_scale, routed)
+        dF = [g if wanted else None for g, wanted in zip(grads, need_factors, strict=True)]
+    return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, None, None, None, None
+
+
+torch.library.register_autograd("dual_lora::weight", _backward, setup_context=_setup)
+
+
+torch.library.register_autograd("dual_lora::weight_backward", _refuse_double_backward)

@@ -1,0 +1,139 @@
+"""The operator for embeddings: rows of W + ΣΔW, of which only those in use are composed.
+
+The result and the gradients are those of torch.nn.functional.embedding with the composed weight. The row of
+`padding_idx` is the base's: nn.Embedding does not train it, so ΔW is zero there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import blocked
+from .blocked import Adapter
+from .compose_op import weight_gradients
+from .op import _adapters, _refuse_double_backward
+from .reference import Factors
+
+_ARGUMENTS = (
+    "Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, int padding_idx,"
+    " float? max_norm, float norm_type, bool scale_grad_by_freq"
+)
+torch.library.define("dual_lora::embedding", f"(Tensor indices, {_ARGUMENTS}, ScalarType dtype) -> Tensor")
+torch.library.define(
+    "dual_lora::embedding_backward",
+    "(Tensor dy, Tensor indices, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
+    " int padding_idx, bool scale_grad_by_freq) -> Tensor[]",
+)
+
+
+def dual_lora_embedding(
+    indices: Tensor,
+    weight: Tensor | None,
+    adapters: Sequence[Adapter],
+    loss_scale: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of W + ΣΔW: indices [...] -> [..., I], for W [O, I] with O = num_embeddings.
+
+    weight: [O, I] or None for ΣΔW alone. The other arguments are nn.Embedding's; `max_norm` shortens the rows that are
+    returned and, other than nn.Embedding, writes nothing back.
+
+    The weight gets no gradient: it is frozen.
+    """
+    if not adapters:
+        raise ValueError("dual_lora_embedding got no adapter: pass at least one, or use F.embedding.")
+    if dtype is None:
+        dtype = torch.float32 if weight is None else weight.dtype
+    return torch.ops.dual_lora.embedding(
+        indices,
+        None if weight is None else weight.detach(),
+        [f for a in adapters for f in a.factors],
+        [a.scale for a in adapters],
+        [a.form.code for a in adapters],
+        loss_scale,
+        -1 if padding_idx is None else padding_idx,
+        max_norm,
+        norm_type,
+        scale_grad_by_freq,
+        dtype,
+    )
+
+
+def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> list[Adapter]:
+    """The adapters of some rows; P = 0 at the padding, so that ΔW and the gradients vanish there."""
+    used = (rows != padding_idx).unsqueeze(-1)
+    return [Adapter(Factors(A, B[rows] * used, C, D[rows]), scale, form) for (A, B, C, D), scale, form in adapters]
+
+
+@torch.library.impl("dual_lora::embedding", ("cpu", "cuda"))
+def _embedding(
+    indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
+):
+    rows, inverse = torch.unique(indices, return_inverse=True)
+    adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
+    with torch.autocast(indices.device.type, enabled=False):
+        out = blocked.compose(None if weight is None else weight[rows], adapters, dtype)
+    return torch.nn.functional.embedding(inverse, out, max_norm=max_norm, norm_type=norm_type)
+
+
+@torch.library.impl("dual_lora::embedding_backward", ("cpu", "cuda"))
+def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
+    rows, inverse = torch.unique(indices, return_inverse=True)
+    adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
+    with torch.autocast(indices.device.type, enabled=False):
+        # Rows of a low precision are summed in fp32, which is what blocks want anyway.
+        dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
+        G = torch.ops.aten.embedding_dense_backward(dy, inverse, len(rows), -1, scale_grad_by_freq)
+        out = []
+        for k, four in enumerate(weight_gradients(G, adapters, loss_scale)):
+            used = (rows != padding_idx).unsqueeze(-1)
+            _, B, _, D = factors[4 * k : 4 * k + 4]
+            dB, dD = torch.zeros_like(B), torch.zeros_like(D)
+            dB[rows] = (four.B * used).to(B.dtype)
+            dD[rows] = four.D.to(D.dtype)
+            out += [four.A, dB, four.C, dD]
+    return [g.to(f.dtype) for g, f in zip(out, factors, strict=True)]
+
+
+@torch.library.register_fake("dual_lora::embedding")
+def _(indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype):
+    return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=dtype)
+
+
+@torch.library.register_fake("dual_lora::embedding_backward")
+def _(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
+    return [f.new_empty(f.shape) for f in factors]
+
+
+def _setup(ctx, inputs, output):
+    indices, _, factors, scales, forms, loss_scale, padding_idx, _, _, scale_grad_by_freq, _ = inputs
+    ctx.save_for_backward(indices, loss_scale, *factors, *scales)
+    ctx.rest = forms, padding_idx, scale_grad_by_freq
+
+
+def _backward(ctx, dy):
+    need_factors = ctx.needs_input_grad[2]
+    indices, loss_scale, *rest = ctx.saved_tensors
+    forms, padding_idx, scale_grad_by_freq = ctx.rest
+    n = len(forms)
+    dF = [None] * 4 * n
+    if any(need_factors):
+        grads = torch.ops.dual_lora.embedding_backward(
+            dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
+        )
+        dF = [g if wanted else None for g, wanted in zip(grads, need_factors, strict=True)]
+    return None, None, dF, [None] * n, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd("dual_lora::embedding", _backward, setup_context=_setup)
+
+
+torch.library.register_autograd("dual_lora::embedding_backward", _refuse_double_backward)
