@@ -58,7 +58,6 @@ class RunFolder:
             for item in self.path.iterdir():
                 if item.name != ".lock":
                     shutil.rmtree(item) if item.is_dir() else item.unlink()
-        self.checkpoints.mkdir(exist_ok=True)
 
     def _take(self) -> None:
         from filelock import FileLock, Timeout
@@ -73,8 +72,11 @@ class RunFolder:
             ) from None
 
     def close(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
+        if self._lock is None:
+            return
+        self._lock.release()
+        if not any(p.name != ".lock" for p in self.path.iterdir()):  # nothing came of it
+            shutil.rmtree(self.path)
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; remains of interrupted writes are removed."""

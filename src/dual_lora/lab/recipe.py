@@ -108,7 +108,8 @@ class TrainPart(Part):
 class EvaluatePart(Part):
     tasks: list[Task] = Field(
         default_factory=list,
-        description="exact_match (generation), choice (likelihood), classification, loss, bleu; empty: loss or classification.",
+        description="exact_match (generation), choice (likelihood), classification, loss, bleu; "
+        "empty: loss or classification.",
     )
     split: Literal["test", "validation", "train"] = Field("test", description="Which records of data are evaluated.")
     base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")
@@ -196,8 +197,12 @@ def build_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = [_problem(item) for item in error.errors()]
-        raise UserError(f"{where}: {' '.join(problems)}") from None
+        raise UserError(f"{where}: {problems(error)}") from None
+
+
+def problems(error: ValidationError) -> str:
+    """What is wrong in a recipe, field by field, in sentences."""
+    return " ".join(_problem(item) for item in error.errors())
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def _train(
     recipe: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
 ) -> RunResult:
     part = recipe.train
+    method_config(recipe.method, recipe.model.head, steps=1, fresh=[])  # a wrong field shows before anything is loaded
     rows, classes, left_out, loaded, steps = _prepare(recipe)
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
     model = apply_method(loaded, config, recipe.model.path, part.seed)

@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Writes prompts as the recipe's template says. ``template`` is "chat", "alpaca" or "plain" ("auto": chat if any)."""
+    """Writes prompts by a template: "chat", "alpaca", "plain", or "auto" (chat if the tokenizer has a template)."""
 
     tokenizer: Any
     template: str = "auto"
@@ -85,8 +85,8 @@ class Prompter:
                 text = self.prompt_text(example.messages[:i], example.tools)
                 if not text.startswith(written):
                     raise UserError(
-                        f"{example.where}: the chat template rewrites earlier turns, so a conversation of several answers "
-                        "cannot be learned at once; give each answer a record of its own."
+                        f"{example.where}: the chat template rewrites earlier turns, so a conversation of several "
+                        "answers cannot be learned at once; give each answer a record of its own."
                     )
                 context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
             answer = self.answer_ids(str(message["content"]))

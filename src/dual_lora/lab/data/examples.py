@@ -111,8 +111,8 @@ def _guess(record: Record) -> str:
         if keys <= set(record.values):
             return form
     raise UserError(
-        f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or instruction and "
-        "output, or prompt and answer, or text and label. Map names with data.fields, e.g. {text: sentence}."
+        f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or "
+        "instruction and output, or prompt and answer, or text and label. Map names with data.fields, e.g. {text: sentence}."
     )
 
 

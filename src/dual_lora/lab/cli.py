@@ -1,0 +1,103 @@
+"""The command line ``dual-lora``. A command is a file of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from importlib import import_module
+
+from cyclopts import App, CycloptsError
+from pydantic import ValidationError
+from rich.console import Console
+from rich.text import Text
+
+import dual_lora
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.recipe import problems
+
+# name, "module:function", one line of help. A new command is a new line.
+COMMANDS: list[tuple[str, str, str]] = [
+    ("train", "dual_lora.lab.commands.train:train", "Fine-tune a model by a recipe."),
+    ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
+    ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
+    ("merge", "dual_lora.lab.commands.merge:merge", "Write the merged model as a plain folder."),
+    ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
+]
+
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+
+def build_app(wanted: str | None = None) -> App:
+    """The application. Only the module of the command ``wanted`` is imported, the others show their line of help."""
+    app = App(
+        name="dual-lora",
+        help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
+        version=dual_lora.__version__,
+        help_format="markdown",
+        exit_on_error=False,
+        print_error=False,
+    )
+    for name, place, text in COMMANDS:
+        if name == wanted:
+            module, _, function = place.partition(":")
+            app.command(getattr(import_module(module), function), name=name)
+        else:
+            app.command(_placeholder(text), name=name)
+    return app
+
+
+def _placeholder(text: str) -> App:
+    return App(help=text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; every foreseeable failure is one sentence on standard error and exit code 1."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [a for a in given if a != "--debug"]
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
+    if not debug:
+        for library in ("torch", "torchao", "bitsandbytes", "peft", "accelerate"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
+    wanted = next((a for a in given if not a.startswith("-")), None)
+    names = [name for name, _, _ in COMMANDS]
+    try:
+        if wanted is not None and wanted not in names:
+            raise UserError(f"There is no command {wanted!r}.{suggest(wanted, names)}")
+        build_app(wanted)(given)
+    except KeyboardInterrupt as error:
+        _fail(str(error) or "Interrupted.", given, INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except CycloptsError as error:
+        cause = error.__cause__ or error.__context__
+        _fail(problems(cause) if isinstance(cause, ValidationError) else str(error), given)
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error), given)
+    except OSError as error:
+        if debug:
+            raise
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", given)
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        _fail(f"{type(error).__name__}: {first} (--debug shows where)", given)
+
+
+def _fail(message: str, given: list[str], code: int = 1) -> None:
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    if "--json" in given:
+        print(json.dumps({"error": message}, ensure_ascii=False))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

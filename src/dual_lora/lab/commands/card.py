@@ -1,0 +1,58 @@
+"""The end of every command: a card to read, or one line of JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+
+def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
+    """Print ``result`` as one line if ``as_json``, else the card."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        Console().print(card)
+
+
+def facts_card(title: str, facts: Mapping[str, str]) -> Panel:
+    """A card of named facts."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(name, value)
+    return Panel(grid, title=title, title_align="left", expand=False, border_style="green")
+
+
+def figures_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table with the first column on the left and figures on the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 9.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3 min 20 s."""
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 1:
+        return f"{rest:.1f} s"
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest:.0f} s"

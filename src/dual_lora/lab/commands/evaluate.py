@@ -1,0 +1,55 @@
+"""dual-lora evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import create_model
+
+from dual_lora.lab.commands.card import duration, figures_table, finish
+from dual_lora.lab.recipe import DataPart, EvaluatePart, flag_values, flags, merged, read_recipe
+
+EvaluateFlags: Any = create_model(
+    "EvaluateFlags", data=(flags(DataPart) | None, None), evaluate=(flags(EvaluatePart) | None, None)
+)
+
+
+def evaluate(
+    source: Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")],
+    *,
+    recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
+    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    dtype: Annotated[str | None, Parameter(help="Precision of the base weights.")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    given: Annotated[
+        EvaluateFlags | None, Parameter(name="*", negative_iterable="", negative_none="", show_default=False)
+    ] = None,
+) -> None:
+    """Measure a run, an adapter or a model; the adapter and its base side by side.
+
+    Example: `dual-lora evaluate runs/boolq-smollm2`
+
+    An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --evaluate.tasks choice --data.test-limit 200`
+    """
+    from dual_lora.lab.evaluate import evaluate as run_evaluation
+    from dual_lora.lab.evaluate import write_result
+    from dual_lora.lab.tuned import open_tuned
+
+    tuned = open_tuned(source, base, dtype)
+    overrides = flag_values(given)
+    ground = read_recipe(recipe) if recipe else tuned.recipe
+    data, spec = (ground.data, ground.evaluate) if ground else (DataPart(), EvaluatePart())
+    data = DataPart.model_validate(merged(data.model_dump(), overrides.get("data", {})))
+    spec = EvaluatePart.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))
+    result = run_evaluation(tuned, data, spec)
+    if out is not None:
+        write_result(result, out)
+    names = list(dict.fromkeys(name for figures in result.metrics.values() for name in figures))
+    rows = [[name, *(f"{result.metrics[v].get(name, float('nan')):.4f}" for v in result.metrics)] for name in names]
+    rows.append(["time", *(duration(s) for s in result.seconds.values())])
+    cut = f", {result.cut} longer than data.max_length" if result.cut else ""
+    title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
+    finish(result.summary(), figures_table(title, ["", *result.metrics], rows), json)

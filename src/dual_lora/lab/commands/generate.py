@@ -1,0 +1,54 @@
+"""dual-lora generate"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import finish
+from dual_lora.lab.errors import UserError
+
+
+def generate(
+    source: Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")],
+    prompt: Annotated[
+        str | None, Parameter(help="The prompt; left out or -: standard input.", allow_leading_hyphen=True)
+    ] = None,
+    *,
+    system: Annotated[str | None, Parameter(help="System message of a chat model.")] = None,
+    max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, Parameter(help="0: always the most probable token.")] = 0.0,
+    seed: Annotated[int, Parameter(help="Seed for a temperature above 0.")] = 0,
+    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.", negative="")] = False,
+) -> None:
+    """Answer a prompt, word by word.
+
+    Example: `dual-lora generate runs/mine "What is the capital of France?"`
+
+    From standard input: `cat question.txt | dual-lora generate runs/mine`
+    """
+    if prompt in (None, "-"):
+        if sys.stdin.isatty():
+            raise UserError("Give a prompt after the run folder, or pipe one into standard input.")
+        prompt = sys.stdin.read()
+    assert prompt is not None
+    if not prompt.strip():
+        raise UserError("The prompt is empty.")
+    from dual_lora.lab.generate import generate as answer
+    from dual_lora.lab.tuned import open_tuned
+
+    tuned = open_tuned(source, base)
+    pieces = answer(
+        tuned, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        variant="base" if without_adapter else None,
+    )  # fmt: skip
+    text = ""
+    for piece in pieces:
+        text += piece
+        if not json:
+            print(piece, end="", flush=True)
+    finish({"prompt": prompt, "answer": text}, "", json)

@@ -1,0 +1,33 @@
+"""dual-lora merge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import facts_card, finish, size
+
+
+def merge(
+    source: Annotated[str, Parameter(help="Run folder or adapter folder.")],
+    out: Annotated[Path, Parameter(help="Folder to write; it must be empty or not exist.")],
+    *,
+    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    dtype: Annotated[str | None, Parameter(help="Precision of the merged weights. [default: the run's]")] = None,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Merge an adapter into its base and write a plain model folder, which loads without this package.
+
+    Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
+    """
+    from dual_lora.lab.merge import merge as run_merge
+
+    result = run_merge(source, out, base=base, dtype=dtype)
+    facts = {
+        "folder": result.folder,
+        "weights": f"{size(result.bytes)}, {result.dtype}",
+        "load": f'AutoModelForCausalLM.from_pretrained("{result.folder}")',
+    }
+    finish(vars(result), facts_card("merged", facts), json)

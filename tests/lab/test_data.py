@@ -1,0 +1,173 @@
+"""Data: every format read, every defect named with its file and line, labels on the answer alone, order by seed."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from dual_lora.lab.data.batches import Collator, left_padded, training_order
+from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, encode_texts
+from dual_lora.lab.data.examples import Example, load_split, read_examples
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import DataPart
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_lm):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_lm)
+
+
+def test_formats(file):
+    chat = {"messages": [{"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "blue"}]}
+    sources = [
+        (file("a.jsonl", json.dumps(chat) + "\n"), {}),
+        (file("b.json", json.dumps([{"instruction": "sky ?", "input": "", "output": "blue"}])), {}),
+        (file("c.tsv", "prompt\tanswer\nsky ?\tblue\n"), {}),
+        (file("d.txt", "sky ? || blue\n"), {}),
+        (file("e.csv", 'q,a\n"sky ?",blue\n'), {"fields": {"prompt": "q", "answer": "a"}}),
+    ]
+    for path, more in sources:
+        (example,) = read_examples(path, DataPart(train=path, **more))
+        assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue"), path
+
+
+def test_llm_adapters_record_gives_choices_and_answers_for_each(file):
+    record = {
+        "instruction": "Q\n\nAnswer format: true/false",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    }
+    (example,) = read_examples(file("r.json", json.dumps([record])), DataPart())
+    assert example.choices == ("true", "false")
+    assert example.answer_with("false") == "the correct answer is false"
+
+
+def test_table_without_header_and_renamed_fields(reviews):
+    data = DataPart(train=str(reviews / "train.tsv"), columns=["label", "sentence"], fields={"text": "sentence"})
+    examples = load_split(data, "train")
+    assert class_names(examples) == ["0", "1"]
+    assert all(("warm" in e.text[0]) == (e.label == "1") for e in examples)
+
+
+def test_hub_name_with_split(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "sky ?", "answer": "blue"}) + "\n")
+    (example,) = read_examples(f"hub:{tmp_path}:train", DataPart())
+    assert example.where == f"hub:{tmp_path}:train, record 1"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is missing, found prompt"),
+        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n\n{oops\n', r"a\.jsonl, line 3: not valid JSON"),
+        ("a.json", "[\n{},\n]", r"a\.json, line 3: not valid JSON"),
+        ("a.json", '{"a": 1}', "holds a JSON dict, expected a list"),
+        ("a.json", '[{"instruction": "x", "output": "y"}, 3]', "record 2: int found"),
+        ("a.json", '[{"instruction": "x", "output": "y"}, {"instruction": "x", "output": null}]', "record 2: field 'output' is missing"),
+        ("a.json", '[{"instruction": "x", "output": ["y"]}]', "record 1: field 'output' is a list, expected text"),
+        ("a.json", '[{"prompt": "x", "answer": " "}]', "record 1: the answer is empty"),
+        ("a.json", '[{"question": "x"}]', "fields question fit no format"),
+        ("a.json", "[]", "holds no records"),
+        ("a.json", "", "holds no records"),
+        ("a.tsv", "prompt\tanswer\nx\ty\nx\n", r"a\.tsv, line 3: 1 columns, expected 2 \(prompt, answer\)"),
+        ("a.txt", "x||y\nx\n", r"a\.txt, line 2: expected facts\|\|sentence"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: the last message has to be the assistant's"),
+        ("a.jsonl", '{"messages": "x"}', "line 1: messages has to be a list"),
+        ("a.xml", "<a/>", "unknown kind of data file"),
+    ],
+)  # fmt: skip
+def test_defects_are_named_with_their_place(name, text, message, file):
+    with pytest.raises(UserError, match=message):
+        read_examples(file(name, text), DataPart())
+
+
+def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):
+    (tmp_path / "train.json").write_text("[]")
+    monkeypatch.setenv("DUAL_LORA_DATA", str(tmp_path))
+    with pytest.raises(UserError, match=r"no data file .*trian\.json.* Did you mean 'train\.json'"):
+        read_records("trian.json")
+    with pytest.raises(UserError, match="set DUAL_LORA_DATA"):
+        read_records("nowhere/x.json")
+    with pytest.raises(UserError, match="names no test records: set data.test"):
+        load_split(DataPart(train="x"), "test")
+
+
+def test_holdout_and_limits_are_fixed_and_apart(questions):
+    data = DataPart(train=str(questions / "train.json"), holdout=8, train_limit=20)
+    train, held = load_split(data, "train"), load_split(data, "validation")
+    assert (len(train), len(held)) == (20, 8)
+    assert not {e.where for e in train} & {e.where for e in held}
+    assert load_split(data, "train") == train
+    with pytest.raises(UserError, match="data.holdout is 48, but .* holds only 48"):
+        load_split(DataPart(train=str(questions / "train.json"), holdout=48), "train")
+
+
+def turns(*pairs):
+    messages = tuple({"role": role, "content": text} for role, text in pairs)
+    return Example("here", messages, answer=messages[-1]["content"])
+
+
+def test_labels_stand_on_the_answer_alone(tokenizer):
+    encoded = Prompter(tokenizer).encode(turns(("user", "sky ?"), ("assistant", "blue sky")))
+    text = tokenizer.decode(encoded.input_ids)
+    assert text == "<s> user : sky ? </s> <s> assistant : blue sky </s>".replace("<s> ", "<s>", 0) or "blue sky" in text
+    learned = [i for i in encoded.labels if i != IGNORED]
+    assert tokenizer.decode(learned) == "blue sky </s>"
+    assert encoded.input_ids[-len(learned) :] == learned
+    assert encoded.label_tail == len(learned)
+
+
+def test_every_answer_of_a_conversation_is_learned(tokenizer):
+    example = turns(("user", "sky ?"), ("assistant", "blue"), ("user", "fire ?"), ("assistant", "red"))
+    encoded = Prompter(tokenizer).encode(example)
+    assert tokenizer.decode([i for i in encoded.labels if i != IGNORED]) == "blue </s> red </s>"
+    whole = tokenizer.apply_chat_template(list(example.messages), tokenize=False)
+    assert encoded.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+
+
+def test_templates(tokenizer):
+    prompt = ({"role": "user", "content": "sky ?"},)
+    assert Prompter(tokenizer, "plain").prompt_text(prompt) == "sky ?\n"
+    assert "### Instruction:\nsky ?\n\n### Response:\n" in Prompter(tokenizer, "alpaca").prompt_text(prompt)
+    assert Prompter(tokenizer).prompt_text(prompt).endswith("<s>assistant : ")
+
+
+def test_unknown_class_in_the_test_records_is_named(tokenizer):
+    with pytest.raises(UserError, match="label '7' is none of the classes 0, 1"):
+        encode_texts([Example("dev.tsv, line 3", text=("sky",), label="7")], tokenizer, 16, ["0", "1"])
+
+
+def test_order_is_whole_passes_by_seed_with_rows_of_like_length_together():
+    lengths = [5 + (i * 37) % 50 for i in range(100)]
+    order = training_order(lengths, 200, 4, seed=3)
+    assert Counter(order) == Counter([*range(100), *range(100)])
+    assert order == training_order(lengths, 200, 4, seed=3) != training_order(lengths, 200, 4, seed=4)
+    assert order[:60] == training_order(lengths, 200, 4, seed=3)[:60]
+
+    def padding(rows):
+        batches = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+        return sum(max(lengths[i] for i in b) * len(b) - sum(lengths[i] for i in b) for b in batches)
+
+    assert padding(order) < 0.3 * padding([*range(100), *range(100)])
+
+
+def test_collated_rows_keep_logits_for_labels_only():
+    rows = [Encoded("", [5, 6, 7, 8], [IGNORED, IGNORED, 7, 8]), Encoded("", [5, 6], [IGNORED, 6])]
+    batch = Collator(pad=0)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 5, 6]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [IGNORED, IGNORED, IGNORED, 6]]
+    assert batch["logits_to_keep"] == 3
+    assert left_padded([[5, 6, 7], [5]], 0)["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]

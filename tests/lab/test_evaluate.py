@@ -1,0 +1,161 @@
+"""Evaluation: batched scores equal those of one row at a time, base and adapter side by side, saved and read back."""
+
+import json
+
+import pytest
+import torch
+
+from dual_lora.lab.data.encode import Prompter
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.models import load_model
+from dual_lora.lab.recipe import EvaluatePart, build_recipe
+from dual_lora.lab.scoring import generate_all, score_choice, score_loss, summary
+from dual_lora.lab.train import run
+from dual_lora.lab.tuned import open_tuned
+
+
+@pytest.fixture
+def loaded(lm_values):
+    recipe = build_recipe(lm_values)
+    base = load_model(recipe.model)
+    return base.model, base.tokenizer, load_split(recipe.data, "test"), Prompter(base.tokenizer)
+
+
+def test_loss_equals_that_of_the_model_row_by_row(loaded):
+    model, tokenizer, examples, prompter = loaded
+    rows = score_loss(model, tokenizer, examples, prompter, EvaluatePart(batch_size=5), lambda _: None)
+    for example, row in zip(examples, rows, strict=True):
+        encoded = prompter.encode(example)
+        out = model(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels]))
+        assert row["nats"] / row["tokens"] == pytest.approx(float(out.loss.detach()), rel=1e-5)
+    figures = summary("loss", rows, examples)
+    assert figures["loss"] == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_choice_scores_equal_a_row_for_every_choice(longer, loaded):
+    """Also for choices that differ in more than their last token, which need rows of their own."""
+    from dataclasses import replace
+
+    model, tokenizer, examples, prompter = loaded
+    if longer:
+        examples = [
+            replace(e, answer=f"is {e.target}", choices=("true", "false sky is", "cold ice"))
+            for e in examples
+            if e.target == "true"
+        ]
+    rows = score_choice(model, tokenizer, examples, prompter, EvaluatePart(batch_size=3), lambda _: None)
+    for example, row in zip(examples, rows, strict=True):
+        prompt = prompter.prompt_ids(example.prompt)
+        for choice, score in zip(example.choices, row["scores"], strict=True):
+            answer = prompter.answer_ids(example.answer_with(choice), end=False)
+            with torch.no_grad():
+                logs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            expected = sum(float(logs[len(prompt) + i - 1, t]) for i, t in enumerate(answer))
+            assert score == pytest.approx(expected, rel=1e-5)
+
+
+def test_batched_generation_equals_one_prompt_at_a_time(loaded):
+    model, tokenizer, examples, prompter = loaded
+    prompts = [prompter.prompt_ids(e.prompt)[: 3 + i] for i, e in enumerate(examples)]
+    together = generate_all(model, tokenizer, prompts, 7, 6)
+    assert together == [generate_all(model, tokenizer, [p], 1, 6)[0] for p in prompts]
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora", "full"])
+def test_base_and_adapter_side_by_side_and_from_the_folder(method, lm_values, tmp_path):
+    lm_values["method"] = {"name": method} if method == "full" else {"name": method, "r": 8}
+    lm_values["train"] |= {"steps": 60, "batch_size": 8}
+    lm_values["evaluate"]["tasks"] = ["choice", "exact_match", "loss"]
+    trained = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    fresh = evaluate(tmp_path / "run", progress=False)
+    assert fresh.metrics["tuned"]["loss"] < 0.5 * fresh.metrics["base"]["loss"]
+    assert fresh.metrics["tuned"]["exact_match"] > fresh.metrics["base"]["exact_match"]
+    if method != "full":
+        adapter = evaluate(tmp_path / "run/adapter", progress=False)
+        in_memory = evaluate(trained.tuned, progress=False)
+        assert fresh.metrics == adapter.metrics == in_memory.metrics
+    items = [json.loads(line) for line in (tmp_path / "run/evaluation/test/items.jsonl").read_text().splitlines()]
+    assert len(items) == 2 * 3 * fresh.examples
+    tuned = [i for i in items if i["variant"] == "tuned" and i["task"] == "choice"]
+    assert sum(i["correct"] for i in tuned) / len(tuned) == fresh.metrics["tuned"]["choice"]
+    assert fresh.scores("tuned", "choice") == [float(i["correct"]) for i in tuned]
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "lora"])
+def test_classifier_learns_and_its_head_is_in_the_adapter(method, encoder_values, tmp_path):
+    encoder_values["method"]["name"] = method
+    trained = run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+    result = evaluate(tmp_path / "run/adapter", progress=False)
+    assert result.metrics["tuned"]["accuracy"] > 0.9 > result.metrics["base"]["accuracy"]
+    assert set(result.metrics["tuned"]) == {"accuracy", "f1", "matthews", "loss"}
+    assert evaluate(trained.tuned, progress=False).metrics == result.metrics
+
+
+def test_bleu_counts_all_references_of_a_prompt(loaded):
+    rows = [{"predicted": "the cat sat on the mat", "references": ["the cat sat on the mat", "a cat sat"]}] * 2
+    assert summary("bleu", rows, [])["bleu"] == pytest.approx(100)
+    rows = [{"predicted": "the cat sat on the mat", "references": ["dogs bark at night outside now"]}] * 2
+    assert summary("bleu", rows, [])["bleu"] < 10
+
+
+def test_extraction_and_json_comparison(lm_values, loaded, monkeypatch):
+    from dataclasses import replace
+
+    from dual_lora.lab import scoring
+
+    model, tokenizer, examples, prompter = loaded
+    texts = [f"well, it is {e.target} of course" for e in examples]
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: texts)
+    spec = EvaluatePart(extract="true|false")
+    rows = scoring.score_exact_match(model, tokenizer, examples, prompter, spec, lambda _: None)
+    assert all(r["correct"] for r in rows)
+    texts = ['{"b": 1, "a": 2}'] * len(examples)
+    examples = [replace(e, answer='{"a": 2, "b": 1}') for e in examples]
+    for compare, right in (("json", True), ("text", False)):
+        rows = scoring.score_exact_match(
+            model, tokenizer, examples, prompter, EvaluatePart(compare=compare), lambda _: None
+        )
+        assert all(r["correct"] is right for r in rows)
+
+
+def test_plain_model_is_evaluated_as_base(tiny_lm, lm_values):
+    recipe = build_recipe(lm_values)
+    result = evaluate(str(tiny_lm), recipe.data, recipe.evaluate, progress=False)
+    assert list(result.metrics) == ["base"]
+    with pytest.raises(UserError, match="say what to evaluate it on"):
+        evaluate(str(tiny_lm), progress=False)
+
+
+def test_wrong_tasks_and_folders(lm_values, encoder_values, tmp_path, tiny_lm):
+    recipe, texts = build_recipe(lm_values), build_recipe(encoder_values)
+    with pytest.raises(UserError, match="task classification does not fit"):
+        evaluate(str(tiny_lm), recipe.data, EvaluatePart(tasks=["classification"]), progress=False)
+    with pytest.raises(UserError, match="task loss does not fit"):
+        evaluate(str(tiny_lm), texts.data, EvaluatePart(tasks=["loss"]), progress=False)
+    with pytest.raises(UserError, match="has no classes"):
+        evaluate(str(tiny_lm), texts.data, EvaluatePart(), progress=False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text("")
+    with pytest.raises(UserError, match="is not finished"):
+        open_tuned(tmp_path / "run")
+
+
+def test_damaged_and_misplaced_adapters(lm_values, encoder_values, tmp_path, tiny_lm):
+    lm_values["train"]["steps"] = 1
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    weights = tmp_path / "run/adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="adapter"):
+        open_tuned(tmp_path / "run")
+    weights.write_bytes(b"not a tensor file at all")
+    with pytest.raises(UserError, match="adapter"):
+        open_tuned(tmp_path / "run")
+    weights.write_bytes(whole)
+    config = tmp_path / "run/adapter/adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"NO_SUCH_METHOD"'))
+    with pytest.raises(UserError, match="could not be read"):
+        open_tuned(tmp_path / "run")

@@ -1,0 +1,95 @@
+"""Recipes: one source for YAML and flags; every wrong field or value is named with the nearest right one."""
+
+import pytest
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import (
+    Recipe,
+    build_recipe,
+    flag_values,
+    flags,
+    merged,
+    read_recipe,
+    shipped_recipes,
+)
+
+MINIMAL = {"model": {"path": "somewhere"}}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
+    import yaml
+
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    assert recipe.about
+    assert build_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {}}, "field 'model.path' is missing"),
+        ({**MINIMAL, "trian": {}}, "unknown field 'trian'. Did you mean 'train'"),
+        ({**MINIMAL, "train": {"learning_rat": 1}}, "unknown field 'train.learning_rat'. Did you mean 'learning_rate'"),
+        ({**MINIMAL, "learning_rate": 1}, "unknown field 'learning_rate'. Did you mean 'train.learning_rate'"),
+        ({**MINIMAL, "train": {"schedule": "cosin"}}, "train.schedule is 'cosin', expected.*Did you mean 'cosine'"),
+        ({**MINIMAL, "train": {"steps": 0}}, "train.steps is 0: input should be greater than or equal to 1"),
+        ({**MINIMAL, "train": {"steps": "many"}}, "train.steps is 'many'"),
+        ({**MINIMAL, "train": {"learning_rate": -1}}, "train.learning_rate is -1"),
+        ({**MINIMAL, "evaluate": {"tasks": ["choices"]}}, "evaluate.tasks.0 is 'choices'.*Did you mean 'choice'"),
+        ({**MINIMAL, "train": {"steps": 0}, "data": {"holdout": -1}}, "data.holdout.*train.steps"),
+    ],
+)
+def test_wrong_fields_and_values(values, message):
+    with pytest.raises(UserError, match=message):
+        build_recipe(values)
+
+
+def test_overrides_lie_over_the_file(write_recipe):
+    path = write_recipe({**MINIMAL, "method": {"name": "lora", "r": 8}, "train": {"steps": 5, "seed": 3}})
+    recipe = read_recipe(path, {"method": {"r": 4}, "train": {"steps": 7}})
+    assert recipe.method == {"name": "lora", "r": 4}
+    assert (recipe.train.steps, recipe.train.seed) == (7, 3)
+
+
+def test_another_method_does_not_inherit_settings():
+    assert merged({"method": {"name": "dual_lora", "r1": 8}}, {"method": {"name": "lora"}})["method"] == {
+        "name": "lora"
+    }
+
+
+def test_every_field_of_a_recipe_is_a_flag_with_help():
+    def leaves(model, prefix=""):
+        for name, field in model.model_fields.items():
+            inner = field.annotation
+            if hasattr(inner, "model_fields"):
+                yield from leaves(inner, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", field.description
+
+    known = dict(leaves(Recipe))
+    assert all(known.values())
+    assert set(flags(Recipe).model_fields) == set(Recipe.model_fields)
+
+
+def test_values_of_method_flags_are_yaml():
+    given = flags(Recipe).model_validate({"method": {"r": "8", "use_dora": "true", "target_modules": "[q_proj]"}})
+    assert flag_values(given) == {"method": {"r": 8, "use_dora": True, "target_modules": ["q_proj"]}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "holds list"), ("!!python/name:x", "YAML")]
+)
+def test_broken_files(text, message, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_recipe(path)
+
+
+def test_missing_recipe_suggests_a_shipped_one():
+    with pytest.raises(UserError, match="There is no recipe 'boolq-smolm2'. Did you mean 'boolq-smollm2'"):
+        read_recipe("boolq-smolm2")
+    with pytest.raises(UserError, match=r"no recipe file nowhere/r\.yaml"):
+        read_recipe("nowhere/r.yaml")

@@ -1,0 +1,309 @@
+"""Training: the run folder is complete, a resumed run is the same run, failures lose nothing."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import WHOLE, RunFolder
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.train import run
+
+
+def adapter_of(folder):
+    return load_file(next((folder / "adapter").glob("*.safetensors")))
+
+
+def assert_same_adapter(one, other):
+    one, other = adapter_of(one), adapter_of(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_run_folder_is_complete(lm_values, tmp_path):
+    result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert result.state == "finished"
+    assert result.steps == 6
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["seed"] == 0
+    assert record["result"]["trainable_parameters"] == result.trainable_parameters > 0
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["tokens"] == result.tokens
+    assert build_recipe(yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())).train.steps == 6
+    checkpoints = [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
+    assert checkpoints == ["checkpoint-6"]
+    assert not list((tmp_path / "run/adapter").glob("*.bin"))
+
+
+def test_same_seed_same_adapter_other_seed_other_adapter(lm_values, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        lm_values["train"]["seed"] = seed
+        run(build_recipe(lm_values), tmp_path / name, progress=False)
+    assert_same_adapter(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_adapter(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("method", ["dual_lora", "dora", "full"])
+def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
+    """Stopped after five of eight steps, one of them past a checkpoint."""
+    lm_values["method"] = {"name": method} if method == "full" else {"name": method, "r": 4}
+    lm_values["train"] |= {"steps": 8, "accumulate": 2}
+    recipe = build_recipe(lm_values)
+    run(recipe, tmp_path / "straight", progress=False)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(Stopped):
+            run(recipe, tmp_path / "stopped", progress=False)
+    run(recipe, tmp_path / "stopped", resume=True, progress=False)
+    if method == "full":
+        one, other = (load_file(tmp_path / f / "model/model.safetensors") for f in ("straight", "stopped"))
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    else:
+        assert_same_adapter(tmp_path / "straight", tmp_path / "stopped")
+
+    def metrics(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["tokens"]) for line in lines]
+
+    assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step, patch):
+    from dual_lora.lab import train
+
+    original = train._Watch.on_step_end
+
+    def on_step_end(self, args, state, control, **more):
+        original(self, args, state, control, **more)
+        if state.global_step == step:
+            raise Stopped
+
+    patch.setattr(train._Watch, "on_step_end", on_step_end)
+
+
+KILLED = """
+import sys, yaml
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+from dual_lora.lab.recipe import read_recipe
+from dual_lora.lab import train
+import transformers, os, signal
+where, step = sys.argv[3], int(sys.argv[4])
+if where == "step":
+    original = train._Watch.on_step_end
+    def on_step_end(self, args, state, control, **more):
+        original(self, args, state, control, **more)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+    train._Watch.on_step_end = on_step_end
+if where == "save":
+    original = transformers.Trainer._save_rng_state
+    def save(self, folder):
+        if folder.endswith(f"-{step}"):
+            open(os.path.join(folder, "scheduler.pt"), "wb").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, folder)
+    transformers.Trainer._save_rng_state = save
+if where == "adapter":
+    train.write_note = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+train.run(read_recipe(sys.argv[1]), sys.argv[2], progress=False)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "step"), [("step", 1), ("step", 5), ("save", 4), ("adapter", 0)])
+def test_sigkill_loses_nothing(where, step, lm_values, tmp_path, write_recipe):
+    """Killed before the first checkpoint, between two, in the middle of writing one, and of writing the adapter."""
+    recipe = write_recipe(lm_values)
+    out = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", KILLED, recipe, out, where, str(step)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    if where == "save":
+        assert (out / "checkpoints/checkpoint-4/optimizer.pt").is_file()
+    assert not (out / "adapter").exists()
+    run(build_recipe(lm_values), out, resume=True, progress=False)
+    run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    assert_same_adapter(tmp_path / "straight", out)
+
+
+def test_a_checkpoint_without_all_its_bytes_is_passed_over(lm_values, tmp_path, monkeypatch):
+    lm_values["train"]["keep_checkpoints"] = 3
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(Stopped):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    folder = RunFolder(tmp_path / "run")
+    cut = folder.checkpoints / "checkpoint-4/optimizer.pt"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    (folder.checkpoints / "checkpoint-5").mkdir()
+    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-2"
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-2"]
+    assert (folder.checkpoints / "checkpoint-2" / WHOLE).is_file()
+
+
+def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path):
+    recipe = build_recipe(lm_values)
+    run(recipe, tmp_path / "run", progress=False)
+    before = (tmp_path / "run/record.json").read_bytes()
+    with pytest.raises(UserError, match="not empty.*--resume.*--overwrite"):
+        run(recipe, tmp_path / "run", progress=False)
+    assert run(recipe, tmp_path / "run", resume=True, progress=False).state == "finished"
+    assert (tmp_path / "run/record.json").read_bytes() == before
+    run(recipe, tmp_path / "run", overwrite=True, progress=False)
+    assert (tmp_path / "run/record.json").read_bytes() != before
+
+
+def test_overwrite_refuses_a_folder_that_is_no_run(lm_values, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("ten years")
+    with pytest.raises(UserError, match="is not a run"):
+        run(build_recipe(lm_values), tmp_path / "thesis", overwrite=True, progress=False)
+    assert (tmp_path / "thesis/chapter.txt").read_text() == "ten years"
+
+
+def test_folder_in_use_is_refused(lm_values, tmp_path):
+    held = RunFolder(tmp_path / "run")
+    held.open(resume=False, overwrite=False)
+    with pytest.raises(UserError, match="in use by another run"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    held.close()
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_resume_with_another_recipe_names_what_changed(lm_values, tmp_path):
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    lm_values["train"]["learning_rate"] = 0.5
+    lm_values["method"]["r"] = 8
+    with pytest.raises(UserError, match=r"other values of method\.r, train\.learning_rate"):
+        run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, monkeypatch):
+    from dual_lora.lab import train
+
+    original = train._Loss.__call__
+    calls = []
+
+    def poisoned(self, *args, **more):
+        calls.append(1)
+        return original(self, *args, **more) * (float("nan") if len(calls) == 5 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loss, "__call__", lambda self, *a, **k: _poison(self, poisoned, *a, **k))
+        with pytest.raises(UserError, match=r"loss became nan at step 5\..*checkpoint-4.*--resume"):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run/adapter").exists()
+    run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    assert_same_adapter(tmp_path / "straight", tmp_path / "run")
+
+
+def _poison(loss, poisoned, *args, **more):
+    value = poisoned(loss, *args, **more)
+    loss.watch.losses[-1] = value.detach()
+    return value
+
+
+def test_full_disk_is_one_sentence_and_can_be_resumed(lm_values, tmp_path, monkeypatch):
+    import transformers
+
+    original = transformers.Trainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if folder.endswith("-4"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
+        with pytest.raises(UserError, match="disk is full.*checkpoint-2.*--resume"):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    assert_same_adapter(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(lm_values, tmp_path, write_recipe):
+    lm_values["train"] |= {"steps": 2000, "checkpoint_every": 1000}
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "dual_lora.lab.cli", "train", str(write_recipe(lm_values)), "--out", str(out)]
+    with subprocess.Popen([*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
+        deadline = time.time() + 120
+        while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
+            assert time.time() < deadline
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    result = json.loads(printed)
+    assert result["state"] == "interrupted"
+    assert 0 < result["steps"] < 2000
+    assert (out / f"checkpoints/checkpoint-{result['steps']}" / WHOLE).is_file()
+
+
+def test_examples_that_are_too_long_are_counted(lm_values, tmp_path, questions):
+    records = json.loads((questions / "train.json").read_text())
+    records[3]["instruction"] = "sea " * 60
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps(records))
+    lm_values["data"] |= {"train": str(data), "max_length": 40}
+    lm_values["train"]["steps"] = 1
+    assert run(build_recipe(lm_values), tmp_path / "run", progress=False).left_out == 1
+    lm_values["data"]["max_length"] = 5
+    with pytest.raises(UserError, match="All 48 examples are longer than data.max_length = 5"):
+        run(build_recipe(lm_values), tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
+def test_ramp_is_a_tenth_of_the_steps_when_left_out():
+    from dual_lora.lab.methods import method_config
+
+    assert method_config({"name": "dual_lora", "r": 4}, "causal", 200, []).warmup_steps == 20
+    assert method_config({"name": "dual_lora", "r": 4, "warmup_steps": 7}, "causal", 200, []).warmup_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "dual_lorra"}, "no method 'dual_lorra'. Did you mean 'dual_lora'"),
+        ({"name": "lora", "lora_alfa": 2}, "no field 'lora_alfa'. Did you mean 'lora_alpha'"),
+        ({"name": "lora", "r": 0}, "positive integer.* 0"),
+        ({"name": "lora", "target_modules": ["nowhere"]}, "nowhere"),
+        ({"name": "full", "r": 3}, "full takes no settings"),
+    ],
+)
+def test_wrong_methods(method, message, lm_values, tmp_path):
+    lm_values["method"] = method
+    with pytest.raises(UserError, match=message):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora", "pissa", "hira", "loha", "vera", "adalora", "full"])
+def test_any_method_trains(method, lm_values, tmp_path):
+    lm_values["method"] = {"name": method}
+    lm_values["train"] |= {"steps": 3, "learning_rate": 0.01}
+    result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert result.state == "finished"
+    assert result.adapter_bytes > 0
