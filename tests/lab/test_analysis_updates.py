@@ -138,11 +138,16 @@ def test_full_fine_tuning_is_read_from_the_file(tmp_path):
     save_file(tuned.state_dict(), tmp_path / "model.safetensors")
     assert linear_layers(base) == ["first", "second"]
     with FullUpdates([tmp_path / "model.safetensors"], base) as updates:
-        torch.testing.assert_close(whole(updates["second"].update()), (tuned.second.weight - base.second.weight).detach())
+        torch.testing.assert_close(
+            whole(updates["second"].update()), (tuned.second.weight - base.second.weight).detach()
+        )
         assert measure(updates["first"].update())["zero"] == 1
     del base.first
     base.third = nn.Linear(3, 3)
-    with pytest.raises(UserError, match=r"no weight third\.weight"), FullUpdates([tmp_path / "model.safetensors"], base):
+    with (
+        pytest.raises(UserError, match=r"no weight third\.weight"),
+        FullUpdates([tmp_path / "model.safetensors"], base),
+    ):
         pass
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dual_lora.lab.analysis.updates import adapted_layers
-
-GROUPS = {"magnitude": ("dual_lora_A", "dual_lora_B"), "direction": ("dual_lora_C", "dual_lora_D")}
+from dual_lora.lab.analysis.updates import GROUPS, adapted_layers
 
 Tensors = dict[str, Tensor]  # by layer and name: "layers.0.q_proj dual_lora_A.default"
 
@@ -39,17 +38,13 @@ def contributions(
     with model.disable_adapter():
         rows.append(_row("without the adapter", "all", loss_of(model)))
     for group, kinds in groups.items():
-        with _changed(model, lambda key, p, kinds=kinds: start[key] if _kind(key) in kinds else None):
+        with _changed(model, kinds, lambda key, _: start[key]):
             rows.append(_row("set back to the start", group, loss_of(model)))
     for group, kinds in groups.items():
         losses = []
         for draw in range(draws):
             generator = torch.Generator().manual_seed(seed + draw)
-
-            def redraw(key: str, p: Tensor, kinds: Any = kinds, generator: Any = generator) -> Tensor | None:
-                return _like(p, generator) if _kind(key) in kinds else None
-
-            with _changed(model, redraw):
+            with _changed(model, kinds, partial(_like, generator)):
                 losses.append(loss_of(model))
         rows.append(_row("drawn anew", group, *losses))
     return rows
@@ -69,7 +64,7 @@ def _row(what: str, group: str, *losses: float) -> dict[str, Any]:
     return {"what": what, "group": group, "loss": mean, "spread": spread, "draws": len(losses)}
 
 
-def _like(p: Tensor, generator: torch.Generator) -> Tensor:
+def _like(generator: torch.Generator, key: str, p: Tensor) -> Tensor:
     """Gaussian numbers with the mean and the spread of `p`."""
     noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
     return p.mean() + p.std() * noise if p.numel() > 1 else p.clone()
@@ -87,17 +82,16 @@ def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _changed(model: Any, new: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    kept = []
-    with torch.no_grad():
-        for key, parameter in _parameters(model):
-            value = new(key, parameter)
-            if value is not None:
-                kept.append((parameter, parameter.detach().clone()))
-                parameter.copy_(value)
+def _changed(model: Any, kinds: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """The model with other values in the tensors of the given kinds."""
+    chosen = [(key, p) for key, p in _parameters(model) if _kind(key) in kinds]
+    kept = [p.detach().clone() for _, p in chosen]
     try:
+        with torch.no_grad():
+            for key, parameter in chosen:
+                parameter.copy_(new(key, parameter))
         yield
     finally:
         with torch.no_grad():
-            for parameter, old in kept:
+            for (_, parameter), old in zip(chosen, kept, strict=True):
                 parameter.copy_(old)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from dual_lora.core.reference import product_gradients
 from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
-from dual_lora.lab.analysis.updates import adapted_layers, snapshot
+from dual_lora.lab.analysis.updates import GROUPS, adapted_layers, snapshot
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 LossOf = Callable[[Any, Batch], Tensor]
 
-GROUPS = {"dual_lora_A": "magnitude", "dual_lora_B": "magnitude", "dual_lora_C": "direction", "dual_lora_D": "direction"}
+_GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 
 
 class WeightGradient:
@@ -77,9 +77,9 @@ def gradient_shares(layer: nn.Module) -> dict[str, float]:
             continue
         size = float(parameter.grad.double().square().sum())
         kind = name.partition(".")[0]
-        for key in {kind, GROUPS.get(kind, kind)}:
+        for key in {kind, _GROUP_OF.get(kind, kind)}:
             squares[key] = squares.get(key, 0.0) + size
-    total = sum(size for key, size in squares.items() if key not in GROUPS.values())
+    total = sum(size for key, size in squares.items() if key not in GROUPS)
     return {f"share_{key}": size / total for key, size in sorted(squares.items())} if total else {}
 
 
@@ -132,10 +132,10 @@ def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
         args = G.rows(*span), P.rows(*span), Q.rows(*span), scale
         H = product_gradients(*args, form._replace(ste="identity"))[1]
         kept = product_gradients(*args, form)[1]
-        tally[:5] += torch.stack(
-            [(H != kept).sum(), (H != 0).sum(), torch.tensor(H.numel()), H.double().abs().sum(), kept.double().abs().sum()]
-        ).double()
-        tally[5] = torch.maximum(tally[5], H.abs().max().double())
+        counts = (kept != H).sum(), (H != 0).sum(), torch.tensor(H.numel(), device=H.device)
+        tally[:3] += torch.stack(counts).double().cpu()
+        tally[3:5] += torch.stack([H.double().abs().sum(), kept.double().abs().sum()]).cpu()
+        tally[5] = torch.maximum(tally[5], H.abs().max().double().cpu())
     return tally
 
 

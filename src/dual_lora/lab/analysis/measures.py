@@ -17,7 +17,7 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
     (Dual LoRA). norm: Frobenius norm; rms, largest: of the entries. norm_ratio, largest_ratio: the same against the
     base weight's norm and root mean square. Norms are multiplied by `strength` (λ), shares are not.
     """
-    positive = negative = squares = base_squares = 0.0
+    positive = negative = squares = 0.0
     largest = torch.zeros((), device=update.device)
     for start, stop in row_spans(update):
         block = update.rows(start, stop)
@@ -25,8 +25,6 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
         negative += float((block < 0).sum())
         squares += float(block.double().square().sum())
         largest = torch.maximum(largest, block.abs().max())
-        if base is not None:
-            base_squares += float(base.rows(start, stop).double().square().sum())
     O, I = update.shape
     entries = O * I
     norm = strength * math.sqrt(squares)
@@ -38,12 +36,18 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
         "rms": norm / math.sqrt(entries),
         "largest": strength * float(largest),
     }
+    base_squares = 0.0 if base is None else squared_norm(base)
     if base_squares:
         result["norm_ratio"] = norm / math.sqrt(base_squares)
         result["largest_ratio"] = result["largest"] / math.sqrt(base_squares / entries)
     if isinstance(update, Factored) and update.adapter.form.direction == "sign":
         result["direction_positive"] = _share_positive(update.group("direction"))
     return result
+
+
+def squared_norm(matrix: Matrix) -> float:
+    """‖·‖²_F."""
+    return sum(float(matrix.rows(*span).double().square().sum()) for span in row_spans(matrix))
 
 
 def _share_positive(matrix: Matrix) -> float:
@@ -66,9 +70,8 @@ def changes(old: Matrix, new: Matrix) -> dict[str, float]:
         counts["switched_off"] += float(((before != 0) & (after == 0)).sum())
     entries = new.shape[0] * new.shape[1]
     result = {name: count / entries for name, count in counts.items()}
-    signed = isinstance(old, Factored) and isinstance(new, Factored) and new.adapter.form.direction == "sign"
-    if signed:
-        result["direction_flipped"] = _share_different(old.group("direction"), new.group("direction"))  # type: ignore[union-attr]
+    if isinstance(old, Factored) and isinstance(new, Factored) and new.adapter.form.direction == "sign":
+        result["direction_flipped"] = _share_different(old.group("direction"), new.group("direction"))
     return result
 
 

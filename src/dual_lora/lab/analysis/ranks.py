@@ -89,7 +89,7 @@ def rank_examples(size: int = 16) -> list[RankExample]:
     [size, size], fp64. `size` is also the rank that the best case reaches.
     """
     i = torch.arange(size, dtype=torch.float64)
-    ramp = i[:, None] - i[None]  # rank 2
+    ramp, other = i[:, None] - i[None], i[:, None] + i[None] - size  # rank 2 each
     low = torch.tensor([[1.0, -1.0], [1.0, -2.0]], dtype=torch.float64)
     positive = 1 + torch.diag(torch.ones(size, dtype=torch.float64))
     outer = torch.where(i % 2 == 0, 1.0, -1.0).double()[:, None] * (i + 1)[None]
@@ -97,7 +97,7 @@ def rank_examples(size: int = 16) -> list[RankExample]:
     cases = [
         ("i - j", "ReLU", ramp, magnitude(ramp, form)),
         ("i - j", "Sign", ramp, direction(ramp, form)),
-        ("i - j and i + j - n", "ReLU ⊙ Sign", ramp, magnitude(ramp, form) * direction(ramp.abs() + 2 * i - size, form)),
+        ("i - j and i + j - n", "ReLU ⊙ Sign", ramp, magnitude(ramp, form) * direction(other, form)),
         ("u vᵀ, u of both signs, v positive", "ReLU", outer, magnitude(outer, form)),
         ("u vᵀ, u of both signs, v positive", "Sign", outer, direction(outer, form)),
         ("[[1, -1], [1, -2]]", "ReLU", low, magnitude(low, form)),

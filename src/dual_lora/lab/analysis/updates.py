@@ -7,13 +7,17 @@ methods meet on it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dual_lora.core.reference import Factors
 from dual_lora.lab.analysis.matrices import Dense, Difference, Factored, Matrix, Saved, Update
 from dual_lora.lab.errors import UserError
+
+GROUPS = {"magnitude": ("dual_lora_A", "dual_lora_B"), "direction": ("dual_lora_C", "dual_lora_D")}
 
 
 class LayerUpdate(NamedTuple):
@@ -23,7 +27,7 @@ class LayerUpdate(NamedTuple):
     strength: float = 1.0
 
 
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
+def adapted_layers(model: Any) -> dict[str, Any]:
     """The tuner layers of a PEFT model by their names in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -54,16 +58,20 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
     for name, layer in adapted_layers(model).items():
         if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
             full = layer.adapter(adapter)
-            copies = full.factors._make(f.detach().clone() for f in full.factors)
+            copies = Factors(*(f.detach().clone() for f in full.factors))
             matrix = Factored(full._replace(factors=copies, scale=torch.full_like(full.scale, layer.scaling[adapter])))
-            result[name] = LayerUpdate(lambda matrix=matrix: matrix, layer.warmup_factor(adapter))
+            result[name] = LayerUpdate(partial(_itself, matrix), layer.warmup_factor(adapter))
         elif adapter in getattr(layer, "active_adapters", []):
             tensors = {n: p.detach().clone() for n, p in _own_tensors(layer)}
-            result[name] = LayerUpdate(lambda layer=layer, tensors=tensors: _effect(layer, tensors, adapter))
+            result[name] = LayerUpdate(partial(_effect, layer, tensors, adapter))
     return result
 
 
-def base_matrix(layer: nn.Module) -> Matrix | None:
+def _itself(matrix: Matrix) -> Matrix:
+    return matrix
+
+
+def base_matrix(layer: Any) -> Matrix | None:
     """The base weight as [O, I], or None where it is not a plain tensor (quantised)."""
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     weight = getattr(inner, "weight", None)
@@ -122,14 +130,16 @@ def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
 class FullUpdates:
     """The updates of full fine-tuning: saved weights minus the base model's. Use as a context manager.
 
-    files: the safetensors files of one state. names: the layers to look at.
+    files: the safetensors files of one state. base: the untrained model, with an adapter on it or without.
+    names: the layers to look at; left out, all linear ones.
     """
 
-    def __init__(self, files: list[Any], base: nn.Module, names: list[str] | None = None):
+    def __init__(self, files: list[Any], base: Any, names: list[str] | None = None):
         from contextlib import ExitStack
 
-        self.files, self.base = files, base
-        self.names = linear_layers(base) if names is None else names
+        self.files = files
+        self.base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self.names = linear_layers(self.base) if names is None else names
         self._stack = ExitStack()
 
     def __enter__(self) -> dict[str, LayerUpdate]:
@@ -144,19 +154,21 @@ class FullUpdates:
             key = f"{name}.weight"
             if key not in where:
                 raise UserError(f"{self.files[0].parent} holds no weight {key}: is it of another model?")
-            module = self.base.get_submodule(name)
+            module: Any = self.base.get_submodule(name)
             old = base_matrix(module)
-            assert old is not None
-            conv1d = type(module).__name__ == "Conv1D"
+            if old is None:
+                raise UserError(f"The base weight {key} is quantised: full fine-tuning cannot be compared with it.")
+            inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+            conv1d = type(inner).__name__ == "Conv1D"
             saved = Saved(where[key], key, old.device, transposed=conv1d)
-            result[name] = LayerUpdate(lambda saved=saved, old=old: Difference(saved, old))
+            result[name] = LayerUpdate(partial(Difference, saved, old))
         return result
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
 
-def linear_layers(base: nn.Module) -> list[str]:
+def linear_layers(base: Any) -> list[str]:
     """The layers that "all-linear" adapts: every linear layer but the output layer."""
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     heads = ("classifier", "score", "lm_head")

@@ -1,0 +1,311 @@
+"""`dual-lora analyze RUN…`: everything that this package measures, for run folders, as one JSON file.
+
+from dual_lora.lab.analysis.analyze import analyze, save
+analysis = analyze(["runs/dual", "runs/lora"], reference="runs/full")
+save(analysis, "analysis.json")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dual_lora.lab.analysis.contribution import contributions, factor_state
+from dual_lora.lab.analysis.gradients import first_step, gradient_pass
+from dual_lora.lab.analysis.likeness import correlation, likeness, magnitude_and_direction
+from dual_lora.lab.analysis.matrices import Factored
+from dual_lora.lab.analysis.measures import changes, measure
+from dual_lora.lab.analysis.ranks import rank_bound, rank_examples, ranks
+from dual_lora.lab.analysis.setting import Setting, open_setting
+from dual_lora.lab.analysis.trajectory import Place, chosen_layers, full_updates, places, state
+from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import RunFolder, write_atomically
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.recipe import Recipe
+from dual_lora.lab.record import read_metrics, surroundings
+from dual_lora.lab.train import recipe_of_run
+
+FORMAT = "dual-lora analysis"
+VERSION = 1
+
+Row = dict[str, Any]
+Ranks = Literal["ends", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is looked at.
+
+    states: at most so many of a run's states, start and end among them. layers: regular expression of layer names.
+    ranks: of the first and the last state, of all, or of none (the costly part: O · I · min(O, I) flops a matrix).
+    gradients: take a gradient pass at every state. held_out: records for the contribution of each group, 0 for none.
+    draws: how often a group is drawn anew.
+    """
+
+    states: int = 8
+    layers: str | None = None
+    ranks: Ranks = "ends"
+    gradients: bool = True
+    held_out: int = 64
+    draws: int = 3
+
+
+@dataclass
+class RunAnalysis:
+    """Tables of one run, one row a layer and state where nothing else is said.
+
+    layers: signs, zeros, norms, flips, ranks, DoRA's two numbers. gradients: what the estimator cuts, shares of the
+    groups. likeness: to full fine-tuning at the same step. first_step, contribution: one row a layer, a variant.
+    live: what `AnalysisCallback` wrote during training. magnitude_direction: correlation over layers and states.
+    """
+
+    name: str
+    folder: str
+    method: dict[str, Any]
+    seed: int
+    model: str
+    data: str | None
+    command: str | None
+    steps: list[int] = field(default_factory=list)
+    reference: str | None = None
+    layers: list[Row] = field(default_factory=list)
+    gradients: list[Row] = field(default_factory=list)
+    likeness: list[Row] = field(default_factory=list)
+    first_step: list[Row] = field(default_factory=list)
+    contribution: list[Row] = field(default_factory=list)
+    live: list[Row] = field(default_factory=list)
+    magnitude_direction: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Analysis:
+    """The analyses of some runs, with what is needed to repeat them."""
+
+    runs: list[RunAnalysis]
+    options: dict[str, Any]
+    made: dict[str, Any]
+    rank_examples: list[Row]
+
+
+def analyze(
+    runs: list[str | Path],
+    reference: str | Path | None = None,
+    options: Options = Options(),
+    device: str | None = None,
+    progress: bool = True,
+) -> Analysis:
+    """Analyse run folders one after the other; only one base model is in memory at a time.
+
+    reference: a run of full fine-tuning from the same model and data, whose update the others are compared with.
+    Raises UserError for what is no run, has no states, or does not belong together.
+    """
+    if not runs:
+        raise UserError("No run was given: dual-lora analyze RUN [RUN …].")
+    target = None if reference is None else _reference(Path(reference))
+    names = _names([Path(run) for run in runs])
+    found = [
+        _analyze_run(Path(run), name, target, options, device, progress) for run, name in zip(runs, names, strict=True)
+    ]
+    examples = [example._asdict() for example in rank_examples()]
+    return Analysis(found, asdict(options), surroundings(), examples)
+
+
+def save(analysis: Analysis, file: str | Path) -> Path:
+    """Write the analysis as JSON (numbers that are not finite become null)."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {"format": FORMAT, "version": VERSION, **asdict(analysis)}
+    write_atomically(path, json.dumps(_finite(values), indent=None, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The folders' own names; where two are the same, with the parent's name."""
+    short = [path.resolve().name for path in paths]
+    return [
+        name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        for name, path in zip(short, paths, strict=True)
+    ]
+
+
+def _reference(path: Path) -> Path:
+    if not RunFolder(path).is_run:
+        raise UserError(f"The reference {path} is not a run: it holds no recipe.yaml.")
+    method = recipe_of_run(path).method["name"]
+    if method != "full":
+        raise UserError(
+            f"The reference {path} trained {method}, expected full fine-tuning: run the recipe with --method.name full."
+        )
+    return path
+
+
+def _analyze_run(
+    path: Path, name: str, reference: Path | None, options: Options, device: str | None, progress: bool
+) -> RunAnalysis:
+    stops = places(path, options.states)
+    setting = open_setting(path, device)
+    recipe = setting.recipe
+    result = RunAnalysis(
+        name,
+        str(path),
+        dict(recipe.method),
+        recipe.train.seed,
+        recipe.model.path,
+        recipe.data.train,
+        setting.record.get("command"),
+        [place.step for place in stops],
+        live=read_metrics(path / "analysis" / "live.jsonl"),
+    )
+    layers = chosen_layers(setting, options.layers)
+    targets: dict[int, Place] = {}
+    if reference is not None and reference.resolve() != path.resolve():
+        result.reference = str(reference)
+        result.notes += _comparable(recipe, recipe_of_run(reference), reference)
+        targets = {place.step: place for place in places(reference) if place.folder is not None}
+    if setting.origin:
+        result.notes.append(
+            f"The method changed {len(setting.origin)} base weights at its start; updates count from before."
+        )
+    with Bar(f"analysing {name}", len(stops) * len(layers), progress) as bar:
+        _Walk(setting, result, options, stops, layers, targets, bar).go()
+    points = [r for r in result.layers if r.get("norm")]
+    result.magnitude_direction = correlation(
+        [r["direction_change"] for r in points if "direction_change" in r],
+        [r["magnitude_change"] for r in points if "direction_change" in r],
+    )
+    return result
+
+
+def _comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:
+    """What the two runs do not share: an error for model and data, notes for the rest."""
+    for part, a, b in (("model", recipe.model.path, other.model.path), ("data", recipe.data.train, other.data.train)):
+        if a != b:
+            raise UserError(
+                f"The reference {where} has another {part} ({b}) than the run ({a}): likeness has no meaning."
+            )
+    fields = ("seed", "steps", "epochs", "batch_size", "accumulate", "schedule")
+    different = [f"train.{f}" for f in fields if getattr(recipe.train, f) != getattr(other.train, f)]
+    different += ["data"] if recipe.data != other.data else []
+    return [f"The reference was trained with another {', '.join(different)}."] if different else []
+
+
+class _Walk:
+    """One pass over a run's states."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        result: RunAnalysis,
+        options: Options,
+        stops: list[Place],
+        layers: list[str],
+        targets: dict[int, Place],
+        bar: Bar,
+    ):
+        self.setting, self.result, self.options, self.bar = setting, result, options, bar
+        self.stops, self.layers, self.targets = stops, layers, targets
+        self.modules = adapted_layers(setting.model)
+        self.start: dict[str, LayerUpdate] = {}
+
+    def go(self) -> None:
+        with ExitStack() as files:
+            before: dict[str, LayerUpdate] = {}
+            step_before = 0
+            for place in self.stops:
+                now = state(self.setting, place, self.layers, files)
+                if place.step == 0:
+                    self.start = now
+                    self._at_start()
+                target = self._target(place, files)
+                for name in self.layers:
+                    if name in now:
+                        self._layer(place, name, now[name], before.get(name), step_before, target.get(name))
+                    self.bar.advance()
+                if place.step and self.options.gradients and not self.setting.is_full:
+                    self._gradients(place.step)
+                before, step_before = now, place.step
+            if not self.setting.is_full and self.options.held_out:
+                loss_of = self.setting.held_out_loss(self.options.held_out)
+                self.result.contribution = contributions(
+                    self.setting.model, self.start_factors, loss_of, self.options.draws
+                )
+
+    def _at_start(self) -> None:
+        if self.setting.is_full:
+            return
+        self.start_factors = factor_state(self.setting.model)
+        if self.options.gradients:
+            with self.setting.at_full_strength():
+                steps = first_step(
+                    self.setting.model,
+                    self.setting.step_batches[0],
+                    self.setting.loss_of_batch,
+                    self.setting.recipe.train.learning_rate,
+                )
+            self.result.first_step = [{"layer": n, **row} for n, row in steps.items() if n in self.layers]
+
+    def _target(self, place: Place, files: ExitStack) -> dict[str, LayerUpdate]:
+        found = self.targets.get(place.step)
+        return {} if found is None else files.enter_context(full_updates(found, self.setting.model, self.layers))
+
+    def _layer(
+        self,
+        place: Place,
+        name: str,
+        now: LayerUpdate,
+        before: LayerUpdate | None,
+        step_before: int,
+        target: LayerUpdate | None,
+    ) -> None:
+        matrix = now.update()
+        module = self.modules.get(name) or self.setting.model.get_submodule(name)
+        base = base_matrix(module)
+        O, I = matrix.shape
+        row: Row = {"step": place.step, "layer": name, "O": O, "I": I, "strength": now.strength}
+        row |= measure(matrix, base, now.strength)
+        if base is not None and place.step:
+            row |= magnitude_and_direction(matrix, base, now.strength)
+        if place.step and name in self.start:
+            row |= {f"start_{k}": v for k, v in changes(self.start[name].update(), matrix).items()}
+        if before is not None:
+            row |= {f"between_{k}": v for k, v in changes(before.update(), matrix).items()}
+            row["between_steps"] = place.step - step_before
+        ends = place in (self.stops[0], self.stops[-1])
+        if self.options.ranks == "all" or (self.options.ranks == "ends" and ends):
+            row |= ranks(matrix)
+            if isinstance(matrix, Factored):
+                row |= _ranks_apart(matrix)
+        self.result.layers.append(row)
+        if target is not None:
+            self.result.likeness.append(
+                {"step": place.step, "layer": name, "O": O, "I": I, **likeness(matrix, target.update())}
+            )
+
+    def _gradients(self, step: int) -> None:
+        rows = gradient_pass(self.setting.model, self.setting.step_batches, self.setting.loss_of_batch)
+        self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items() if n in self.layers]
+
+
+def _ranks_apart(matrix: Factored) -> Row:
+    factors, form = matrix.adapter.factors, matrix.adapter.form
+    row: Row = {"rank_bound": rank_bound(factors.A.shape[0], factors.C.shape[0], form, matrix.shape)}
+    row |= {"r1": factors.A.shape[0], "r2": factors.C.shape[0]}
+    for group in ("magnitude", "direction"):
+        row |= {f"{group}_{k}": v for k, v in ranks(matrix.group(group)).items()}  # type: ignore[arg-type]
+    return row

@@ -1,0 +1,155 @@
+"""A run's surroundings, made again from its recipe: the model as it started, its first batches, held-out records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from dual_lora.lab.analysis.measures import squared_norm
+from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
+from dual_lora.lab.data.batches import Collator, accepted_arguments, training_order
+from dual_lora.lab.data.encode import IGNORED, Prompter, class_names, encode_all, encode_texts
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.folder import RunFolder
+from dual_lora.lab.methods import apply_method, method_config
+from dual_lora.lab.recipe import EvaluatePart, Recipe
+from dual_lora.lab.train import recipe_of_run
+from dual_lora.lab.tuned import Tuned, load_base
+
+
+@dataclass
+class Setting:
+    """One run as it stood before its first step.
+
+    origin: the effect at the start of layers whose base weight the method changed there (PiSSA, OLoRA); an update is
+    what came since.
+    """
+
+    path: Path
+    recipe: Recipe
+    record: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    classes: list[str]
+    origin: dict[str, LayerUpdate] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the run trained all weights."""
+        return self.recipe.method["name"] == "full"
+
+    @property
+    def method(self) -> str:
+        """The method's name, with its setting that an alias stands for."""
+        return str(self.recipe.method["name"])
+
+    @cached_property
+    def step_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
+        part = self.recipe.train
+        examples = load_split(self.recipe.data, "train")
+        if self.classes:
+            rows, _ = encode_texts(examples, self.tokenizer, self.recipe.data.max_length, self.classes)
+        else:
+            prompter = Prompter(self.tokenizer, self.recipe.data.template)
+            rows, _ = encode_all(examples, prompter, self.recipe.data.max_length)
+        wanted = part.batch_size * part.accumulate
+        steps = int(self.record.get("total_steps", 1))
+        order = training_order([len(r.input_ids) for r in rows], steps * wanted, part.batch_size, part.seed)[:wanted]
+        collate = Collator(self.tokenizer.pad_token_id, bool(self.classes), accepted_arguments(self.model))
+        spans = [order[i : i + part.batch_size] for i in range(0, len(order), part.batch_size)]
+        batches = [collate([rows[i] for i in span]) for span in spans]
+        items = sum(int((b["labels"] != IGNORED).sum()) for b in batches)
+        return [{**batch, "items": items} for batch in batches]
+
+    def loss_of_batch(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Training's loss: cross-entropy summed over the micro-batch, divided by the step's number of labels."""
+        device = next(model.parameters()).device
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        items, labels = inputs.pop("items"), inputs.pop("labels")
+        logits = model(**inputs).logits
+        if labels.dim() == 2:
+            labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
+            logits = logits[:, :-1]
+        total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / items
+
+    def held_out_loss(self, limit: int) -> Any:
+        """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
+        split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"
+        examples = load_split(self.recipe.data, split)[:limit]
+        task = "classification" if self.classes else "loss"
+        spec = EvaluatePart.model_validate({"tasks": [task], "split": split, "batch_size": 8})
+        tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
+
+        def loss(_: Any) -> float:
+            result = evaluate(tuned, self.recipe.data, spec, examples=examples, variants=["tuned"], progress=False)
+            return result.metrics["tuned"]["loss"]
+
+        return loss
+
+    @contextmanager
+    def at_full_strength(self) -> Iterator[None]:
+        """Dual LoRA's layers with λ = 1, as after the warm-up."""
+        from dual_lora.method.layer import DualLoraLayer
+
+        layers = [m for m in adapted_layers(self.model).values() if isinstance(m, DualLoraLayer)]
+        left = [m.steps_left("default") for m in layers]
+        for layer in layers:
+            layer._set_steps_left("default", 0)
+        try:
+            yield
+        finally:
+            for layer, count in zip(layers, left, strict=True):
+                layer._set_steps_left("default", count)
+
+
+def open_setting(path: str | Path, device: str | None = None) -> Setting:
+    """Build a run's model as it was before its first step. Raises UserError for folders that are no runs.
+
+    The same seed gives the same factors; the base model is read from where the recipe says.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.is_run:
+        raise UserError(f"{path} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
+    recipe = recipe_of_run(folder.path)
+    record = _record(folder)
+    classes: list[str] = []
+    if recipe.model.head == "classification":
+        classes = list(record.get("classes") or class_names(load_split(recipe.data, "train")))
+    loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
+    config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
+    if config is None:
+        return Setting(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
+    before = _sizes(loaded.model)
+    model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
+    changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
+    origin = {name: found for name, found in snapshot(model).items() if name in changed}
+    return Setting(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
+
+
+def _sizes(model: Any) -> dict[str, float]:
+    """Sum of squares of each linear layer's base weight, to notice methods that change it."""
+    layers = adapted_layers(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    found = {name: base_matrix(layer) for name, layer in layers.items()}
+    return {name: squared_norm(matrix) for name, matrix in found.items() if matrix is not None}
+
+
+def _record(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return json.loads(folder.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The record {folder.record} could not be read ({error}); the run has to be made again."
+        ) from None

@@ -1,0 +1,121 @@
+"""A run's states in their order: the start (made again from the seed), every whole checkpoint, the end."""
+
+from __future__ import annotations
+
+import re
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dual_lora.lab.analysis.matrices import Difference, Matrix
+from dual_lora.lab.analysis.setting import Setting
+from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import RunFolder, is_whole
+
+
+class Place(NamedTuple):
+    """A saved state: the optimizer step and its folder (None: the start)."""
+
+    step: int
+    folder: Path | None
+
+
+def places(run: Path, limit: int | None = None) -> list[Place]:
+    """The states of a run; with a limit, so many spread evenly, start and end always among them.
+
+    Raises UserError when not even the end or a checkpoint is there.
+    """
+    folder = RunFolder(run)
+    steps = {
+        int(p.name.rpartition("-")[2]): p for p in folder.checkpoints.glob("checkpoint-*") if is_whole(p)
+    }  # a checkpoint without its mark was cut off while it was written
+    if folder.result is not None:
+        end = _last_step(folder)
+        steps[end] = folder.result
+    if not steps:
+        raise UserError(
+            f"{run} holds neither a finished adapter nor a whole checkpoint: let it run, with train.checkpoint_every "
+            "and train.keep_checkpoints set so that the states you want to see are kept."
+        )
+    found = [Place(0, None), *(Place(step, steps[step]) for step in sorted(steps))]
+    if limit is None or len(found) <= limit:
+        return found
+    if limit < 2:
+        raise UserError(f"{limit} states asked for, expected at least 2: the start and the end.")
+    chosen = sorted({round(k * (len(found) - 1) / (limit - 1)) for k in range(limit)})
+    return [found[k] for k in chosen]
+
+
+def _last_step(folder: RunFolder) -> int:
+    import json
+
+    try:
+        return int(json.loads(folder.record.read_text(encoding="utf-8"))["result"]["steps"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder.record} does not say how many steps the run took ({error!r}).") from None
+
+
+def state(setting: Setting, place: Place, layers: list[str], stack: ExitStack) -> dict[str, LayerUpdate]:
+    """The updates at one place, by layer; an adapted model is put into that state.
+
+    stack: closes the files that a full run's updates are read from.
+    """
+    if setting.is_full:
+        return stack.enter_context(full_updates(place, setting.model, layers))
+    if place.folder is not None:
+        load_adapter_into(setting.model, place.folder)
+    found = snapshot(setting.model)
+    for name, origin in setting.origin.items():
+        found[name] = LayerUpdate(_since(found[name], origin))
+    return {name: found[name] for name in layers if name in found}
+
+
+def _since(now: LayerUpdate, start: LayerUpdate) -> Any:
+    def update() -> Matrix:
+        return Difference(now.update(), start.update())
+
+    return update
+
+
+def full_updates(place: Place, base: Any, layers: list[str]) -> AbstractContextManager[dict[str, LayerUpdate]]:
+    """The updates of full fine-tuning at a place; none at the start."""
+    if place.folder is None:
+        return nullcontext({})
+    files = sorted(place.folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{place.folder} holds no safetensors file.")
+    return FullUpdates(files, base, layers)
+
+
+def load_adapter_into(model: Any, folder: Path) -> None:
+    """Put an adapter's saved tensors into the model. Raises UserError where they are missing, damaged or do not fit."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"The checkpoint {folder} holds no adapter_model.safetensors.")
+    try:
+        tensors = load_file(file)
+        set_peft_model_state_dict(model, tensors)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit the run's recipe: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"The adapter file {file} is damaged: {error}") from error
+
+
+def chosen_layers(setting: Setting, pattern: str | None, known: list[str] | None = None) -> list[str]:
+    """The run's layers whose name the regular expression finds. Raises UserError when there is none."""
+    names = known or (linear_layers(setting.model) if setting.is_full else list(adapted_layers(setting.model)))
+    if not pattern:
+        return names
+    try:
+        found = [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"--layers {pattern!r} is not a regular expression: {error}.") from None
+    if not found:
+        raise UserError(f"--layers {pattern!r} matches none of {len(names)} layers, such as {names[0]}.")
+    return found

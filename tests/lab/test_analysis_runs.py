@@ -1,0 +1,204 @@
+"""Whole runs, made by the laboratory's own training on tiny models, analysed from their folders and live."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dual_lora.lab.analysis.analyze import Options, analyze, save
+from dual_lora.lab.analysis.live import AnalysisCallback
+from dual_lora.lab.analysis.setting import open_setting
+from dual_lora.lab.analysis.trajectory import load_adapter_into, places
+from dual_lora.lab.analysis.updates import adapted_layers, snapshot
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.train import run
+
+LAYERS = 14  # of the tiny language model
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_lm, questions):
+    """Run folders of Dual LoRA, LoRA, PiSSA and full fine-tuning, four states each."""
+    folder = tmp_path_factory.mktemp("runs")
+    values = {
+        "model": {"path": str(tiny_lm)},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {
+            "steps": 6, "batch_size": 4, "accumulate": 2, "checkpoint_every": 2, "keep_checkpoints": 9, "log_every": 2,
+            "learning_rate": 0.01,
+        },
+        "evaluate": {"tasks": ["loss"]},
+    }  # fmt: skip
+    methods = {
+        "dual": {"name": "dual_lora", "r": 4, "warmup_steps": 4},
+        "lora": {"name": "lora", "r": 4},
+        "pissa": {"name": "pissa", "r": 4},
+        "full": {"name": "full"},
+    }
+    for name, method in methods.items():
+        recipe = build_recipe({**values, "name": name, "method": method})
+        live = [AnalysisCallback(folder / name / "analysis" / "live.jsonl", every=3)] if name == "dual" else []
+        run(recipe, folder / name, progress=False, callbacks=live)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analysis(runs):
+    return analyze(
+        [runs / "dual", runs / "lora", runs / "pissa", runs / "full"],
+        runs / "full",
+        Options(held_out=8),
+        progress=False,
+    )
+
+
+def rows_of(table, **wanted):
+    return [row for row in table if all(row.get(k) == v for k, v in wanted.items())]
+
+
+def test_start_is_made_again_from_the_seed(runs):
+    setting = open_setting(runs / "dual")
+    first = snapshot(setting.model)
+    again = snapshot(open_setting(runs / "dual").model)
+    assert len(first) == LAYERS
+    for name in first:
+        a, b = first[name].update(), again[name].update()
+        assert torch.equal(a.rows(0, 9), b.rows(0, 9))
+    assert all(found.strength == 0 for found in first.values())
+
+
+def test_rebuilt_batches_are_training_s(runs):
+    setting = open_setting(runs / "dual")
+    batches = setting.step_batches
+    assert [len(b["input_ids"]) for b in batches] == [4, 4]
+    with torch.no_grad():
+        loss = sum(float(setting.loss_of_batch(setting.model, b)) for b in batches)
+    logged = json.loads((runs / "dual" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0.5 * logged["loss"] < loss < 2 * logged["loss"]
+
+
+def test_states_of_a_run(runs):
+    found = places(runs / "dual")
+    assert [p.step for p in found] == [0, 2, 4, 6]
+    assert found[0].folder is None
+    assert [p.step for p in places(runs / "dual", 2)] == [0, 6]
+    with pytest.raises(UserError, match="at least 2"):
+        places(runs / "dual", 1)
+
+
+def test_every_layer_and_state_has_its_rows(analysis):
+    dual, lora, pissa, full = analysis.runs
+    for each in (dual, lora):
+        assert each.steps == [0, 2, 4, 6]
+        assert len(each.layers) == 4 * LAYERS
+        assert len(each.likeness) == 3 * LAYERS
+        assert len(each.gradients) == 3 * LAYERS
+        assert len(each.first_step) == LAYERS
+    assert len(full.layers) == 3 * LAYERS
+    assert not full.likeness
+    assert not full.gradients
+    assert "changed 14 base weights" in pissa.notes[0]
+
+
+def test_figures_make_sense(analysis):
+    dual, lora, pissa, full = analysis.runs
+    start, end = rows_of(dual.layers, step=0), rows_of(dual.layers, step=6)
+    assert all(r["norm"] == 0 and r["strength"] == 0 for r in start)
+    assert all(r["norm"] > 0 and r["strength"] == 1 for r in end)
+    assert rows_of(dual.layers, step=2)[0]["strength"] == 0.5
+    assert 0.3 < sum(r["zero"] for r in end) / LAYERS < 0.7
+    assert all(r["zero"] + r["positive"] + r["negative"] == pytest.approx(1) for r in end)
+    assert any(r["start_direction_flipped"] > 0 for r in end)
+    assert all(r["rank_numerical"] <= 4 for r in rows_of(lora.layers, step=6))
+    assert all(r["rank_numerical"] > 4 for r in end)
+    assert all(r["rank_bound"] == min(r["O"], r["I"]) for r in end)
+    assert all(r["magnitude_rank_numerical"] > 2 and r["direction_rank_numerical"] > 2 for r in end)
+    assert all(r["norm"] == 0 for r in rows_of(pissa.layers, step=0))  # counted from the original weights
+    assert all(r["norm"] > 0 for r in rows_of(pissa.layers, step=6))
+    assert all("rank_effective" in r for r in rows_of(full.layers, step=6))
+    assert -1 <= dual.magnitude_direction <= 1
+    assert all(abs(r["share_magnitude"] + r["share_direction"] - 1) < 1e-9 for r in dual.gradients)
+    assert all(-1 <= r["gradient_cosine"] <= 1 for r in dual.first_step + lora.first_step)
+
+
+def test_likeness_is_to_the_same_step(analysis):
+    dual = analysis.runs[0]
+    assert {r["step"] for r in dual.likeness} == {2, 4, 6}
+    mean = sum(r["cosine"] for r in rows_of(dual.likeness, step=6)) / LAYERS
+    assert mean > 0.02  # both learned the same task from the same start
+
+
+def test_a_run_is_perfectly_like_itself(runs):
+    found = analyze([runs / "full"], None, Options(ranks="none"), progress=False).runs[0]
+    assert found.reference is None
+    assert not found.contribution
+
+
+def test_contribution_rows(analysis):
+    what = {(r["what"], r["group"]) for r in analysis.runs[0].contribution}
+    assert ("set back to the start", "direction") in what
+    assert ("drawn anew", "magnitude") in what
+
+
+def test_live_callback_counts_the_flips_of_single_steps(analysis):
+    live = analysis.runs[0].live
+    assert {r["step"] for r in live} == {1, 3, 6}
+    assert len(live) == 3 * LAYERS
+    last, end = rows_of(live, step=6), rows_of(analysis.runs[0].layers, step=6)
+    by_layer = {r["layer"]: r for r in end}
+    for row in last:
+        other = by_layer[row["layer"]]
+        assert row["start_direction_flipped"] == pytest.approx(other["start_direction_flipped"])
+        assert row["zero"] == pytest.approx(other["zero"])
+        assert row["step_direction_flipped"] <= 1
+        assert row["share_magnitude"] + row["share_direction"] == pytest.approx(1)
+    assert all(r["strength"] == 0.25 for r in rows_of(live, step=1))
+
+
+def test_saved_as_json_without_nan(analysis, tmp_path):
+    analysis.runs[0].first_step[0]["gradient_cosine"] = math.nan
+    found = json.loads(save(analysis, tmp_path / "a" / "analysis.json").read_text())
+    assert found["format"] == "dual-lora analysis"
+    assert found["runs"][0]["first_step"][0]["gradient_cosine"] is None
+    assert found["made"]["versions"]["torch"]
+
+
+def test_layers_can_be_chosen(runs):
+    found = analyze([runs / "dual"], None, Options(layers=r"0.*q_proj", ranks="none", held_out=0), progress=False)
+    assert {r["layer"] for r in found.runs[0].layers} == {"model.layers.0.self_attn.q_proj"}
+    with pytest.raises(UserError, match="none of 14 layers"):
+        analyze([runs / "dual"], None, Options(layers="nothing"), progress=False)
+    with pytest.raises(UserError, match="not a regular expression"):
+        analyze([runs / "dual"], None, Options(layers="("), progress=False)
+
+
+def test_what_is_no_run_or_does_not_belong_together(runs, tmp_path):
+    with pytest.raises(UserError, match=r"holds neither a finished adapter|is not a run"):
+        analyze([tmp_path], progress=False)
+    with pytest.raises(UserError, match="expected full fine-tuning"):
+        analyze([runs / "dual"], runs / "lora", progress=False)
+    with pytest.raises(UserError, match="No run was given"):
+        analyze([])
+
+
+def test_another_model_s_reference_is_refused(runs, tiny_lm, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(runs / "full", other)
+    text = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(text.replace(str(tiny_lm), "elsewhere"))
+    with pytest.raises(UserError, match="another model"):
+        analyze([runs / "dual"], other, progress=False)
+
+
+def test_damaged_and_missing_checkpoints(runs, tmp_path):
+    setting = open_setting(runs / "dual")
+    with pytest.raises(UserError, match="holds no adapter_model"):
+        load_adapter_into(setting.model, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="damaged"):
+        load_adapter_into(setting.model, tmp_path)
+    assert len(adapted_layers(setting.model)) == LAYERS
