@@ -15,7 +15,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocked, "CPU_BLOCK", 16 * 577)
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, panel=16 * 4 * 577 * 2))
 
 
 class Rows:
@@ -60,7 +60,7 @@ def test_shapes(O, I, dtype, small_blocks):
 @both
 def test_a_matrix_of_several_default_blocks(dtype):
     case = make_case(T=3, I=1100, O=1300, ranks=((1, 1),), dtype=dtype)
-    assert 2 * blocked.CPU_BLOCK < 1100 * 1300
+    assert 2 * blocked.CPU.tile < 1100 * 1300
     assert_close(run(operator, case), truth(case), dtype)
 
 

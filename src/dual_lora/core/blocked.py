@@ -1,21 +1,25 @@
 """Dual LoRA by blocks of the weight: no temporary of the weight's size, nothing kept for backward.
 
-Three products cannot be avoided (y, dx and the masked G = dyᵀ x); everything else runs on blocks that stay in cache,
-in three reused buffers, in place. The weight may be a tensor or anything with `rows(start, stop) -> Tensor` (a
-quantised weight that is dequantised a few rows at a time).
+Three products cannot be avoided (y, dx and the masked G = dyᵀ x); everything else runs on tiles that stay in cache, in
+reused buffers, in place:
 
-For the paper's form the block holds T = copysign(ReLU(sP), Q - tiny), which carries magnitude, sign and mask at once:
+    M = ReLU(P)     S = Sign(Q)     W_eff = W + s · M ⊙ S
+    dP = s · G ⊙ S ⊙ 1[M > 0]       H = s · G ⊙ M
 
-    W_eff = W + T      dP = s · G ⊙ sgn(T)      H = G ⊙ |T| = (G ⊙ sgn(T)) ⊙ T
+Several tiles make a panel, a composed part of the weight large enough for an efficient product: whole rows in forward,
+whole columns in backward, so that every panel gives complete columns of y and of dx. The weight may be a tensor or
+anything with `rows(start, stop) -> Tensor` (a quantised weight that is dequantised a few rows at a time); its panels
+are rows in backward too, and dx is summed in fp32.
 
-Measured: whole matrices with fresh temporaries are slower than naive autograd; blocks halve the time.
-Other forms take the formula of `reference` block by block.
+Sizes were chosen by `python -m benchmarks blocks`. Forms other than the paper's take the formula of `reference` tile
+by tile.
 
 Legend for shapes: T tokens, I in, O out, r1 magnitude rank, r2 direction rank.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -28,9 +32,16 @@ from .reference import Factors, Form, direction, ieee_fp32, magnitude, product_g
 # number, because a subnormal one is flushed to zero on some machines.
 TINY = 1e-37
 
-# Elements of one block's buffer.
-CPU_BLOCK = 1 << 19
-CUDA_BLOCK = 1 << 24
+
+class Sizes(NamedTuple):
+    """How the weight is divided on one kind of device."""
+
+    tile: int  # elements
+    panel: int  # bytes of the composed weight
+
+
+CPU = Sizes(tile=1 << 17, panel=8 << 20)
+CUDA = Sizes(tile=1 << 24, panel=64 << 20)
 
 
 @runtime_checkable
@@ -73,12 +84,14 @@ class Needs(NamedTuple):
 
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
-    O, I = _shape(weight, adapters)
-    y = x.new_empty(x.shape[0], O)
+    work = _Work(weight, adapters)
+    y = x.new_empty(x.shape[0], work.O)
     if x.shape[0] == 0:
         return y
-    for block in _Blocks(weight, adapters, by_rows=True):
-        torch.mm(x, block.composed(x.dtype).t(), out=y[:, block.rows])
+    for panel in work.panels(x.dtype, by_rows=True):
+        for tile in panel.tiles():
+            tile.write_composed(panel.composed(tile))
+        torch.mm(x, panel.composed().t(), out=y[:, panel.rows])
     return y
 
 
@@ -89,10 +102,12 @@ def compose(
     out: Tensor | None = None,
 ) -> Tensor:
     """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum. `out` may be the weight itself."""
+    work = _Work(weight, adapters)
     if out is None:
-        out = torch.empty(_shape(weight, adapters), dtype=dtype, device=adapters[0].scale.device)
-    for block in _Blocks(weight, adapters, by_rows=True):
-        out[block.rows].copy_(block.composed(None))
+        out = torch.empty(work.O, work.I, dtype=dtype, device=work.device)
+    for panel in work.panels(dtype, by_rows=True):
+        for tile in panel.tiles():
+            tile.write_composed(out[tile.rows])
     return out
 
 
@@ -104,153 +119,199 @@ def backward(
     loss_scale: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
-
-    Blocks are columns of a plain weight, so that every block of dx is one complete product; a row source is read by
-    rows, and dx is summed in fp32.
-    """
-    O, I = _shape(weight, adapters)
+    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
+    work = _Work(weight, adapters)
     T = x.shape[0]
     by_rows = weight is not None and not isinstance(weight, Tensor)
-    summed = torch.float32 if by_rows else x.dtype
-    dx = x.new_zeros(T, I, dtype=summed) if needs.x else None
-    dW = x.new_zeros(O, I) if needs.weight else None
-    blocks = _Blocks(weight, adapters, by_rows)
-    grads = [Factors(*map(torch.zeros_like, a.factors)) for a in blocks.adapters] if needs.factors else None
-    for block in blocks if T else ():
-        if dx is not None:
-            W = block.composed(x.dtype)
-            if by_rows:
-                dx += dy[:, block.rows] @ W
-            else:
-                torch.mm(dy, W, out=dx[:, block.cols])
-        if grads is None and dW is None:
-            continue
-        G = block.weight_gradient(dy, x)
-        if dW is not None:
-            dW[block.rows, block.cols] = G
-        for k, grad in enumerate(grads or ()):
-            last = k == len(adapters) - 1
-            block.add_factor_gradients(k, G if last else G.clone(), grad, loss_scale)
+    dx = x.new_zeros(T, work.I, dtype=torch.promote_types(x.dtype, torch.float32) if by_rows else x.dtype) if needs.x else None
+    dW = x.new_zeros(work.O, work.I) if needs.weight else None
+    sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
+    for panel in work.panels(x.dtype, by_rows) if T else ():
+        for tile in panel.tiles():
+            if dx is not None:
+                tile.write_composed(panel.composed(tile))
+            if sums is None and dW is None:
+                continue
+            G = tile.weight_gradient(dy, x)
+            if dW is not None:
+                dW[tile.rows, tile.cols] = G
+            for k, total in enumerate(sums or ()):
+                last = k == len(adapters) - 1
+                total.add(tile, *tile.products(k), G if last else G.clone())
+        if dx is not None and by_rows:
+            dx += dy[:, panel.rows] @ panel.composed()
+        elif dx is not None:
+            torch.mm(dy, panel.composed(), out=dx[:, panel.cols])
+    grads = None if sums is None else [s.grads for s in sums]
     return Gradients(None if dx is None else dx.to(x.dtype), dW, grads)
 
 
-class _Blocks:
-    """The blocks of W + ΣΔW in turn; they share their buffers, so a block is used up before the next is taken."""
+def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
+    """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I] that is already there."""
+    work = _Work(None, adapters)
+    sums = [_FactorSums(a, loss_scale) for a in work.adapters]
+    for panel in work.panels(work.dtype, by_rows=True):
+        for tile in panel.tiles():
+            for k, total in enumerate(sums):
+                total.add(tile, *tile.products(k), tile.copied(G))
+    return [s.grads for s in sums]
 
-    def __init__(self, weight: Tensor | RowSource | None, adapters: Sequence[Adapter], by_rows: bool):
+
+class _Work:
+    """The weight, the adapters in working precision, and the buffers that all tiles share."""
+
+    def __init__(self, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]):
         self.weight = weight
         self.adapters = [a.working() for a in adapters]
-        self.by_rows = by_rows
-        self.O, self.I = _shape(weight, adapters)
-        self._buffers: dict[str, Tensor] = {}
+        factors = adapters[0].factors
+        self.O, self.I = (factors.B.shape[0], factors.A.shape[1]) if weight is None else weight.shape
+        self.device = self.adapters[0].scale.device
+        self.dtype = self.adapters[0].scale.dtype
+        self.sizes = CPU if self.device.type == "cpu" else CUDA
+        # A weight stored as [I, O] wants its tiles laid out likewise.
+        self.transposed = isinstance(weight, Tensor) and weight.stride(0) == 1 != weight.stride(1)
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
-    def __iter__(self) -> Iterator[_Block]:
-        device = self.adapters[0].scale.device.type
-        limit = CPU_BLOCK if device == "cpu" else CUDA_BLOCK
-        length, other = (self.O, self.I) if self.by_rows else (self.I, self.O)
-        step = max(limit // max(other, 1), 16)
-        count = -(-length // step)
-        for k in range(count):
-            span = slice(length * k // count, length * (k + 1) // count)
-            if self.by_rows:
-                yield _Block(self, span, slice(0, self.I))
-            else:
-                yield _Block(self, slice(0, self.O), span)
+    def panels(self, dtype: torch.dtype, by_rows: bool) -> Iterator[_Panel]:
+        """The panels in turn; they share their buffers, so that one is used up before the next is taken."""
+        length, other = (self.O, self.I) if by_rows else (self.I, self.O)
+        for span in _spans(length, self.sizes.panel // dtype.itemsize // max(other, 1)):
+            rows, cols = (span, slice(0, self.I)) if by_rows else (slice(0, self.O), span)
+            yield _Panel(self, rows, cols, dtype)
 
-    def buffer(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        n = shape[0] * shape[1]
-        kept = self._buffers.get(name)
-        if kept is None or kept.numel() < n:
-            kept = self._buffers[name] = torch.empty(n, dtype=dtype, device=self.adapters[0].scale.device)
-        return kept[:n].view(shape)
+    def buffer(self, name: str, rows: slice, cols: slice, dtype: torch.dtype | None = None) -> Tensor:
+        """The buffer of that name, in the shape of a part of the weight."""
+        dtype = dtype or self.dtype
+        r, c = rows.stop - rows.start, cols.stop - cols.start
+        kept = self._buffers.get((name, dtype))
+        if kept is None or kept.numel() < r * c:
+            kept = self._buffers[name, dtype] = torch.empty(r * c, dtype=dtype, device=self.device)
+        return kept[: r * c].view(c, r).t() if self.transposed else kept[: r * c].view(r, c)
+
+    def base(self, rows: slice, cols: slice) -> Tensor | None:
+        if self.weight is None or isinstance(self.weight, Tensor):
+            return None if self.weight is None else self.weight[rows, cols]
+        return self.weight.rows(rows.start, rows.stop)
 
 
-class _Block:
-    """One block of the weight: the update of every adapter, the composed weight, the masked gradient."""
+class _Panel:
+    """A part of the weight with one composed buffer."""
 
-    def __init__(self, parent: _Blocks, rows: slice, cols: slice):
-        self.parent, self.rows, self.cols = parent, rows, cols
-        self.shape = (rows.stop - rows.start, cols.stop - cols.start)
+    def __init__(self, work: _Work, rows: slice, cols: slice, dtype: torch.dtype):
+        self.work, self.rows, self.cols, self.dtype = work, rows, cols, dtype
+
+    def tiles(self) -> Iterator[_Tile]:
+        """Its rows, some at a time."""
+        width = max(self.cols.stop - self.cols.start, 1)
+        for span in _spans(self.rows.stop - self.rows.start, self.work.sizes.tile // width):
+            yield _Tile(self.work, slice(self.rows.start + span.start, self.rows.start + span.stop), self.cols)
+
+    def composed(self, tile: _Tile | None = None) -> Tensor:
+        """The panel's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
+        whole = self.work.buffer("panel", self.rows, self.cols, self.dtype)
+        return whole if tile is None else whole[tile.rows.start - self.rows.start : tile.rows.stop - self.rows.start]
+
+
+class _Tile:
+    """Some rows of a panel: M and S of every adapter, the composed weight, the weight gradient."""
+
+    def __init__(self, work: _Work, rows: slice, cols: slice):
+        self.work, self.rows, self.cols = work, rows, cols
         self._products: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        dtype = dtype or self.parent.adapters[0].scale.dtype
-        return self.parent.buffer(f"{name} {dtype}", self.shape, dtype)
-
-    def _base(self) -> Tensor | None:
-        weight = self.parent.weight
-        if weight is None:
-            return None
-        if isinstance(weight, Tensor):
-            return weight[self.rows, self.cols]
-        return weight.rows(self.rows.start, self.rows.stop)
+        return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
-        """(T, Q) of adapter k in the paper's form, with T = sΔW; (P, Q) in the others."""
+        """(M, S) of adapter k in the paper's form, (P, Q) in the others."""
         if k not in self._products:
-            (A, B, C, D), scale, form = self.parent.adapters[k]
-            B = B[self.rows] * scale if _is_paper(form) else B[self.rows]
+            (A, B, C, D), _, form = self.work.adapters[k]
             with ieee_fp32():
-                P = torch.mm(B, A[:, self.cols], out=self._buffer(f"P{k}"))
+                P = torch.mm(B[self.rows], A[:, self.cols], out=self._buffer(f"P{k}"))
                 Q = torch.mm(D[self.rows], C[:, self.cols], out=self._buffer(f"Q{k}"))
             if _is_paper(form):
-                torch.copysign(P.clamp_(min=0), Q.sub_(TINY), out=P)
+                P.clamp_(min=0)
+                Q.sub_(TINY).sign_()
             self._products[k] = P, Q
         return self._products[k]
 
-    def _update(self, k: int) -> Tensor:
-        first, Q = self.products(k)
-        _, scale, form = self.parent.adapters[k]
-        return first if _is_paper(form) else magnitude(first, form) * direction(Q, form) * scale
+    def write_composed(self, out: Tensor) -> None:
+        """W + ΣΔW of this tile, rounded once to out's dtype."""
+        total = out if out.dtype == self.work.dtype else self._buffer("G")
+        base = self.work.base(self.rows, self.cols)
+        if base is None:
+            total.zero_()
+        elif base.dtype != total.dtype:
+            base = total.copy_(base)
+        for k, (_, scale, form) in enumerate(self.work.adapters):
+            first, second = self.products(k)
+            if not _is_paper(form):
+                first, second = magnitude(first, form), direction(second, form)
+            s = _number(scale)
+            if isinstance(s, Tensor):
+                first, s = first * s, 1.0
+            torch.addcmul(total if base is None or k else base, first, second, value=s, out=total)
+        if total is not out:
+            out.copy_(total)
 
-    def composed(self, dtype: torch.dtype | None) -> Tensor:
-        """(W + ΣΔW) of this block in `dtype` (None: unrounded); valid until the next call on the block."""
-        total = self._base()
-        for k in range(len(self.parent.adapters)):
-            T = self._update(k)
-            total = T if total is None else torch.add(total, T, out=self._buffer("G"))
-        assert total is not None
-        if dtype is None or dtype == total.dtype:
-            return total
-        return self._buffer("low", dtype).copy_(total)
+    def copied(self, G: Tensor) -> Tensor:
+        """This tile of a whole G, in the working precision; valid until the next call on the tile."""
+        return self._buffer("G").copy_(G[self.rows, self.cols])
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dyᵀ x of this block, in the working precision; valid until the next call on the block."""
+        """dyᵀ x of this tile, in the working precision; valid until the next call on the tile."""
         dy, x, G = dy[:, self.rows], x[:, self.cols], self._buffer("G")
         if x.dtype == G.dtype:
             return torch.mm(dy.t(), x, out=G)
         return G.copy_(torch.mm(dy.t(), x, out=self._buffer("low", x.dtype)))
 
-    def add_factor_gradients(self, k: int, G: Tensor, grad: Factors, loss_scale: Tensor | None) -> None:
-        """Mask G in place and add its reductions to the four small gradients of adapter k."""
-        (A, B, C, D), scale, form = self.parent.adapters[k]
-        first, Q = self.products(k)
-        if _is_paper(form):
-            outside = Q.abs() > 1 if form.ste == "hardtanh" else None
-            dP = G.mul_(torch.sign(first, out=Q))  # its factor s goes into the small products
-            dQ = first.mul_(dP)
-            if form.ste == "clip":
-                dQ = dQ.clamp_(-1, 1) if loss_scale is None else dQ.clamp_(-loss_scale, loss_scale)
-            elif outside is not None:
-                dQ.masked_fill_(outside, 0)
-            B, A = B * scale, A * scale
-            del self._products[k]
+
+class _FactorSums:
+    """The four small gradients of one adapter, summed over tiles."""
+
+    def __init__(self, adapter: Adapter, loss_scale: Tensor | None):
+        factors, self.scale, self.form = adapter
+        self.loss_scale = loss_scale
+        self.grads = Factors(*map(torch.zeros_like, factors))
+        self.paper = _is_paper(self.form)
+        # The factor s of dP and dQ goes into the small products; the clip at ±1 then acts at ±1/s.
+        self.factors = Factors(*(f * self.scale for f in factors)) if self.paper else factors
+        s, L = _number(self.scale), 1.0 if loss_scale is None else _number(loss_scale)
+        self.bound = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
+
+    def add(self, tile: _Tile, first: Tensor, second: Tensor, G: Tensor) -> None:
+        """Mask G and add its reductions; overwrites all three (M, S and G, or P, Q and G)."""
+        if self.paper:
+            dP, dQ = self._masked(tile, first, second, G)
         else:
-            dP, dQ = product_gradients(G, first, Q, scale, form, loss_scale)
-        rows, cols = self.rows, self.cols
-        grad.A[:, cols].addmm_(B[rows].t(), dP)
-        grad.B[rows].addmm_(dP, A[:, cols].t())
-        grad.C[:, cols].addmm_(D[rows].t(), dQ)
-        grad.D[rows].addmm_(dQ, C[:, cols].t())
+            dP, dQ = product_gradients(G, first, second, self.scale, self.form, self.loss_scale)
+        A, B, C, D = self.factors
+        rows, cols = tile.rows, tile.cols
+        self.grads.A[:, cols].addmm_(B[rows].t(), dP)
+        self.grads.B[rows].addmm_(dP, A[:, cols].t())
+        self.grads.C[:, cols].addmm_(D[rows].t(), dQ)
+        self.grads.D[rows].addmm_(dQ, C[:, cols].t())
+
+    def _masked(self, tile: _Tile, M: Tensor, S: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        dP = torch.ops.aten.threshold_backward.grad_input(S.mul_(G), M, 0, grad_input=S)
+        dQ = M.mul_(G)
+        if self.form.ste == "clip":
+            dQ.clamp_(-self.bound, self.bound)
+        return dP, dQ
+
+
+def _spans(length: int, step: int) -> Iterator[slice]:
+    """0…length in equal parts of about `step`, not below 16."""
+    count = -(-length // max(step, 16))
+    for k in range(count):
+        yield slice(length * k // count, length * (k + 1) // count)
+
+
+def _number(scale: Tensor) -> float | Tensor:
+    """A Python number where that needs no synchronisation with a device."""
+    return scale.item() if scale.device.type == "cpu" else scale
 
 
 def _is_paper(form: Form) -> bool:
-    """Whether T = copysign(ReLU(sP), Q) carries all that backward needs."""
-    return form.magnitude == "relu" and form.direction == "sign" and not form.live_zero
-
-
-def _shape(weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> tuple[int, int]:
-    if weight is not None:
-        return tuple(weight.shape)
-    return adapters[0].factors.B.shape[0], adapters[0].factors.A.shape[1]
+    """Whether M = ReLU(P) and S = Sign(Q) carry all that backward needs."""
+    return form.magnitude == "relu" and form.direction == "sign" and form.ste != "hardtanh" and not form.live_zero
