@@ -154,7 +154,9 @@ def _plain(c: stats.Comparison) -> dict[str, Any]:
     sign = metrics.sign(c.metric)
     scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
     model, task = c.place
-    return dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
+    values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
+    del values["place"]
+    return values
 
 
 def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:

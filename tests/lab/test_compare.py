@@ -1,0 +1,466 @@
+"""A study can be killed at any moment and goes on; equal jobs are done once; what diverged is said, not dropped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pkgutil
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("peft")
+
+from dual_lora.lab import executors, perform, plan
+from dual_lora.lab.compare import compare
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.forecast import forecast
+from dual_lora.lab.state import State
+from dual_lora.lab.study import read_study
+from dual_lora.lab.tables import show_forecast, show_results
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_study import write_model, write_records, write_study
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Model and data, made once; tests write their own studies beside them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder / "model")
+    write_records(folder / "train.jsonl", 1, 64)
+    write_records(folder / "test.jsonl", 2, 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """The study run without interruption: what every other way of running it has to give."""
+    return compare(write_study(tiny), tiny / "whole", progress=False)
+
+
+@pytest.fixture(scope="module")
+def short(tiny):
+    """The same without a search and with one seed: three runs."""
+    return compare(write_study(tiny, **SHORT), tiny / "short", progress=False)
+
+
+SHORT = {"search": None, "seeds": 1}
+
+
+@pytest.fixture
+def copy_of_whole(tiny, whole, tmp_path):
+    """The finished study's folder, to be damaged."""
+    write_study(tiny)
+    return Path(shutil.copytree(tiny / "whole", tmp_path / "out"))
+
+
+def figures(results):
+    """All that must not depend on how the runs were done: no times."""
+    seeds = [[(s["seed"], s["key"], s["status"], s["score"]) for s in m["seeds"]] for m in results["methods"]]
+    trials = [[(t["key"], t["status"], t["score"]) for t in m["trials"]] for m in results["methods"]]
+    return seeds, trials, results["comparisons"]
+
+
+def outcomes(folder):
+    """Name -> time of writing of every finished run: a repeated run would write its file again."""
+    return {p.name: p.stat().st_mtime_ns for p in (folder / "runs").glob("*.json") if p.stem.isalnum()}
+
+
+def in_child(work):
+    """Run in a forked process; returns its exit code, negative for a signal."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join()
+    return child.exitcode
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_whole_study(whole, tiny):
+    assert whole["complete"]
+    assert whole["failed"] == []
+    assert [m["method"] for m in whole["methods"]] == ["lora", "dual_lora"]
+    for m in whole["methods"]:
+        assert len(m["trials"]) == 2
+        assert [s["seed"] for s in m["seeds"]] == [1, 2]
+        assert m["trainable_parameters"] == m["cost"]["trainable_parameters"] == 4096
+        best = min(m["trials"], key=lambda t: t["score"])
+        assert m["settings"] == best["settings"], "the loss is better when it is less"
+    (verdict,) = whole["comparisons"]
+    assert (verdict["candidate"], verdict["reference"]) == ("dual_lora", "lora")
+    assert verdict["candidate_score"] == pytest.approx(whole["methods"][1]["score"])
+    assert (verdict["difference"] > 0) == (verdict["candidate_score"] < verdict["reference_score"])
+    assert json.loads((tiny / "whole" / "results.json").read_text()) == whole
+    assert not list((tiny / "whole" / "runs").glob("*/checkpoints"))
+    assert len(list((tiny / "whole" / "runs").glob("*/adapter"))) == 4, "the finals' adapters are kept"
+
+
+def test_score_is_the_evaluation_s_own(whole):
+    """What the items add up to is the figure that the evaluation reports."""
+    for m in whole["methods"]:
+        for s in m["seeds"]:
+            assert s["score"] == pytest.approx(s["figures"]["loss"], rel=1e-12)
+
+
+def test_second_call_repeats_nothing(whole, tiny):
+    before = outcomes(tiny / "whole")
+    again = compare(tiny / "study.yaml", tiny / "whole", progress=False)
+    assert outcomes(tiny / "whole") == before
+    assert figures(again) == figures(whole)
+
+
+POINTS = {
+    "before training": ("dual_lora.lab.train", "_train"),
+    "trained, outcome not written": ("dual_lora.lab.perform", "_scored"),
+    "scores written, outcome not": ("dual_lora.lab.perform", "write_json"),
+    "outcome written, not noted": ("dual_lora.lab.state:State", "finish"),
+    "run begun, nothing done": ("dual_lora.lab.state:State", "start"),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_a_point(point, tiny, short, tmp_path, monkeypatch):
+    """SIGKILL at the second time that a process reaches this point, twice; then it goes through."""
+    owner, name = pkgutil.resolve_name(POINTS[point][0]), POINTS[point][1]
+    original, calls, kills = getattr(owner, name), [], tmp_path / "kills"
+
+    def fatal(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2 and (not kills.exists() or len(kills.read_text()) < 2):
+            with kills.open("a") as file:
+                file.write("x")
+            die()
+        return original(*args, **kwargs)
+
+    study = write_study(tiny, **SHORT)
+    monkeypatch.setattr(owner, name, fatal)
+    seen: dict[str, int] = {}
+    codes = []
+    while not codes or (codes[-1] != 0 and len(codes) < 6):
+        codes.append(in_child(lambda: compare(study, tmp_path / "out", progress=False)))
+        now = outcomes(tmp_path / "out")
+        assert seen.items() <= now.items(), "a finished run was lost or repeated"
+        seen = now
+    assert codes[-1] == 0
+    assert codes[:-1] == [-signal.SIGKILL] * len(kills.read_text()), "the point was reached"
+    assert len(codes) > 1
+    assert figures(json.loads((tmp_path / "out" / "results.json").read_text())) == figures(short)
+
+
+def test_killed_in_training_goes_on_from_the_checkpoint(tiny, short, tmp_path, monkeypatch):
+    from dual_lora.lab import train
+
+    step_end, train_begin = train._Watch.on_step_end, train._Watch.on_train_begin
+
+    def fatal(self, args, state, *rest, **more):
+        step_end(self, args, state, *rest, **more)
+        if state.global_step == 3 and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            die()
+
+    def noted(self, args, state, *rest, **more):
+        with (tmp_path / "starts").open("a") as file:
+            file.write(f"{state.global_step}\n")
+        train_begin(self, args, state, *rest, **more)
+
+    monkeypatch.setattr(train._Watch, "on_step_end", fatal)
+    monkeypatch.setattr(train._Watch, "on_train_begin", noted)
+    study = write_study(tiny, **SHORT)
+    assert in_child(lambda: compare(study, tmp_path / "out", progress=False)) == -signal.SIGKILL
+    assert in_child(lambda: compare(study, tmp_path / "out", progress=False)) == 0
+    assert (tmp_path / "starts").read_text().split() == ["0", "2", "0"], "second start: checkpoint of step 2"
+    assert figures(json.loads((tmp_path / "out" / "results.json").read_text())) == figures(short)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tiny, whole, tmp_path):
+    study = write_study(tiny)
+    seen, wait = {}, 0.4
+    for _ in range(40):
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: compare(study, tmp_path / "out", progress=False)
+        )
+        child.start()
+        child.join(wait)
+        wait += 0.37  # ever longer, so that an end comes on a slow machine too
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        now = outcomes(tmp_path / "out") if (tmp_path / "out" / "runs").exists() else {}
+        assert seen.items() <= now.items(), "a finished run was lost or repeated"
+        seen = now
+        if child.exitcode == 0:
+            break
+    assert child.exitcode == 0
+    assert figures(json.loads((tmp_path / "out" / "results.json").read_text())) == figures(whole)
+
+
+def test_changed_study_is_noticed(tiny, whole, copy_of_whole):
+    out = copy_of_whole
+    before = outcomes(out)
+    changed = write_study(tiny, seeds=3)
+    with pytest.raises(UserError, match=r"changed since.*seeds.*--update"):
+        compare(changed, out, progress=False)
+    results = compare(changed, out, update=True, progress=False)
+    assert before.items() <= outcomes(out).items(), "runs that both studies contain are kept"
+    assert len(outcomes(out)) == len(before) + 2
+    for now, then in zip(figures(results)[0], figures(whole)[0], strict=True):
+        assert now[:2] == then
+
+
+def test_changed_data_makes_other_runs(tiny, tmp_path):
+    study, _ = read_study(write_study(tiny))
+    first = [job["key"] for job in plan.trial_jobs(study, plan.lay_out(study)[0])]
+    text = (tiny / "test.jsonl").read_text()
+    try:
+        write_records(tiny / "test.jsonl", 3, 40)
+        second = [job["key"] for job in plan.trial_jobs(study, plan.lay_out(study)[0])]
+    finally:
+        (tiny / "test.jsonl").write_text(text)
+    assert len({*first, *second}) == 4
+
+
+@pytest.mark.parametrize("damage", ["foreign", "middle"])
+def test_broken_state_is_kept_and_nothing_is_repeated(damage, tiny, whole, copy_of_whole, capsys):
+    out, before, file = copy_of_whole, outcomes(copy_of_whole), copy_of_whole / "state.sqlite"
+    if damage == "foreign":
+        file.write_bytes(b"not a database at all" * 100)
+    else:
+        size = file.stat().st_size
+        with file.open("r+b") as opened:
+            opened.seek(size // 2)
+            opened.write(b"\xff" * (size // 3))
+    results = compare(tiny / "study.yaml", out, progress=False)
+    assert outcomes(out) == before
+    assert figures(results) == figures(whole)
+    assert len(list(out.glob("state.broken-*.sqlite"))) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "broken" in said
+    assert "none is repeated" in said
+
+
+def test_lost_state_still_knows_its_study(tiny, copy_of_whole):
+    (copy_of_whole / "state.sqlite").unlink()
+    with pytest.raises(UserError, match="changed since"):
+        compare(write_study(tiny, seeds=3), copy_of_whole, progress=False)
+
+
+def test_two_leaders_are_refused(tiny, tmp_path):
+    with State(tmp_path / "out"), pytest.raises(UserError, match="Another process"):
+        compare(write_study(tiny), tmp_path / "out", progress=False)
+
+
+def test_truncated_outcome_is_no_outcome(whole, tiny, copy_of_whole):
+    """The state is lost and one outcome is damaged: that run alone is done again, with the same result."""
+    before = outcomes(copy_of_whole)
+    (copy_of_whole / "state.sqlite").unlink()
+    name = f"{whole['methods'][0]['seeds'][0]['key']}.json"
+    (copy_of_whole / "runs" / name).write_text('{"key": "')
+    results = compare(tiny / "study.yaml", copy_of_whole, progress=False)
+    now = outcomes(copy_of_whole)
+    assert [n for n in now if now[n] != before[n]] == [name]
+    assert figures(results) == figures(whole)
+
+
+DIVERGING = {"lora": {"r": 4}, "wild": {"name": "lora", "train": {"learning_rate": 1e30, "max_grad_norm": 0.0}}}
+
+
+def test_diverged_run_is_recorded_and_counts(tiny, tmp_path):
+    study = write_study(tiny, methods=DIVERGING, search=None)
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["complete"]
+    wild = results["methods"][1]
+    assert [s["status"] for s in wild["seeds"]] == ["diverged", "diverged"]
+    assert wild["diverged"] == 2
+    worst = max(s["score"] for s in results["methods"][0]["seeds"])
+    assert wild["score"] == pytest.approx(worst), "the worst loss that any run there had"
+    assert any("2 of 2 runs of wild" in note for note in results["notes"])
+    before = outcomes(tmp_path / "out")
+    compare(study, tmp_path / "out", progress=False)
+    assert outcomes(tmp_path / "out") == before, "a diverged run is finished, it is not tried again"
+
+
+def test_method_whose_every_trial_diverged(tiny, tmp_path):
+    wild = {"name": "lora", "train": {"max_grad_norm": 0.0}, "search": {"learning_rate": [1e30, 1e31]}}
+    study = write_study(tiny, methods={"lora": {"r": 4}, "wild": wild})
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["complete"]
+    assert results["methods"][1]["diverged_in_search"]
+    assert [t["status"] for t in results["methods"][1]["trials"]] == ["diverged", "diverged"]
+    assert results["comparisons"][0]["candidate"] == "wild"
+    show_results(results)
+
+
+def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
+    original = perform._trained
+
+    def failing(job, folder, runs):
+        if job["method"] == "dual_lora" and job["seed"] == 2:
+            raise RuntimeError("the dog ate it")
+        return original(job, folder, runs)
+
+    study = write_study(tiny, search=None)
+    monkeypatch.setattr(perform, "_trained", failing)
+    results = compare(study, tmp_path / "out", progress=False)
+    assert not results["complete"]
+    assert "the dog ate it" in results["failed"][0]
+    assert [s["status"] for s in results["methods"][1]["seeds"]] == ["done", "missing"]
+    assert results["comparisons"] == [], "no verdict from half the seeds"
+    show_results(results)
+    monkeypatch.undo()
+    before = outcomes(tmp_path / "out")
+    repaired = compare(study, tmp_path / "out", progress=False)
+    assert repaired["complete"]
+    assert before.items() <= outcomes(tmp_path / "out").items()
+
+
+def test_one_seed_has_no_winner(tiny, tmp_path, capsys):
+    results = compare(write_study(tiny, seeds=1, search=None), tmp_path / "out", progress=False)
+    assert [c["verdict"] for c in results["comparisons"]] == ["no verdict from one seed"]
+    assert any("no winner can be called" in note for note in results["notes"])
+    show_results(results)
+    assert "no verdict from one seed" in capsys.readouterr().out
+
+
+def test_interventions_reach_the_training(tiny, tmp_path):
+    """Frozen factors keep their start, rounded ones hold values of the coarser format."""
+    import torch
+    from safetensors.torch import load_file
+
+    methods = {
+        "dual_lora": {"r": 4},
+        "still": {"name": "dual_lora", "r": 4, "freeze": {"dual_lora_[CD]": 0}},
+        "half": {"name": "dual_lora", "r": 4, "freeze": {"dual_lora_[AB]": 0.5}},
+        "coarse": {"name": "dual_lora", "r": 4, "round": {"dual_lora_[CD]": "bfloat16"}},
+        "none": {"name": "dual_lora", "r": 4, "train": {"learning_rate": 1e-30}},
+    }
+    study = write_study(tiny, methods=methods, reference="dual_lora", budget={"match": "none"}, search=None, seeds=1)
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["failed"] == []
+    factors = {
+        m["method"]: load_file(
+            tmp_path / "out" / "runs" / m["seeds"][0]["key"] / "adapter" / "adapter_model.safetensors"
+        )
+        for m in results["methods"]
+    }
+    for name, start in factors["none"].items():
+        still = bool({"dual_lora_C", "dual_lora_D"} & set(name.split(".")))
+        if "dual_lora_warmup" in name or start.numel() < 8:
+            continue
+        assert torch.allclose(factors["still"][name], start, atol=1e-6) == still, name
+        moved = ~torch.isclose(factors["coarse"][name], factors["coarse"][name].bfloat16().float(), atol=0, rtol=0)
+        assert moved.any() != still, name
+    sizes = {m["method"]: m["trainable_parameters"] for m in results["methods"]}
+    assert sizes["still"] * 2 == sizes["dual_lora"], "a group that never moves is not trainable"
+
+
+def test_time_budget_gives_the_slower_method_fewer_steps(tiny, tmp_path):
+    study = write_study(
+        tiny,
+        methods={"lora": {"r": 4}, "dual_lora": {"r": 4}},
+        budget={"match": "time", "like": "lora", "tolerance": 0.9},
+        search=None,
+        seeds=1,
+    )
+    results = compare(study, tmp_path / "out", progress=False)
+    lora, dual = results["methods"]
+    assert "steps fit into" in dual["notes"][0]
+    assert abs(dual["mismatch"]) < 0.9
+    assert lora["cost"]["train_seconds"] is not None
+
+
+def test_cost_of_use_is_measured_once(tiny, tmp_path):
+    results = compare(write_study(tiny, search=None, cost=True), tmp_path / "out", progress=False)
+    for m in results["methods"]:
+        assert m["cost"]["merge_seconds"] > 0
+        assert m["cost"]["forward_slowdown"] > 0
+        assert m["cost"]["adapter_bytes"] > 0
+        assert m["cost"]["peak_memory"] > 2**20
+    fronts = [p for p in results["pareto"] if p["cost"] == "train_seconds"]
+    assert any(point["front"] for point in fronts[0]["points"])
+
+
+def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):
+    study = write_study(tiny)
+    fresh = forecast(study, tmp_path / "nothing")
+    assert (fresh.runs, fresh.done) == (9, 0)
+    assert fresh.seconds > 0
+    assert not (tmp_path / "nothing").exists(), "a dry run leaves nothing behind"
+    finished = forecast(study, tiny / "whole")
+    assert (finished.runs, finished.done, finished.seconds) == (9, 9, 0.0)
+    show_forecast(fresh)
+    assert "Nothing was run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_unknown_executor_and_missing_ray(tiny, tmp_path, monkeypatch):
+    study = write_study(tiny, search=None, seeds=1)
+    with pytest.raises(UserError, match="Did you mean 'process'"):
+        compare(study, tmp_path / "a", executor="proces", progress=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="pip install ray"):
+        compare(study, tmp_path / "b", executor="ray", progress=False)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, tmp_path):
+    study = write_study(tiny)
+    out = tmp_path / "out"
+    program = (
+        "import sys; from dual_lora.lab.compare import compare\n"
+        "if __name__ == '__main__':\n"
+        f"    compare({str(study)!r}, {str(out)!r}, executor='process', workers=2, progress=False)\n"
+    )
+    script = tmp_path / "lead.py"
+    script.write_text(program)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    leader = subprocess.Popen([sys.executable, str(script)], env=environment)
+    until = time.time() + 120
+    while time.time() < until and not (out.exists() and outcomes(out) if (out / "runs").exists() else False):
+        time.sleep(0.2)
+    leader.kill()
+    leader.wait()
+    before = outcomes(out)
+    assert before
+    again = subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=300)
+    assert again.returncode == 0
+    assert before.items() <= outcomes(out).items()
+    assert figures(json.loads((out / "results.json").read_text())) == figures(whole)
+
+
+@pytest.mark.slow
+def test_killed_worker_is_named(tiny, tmp_path, monkeypatch):
+    """The process of one run dies, as it does when memory is full."""
+    study = write_study(tiny, search=None, seeds=1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "out"
+    monkeypatch.setattr(executors, "_child", _dying_child)
+    results = compare(study, folder, executor="process", workers=2, progress=False)
+    assert not results["complete"]
+    assert "killed by signal 9" in results["failed"][0]
+
+
+def _dying_child(job, runs, keep):
+    die()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results(tiny, whole, tmp_path):
+    pytest.importorskip("ray")
+    results = compare(write_study(tiny), tmp_path / "out", executor="ray", workers=2, progress=False)
+    assert figures(results) == figures(whole)
+
+
+def test_study_file_of_the_folder_reads_back(whole, tiny):
+    study, _ = read_study(tiny / "whole" / "study.yaml")
+    assert study.model_dump(mode="json") == whole["study"]
+    assert yaml.safe_load((tiny / "whole" / "study.yaml").read_text())["name"] == "tiny"
