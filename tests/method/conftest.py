@@ -1,0 +1,25 @@
+"""Global state of the method starts afresh in every test: warnings once told, the clock's list, the cache, the scaler."""
+
+import sys
+
+import pytest
+
+from dual_lora import composed_weights
+from dual_lora.method import scaler, warmup
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    composed_weights.clear()
+    composed_weights._warned = False
+    scaler.set_grad_scaler(None)
+    warmup._layers.clear()
+    warmup._warned.clear()
+    warmup._foreign_steps = 0
+    for module in list(sys.modules.values()):
+        told = getattr(module, "_warned", None)
+        if getattr(module, "__name__", "").startswith("dual_lora.method") and isinstance(told, set):
+            told.clear()
+    yield
+    composed_weights.clear()
+    scaler.set_grad_scaler(None)

@@ -1,0 +1,171 @@
+"""What a configuration accepts, what it makes of it, and what it says about everything else."""
+
+import json
+import re
+
+import pytest
+from peft import LoraConfig, PeftConfig, get_peft_model
+from tiny import adapted, layers, llama
+from torch import nn
+
+from dual_lora import DualLoraConfig
+
+
+@pytest.mark.parametrize(
+    ("given", "ranks"),
+    [
+        ({}, (4, 4)),
+        (dict(r=16), (8, 8)),
+        (dict(r=2), (1, 1)),
+        (dict(r1=3, r2=5), (3, 5)),
+        (dict(r=16, r1=12), (12, 4)),
+        (dict(r=16, r2=12), (4, 12)),
+        (dict(r=7, r1=3), (3, 4)),
+        (dict(r=8, r1=3, r2=5), (3, 5)),
+    ],
+    ids=str,
+)
+def test_ranks(given, ranks):
+    config = DualLoraConfig(**given)
+    assert (config.r1, config.r2) == ranks
+    assert config.r == sum(ranks)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(r=7), ["r = 7 is odd", "r = 8", "r1=4, r2=3"]),
+        (dict(r=1), ["at least 2", "is 1"]),
+        (dict(r=0), ["positive integer", "is 0"]),
+        (dict(r=-4), ["positive integer", "is -4"]),
+        (dict(r=8.0), ["whole number", "8.0"]),
+        (dict(r="8"), ["whole number", "'8'"]),
+        (dict(r=True), ["whole number", "True"]),
+        (dict(r1=4), ["r1=4, r2=None", "give both"]),
+        (dict(r2=4), ["r1=None, r2=4", "give both"]),
+        (dict(r1=0, r2=4), ["at least 1", "r1=0"]),
+        (dict(r1=4, r2=-1), ["at least 1", "r2=-1"]),
+        (dict(r=4, r1=4), ["at least 1", "r2=0"]),
+        (dict(r=16, r1=4, r2=4), ["r = 16 is the total", "4 + 4 = 8", "Leave `r` out"]),
+        (dict(alpha=0), ["alpha must be a positive number", "got 0"]),
+        (dict(alpha=-1.0), ["alpha must be a positive number", "-1.0"]),
+        (dict(alpha=float("nan")), ["alpha must be a positive number", "nan"]),
+        (dict(alpha=float("inf")), ["alpha must be a positive number", "inf"]),
+        (dict(alpha="16"), ["alpha must be a positive number", "'16'"]),
+        (dict(alpha=8, lora_alpha=16), ["alpha=8", "lora_alpha=16", "keep `alpha`"]),
+        (dict(dropout=0.1, lora_dropout=0.2), ["dropout=0.1", "lora_dropout=0.2"]),
+        (dict(init_std=0), ["init_std must be a positive number", "0.02"]),
+        (dict(init_std=-0.1), ["init_std must be a positive number", "-0.1"]),
+        (dict(warmup_steps=-1), ["warmup_steps", "0 or more", "-1"]),
+        (dict(warmup_steps=0.1), ["warmup_steps", "whole number", "0.1"]),
+        (dict(dropout=1.0), ["dropout must be at least 0 and below 1", "1.0"]),
+        (dict(dropout=-0.1), ["dropout must be at least 0 and below 1", "-0.1"]),
+        (dict(ste="clamp"), ["Unknown ste 'clamp'", "'clip', 'identity', 'hardtanh'"]),
+        (dict(magnitude_activation="gelu"), ["Unknown magnitude", "'gelu'", "'relu', 'identity'"]),
+        (dict(direction_activation="tanh"), ["Unknown direction", "'tanh'", "'sign', 'identity'"]),
+        (dict(init_weights="pissa"), ["Unknown init_weights 'pissa'", "'zero'"]),
+        (dict(bias="lora_only"), ["Unknown bias 'lora_only'", "'dual_lora_only'"]),
+        (dict(rank_pattern={"q": 3}), ["rank_pattern['q']", "r = 3 is odd"]),
+        (dict(rank_pattern={"q": [4]}), ["rank_pattern['q']", "pair [r1, r2]"]),
+        (dict(rank_pattern={"q": [4, 0]}), ["rank_pattern['q']", "at least 1"]),
+        (dict(rank_pattern={"q": "8"}), ["rank_pattern['q']", "whole number"]),
+        (dict(alpha_pattern={"q": 0}), ["alpha_pattern['q']", "positive number"]),
+        (dict(target_modules=".*q", layers_to_transform=[0]), ["layers_to_transform", "`target_modules` is a str"]),
+        (dict(target_modules=".*q", layers_pattern="h"), ["layers_pattern", "`target_modules` is a str"]),
+        (dict(layers_pattern="h"), ["`layers_pattern` is specified, `layers_to_transform` must also"]),
+    ],
+    ids=str,
+)
+def test_one_clear_error(given, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        DualLoraConfig(**given)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_names_of_lora_are_understood():
+    config = DualLoraConfig(r=8, lora_alpha=16, lora_dropout=0.1)
+    assert (config.alpha, config.dropout) == (16, 0.1)
+    assert DualLoraConfig(alpha=16, lora_alpha=16).alpha == 16
+
+
+def test_alpha_defaults_to_twice_the_ranks_of_each_layer():
+    model = adapted(r=8, rank_pattern={"second": 4})
+    first, second = layers(model).values()
+    assert (first.alpha["default"], second.alpha["default"]) == (16, 8)
+    assert (first.scaling["default"], second.scaling["default"]) == (16 / 4, 8 / 2)
+
+
+def test_patterns():
+    model = adapted(r=8, alpha=6, rank_pattern={"first": [1, 4], r".*second": 2}, alpha_pattern={"^second$": 9.0})
+    first, second = layers(model).values()
+    assert (first.r1["default"], first.r2["default"], first.alpha["default"]) == (1, 4, 6)
+    assert (second.r1["default"], second.r2["default"], second.alpha["default"]) == (1, 1, 9)
+    assert first.scaling["default"] == 6 / 2
+    A, B, C, D = first.factors("default")
+    assert [tuple(f.shape) for f in (A, B, C, D)] == [(1, 12), (16, 1), (4, 12), (16, 4)]
+
+
+def test_saved_and_read_again(tmp_path):
+    config = DualLoraConfig(
+        r1=3,
+        r2=5,
+        alpha=7.5,
+        dropout=0.1,
+        target_modules=["q_proj", "v_proj"],
+        exclude_modules=["x"],
+        bias="dual_lora_only",
+        init_weights="zero",
+        init_std=0.01,
+        warmup_steps=17,
+        ste="hardtanh",
+        magnitude_activation="identity",
+        direction_activation="identity",
+        rank_pattern={"a": [1, 2], "b": 4},
+        alpha_pattern={"a": 2.0},
+        modules_to_save=["head"],
+        layers_to_transform=[0, 1],
+        layers_pattern=["layers"],
+        trainable_token_indices=[1, 2],
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is DualLoraConfig
+    # PEFT marks what it saves as meant for inference, and notes its version.
+    assert again.to_dict() | {"inference_mode": False} == config.to_dict() | {"peft_version": again.peft_version}
+    json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()})
+    assert DualLoraConfig(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}) == config
+
+
+def test_default_configuration_survives_the_round_trip(tmp_path):
+    config = DualLoraConfig()
+    config.save_pretrained(tmp_path)
+    again = DualLoraConfig.from_pretrained(tmp_path)
+    again.inference_mode, again.peft_version = False, config.peft_version
+    assert again == config
+
+
+@pytest.mark.parametrize("r", [2, 8, 16])
+def test_as_many_parameters_as_lora(r):
+    """Swapping the class name keeps the budget."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    ours = get_peft_model(llama(), DualLoraConfig(r=r, target_modules=targets))
+    lora = get_peft_model(llama(), LoraConfig(r=r, target_modules=targets))
+    assert ours.get_nb_trainable_parameters() == lora.get_nb_trainable_parameters()
+
+
+def test_uneven_ranks_have_the_same_budget():
+    targets = ["q_proj"]
+    counts = {
+        get_peft_model(llama(), DualLoraConfig(r=8, r1=r1, target_modules=targets)).get_nb_trainable_parameters()
+        for r1 in (1, 4, 7)
+    }
+    assert len(counts) == 1
+
+
+def test_no_matching_module_and_unsupported_layer():
+    with pytest.raises(ValueError, match="Target modules.*nothing.*not found in the base model"):
+        get_peft_model(llama(), DualLoraConfig(target_modules=["nothing"]))
+    with pytest.raises(ValueError, match=r"(?s)Target module .*is not supported.*torch.nn.Linear.*exclude_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), DualLoraConfig(target_modules=["1"]))

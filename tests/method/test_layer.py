@@ -1,0 +1,447 @@
+"""The adapted layer: what forward computes, which parameters move, how the base layer is respected."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import (
+    MODELS,
+    TARGETS,
+    adapted,
+    changed,
+    layer,
+    layers,
+    llama,
+    logits,
+    points,
+    state,
+    tokens,
+    train,
+    trainable,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dual_lora.core.reference import delta_weight
+
+models = pytest.mark.parametrize("name", MODELS)
+
+
+def weight_of(module):
+    weight = module.get_base_layer().weight
+    return weight.t() if isinstance(module.get_base_layer(), Conv1D) else weight
+
+
+def by_hand(module, x, adapters=("default",)):
+    """x (W + ΣΔW)ᵀ + bias from the judge's ΔW."""
+    W = weight_of(module)
+    for name in adapters:
+        W = W + module.warmup_factor(name) * delta_weight(
+            module.factors(name), module.scaling[name], module.forms[name]
+        )
+    return nn.functional.linear(x, W, module.get_base_layer().bias)
+
+
+@models
+def test_identity_at_strength_zero(name):
+    base = MODELS[name]().eval()
+    before = logits(base)
+    model = adapted(base, target_modules=TARGETS[name], warmup_steps=10).eval()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    assert model.get_nb_trainable_parameters()[0] > 0
+
+
+@models
+def test_zero_start_is_the_base_with_live_gradients(name):
+    base = MODELS[name]().eval()
+    before = logits(base)
+    model = adapted(base, target_modules=TARGETS[name], init_weights="zero", warmup_steps=10)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    model(input_ids=tokens()).logits.square().mean().backward()
+    for module in layers(model).values():
+        assert module.warmup_factor("default") == 1
+        assert module.dual_lora_B["default"].grad.any()
+
+
+@models
+def test_random_start_changes_the_model_at_once(name):
+    base = MODELS[name]().eval()
+    before = logits(base)
+    model = adapted(base, target_modules=TARGETS[name], init_weights=False, warmup_steps=10)
+    assert (logits(model) - before).abs().max() > 0.05 * before.abs().max()
+
+
+def test_the_start_is_gaussian():
+    model = adapted(llama(hidden_size=64), target_modules="all-linear", init_std=0.5, r=16)
+    for letter in "ABCD":
+        values = torch.cat([getattr(m, f"dual_lora_{letter}")["default"].flatten() for m in layers(model).values()])
+        assert abs(values.mean()) < 0.05
+        assert abs(values.std() - 0.5) < 0.02
+
+
+def test_the_start_is_reproducible():
+    first, second = state(adapted()), state(adapted())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@models
+def test_only_adapters_move_and_all_four_factors_do(name):
+    model = adapted(MODELS[name](), target_modules=TARGETS[name], warmup_steps=2)
+    before = state(model)
+    optimizer = torch.optim.Adam(trainable(model), lr=1e-2)
+    for _ in range(3):
+        model(input_ids=tokens()).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = changed(model, before)
+    factors = {n for n, p in model.named_parameters() if "dual_lora_" in n}
+    counts = {n for n in before if ".dual_lora_left." in n}
+    assert factors <= moved
+    assert moved - factors - counts <= {n for n in before if "classifier" in n}
+
+
+@models
+def test_layers_against_the_judge(name):
+    model = adapted(MODELS[name](), target_modules=TARGETS[name], init_weights=False).eval()
+    for module in layers(model).values():
+        x = torch.randn(2, 3, module.in_features)
+        torch.testing.assert_close(module(x), by_hand(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_conv1d_is_transposed_and_says_so():
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to False but the target module is `Conv1D`"):
+        model = adapted(MODELS["gpt2"](), target_modules=["c_attn"], init_weights=False)
+    module = layer(model)
+    assert (module.in_features, module.out_features) == (32, 96)
+    assert module.get_delta_weight("default").shape == module.get_base_layer().weight.shape
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module is `torch.nn.Linear`"):
+        adapted(fan_in_fan_out=True)
+
+
+def test_all_linear_leaves_the_head_alone():
+    model = adapted(llama(), target_modules="all-linear", task_type="CAUSAL_LM")
+    assert len(layers(model)) == 2 * 7
+    assert not any("lm_head" in name for name in layers(model))
+
+
+@pytest.mark.parametrize(("chosen", "indices"), [(0, {"0"}), ([1], {"1"}), ([0, 1], {"0", "1"})])
+def test_layers_to_transform(chosen, indices):
+    model = adapted(llama(), target_modules=["q_proj"], layers_to_transform=chosen)
+    assert {name.split("layers.")[1][0] for name in layers(model)} == indices
+
+
+def test_layers_pattern():
+    model = adapted(MODELS["gpt2"](), target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h")
+    assert ["h.1." in name for name in layers(model)] == [True]
+
+
+def test_exclude_modules():
+    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+    assert len(layers(model)) == 3
+    model = adapted(llama(), target_modules=["q_proj", "v_proj"], exclude_modules=".*v_proj")
+    assert all(name.endswith("q_proj") for name in layers(model))
+
+
+@pytest.mark.parametrize(
+    ("bias", "moving"),
+    [("none", set()), ("all", {"second", "third"}), ("dual_lora_only", {"second"})],
+)
+def test_bias(bias, moving):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (nn.Linear(12, 12, bias=b) for b in (False, True, True))
+
+        def forward(self, x):
+            return self.third(self.second(self.first(x).tanh()))
+
+    model = adapted(Three(), target_modules=["first", "second"], bias=bias)
+    before = state(model)
+    train(model, 2, lr=0.1)
+    assert {n.split(".")[2] for n in changed(model, before) if n.endswith("bias")} == moving
+
+
+def test_modules_to_save():
+    model = adapted(target_modules=["first"], modules_to_save=["second"])
+    before = state(model)
+    train(model, 2, lr=0.1)
+    moved = changed(model, before)
+    assert {n for n in moved if "second" in n} == {
+        f"base_model.model.second.modules_to_save.default.{p}" for p in ("weight", "bias")
+    }
+    assert not any("original_module" in n or "base_layer" in n for n in moved)
+
+
+# Dropout: the base sees x, the adapter sees x dropped out.
+
+
+def test_dropout_reaches_the_adapter_alone():
+    model = adapted(dropout=0.5, init_weights=False, target_modules=["first"])
+    module = layer(model).train()
+    x = torch.randn(200, 12)
+    torch.manual_seed(7)
+    y = module(x)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, 0.5)
+    assert (dropped == 0).double().mean() > 0.3
+    delta = delta_weight(module.factors("default"), module.scaling["default"])
+    want = module.get_base_layer()(x) + dropped @ delta.t()
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_gradients():
+    model = adapted(dropout=0.5, init_weights=False, target_modules=["first"])
+    module = layer(model).train()
+    x = torch.randn(20, 12, requires_grad=True)
+    inputs = (x, *module.factors("default"))
+    torch.manual_seed(7)
+    got = torch.autograd.grad(module(x).square().sum(), inputs)
+    torch.manual_seed(7)
+    delta = delta_weight(module.factors("default"), module.scaling["default"])
+    y = module.get_base_layer()(x) + nn.functional.dropout(x, 0.5) @ delta.t()
+    want = torch.autograd.grad(y.square().sum(), inputs)
+    for name, g, w in zip(["x", *"ABCD"], got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_dropout_is_off_in_evaluation():
+    model = adapted(dropout=0.5, init_weights=False).eval()
+    assert torch.equal(model(points()), model(points()))
+    torch.testing.assert_close(layer(model)(points()), by_hand(layer(model), points()), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_with_and_without_dropout_together():
+    model = adapted(dropout=0.5, init_weights=False, target_modules=["first"])
+    model.add_adapter("plain", copy.deepcopy(model.peft_config["default"]))
+    module = layer(model)
+    module.dual_lora_dropout["plain"] = nn.Identity()
+    module.set_adapter(["default", "plain"])
+    module.train()
+    x = torch.randn(20, 12)
+    torch.manual_seed(7)
+    y = module(x)
+    torch.manual_seed(7)
+    dropped = nn.functional.dropout(x, 0.5)
+    want = by_hand(module, x, ["plain"])
+    want = want + dropped @ delta_weight(module.factors("default"), module.scaling["default"]).t()
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+# The base layer's own behaviour is kept.
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "subclass", "replaced forward"])
+def test_what_users_hang_on_the_base_layer_is_honoured(kind):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    base = nn.Sequential(Doubled(12, 5) if kind == "subclass" else nn.Linear(12, 5))
+    x = points()
+    plain = nn.functional.linear(x, base[0].weight, base[0].bias)
+    if kind == "forward":
+        base[0].register_forward_hook(lambda module, args, output: 2 * output)
+    elif kind == "pre":
+        base[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        plain = plain - base[0].bias / 2
+    elif kind == "replaced forward":
+        old = base[0].forward
+        base[0].forward = lambda x: 2 * old(x)
+    model = adapted(base, target_modules=["0"], init_weights=False)
+    module = layer(model)
+    want = 2 * plain + x @ delta_weight(module.factors("default"), module.scaling["default"]).t()
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x), want, rtol=1e-5, atol=1e-5)
+
+
+def test_backward_hook_of_the_base_layer_runs():
+    base = nn.Sequential(nn.Linear(12, 5))
+    called = []
+    base[0].register_full_backward_hook(lambda *args: called.append(1))
+    model = adapted(base, target_modules=["0"], init_weights=False)
+    model(points().requires_grad_()).sum().backward()
+    assert called
+
+
+# Several adapters.
+
+
+def test_active_adapters_add_up():
+    model = adapted(init_weights=False, target_modules=["first"])
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    x, module = points(), layer(model)
+    for names in (["default"], ["other"], ["default", "other"], ["other", "default"]):
+        model.base_model.set_adapter(names)
+        torch.testing.assert_close(module(x), by_hand(module, x, names), rtol=1e-5, atol=1e-5)
+    with model.disable_adapter():
+        assert torch.equal(module(x), module.get_base_layer()(x))
+
+
+def test_strength_set_by_hand():
+    model = adapted(init_weights=False, target_modules=["first"]).eval()
+    x, module = points(), layer(model)
+    base, full = module.get_base_layer()(x), module(x)
+    for act, strength in (
+        (lambda: module.set_scale("default", 0.5), 0.5),
+        (lambda: module.scale_layer(3.0), 1.5),
+        (lambda: module.unscale_layer(3.0), 0.5),
+        (lambda: module.unscale_layer(), 1.0),
+        (lambda: module.set_scale("default", 0.0), 0.0),
+        (lambda: module.set_scale("absent", 7.0), 0.0),
+    ):
+        act()
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                torch.testing.assert_close(module(x), base + strength * (full - base), rtol=1e-5, atol=1e-5)
+
+
+# Precision: the factors stay in fp32.
+
+
+def cast_by_to(model):
+    return model.to(torch.bfloat16)
+
+
+def cast_by_bfloat16(model):
+    return model.bfloat16()
+
+
+def cast_by_data(model):
+    for p in model.parameters():
+        p.data = p.data.to(torch.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("cast", [cast_by_to, cast_by_bfloat16, cast_by_data])
+def test_foreign_casts_are_noticed_once(cast):
+    model = adapted(init_weights=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = cast(model)
+        y = model(points().bfloat16())
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    told = [str(w.message) for w in caught if "fp32" in str(w.message)]
+    if cast is cast_by_data:
+        assert len(told) == 1
+        assert "bits" in told[0]
+        assert "lost" in told[0]
+    else:
+        assert len(told) <= 1
+    for module in layers(model).values():
+        assert module.get_base_layer().weight.dtype == torch.bfloat16
+        for f in module.factors("default"):
+            assert f.dtype == f.grad.dtype == torch.float32
+        assert module.dual_lora_scale["default"].dtype == torch.float32
+
+
+def test_an_optimizer_made_before_the_cast_still_moves_the_factors():
+    model = adapted(init_weights=False)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    model.to(torch.bfloat16)
+    before = state(model)
+    train(model, 1, optimizer=optimizer, x=points().bfloat16())
+    assert {n for n in before if "dual_lora_" in n and "left" not in n} <= changed(model, before)
+
+
+def test_factors_keep_all_bits_when_the_base_is_bf16():
+    """PEFT rounds fresh factors to the base's dtype on the way; that flips signs."""
+    torch.manual_seed(0)
+    model = adapted(llama().bfloat16(), target_modules=["q_proj"], init_weights=False)
+    module = layer(model)
+    assert all(f.dtype == torch.float32 for f in module.factors("default"))
+    assert not any(torch.equal(f, f.bfloat16().float()) for f in module.factors("default"))
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_no_autocast_of_adapters_is_answered_with_one_warning():
+    from peft import get_peft_model
+
+    from dual_lora import DualLoraConfig
+
+    base = llama().bfloat16()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, DualLoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=False)
+    assert [str(w.message)[:58] for w in caught if "autocast_adapter_dtype" in str(w.message)] == [
+        "autocast_adapter_dtype=False has no effect on Dual LoRA: i"
+    ]
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if "dual_lora_" in n)
+
+
+def test_double():
+    model = adapted(init_weights=False).double()
+    x = points().double()
+    torch.testing.assert_close(layer(model)(x), by_hand(layer(model), x), rtol=1e-12, atol=1e-12)
+    model.float()
+    assert layer(model)(points()).dtype == torch.float32
+
+
+def test_autocast():
+    model = adapted(init_weights=False)
+    full = model(points())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(points())
+    assert low.dtype == torch.bfloat16
+    assert 0 < (low.float() - full).abs().max() < 0.05 * full.abs().max()
+
+
+def test_deep_copy_is_independent():
+    model = adapted(init_weights=False)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(points()), model(points()))
+    before = state(model)
+    train(twin, 2)
+    assert not changed(model, before)
+    assert changed(twin, before)
+
+
+def test_representation_names_the_method():
+    assert "dual_lora.Linear" in repr(adapted())
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        base = llama()
+    model = adapted(base, target_modules="all-linear", task_type="CAUSAL_LM")
+    assert model(input_ids=tokens().to("meta")).logits.shape == (3, 7, 60)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    def gradients(checkpointed):
+        model = adapted(llama(), target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM")
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.train()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert all(torch.equal(plain[n], checkpointed[n]) for n in plain)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_equals_eager_and_does_not_recompile_as_the_ramp_rises(backend):
+    torch._dynamo.reset()
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        results = []
+        for compiled in (False, True):
+            model = adapted(warmup_steps=5)
+            forward = torch.compile(model, fullgraph=True, backend=backend) if compiled else model
+            optimizer = torch.optim.SGD(trainable(model), lr=1.0)
+            losses = []
+            for _ in range(7):
+                loss = forward(points()).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+            results.append(torch.tensor(losses))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+        assert (results[0].diff() != 0).all()
+    finally:
+        torch._dynamo.config.error_on_recompile = False

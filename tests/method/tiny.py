@@ -1,0 +1,141 @@
+"""Models of a few thousand parameters, and what tests do with them."""
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from dual_lora import DualLoraConfig, DualLoraLayer
+
+VOCABULARY = 60
+
+
+def llama(hidden_size=32, layers=2, **options):
+    torch.manual_seed(0)
+    options = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64) | options
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            vocab_size=VOCABULARY,
+            attention_dropout=0.0,
+            **options,
+        )
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    return GPT2LMHeadModel(config)
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=VOCABULARY,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+        )
+    )
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
+TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "value"]}
+
+
+class Mlp(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, width), nn.Linear(width, 5)
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def adapted(base=None, adapter_name="default", **options):
+    """A model with an adapter that is at full strength unless the options say otherwise."""
+    if base is None:
+        torch.manual_seed(0)
+        base = Mlp()
+        options = dict(target_modules=["first", "second"]) | options
+    options = dict(r=4, warmup_steps=0) | options
+    return get_peft_model(base, DualLoraConfig(**options), adapter_name=adapter_name)
+
+
+def layers(model):
+    """The adapted layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer)}
+
+
+def layer(model):
+    """The first adapted layer."""
+    return next(iter(layers(model).values()))
+
+
+def factor(lambda_of, adapter="default"):
+    """λ, the same in every layer of a model."""
+    (value,) = {m.warmup_factor(adapter) for m in layers(lambda_of).values() if adapter in m.scaling}
+    for m in layers(lambda_of).values():
+        if adapter in m.scaling:
+            # What forward uses is a tensor, derived from the count.
+            assert m.dual_lora_scale[adapter].item() == torch.tensor(value * m.scaling[adapter]).float().item()
+            assert int(m.dual_lora_left[adapter]) == m.steps_left(adapter)
+    return value
+
+
+def tokens(batch=3, length=7):
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+
+
+def logits(model, ids=None):
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids).logits
+
+
+def points(rows=6):
+    return torch.randn(rows, 12, generator=torch.Generator().manual_seed(3))
+
+
+def state(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def changed(model, before):
+    """Names of the entries that differ from an earlier `state`."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    return {name for name in after if not torch.equal(after[name], before[name])}
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def train(model, steps=3, lr=1e-2, optimizer=None, x=None):
+    """A plain loop on the Mlp."""
+    optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=lr)
+    for _ in range(steps):
+        model(points() if x is None else x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
