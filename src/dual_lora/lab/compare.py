@@ -28,6 +28,7 @@ from dual_lora.lab.study import Study, read_study
 from dual_lora.lab.verdicts import Finished, build_results
 
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
+WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,23 @@ class _Course:
         self.runs = folder / "runs"
         self.failed: dict[str, str] = {}
         self.clock = Clock({})
-        self.began = time.time()
+        self.trials: dict[str, list[dict[str, Any]]] = {}
+        self.chosen: dict[str, dict[str, Any] | None] = {}
+        self.finals: dict[str, list[dict[str, Any]]] = {}
+        self._written = 0.0
 
     def run(self) -> dict[str, Any]:
         learn_from(self.clock, self.state.entries())
         self._match_by_probes()
-        trials = {cell_id(cell): plan.trial_jobs(self.study, cell) for cell in self.cells}
-        self._do("tuning", _in_turns(trials.values()))
-        chosen = {key: plan.choose(jobs, [self._outcome(job) for job in jobs]) for key, jobs in trials.items()}
-        finals = {
-            cell_id(cell): plan.final_jobs(self.study, cell, settings)
-            if (settings := chosen[cell_id(cell)]) is not None
-            else []
-            for cell in self.cells
-        }
-        self._do("runs", [*plan.base_jobs(self.cells), *_in_turns(finals.values())])
-        return self._results(trials, chosen, finals)
+        self.trials = {cell_id(cell): plan.trial_jobs(self.study, cell) for cell in self.cells}
+        self._do("tuning", _in_turns(self.trials.values()))
+        for cell in self.cells:
+            key = cell_id(cell)
+            settings = plan.choose(self.trials[key], [self._outcome(job) for job in self.trials[key]])
+            self.chosen[key] = settings
+            self.finals[key] = plan.final_jobs(self.study, cell, settings) if settings is not None else []
+        self._do("runs", [*plan.base_jobs(self.cells), *_in_turns(self.finals.values())])
+        return self._results()
 
     def _do(self, what: str, jobs: Sequence[dict[str, Any]]) -> None:
         """Make sure that every job has an outcome or a recorded error."""
@@ -141,6 +143,8 @@ class _Course:
                     if self.way.progress:
                         console.print(f"failed: {self.failed[key]}", markup=False)
                 bar.to(len(jobs) - len(left), self._note(left, job, outcome))
+                if time.time() - self._written > WRITE_SECONDS and self.trials:
+                    self._results()
 
     def _note(
         self, left: dict[str, dict[str, Any]], job: dict[str, Any] | None = None, outcome: dict[str, Any] | None = None
@@ -165,20 +169,17 @@ class _Course:
     def _outcome(self, job: dict[str, Any]) -> dict[str, Any] | None:
         return read_outcome(self.runs, job["key"])
 
-    def _results(self, trials: Any, chosen: Any, finals: Any) -> dict[str, Any]:
+    def _results(self) -> dict[str, Any]:
+        """What the study says so far, also in results.json."""
         from dual_lora.lab.record import surroundings
 
-        finished = [
-            Finished(
-                cell,
-                [(job, self._outcome(job)) for job in trials[cell_id(cell)]],
-                chosen[cell_id(cell)],
-                [(job, self._outcome(job)) for job in finals[cell_id(cell)]],
-                doomed=bool(trials[cell_id(cell)])
-                and all((o := self._outcome(job)) and o["status"] == "diverged" for job in trials[cell_id(cell)]),
-            )
-            for cell in self.cells
-        ]
+        finished = []
+        for cell in self.cells:
+            key = cell_id(cell)
+            trials = [(job, self._outcome(job)) for job in self.trials[key]]
+            finals = [(job, self._outcome(job)) for job in self.finals.get(key, [])]
+            doomed = bool(trials) and all(outcome and outcome["status"] == "diverged" for _, outcome in trials)
+            finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
         results = build_results(self.study, finished, self.runs)
         results["untrained"] = [
             {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
@@ -197,6 +198,7 @@ class _Course:
                 f"{self.way.workers} runs went side by side: times and speeds are comparable with each other only."
             )
         write_json(self.folder / "results.json", results)
+        self._written = time.time()
         return results
 
     def _match_by_probes(self) -> None:

@@ -86,6 +86,8 @@ def _child(job: dict[str, Any], runs: Path, keep: str) -> None:
     _end_with_parent()
     try:
         perform(job, runs, keep)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the leader was told as well
     except Exception as error:
         write_json(_error_file(runs, job["key"]), _described(error))
         sys.exit(1)

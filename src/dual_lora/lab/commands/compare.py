@@ -1,0 +1,81 @@
+"""dual-lora compare"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from dual_lora.lab.errors import UserError
+
+
+def compare(
+    study: Annotated[str | None, Parameter(help="Study file, or the name of a shipped study.")] = None,
+    *,
+    out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]", negative="")] = None,
+    executor: Annotated[
+        Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
+    ] = "serial",
+    workers: Annotated[
+        int | None, Parameter(help="Runs at a time (process, ray). [default: one a core]", negative="")
+    ] = None,
+    keep: Annotated[
+        Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")
+    ] = "adapters",
+    update: Annotated[
+        bool, Parameter(help="Go on although the study has changed; what is still valid is kept.", negative="")
+    ] = False,
+    dry_run: Annotated[
+        bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")
+    ] = False,
+    list: Annotated[bool, Parameter(help="Show the shipped studies.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict in words.
+
+    Example: `dual-lora compare quick --dry-run`, then `dual-lora compare quick --executor process`
+
+    Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
+    """
+    from dual_lora.lab.commands.card import finish
+    from dual_lora.lab.study import read_study, shipped_studies
+
+    if list or study is None:
+        questions = {name: read_study(name)[0].question for name in shipped_studies()}
+        finish(questions, _listing(questions), json)
+        return
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers is {workers}, expected at least 1.")
+    if dry_run:
+        from dual_lora.lab.forecast import forecast
+        from dual_lora.lab.tables import show_forecast
+
+        expected = forecast(study, out, executor=executor, workers=workers)
+        if json:
+            finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
+        else:
+            show_forecast(expected)
+        return
+    from dual_lora.lab.compare import compare as run
+    from dual_lora.lab.tables import show_results
+
+    results = run(study, out, executor=executor, workers=workers, update=update, keep=keep)
+    if json:
+        finish(results, None, True)
+    else:
+        show_results(results)
+    if not results["complete"]:
+        raise UserError(f"{len(results['failed'])} runs failed, so the study is not complete: {results['failed'][0]}")
+
+
+def _listing(questions: dict[str, str]) -> object:
+    from rich.table import Table
+
+    table = Table(title="Shipped studies: dual-lora compare NAME", title_justify="left", box=None)
+    table.add_column("name", style="bold")
+    table.add_column("question")
+    for name, question in questions.items():
+        table.add_row(name, question)
+    return table
