@@ -25,7 +25,7 @@ WORDS = [
     "bad",
 ]
 CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }} : {{ m['content'] }} </s> {% endfor %}"
+    "{% for m in messages %}<s>{{ m['role'] }} : {{ m['content'] }}</s> {% endfor %}"
     "{% if add_generation_prompt %}<s>assistant : {% endif %}"
 )
 
@@ -57,6 +57,7 @@ def tiny_lm(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -73,7 +74,7 @@ def tiny_encoder(tmp_path_factory):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder

@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -41,18 +41,13 @@ def test_help_has_an_example_and_loads_nothing_heavy(command):
     assert "Example" in done.stdout, done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["", *(name for name, _, _ in COMMANDS)])
 def test_help_answers_in_a_second(command):
-    """The fastest of five: a busy machine must not fail it, a heavy import must."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "dual_lora.lab.cli", *filter(None, [command]), "--help"], capture_output=True
-        )
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.0
+    """Processor time: a busy machine must not fail it, a heavy import must."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "dual_lora.lab.cli", *filter(None, [command]), "--help"], capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
@@ -71,7 +66,7 @@ def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
     code, out, _ = call("merge", run, tmp_path / "merged", "--json")
     assert code == 0
     assert json.loads(out)["bytes"] > 0
-    code, out, _ = call("evaluate", run, "--no-evaluate.base", "--evaluate.tasks", "loss", "--json")
+    code, out, _ = call("evaluate", run, "--evaluate.no-base", "--evaluate.tasks", "loss", "--json")
     assert list(json.loads(out)["metrics"]) == ["tuned"]
 
 

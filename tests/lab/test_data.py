@@ -71,12 +71,12 @@ def test_hub_name_with_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is missing, found prompt"),
+        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is missing"),
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n\n{oops\n', r"a\.jsonl, line 3: not valid JSON"),
         ("a.json", "[\n{},\n]", r"a\.json, line 3: not valid JSON"),
         ("a.json", '{"a": 1}', "holds a JSON dict, expected a list"),
         ("a.json", '[{"instruction": "x", "output": "y"}, 3]', "record 2: int found"),
-        ("a.json", '[{"instruction": "x", "output": "y"}, {"instruction": "x", "output": null}]', "record 2: field 'output' is missing"),
+        ("a.json", '[{"prompt": "x", "answer": "y"}, {"prompt": "x", "answer": null}]', "record 2: field 'answer' is missing"),
         ("a.json", '[{"instruction": "x", "output": ["y"]}]', "record 1: field 'output' is a list, expected text"),
         ("a.json", '[{"prompt": "x", "answer": " "}]', "record 1: the answer is empty"),
         ("a.json", '[{"question": "x"}]', "fields question fit no format"),
@@ -84,7 +84,7 @@ def test_hub_name_with_split(tmp_path):
         ("a.json", "", "holds no records"),
         ("a.tsv", "prompt\tanswer\nx\ty\nx\n", r"a\.tsv, line 3: 1 columns, expected 2 \(prompt, answer\)"),
         ("a.txt", "x||y\nx\n", r"a\.txt, line 2: expected facts\|\|sentence"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: the last message has to be the assistant's"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: the last message has to be"),
         ("a.jsonl", '{"messages": "x"}', "line 1: messages has to be a list"),
         ("a.xml", "<a/>", "unknown kind of data file"),
     ],
@@ -101,7 +101,7 @@ def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):
         read_records("trian.json")
     with pytest.raises(UserError, match="set DUAL_LORA_DATA"):
         read_records("nowhere/x.json")
-    with pytest.raises(UserError, match="names no test records: set data.test"):
+    with pytest.raises(UserError, match=r"names no test records: set data\.test"):
         load_split(DataPart(train="x"), "test")
 
 
@@ -111,7 +111,7 @@ def test_holdout_and_limits_are_fixed_and_apart(questions):
     assert (len(train), len(held)) == (20, 8)
     assert not {e.where for e in train} & {e.where for e in held}
     assert load_split(data, "train") == train
-    with pytest.raises(UserError, match="data.holdout is 48, but .* holds only 48"):
+    with pytest.raises(UserError, match=r"data\.holdout is 48, but .* holds only 48"):
         load_split(DataPart(train=str(questions / "train.json"), holdout=48), "train")
 
 
@@ -122,8 +122,7 @@ def turns(*pairs):
 
 def test_labels_stand_on_the_answer_alone(tokenizer):
     encoded = Prompter(tokenizer).encode(turns(("user", "sky ?"), ("assistant", "blue sky")))
-    text = tokenizer.decode(encoded.input_ids)
-    assert text == "<s> user : sky ? </s> <s> assistant : blue sky </s>".replace("<s> ", "<s>", 0) or "blue sky" in text
+    assert tokenizer.decode(encoded.input_ids) == "<s> user : sky ? </s> <s> assistant : blue sky </s>"
     learned = [i for i in encoded.labels if i != IGNORED]
     assert tokenizer.decode(learned) == "blue sky </s>"
     assert encoded.input_ids[-len(learned) :] == learned

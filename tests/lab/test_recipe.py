@@ -89,7 +89,7 @@ def test_broken_files(text, message, tmp_path):
 
 
 def test_missing_recipe_suggests_a_shipped_one():
-    with pytest.raises(UserError, match="There is no recipe 'boolq-smolm2'. Did you mean 'boolq-smollm2'"):
+    with pytest.raises(UserError, match=r"There is no recipe 'boolq-smolm2'\. Did you mean 'boolq-smollm2'"):
         read_recipe("boolq-smolm2")
     with pytest.raises(UserError, match=r"no recipe file nowhere/r\.yaml"):
         read_recipe("nowhere/r.yaml")

@@ -163,7 +163,7 @@ def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path):
     recipe = build_recipe(lm_values)
     run(recipe, tmp_path / "run", progress=False)
     before = (tmp_path / "run/record.json").read_bytes()
-    with pytest.raises(UserError, match="not empty.*--resume.*--overwrite"):
+    with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite"):
         run(recipe, tmp_path / "run", progress=False)
     assert run(recipe, tmp_path / "run", resume=True, progress=False).state == "finished"
     assert (tmp_path / "run/record.json").read_bytes() == before
@@ -234,7 +234,7 @@ def test_full_disk_is_one_sentence_and_can_be_resumed(lm_values, tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
-        with pytest.raises(UserError, match="disk is full.*checkpoint-2.*--resume"):
+        with pytest.raises(UserError, match=r"disk is full.*checkpoint-2.*--resume"):
             run(build_recipe(lm_values), tmp_path / "run", progress=False)
     run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
     run(build_recipe(lm_values), tmp_path / "straight", progress=False)
@@ -272,7 +272,7 @@ def test_examples_that_are_too_long_are_counted(lm_values, tmp_path, questions):
     lm_values["train"]["steps"] = 1
     assert run(build_recipe(lm_values), tmp_path / "run", progress=False).left_out == 1
     lm_values["data"]["max_length"] = 5
-    with pytest.raises(UserError, match="All 48 examples are longer than data.max_length = 5"):
+    with pytest.raises(UserError, match=r"All 48 examples are longer than data\.max_length = 5"):
         run(build_recipe(lm_values), tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
 

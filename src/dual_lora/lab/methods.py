@@ -101,8 +101,9 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed
     return model
 
 
-def is_dual_lora(config: PeftConfig | None) -> bool:
-    return config is not None and str(getattr(config.peft_type, "value", config.peft_type)) == "DUAL_LORA"
+def is_kind(config: PeftConfig | None, kind: str) -> bool:
+    """Whether a configuration is that of the PEFT type ``kind``."""
+    return config is not None and getattr(config.peft_type, "value", config.peft_type) == kind
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -41,7 +41,10 @@ class Bar:
     def to(self, done: int, note: str | None = None) -> None:
         """Set the number of finished units and, if given, the note beside it."""
         self.done = done
-        self._bar.update(self._task, completed=done, **({"note": note} if note is not None else {}))
+        if note is None:
+            self._bar.update(self._task, completed=done)
+        else:
+            self._bar.update(self._task, completed=done, note=note)
         if self._lines and note and done >= self._next_line:
             self._next_line = done + self.total / 10
             print(f"{self.what} {done}/{self.total} {note}", file=sys.stderr, flush=True)

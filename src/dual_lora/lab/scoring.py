@@ -184,7 +184,7 @@ def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
         except ImportError:
             raise UserError("The task bleu needs sacrebleu: `pip install sacrebleu`.") from None
         most = max(len(r["references"]) for r in rows)
-        columns = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
+        columns: Any = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
         return {"bleu": corpus_bleu([r["predicted"] for r in rows], columns).score}
     accuracy = sum(r["correct"] for r in rows) / len(rows)
     if task != "classification":

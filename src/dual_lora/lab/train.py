@@ -26,7 +26,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, e
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.folder import RunFolder, mark_whole, write_atomically, write_folder_atomically
-from dual_lora.lab.methods import apply_method, is_dual_lora, method_config
+from dual_lora.lab.methods import apply_method, is_kind, method_config
 from dual_lora.lab.models import quiet
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe, build_recipe
@@ -144,11 +144,11 @@ def _train(
     with Bar("training", steps, progress and main, start) as bar:
         watch = _Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
         callbacks: list[TrainerCallback] = [watch]
-        if is_dual_lora(config):
+        if is_kind(config, "DUAL_LORA"):
             from dual_lora import DualLoraCallback
 
             callbacks.append(DualLoraCallback())
-        if config is not None and str(config.peft_type.value) == "ADALORA":
+        if is_kind(config, "ADALORA"):
             callbacks.append(_RankAllocation())
         with quiet():
             trainer = Trainer(

@@ -11,9 +11,8 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.recipe import DataPart, EvaluatePart, flag_values, flags, merged, read_recipe
 
-EvaluateFlags: Any = create_model(
-    "EvaluateFlags", data=(flags(DataPart) | None, None), evaluate=(flags(EvaluatePart) | None, None)
-)
+_PARTS: dict[str, Any] = {"data": (flags(DataPart) | None, None), "evaluate": (flags(EvaluatePart) | None, None)}
+EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
 
 
 def evaluate(
@@ -32,7 +31,7 @@ def evaluate(
 
     Example: `dual-lora evaluate runs/boolq-smollm2`
 
-    An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --evaluate.tasks choice --data.test-limit 200`
+    An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
     from dual_lora.lab.evaluate import evaluate as run_evaluation
     from dual_lora.lab.evaluate import write_result

@@ -112,7 +112,7 @@ def _guess(record: Record) -> str:
             return form
     raise UserError(
         f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or "
-        "instruction and output, or prompt and answer, or text and label. Map names with data.fields, e.g. {text: sentence}."
+        "instruction and output, or prompt and answer, or text and label. Map names with data.fields: {text: sentence}."
     )
 
 

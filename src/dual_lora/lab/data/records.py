@@ -33,14 +33,13 @@ def find(source: str) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    for candidate in candidates:
-        if candidate.parent.is_dir():
-            near = suggest(path.name, [p.name for p in candidate.parent.iterdir() if p.is_file()])
-            raise UserError(f"There is no data file {candidate}.{near}")
-    raise UserError(
-        f"There is no data file {source}: neither in the working folder nor in {data_folder()} "
-        "(set DUAL_LORA_DATA to the folder that holds it)."
-    )
+    if path.is_absolute():
+        sought = ""
+    else:
+        sought = f": neither here nor in {data_folder()} (set DUAL_LORA_DATA to the folder that holds it)"
+    beside = {p.name for c in candidates if c.parent.is_dir() for p in c.parent.iterdir() if p.is_file()}
+    near = suggest(path.name, beside)
+    raise UserError(f"There is no data file {source}{sought}.{near if near.startswith(' Did') else ''}")
 
 
 def read_records(source: str, columns: list[str] | None = None) -> list[Record]:

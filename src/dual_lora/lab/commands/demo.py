@@ -1,0 +1,121 @@
+"""dual-lora demo"""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich import box
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dual_lora.lab.commands.card import duration, facts_card, finish, size
+
+if TYPE_CHECKING:
+    from dual_lora.lab.demo import DemoResult
+
+SETS = {
+    "combinations": "known sentences and values, put together anew",
+    "values": "names, words and numbers never seen in training",
+    "phrasings": "sentences never seen in training",
+}
+LONGEST = 200  # characters of an answer that are shown
+
+
+def demo(
+    *,
+    ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
+    seed: Annotated[int, Parameter(help="Seed of the data (what is held out, too), the factors and the order.")] = 0,
+    out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
+    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Fine-tune a small model to turn English requests into JSON tool calls, in minutes on a CPU.
+
+    Example: `dual-lora demo`
+
+    Then: `dual-lora demo --ask "Set a timer for 12 minutes for the soup."`
+
+    Shows answers before and after, exact match on three test sets, and merges. What is there already is used again.
+    """
+    from dual_lora.lab import demo as work
+
+    folder = out or Path("demo-output") / f"seed-{seed}"
+    if ask is None or overwrite or work.read_result(folder) is None:
+        result = work.run(folder, seed=seed, overwrite=overwrite)
+        if ask is None:
+            finish(vars(result), _card(result), json)
+            return
+    answer = work.ask(folder, ask)
+    finish({"request": ask, "answer": answer}, Text(_readable(answer)), json)
+
+
+def _readable(answer: str) -> str:
+    """A JSON answer in lines, any other text as it is."""
+    try:
+        return json_module.dumps(json_module.loads(answer), indent=2, ensure_ascii=False)
+    except json_module.JSONDecodeError:
+        return answer
+
+
+def _card(result: DemoResult) -> Group:
+    return Group(_before_after(result), _scores(result), _facts(result))
+
+
+def _before_after(result: DemoResult) -> Table:
+    table = Table(
+        title="Before and after", title_justify="left", box=box.SIMPLE_HEAD, show_header=False, show_lines=True
+    )
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for row in result.shown:
+        right = row["after"] == row["expected"]
+        table.add_row("request", Text(row["request"], style="bold"))
+        table.add_row("before", Text(_short(row["before"]), style="dim"))
+        after = Text(_short(row["after"]), style="green" if right else "red")
+        table.add_row("after", after.append(" ✓" if right else f" ✗ expected {row['expected']}"), end_section=True)
+    table.show_lines = False
+    return table
+
+
+def _scores(result: DemoResult) -> Table:
+    table = Table(title="Exact match", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("test set", "what is new in it"):
+        table.add_column(name)
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    for name, about in SETS.items():
+        cells = (f"{right}/{count} = {right / count:.0%}" for right, count in _pair(result, name))
+        table.add_row(name, about, *cells)
+    return table
+
+
+def _pair(result: DemoResult, name: str) -> list[list[int]]:
+    return [result.exact_match[variant][name] for variant in ("base", "tuned")]
+
+
+def _facts(result: DemoResult) -> Panel:
+    share = result.trainable_parameters / result.all_parameters
+    same, count = result.merged_same
+    spent = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
+    facts = {
+        "trained on": f"{result.examples:,} examples, seed {result.seed}",
+        "parameters": f"{result.trainable_parameters:,} trained beside {result.all_parameters:,} frozen ({share:.1%})",
+        "time": f"{duration(result.total_seconds)}: {spent}",
+        "memory": f"{size(result.peak_memory)} at the peak",
+        "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",
+        "ask": 'dual-lora demo --ask "Tell Nora that the cake is in the fridge."'
+        + (f" --seed {result.seed}" if result.seed else ""),
+    }
+    if result.reused:
+        facts["reused"] = f"{result.folder}, nothing was trained just now (--overwrite starts anew)"
+    return facts_card("Dual LoRA · tool calls", facts)
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[:LONGEST] + "…"
