@@ -133,8 +133,10 @@ def test_sizes_are_as_asked_and_even_over_the_tools():
 def test_a_set_too_small_or_too_large_is_refused_in_words():
     with pytest.raises(ValueError, match="train=1000 and test=9: each set holds all 10 tools"):
         generate(0, test=9)
-    with pytest.raises(ValueError, match="ask for fewer examples"):
+    with pytest.raises(ValueError, match="Ask for fewer examples"):
         generate(0, train=60_000)
+    with pytest.raises(ValueError, match="for more of those"):
+        generate(0, train=10, test=50)
 
 
 # --- one seed, one result ---

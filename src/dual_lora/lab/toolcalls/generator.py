@@ -167,7 +167,10 @@ def _draw(
             if not twice and example.answer not in taken:
                 break
         else:
-            raise ValueError(f"{tool.name} has no call left after {len(taken)}: ask for fewer examples")
+            raise ValueError(
+                f"{tool.name}: no new call after {len(taken)} different ones. Ask for fewer examples, or, where there "
+                "are few to train on, for more of those: test sets combine what training has seen."
+            )
         taken.add(example.answer)
         drawn.append(example)
     return drawn

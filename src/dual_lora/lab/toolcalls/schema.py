@@ -33,7 +33,7 @@ class Argument(NamedTuple):
     def draw(self, pool: Sequence[Entry], rng: random.Random) -> Value:
         """One value from `pool`; an array gets one to three different entries."""
         if self.kind == "array":
-            return [str(entry) for entry in rng.sample(pool, rng.choice((1, 2, 2, 3)))]
+            return [str(entry) for entry in rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3))))]
         drawn = rng.choice(pool)
         return bool(drawn) if self.kind == "boolean" else drawn
 

@@ -1,0 +1,210 @@
+"""The demo: a small model learns to turn English requests into JSON tool calls, and is measured before and after.
+
+Everything is made in one folder (data, run, evaluation, merged model) and is used again by the next call. The base
+model is not told the tools: what it scores is what it knows, and what the adapter scores is what it has learned.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import write_atomically
+from dual_lora.lab.recipe import Recipe, read_recipe
+from dual_lora.lab.toolcalls import TEST_SETS, generate, messages_for
+
+RECIPE = "tool-calls"
+EXAMPLES = 1_000  # to train on
+TEST_EXAMPLES = 100  # in each test set
+SHOWN = 2  # of each test set, before and after
+
+
+@dataclass
+class DemoResult:
+    """What a demo came to, as `demo.json` keeps it. Times in seconds, sizes in bytes."""
+
+    folder: str
+    seed: int
+    examples: int
+    trainable_parameters: int
+    all_parameters: int
+    exact_match: dict[str, dict[str, list[int]]]  # "base" or "tuned" -> test set -> [right, of so many]
+    shown: list[dict[str, str]]  # set, request, before, after, expected
+    merged: str  # the plain model's folder
+    merged_same: list[int]  # [answers equal to the adapter's, of so many]
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+    peak_memory: int = 0
+    reused: bool = False
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def run(
+    out: Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    examples: int = EXAMPLES,
+    test_examples: int = TEST_EXAMPLES,
+    overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> DemoResult:
+    """Generate, train, evaluate and merge in the folder `out`; what is there already is used again.
+
+    overrides: laid over the recipe, as in `read_recipe`. A demo that was interrupted goes on where it stopped.
+    Raises UserError when `out` holds something else, KeyboardInterrupt with the way on when interrupted.
+    """
+    recipe = _recipe(out, seed, overrides or {})
+    wanted = {"seed": seed, "examples": examples, "test_examples": test_examples}
+    settings = out / "settings.json"
+    if overwrite and settings.is_file():
+        _clear(out)
+    if settings.is_file():
+        if (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
+            raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out, or --overwrite.")
+    else:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no demo: give another --out.")
+        generate(seed, examples, test_examples).write(out / "data")
+        write_atomically(settings, json.dumps(wanted))
+    if (done := read_result(out)) is not None:
+        return replace(done, reused=True)
+    return _make(out, seed, recipe, progress)
+
+
+def read_result(out: Path) -> DemoResult | None:
+    """The result of the demo in `out`, None if it was not finished."""
+    file = out / "demo.json"
+    return DemoResult(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def ask(out: Path, request: str) -> str:
+    """What the merged model of the demo in `out` answers to a request of one's own: JSON, if it has learned its task.
+
+    Raises UserError if there is no finished demo.
+    """
+    done = read_result(out)
+    if done is None:
+        raise UserError(f"There is no finished demo in {out}: `dual-lora demo` makes one.")
+    if not request.strip():
+        raise UserError('The request is empty: ask for something, as in --ask "Set a timer for 5 minutes for the tea."')
+    from dual_lora.lab.data.encode import Prompter
+    from dual_lora.lab.scoring import generate_all
+
+    recipe = read_recipe(out / "run")
+    tuned = _open_merged(out, recipe)
+    prompt = Prompter(tuned.tokenizer, "chat").prompt_ids(tuple(messages_for(request.strip())))
+    return generate_all(tuned.model, tuned.tokenizer, [prompt], 1, recipe.evaluate.max_new_tokens)[0].strip()
+
+
+def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
+    from dual_lora.lab.recipe import merged
+
+    data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
+    return read_recipe(RECIPE, merged({"data": data, "train": {"seed": seed}}, overrides))
+
+
+def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
+    from dual_lora.lab.data.examples import load_split
+    from dual_lora.lab.evaluate import evaluate, write_result
+    from dual_lora.lab.merge import merge
+    from dual_lora.lab.record import peak_memory
+    from dual_lora.lab.train import run as train
+    from dual_lora.lab.tuned import open_tuned
+
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "training"):
+        trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
+    if trained.state != "finished":
+        raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+    seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
+
+    with _timed(seconds, "evaluation"):
+        tuned = replace(trained.tuned or open_tuned(out / "run"), run=None)  # its results belong to the demo
+        results, sets = {}, {}
+        for name in TEST_SETS:
+            sets[name] = load_split(
+                recipe.data.model_copy(update={"test": str(out / "data" / f"{name}.jsonl")}), "test"
+            )
+            results[name] = evaluate(tuned, recipe.data, recipe.evaluate, examples=sets[name], progress=progress)
+            write_result(results[name], out / "evaluation" / name)
+    answers = {
+        (variant, name): [row["predicted"] for row in result.items if row["variant"] == variant]
+        for name, result in results.items()
+        for variant in ("base", "tuned")
+    }
+
+    with _timed(seconds, "merging and checking"):
+        del tuned
+        trained.tuned = None
+        if not (out / "merged").is_dir():
+            merge(out / "run", out / "merged")
+        last = TEST_SETS[-1]
+        checked = evaluate(
+            _open_merged(out, recipe), recipe.data, recipe.evaluate, examples=sets[last], progress=progress
+        )
+        same = [row["predicted"] == text for row, text in zip(checked.items, answers["tuned", last], strict=True)]
+
+    result = DemoResult(
+        folder=str(out),
+        seed=seed,
+        examples=trained.examples,
+        trainable_parameters=trained.trainable_parameters,
+        all_parameters=trained.all_parameters - trained.trainable_parameters,
+        exact_match={
+            variant: {
+                name: [int(sum(result.scores(variant, "exact_match"))), result.examples]
+                for name, result in results.items()
+            }
+            for variant in ("base", "tuned")
+        },
+        shown=[
+            {
+                "set": name,
+                "request": str(example.messages[-2]["content"]),
+                "before": answers["base", name][i],
+                "after": answers["tuned", name][i],
+                "expected": example.answer,
+            }
+            for name in TEST_SETS
+            for i, example in enumerate(sets[name][:SHOWN])
+        ],
+        merged=str(out / "merged"),
+        merged_same=[sum(same), len(same)],
+        seconds={stage: round(spent, 1) for stage, spent in seconds.items()},
+        peak_memory=max(trained.peak_memory, peak_memory()),
+    )
+    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _open_merged(out: Path, recipe: Recipe) -> Any:
+    """The merged model as a plain folder: nothing of the method is needed to load it."""
+    from dual_lora.lab.tuned import open_tuned
+
+    return open_tuned(str(out / "merged"), dtype=recipe.model.dtype)
+
+
+def _clear(out: Path) -> None:
+    """Remove what a demo has made, and nothing else."""
+    import shutil
+
+    for name in ("data", "run", "evaluation", "merged"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("demo.json", "settings.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

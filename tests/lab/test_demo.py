@@ -1,0 +1,179 @@
+"""The demo from data to merged model on a tiny language model; on the real one it is slow."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dual_lora.lab import demo
+from dual_lora.lab.commands.demo import _card, _readable
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.toolcalls import TEST_SETS
+
+
+def tiny(model: Path) -> dict[str, Any]:
+    """Sizes and overrides that run in seconds."""
+    overrides = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "train": {"steps": 2, "batch_size": 4},
+        "evaluate": {"max_new_tokens": 4},
+    }
+    return {"examples": 20, "test_examples": 10, "overrides": overrides, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_lm, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert not demo.run(out, **tiny(tiny_lm)).reused
+    return out
+
+
+def test_everything_is_made_and_counted(finished):
+    result = demo.read_result(finished)
+    assert result is not None
+    assert result.examples == 20
+    assert {name: counts[1] for name, counts in result.exact_match["base"].items()} == dict.fromkeys(TEST_SETS, 10)
+    assert result.exact_match["tuned"].keys() == set(TEST_SETS)
+    assert result.merged_same == [10, 10]
+    assert set(result.seconds) == {"training", "evaluation", "merging and checking"}
+    assert min(result.seconds.values()) > 0
+    assert result.peak_memory > 0
+    assert result.trainable_parameters > 0
+    assert [row["set"] for row in result.shown] == [name for name in TEST_SETS for _ in range(demo.SHOWN)]
+
+
+def test_counts_are_those_of_the_items_on_disk(finished):
+    result = demo.read_result(finished)
+    for name in TEST_SETS:
+        lines = (finished / "evaluation" / name / "items.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        answers = [json.loads(line)["messages"][-1]["content"] for line in (finished / "data" / f"{name}.jsonl").open()]
+        for variant in ("base", "tuned"):
+            predicted = [row["predicted"] for row in rows if row["variant"] == variant]
+            right = sum(a == b for a, b in zip(predicted, answers, strict=True))
+            assert result.exact_match[variant][name] == [right, 10]
+
+
+def test_the_merged_model_is_plain(finished):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "merged")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
+def test_a_second_demo_uses_what_is_there(finished, tiny_lm, monkeypatch):
+    monkeypatch.setattr(demo, "_make", lambda *_: pytest.fail("made again"))
+    again = demo.run(finished, **tiny(tiny_lm))
+    assert again.reused
+    assert again.exact_match == demo.read_result(finished).exact_match
+
+
+def test_a_demo_cut_short_goes_on_without_training_again(finished, tiny_lm, tmp_path, monkeypatch):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "demo.json").unlink()
+    shutil.rmtree(out / "merged")
+    monkeypatch.setattr("dual_lora.lab.train._train", lambda *_: pytest.fail("trained again"))
+    # The copy lies elsewhere: its recipe still names the first folder's data, as an interrupted run's own would.
+    recipe = (out / "run" / "recipe.yaml").read_text().replace(str(finished), str(out))
+    (out / "run" / "recipe.yaml").write_text(recipe)
+    result = demo.run(out, **tiny(tiny_lm))
+    assert result.exact_match == demo.read_result(finished).exact_match
+    assert result.merged_same == [10, 10]
+
+
+def test_another_seed_in_the_same_folder_is_refused(finished, tiny_lm):
+    before = (finished / "demo.json").read_text()
+    with pytest.raises(UserError, match=r"'seed': 0.* not .*'seed': 1.*--out, or --overwrite"):
+        demo.run(finished, seed=1, **tiny(tiny_lm))
+    assert (finished / "demo.json").read_text() == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, tiny_lm):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="not empty and holds no demo"):
+            demo.run(tmp_path, overwrite=overwrite, **tiny(tiny_lm))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_overwrite_removes_the_demo_and_nothing_else(finished, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "notes.txt").write_text("mine")
+    demo._clear(out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatch):
+    from dual_lora.lab import train
+
+    class Stopped:
+        state, seconds = "interrupted", 1.0
+
+    monkeypatch.setattr(train, "run", lambda *_, **__: Stopped())
+    with pytest.raises(KeyboardInterrupt, match="same command goes on"):
+        demo.run(tmp_path / "out", **tiny(tiny_lm))
+    assert demo.read_result(tmp_path / "out") is None
+
+
+def test_a_request_of_ones_own_is_answered_by_the_merged_model(finished):
+    from dual_lora.lab.tuned import open_tuned
+
+    answer = demo.ask(finished, "the sky is ?")
+    model = open_tuned(str(finished / "merged"))
+    prompt = [*demo.messages_for("the sky is ?")]
+    ids = model.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    new = model.model.generate(**ids, do_sample=False, max_new_tokens=4)[0, ids["input_ids"].shape[1] :]
+    assert answer == model.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_questions_that_cannot_be_answered(finished, tmp_path):
+    with pytest.raises(UserError, match=r"no finished demo in .*`dual-lora demo` makes one"):
+        demo.ask(tmp_path, "anything")
+    with pytest.raises(UserError, match="request is empty"):
+        demo.ask(finished, "  ")
+
+
+def test_an_answer_is_shown_in_lines_if_it_is_json():
+    assert _readable('{"name": "x", "arguments": {}}').startswith('{\n  "name": "x"')
+    assert _readable("Sure!") == "Sure!"
+
+
+def test_the_card_shows_what_was_measured(finished):
+    result = demo.read_result(finished)
+    result.exact_match["tuned"]["values"] = [9, 10]
+    result.reused = True
+    result.shown[0] |= {"before": "[bold]Sure[/bold]", "after": "right", "expected": "right"}
+    screen = Console(file=io.StringIO(), width=160)
+    screen.print(_card(result))
+    text = screen.file.getvalue()
+    for part in (
+        "9/10 = 90%",
+        "[bold]Sure[/bold]",
+        "right ✓",
+        "10 of 10 answers",
+        "20 examples, seed 0",
+        "--overwrite",
+    ):
+        assert part in text, text
+    assert f"{result.trainable_parameters:,} trained" in text
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_the_real_model_learns_from_a_third_of_the_data(tmp_path):
+    pytest.importorskip("gguf")
+    result = demo.run(tmp_path / "out", examples=320, test_examples=20, progress=False)
+    assert all(right == 0 for right, _ in result.exact_match["base"].values())
+    assert result.exact_match["tuned"]["combinations"][0] >= 12
+    assert result.merged_same == [20, 20]
