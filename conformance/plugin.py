@@ -11,8 +11,10 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import os
+import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -60,22 +62,29 @@ def _accept_loras_habits(config_cls: type) -> None:
         rank = options.get("r")
         if isinstance(rank, int) and rank > 0 and rank % 2:  # an odd rank has to be split by hand
             options.update(r=None, r1=rank // 2 + 1, r2=max(rank // 2, 1))
+        if options.get("rank_pattern"):
+            options["rank_pattern"] = {
+                key: [rank // 2 + 1, rank // 2] if rank % 2 else rank for key, rank in options["rank_pattern"].items()
+            }
         original(self, *args, **options)
 
     config_cls.__init__ = __init__  # type: ignore[misc]
 
 
 if METHOD == "dual_lora":
-    import peft.tuners.lora.layer
-    import peft.tuners.lora.model
-
     import dual_lora
+    from dual_lora.method import attention, conv, embedding, experts, layer
 
     _accept_loras_habits(dual_lora.DualLoraConfig)
-    for module in (peft, peft.tuners, peft.tuners.lora, peft.tuners.lora.layer, peft.tuners.lora.model):
-        module.DualLoraConfig = dual_lora.DualLoraConfig  # type: ignore[attr-defined]
-        module.DualLoraModel = dual_lora.DualLoraModel  # type: ignore[attr-defined]
-        module.DualLoraLayer = dual_lora.DualLoraLayer  # type: ignore[attr-defined]
+    peft.DualLoraConfig = dual_lora.DualLoraConfig  # type: ignore[attr-defined]
+    peft.DualLoraModel = dual_lora.DualLoraModel  # type: ignore[attr-defined]
+    layers = ModuleType("peft.tuners.dual_lora")
+    for home in (layer, embedding, conv, attention, experts):
+        own = {k: v for k, v in vars(home).items() if isinstance(v, type) and v.__module__ == home.__name__}
+        vars(layers).update(own)
+    layers.DualLoraConfig = dual_lora.DualLoraConfig  # type: ignore[attr-defined]
+    layers.DualLoraModel = dual_lora.DualLoraModel  # type: ignore[attr-defined]
+    sys.modules[layers.__name__] = peft.tuners.dual_lora = layers  # type: ignore[attr-defined]
     CONFIG = dual_lora.DualLoraConfig
 else:
     CONFIG = peft.LoraConfig
@@ -121,7 +130,7 @@ def _reason_in_list(item: pytest.Item, group: str) -> str | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    testing_utils = __import__("sys").modules.get("tests.testing_utils")
+    testing_utils = sys.modules.get("tests.testing_utils")
     if testing_utils is not None:
         testing_utils._HUB_MODEL_ACCESSES = _Everything()
     kept, dropped = [], []
@@ -149,7 +158,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", [])]
     inapplicable = [reason for reason in skipped if reason.startswith(NOT_APPLICABLE)]
     terminalreporter.section(f"PEFT's own tests with {NAME}")
+    failed = len(stats.get("failed", [])) + len(stats.get("error", []))
     terminalreporter.write_line(
-        f"passed {len(stats.get('passed', []))}   failed {len(stats.get('failed', [])) + len(stats.get('error', []))}   "
+        f"passed {len(stats.get('passed', []))}   failed {failed}   "
         f"skipped {len(skipped) - len(inapplicable)}   not applicable {len(inapplicable)}"
     )

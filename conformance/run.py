@@ -20,12 +20,30 @@ import models
 import source
 
 HERE = Path(__file__).parent
-SUITES = """
-test_custom_models test_decoder_models test_encoder_decoder_models test_feature_extraction_models test_seq_classifier
-test_token_classification_qa test_vision_models test_initialization test_config test_low_level_api test_lora_conversion
-test_tuners_utils test_target_parameters test_trainable_tokens test_helpers test_other test_integrations test_mapping
-test_auto test_mixed test_torch_compile
-""".split()
+SUITES = [
+    """,
+    "test_custom_models",
+    "test_decoder_models",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+    "test_seq_classifier",
+    "test_token_classification_qa",
+    "test_vision_models",
+    "test_initialization",
+    "test_config",
+    "test_low_level_api",
+    "test_lora_conversion",
+    "test_tuners_utils",
+    "test_target_parameters",
+    "test_trainable_tokens",
+    "test_helpers",
+    "test_other",
+    "test_integrations",
+    "test_mapping",
+    "test_auto",
+    "test_mixed",
+    "test_torch_compile",
+]
 
 
 def main() -> int:

@@ -18,14 +18,20 @@ REPLACEMENTS = [
     (r"\blora_([AB])((?:\[[^\]\n]*\]|\.\w+)?)\.weight\b", r"dual_lora_\1\2"),
     (r"(?<![\w])lora_([AB])\b", r"dual_lora_\1"),
     (r"\blora_embedding_([AB])\b", r"dual_lora_\1"),
+    # Where a test lists the trainable parameters, this method has four.
+    (r"^( *)(\"[^\"\n]*)dual_lora_B(\.\w+\",)$", r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3"),
     (r"\bLoraConfig\b", "DualLoraConfig"),
     (r"\bLoraLayer\b", "DualLoraLayer"),
     (r"\bLoraModel\b", "DualLoraModel"),
     (r"\blora_only\b", "dual_lora_only"),
     (r"\bPeftType\.LORA\b", "PeftType.DUAL_LORA"),
     (r"([\"'])lora_\1", r"\1dual_lora_\1"),
-    (r"([\"'])LORA\1", r"\1DUAL_LORA\1"),
     (r"([\"'])lora\.", r"\1dual_lora."),
+    (r"from peft\.tuners import lora$", "from peft.tuners import dual_lora as lora"),
+    (
+        r"from peft\.tuners\.lora(?:\.layer)? import (Linear|Embedding|Conv\dd|DualLoraLayer|ParamWrapper)\b",
+        r"from peft.tuners.dual_lora import \1",
+    ),
 ]
 
 
@@ -43,7 +49,7 @@ def tests_of_installed_peft(cache: Path, method: str) -> Path:
     for path in (original / "tests").glob("*.py"):
         text = path.read_text(encoding="utf-8")
         for pattern, replacement in REPLACEMENTS:
-            text = re.sub(pattern, replacement, text)
+            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
         target = translated / "tests" / path.name
         if not target.exists() or target.read_text(encoding="utf-8") != text:
             target.write_text(text, encoding="utf-8")

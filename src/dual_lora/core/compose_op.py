@@ -9,8 +9,11 @@ instead, so that nothing of the weight's size is kept.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,49 +60,88 @@ def dual_lora_weight(
     return torch.ops.dual_lora.weight(weight, factors, scales, forms, loss_scale, routed, dtype)
 
 
+class Composed(NamedTuple):
+    """A composed weight and what it was made from."""
+
+    result: Tensor
+    weight: Tensor | None
+    adapters: Sequence[Adapter]
+    routed: Tensor | None = None
+
+
+class _Recipe(NamedTuple):
+    """What autograd keeps in the place of a composed weight, or of a view of it."""
+
+    weight: Tensor | None
+    adapters: Sequence[Adapter]
+    routed: Tensor | None
+    dtype: torch.dtype
+    size: torch.Size = torch.Size()
+    stride: tuple[int, ...] = ()
+    offset: int = 0
+
+
+_active = threading.local()  # .recipes: by the storage of the composed weight, as long as that lives
+
+
 @contextmanager
-def recomposing(composed: Tensor, weight: Tensor, adapters: Sequence[Adapter], routed: Tensor | None) -> Iterator[None]:
-    """Let autograd compose again what it would keep of `composed` for its backward.
+def recomposing(*composed: Composed) -> Iterator[None]:
+    """Let autograd compose again what it would keep of these weights for its backward.
 
-    Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: the weight is composed
-    twice there anyway.
+    Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: there the weight is kept
+    during the backward of one checkpoint alone.
     """
-    if not composed.requires_grad or torch.compiler.is_compiling() or _hooks_are_set():
+    nested = getattr(_active, "recipes", None) is not None
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (not nested and _hooks_are_set()):
         yield
-        return
-    storage = composed.untyped_storage().data_ptr()
-    dtype = composed.dtype
-
-    def pack(tensor: Tensor) -> object:
-        if tensor.dtype == dtype and tensor.untyped_storage().data_ptr() == storage:
-            return tensor.size(), tensor.stride(), tensor.storage_offset()
-        return tensor
-
-    def unpack(packed: object) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        with torch.no_grad():
-            again = dual_lora_weight(weight, adapters, routed=routed, dtype=dtype)
-        return again.as_strided(*packed)  # type: ignore[misc]
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    elif nested:
+        _add(composed)
         yield
+    else:
+        _active.recipes = {}
+        _add(composed)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+                yield
+        finally:
+            _active.recipes = None
+
+
+def also_recompose(composed: Composed) -> Tensor:
+    """Add a weight that was composed inside a `recomposing` block to it; returns the weight."""
+    if getattr(_active, "recipes", None) is not None:
+        _add([composed])
+    return composed.result
+
+
+def _add(composed: Sequence[Composed]) -> None:
+    for c in composed:
+        recipe = _Recipe(*c[1:], c.result.dtype)
+        _active.recipes[c.result.untyped_storage().data_ptr()] = weakref.ref(c.result), recipe
 
 
 def _hooks_are_set() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
+def _pack(tensor: Tensor) -> Tensor | _Recipe:
+    alive, recipe = _active.recipes.get(tensor.untyped_storage().data_ptr(), (None, None))
+    if alive is None or alive() is None or recipe.dtype != tensor.dtype:
+        return tensor
+    return recipe._replace(size=tensor.size(), stride=tensor.stride(), offset=tensor.storage_offset())
+
+
+def _unpack(packed: Tensor | _Recipe) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    with torch.no_grad():
+        again = dual_lora_weight(packed.weight, packed.adapters, routed=packed.routed, dtype=packed.dtype)
+    return again.as_strided(packed.size, packed.stride, packed.offset)
+
+
 def weight_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
     """The gradients of the factors, fp32, from G = ∂L/∂W [O, I]."""
-    blocks = blocked._Blocks(None, adapters, by_rows=True)
-    grads = [Factors(*map(torch.zeros_like, a.factors)) for a in blocks.adapters]
-    for block in blocks:
-        part = block._buffer("G").copy_(G[block.rows])
-        for k, grad in enumerate(grads):
-            last = k == len(grads) - 1
-            block.add_factor_gradients(k, part if last else part.clone(), grad, loss_scale)
-    return grads
+    return blocked.factor_gradients(G, adapters, loss_scale)
 
 
 def _of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:

@@ -104,6 +104,7 @@ class DualLoraConfig(PeftConfig):
     def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
         super().__post_init__()
         self.peft_type = PeftType.DUAL_LORA  # type: ignore[attr-defined]
+        self._custom_modules: dict[type, type] | None = None
         self.alpha = _one_of("alpha", self.alpha, "lora_alpha", lora_alpha, unset=None)
         self.dropout = _one_of("dropout", self.dropout, "lora_dropout", lora_dropout, unset=0.0)
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
@@ -146,6 +147,13 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Use layers of the user's own: {type of the base layer: DualLoraLayer subclass}, as LoraConfig has it.
+
+        Not saved with the configuration.
+        """
+        self._custom_modules = {**(self._custom_modules or {}), **mapping}
 
     @property
     def form(self) -> Form:

@@ -15,6 +15,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from ..core import blocked
@@ -24,24 +25,14 @@ from ..core.reference import Factors, Form, scaling
 from . import warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .precision import FACTOR_DTYPES, claim, in_fp32
 from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
 CACHED_ROWS = 256
 
-_FACTOR_DTYPES = (torch.float32, torch.float64)
 
-_warned: set[str] = set()
-
-
-def warn_once(message: str) -> None:
-    """A warning that a user should read once, not once a layer."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
-
-
-class DualLoraLayer(BaseTunerLayer):
+class DualLoraLayer(nn.Module, BaseTunerLayer):
     """What every adapted layer has: factors, warm-up, merge. Subclasses say how the weight is a matrix [O, I]."""
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
@@ -57,7 +48,10 @@ class DualLoraLayer(BaseTunerLayer):
         "dual_lora_scale",
     )
 
+    # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
+    # before the ones below.
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.r1: dict[str, int] = {}
         self.r2: dict[str, int] = {}
@@ -78,7 +72,7 @@ class DualLoraLayer(BaseTunerLayer):
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
+        self.register_load_state_dict_post_hook(_after_load)
 
     # The weight as a matrix. Override these three for other layouts.
 
@@ -119,6 +113,7 @@ class DualLoraLayer(BaseTunerLayer):
         self.dual_lora_scale[adapter_name] = torch.tensor(0.0, dtype=torch.float32)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._set_steps_left(adapter_name, config.steps_at_start)
+        claim(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
@@ -138,16 +133,7 @@ class DualLoraLayer(BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        stored = self._stored(adapter)
-        for factor in stored:
-            if factor.dtype not in _FACTOR_DTYPES:
-                warn_once(
-                    f"Dual LoRA's factors were cast to {factor.dtype} by foreign code and are fp32 again, without the "
-                    "bits that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the "
-                    "factors in fp32; the base may have any dtype."
-                )
-                factor.data = factor.data.float()
-        return stored
+        return in_fp32(self._stored(adapter))
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
@@ -189,7 +175,7 @@ class DualLoraLayer(BaseTunerLayer):
         with torch.no_grad():
             self.dual_lora_left[adapter].fill_(left)
             self.dual_lora_scale[adapter].fill_(self.scaling[adapter] * self.warmup_factor(adapter))
-        if left or self.training:  # type: ignore[attr-defined]
+        if left or self.training:
             warmup.watch(self)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -221,29 +207,30 @@ class DualLoraLayer(BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; they train unless `inference_mode`."""
-        composed_weights.drop(self)  # type: ignore[arg-type]
+        composed_weights.drop(self)
+        warmup.watch(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
-        composed_weights.drop(self)  # type: ignore[arg-type]
+        composed_weights.drop(self)
         self._left.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> DualLoraLayer:
         """As nn.Module; training drops the cached weight."""
         if mode:
-            composed_weights.drop(self)  # type: ignore[arg-type]
-        return super().train(mode)  # type: ignore[misc]
+            composed_weights.drop(self)
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         before = {adapter: [f.data for f in self._stored(adapter)] for adapter in self.adapter_names()}
-        result = super()._apply(fn, recurse)  # type: ignore[misc]
-        composed_weights.drop(self)  # type: ignore[arg-type]
+        result = super()._apply(fn, recurse)
+        composed_weights.drop(self)
         for adapter in self.adapter_names():
             for factor, old in zip(self._stored(adapter), before[adapter], strict=True):
                 # `.to(bfloat16)` and the like move the factors and leave their bits alone.
-                if factor.dtype not in _FACTOR_DTYPES and old.dtype in _FACTOR_DTYPES:
+                if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
                     factor.data = old.to(factor.device)
             dtype = self.factors(adapter).A.dtype
             if self.dual_lora_scale[adapter].dtype != dtype:
@@ -251,11 +238,11 @@ class DualLoraLayer(BaseTunerLayer):
             if self.dual_lora_scale[adapter].device.type != "meta":
                 self._set_steps_left(adapter, self._left[adapter])
         if self._original is not None:
-            self._original = fn(self._original)
+            self._original = tree_map(fn, self._original)
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]
+        super().__setstate__(state)
         if any(self._left.values()):
             warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
@@ -296,7 +283,7 @@ class DualLoraLayer(BaseTunerLayer):
         self._write_merged([name for name in self.merged_adapters if name not in gone], safe_merge=False)
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
-        composed_weights.drop(self)  # type: ignore[arg-type]
+        composed_weights.drop(self)
         parameter = self._merge_parameter()
         original = parameter.data if self._original is None else self._original
         if not names:
@@ -345,8 +332,11 @@ class DualLoraLayer(BaseTunerLayer):
 
     def _loss_scale(self, names: list[str], device: torch.device) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        clips = any(self.forms[n].ste == "clip" and self.forms[n].direction == "sign" for n in names)
-        if not (self.training and clips and torch.is_grad_enabled()):  # type: ignore[attr-defined]
+        clips = any(
+            self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
+            for n in names
+        )
+        if not (self.training and clips and torch.is_grad_enabled()):
             return None
         check_clip_is_safe(device)
         return loss_scale(device)
@@ -354,14 +344,15 @@ class DualLoraLayer(BaseTunerLayer):
 
 def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     """After load_state_dict: the count on the device is the truth; the rest is derived from it."""
-    composed_weights.drop(layer)  # type: ignore[arg-type]
+    composed_weights.drop(layer)
     for adapter in layer.adapter_names():
+        claim(layer._stored(adapter))
         left = layer.dual_lora_left[adapter]
         if left.device.type != "meta":
             layer._set_steps_left(adapter, int(left))
 
 
-class MapLayer(nn.Module, DualLoraLayer):
+class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
 
     Subclasses give `_is_plain`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
@@ -377,8 +368,7 @@ class MapLayer(nn.Module, DualLoraLayer):
         alpha: float | None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        DualLoraLayer.__init__(self, base_layer, **kwargs)
+        super().__init__(base_layer, **kwargs)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r1, r2, alpha, config=config)
 

@@ -15,11 +15,19 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .attention import dispatch_attention
 from .config import DualLoraConfig
-from .layer import DualLoraLayer, dispatch_default, warn_once
+from .conv import dispatch_conv
+from .embedding import dispatch_embedding
+from .experts import ParamWrapper, dispatch_parameter
+from .layer import DualLoraLayer, dispatch_default
+from .precision import warn_once
 
-DISPATCHERS = [dispatch_default]
-SUPPORTED = "torch.nn.Linear, transformers.pytorch_utils.Conv1D"
+DISPATCHERS = [dispatch_parameter, dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_default]
+SUPPORTED = (
+    "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
+    "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
+)
 
 
 class DualLoraModel(BaseTuner):
@@ -31,6 +39,26 @@ class DualLoraModel(BaseTuner):
     prefix: str = "dual_lora_"
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
+
+    def _check_new_adapter_config(self, config: DualLoraConfig) -> None:  # type: ignore[override]
+        super()._check_new_adapter_config(config)
+        others: dict[str, Any] = self.peft_config
+        for name, other in others.items():
+            if other is config or not (config.target_parameters and getattr(other, "target_parameters", None)):
+                continue
+            if set(config.target_parameters) != set(other.target_parameters):
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
+                    f"{sorted(other.target_parameters)} for adapter '{name}': which parameter a saved factor belongs "
+                    "to is told by the nesting of the wrappers."
+                )
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        known = self.target_module_mapping.get(model_config["model_type"])
+        if peft_config.target_modules is None and known is None and peft_config.target_parameters:
+            return peft_config  # parameters alone
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:  # type: ignore[override]
         if peft_config.layer_replication:
@@ -48,16 +76,24 @@ class DualLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r1, r2, alpha = layer_options(config, current_key)
-        if isinstance(target, DualLoraLayer):
+        wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
+        if isinstance(target, DualLoraLayer) and not wrapped:
             target.update_layer(adapter_name, r1, r2, alpha, config=config)
             return
-        new = self._create_new_module(config, adapter_name, target, r1=r1, r2=r2, alpha=alpha)
+        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha}
+        if parameter_name is not None:
+            options["parameter_name"] = parameter_name
+        new = self._create_new_module(config, adapter_name, target, **options)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter does not train before it is chosen
         self._replace_module(parent, target_name, new, target)
 
     @staticmethod
     def _create_new_module(config: DualLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        for kind, layer in (config._custom_modules or {}).items():
+            if isinstance(base, kind):
+                return layer(target, adapter_name, config=config, **kwargs)
         for dispatch in DISPATCHERS:
             new = dispatch(target, adapter_name, config=config, **kwargs)
             if new is not None:
@@ -125,20 +161,20 @@ class DualLoraModel(BaseTuner):
         combination_type: str = "linear",
         **kwargs: Any,
     ) -> None:
-        """A copy of one adapter at another strength: ΔW' = w ΔW for w > 0, by B' = w B.
+        """A copy of one adapter at another strength: ΔW' = w ΔW, by B' = |w| B and, for w < 0, D' = -D.
 
         ReLU and Sign are not linear, so a sum of several ΔW is no Dual LoRA update; the error says what to do instead.
         """
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")
-        if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0] > 0:
+        if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0]:
             raise ValueError(
                 f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "
                 "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of "
                 "this form. Activate them together (`model.base_model.set_adapter([…])`, each layer's "
                 "`set_scale(name, w)` for weights), merge them into the base (`merge_adapter([…])`), or convert each "
-                "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a positive weight works."
+                "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a weight works."
             )
         source = adapters[0]
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
@@ -149,8 +185,10 @@ class DualLoraModel(BaseTuner):
                 for new, old in zip(module.factors(adapter_name), module.factors(source), strict=True):
                     new.data.copy_(old.data)
                 # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
-                strength = weights[0] * module.scaling[source] / module.scaling[adapter_name]
+                strength = abs(weights[0]) * module.scaling[source] / module.scaling[adapter_name]
                 module.factors(adapter_name).B.data.mul_(strength)
+                if weights[0] < 0:
+                    module.factors(adapter_name).D.data.neg_()
                 module._set_steps_left(adapter_name, module.steps_left(source))
 
     # Saved state: the four factors of every layer, and the optimizer steps left of the warm-up. Without the latter

@@ -1,0 +1,103 @@
+"""Dual LoRA on nn.Conv1d, Conv2d and Conv3d: the weight [O, I/groups, k…] is the matrix [O, I/groups · k…].
+
+Stride, padding (and its modes), dilation and groups are the base layer's: its own convolution is called with the
+composed weight.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core.blocked import Adapter
+from ..core.compose_op import Composed, dual_lora_weight, recomposing
+from ..core.op import autocast_dtype
+from .cache import composed_weights
+from .config import DualLoraConfig
+from .layer import MapLayer, is_plain
+
+
+class _Conv(MapLayer):
+    def _weight_shape(self) -> tuple[int, ...]:
+        weight: Any = self.get_base_layer().weight
+        return tuple(getattr(weight, "ds_shape", None) or weight.shape)
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        O, *rest = self._weight_shape()
+        return O, math.prod(rest)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(weight.shape[0], -1)
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self._weight_shape())
+
+    def _is_plain(self) -> bool:
+        return is_plain(self.base_layer, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        base: Any = self.base_layer
+        dtype = autocast_dtype(x.device)
+        if dtype is None:
+            x = x.to(base.weight.dtype)
+        return self._convolve(x, base.weight, base.bias, names, dtype or base.weight.dtype)
+
+    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
+        x = self.dual_lora_dropout[name](x)
+        base: Any = self.get_base_layer()
+        dtype = autocast_dtype(x.device)
+        if dtype is None:
+            x = x.to(base.weight.dtype)
+        return self._convolve(x, None, None, [name], dtype or base.weight.dtype)
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str], dtype: torch.dtype
+    ) -> Tensor:
+        adapters = [self.adapter(n) for n in names]
+        matrix = None if weight is None else self._matrix(weight)
+        base: Any = self.get_base_layer()
+        if weight is not None and not self.training and not torch.is_grad_enabled():
+            W = self._cached(weight, matrix, adapters, names, dtype)
+            return base._conv_forward(x, self._from_matrix(W), bias)
+        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x.device), dtype=dtype)
+        with recomposing(Composed(W, matrix, adapters)):
+            return base._conv_forward(x, self._from_matrix(W), bias)
+
+    def _cached(
+        self, weight: Tensor, matrix: Tensor | None, adapters: list[Adapter], names: list[str], dtype: torch.dtype
+    ) -> Tensor:
+        def make() -> Tensor:
+            return dual_lora_weight(matrix, adapters, dtype=dtype)
+
+        if torch.compiler.is_compiling():
+            return make()
+        sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
+        return composed_weights.get(self, sources, (tuple(names), dtype), make)
+
+
+class Conv1d(_Conv):
+    """Dual LoRA on nn.Conv1d."""
+
+
+class Conv2d(_Conv):
+    """Dual LoRA on nn.Conv2d."""
+
+
+class Conv3d(_Conv):
+    """Dual LoRA on nn.Conv3d."""
+
+
+_LAYERS: dict[type[nn.Module], type[_Conv]] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
+
+
+def dispatch_conv(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+    """The adapted layer for nn.Conv1d, Conv2d and Conv3d, or None."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for kind, layer in _LAYERS.items():
+        if isinstance(base, kind):
+            return layer(target, adapter_name, config=config, **kwargs)
+    return None

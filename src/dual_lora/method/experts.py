@@ -1,0 +1,207 @@
+"""Dual LoRA on a named nn.Parameter (`target_parameters`): expert tensors of MoE models, or any other weight.
+
+A parameter with two dimensions is a matrix [O, I]. One with three is a matrix for each expert: [E, O, I] (Mixtral,
+Qwen3-MoE), or [E, I, O] where the module says `is_transposed` (GPT-OSS, Llama 4). Every expert has factors of its own:
+A [E, r1, I], B [E, O, r1], C [E, r2, I], D [E, O, r2].
+
+The module's forward runs with the composed weight in the parameter's place. Only the experts that the router chose are
+composed: all at once where the module's function takes the whole tensor, one at a time where it loops over experts.
+Several parameters of one module nest their wrappers, as PEFT expects.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.blocked import Adapter
+from ..core.compose_op import Composed, also_recompose, dual_lora_weight, recomposing
+from ..core.reference import Factors
+from .config import DualLoraConfig
+from .layer import DualLoraLayer
+from .swapped import swapped
+
+# How transformers calls the experts that the router chose for every token.
+ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routing_indices")
+
+
+class ParamWrapper(DualLoraLayer):
+    """Dual LoRA on one parameter of a module. (PEFT looks for wrappers by this class name.)"""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        parameter_name: str,
+        config: DualLoraConfig,
+        r1: int,
+        r2: int,
+        alpha: float | None,
+        **kwargs: Any,
+    ) -> None:
+        self.parameter_name = parameter_name
+        for field in ("dropout", "fan_in_fan_out"):
+            if getattr(config, field):
+                raise ValueError(
+                    f"dual_lora.ParamWrapper does not work with {field}={getattr(config, field)!r}: the module uses "
+                    f"its parameter {parameter_name!r} in ways that are its own. Set {field} to its default for an "
+                    "adapter with target_parameters, and use a second adapter for the other layers."
+                )
+        super().__init__(base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r1, r2, alpha, config=config)
+
+    def get_param(self) -> nn.Parameter:
+        """The adapted parameter of the base layer."""
+        return getattr(self.get_base_layer(), self.parameter_name)
+
+    _merge_parameter = get_param
+
+    def _shape(self) -> tuple[int, ...]:
+        parameter: Any = self.get_param()
+        shape = tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                f"dual_lora.ParamWrapper was initialized with {len(shape)} dimensional Parameter, but only 2d and 3d "
+                f"are supported: {self.parameter_name!r} has shape {shape}."
+            )
+        return shape
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, 1 for a parameter that is a single matrix."""
+        return self._shape()[0] if len(self._shape()) == 3 else 1
+
+    def _is_transposed(self) -> bool:
+        return len(self._shape()) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        O, I = self._shape()[-2:]
+        return (I, O) if self._is_transposed() else (O, I)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        return weight.transpose(-1, -2) if self._is_transposed() else weight
+
+    _from_matrix = _matrix  # type: ignore[assignment]
+
+    def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
+        experts = (self.num_experts,) if len(self._shape()) == 3 else ()
+        return [(*experts, *shape) for shape in super()._factor_shapes(r1, r2)]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter at its present λ, fp32, in the layout of the parameter."""
+        with torch.no_grad():
+            return self._from_matrix(dual_lora_weight(None, [self.adapter(adapter)]))
+
+    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
+        adapters = [self.adapter(name) for name in self.scaling if name in names]
+        with torch.no_grad():
+            return self._from_matrix(dual_lora_weight(self._matrix(original), adapters))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The plain module below all nested wrappers, with the adapters merged or left out."""
+        layer: Any = self
+        while isinstance(layer, ParamWrapper):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    # Forward.
+
+    def _check_forward_args(self, x: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "dual_lora.ParamWrapper does not support mixed adapter batches yet: the module sees its whole batch "
+                "with one weight. Run the samples of each adapter as a batch of their own."
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base layer, with W + ΣΔW in the parameter's place."""
+        self._check_forward_args(None, **kwargs)
+        kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        names = self._present(self.active_adapters)
+        if self.merged or not names:
+            return self.base_layer(*args, **kwargs)
+
+        parameter = self.get_param()
+        weight = self._matrix(parameter)
+        adapters = [self.adapter(n) for n in names]
+        scale = self._loss_scale(names, parameter.device)
+        base = self.get_base_layer()
+        routing = self._routing(base, args, kwargs)
+        if routing is not None and _loops_over_experts(base):
+            experts = _Experts(weight, adapters, scale, self._is_transposed())
+            with recomposing(), swapped(base, {self.parameter_name: experts}):
+                return self.base_layer(*args, **kwargs)
+        routed = None if routing is None else _experts_in_use(routing, self.num_experts)
+        composed = dual_lora_weight(weight, adapters, scale, routed=routed)
+        with (
+            recomposing(Composed(composed, weight, adapters, routed)),
+            swapped(base, {self.parameter_name: self._from_matrix(composed)}),
+        ):
+            return self.base_layer(*args, **kwargs)
+
+    def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
+        """The experts of every token, where the module is told them; None if all have to be composed."""
+        if len(self._shape()) == 2 or torch.compiler.is_compiling():
+            return None
+        arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
+        for name in ROUTING_ARGUMENTS:
+            value = arguments.get(name)
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                return value
+        return None
+
+    def __repr__(self) -> str:
+        text = super().__repr__()
+        at = text.find("(") + 1
+        return f"dual_lora.{text[:at]}\n  parameter_name='{self.parameter_name}',{text[at:]}"
+
+
+def _experts_in_use(routing: Tensor, num_experts: int) -> Tensor:
+    used = torch.unique(routing)
+    return used[(used >= 0) & (used < num_experts)]
+
+
+def _loops_over_experts(base: nn.Module) -> bool:
+    """Whether the module takes one expert's weight at a time, as transformers' eager implementation does."""
+    config = getattr(base, "config", None)
+    return config is not None and getattr(config, "_experts_implementation", None) == "eager"
+
+
+class _Experts:
+    """Stands in for an expert tensor: indexing composes that expert's weight."""
+
+    def __init__(self, weight: Tensor, adapters: list[Adapter], scale: Tensor | None, transposed: bool):
+        self.weight, self.adapters, self.scale, self.transposed = weight, adapters, scale, transposed
+        self.shape = weight.transpose(-1, -2).shape if transposed else weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
+
+    def __getitem__(self, expert: Any) -> Tensor:
+        e = int(expert)
+        adapters = [Adapter(Factors(*(f[e] for f in a.factors)), a.scale, a.form) for a in self.adapters]
+        weight = self.weight[e]
+        W = also_recompose(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
+        return W.t() if self.transposed else W
+
+
+def dispatch_parameter(
+    target: nn.Module, adapter_name: str, config: DualLoraConfig, parameter_name: str | None = None, **kwargs: Any
+) -> nn.Module | None:
+    """The wrapper for a parameter that `target_parameters` names, or None."""
+    if parameter_name is None:
+        return None
+    return ParamWrapper(target, adapter_name, parameter_name, config=config, **kwargs)
