@@ -165,7 +165,7 @@ def test_uneven_ranks_have_the_same_budget():
 
 
 def test_no_matching_module_and_unsupported_layer():
-    with pytest.raises(ValueError, match="Target modules.*nothing.*not found in the base model"):
+    with pytest.raises(ValueError, match=r"Target modules.*nothing.*not found in the base model"):
         get_peft_model(llama(), DualLoraConfig(target_modules=["nothing"]))
     with pytest.raises(ValueError, match=r"(?s)Target module .*is not supported.*torch.nn.Linear.*exclude_modules"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), DualLoraConfig(target_modules=["1"]))

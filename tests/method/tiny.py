@@ -131,11 +131,12 @@ def trainable(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train(model, steps=3, lr=1e-2, optimizer=None, x=None):
-    """A plain loop on the Mlp."""
+def train(model, steps=3, lr=1e-2, optimizer=None, x=None, loss=None):
+    """A plain loop on the Mlp, or with loss() on anything."""
     optimizer = optimizer or torch.optim.AdamW(trainable(model), lr=lr)
+    loss = loss or (lambda: model(points() if x is None else x).square().mean())
     for _ in range(steps):
-        model(points() if x is None else x).square().mean().backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer

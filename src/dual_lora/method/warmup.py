@@ -56,6 +56,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for adapter in layer.adapter_names():
             factors = layer.trainable_factors(adapter)
             if not factors:
+                done = done and layer.steps_left(adapter) == 0  # it may be chosen to train later
                 continue
             steps = _own_steps.setdefault(layer, {})
             if id(factors[0]) in held:

@@ -1,0 +1,154 @@
+"""The clip and the scale of the loss: gradient scalers, their refusal, and gradient accumulation."""
+
+import pytest
+import torch
+from tiny import adapted, points, trainable
+from torch import nn
+
+from dual_lora import grad_scaler
+from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.method import scaler as scalers
+
+
+@pytest.fixture
+def model():
+    """Gradients far beyond the clip for some entries and far below it for others."""
+    return adapted(init_weights=False)
+
+
+def loss_of(model, x=None):
+    return 30 * model(points(64) if x is None else x).float().square().sum(1).mean()
+
+
+def fp16():
+    return torch.autocast("cpu", torch.float16)
+
+
+def gradients(model, scale=None, known=True, autocast=False, **options):
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    if not known:
+        scalers.set_grad_scaler(None)
+    context = grad_scaler(scaler) if known else torch.enable_grad()
+    with context, torch.autocast("cpu", torch.float16, enabled=autocast):
+        loss = loss_of(model)
+        scaler.scale(loss).backward()
+    return {n: p.grad / (scale or 1.0) for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_clip_under_fp16_autocast_is_refused_in_words(model):
+    with fp16(), pytest.raises(RuntimeError, match="gradient scaler") as caught:
+        model(points())
+    for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'"):
+        assert way_out in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [dict(ste="identity"), dict(ste="hardtanh"), dict(direction_activation="identity")])
+def test_other_estimators_are_allowed(options):
+    with fp16():
+        assert adapted(init_weights=False, **options)(points()).dtype == torch.float16
+
+
+def test_where_nothing_is_trained_fp16_is_allowed(model):
+    with fp16():
+        model.eval()(points())
+        with torch.no_grad():
+            model.train()(points())
+        for p in model.parameters():
+            p.requires_grad_(False)
+        model.train()(points())
+
+
+def test_bf16_autocast_is_allowed(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        model(points()).sum().backward()
+
+
+def test_a_known_scaler_changes_nothing(model):
+    """Powers of two scale exactly, so that the gradients are the same bits."""
+    plain = gradients(model)
+    scaled = gradients(model, scale=65536.0)
+    assert plain.keys() == scaled.keys()
+    assert all(torch.equal(plain[n], scaled[n]) for n in plain)
+    unknown = gradients(model, scale=65536.0, known=False)
+    directions = [n for n in plain if "dual_lora_C" in n or "dual_lora_D" in n]
+    assert all((unknown[n] - plain[n]).abs().max() > 0.01 * plain[n].abs().max() for n in directions)
+
+
+def test_a_known_scaler_under_fp16_autocast(model):
+    plain = gradients(model, scale=1.0, autocast=True)
+    scaled = gradients(model, scale=64.0, autocast=True)
+    for n in plain:
+        torch.testing.assert_close(scaled[n], plain[n], rtol=0.02, atol=0.02 * plain[n].abs().max().item(), msg=n)
+
+
+def test_a_scale_that_changes_is_followed(model):
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1, growth_factor=2.0)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.0)
+    seen = []
+    with grad_scaler(scaler):
+        for _ in range(3):
+            loss = loss_of(model)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            scaler.update()
+            optimizer.zero_grad()
+    assert scaler.get_scale() == 32.0
+    for later in seen[1:]:  # step() has unscaled them
+        assert all(torch.equal(seen[0][n], later[n]) for n in later)
+
+
+@pytest.mark.parametrize("ste", ["identity", "hardtanh"])
+def test_the_others_are_indifferent_to_scale(ste):
+    model = adapted(init_weights=False, ste=ste)
+    plain, scaled = gradients(model), gradients(model, scale=65536.0, known=False)
+    assert all(torch.equal(plain[n], scaled[n]) for n in plain)
+
+
+def test_the_context_ends():
+    outer, inner = torch.amp.GradScaler("cpu", init_scale=2.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    with grad_scaler(outer):
+        with grad_scaler(inner):
+            assert scalers.loss_scale(torch.device("cpu")).item() == 8
+        assert scalers.loss_scale(torch.device("cpu")).item() == 2
+    assert scalers.loss_scale(torch.device("cpu")) is None
+    with pytest.raises(KeyError), grad_scaler(outer):
+        raise KeyError
+    assert scalers.loss_scale(torch.device("cpu")) is None
+
+
+def test_a_disabled_scaler_is_no_scale():
+    with grad_scaler(torch.amp.GradScaler("cpu", enabled=False)):
+        assert scalers.loss_scale(torch.device("cpu")) is None
+
+
+def test_accumulation_clips_every_micro_batch_by_itself():
+    """What the documentation says: the clip acts on each micro-batch's gradient as it arrives, not on their sum."""
+    model = adapted(nn.Sequential(nn.Linear(12, 5)), target_modules=["0"], init_weights=False)
+    module = model.base_model.model[0]
+    chunks = points(64).chunk(4)
+
+    def of_C(x):
+        (grad,) = torch.autograd.grad(loss_of(model, x) / 4, module.dual_lora_C["default"])
+        return grad
+
+    for x in chunks:
+        (loss_of(model, x) / 4).backward()
+    accumulated = module.dual_lora_C["default"].grad
+    torch.testing.assert_close(accumulated, sum(of_C(x) for x in chunks))
+
+    # By the formula: the sum of clips, which is not the clip of the sum.
+    A, B, C, D = (f.detach() for f in module.factors("default"))
+    s = module.scaling["default"]
+    W = module.get_base_layer().weight + delta_weight(Factors(A, B, C, D), s, Form())
+    total = torch.zeros_like(W)
+    clipped = torch.zeros_like(W)
+    for x in chunks:
+        y = nn.functional.linear(x, W, module.get_base_layer().bias)
+        G = (30 * 2 * y / len(x) / 4).t() @ x
+        H = s * G * (B @ A).clamp(min=0)
+        total += H
+        clipped += H.clamp(-1, 1)
+    torch.testing.assert_close(accumulated, D.t() @ clipped, rtol=1e-4, atol=1e-4)
+    assert (accumulated - D.t() @ total.clamp(-1, 1)).abs().max() > 0.05 * accumulated.abs().max()
