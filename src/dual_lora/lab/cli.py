@@ -25,6 +25,8 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
     ("merge", "dual_lora.lab.commands.merge:merge", "Write the merged model as a plain folder."),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
+    ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
+    ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]

@@ -1,0 +1,91 @@
+"""An analysis on a terminal: one line a run, then ranks, likeness and contribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dual_lora.lab.analysis.analyze import Analysis, RunAnalysis
+from dual_lora.lab.analysis.summary import last_state, mean_over_layers
+
+# Key -> (table, heading, how it is written). Means over layers at the last state.
+_OVERVIEW: dict[str, tuple[str, str, str]] = {
+    "zero": ("layers", "zero", ".1%"),
+    "positive": ("layers", "+", ".1%"),
+    "negative": ("layers", "−", ".1%"),
+    "start_direction_flipped": ("layers", "Sign flipped", ".1%"),
+    "start_switched_on": ("layers", "on", ".1%"),
+    "start_switched_off": ("layers", "off", ".1%"),
+    "norm_ratio": ("layers", "‖ΔW‖/‖W₀‖", ".2%"),
+    "rank_effective": ("layers", "eff. rank", ".1f"),
+    "rank_stable": ("layers", "stable", ".2f"),
+    "rank_numerical": ("layers", "numerical", ".1f"),
+    "share_magnitude": ("gradients", "grad. magn.", ".1%"),
+    "cut": ("gradients", "cut", ".3%"),
+    "cosine": ("likeness", "cos. full", ".3f"),
+    "agreement_1": ("likeness", "signs as full", ".1%"),
+    "gradient_cosine": ("first_step", "step · −G", ".3f"),
+}
+
+
+def overview(analysis: Analysis) -> list[dict[str, Any]]:
+    """One row a run: means over layers at its last state."""
+    return [
+        {"run": run.name, "method": run.method["name"], "step": max(run.steps), "notes": run.notes}
+        | {key: _mean(run, table, key) for key, (table, _, _) in _OVERVIEW.items()}
+        | {"magnitude_direction": run.magnitude_direction}
+        for run in analysis.runs
+    ]
+
+
+def _mean(run: RunAnalysis, table: str, key: str) -> float | None:
+    rows = getattr(run, table)
+    return mean_over_layers(rows if table == "first_step" else last_state(rows), key)
+
+
+def show(analysis: Analysis, console: Console | None = None) -> None:
+    """Print the overview, the contribution of the groups and the notes."""
+    console = console or Console()
+    console = console if console.is_terminal else Console(width=190, file=console.file)
+    rows = overview(analysis)
+    kept = {key: value for key, value in _OVERVIEW.items() if any(row[key] is not None for row in rows)}
+    table = Table(title="At the last state, means over layers", title_justify="left")
+    table.add_column("run")
+    table.add_column("step", justify="right")
+    for _, heading, _ in kept.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        figures = [_written(row[key], kind) for key, (_, _, kind) in kept.items()]
+        table.add_row(escape(f"{row['run']} ({row['method']})"), str(row["step"]), *figures)
+    console.print(table)
+    contributing = [run for run in analysis.runs if run.contribution]
+    if contributing:
+        console.print(_contribution_table(contributing))
+    for run in analysis.runs:
+        for note in run.notes:
+            console.print(f"• {escape(run.name)}: {escape(note)}")
+
+
+def _contribution_table(runs: list[RunAnalysis]) -> Table:
+    table = Table(title="Held-out loss with a group changed", title_justify="left")
+    for column in ("run", "group", "what"):
+        table.add_column(column)
+    for column in ("loss", "± over draws"):
+        table.add_column(column, justify="right")
+    for run in runs:
+        for row in run.contribution:
+            table.add_row(
+                escape(run.name),
+                row["group"],
+                row["what"],
+                _written(row["loss"], ".4f"),
+                _written(row["spread"], ".4f"),
+            )
+    return table
+
+
+def _written(value: float | None, kind: str) -> str:
+    return "" if value is None or value != value else format(value, kind)

@@ -1,0 +1,65 @@
+"""dual-lora report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+USUAL = ("studies", "results", "benchmarks", "runs")
+
+
+def report(
+    sources: Annotated[
+        list[Path] | None,
+        Parameter(help=f"Files, or folders that are searched. [default: those of {', '.join(USUAL)}]", negative=""),
+    ] = None,
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The page.", negative="")] = Path("report.html"),
+    title: Annotated[str, Parameter(help="Its heading.", negative="")] = "Dual LoRA: report",
+    tables: Annotated[
+        Path | None, Parameter(help="Folder for every table as CSV, Markdown and LaTeX.", negative="")
+    ] = None,
+    watch: Annotated[
+        bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.", negative="")
+    ] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Write one self-contained HTML page from studies, analyses and the benchmark ledger.
+
+    Example: `dual-lora report results benchmarks/ledger.jsonl --out report.html --tables tables`
+
+    While a study runs: `dual-lora report studies/quick --watch`, and open the page; it loads itself anew.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from dual_lora.lab.commands.card import facts_card, finish, size
+    from dual_lora.lab.errors import UserError
+    from dual_lora.lab.report.report import Report
+    from dual_lora.lab.report.report import report as write_report
+    from dual_lora.lab.report.report import watch as keep_writing
+
+    given: list[str | Path] = [*sources] if sources else [Path(name) for name in USUAL if Path(name).is_dir()]
+    if not given:
+        raise UserError(f"Here is none of the folders {', '.join(USUAL)}: name what the report is to be made of.")
+
+    def say(written: Report) -> None:
+        Console(stderr=True).print(f"{written.file}: {size(written.bytes)}", markup=False)
+
+    if watch:
+        keep_writing(given, out, title, tables, say)
+        return
+    result = write_report(given, out, title, tables)
+    facts = {
+        "page": f"{result.file} ({size(result.bytes)})",
+        "made of": f"{result.studies} studies, {result.analyses} analyses, {result.ledgers} ledgers",
+    }
+    if result.exported:
+        facts["tables"] = f"{len(result.exported)} files in {tables}"
+    if result.problems:
+        facts["problems"] = "\n".join(result.problems)
+    finish(asdict(result), facts_card(title, facts), json)

@@ -1,0 +1,314 @@
+"""A study's results as blocks: verdicts first, then scores, tuning, cost and ranks; and one that is still running."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, Verdict, View
+from dual_lora.lab.report.gather import source_of_study
+
+Mood = Literal["good", "bad", "same", "open"]
+MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within the margin": "same"}
+
+
+def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
+    """What may be said about one study, with the figures behind it."""
+    study, source = results["study"], source_of_study(file, results)
+    blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
+    if not results.get("complete", True):
+        blocks.append(Text("This study is not complete; what follows holds for the runs that are there.", "warning"))
+    comparisons = results["comparisons"]
+    if not comparisons:
+        blocks.append(Text("There is nothing to compare yet.", "note"))
+    blocks += [_counted(comparisons)] if comparisons else []
+    blocks.append([Verdict(c["verdict"], c["sentence"], MOODS.get(c["verdict"], "open")) for c in comparisons])
+    for metric in dict.fromkeys(c["metric"] for c in comparisons):
+        here = [c for c in comparisons if c["metric"] == metric]
+        blocks.append(_forest(metric, here, source, study))
+    if comparisons:
+        blocks.append(_verdict_table(study, comparisons, source))
+    blocks += [Text(note, "note") for note in results.get("notes", [])]
+    blocks += [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
+    return blocks
+
+
+def _counted(comparisons: list[Row]) -> Text:
+    counts = Counter(c["verdict"] for c in comparisons)
+    words = ", ".join(f"{n} × {verdict}" for verdict, n in counts.most_common())
+    return Text(f"{len(comparisons)} comparison{'s' * (len(comparisons) != 1)}, judged together: {words}.")
+
+
+def place(row: Row) -> str:
+    """Task, and the model where the study has several."""
+    return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
+
+
+def _forest(metric: str, comparisons: list[Row], source: Source, study: Row) -> Chart:
+    first = comparisons[0]
+    margin = first.get("margin")
+    points = [
+        {
+            "label": f"{c['candidate']} · {place(c)}",
+            "x": c["difference"],
+            "low": c["low"],
+            "high": c["high"],
+            "mood": MOODS.get(c["verdict"], "open"),
+            "note": f"{c['verdict']} than {c['reference']}" if c["verdict"] in ("better", "worse") else c["verdict"],
+        }
+        for c in comparisons
+    ]
+    reference = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
+    axis = Axis(f"difference in {metric} to {reference} (right is better)")
+    return Chart(
+        f"{study['name']}: differences in {metric}",
+        "intervals",
+        [View("", axis, Axis(""), [{"name": metric, "points": points}])],
+        source,
+        f"Points are means over paired seeds and items, bars their {first['confidence']:.0%} intervals.",
+        band=(-margin, margin) if margin else None,
+        band_label="margin of equivalence" if margin else "",
+        zero=True,
+    )
+
+
+def _verdict_table(study: Row, comparisons: list[Row], source: Source) -> Table:
+    first = comparisons[0]
+    rows = [{**c, "place": place(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]} for c in comparisons]
+    columns = [
+        Column("candidate", "method"),
+        Column("reference", "against"),
+        Column("place", "task"),
+        Column("metric", "metric"),
+        Column("verdict", "verdict", "verdict"),
+        Column("difference", "difference", "number", 4, signed=True, help="In the metric's unit; positive is better."),
+        Column("low", f"{first['confidence']:.0%} from", "number", 4, signed=True),
+        Column("high", "to", "number", 4, signed=True),
+        Column(
+            "p_holm", "p (Holm)", "number", help="Chance of such a difference by luck, corrected for all comparisons."
+        ),
+        Column(
+            "visible",
+            "visible from",
+            "number",
+            4,
+            help=f"The smallest true difference that this study finds with {first['power']:.0%} chance.",
+        ),
+        Column("seeds", "seeds", "number"),
+        Column("items", "items", "number"),
+    ]
+    note = f"Chance of any false alarm in the study: {study['level']:g}."
+    return Table(f"{study['name']}: verdicts", columns, rows, source, note)
+
+
+def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
+    """Scores, tuning, cost and ranks of one study."""
+    source, name = source_of_study(file, results), results["study"]["name"]
+    methods = results["methods"]
+    blocks: list[Block] = [_scores_chart(name, results, source)] if any(m["score"] is not None for m in methods) else []
+    blocks.append(_scores(name, results, source))
+    blocks += _tuning(name, methods, source)
+    blocks.append(_cost(name, methods, source))
+    blocks += _pareto(name, results.get("pareto", []), source)
+    blocks += [_ranking(name, ranking, source) for ranking in results.get("ranking", [])]
+    return [b for b in blocks if not isinstance(b, Table) or b.rows]
+
+
+def _scores_chart(name: str, results: Row, source: Source) -> Chart:
+    """One row a method: its mean and every seed, one picture a task."""
+    views = []
+    for where in dict.fromkeys(place(m) for m in results["methods"]):
+        here = [m for m in results["methods"] if place(m) == where and m["score"] is not None]
+        points = [{"label": "(untrained)", "x": u["score"]} for u in results.get("untrained", []) if place(u) == where]
+        points += [
+            {
+                "label": m["method"],
+                "x": m["score"],
+                "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None],
+                "note": f"{len(m['seeds'])} seeds" + (f", {m['diverged']} diverged" if m["diverged"] else ""),
+            }
+            for m in here
+        ]
+        if here:
+            axis = Axis(f"{here[0]['metric']} ({here[0]['better']} is better)")
+            views.append(View(where, axis, Axis(""), [{"name": where, "points": points}]))
+    return Chart(f"{name}: scores", "intervals", views, source, "Large marks are means, small ones single seeds.")
+
+
+def _scores(name: str, results: Row, source: Source) -> Table:
+    rows: list[Row] = [
+        {"place": place(u), "metric": u["metric"], "method": "(untrained)", "score": u["score"]}
+        for u in results.get("untrained", [])
+    ]
+    for m in results["methods"]:
+        chosen = ", ".join(f"{key.rpartition('.')[2]} {_value(v)}" for key, v in (m["settings"] or {}).items())
+        share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
+        done = sum(s["status"] != "missing" for s in m["seeds"])
+        rows.append({**m, "place": place(m), "chosen": chosen, "share": share, "done": done})
+    columns = [
+        Column("place", "task"),
+        Column("metric", "metric"),
+        Column("method", "method"),
+        Column("score", "score", "number", 4),
+        Column("score_deviation", "± over seeds", "number", 4, help="Standard deviation over the seeds."),
+        Column("done", "seeds", "number"),
+        Column("diverged", "diverged", "number"),
+        Column("rank", "rank", "number"),
+        Column("trainable_parameters", "trainable", "number", 0),
+        Column("share", "of the model", "percent", 2),
+        Column("mismatch", "budget mismatch", "percent", 1, signed=True),
+        Column("chosen", "chosen settings"),
+        Column("about", "what it is"),
+    ]
+    return Table(f"{name}: scores table", columns, rows, source).without_empty_columns()
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _tuning(name: str, methods: list[Row], source: Source) -> list[Block]:
+    """The score of each trial over the first setting that was searched: how much a method depends on it."""
+    views = []
+    for where in dict.fromkeys(place(m) for m in methods):
+        here = [m for m in methods if place(m) == where and m["trials"]]
+        keys = [key for m in here for key, v in m["trials"][0]["settings"].items() if isinstance(v, int | float)]
+        if not keys:
+            continue
+        key = Counter(keys).most_common(1)[0][0]
+        series = []
+        for m in here:
+            points = [
+                {"x": t["settings"][key], "y": t["score"], "note": "chosen" if t["settings"] == m["settings"] else ""}
+                for t in m["trials"]
+                if t.get("score") is not None and key in t["settings"]
+            ]
+            if points:
+                series.append({"name": m["method"], "points": sorted(points, key=lambda p: p["x"])})
+        x = Axis(key.rpartition(".")[2].replace("_", " "), log=True)
+        views.append(View(where, x, Axis(f"{here[0]['metric']} on validation records"), series))
+    note = "Trials are judged on validation records, never on test. A gap is a run that diverged."
+    return [Chart(f"{name}: tuning", "lines", views, source, note)] if views else []
+
+
+def _cost(name: str, methods: list[Row], source: Source) -> Table:
+    columns = [
+        Column("place", "task"),
+        Column("method", "method"),
+        Column("train_seconds", "training [s]", "number", 1),
+        Column("steps_per_second", "steps/s", "number", 2),
+        Column("tokens_per_second", "tokens/s", "number", 0),
+        Column("peak_memory", "peak memory", "bytes"),
+        Column("adapter_bytes", "on disk", "bytes"),
+        Column("merge_seconds", "merge [s]", "number", 3),
+        Column(
+            "forward_slowdown", "forward ×", "number", 2, help="Time of a forward pass, unmerged, against the base."
+        ),
+        Column(
+            "decode_slowdown", "decoding ×", "number", 2, help="Time of a decoding step, unmerged, against the base."
+        ),
+    ]
+    rows = [{"place": place(m), "method": m["method"], **m["cost"]} for m in methods if m.get("cost")]
+    return Table(f"{name}: cost", columns, rows, source, "Medians over the seeds.").without_empty_columns()
+
+
+def _pareto(name: str, fronts: list[Row], source: Source) -> list[Block]:
+    blocks: list[Block] = []
+    for where in dict.fromkeys(place(f) for f in fronts):
+        views = []
+        for f in (f for f in fronts if place(f) == where):
+            series = [
+                {
+                    "name": p["method"],
+                    "points": [
+                        {"x": p["cost"], "y": p["quality"], "label": p["method"], "front": p["front"],
+                         "note": "no other is better in both" if p["front"] else ""}
+                    ],
+                }
+                for p in f["points"]
+            ]  # fmt: skip
+            x = Axis(f["label"].replace(" [bytes]", ""), bytes="bytes" in f["label"])
+            views.append(View(f["label"].replace(" [bytes]", ""), x, Axis(f["metric"]), series))
+        note = "Joined by a line: methods that no other beats in both quality and cost."
+        blocks.append(Chart(f"{name}: quality against cost on {where}", "dots", views, source, note))
+    return blocks
+
+
+def _ranking(name: str, ranking: Row, source: Source) -> Table:
+    groups = ranking["groups"]
+    rows = [
+        {"method": method, "rank": rank, "like": ", ".join(m for m in _companions(method, groups))}
+        for method, rank in ranking["ranks"].items()
+    ]
+    critical = ranking.get("critical")
+    note = f"Critical difference {critical:.2f}, Friedman p {ranking['p']:.3g}. " if critical is not None else ""
+    model = f" ({ranking['model']})" if ranking.get("model") else ""
+    columns = [
+        Column("method", "method"),
+        Column("rank", "average rank", "number", 2),
+        Column("like", "not distinguishable from"),
+    ]
+    title = f"{name}: ranks over {len(ranking['tasks'])} tasks{model}"
+    return Table(title, columns, rows, source, note + ranking.get("note", ""))
+
+
+def _companions(method: str, groups: list[list[str]]) -> list[str]:
+    return list(dict.fromkeys(m for group in groups if method in group for m in group if m != method))
+
+
+def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
+    """A study that is under way: how far it is, what is going on, what came out so far."""
+    study, runs = state["study"], state["runs"]
+    name = study.get("name", file.parent.name)
+    counts = Counter(run["status"] for run in runs)
+    done = counts["done"] + counts["diverged"]
+    words = ", ".join(f"{n} {status}" for status, n in counts.items())
+    blocks: list[Block] = [
+        Text(study.get("question") or name, "lead"),
+        Text(f"{done} of {len(runs)} runs known so far have ended ({words})."),
+    ]
+    rows = []
+    for run in reversed(runs):
+        job, outcome = run["job"], run["outcome"] or {}
+        if run["status"] == "planned":
+            continue
+        rows.append(
+            {
+                "status": run["status"],
+                "kind": job.get("kind"),
+                "method": job.get("method"),
+                "place": place(job) if "task" in job else "",
+                "seed": job.get("seed"),
+                "settings": ", ".join(
+                    f"{k.rpartition('.')[2]} {_value(v)}" for k, v in (job.get("settings") or {}).items()
+                ),
+                "metric": outcome.get("metric"),
+                "score": outcome.get("score"),
+                "seconds": run["seconds"],
+                "error": run["error"],
+            }
+        )
+    columns = [
+        Column("status", "status"),
+        Column("kind", "kind"),
+        Column("method", "method"),
+        Column("place", "task"),
+        Column("seed", "seed", "number"),
+        Column("settings", "settings"),
+        Column("metric", "metric"),
+        Column("score", "score", "number", 4),
+        Column("seconds", "seconds", "number", 1),
+        Column("error", "error"),
+    ]
+    table = Table(f"{name}: runs so far", columns, rows, Source(str(file))).without_empty_columns()
+    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], group="Studies")]
+
+
+def study_sections(file: Path, results: dict[str, Any]) -> list[Section]:
+    """Verdicts and details of one study."""
+    name = results["study"]["name"]
+    return [
+        Section(f"Verdicts: {name}", verdict_blocks(file, results), group="Verdicts"),
+        Section(f"Figures: {name}", detail_blocks(file, results), group="Studies"),
+    ]
