@@ -58,8 +58,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        if _HOMES[name].startswith(".method"):
-            import_module("peft")  # registers the method, which the module below relies on
         return getattr(import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -72,4 +70,10 @@ def _register() -> None:
     import_module(".method.registration", __name__).register()
 
 
+def _connect_deepspeed() -> None:
+    import_module("peft")
+    import_module(".method.deepspeed", __name__).connect()
+
+
 when_imported("peft", _register)
+when_imported("deepspeed.runtime.engine", _connect_deepspeed)

@@ -1,0 +1,77 @@
+"""What DeepSpeed hides from a layer: its optimizer steps, its loss scale, and (ZeRO-3) the parameters themselves.
+
+ZeRO's optimizers hold flattened copies, so that no optimizer holds a factor of ours and the warm-up's clock would stand
+still. DeepSpeed has no hook for a step, so its engine's method is wrapped. ZeRO-3 gathers a module's own parameters
+before that module is called; a ParameterDict never is, so the factors are registered with the layer that uses them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .layer import DualLoraLayer
+from .scaler import set_grad_scaler
+
+
+def connect() -> None:
+    """Wrap DeepSpeed's engine; to be called once, when DeepSpeed's engine module has been imported."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    DeepSpeedEngine.__init__ = _after_init(DeepSpeedEngine.__init__)
+    DeepSpeedEngine._take_model_step = _counted(DeepSpeedEngine._take_model_step)
+
+
+def _layers(model: nn.Module) -> Iterator[DualLoraLayer]:
+    return (module for module in model.modules() if isinstance(module, DualLoraLayer))
+
+
+def _after_init(init: Any) -> Any:
+    @functools.wraps(init)
+    def wrapped(engine: Any, *args: Any, **kwargs: Any) -> None:
+        init(engine, *args, **kwargs)
+        layers = list(_layers(engine.module))
+        if not layers:
+            return
+        if engine.fp16_enabled():
+            set_grad_scaler(_LossScale(engine))  # type: ignore[arg-type]
+        if engine.zero_optimization_stage() == 3:
+            from deepspeed.runtime.zero import register_external_parameter
+
+            for layer in layers:
+                for name in layer.adapter_layer_names:
+                    for factor in getattr(layer, name).values():
+                        register_external_parameter(layer, factor)
+
+    return wrapped
+
+
+def _counted(take_model_step: Any) -> Any:
+    @functools.wraps(take_model_step)
+    def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        before = [(layer, a, layer.steps_left(a)) for layer in _layers(engine.module) for a in layer.adapter_names()]
+        result = take_model_step(engine, *args, **kwargs)
+        if engine.was_step_applied():
+            for layer, adapter, left in before:
+                # Without ZeRO, torch's optimizer holds the factors and the step has been counted already.
+                if left and layer.steps_left(adapter) == left and layer.trainable_factors(adapter):
+                    layer.step(adapter)
+        return result
+
+    return wrapped
+
+
+class _LossScale:
+    """DeepSpeed's fp16 loss scale, read as a gradient scaler's."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def get_scale(self) -> float:
+        return float(self._engine.optimizer.cur_scale)
