@@ -260,7 +260,7 @@ def _rankings(
         }
         if len(scores) >= 2 and len(tasks) >= 2:
             rankings.append(
-                {"model": model, "tasks": tasks, **dataclasses.asdict(stats.rank_methods(scores, study.level))}
+                {**dataclasses.asdict(stats.rank_methods(scores, study.level)), "model": model, "tasks": tasks}
             )
     return rankings
 
