@@ -142,6 +142,7 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "peft-internal-testing/tiny-random-RobertaModel": (BASE, _bert("RobertaConfig")),
     "peft-internal-testing/tiny-random-DebertaModel": (BASE, _bert("DebertaConfig", **_DEBERTA)),
     "peft-internal-testing/tiny-random-DebertaV2Model": (BASE, _bert("DebertaV2Config", **_DEBERTA)),
+    "bert-base-uncased": (CLASSIFIER, _bert("BertConfig")),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": (CLASSIFIER, _bert("BertConfig")),
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (CLASSIFIER, _bert("RobertaConfig")),
     "peft-internal-testing/tiny-random-t5": (SEQ2SEQ, _T5),

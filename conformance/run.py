@@ -21,7 +21,6 @@ import source
 
 HERE = Path(__file__).parent
 SUITES = [
-    """,
     "test_custom_models",
     "test_decoder_models",
     "test_encoder_decoder_models",

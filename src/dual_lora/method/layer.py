@@ -93,6 +93,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         O, I = self.out_features, self.in_features
         return [(r1, I), (O, r1), (r2, I), (O, r2)]
 
+    def extra_repr(self) -> str:
+        """The matrix's shape, which not every base layer prints."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
     # Factors.
 
     def update_layer(
@@ -291,9 +295,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         else:
             merged = self._merged_weight(original, names)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                )
+                added = ", ".join(name for name in names if name not in self.merged_adapters)
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
             parameter.data, self._original = merged, original
         self._merge_bias(names)
         self.merged_adapters = names

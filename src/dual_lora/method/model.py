@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+)
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .attention import dispatch_attention
+from . import saved
 from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
@@ -93,6 +98,10 @@ class DualLoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         for kind, layer in (config._custom_modules or {}).items():
             if isinstance(base, kind):
+                if not kind.__module__.startswith("torch."):
+                    warnings.warn(
+                        f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=2
+                    )
                 return layer(target, adapter_name, config=config, **kwargs)
         for dispatch in DISPATCHERS:
             new = dispatch(target, adapter_name, config=config, **kwargs)
@@ -102,6 +111,11 @@ class DualLoraModel(BaseTuner):
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
             f"{SUPPORTED}. Leave it out of `target_modules`, or name it in `exclude_modules`."
         )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own also writes the child's weight to the new module, which not every kind of layer can take, and the
+        # device is where `update_layer` has put the factors already.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
@@ -153,6 +167,18 @@ class DualLoraModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base; where a layer refuses (`safe_merge`), no layer is merged."""
+        before = [(m, list(m.merged_adapters)) for m in self.modules() if isinstance(m, DualLoraLayer)]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except ValueError:
+            for layer, names in before:
+                added = [name for name in layer.merged_adapters if name not in names]
+                if added:
+                    layer.unmerge(added)
+            raise
+
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -168,6 +194,16 @@ class DualLoraModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")
+        saved_by_several = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, ModulesToSaveWrapper) and sum(n in module.modules_to_save for n in adapters) > 1
+        ]
+        if saved_by_several:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(saved_by_several)} such instance(s)."
+            )
         if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0]:
             raise ValueError(
                 f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "
@@ -185,34 +221,21 @@ class DualLoraModel(BaseTuner):
                 for new, old in zip(module.factors(adapter_name), module.factors(source), strict=True):
                     new.data.copy_(old.data)
                 # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
-                strength = abs(weights[0]) * module.scaling[source] / module.scaling[adapter_name]
-                module.factors(adapter_name).B.data.mul_(strength)
-                if weights[0] < 0:
+                strength = weights[0] * module.scaling[source] / module.scaling[adapter_name]
+                module.factors(adapter_name).B.data.mul_(abs(strength))
+                if strength < 0:
                     module.factors(adapter_name).D.data.neg_()
                 module._set_steps_left(adapter_name, module.steps_left(source))
-
-    # Saved state: the four factors of every layer, and the optimizer steps left of the warm-up. Without the latter
-    # (written by another program), an adapter counts as finished.
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state_dict = dict(state_dict)
-        for key in list(state_dict):
-            stem, found, _ = key.rpartition(".dual_lora_B")
-            if found:
-                state_dict.setdefault(f"{stem}.dual_lora_left", torch.tensor(0, dtype=torch.int32))
-        left = max((int(v) for k, v in state_dict.items() if k.endswith(".dual_lora_left")), default=0)
-        if left and config.inference_mode:
-            warnings.warn(
-                f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
-                "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
-                "choose fewer `warmup_steps`.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = saved.with_counts(state_dict)
+        saved.warn_if_unfinished(state, config)
+        state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+        saved.check_fits(model, config, adapter_name, state)
+        return state
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:

@@ -15,9 +15,15 @@ def swapped(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
     The parameters themselves, their order and whoever else holds them are not touched.
     """
-    before = {name: module._parameters[name] for name in values}
-    module._parameters.update(values)
+    # FSDP puts plain tensors into the instance's dictionary, where Python looks first.
+    homes: dict[str, dict[str, Any]] = {
+        name: module.__dict__ if name in module.__dict__ else module._parameters for name in values
+    }
+    before = {name: home[name] for name, home in homes.items()}
+    for name, home in homes.items():
+        home[name] = values[name]
     try:
         yield
     finally:
-        module._parameters.update(before)
+        for name, home in homes.items():
+            home[name] = before[name]
