@@ -9,6 +9,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..core.reference import Direction, Form, Magnitude, Ste
+from .saved import check_file
 
 Rank = int | list[int] | tuple[int, int]
 
@@ -154,6 +155,13 @@ class DualLoraConfig(PeftConfig):
         Not saved with the configuration.
         """
         self._custom_modules = {**(self._custom_modules or {}), **mapping}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PeftConfig; raises ValueError if the adapter file beside the configuration was cut short."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_file(pretrained_model_name_or_path, subfolder)
+        return config
 
     @property
     def form(self) -> Form:

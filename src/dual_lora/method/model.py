@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -19,8 +18,8 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .attention import dispatch_attention
 from . import saved
+from .attention import dispatch_attention
 from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding

@@ -1,0 +1,102 @@
+"""A saved adapter: the four factors of every layer, and the optimizer steps left of the warm-up.
+
+PEFT reads the tensors; here it is checked that they are all there and fit, because what is missing would silently be
+random. Without the count (written by another program) an adapter is finished.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."
+
+
+def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
+    """Raise ValueError if the folder's adapter file was cut short or is of another method; a folder may have none."""
+    path = os.path.join(folder, subfolder or "", "adapter_model.safetensors")
+    if not os.path.isfile(path):
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes; {error}). It was cut short or "
+            "damaged when it was written or copied: copy it again, or take an earlier checkpoint."
+        ) from error
+    if not any(".dual_lora_" in name for name in names):
+        raise ValueError(
+            f"{path} holds no factors of a Dual LoRA adapter; its tensors: {', '.join(names[:2]) or 'none at all'}. Is "
+            "it an adapter of another type, or another file under this name?"
+        )
+
+
+def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with a count for every layer; 0 steps left where there is none."""
+    state = dict(state)
+    for key in list(state):
+        stem, found, _ = key.rpartition(".dual_lora_B")
+        if found:
+            state.setdefault(f"{stem}.dual_lora_left", torch.tensor(0, dtype=torch.int32))
+    return state
+
+
+def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
+    """Say that an adapter loaded for inference acts below full strength."""
+    left = max((int(v) for k, v in state.items() if k.endswith(".dual_lora_left")), default=0)
+    if left and config.inference_mode:
+        warnings.warn(
+            f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
+            "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
+            "choose fewer `warmup_steps`.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `state` (keys as in the model) has every factor of the adapter, in shape, and no more.
+
+    Sharded and flattened models, whose parameters go by other names, are left to PEFT.
+    """
+    wanted = {
+        _bare(name): parameter
+        for name, parameter in model.named_parameters()
+        if ".dual_lora_" in name and name.endswith(f".{adapter_name}")
+    }
+    if not wanted:
+        return
+    given = {_bare(name): tensor for name, tensor in state.items()}
+    known = {name: given[name] for name in wanted if name in given}
+    missing = [name for name in wanted if name not in given]
+    extra = [name for name in given if ".dual_lora_" in name and name not in wanted and ".dual_lora_left" not in name]
+    for_base = f"the configuration names {config.base_model_name_or_path!r} as its base"
+    if missing or extra:
+        lacks = f"it lacks {_some(missing)}, which this model adapts" if missing else ""
+        has = f"it has {_some(extra)}, which this model does not adapt" if extra else ""
+        raise ValueError(
+            f"The saved Dual LoRA adapter does not fit this model: {'; '.join(filter(None, (lacks, has)))}. Load it on "
+            f"the base that it was trained on ({for_base}), with its own configuration. Nothing was loaded."
+        )
+    for name, tensor in known.items():
+        shape = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"The saved Dual LoRA adapter does not fit this model: {name} is {list(tensor.shape)} in the file and "
+                f"{list(shape)} here. Either the ranks differ (the configuration says r1={config.r1}, r2={config.r2}), "
+                f"or the base has other sizes ({for_base}). Nothing was loaded."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more factors"
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX)
