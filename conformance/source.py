@@ -20,6 +20,8 @@ REPLACEMENTS = [
     (r"\blora_embedding_([AB])\b", r"dual_lora_\1"),
     # Where a test lists the trainable parameters, this method has four.
     (r"^( *)(\"[^\"\n]*)dual_lora_B(\.\w+\",)$", r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3"),
+    # Factors that start small (σ = 0.02) need the learning rate that PEFT's tests give to HiRA and others.
+    (r"^( *or issubclass\(config_cls, )HiraConfig\)$", r"\1(HiraConfig, DualLoraConfig))"),
     (r"\bLoraConfig\b", "DualLoraConfig"),
     (r"\bLoraLayer\b", "DualLoraLayer"),
     (r"\bLoraModel\b", "DualLoraModel"),
