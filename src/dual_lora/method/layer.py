@@ -66,7 +66,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_D = nn.ParameterDict()
         self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength; saved
         self.dual_lora_scale = BufferDict(persistent=False)  # λ α/√(r1 r2), derived from the line above
-        self._left: dict[str, int] = {}  # the same count without a device synchronisation
+        self._left: dict[str, int] = {}  # the same count without a device synchronisation …
+        self._left_read: dict[str, tuple[int, int]] = {}  # … and the tensor and version that it was read from
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._original: Tensor | None = None  # the base weight's data while something is merged
@@ -141,6 +142,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
+        self._read_left(name)
         return Adapter(self.factors(name), self.dual_lora_scale[name], self.forms[name])
 
     def adapter_names(self) -> list[str]:
@@ -161,23 +163,33 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before the adapter acts at full strength."""
+        self._read_left(adapter)
         return self._left[adapter]
 
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""
-        left = self._left[adapter]
+        left = self.steps_left(adapter)
         return 1.0 - left / self.warmup_steps[adapter] if left else 1.0
 
     def step(self, adapter: str) -> None:
         """Count one optimizer step."""
-        if self._left[adapter] > 0:
+        if self.steps_left(adapter) > 0:
             self._set_steps_left(adapter, self._left[adapter] - 1)
+
+    def _read_left(self, adapter: str) -> None:
+        """Follow a loader that has put another count in place without a hook of ours running (transformers' own)."""
+        if torch.compiler.is_compiling():
+            return
+        stored = self.dual_lora_left[adapter]
+        if stored.device.type != "meta" and self._left_read.get(adapter) != _version(stored):
+            self._set_steps_left(adapter, int(stored))
 
     def _set_steps_left(self, adapter: str, left: int) -> None:
         left = min(left, self.warmup_steps[adapter])
         self._left[adapter] = left
         with torch.no_grad():
             self.dual_lora_left[adapter].fill_(left)
+            self._left_read[adapter] = _version(self.dual_lora_left[adapter])
             self.dual_lora_scale[adapter].fill_(self.scaling[adapter] * self.warmup_factor(adapter))
         if left or self.training:
             warmup.watch(self)
@@ -219,6 +231,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter."""
         composed_weights.drop(self)
         self._left.pop(adapter_name, None)
+        self._left_read.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> DualLoraLayer:
@@ -343,6 +356,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return None
         check_clip_is_safe(device)
         return loss_scale(device)
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Tells a tensor that was replaced or written to. (Inference tensors have no version; replacing is seen.)"""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:

@@ -1,0 +1,276 @@
+"""The cache of composed weights: when it is used, what invalidates it, and that it never answers with stale weights."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import Mlp, adapted, layer, layers, points, train
+
+from dual_lora import DualLoraConfig, composed_weights
+from dual_lora.method import layer as layer_module
+
+
+@pytest.fixture
+def model():
+    model = adapted(init_weights=False)
+    model.add_adapter("other", DualLoraConfig(r=2, init_weights=False, target_modules=["first", "second"]))
+    return model.eval()
+
+
+@pytest.fixture
+def compositions(monkeypatch):
+    """Counts how often a cached weight is made."""
+    made = []
+    real = composed_weights.get
+
+    def get(layer, sources, extra, make):
+        return real(layer, sources, extra, lambda: made.append(layer) or make())
+
+    monkeypatch.setattr(composed_weights, "get", get)
+    return made
+
+
+def run(model, x=None, mode=torch.no_grad):
+    with mode():
+        return model(points() if x is None else x).clone()
+
+
+def truth(model, x=None):
+    """The same without the cache: with gradients on it is not used."""
+    return model(points() if x is None else x).detach()
+
+
+def test_used_in_evaluation_without_gradients(model, compositions):
+    first = run(model)
+    assert len(compositions) == len(composed_weights._entries) == 2
+    assert torch.equal(run(model), first)
+    assert len(compositions) == 2, "composed anew without a reason"
+    torch.testing.assert_close(first, truth(model), rtol=1e-5, atol=1e-6)
+
+
+def test_its_weight_is_the_merged_weight(model):
+    run(model)
+    kept = {m: e.weight.clone() for m, e in composed_weights._entries.items()}
+    model.merge_adapter()
+    assert all(torch.equal(kept[m], m.get_base_layer().weight) for m in layers(model).values())
+
+
+@pytest.mark.parametrize("why", ["gradients", "training", "many rows"])
+def test_not_used(model, why):
+    x = points()
+    if why == "training":
+        model.train()
+    if why == "many rows":
+        x = points(layer_module.CACHED_ROWS + 1)
+    with torch.set_grad_enabled(why == "gradients"):
+        model(x)
+    assert composed_weights.bytes_held == 0
+
+
+@pytest.mark.parametrize("rows", [1, layer_module.CACHED_ROWS])
+def test_used_for_few_rows(model, rows):
+    run(model, points(rows))
+    assert composed_weights.bytes_held > 0
+
+
+def change_factor(model):
+    with torch.no_grad():
+        layer(model).dual_lora_B["default"].mul_(2)
+
+
+def change_all_factors_by_an_optimizer(model):
+    model.train()
+    train(model, 2, lr=0.1)
+    model.eval()
+
+
+def step_in_eval_mode(model):
+    train(model, 2, lr=0.1)
+
+
+def change_strength(model):
+    layer(model).set_scale("default", 0.5)
+
+
+def change_base(model):
+    with torch.no_grad():
+        layer(model).get_base_layer().weight.add_(1)
+
+
+def change_active(model):
+    model.set_adapter("other")
+
+
+def activate_both(model):
+    model.base_model.set_adapter(["default", "other"])
+
+
+def load_state(model):
+    other = {n: t + 1 if "dual_lora_A" in n else t for n, t in model.state_dict().items()}
+    model.load_state_dict(other)
+
+
+def load_state_by_assignment(model):
+    other = {n: t + 1 if "dual_lora_A" in n else t.clone() for n, t in model.state_dict().items()}
+    model.load_state_dict(other, assign=True)
+
+
+def remake_adapter(model):
+    layer(model).update_layer("default", 3, 3, None, config=DualLoraConfig(init_weights=False))
+
+
+def merge_the_other(model):
+    model.merge_adapter(["other"])
+    model.unmerge_adapter()
+    change_factor(model)
+
+
+def replace_base_weight(model):
+    base = layer(model).get_base_layer()
+    base.weight = torch.nn.Parameter(base.weight + 1)
+
+
+CHANGES = [
+    change_factor,
+    change_all_factors_by_an_optimizer,
+    step_in_eval_mode,
+    change_strength,
+    change_base,
+    change_active,
+    activate_both,
+    load_state,
+    load_state_by_assignment,
+    remake_adapter,
+    merge_the_other,
+    replace_base_weight,
+]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_invalidated(model, change, mode):
+    before = run(model, mode=mode)
+    change(model)
+    after = run(model, mode=mode)
+    assert not torch.allclose(after, before, atol=1e-3), "the change has no effect"
+    torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-5)
+
+
+def test_the_ramp_invalidates():
+    model = adapted(warmup_steps=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(5):
+        model.train()
+        train(model, 1, optimizer=optimizer)
+        model.eval()
+        torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m: m.train(),
+        lambda m: m.merge_adapter(),
+        lambda m: m.set_adapter("other"),
+        lambda m: m.delete_adapter("default"),
+        lambda m: m.load_state_dict(m.state_dict()),
+        lambda m: m.double(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: composed_weights.clear(),
+        lambda m: m.unload(),
+    ],
+    ids=["train", "merge", "set_adapter", "delete_adapter", "load", "double", "to", "clear", "unload"],
+)
+def test_memory_is_given_back(model, act):
+    import gc
+
+    run(model)
+    assert composed_weights.bytes_held > 0
+    act(model)
+    gc.collect()
+    assert composed_weights.bytes_held == 0
+
+
+def test_dtypes(model):
+    run(model)
+    model.to(torch.bfloat16)
+    x = points().bfloat16()
+    torch.testing.assert_close(run(model, x), truth(model, x), rtol=0.05, atol=0.05)
+    assert all(e.weight.dtype == torch.bfloat16 for e in composed_weights._entries.values())
+    model.float()
+    torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_has_its_own_entry(model):
+    full = run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = run(model)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), full, rtol=0.05, atol=0.05)
+    assert torch.equal(run(model), full)
+
+
+def test_inference_mode(model, compositions):
+    first = run(model, mode=torch.inference_mode)
+    assert torch.equal(run(model, mode=torch.inference_mode), first)
+    assert len(compositions) == 2
+    assert torch.equal(run(model), first)
+    torch.testing.assert_close(first, truth(model), rtol=1e-5, atol=1e-6)
+    model.train()
+    train(model, 2)  # nothing of inference mode is left that autograd would refuse
+
+
+def test_a_model_made_in_inference_mode():
+    """Inference tensors have no version counter; nothing of theirs is kept."""
+    with torch.inference_mode():
+        model = adapted(init_weights=False).eval()
+        first = model(points())
+        assert composed_weights.bytes_held == 0
+        layer(model).dual_lora_B["default"].mul_(2)
+        assert not torch.equal(model(points()), first)
+
+
+def test_bounded_with_one_warning(model, monkeypatch):
+    monkeypatch.setattr(composed_weights, "limit_bytes", 16 * 12 * 4)  # the first layer alone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-6)
+    assert composed_weights.bytes_held == 16 * 12 * 4
+    told = [str(w.message) for w in caught if "cache of composed weights is full" in str(w.message)]
+    assert len(told) == 1
+    assert "limit_bytes" in told[0]
+    assert "merge" in told[0]
+
+
+def test_switched_off_by_a_limit_of_zero(model, monkeypatch):
+    monkeypatch.setattr(composed_weights, "limit_bytes", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(model)
+    assert composed_weights.bytes_held == 0
+
+
+def test_copies_have_their_own_entries(model):
+    run(model)
+    twin = copy.deepcopy(model)
+    change_factor(twin)
+    torch.testing.assert_close(run(twin), truth(twin), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-6)
+
+
+def test_writes_through_data_are_not_seen_until_cleared(model):
+    """The documented limit: `.data` raises no version counter."""
+    before = run(model)
+    layer(model).dual_lora_B["default"].data.mul_(2)
+    assert torch.equal(run(model), before)
+    composed_weights.clear()
+    after = run(model)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_adapters_is_left_alone():
+    run(Mlp().eval())
+    assert composed_weights.bytes_held == 0

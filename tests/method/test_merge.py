@@ -1,0 +1,289 @@
+"""Merging is exact: the rounding of W + ΣΔW, in any order and grouping, and unmerging gives every bit back."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import MODELS, TARGETS, adapted, changed, layer, layers, llama, logits, points, state, train
+
+from dual_lora import DualLoraConfig
+from dual_lora.core.reference import delta_weight
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def three(dtype=torch.float32, **options):
+    """A model with three adapters of different strength, ranks and form, all at random."""
+    model = adapted(init_weights=False, **options)
+    targets = ["first", "second"]
+    model.add_adapter("b", DualLoraConfig(r=2, alpha=1, init_weights=False, target_modules=targets))
+    model.add_adapter(
+        "c", DualLoraConfig(r=6, init_weights=False, magnitude_activation="identity", target_modules=targets)
+    )
+    return model.to(dtype).eval()
+
+
+def weights(model):
+    return {n: m.get_base_layer().weight.detach().clone() for n, m in layers(model).items()}
+
+
+def equal(first, second):
+    return all(torch.equal(first[n], second[n]) for n in first)
+
+
+@dtypes
+def test_merged_weight_is_the_rounding_of_the_sum(dtype):
+    model = three(dtype)
+    before = weights(model)
+    model.merge_adapter(["default", "b", "c"])
+    for name, module in layers(model).items():
+        total = before[name].double()
+        for adapter in ("default", "b", "c"):
+            total = (
+                total + delta_weight(module.factors(adapter), module.scaling[adapter], module.forms[adapter]).double()
+            )
+        merged = module.get_base_layer().weight
+        assert merged.dtype == dtype
+        # Where the fp64 sum is within fp32 rounding of a tie, either neighbour is right.
+        step = (merged.double() - total).abs()
+        assert (step <= (total.to(dtype).double() - total).abs() + 1e-6).all()
+        if dtype != torch.float32:  # in fp32, the sum itself is rounded term by term
+            assert (merged != total.to(dtype)).double().mean() < 0.01
+
+
+@dtypes
+def test_batch_sequential_and_any_order_give_the_same_bits(dtype):
+    model = three(dtype)
+    model.merge_adapter(["default", "b", "c"])
+    want = weights(model)
+    model.unmerge_adapter()
+    for order in itertools.permutations(["default", "b", "c"]):
+        for name in order:
+            model.merge_adapter([name])
+        assert equal(weights(model), want), order
+        model.unmerge_adapter()
+    model.merge_adapter(["c", "b"])
+    model.merge_adapter(["default"])
+    assert equal(weights(model), want)
+
+
+@dtypes
+def test_a_thousand_cycles_change_no_bit(dtype):
+    model = three(dtype)
+    original, module = weights(model), layer(model)
+    for k in range(1000):
+        module.merge(adapter_names=[["default"], ["b", "c"], ["c", "default", "b"]][k % 3])
+        if k % 100 == 0:
+            assert not torch.equal(module.get_base_layer().weight, next(iter(original.values())))
+        module.unmerge()
+    assert equal(weights(model), original)
+
+
+def test_subtracting_would_not_pass_that():
+    """The cycle test can fail: W + ΔW - ΔW is not W in bf16."""
+    model = three(torch.bfloat16)
+    W = layer(model).get_base_layer().weight.detach()
+    delta = layer(model).get_delta_weight("default")
+    assert not torch.equal(((W + delta).bfloat16() - delta).bfloat16(), W)
+
+
+@dtypes
+def test_adapters_leave_in_any_order(dtype):
+    model = three(dtype)
+    original = weights(model)
+    alone = {}
+    for name in ("default", "b", "c"):
+        model.merge_adapter([name])
+        alone[name] = weights(model)
+        model.unmerge_adapter()
+    for first, second, last in itertools.permutations(["default", "b", "c"]):
+        model.merge_adapter(["default", "b", "c"])
+        for module in layers(model).values():
+            module.unmerge([first])
+            module.unmerge([second])
+        assert equal(weights(model), alone[last])
+        model.unmerge_adapter()
+        assert equal(weights(model), original)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_forward_is_the_adapter_forward(name):
+    model = adapted(MODELS[name](), target_modules=TARGETS[name], init_weights=False).eval()
+    want = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():  # as in LoRA, this unmerges
+        base = logits(model)
+    assert (base - want).abs().max() > 1e-3
+    assert not any(m.merged for m in layers(model).values())
+    assert torch.equal(logits(model), want)
+
+
+def test_parameter_objects_stay_and_layout_stays():
+    model = adapted(MODELS["gpt2"](), target_modules=["c_attn"], init_weights=False)
+    module = layer(model)
+    weight = module.get_base_layer().weight
+    strides = weight.stride()
+    model.merge_adapter()
+    assert module.get_base_layer().weight is weight
+    assert weight.is_contiguous()
+    model.unmerge_adapter()
+    assert weight.stride() == strides
+
+
+def test_merging_what_is_merged_and_unmerging_what_is_not_warn():
+    model = three()
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="[Aa]ll adapters are already merged"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_merging_in_the_warm_up_merges_the_present_strength():
+    model = adapted(warmup_steps=4)
+    train(model, 3)
+    model.eval()
+    want = model(points())
+    model.merge_adapter()
+    torch.testing.assert_close(model(points()), want, rtol=1e-5, atol=1e-6)
+
+
+# safe_merge
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("spoilt", ["first", "second"])
+def test_safe_merge_leaves_everything_untouched(bad, spoilt):
+    model = three()
+    before = state(model)
+    model.merge_adapter(["b"])
+    merged = state(model)
+    getattr(model.base_model.model, spoilt).dual_lora_A["default"].data[:] = bad
+    expected = "NaNs detected in the merged weights. The adapter default seems to be broken"
+    with pytest.raises(ValueError, match=expected) as caught:
+        model.merge_adapter(["default"], safe_merge=True)
+    assert str(caught.value) == expected
+    assert {n.rpartition(".")[0] for n in changed(model, merged)} <= {f"base_model.model.{spoilt}.dual_lora_A"}
+    assert all(m.merged_adapters == ["b"] for m in layers(model).values())
+    model.unmerge_adapter()
+    assert {n.rpartition(".")[0] for n in changed(model, before)} <= {f"base_model.model.{spoilt}.dual_lora_A"}
+
+
+def test_safe_merge_of_a_sound_adapter_is_the_merge():
+    model = three()
+    model.merge_adapter(["default", "b"])
+    want = weights(model)
+    model.unmerge_adapter()
+    model.merge_adapter(["default", "b"], safe_merge=True)
+    assert equal(weights(model), want)
+
+
+# Leaving PEFT.
+
+
+def test_merge_and_unload(tmp_path):
+    model = adapted(llama(), target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM").eval()
+    want = logits(model)
+    plain = model.merge_and_unload()
+    assert not layers(plain)
+    assert not any("lora" in n for n in plain.state_dict())
+    torch.testing.assert_close(logits(plain), want, rtol=1e-4, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() <= llama().state_dict().keys()
+
+
+def test_unload_gives_the_base_back():
+    model = adapted(llama(), target_modules="all-linear", init_weights=False, task_type="CAUSAL_LM").eval()
+    train(model, 1, loss=lambda: model(input_ids=torch.tensor([[1, 2]])).logits.square().mean())
+    plain = model.unload()
+    assert not changed(plain, state(llama()))
+
+
+def test_delete_adapter():
+    model = three()
+    alone = copy.deepcopy(model)
+    alone.delete_adapter("b")
+    assert all(m.adapter_names() == ["default", "c"] for m in layers(alone).values())
+    assert not any(n.endswith(".b") for n in alone.state_dict())
+    assert torch.equal(alone(points()), model(points()))
+    model.set_adapter("b")
+    model.delete_adapter("b")
+    assert "b" not in model.peft_config
+    assert model(points()).shape == (6, 5)
+    with pytest.raises(ValueError, match="Adapter nothing does not exist"):
+        model.delete_adapter("nothing")
+
+
+def test_disable_adapter():
+    model = three()
+    base = model.get_base_model()
+    with model.disable_adapter():
+        y = model(points())
+    plain = points()
+    for linear in (base.first.base_layer, base.second.base_layer):
+        plain = torch.nn.functional.linear(plain, linear.weight, linear.bias)
+        plain = plain.tanh() if linear is base.first.base_layer else plain
+    assert torch.equal(y, plain)
+    assert not torch.equal(model(points()), plain)
+
+
+# add_weighted_adapter
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0, -1.0])
+def test_weighted_adapter(weight, tmp_path):
+    from peft import PeftModel
+    from tiny import Mlp
+
+    model = three()
+    model.base_model.add_weighted_adapter(["default"], [weight], "scaled")
+    for module in layers(model).values():
+        want = weight * module.get_delta_weight("default")
+        torch.testing.assert_close(module.get_delta_weight("scaled"), want)
+    model.set_adapter("scaled")
+    model.save_pretrained(tmp_path, selected_adapters=["scaled"])
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Mlp(), tmp_path / "scaled").eval()
+    assert torch.equal(again(points()), model(points()))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "given", "kind"),
+    [
+        (["default", "b"], [1.0, 1.0], "linear"),
+        (["default"], [0.0], "linear"),
+        (["default"], [1.0], "svd"),
+        (["default"], [1.0, 2.0], "linear"),
+    ],
+)
+def test_what_cannot_be_combined_says_why_and_what_to_do(adapters, given, kind):
+    model = three()
+    with pytest.raises(ValueError, match="not linear in its factors") as caught:
+        model.base_model.add_weighted_adapter(adapters, given, "mix", kind)
+    for way_out in ("set_adapter", "merge_adapter", "convert_to_lora"):
+        assert way_out in str(caught.value)
+    assert "mix" not in model.peft_config
+    with pytest.raises(ValueError, match="Adapter nothing does not exist"):
+        model.base_model.add_weighted_adapter(["nothing"], [1.0], "mix")
+
+
+# Tied weights.
+
+
+def test_tied_weights_warn_before_they_are_merged():
+    base = llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="tie_word_embeddings=True.*tied layer is part of the adapter"):
+        model = adapted(base, target_modules=["lm_head"], init_weights=False)
+    with pytest.warns(UserWarning, match=r"(?s)tied_target_modules=\['lm_head'\].*untie"):
+        model.merge_and_unload()
+
+
+def test_replicated_layers_cannot_be_merged():
+    model = adapted(llama(), target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)])
+    assert len(layers(model)) == 4
+    with pytest.raises(ValueError, match="replicated"):
+        model.merge_adapter()

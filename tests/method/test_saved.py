@@ -1,0 +1,318 @@
+"""Saving and loading: every way in gives the same bits, and what does not fit is refused in words."""
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import (
+    MODELS,
+    TARGETS,
+    Mlp,
+    adapted,
+    changed,
+    factor,
+    gpt2,
+    layers,
+    llama,
+    logits,
+    points,
+    state,
+    tokens,
+    train,
+)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from dual_lora import DualLoraConfig
+
+
+def train_llama(model, steps):
+    model.train()
+    train(model, steps, loss=lambda: model(input_ids=tokens(), labels=tokens()).loss)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base, and adapters on it: trained to the end of the warm-up, and half-way."""
+    root = tmp_path_factory.mktemp("saved")
+    llama().save_pretrained(root / "base")
+    base = LlamaForCausalLM.from_pretrained(root / "base")
+    options = dict(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", warmup_steps=4)
+    model = train_llama(adapted(base, **options), 2)
+    model.save_pretrained(root / "half")
+    torch.save(logits(model), root / "half.pt")
+    model = train_llama(model, 4)
+    model.save_pretrained(root / "adapter")
+    torch.save(logits(model), root / "adapter.pt")
+    return root
+
+
+WAYS = {
+    "PeftModel": lambda root, name: PeftModel.from_pretrained(llama_of(root), root / name),
+    "low memory": lambda root, name: PeftModel.from_pretrained(llama_of(root), root / name, low_cpu_mem_usage=True),
+    "trainable": lambda root, name: PeftModel.from_pretrained(llama_of(root), root / name, is_trainable=True),
+    "AutoPeftModel": lambda root, name: AutoPeftModelForCausalLM.from_pretrained(root / name),
+    "load_adapter": lambda root, name: load_second(root, name),
+    "load_adapter, low memory": lambda root, name: load_second(root, name, low_cpu_mem_usage=True),
+    "transformers": lambda root, name: AutoModelForCausalLM.from_pretrained(root / name),
+    "state dict": lambda root, name: by_state_dict(root, name),
+}
+
+
+def llama_of(root):
+    return LlamaForCausalLM.from_pretrained(root / "base")
+
+
+def load_second(root, name, **options):
+    model = adapted(llama_of(root), target_modules=["q_proj"], init_weights=False)
+    model.load_adapter(root / name, "second", **options)
+    model.set_adapter("second")
+    return model
+
+
+def by_state_dict(root, name):
+    model = get_peft_model(llama_of(root), DualLoraConfig.from_pretrained(root / name))
+    set_peft_model_state_dict(model, load_file(root / name / "adapter_model.safetensors"))
+    return model
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["adapter", "half"])
+def test_every_way_in_gives_the_same_bits(folders, way, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = WAYS[way](folders, name).eval()
+    assert torch.equal(logits(model), torch.load(folders / f"{name}.pt"))
+    adapter = "second" if "load_adapter" in way else "default"
+    assert factor(model, adapter) == {"adapter": 1, "half": 0.5}[name]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name, tmp_path):
+    model = adapted(MODELS[name](), target_modules=TARGETS[name], init_weights=False).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MODELS[name](), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_is_in_the_folder(folders):
+    names = {path.name for path in (folders / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".pickle")) for name in names)
+    tensors = load_file(folders / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition("dual_lora_")[2] for name in tensors} == {"A", "B", "C", "D", "left"}
+    assert {t.dtype for n, t in tensors.items() if not n.endswith("left")} == {torch.float32}
+    config = json.loads((folders / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "DUAL_LORA"
+    assert (config["r"], config["r1"], config["r2"], config["warmup_steps"]) == (4, 2, 2, 4)
+
+
+def test_saved_twice_the_same_bytes(folders, tmp_path):
+    model = WAYS["PeftModel"](folders, "adapter")
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+    files = [(folder / "adapter_model.safetensors").read_bytes() for folder in
+             (folders / "adapter", tmp_path / "one", tmp_path / "two")]  # fmt: skip
+    assert len(set(files)) == 1
+
+
+def test_saved_from_a_low_precision_base_without_losing_a_bit(tmp_path):
+    model = adapted(init_weights=False).to(torch.bfloat16)
+    want = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Mlp().to(torch.bfloat16), tmp_path)
+    got = get_peft_model_state_dict(again)
+    assert all(torch.equal(got[n], want[n]) and got[n].dtype == want[n].dtype for n in want)
+
+
+def test_several_adapters_have_their_own_folders(tmp_path):
+    model = adapted(init_weights=False)
+    model.add_adapter("other", DualLoraConfig(r=2, init_weights=False, target_modules=["first"]))
+    model.set_adapter("other")
+    want = model(points())
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Mlp(), tmp_path / "other")
+    assert list(layers(again)) == ["base_model.model.first"]
+    assert torch.equal(again(points()), want)
+
+
+def test_saving_and_loading_change_nothing_else(tmp_path):
+    model = adapted(init_weights=False)
+    before = state(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "again")
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+
+
+def test_adapter_loaded_for_inference_does_not_train(folders):
+    model = WAYS["PeftModel"](folders, "adapter")
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {n.split("dual_lora_")[1][0] for n, p in WAYS["trainable"](folders, "adapter").named_parameters()
+            if p.requires_grad} == set("ABCD")  # fmt: skip
+
+
+def test_merged_adapter_is_saved_as_itself(tmp_path):
+    model = adapted(init_weights=False)
+    want = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    got = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(got[n], want[n]) for n in want)
+
+
+# What does not fit is refused.
+
+
+@pytest.fixture
+def variant(folders, tmp_path):
+    """A copy of the finished adapter with something changed."""
+
+    def make(tensors=None, raw=None, **config):
+        import shutil
+
+        path = tmp_path / "variant"
+        shutil.copytree(folders / "adapter", path)
+        values = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(values | config))
+        file = path / "adapter_model.safetensors"
+        if raw is not None:
+            file.write_bytes(raw(file.read_bytes()))
+        if tensors is not None:
+            save_file(tensors(load_file(file)), file)
+        return path
+
+    return make
+
+
+LOADERS = {
+    "PeftModel": lambda path: PeftModel.from_pretrained(llama(), path),
+    "low memory": lambda path: PeftModel.from_pretrained(llama(), path, low_cpu_mem_usage=True),
+    "load_adapter": lambda path: adapted(llama(), target_modules=["q_proj"]).load_adapter(path, "second"),
+}
+loaders = pytest.mark.parametrize("loader", LOADERS)
+
+
+def refusal(loader, path):
+    with pytest.raises(ValueError, match=r"safetensors|Dual LoRA|Unknown") as caught:
+        LOADERS[loader](path)
+    return str(caught.value)
+
+
+@loaders
+@pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.99])
+def test_truncated(variant, loader, keep):
+    path = variant(raw=lambda b: b[: int(len(b) * keep)])
+    message = refusal(loader, path)
+    assert str(path / "adapter_model.safetensors") in message
+    assert "not a complete safetensors file" in message
+    assert "copy it again" in message
+
+
+def test_truncated_through_transformers(variant, folders):
+    """transformers reads the file itself and asks nobody; its error is that of safetensors."""
+    path = variant(raw=lambda b: b[: len(b) // 2], base_model_name_or_path=str(folders / "base"))
+    with pytest.raises(SafetensorError, match="file not fully covered"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_not_safetensors_at_all(variant):
+    assert "not a complete safetensors file" in refusal("PeftModel", variant(raw=lambda b: b"PK\x03\x04" + b))
+
+
+@loaders
+def test_foreign_tensors(variant, loader):
+    message = refusal(loader, variant(tensors=lambda t: {"model.weight": torch.zeros(3)}))
+    assert "no factors of a Dual LoRA adapter" in message
+    assert "model.weight" in message
+
+
+@loaders
+def test_tensors_of_lora(variant, loader, tmp_path):
+    lora = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "lora")
+    stolen = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    message = refusal(loader, variant(tensors=lambda t: stolen))
+    assert "adapter of another type" in message
+    assert "lora_A" in message
+
+
+def test_adapter_of_another_type(folders, tmp_path):
+    lora = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"different peft types.*DUAL_LORA.*LORA"):
+        adapted(llama(), target_modules=["q_proj"]).load_adapter(tmp_path, "lora")
+    with pytest.raises(ValueError, match=r"different peft types.*LORA.*DUAL_LORA"):
+        lora.load_adapter(folders / "adapter", "dual")
+
+
+@loaders
+def test_a_missing_factor(variant, loader):
+    gone = "base_model.model.model.layers.1.self_attn.q_proj.dual_lora_C"
+    message = refusal(loader, variant(tensors=lambda t: {n: v for n, v in t.items() if n != gone}))
+    assert "it lacks model.layers.1.self_attn.q_proj.dual_lora_C" in message
+    assert "Nothing was loaded" in message
+
+
+@loaders
+def test_other_ranks(variant, loader):
+    message = refusal(loader, variant(r=6, r1=3, r2=3))
+    assert "[2, 32] in the file and [3, 32] here" in message
+    assert "r1=3, r2=3" in message
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (lambda: llama(hidden_size=64), ["in the file and", "other sizes"]),
+        (lambda: llama(layers=1), ["it has model.layers.1.", "does not adapt"]),
+        (lambda: llama(layers=3), ["it lacks model.layers.2.", "the base that it was trained on"]),
+        (gpt2, ["Target modules", "not found in the base model"]),
+    ],
+    ids=["wider", "fewer layers", "more layers", "another family"],
+)
+def test_the_wrong_base(folders, base, words):
+    with pytest.raises(ValueError, match=words[0].replace(".", r"\.")) as caught:
+        PeftModel.from_pretrained(base(), folders / "adapter")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_refused_adapter_leaves_the_others_as_they_were(variant):
+    path = variant(tensors=lambda t: {n: v for n, v in t.items() if "layers.1" not in n})
+    model = adapted(llama(), target_modules=["q_proj"], init_weights=False).eval()
+    want = logits(model)
+    before = {n: t.clone() for n, t in get_peft_model_state_dict(model).items()}
+    with pytest.raises(ValueError, match="it lacks"):
+        model.load_adapter(path, "second")
+    assert torch.equal(logits(model), want)
+    after = get_peft_model_state_dict(model)
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+
+
+def test_a_wrong_value_in_the_configuration(variant):
+    assert "Unknown ste 'clamp'" in refusal("PeftModel", variant(ste="clamp"))
+
+
+def test_a_newer_configuration_is_read_with_a_warning(variant):
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['fancy'\]"):
+        PeftModel.from_pretrained(llama(), variant(fancy=1))
+
+
+def test_a_missing_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at"):
+        PeftModel.from_pretrained(llama(), str(tmp_path / "nothing"))
+
+
+def test_copies_of_a_loaded_model(folders):
+    model = WAYS["PeftModel"](folders, "adapter").eval()
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model))
+    assert not changed(twin, state(model))
