@@ -269,8 +269,8 @@ def _tile_of_G(
     """dy[first:last, rows]ᵀ @ x[first:last, cols], fp32."""
     G = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     t = tl.arange(0, TOKENS)
-    at_dy = dy + (first + t)[:, None] * dy_t + rows.to(tl.int64)[None, :] * dy_o
-    at_x = x + (first + t)[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
+    at_dy = dy + (first + t.to(tl.int64))[:, None] * dy_t + rows.to(tl.int64)[None, :] * dy_o
+    at_x = x + (first + t.to(tl.int64))[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
     for start in range(first, last, TOKENS):
         left = (start + t < last)[:, None]
         a = tl.load(at_dy, mask=left & (rows < O)[None, :], other=0.0)

@@ -1,0 +1,324 @@
+"""What Dual LoRA costs on a GPU, against limits: `python -m benchmarks.gpu`.
+
+First the kernels and the operator are judged, value and every gradient; a wrong one is not timed. Then, interleaved in
+one process and paired by round: the operator against PEFT's LoRA and against naive autograd on Llama-3-8B's linear
+layers in bf16, forward and backward; peak memory; the compose kernel against a copy of the same bytes; and a training
+step of an 8B model. Rows go to ledger.jsonl with the card's name.
+
+The limits are an H100's. On another card the ratios are shown and recorded, and only a wrong result fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import judge, layers
+from benchmarks.measure import median_ratio
+from dual_lora.core import reference
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.op import dual_lora_linear
+from dual_lora.core.reference import Factors, Form, scaling
+
+LEDGER = Path(__file__).with_name("ledger.jsonl")
+NO_GPU = (
+    "No GPU is present, so nothing was measured and no gate was met or missed. The kernels are judged without one, in"
+    " Triton's interpreter, by `pytest tests/core -k triton`; `--rehearse` walks through this script on the CPU."
+)
+RANK = layers.RANK
+GATED_CARD = "H100"
+# Fewest and most rounds, and the seconds after which a measurement ends: some thirty measurements in ten minutes.
+ROUNDS, SECONDS = (10, 50), 6.0
+CARD_BYTES = 80e9
+
+
+class Size(NamedTuple):
+    """What is measured: O × I of each layer, tokens, and the model that takes a whole step."""
+
+    layers: Mapping[str, tuple[int, int]]
+    tokens: Sequence[int]
+    model: Mapping[str, int]
+
+
+FULL = Size(
+    layers={"q/o 4096x4096": (4096, 4096), "k/v 1024x4096": (1024, 4096), "gate/up 14336x4096": (14336, 4096),
+            "down 4096x14336": (4096, 14336)},
+    tokens=(2048, 8192),
+    model=dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256),
+)  # fmt: skip
+REHEARSAL = Size(
+    layers={"tiny 48x64": (48, 64)},
+    tokens=(32,),
+    model=dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+               num_key_value_heads=1, vocab_size=64),
+)  # fmt: skip
+LIMIT_LORA = {2048: 1.45, 8192: 1.25}
+LIMIT_NAIVE, LIMIT_MEMORY, LIMIT_COMPOSE = 0.5, 1.0, 1.3
+
+
+class Row(NamedTuple):
+    """One line of the ledger: a cost, what it is compared with, and the most that their ratio may be."""
+
+    gate: str
+    shape: str
+    tokens: int
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    spread: float  # half the ratio's 95 % interval, relative
+    rounds: int
+    limit: float | None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.limit is None else self.ratio <= self.limit
+
+
+class Card:
+    """A GPU, or for a rehearsal the CPU with a wall clock and no account of memory."""
+
+    def __init__(self, device: str):
+        self.device = torch.device(device)
+        self.is_gpu = self.device.type == "cuda"
+        self.name = torch.cuda.get_device_name() if self.is_gpu else "CPU (rehearsal)"
+
+    def times(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each variant, round by round, in turned order."""
+        costs: dict[str, list[float]] = {name: [] for name in variants}
+        for run in variants.values():
+            for _ in range(3 if self.is_gpu else 1):  # compile, tune, warm up
+                run()
+        names, start = list(variants), time.perf_counter()
+        for done in range(1, ROUNDS[1] + 1):
+            for name in names:
+                costs[name].append(self._seconds(variants[name]))
+            names = names[1:] + names[:1]
+            if done >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
+                break
+            if not self.is_gpu and done == 2:
+                break
+        return costs
+
+    def _seconds(self, run: Callable[[], object]) -> float:
+        if not self.is_gpu:
+            start = time.perf_counter()
+            run()
+            return time.perf_counter() - start
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        after.synchronize()
+        return before.elapsed_time(after) / 1e3
+
+    def peak(self, run: Callable[[], object]) -> int:
+        """Bytes allocated at the most during `run` beyond those before it."""
+        if not self.is_gpu:
+            run()
+            return 1
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def correct(card: Card, shapes: Sequence[tuple[int, int, int]]) -> None:
+    """Judge the operator and both kernels by value and every gradient; raise judge.WrongResult. Shapes: T, O, I."""
+    from dual_lora.core.triton_compose import compose
+    from dual_lora.core.triton_gradient import factor_gradients
+
+    # The interpreter's bf16 is wrong, a GPU's is not.
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if card.is_gpu else [])
+    for T, O, I in shapes:
+        factors = Factors(*(f.to(card.device) for f in judge.exact_factors(O, I, RANK // 2, RANK // 2)))
+        scale = torch.tensor(0.5, device=card.device)
+        adapter = Adapter(factors, scale, Form())
+        for dtype in dtypes:
+            x, W, dy = (torch.randn(s, device=card.device).mul_(I**-0.5).to(dtype) for s in ((T, I), (O, I), (T, O)))
+            truth = judge.results(x, W, factors, scale, dy, torch.float64)
+            plain = judge.results(x, W, factors, scale, dy)
+            leaves = [t.detach().requires_grad_() for t in (x, *factors)]
+            y = dual_lora_linear(leaves[0], W, None, [adapter._replace(factors=Factors(*leaves[1:]))])
+            y.backward(dy)
+            ours = {"y": y, **{name: t.grad for name, t in zip(("dx", "dA", "dB", "dC", "dD"), leaves, strict=True)}}
+            judge.check({name: t.detach() for name, t in ours.items() if t is not None}, plain, truth)
+            for deterministic in (False, True):
+                [gradients] = factor_gradients(dy, x, [adapter], deterministic=deterministic)
+                judge.check({f"d{k}": g for k, g in gradients._asdict().items()}, plain, truth)
+            # P and Q are exact, so the composed weight has to be the very rounding of the fp32 sum.
+            want = (W.float() + reference.delta_weight(factors, scale)).to(dtype)
+            if not torch.equal(compose(W, [adapter]), want):
+                raise judge.WrongResult(f"compose is not the rounding of W + ΔW, {O} × {I} in {dtype}: not timed.")
+
+
+def step(
+    function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: Sequence[Tensor]
+) -> Callable[[], None]:
+    """Forward and backward with fresh gradients."""
+
+    def run() -> None:
+        function(x).backward(dy)
+        for p in (x, *parameters):
+            p.grad = None
+
+    return run
+
+
+def layer_rows(card: Card, shape: str, O: int, I: int, T: int) -> Iterator[Row]:
+    """One linear layer in bf16: ours against PEFT's LoRA and naive autograd, time and memory."""
+    low = torch.bfloat16
+    W = torch.randn(O, I, device=card.device).mul_(I**-0.5).to(low)
+    x = torch.randn(T, I, device=card.device).to(low).requires_grad_()
+    dy = torch.randn(T, O, device=card.device).to(low)
+    half = RANK // 2
+    factors = Factors(*(f.to(card.device).requires_grad_() for f in judge.exact_factors(O, I, half, half)))
+    adapter = Adapter(factors, torch.tensor(scaling(2 * RANK, half, half), device=card.device), Form())
+    runs = {"dual": step(lambda x: dual_lora_linear(x, W, None, [adapter]), x, dy, factors)}
+    for method in ("lora", "naive"):
+        layer = layers.linear(method, W).to(card.device)
+        runs[method] = step(layer, x, dy, [p for p in layer.parameters() if p.requires_grad])
+    costs = card.times(runs)
+    for method, limit in (("lora", LIMIT_LORA.get(T)), ("naive", LIMIT_NAIVE)):
+        yield compared(f"time against {method}", shape, T, costs["dual"], costs[method], limit)
+    peaks = {name: card.peak(run) for name, run in runs.items()}
+    ratio = peaks["dual"] / peaks["lora"]
+    yield Row("peak against lora", shape, T, peaks["dual"], peaks["lora"], "bytes", ratio, 0.0, 1, LIMIT_MEMORY)
+
+
+def compose_row(card: Card, shape: str, O: int, I: int) -> Row:
+    """The compose kernel against a copy, which reads and writes the same bytes."""
+    from dual_lora.core.triton_compose import compose
+
+    low = torch.bfloat16 if card.is_gpu else torch.float16
+    W = torch.randn(O, I, device=card.device).to(low)
+    out = torch.empty_like(W)
+    factors = Factors(*(f.to(card.device) for f in judge.exact_factors(O, I, RANK // 2, RANK // 2)))
+    adapter = Adapter(factors, torch.tensor(2.0, device=card.device), Form())
+    costs = card.times({"compose": lambda: compose(W, [adapter], out=out), "copy": lambda: out.copy_(W)})
+    return compared("compose against a copy", shape, 0, costs["compose"], costs["copy"], LIMIT_COMPOSE)
+
+
+def model_row(card: Card, tokens: int, shape: Mapping[str, int]) -> Row:
+    """One AdamW step of a Llama with random weights, bf16 and checkpointing: it has to fit, and all factors to move."""
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def run() -> None:
+        options: dict[str, Any] = dict(shape)
+        with torch.device(card.device):
+            model: Any = LlamaForCausalLM(LlamaConfig(**options, max_position_embeddings=tokens))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        adapted: Any = get_peft_model(model, layers.config("dual", "all-linear")).train()
+        moving = [p for p in adapted.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in moving]
+        optimizer = torch.optim.AdamW(moving, lr=1e-3, weight_decay=0.0)
+        ids = torch.randint(0, shape["vocab_size"], (1, tokens), device=card.device)
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        if not loss.isfinite() or any(torch.equal(p, old) for p, old in zip(moving, before, strict=True)):
+            raise judge.WrongResult(
+                f"A step of the whole model gave loss {loss.item()} and left factors where they were."
+            )
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # never 32 GB of fp32 weights on the way
+    try:
+        peak = card.peak(run)
+    finally:
+        torch.set_default_dtype(default)
+    return Row("8B model, one step", "Llama-3-8B", tokens, peak, CARD_BYTES, "bytes", peak / CARD_BYTES, 0.0, 1, 1.0)
+
+
+def compared(gate: str, shape: str, T: int, ours: list[float], theirs: list[float], limit: float | None) -> Row:
+    ratio = median_ratio(ours, theirs)
+    medians = statistics.median(ours), statistics.median(theirs)
+    return Row(gate, shape, T, *medians, "s", ratio.median, ratio.uncertainty, ratio.rounds, limit)
+
+
+def rows(card: Card, size: Size) -> Iterator[Row]:
+    for shape, (O, I) in size.layers.items():
+        yield compose_row(card, shape, O, I)
+        for T in size.tokens:
+            yield from layer_rows(card, shape, O, I, T)
+    if card.is_gpu and torch.cuda.get_device_properties(card.device).total_memory < 0.9 * CARD_BYTES:
+        print("8B model: left out, the card has less than 80 GB.")
+    else:
+        yield model_row(card, size.tokens[0], size.model)
+
+
+def conditions(card: Card) -> dict[str, Any]:
+    """What every row of a run has in common."""
+    import peft
+    import triton
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=LEDGER.parent)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": commit.stdout.strip(),
+        "versions": versions | {"peft": peft.__version__},
+        "device": card.name,
+        "dtype": "bfloat16",
+        "rank": RANK,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: every gate that this card has is met; 1: one is missed, a result is wrong, or there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="run every step tiny, on the CPU; records nothing")
+    rehearse = parser.parse_args(arguments).rehearse
+    if not rehearse and not torch.cuda.is_available():
+        print(NO_GPU)
+        return 1
+    card, size = (Card("cpu"), REHEARSAL) if rehearse else (Card("cuda"), FULL)
+    shapes = [(33, 63, 100), (32, 48, 64)] if rehearse else [(63, 100, 577), (2048, 1024, 4096)]
+    try:
+        correct(card, shapes)
+        print(f"{card.name}: value and every gradient are right.")
+        return report(card, size)
+    except judge.WrongResult as wrong:
+        print(f"✗ {wrong}")
+        return 1
+
+
+def report(card: Card, size: Size) -> int:
+    """Measure, print and record everything; 1 if a gate of this card is missed."""
+    common, gated, missed = conditions(card), GATED_CARD in card.name, 0
+    for row in rows(card, size):
+        met = row.met if gated else None
+        missed += met is False
+        mark = {True: "✓", False: "✗", None: " "}[met]
+        limit = "" if row.limit is None else f"≤ {row.limit:.2f}"
+        print(
+            f"{mark} {row.gate:24} {row.shape:20} T {row.tokens:<5} {row.ratio:6.2f} ± {row.spread:4.0%} {limit}",
+            flush=True,
+        )
+        if card.is_gpu:
+            with LEDGER.open("a") as ledger:
+                print(json.dumps(common | {"suite": "gpu"} | row._asdict() | {"met": met}), file=ledger)
+    if not gated:
+        print(f"The limits are an {GATED_CARD}'s: on {card.name} no gate is met or missed.")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
