@@ -114,6 +114,21 @@ def test_overwrite_removes_the_demo_and_nothing_else(finished, tmp_path):
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
+def test_a_demo_cut_short_before_its_data_goes_on(tmp_path, tiny_lm, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "generate", killed)
+        with pytest.raises(Killed):
+            demo.run(tmp_path / "out", **tiny(tiny_lm))
+    monkeypatch.setattr(demo, "_make", lambda out, *_: sorted(path.name for path in out.iterdir()))
+    assert demo.run(tmp_path / "out", **tiny(tiny_lm)) == ["data", "settings.json"]
+
+
 def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatch):
     from dual_lora.lab import train
 

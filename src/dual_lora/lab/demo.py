@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import write_atomically
+from dual_lora.lab.folder import write_atomically, write_folder_atomically
 from dual_lora.lab.recipe import Recipe, read_recipe
 from dual_lora.lab.toolcalls import TEST_SETS, generate, messages_for
 
@@ -73,8 +73,10 @@ def run(
     else:
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no demo: give another --out.")
-        generate(seed, examples, test_examples).write(out / "data")
+        out.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, json.dumps(wanted))
+    if not (out / "data").is_dir():
+        write_folder_atomically(out / "data", generate(seed, examples, test_examples).write)
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
