@@ -236,7 +236,7 @@ class _Walk:
                 for name in self.layers:
                     if name in now:
                         self._layer(place, name, now[name], before.get(name), step_before, target.get(name))
-                    self.bar.advance()
+                    self.bar.to(self.bar.done + 1, f"step {place.step} · {name}")
                 if place.step and self.options.gradients and not self.setting.is_full:
                     self._gradients(place.step)
                 before, step_before = now, place.step
@@ -257,8 +257,9 @@ class _Walk:
                     self.setting.step_batches[0],
                     self.setting.loss_of_batch,
                     self.setting.recipe.train.learning_rate,
+                    names=self.layers,
                 )
-            self.result.first_step = [{"layer": n, **row} for n, row in steps.items() if n in self.layers]
+            self.result.first_step = [{"layer": n, **row} for n, row in steps.items()]
 
     def _target(self, place: Place, files: ExitStack) -> dict[str, LayerUpdate]:
         found = self.targets.get(place.step)
@@ -298,8 +299,9 @@ class _Walk:
             )
 
     def _gradients(self, step: int) -> None:
-        rows = gradient_pass(self.setting.model, self.setting.step_batches, self.setting.loss_of_batch)
-        self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items() if n in self.layers]
+        setting = self.setting
+        rows = gradient_pass(setting.model, setting.step_batches, setting.loss_of_batch, names=self.layers)
+        self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items()]
 
 
 def _ranks_apart(matrix: Factored) -> Row:

@@ -7,7 +7,7 @@ of a weight's size is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,9 +84,13 @@ def gradient_shares(layer: nn.Module) -> dict[str, float]:
 
 
 def gradient_pass(
-    model: Any, batches: list[Batch], loss_of: LossOf, adapter: str = "default"
+    model: Any,
+    batches: list[Batch],
+    loss_of: LossOf,
+    adapter: str = "default",
+    names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """By layer: gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
+    """By layer (all, or those named): gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
 
     cut: share of the entries of H = s G ⊙ ReLU(P) that the estimator changes, cut_moving: the same among entries with
     H ≠ 0; lost: share of Σ|H| that is gone; largest_H: the largest |H|. Under "clip" these are entries beyond ±1, under
@@ -94,7 +98,7 @@ def gradient_pass(
     The factors' gradients are summed over the batches; the model is left without gradients.
     """
     layers = adapted_layers(model)
-    updates = snapshot(model, adapter)
+    updates = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
     tallies: dict[str, Tensor] = {}
 
     def see(name: str, G: WeightGradient) -> None:
@@ -140,7 +144,12 @@ def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
 
 
 def first_step(
-    model: Any, batch: Batch, loss_of: LossOf, learning_rate: float, adapter: str = "default"
+    model: Any,
+    batch: Batch,
+    loss_of: LossOf,
+    learning_rate: float,
+    adapter: str = "default",
+    names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
 
@@ -148,7 +157,8 @@ def first_step(
     the first step of AdamW on the weight itself. The batch passes twice, once for the step and once for G, so that no
     G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0 nothing moves.
     """
-    layers, before = adapted_layers(model), snapshot(model, adapter)
+    layers = adapted_layers(model)
+    before = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
     with _evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         loss_of(model, batch).backward()

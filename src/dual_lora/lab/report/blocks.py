@@ -209,5 +209,6 @@ class Page:
 
 
 def slug(text: str) -> str:
-    """Lower-case letters, digits and dashes only: safe in a file name, an anchor and a label."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:80] or "part"
+    """Lower-case letters, digits and dashes only, at most 80: safe in a file name and an anchor."""
+    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "part"
+    return plain if len(plain) <= 80 else f"{plain[:40].strip('-')}-{plain[-38:].strip('-')}"

@@ -14,8 +14,10 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from dual_lora.lab.report.blocks import Block, Chart, Column, Page, Row, Section, Source, Table, Text, slug
+from dual_lora.lab.report.blocks import Block, Chart, Column, Page, Row, Section, Source, Table, Text, Verdict, slug
 from dual_lora.lab.report.studies import MOODS
+
+CARDS = 9  # verdicts that are shown unfolded
 
 
 def render(page: Page, live: int = 0) -> str:
@@ -116,12 +118,19 @@ class _Writer:
             return self.table(block)
         if isinstance(block, Chart):
             return self.chart(block)
-        items = "".join(
+        return self.verdicts(block)
+
+    def verdicts(self, verdicts: list[Verdict]) -> str:
+        """Cards, sure ones first; beyond a screenful the rest is folded."""
+        ordered = sorted(verdicts, key=lambda v: ("good", "bad", "same", "open").index(v.mood))
+        items = [
             f'<li class="{v.mood}"><span class="chip">{_sign(v.mood)} {escape(v.verdict)}</span>'
             f"<p>{escape(v.sentence)}</p></li>"
-            for v in block
-        )
-        return f'<ul class="verdicts">{items}</ul>' if items else ""
+            for v in ordered
+        ]
+        first, rest = (f'<ul class="verdicts">{"".join(part)}</ul>' for part in (items[:CARDS], items[CARDS:]))
+        more = f'<details id="{self._id("more verdicts")}"><summary>{len(items) - CARDS} more</summary>{rest}</details>'
+        return (first if items else "") + (more if len(items) > CARDS else "")
 
     def table(self, table: Table) -> str:
         name = self._id(table.title)
@@ -151,9 +160,9 @@ class _Writer:
             f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>{note}{_from(table.source)}"
         )
         if table.folded:
-            summary = f"<summary>{escape(table.title)} ({len(table.rows)} rows)</summary>"
+            summary = f"<summary>{escape(_short(table.title))} ({len(table.rows)} rows)</summary>"
             return f'<details class="card" id="{name}-fold">{summary}{tools}{whole}</details>'
-        return f'<div class="card"><div class="head"><h3>{escape(table.title)}</h3>{tools}</div>{whole}</div>'
+        return f'<div class="card"><div class="head"><h3>{escape(_short(table.title))}</h3>{tools}</div>{whole}</div>'
 
     def chart(self, chart: Chart) -> str:
         if not chart.views:
@@ -173,7 +182,7 @@ class _Writer:
             t for t in (chart.note, f"Shaded: {chart.band_label}." if chart.band and chart.band_label else "") if t
         )
         return (
-            f'<figure class="card"><div class="head"><h3>{escape(chart.title)}</h3>'
+            f'<figure class="card"><div class="head"><h3>{escape(_short(chart.title))}</h3>'
             f'<div class="tools">{choice}</div></div>'
             f'<div class="plot" id="{name}" tabindex="0" role="group" '
             f'aria-label="{escape(chart.title)}. Arrow keys go from point to point."></div>'
@@ -182,6 +191,12 @@ class _Writer:
             '<div class="scroll" tabindex="0"></div></details>'
             f"{_from(chart.source)}</figure>"
         )
+
+
+def _short(title: str) -> str:
+    """A title without what the section's heading says already: "study: scores" -> "Scores"."""
+    last = title.rpartition(": ")[2]
+    return last[:1].upper() + last[1:]
 
 
 def _cell(column: Column, row: Row) -> str:
@@ -195,7 +210,7 @@ def _cell(column: Column, row: Row) -> str:
     if column.is_number:
         raw = "" if text == "" else repr(value)
         return f'<td class="n" data-v="{escape(raw)}">{escape(text)}</td>'
-    return f'<td class="t">{escape(text)}</td>'
+    return f'<td class="{"t long" if len(text) > 30 else "t"}">{escape(text)}</td>'
 
 
 def _numeric(column: Column) -> str:

@@ -97,12 +97,13 @@ def build_page(material: Material, title: str) -> Page:
     order = ("Verdicts", "Studies", "Analyses", "Benchmarks")
     sections.sort(key=lambda section: order.index(section.group))
     made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
-    parts = [
-        (len(material.studies), "studies"),
-        (len(material.analyses), "analyses"),
-        (len(material.ledgers), "ledgers"),
-    ]
-    counts = ", ".join(f"{n} {what}" for n, what in parts if n)
+    kinds = (
+        (material.studies, "study", "studies"),
+        (material.running, "study under way", "studies under way"),
+        (material.analyses, "analysis", "analyses"),
+        (material.ledgers, "ledger", "ledgers"),
+    )
+    counts = ", ".join(f"{len(found)} {one if len(found) == 1 else many}" for found, one, many in kinds if found)
     return Page(title, sections, sources, material.problems, f"{made}{' from ' + counts if counts else ''}.")
 
 

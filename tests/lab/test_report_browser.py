@@ -1,0 +1,316 @@
+"""The page in real headless Chromium: loads without errors, sorts, shows values on hover, tables are saved, no harm."""
+
+import shutil
+
+import pytest
+import report_material as material
+
+from dual_lora.lab.report.report import report
+
+selenium = pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
+BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver on the PATH"),
+]
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=1280,900"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_script_timeout(20)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = material.write(tmp_path_factory.mktemp("report") / "work", material.HOSTILE)
+    out = folder.parent / "report.html"
+    report([folder], out)
+    return out
+
+
+@pytest.fixture
+def page(browser, page_file):
+    browser.get(page_file.as_uri())
+    browser.get_log("browser")  # what an earlier test may have left
+    browser.refresh()
+    assert browser.execute_script("return document.documentElement.dataset.ready") == "yes"
+    return browser
+
+
+def texts(page, selector):
+    return page.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
+
+
+def column(page, table, index):
+    rows = (
+        "return [...document.querySelectorAll(`#${arguments[0]} tbody tr`)].map(r => r.cells[arguments[1]].textContent)"
+    )
+    return page.execute_script(rows, table, index)
+
+
+def a_table(page, ending):
+    ids = page.execute_script("return [...document.querySelectorAll('table[id]')].map(t => t.id)")
+    return next(name for name in ids if name.endswith(ending))
+
+
+def test_loads_without_a_message_on_the_console(page):
+    assert page.get_log("browser") == []
+    assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_every_chart_is_drawn(page):
+    drawn = page.execute_script(
+        "return [...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll('svg > *').length])"
+    )
+    assert len(drawn) >= 9
+    assert all(count > 4 for _, count in drawn), drawn
+
+
+def test_no_value_is_drawn_as_nan(page):
+    markup = page.execute_script("return [...document.querySelectorAll('.plot svg')].map(s => s.outerHTML).join()")
+    assert "NaN" not in markup
+    assert "Infinity" not in markup
+    assert "undefined" not in markup
+
+
+def test_hostile_names_are_text(page):
+    assert page.execute_script("return window.pwned") is None
+    assert page.execute_script("return document.querySelectorAll('img').length") == 0
+    assert any(material.HOSTILE in text for text in texts(page, "td"))
+    assert any(material.HOSTILE in text for text in texts(page, "h2"))
+
+
+def test_injected_script_would_not_run(page):
+    page.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.pwned=3'; document.body.append(s)"
+    )
+    assert page.execute_script("return window.pwned") is None
+    assert "Content Security Policy" in page.get_log("browser")[0]["message"]
+
+
+def test_sorting_by_mouse_and_by_keyboard(page):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    table = a_table(page, "-verdicts")
+    head = page.find_element(By.CSS_SELECTOR, f"#{table} th:nth-child(6)")
+
+    def figures():
+        return [float(t.replace("−", "-")) for t in column(page, table, 5)]
+
+    before = figures()
+    button = head.find_element(By.TAG_NAME, "button")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    button.click()
+    assert figures() == sorted(before, reverse=True) != before
+    assert head.get_attribute("aria-sort") == "descending"
+    button.send_keys(Keys.ENTER)
+    assert figures() == sorted(before)
+    assert head.get_attribute("aria-sort") == "ascending"
+    first = page.find_element(By.CSS_SELECTOR, f"#{table} th:first-child button")
+    first.send_keys(Keys.SPACE)
+    names = column(page, table, 0)
+    assert names[0] == names[1]  # each method twice, side by side
+    assert head.get_attribute("aria-sort") is None
+
+
+def test_missing_values_sort_last(page):
+    table = a_table(page, "-at-a-glance")
+    heads = texts(page, f"#{table} th")
+    index = heads.index("Sign flipped")
+    for _ in range(2):
+        page.execute_script(f"document.querySelector('#{table} th:nth-child({index + 1}) button').click()")
+        assert column(page, table, index)[-1] == ""
+
+
+def test_filter(page):
+    table = a_table(page, "-scores-table")
+    page.execute_script(
+        f"const i = document.getElementById('{table}').closest('.card').querySelector('input');"
+        "i.value = 'dora'; i.dispatchEvent(new Event('input'))"
+    )
+    hidden = page.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(r => r.hidden)")
+    assert hidden.count(False) == 2
+
+
+def test_hover_shows_values_and_leaves(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.by import By
+
+    plot = page.find_element(By.CSS_SELECTOR, ".plot")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
+    mark = plot.find_element(By.CSS_SELECTOR, "svg circle, svg polygon")
+    ActionChains(page).move_to_element(mark).perform()
+    tip = plot.find_element(By.CSS_SELECTOR, ".tip")
+    assert tip.is_displayed()
+    assert "difference in choice" in tip.text
+    assert "…" in tip.text  # the interval
+    ActionChains(page).move_to_element(page.find_element(By.TAG_NAME, "h1")).perform()
+    assert not tip.is_displayed()
+
+
+def test_keyboard_goes_from_point_to_point_and_says_them(page):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    plot = page.find_element(By.CSS_SELECTOR, ".plot")
+    said = []
+    for _ in range(2):
+        plot.send_keys(Keys.ARROW_RIGHT)
+        said.append(page.execute_script("return document.querySelector('.plot [aria-live]').textContent"))
+    assert said[0] != said[1]
+    plot.send_keys(Keys.ESCAPE)
+    assert not plot.find_element(By.CSS_SELECTOR, ".tip").is_displayed()
+
+
+def test_choice_of_measure_and_values_as_a_table(page):
+    script = """
+        const named = (f) => f.querySelector('h3').textContent === 'Over training';
+        const figure = [...document.querySelectorAll('figure')].find(named);
+        const values = figure.querySelector('details.values');
+        values.open = true;
+        const select = figure.querySelector('select');
+        const done = arguments[0];
+        setTimeout(() => {
+            const before = figure.querySelector('.scroll').textContent;
+            select.value = [...select.options].find(o => o.textContent === '‖ΔW‖ / ‖W₀‖').value;
+            select.dispatchEvent(new Event('change'));
+            setTimeout(() => done([before, figure.querySelector('.scroll').textContent]), 50);
+        }, 100);
+    """
+    before, after = page.execute_async_script(script)
+    assert "51.33 %" in before
+    assert "20 %" in after
+
+
+def test_a_series_can_be_switched_off(page):
+    script = """
+        const named = (f) => f.querySelector('h3').textContent === 'Over training';
+        const figure = [...document.querySelectorAll('figure')].find(named);
+        const count = () => figure.querySelectorAll('.plot polyline').length;
+        const before = count();
+        figure.querySelector('.legend button').click();
+        return [before, count(), figure.querySelector('.legend button').getAttribute('aria-pressed')];
+    """
+    assert page.execute_script(script) == [2, 1, "false"]
+
+
+def test_saved_tables_are_what_the_command_exports(page):
+    table = a_table(page, "-verdicts")
+
+    def saved(kind):
+        script = f"document.getElementById('{table}').closest('.card').querySelector('[data-export={kind}]').click();"
+        return page.execute_script(script + "return window.lastExport")
+
+    rows = saved("csv").splitlines()
+    assert rows[0].startswith("method,against,task,metric,verdict,difference")
+    assert len(rows) == 7
+    exact = material.study(material.HOSTILE)["comparisons"][0]["difference"]
+    assert str(exact) in rows[1]
+    assert saved("md").splitlines()[1].startswith("|---|---|---|---|---|---:|")
+    assert "\\textbackslash{}\\$" in saved("tex")
+
+
+def test_dark_mode_by_system_and_by_button(page):
+    from selenium.webdriver.common.by import By
+
+    def colours():
+        paper = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+        return [int(n) for n in paper[4:-1].split(",")]
+
+    media = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    assert max(colours()) < 60
+    button = page.find_element(By.ID, "theme")
+    button.click()
+    assert "light" in button.text
+    assert min(colours()) > 200
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    button.click()
+    assert max(colours()) < 60
+    button.click()
+
+
+def test_contrast_is_enough_in_both_themes(page):
+    """WCAG AA for text: 4.5 to 1."""
+    script = """
+        const css = getComputedStyle(document.documentElement);
+        const light = (name) => {
+            const hex = css.getPropertyValue(name).trim().slice(1);
+            const [r, g, b] = [0, 2, 4].map(i => parseInt(hex.slice(i, i + 2), 16) / 255)
+                .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+        };
+        return arguments[0].map(([a, b]) => {
+            const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+            return [a, b, (x + 0.05) / (y + 0.05)];
+        });
+    """
+    text = [[ink, paper] for ink in ("--ink", "--soft", "--accent") for paper in ("--paper", "--card")]
+    text += [[f"--{mood}", f"--{mood}-soft"] for mood in ("good", "bad", "same", "open")]
+    marks = [[f"--s{i}", "--card"] for i in range(8)]
+    for theme in ("light", "dark"):
+        page.execute_script("document.documentElement.dataset.theme = arguments[0]", theme)
+        for pairs, least in ((text, 4.5), (marks, 3.0)):
+            for a, b, ratio in page.execute_script(script, pairs):
+                assert ratio >= least, (theme, a, b, ratio)
+
+
+def test_everything_that_can_be_used_has_a_name(page):
+    nameless = page.execute_script(
+        """return [...document.querySelectorAll('button, select, input, [role=group], [role=region]')]
+            .filter(e => !(e.getAttribute('aria-label') || e.textContent.trim())).map(e => e.outerHTML.slice(0, 80))"""
+    )
+    assert nameless == []
+    assert page.execute_script("return document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_nothing_is_wider_than_a_phone(page, width):
+    phone = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        page.refresh()
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        assert page.execute_script("return [...document.querySelectorAll('.plot svg')].every(s => s.clientWidth > 200)")
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_live_page_keeps_its_place(browser, page_file):
+    import time
+
+    from dual_lora.lab.report import report as module
+
+    out = page_file.parent / "live.html"
+    module.report([page_file.parent / "work"], out, live=1)
+    browser.get(out.as_uri())
+    table = a_table(browser, "-verdicts")
+    browser.execute_script(f"document.querySelector('#{table} th:nth-child(6) button').click(); scrollTo(0, 700)")
+    browser.execute_script("window.old = true")
+    for _ in range(50):
+        time.sleep(0.1)
+        if not browser.execute_script("return window.old") and browser.execute_script("return scrollY") > 0:
+            break
+    assert browser.execute_script("return window.old") is None
+    assert browser.execute_script("return scrollY") == pytest.approx(700, abs=3)
+    head = f"return document.querySelector('#{table} th:nth-child(6)').getAttribute('aria-sort')"
+    assert browser.execute_script(head) == "descending"
+    browser.get("about:blank")
