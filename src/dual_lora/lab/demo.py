@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import write_atomically, write_folder_atomically
 from dual_lora.lab.recipe import Recipe, read_recipe
 from dual_lora.lab.toolcalls import TEST_SETS, generate, messages_for
+
+if TYPE_CHECKING:
+    from dual_lora.lab.evaluate import EvalResult
+    from dual_lora.lab.train import RunResult
 
 RECIPE = "tool-calls"
 EXAMPLES = 1_000  # to train on
@@ -33,11 +37,11 @@ class DemoResult:
     seed: int
     examples: int
     trainable_parameters: int
-    all_parameters: int
+    base_parameters: int
     exact_match: dict[str, dict[str, list[int]]]  # "base" or "tuned" -> test set -> [right, of so many]
     shown: list[dict[str, str]]  # set, request, before, after, expected
     merged: str  # the plain model's folder
-    merged_same: list[int]  # [answers equal to the adapter's, of so many]
+    merged_same: list[int] = field(default_factory=list)  # [answers equal to the adapter's, of so many]
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     peak_memory: int = 0
     reused: bool = False
@@ -118,49 +122,53 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.evaluate import evaluate, write_result
     from dual_lora.lab.merge import merge
-    from dual_lora.lab.record import peak_memory
     from dual_lora.lab.train import run as train
     from dual_lora.lab.tuned import open_tuned
 
     seconds: dict[str, float] = {}
-    with _timed(seconds, "training"):
+    with _stage("training", seconds, progress):
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
         raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
-    with _timed(seconds, "evaluation"):
+    files = {name: recipe.data.model_copy(update={"test": str(out / "data" / f"{name}.jsonl")}) for name in TEST_SETS}
+    sets = {name: load_split(data, "test") for name, data in files.items()}
+    results: dict[str, EvalResult] = {}
+    with _stage("evaluation", seconds, progress):
         tuned = replace(trained.tuned or open_tuned(out / "run"), run=None)  # its results belong to the demo
-        results, sets = {}, {}
-        for name in TEST_SETS:
-            sets[name] = load_split(
-                recipe.data.model_copy(update={"test": str(out / "data" / f"{name}.jsonl")}), "test"
-            )
-            results[name] = evaluate(tuned, recipe.data, recipe.evaluate, examples=sets[name], progress=progress)
-            write_result(results[name], out / "evaluation" / name)
-    answers = {
-        (variant, name): [row["predicted"] for row in result.items if row["variant"] == variant]
-        for name, result in results.items()
-        for variant in ("base", "tuned")
-    }
-
-    with _timed(seconds, "merging and checking"):
-        del tuned
         trained.tuned = None
+        for name, examples in sets.items():
+            results[name] = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, progress=progress)
+            write_result(results[name], out / "evaluation" / name)
+        del tuned  # room for the merged model
+
+    with _stage("merging and checking", seconds, progress):
         if not (out / "merged").is_dir():
             merge(out / "run", out / "merged")
         last = TEST_SETS[-1]
-        checked = evaluate(
-            _open_merged(out, recipe), recipe.data, recipe.evaluate, examples=sets[last], progress=progress
-        )
-        same = [row["predicted"] == text for row, text in zip(checked.items, answers["tuned", last], strict=True)]
+        plain = _open_merged(out, recipe)
+        checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last], progress=progress)
 
-    result = DemoResult(
+    result = _result(out, seed, trained, sets, results)
+    same = [a == b for a, b in zip(_answers(checked, "base"), _answers(results[last], "tuned"), strict=True)]
+    result.merged_same = [sum(same), len(same)]
+    result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
+    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    return result
+
+
+def _result(
+    out: Path, seed: int, trained: RunResult, sets: dict[str, list[Any]], results: dict[str, EvalResult]
+) -> DemoResult:
+    from dual_lora.lab.record import peak_memory
+
+    return DemoResult(
         folder=str(out),
         seed=seed,
         examples=trained.examples,
         trainable_parameters=trained.trainable_parameters,
-        all_parameters=trained.all_parameters - trained.trainable_parameters,
+        base_parameters=trained.all_parameters - trained.trainable_parameters,
         exact_match={
             variant: {
                 name: [int(sum(result.scores(variant, "exact_match"))), result.examples]
@@ -172,20 +180,21 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
             {
                 "set": name,
                 "request": str(example.messages[-2]["content"]),
-                "before": answers["base", name][i],
-                "after": answers["tuned", name][i],
+                "before": _answers(results[name], "base")[i],
+                "after": _answers(results[name], "tuned")[i],
                 "expected": example.answer,
             }
-            for name in TEST_SETS
-            for i, example in enumerate(sets[name][:SHOWN])
+            for name, examples in sets.items()
+            for i, example in enumerate(examples[:SHOWN])
         ],
         merged=str(out / "merged"),
-        merged_same=[sum(same), len(same)],
-        seconds={stage: round(spent, 1) for stage, spent in seconds.items()},
         peak_memory=max(trained.peak_memory, peak_memory()),
     )
-    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
-    return result
+
+
+def _answers(result: EvalResult, variant: str) -> list[str]:
+    """The generated texts in the order of the examples; a plain model, such as the merged one, is a "base"."""
+    return [row["predicted"] for row in result.items if row["variant"] == variant]
 
 
 def _open_merged(out: Path, recipe: Recipe) -> Any:
@@ -206,7 +215,12 @@ def _clear(out: Path) -> None:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
+    """Name what begins, since models load for a while before a bar appears, and time it."""
+    from dual_lora.lab.progress import console
+
+    if progress:
+        console.print(f"[bold]{name}[/bold] (stage {len(seconds) + 1} of 3)")
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[name] = time.perf_counter() - start

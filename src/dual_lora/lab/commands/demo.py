@@ -99,12 +99,12 @@ def _pair(result: DemoResult, name: str) -> list[list[int]]:
 
 
 def _facts(result: DemoResult) -> Panel:
-    share = result.trainable_parameters / result.all_parameters
+    share = result.trainable_parameters / result.base_parameters
     same, count = result.merged_same
     spent = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
     facts = {
         "trained on": f"{result.examples:,} examples, seed {result.seed}",
-        "parameters": f"{result.trainable_parameters:,} trained beside {result.all_parameters:,} frozen ({share:.1%})",
+        "parameters": f"{result.trainable_parameters:,} trained beside {result.base_parameters:,} frozen ({share:.1%})",
         "time": f"{duration(result.total_seconds)}: {spent}",
         "memory": f"{size(result.peak_memory)} at the peak",
         "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",
