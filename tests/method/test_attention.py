@@ -1,0 +1,187 @@
+"""nn.MultiheadAttention, packed and with separate projections, input and output projection adapted."""
+
+import weakref
+
+import pytest
+import torch
+from judged import (
+    Holder,
+    adapted,
+    assert_merges_exactly,
+    assert_same_bits,
+    assert_survives_saving,
+    base_output,
+    expect,
+    leaves,
+)
+from peft import get_peft_model
+from torch import nn
+
+from dual_lora import DualLoraConfig
+from dual_lora.core.compose_op import dual_lora_weight
+from dual_lora.core.reference import delta_weight
+from dual_lora.method import attention
+
+PACKED, SEPARATE = {}, {"kdim": 5, "vdim": 12}
+LAYOUTS = pytest.mark.parametrize("layout", [PACKED, SEPARATE], ids=["packed", "separate"])
+
+
+def multihead(layout, **options):
+    torch.manual_seed(1)
+    return nn.MultiheadAttention(8, 2, batch_first=True, **layout, **options)
+
+
+def call(layer, x):
+    """Self-attention, or with keys and values of other widths."""
+    key, value = x[..., : layer.kdim], torch.cat([x, -x], -1)[..., : layer.vdim]
+    return layer(x, key, value)
+
+
+def inputs():
+    return torch.randn(3, 5, 8)
+
+
+def weights_of(base, layer, factors, out_factors):
+    out = layer.base_layer.out_proj
+    weights = {"out_proj.weight": base.out_proj.weight.detach() + update(out, out_factors)}
+    whole = update(layer, factors)
+    names = ["in_proj_weight"] if base._qkv_same_embed_dim else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    start = 0
+    for name in names:
+        W = getattr(base, name).detach()
+        weights[name] = W + whole[start : start + len(W), : W.shape[1]]
+        start += len(W)
+    return weights
+
+
+def update(layer, factors):
+    return delta_weight(factors, layer.dual_lora_scale["default"], layer.forms["default"])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+def test_value_and_gradients(layout, ste):
+    base, x = multihead(layout), inputs()
+    model, layer = adapted(base, call, ste=ste)
+    model.train()
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = model(ours)[0]
+    factors, outs = leaves(layer), leaves(layer.base_layer.out_proj)
+    expected = expect(base, weights_of(base, layer, factors, outs), theirs, call)[0]
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected.backward(g)
+    pairs = {
+        "dx": (ours.grad, theirs.grad),
+        **{f"in {n}": (a.grad, b.grad) for n, a, b in zip("ABCD", layer.factors("default"), factors, strict=True)},
+        **{
+            f"out {n}": (a.grad, b.grad)
+            for n, a, b in zip("ABCD", layer.base_layer.out_proj.factors("default"), outs, strict=True)
+        },
+    }
+    for name, (a, b) in pairs.items():
+        assert b.any(), name
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@LAYOUTS
+def test_merge(layout):
+    assert_merges_exactly(multihead(layout), inputs(), call)
+
+
+@LAYOUTS
+def test_saving(layout, tmp_path):
+    assert_survives_saving(multihead(layout), inputs(), tmp_path, call)
+
+
+def test_a_broken_adapter_leaves_the_base_untouched():
+    model, layer = adapted(multihead(PACKED), call)
+    before = {k: v.clone() for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
+    layer.factors("default").B.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    after = {k: v for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
+    assert_same_bits(after, before)
+    assert not layer.merged
+
+
+@LAYOUTS
+def test_composed_weights_are_not_kept_for_backward(layout, monkeypatch):
+    made = []
+
+    def spied(*args, **kwargs):
+        W = dual_lora_weight(*args, **kwargs)
+        made.append(weakref.ref(W))
+        return W
+
+    monkeypatch.setattr(attention, "dual_lora_weight", spied)
+    model, _ = adapted(multihead(layout), call)
+    y = model(inputs().requires_grad_())[0]
+    assert len(made) == (2 if layout is PACKED else 4)
+    assert [ref() for ref in made] == [None] * len(made)
+    y.sum().backward()
+
+
+def test_the_base_parameters_stay_registered_during_and_after_a_failing_forward():
+    model, layer = adapted(multihead(PACKED), call)
+    names = list(layer.base_layer._parameters)
+    weight = layer.base_layer.in_proj_weight
+    with pytest.raises(AssertionError):
+        model(torch.randn(3, 5, 7))
+    assert list(layer.base_layer._parameters) == names
+    assert layer.base_layer.in_proj_weight is weight
+
+
+def test_inference_composes_once(monkeypatch):
+    model, _ = adapted(multihead(PACKED), call)
+    model.eval()
+    x = inputs()
+    made = []
+    monkeypatch.setattr(
+        attention, "dual_lora_weight", lambda *args, **kwargs: made.append(1) or dual_lora_weight(*args, **kwargs)
+    )
+    with torch.no_grad():
+        once, twice = model(x)[0], model(x)[0]
+    assert torch.equal(once, twice)
+    assert len(made) == 2
+
+
+def test_encoder_layer():
+    """PyTorch's own encoder layer reads attributes off its attention and takes a fast path in inference."""
+    torch.manual_seed(1)
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = inputs()
+    model = get_peft_model(
+        nn.Sequential(base), DualLoraConfig(target_modules=["0.self_attn"], init_weights=False, r=4)
+    ).eval()
+    with torch.no_grad():
+        fast = model(x)
+        slow = model(x.requires_grad_())
+        torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+        merged = model.merge_and_unload()(x)
+    torch.testing.assert_close(merged, fast, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_is_said_to_have_no_effect():
+    with pytest.warns(UserWarning, match="dropout=0.5 has no effect on nn.MultiheadAttention"):
+        adapted(multihead(PACKED), call, dropout=0.5)
+
+
+def test_mixed_batch_is_refused():
+    model, _ = adapted(multihead(PACKED), call)
+    model.eval()
+    with pytest.raises(TypeError, match="does not support mixed adapter batches"):
+        model.base_model.model.it(inputs(), inputs(), inputs(), adapter_names=["default"] * 3)
+
+
+def test_disabled_is_the_base():
+    base, x = multihead(PACKED), inputs()
+    model, _ = adapted(base, call)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(x)[0], base_output(base, x, call)[0])
+
+
+def test_holder_calls_like_the_plain_layer():
+    base, x = multihead(SEPARATE), inputs()
+    assert torch.equal(Holder(base, call)(x)[0], call(base, x)[0])

@@ -1,0 +1,120 @@
+"""Embeddings: rows of W + ΔW, gradients as nn.Embedding's, padding untouched, only the rows in use composed."""
+
+import pytest
+import torch
+from judged import adapted, assert_judged, assert_merges_exactly, assert_survives_saving, delta
+from peft import get_peft_model
+from torch import nn
+
+from dual_lora import DualLoraConfig
+from dual_lora.core import blocked
+
+IDS = torch.tensor([[1, 5, 1], [0, 29, 7]])
+
+
+def embedding(**options):
+    torch.manual_seed(1)
+    return nn.Embedding(30, 6, **options)
+
+
+def weights_of(base, layer, factors):
+    update = delta(layer, factors)
+    if base.padding_idx is not None:
+        update = update * (torch.arange(30) != base.padding_idx)[:, None]
+    return {"weight": base.weight.detach() + update}
+
+
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}], ids=str)
+def test_value_and_gradients(options, ste):
+    assert_judged(embedding(**options), IDS, weights_of, ste=ste)
+
+
+def test_max_norm_shortens_the_composed_rows_and_leaves_the_weight_alone():
+    base = embedding(max_norm=0.5)
+    before = base.weight.detach().clone()
+    model, layer = adapted(base)
+    y = model(IDS)
+    full = before + layer.get_delta_weight("default")
+    expected = full[IDS] * (0.5 / full[IDS].norm(dim=-1, keepdim=True)).clamp(max=1)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(layer.base_layer.weight, before)
+
+
+def test_only_rows_in_use_are_composed(monkeypatch):
+    composed = []
+    original = blocked.compose
+    monkeypatch.setattr(blocked, "compose", lambda W, *a, **k: composed.append(W.shape) or original(W, *a, **k))
+    model, _ = adapted(embedding())
+    model(IDS)
+    assert composed == [(5, 6)]
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}], ids=str)
+def test_merge(options):
+    assert_merges_exactly(embedding(**options), IDS, atol=1e-6)
+
+
+def test_padding_row_is_untouched_by_merging():
+    base = embedding(padding_idx=1)
+    merged = adapted(base)[0].merge_and_unload()
+    assert torch.equal(merged.it.weight[1], base.weight[1])
+    assert not torch.equal(merged.it.weight[5], base.weight[5])
+
+
+def test_saving(tmp_path):
+    assert_survives_saving(embedding(), IDS, tmp_path)
+
+
+def test_scaled_embedding_scales_the_update_too():
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    base = Gemma3TextScaledWordEmbedding(30, 6, padding_idx=None, embed_scale=3.0)
+    model, layer = adapted(base)
+    expected = 3 * (base.weight + layer.get_delta_weight("default"))[IDS]
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_batch_equals_separate_batches():
+    model, _ = adapted(embedding(), adapter="a")
+    model.add_adapter("b", DualLoraConfig(target_modules=["it"], init_weights=False))
+    model.eval()
+    mixed = model(IDS, adapter_names=["a", "b"])
+    for row, name in enumerate(["a", "b"]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row : row + 1], model(IDS[row : row + 1]), atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_base_keeps_fp32_factors():
+    model, layer = adapted(embedding().bfloat16())
+    y = model(IDS)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.factors("default").A.grad.dtype == torch.float32
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.emb, self.head = nn.Embedding(30, 6), nn.Linear(6, 30, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, x):
+        return self.head(self.emb(x))
+
+
+def test_tied_head_sees_the_base_before_and_the_merged_weight_after_merging():
+    """As with LoRA: an adapter is on one of the tied modules, a merge writes into the weight that both hold."""
+    model = get_peft_model(Tied(), DualLoraConfig(target_modules=["emb"], init_weights=False)).eval()
+    base = Tied()
+    delta_weight = model.base_model.model.emb.get_delta_weight("default")
+    with torch.no_grad():
+        W = base.emb.weight
+        torch.testing.assert_close(model(IDS), (W + delta_weight)[IDS] @ W.t())
+        model.merge_adapter()
+        torch.testing.assert_close(model(IDS), (W + delta_weight)[IDS] @ (W + delta_weight).t())
+        model.unmerge_adapter()
+        assert torch.equal(model.base_model.model.head.weight, W)
