@@ -1,0 +1,190 @@
+"""Imports point inwards, `import dual_lora` is light, and every module imports on its own, without the extras."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dual_lora
+
+ROOT = Path(dual_lora.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+RINGS = ["core", "method", "lab"]  # from the inside out
+
+# What each ring may import beyond the standard library and the rings inside it.
+ALLOWED = {
+    "core": {"torch", "triton"},
+    "method": {"torch", "peft", "transformers", "safetensors", "deepspeed"},
+    "": set(),
+}
+EXTRAS = [  # without accelerate and yaml, which PEFT itself needs
+    "cyclopts",
+    "datasets",
+    "deepspeed",
+    "gguf",
+    "pydantic",
+    "rich",
+    "scipy",
+    "sklearn",
+    "triton",
+    "trl",
+]
+
+
+def dotted(path):
+    return ".".join(("dual_lora", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def ring(name):
+    """core, method or lab; "" for the package's own files."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in RINGS else ""
+
+
+def imports(path):
+    """Absolute names of everything that a file imports, wherever in the file it stands."""
+    package = dotted(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def test_the_walk_sees_the_imports():
+    seen = set(imports(ROOT / "method" / "layer.py"))
+    assert {"torch", "dual_lora.core.blocked", "dual_lora.core.op.dual_lora_linear"} <= seen
+    assert {ring(dotted(path)) for path in MODULES} == {*RINGS, ""}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_imports_point_inwards(path):
+    own = ring(dotted(path))
+    for name in imports(path):
+        if name.split(".")[0] == "dual_lora":
+            other = ring(name)
+            # The package's own file lists names of core and method, and no ring looks at it but lab.
+            if own == "":
+                assert other != "lab", f"{dotted(path)} imports {name}"
+            elif own != "lab":
+                assert other in RINGS[: RINGS.index(own) + 1], f"{dotted(path)} imports {name}: outwards"
+        elif own != "lab":
+            top = name.split(".")[0]
+            known = top in sys.stdlib_module_names or top in ALLOWED[own]
+            assert known, f"{dotted(path)} imports {name}, which its ring may not"
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    loaded = python("import sys, dual_lora; print(*sys.modules)").split()
+    assert "dual_lora" in loaded
+    heavy = {"torch", "peft", "transformers", "numpy", "triton", "accelerate", "safetensors", "dual_lora.method"}
+    assert not heavy & set(loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dual_lora, peft",
+        "import peft, dual_lora",
+        "import dual_lora; from peft import get_peft_model; import peft",
+        "from dual_lora import DualLoraConfig; import peft",
+        "import dual_lora.method.layer, peft",
+        "import transformers, dual_lora; from peft import PeftConfig; import peft",
+    ],
+)
+def test_the_method_is_registered_in_whatever_order(code):
+    python(
+        f"{code}\n"
+        "kind = peft.utils.PeftType.DUAL_LORA\n"
+        "from peft import mapping\n"
+        "import dual_lora\n"
+        "assert mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind] is dual_lora.DualLoraConfig\n"
+        "assert mapping.PEFT_TYPE_TO_TUNER_MAPPING[kind] is dual_lora.DualLoraModel\n"
+        "assert mapping.PEFT_TYPE_TO_PREFIX_MAPPING[kind] == 'dual_lora_'\n"
+        "assert peft.get_peft_config({'peft_type': 'DUAL_LORA', 'r': 4}).r1 == 2\n"
+    )
+
+
+def test_registering_twice_is_harmless():
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import PeftType
+
+    from dual_lora.method.registration import register
+
+    before, members = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
+    register()
+    assert before == PEFT_TYPE_TO_CONFIG_MAPPING
+    assert members == list(PeftType)
+
+
+@pytest.mark.slow
+def test_a_method_of_that_name_in_peft_itself_is_left_alone():
+    python(
+        "import warnings\n"
+        "from peft.utils import PeftType\n"
+        "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING\n"
+        "import peft\n"
+        "from dual_lora.method import registration\n"
+        "kind = PeftType.DUAL_LORA\n"
+        "theirs = PEFT_TYPE_TO_TUNER_MAPPING[kind] = peft.LoraModel\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    registration.register()\n"
+        "assert 'PEFT has its own method DUAL_LORA' in str(caught[0].message), caught\n"
+        "assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is theirs\n"
+    )
+
+
+def test_public_names():
+    """Adding, renaming or removing a public name is a decision: it is made here and in `__init__`."""
+    assert sorted(dual_lora.__all__) == [
+        "Adapter",
+        "DualLoraCallback",
+        "DualLoraConfig",
+        "DualLoraLayer",
+        "DualLoraModel",
+        "Factors",
+        "Form",
+        "__version__",
+        "composed_weights",
+        "delta_weight",
+        "dual_lora_linear",
+        "grad_scaler",
+    ]
+    assert dir(dual_lora) == sorted(dual_lora.__all__)
+    for name in dual_lora.__all__:
+        assert getattr(dual_lora, name) is not None
+        assert name == "__version__" or getattr(dual_lora, name).__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = dual_lora.nothing
+
+
+def test_version_is_the_installed_one():
+    from importlib.metadata import version
+
+    assert dual_lora.__version__ == version("dual_lora")
+
+
+@pytest.mark.slow
+def test_core_and_method_import_without_the_extras():
+    names = [dotted(p) for p in MODULES if ring(dotted(p)) != "lab" and not p.name.startswith("triton_")]
+    python(
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # None: it cannot be imported
+        f"for name in {names!r}:\n"
+        "    __import__(name)\n"
+        f"assert not any(sys.modules[name] for name in {EXTRAS!r})"
+    )
