@@ -78,7 +78,8 @@ def _method(name: str, task: str, table: Any, i: int) -> dict[str, Any]:
         "score": float(table.mean()), "score_deviation": float(table.mean(1).std(ddof=1)), "items": 60, "diverged": 0,
         "diverged_in_search": False,
         "cost": {
-            "train_seconds": 10.0 + i, "steps_per_second": 3.0, "tokens_per_second": 900.0, "peak_memory": 1e9 + 1e8 * i,
+            "train_seconds": 10.0 + i, "steps_per_second": 3.0, "tokens_per_second": 900.0,
+            "peak_memory": 1e9 + 1e8 * i,
             "adapter_bytes": 4e5, "merge_seconds": 0.1, "forward_slowdown": 1.2, "decode_slowdown": None,
         },
     }  # fmt: skip

@@ -1,5 +1,7 @@
 """Gradient pass, first step and contribution: judged by whole matrices on a model of two layers."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -99,6 +101,8 @@ def test_gradient_shares_of_the_groups():
     assert found["share_magnitude"] == pytest.approx((squares["A"] + squares["B"]) / total)
     assert found["share_direction"] == pytest.approx((squares["C"] + squares["D"]) / total)
     assert found["share_dual_lora_C"] == pytest.approx(squares["C"] / total)
+    entries = layer.dual_lora_C["default"].numel() + layer.dual_lora_D["default"].numel()
+    assert found["rms_direction"] == pytest.approx(math.sqrt((squares["C"] + squares["D"]) / entries))
     model.zero_grad()
     assert gradient_shares(layer) == {}
 

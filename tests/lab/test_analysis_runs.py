@@ -128,6 +128,10 @@ def test_likeness_is_to_the_same_step(analysis):
     assert {r["step"] for r in dual.likeness} == {2, 4, 6}
     mean = sum(r["cosine"] for r in rows_of(dual.likeness, step=6)) / LAYERS
     assert mean > 0.02  # both learned the same task from the same start
+    learned = sum(r["learned_cosine"] for r in rows_of(dual.likeness, step=6)) / LAYERS
+    assert learned > mean  # the random start is like nothing
+    assert all("learned_cosine" not in r for r in analysis.runs[1].likeness)
+    assert all(r["learned_share"] > 0 for r in rows_of(dual.layers, step=6))
 
 
 def test_a_run_is_perfectly_like_itself(runs):

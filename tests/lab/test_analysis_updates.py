@@ -121,6 +121,11 @@ def test_update_of_any_method_is_what_merging_does(config):
         torch.testing.assert_close(whole(matrix), expected.detach(), atol=1e-6, rtol=1e-4)
 
 
+def test_a_dora_that_has_not_moved_has_no_update():
+    model = get_peft_model(net(), LoraConfig(r=4, target_modules=["first"], use_dora=True))
+    assert measure(snapshot(model)["first"].update())["zero"] == 1  # and not half of it + by rounding, half -
+
+
 def test_snapshot_of_another_method_is_of_its_moment():
     model = get_peft_model(net(), LoraConfig(r=4, target_modules=["first"], init_lora_weights=False))
     old = snapshot(model)["first"]

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from dual_lora.lab.analysis.contribution import contributions, factor_state
 from dual_lora.lab.analysis.gradients import first_step, gradient_pass
-from dual_lora.lab.analysis.likeness import correlation, likeness, magnitude_and_direction
-from dual_lora.lab.analysis.matrices import Factored
-from dual_lora.lab.analysis.measures import changes, measure
+from dual_lora.lab.analysis.likeness import correlation, entry_likeness, likeness, magnitude_and_direction
+from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
+from dual_lora.lab.analysis.measures import changes, measure, squared_norm
 from dual_lora.lab.analysis.ranks import rank_bound, rank_examples, ranks
 from dual_lora.lab.analysis.setting import Setting, open_setting
 from dual_lora.lab.analysis.trajectory import Place, chosen_layers, full_updates, places, state
@@ -59,7 +59,8 @@ class Options:
 class RunAnalysis:
     """Tables of one run, one row a layer and state where nothing else is said.
 
-    layers: signs, zeros, norms, flips, ranks, DoRA's two numbers. gradients: what the estimator cuts, shares of the
+    layers: signs, zeros, norms, flips, ranks, DoRA's two numbers; learned_share is ‖ΔW - ΔW at the start‖ / ‖ΔW‖, both
+    at full strength. gradients: what the estimator cuts, shares of the
     groups. likeness: to full fine-tuning at the same step. first_step, contribution: one row a layer, a variant.
     live: what `AnalysisCallback` wrote during training. magnitude_direction: correlation over layers and states.
     """
@@ -283,7 +284,10 @@ class _Walk:
         if base is not None and place.step:
             row |= magnitude_and_direction(matrix, base, now.strength)
         if place.step and name in self.start:
-            row |= {f"start_{k}": v for k, v in changes(self.start[name].update(), matrix).items()}
+            first = self.start[name].update()
+            row |= {f"start_{k}": v for k, v in changes(first, matrix).items()}
+            size = squared_norm(matrix)
+            row["learned_share"] = math.sqrt(squared_norm(Difference(matrix, first)) / size) if size else None
         if before is not None:
             row |= {f"between_{k}": v for k, v in changes(before.update(), matrix).items()}
             row["between_steps"] = place.step - step_before
@@ -295,8 +299,17 @@ class _Walk:
         self.result.layers.append(row)
         if target is not None:
             self.result.likeness.append(
-                {"step": place.step, "layer": name, "O": O, "I": I, **likeness(matrix, target.update())}
+                {"step": place.step, "layer": name, "O": O, "I": I, **self._likeness(name, matrix, target.update())}
             )
+
+    def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:
+        """Of the update, and of what was learned since the start where that was no zero (Dual LoRA's Gaussian)."""
+        row: Row = dict(likeness(matrix, target))
+        first = self.start[name].update() if name in self.start else None
+        if isinstance(first, Factored):
+            learned = entry_likeness(Difference(matrix, first), target)
+            row |= {f"learned_{k}": learned[k] for k in ("cosine", "norm_relative", "agreement_1", "agreement_10")}
+        return row
 
     def _gradients(self, step: int) -> None:
         setting = self.setting

@@ -69,9 +69,11 @@ def gradient_shares(layer: nn.Module) -> dict[str, float]:
     """Share of every group of an adapter's tensors in the squared norm of its gradient, from `.grad`.
 
     share_magnitude and share_direction for Dual LoRA (A and B, C and D), and one share for each kind of tensor
-    (share_dual_lora_A, share_lora_B, …). Empty where no gradient has been taken, or it is zero.
+    (share_dual_lora_A, share_lora_B, …); rms_*: root mean square of the gradient's entries, against which Adam's ε
+    (1e-8) has to be small. Empty where no gradient has been taken, or it is zero.
     """
     squares: dict[str, float] = {}
+    entries: dict[str, int] = {}
     for name, parameter in layer.named_parameters():
         if parameter.grad is None or name.startswith("base_layer."):
             continue
@@ -79,8 +81,12 @@ def gradient_shares(layer: nn.Module) -> dict[str, float]:
         kind = name.partition(".")[0]
         for key in {kind, _GROUP_OF.get(kind, kind)}:
             squares[key] = squares.get(key, 0.0) + size
+            entries[key] = entries.get(key, 0) + parameter.numel()
     total = sum(size for key, size in squares.items() if key not in GROUPS)
-    return {f"share_{key}": size / total for key, size in sorted(squares.items())} if total else {}
+    if not total:
+        return {}
+    shares = {f"share_{key}": size / total for key, size in sorted(squares.items())}
+    return shares | {f"rms_{key}": math.sqrt(size / entries[key]) for key, size in sorted(squares.items())}
 
 
 def gradient_pass(

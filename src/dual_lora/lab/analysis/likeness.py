@@ -26,6 +26,11 @@ def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[s
     disagree, 0.5 by chance. overlap_left, overlap_right: ‖UᵀU'‖²/k of the leading k singular subspaces, 1 for equal
     ones, overlap_*_chance by chance; angle_left, angle_right: smallest principal angle in degrees.
     """
+    return entry_likeness(update, target) | _subspaces(update, target, subspace)
+
+
+def entry_likeness(update: Matrix, target: Matrix) -> dict[str, float]:
+    """The part of `likeness` that looks at entries alone."""
     if update.shape != target.shape:
         raise ValueError(f"Updates of shapes {update.shape} and {target.shape} belong to different layers.")
     dots = own = other = 0.0
@@ -54,7 +59,7 @@ def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[s
             f"rest_{label}": _ratio(rest, total),
             f"agreement_{label}": _ratio(agree, agree + disagree),
         }
-    return result | _subspaces(update, target, subspace)
+    return result
 
 
 def _ratio(a: float, b: float) -> float:

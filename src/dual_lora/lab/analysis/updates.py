@@ -17,6 +17,7 @@ from dual_lora.core.reference import Factors
 from dual_lora.lab.analysis.matrices import Dense, Difference, Factored, Matrix, Saved, Update
 from dual_lora.lab.errors import UserError
 
+ROUNDING = 2 * torch.finfo(torch.float32).eps
 GROUPS = {"magnitude": ("dual_lora_A", "dual_lora_B"), "direction": ("dual_lora_C", "dual_lora_D")}
 
 
@@ -95,7 +96,8 @@ def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
     """Merged weight - base weight, by the layer's own merge, with the adapter's tensors as they were.
 
     `get_delta_weight` is the update for some methods and something else for others (DoRA leaves the magnitudes out,
-    OFT gives a rotation); what merging does is what the adapter does. In fp64, so that the base rounds nothing away.
+    OFT gives a rotation); what merging does is what the adapter does. In fp64, so that the base rounds nothing away;
+    changes within fp32's rounding of the weight count as none, or a DoRA that has not moved would seem to.
     """
     now = {n: t.data for n, t in _own_tensors(layer)}
     inner = layer.get_base_layer()
@@ -111,7 +113,9 @@ def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
         weight.data = original.double()
         with torch.no_grad():
             layer.merge(adapter_names=[adapter])
-            return Dense(_matrix(inner, inner.weight.data.double() - original.double()).float())
+            change = inner.weight.data.double() - original.double()
+            change.masked_fill_(change.abs() <= ROUNDING * original.abs(), 0)
+            return Dense(_matrix(inner, change).float())
     except (NotImplementedError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{type(layer).__name__} of {type(layer).__module__} can neither be merged nor give its update: "

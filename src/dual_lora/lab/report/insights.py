@@ -25,6 +25,7 @@ OVER_TRAINING: dict[str, tuple[str, bool]] = {
     "direction_flipped_a_step": ("Sign(DC) flipped a step (between states)", True),
     "norm_ratio": ("‖ΔW‖ / ‖W₀‖", True),
     "largest_ratio": ("largest |ΔW| / rms of W₀", False),
+    "learned_share": ("‖ΔW − ΔW at the start‖ / ‖ΔW‖", True),
     "strength": ("warm-up λ", False),
     "magnitude_change": ("DoRA's magnitude change", False),
     "direction_change": ("DoRA's direction change", False),
@@ -33,8 +34,10 @@ OVER_TRAINING: dict[str, tuple[str, bool]] = {
     "rank_numerical": ("numerical rank of ΔW", False),
 }
 GRADIENTS: dict[str, tuple[str, bool]] = {
-    "share_magnitude": ("gradient share of the magnitude group", True),
     "share_direction": ("gradient share of the direction group", True),
+    "share_magnitude": ("gradient share of the magnitude group", True),
+    "rms_direction": ("rms gradient of the direction group", False),
+    "rms_magnitude": ("rms gradient of the magnitude group", False),
     "cut": ("entries that the estimator cuts", True),
     "cut_moving": ("of entries with a gradient, those that the estimator cuts", True),
     "lost": ("of the gradient of Sign, lost to the estimator", True),
@@ -42,11 +45,13 @@ GRADIENTS: dict[str, tuple[str, bool]] = {
 }
 LIKENESS: dict[str, tuple[str, bool]] = {
     "cosine": ("cosine to full fine-tuning", False),
+    "learned_cosine": ("cosine of what was learned since the start", False),
     "agreement_1": ("sign agreement on its largest 1 % (of those moved)", True),
     "agreement_10": ("sign agreement on its largest 10 % (of those moved)", True),
     "rest_1": ("of its largest 1 %, not moved", True),
     "overlap_left": ("overlap of left subspaces", True),
     "overlap_right": ("overlap of right subspaces", True),
+    "learned_agreement_1": ("sign agreement of what was learned, on its largest 1 %", True),
     "norm_relative": ("norm relative to full fine-tuning", False),
 }
 LIVE: dict[str, tuple[str, bool]] = {
@@ -55,10 +60,11 @@ LIVE: dict[str, tuple[str, bool]] = {
     "step_switched_on": ("entries switched on in this step", True),
     "step_switched_off": ("entries switched off in this step", True),
     "zero": ("entries that are zero", True),
-    "share_magnitude": ("gradient share of the magnitude group", True),
+    "share_direction": ("gradient share of the direction group", True),
     "strength": ("warm-up λ", False),
     "norm_ratio": ("‖ΔW‖ / ‖W₀‖", True),
 }
+LOGARITHMIC = {"share_direction", "rms_direction", "rms_magnitude", "largest_H", "norm_relative"}
 BY_LAYER = (
     "zero", "positive", "start_direction_flipped", "start_flipped", "start_switched_on", "norm_ratio", "rank_effective",
     "rank_stable",
@@ -126,9 +132,14 @@ def _sentence(run: Row) -> str:
         full = mean_over_layers(_with_full_rank(end(run)), "full")
         parts.append(f"its effective rank is {effective} of {number(full, digits=0)} on average")
     if cut := mean("cut", digits=3, table="gradients"):
-        parts.append(f"the estimator cuts {cut} of the entries")
+        nothing = not any(row["cut"] for row in end(run, "gradients"))
+        parts.append("the estimator cuts no entry" if nothing else f"the estimator cuts {cut} of the entries")
+    if share := mean("share_direction", digits=4, table="gradients"):
+        parts.append(f"the direction group has {share} of the squared gradient")
     if cosine := mean("cosine", "number", 3, "likeness"):
-        parts.append(f"its cosine to full fine-tuning is {cosine}")
+        learned = mean("learned_cosine", "number", 3, "likeness")
+        since = f" ({learned} for what was learned since the start)" if learned else ""
+        parts.append(f"its cosine to full fine-tuning is {cosine}{since}")
     return f"{run['name']} ({run['method']['name']}), step {end(run)[0]['step']}: {'; '.join(parts)}."
 
 
@@ -177,11 +188,12 @@ def _glance(title: str, runs: list[Row], source: Source) -> Table:
         Column("norm_ratio", "‖ΔW‖/‖W₀‖", "percent", 2),
         Column("rank_effective", "effective rank", "number", 1),
         Column(
-            "share_magnitude",
-            "gradient, magnitude",
+            "learned_share",
+            "learned",
             "percent",
-            help="Share of the magnitude group in the squared gradient norm.",
+            help="‖ΔW − ΔW at the start‖ / ‖ΔW‖: how much of the update is not its start.",
         ),
+        Column("share_direction", "gradient, direction", "percent", 4),
         Column("cut", "cut by estimator", "percent", 3),
         Column("cosine", "cosine to full", "number", 3),
         Column(
@@ -233,7 +245,9 @@ def _lines(
             if points:
                 series.append({"name": run["name"], "points": points})
         if series:
-            views.append(View(label, Axis("optimizer step"), Axis(label, percent=share), series))
+            views.append(
+                View(label, Axis("optimizer step"), Axis(label, percent=share, log=key in LOGARITHMIC), series)
+            )
     note = "Lines are means over layers, weighted by entries; bands hold the middle 80 % of the layers."
     return [Chart(title, "lines", views, source, note)] if views else []
 
@@ -347,6 +361,8 @@ def _likeness(title: str, runs: list[Row], source: Source) -> list[Block]:
         Column("step", "step", "number"),
         Column("cosine", "cosine", "number", 4),
         Column("cosine_chance", "± by chance", "number", 4),
+        Column("learned_cosine", "learned: cosine", "number", 4, help="Of the update without its Gaussian start."),
+        Column("learned_agreement_1", "learned: agreement", "percent"),
         Column("norm_relative", "norm, relative", "number", 2),
         Column("agree_1", "largest 1 %: same way", "percent"),
         Column("disagree_1", "opposite", "percent"),
@@ -365,7 +381,7 @@ def _likeness(title: str, runs: list[Row], source: Source) -> list[Block]:
     reference = compared[0]["reference"]
     note = f"To full fine-tuning ({reference}) at the same step, from the same start and data; means over layers."
     return [
-        Table(f"{title}: likeness to full fine-tuning", columns, rows, source, note),
+        Table(f"{title}: likeness to full fine-tuning", columns, rows, source, note).without_empty_columns(),
         *_lines(f"{title}: likeness over training", compared, "likeness", LIKENESS, source),
     ]
 

@@ -45,6 +45,15 @@
     return plain(value);
   }
 
+  function tick(value, axis, ticks) {
+    // As many digits as it takes to tell one tick from the next.
+    const step = Math.abs(ticks[1] - ticks[0]) * (axis.percent ? 100 : 1);
+    if (ticks.length < 2 || axis.bytes || axis.log || !(step > 0)) return figure(value, axis);
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (String(step / 10 ** Math.floor(Math.log10(step))).startsWith("2.5") ? 1 : 0));
+    if (digits > 7 || digits < 3) return figure(value, axis);
+    return ((axis.percent ? 100 : 1) * value).toFixed(digits).replace("-", "−") + (axis.percent ? " %" : "");
+  }
+
   function plain(value) {
     const size = Math.abs(value);
     let text;
@@ -277,7 +286,7 @@
       const view = this.now;
       for (const t of y.ticks) {
         shape(this.svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: y.at(t), y2: y.at(t) });
-        shape(this.svg, "text", { x: box.left - 6, y: y.at(t) + 4, "text-anchor": "end" }, figure(t, view.y));
+        shape(this.svg, "text", { x: box.left - 6, y: y.at(t) + 4, "text-anchor": "end" }, tick(t, view.y, y.ticks));
       }
       this.xAxis(x, box);
       shape(this.svg, "text", { x: 2, y: 13, class: "name" }, shorten(view.y.label, this.width - 8));
@@ -286,7 +295,7 @@
     xAxis(x, box) {
       let free = -Infinity;
       for (const t of x.ticks) {
-        const label = figure(t, this.now.x), room = widthOf(label) / 2;
+        const label = tick(t, this.now.x, x.ticks), room = widthOf(label) / 2;
         shape(this.svg, "line", { class: "grid", x1: x.at(t), x2: x.at(t), y1: box.top, y2: box.bottom });
         if (x.at(t) - room < free) continue;
         free = x.at(t) + room + 8;
@@ -303,7 +312,7 @@
       if (!all.length) return this.nothing();
       const bottom = this.height - 44, top = 24;
       const y = scale(all.flatMap((p) => [p.y, p.low, p.high]), view.y, bottom, top, this.chart.zero);
-      const left = Math.max(30, ...y.ticks.map((t) => widthOf(figure(t, view.y)))) + 12;
+      const left = Math.max(30, ...y.ticks.map((t) => widthOf(tick(t, view.y, y.ticks)))) + 12;
       const box = { left, right: this.width - 12, top, bottom };
       const x = scale(all.map((p) => p.x), view.x, box.left + 4, box.right - 4, false);
       this.frame(x, y, box);

@@ -110,7 +110,8 @@ def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     blocks.append(_scores(name, results, source))
     blocks += _tuning(name, methods, source)
     blocks.append(_cost(name, methods, source))
-    blocks += _pareto(name, results.get("pareto", []), source)
+    better = {m["metric"]: m["better"] for m in methods}
+    blocks += _pareto(name, results.get("pareto", []), better, source)
     blocks += [_ranking(name, ranking, source) for ranking in results.get("ranking", [])]
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
@@ -213,7 +214,7 @@ def _cost(name: str, methods: list[Row], source: Source) -> Table:
     return Table(f"{name}: cost", columns, rows, source, "Medians over the seeds.").without_empty_columns()
 
 
-def _pareto(name: str, fronts: list[Row], source: Source) -> list[Block]:
+def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source) -> list[Block]:
     blocks: list[Block] = []
     for where in dict.fromkeys(place(f) for f in fronts):
         views = []
@@ -229,7 +230,14 @@ def _pareto(name: str, fronts: list[Row], source: Source) -> list[Block]:
                 for p in f["points"]
             ]  # fmt: skip
             x = Axis(f["label"].replace(" [bytes]", ""), bytes="bytes" in f["label"])
-            views.append(View(f["label"].replace(" [bytes]", ""), x, Axis(f["metric"]), series))
+            views.append(
+                View(
+                    f["label"].replace(" [bytes]", ""),
+                    x,
+                    Axis(f"{f['metric']} ({better.get(f['metric'], 'more')} is better)"),
+                    series,
+                )
+            )
         note = "Joined by a line: methods that no other beats in both quality and cost."
         blocks.append(Chart(f"{name}: quality against cost on {where}", "dots", views, source, note))
     return blocks
