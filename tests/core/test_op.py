@@ -115,12 +115,13 @@ def test_without_weight_or_bias(ranks, dtype, small_blocks):
     assert_close(run(operator, case), truth(case), dtype)
 
 
-def test_row_source(small_blocks):
-    case = make_case(T=20)
+@both
+def test_row_source(dtype, small_blocks):
+    case = make_case(T=20, dtype=dtype)
     want = truth(case)
     got = run(through_rows, case)
     del got["weight"], want["weight"]
-    assert_close(got, want, torch.float32)
+    assert_close(got, want, dtype)
 
 
 def test_row_source_is_never_read_whole(small_blocks):
@@ -206,6 +207,14 @@ def test_both_strengths_of_zero_magnitude():
         got = run(operator, case)
         assert_close(got, truth(case), torch.float32)
         assert bool(got["B0"].any()) == live_zero
+
+
+@both
+@pytest.mark.parametrize("form", [{}, {"ste": "hardtanh"}, {"magnitude": "identity"}], ids=name_of)
+def test_negative_strength(form, dtype, small_blocks):
+    """An adapter may be taken away from the base, as users of LoRA do."""
+    case = make_case(T=20, forms=[form], dtype=dtype)._replace(scales=[-0.5])
+    assert_close(run(operator, case), truth(case), dtype, name_of(form))
 
 
 def test_compose_in_place_and_rounded_once():

@@ -70,6 +70,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._left_read: dict[str, tuple[int, int]] = {}  # … and the tensor and version that it was read from
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.shares_factors = False  # with the embedding that this layer is tied to
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
@@ -93,6 +94,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Shapes of A, B, C and D."""
         O, I = self.out_features, self.in_features
         return [(r1, I), (O, r1), (r2, I), (O, r2)]
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Total rank r1 + r2 of every adapter."""
+        return {name: r1 + self.r2[name] for name, r1 in self.r1.items()}
 
     def extra_repr(self) -> str:
         """The matrix's shape, which not every base layer prints."""
@@ -120,6 +126,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._set_steps_left(adapter_name, config.steps_at_start)
         claim(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tie(self, adapter_name: str, other: DualLoraLayer) -> None:
+        """Use the factors of another layer, whose weight this layer's base shares."""
+        for name in self.adapter_layer_names:
+            getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
+        self.shares_factors = True
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
@@ -301,13 +313,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
+        if self.shares_factors:  # and the weight, into which the layer that owns both merges
+            self.merged_adapters = names
+            return
         parameter = self._merge_parameter()
         original = parameter.data if self._original is None else self._original
         if not names:
             parameter.data, self._original = original, None
         else:
             merged = self._merged_weight(original, names)
-            if safe_merge and not torch.isfinite(merged).all():
+            # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
+            factors = [f for name in names for f in self._stored(name)]
+            if safe_merge and not all(bool(torch.isfinite(t).all()) for t in (merged, *factors)):
                 added = ", ".join(name for name in names if name not in self.merged_adapters)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
             parameter.data, self._original = merged, original
