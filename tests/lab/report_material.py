@@ -155,11 +155,19 @@ def _run(name: str, method: dict[str, Any], dual: bool) -> dict[str, Any]:
 
 
 def ledger() -> list[dict[str, Any]]:
-    """Rows of a benchmark ledger, the second one newer than the first."""
-    row = {"bench": "linear", "shape": [4096, 4096], "device": "a CPU", "against": "PEFT LoRA", "gate": 1.5}
+    """Rows of a benchmark ledger: a gate measured twice, a curve of two points, and a kind of its own."""
+    row = {
+        "device": "a CPU", "versions": {"torch": "2"}, "threads": 1, "subject": "dual", "against": "lora", "unit": "s",
+        "median": 0.1, "spread": 0.01, "median_against": 0.07, "rounds": 9, "share_of_cores": 0.9,
+    }  # fmt: skip
+    gate = row | {"kind": "gate", "work": "linear 4096", "shape": {"O": 4096, "T": 512}, "at_most": 1.5}
+    curve = row | {"kind": "curve", "work": "tokens", "limit": 1.4}
     return [
-        row | {"ratio": 1.7, "met": False, "commit": "aaa", "time": "2026-01-01"},
-        row | {"ratio": 1.4, "met": True, "commit": "bbb", "time": "2026-01-02"},
+        gate | {"ratio": 1.7, "interval": [1.6, 1.8], "mark": "✗", "commit": "aaa", "date": "2026-01-01"},
+        gate | {"ratio": 1.4, "interval": [1.3, 1.45], "mark": "✓", "commit": "bbb", "date": "2026-01-02"},
+        curve | {"at": 512, "ratio": 1.6, "interval": [1.5, 1.7], "shape": {"T": 512}},
+        curve | {"at": 16, "ratio": 3.6, "interval": [3.5, 3.7], "shape": {"T": 16}},
+        row | {"kind": "block", "work": "sweep", "ratio": 1.0, "block": 4096},
     ]
 
 

@@ -68,7 +68,9 @@ def test_verdict_words_figures_and_counts_are_in_the_text(folder):
     assert "6 comparisons, judged together" in page
     assert "This study is not complete" in page
     assert "Failed: lora|x: out of memory" in page
-    assert "1 of 1 gates are met" in page  # the newer row of the two
+    assert "1 of 1 limits are kept" in page  # the newer row of the two
+    assert "✓ met" in page
+    assert "✗ missed" not in page
 
 
 def test_analysis_is_said_in_a_sentence(folder):
@@ -123,7 +125,7 @@ def test_a_newer_analysis_is_refused_by_name(folder):
 def test_a_line_that_is_being_written_is_left_out(folder):
     with (folder / "ledger.jsonl").open("a") as file:
         file.write('{"bench": "li')
-    assert len(gather([folder]).ledgers[0][1]) == 2
+    assert len(gather([folder]).ledgers[0][1]) == 5
     assert not gather([folder]).problems
 
 
@@ -256,7 +258,7 @@ def test_results_as_tables(folder):
         load_analysis(folder / "study" / "results.json")
     with pytest.raises(UserError, match="There is no file"):
         load_study(folder / "elsewhere")
-    assert len(load_ledger(folder / "ledger.jsonl")) == 2
+    assert len(load_ledger(folder / "ledger.jsonl")) == 5
 
 
 def test_commands(folder, capsys):
