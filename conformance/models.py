@@ -85,8 +85,8 @@ BASE = "AutoModel"
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, _opt),
-    "peft-internal-testing/opt-125m": (CAUSAL, _opt),
-    "facebook/opt-125m": (CAUSAL, _opt),
+    "peft-internal-testing/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
+    "facebook/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
     "facebook/opt-350m": (CAUSAL, _opt),
     "peft-internal-testing/tiny-random-gpt2": (CAUSAL, _gpt2),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (CAUSAL, _gpt2),
@@ -136,6 +136,10 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             attention_chunk_size=128,
             pad_token_id=1,
         ),
+    ),
+    "tiiuae/falcon-mamba-tiny-dev": (
+        CAUSAL,
+        _config("FalconMambaConfig", vocab_size=1024, hidden_size=32, num_hidden_layers=2, state_size=8),
     ),
     "peft-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
     "hf-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),

@@ -35,6 +35,18 @@ class _Everything(dict[str, int]):
         return 0
 
 
+_scale_as_lora = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _scale_as_lora
+    _scale_as_lora = any(fnmatch.fnmatchcase(_name(item), pattern) for pattern in LISTS["scale_as_lora"]["tests"])
+
+
+def _name(item: pytest.Item) -> str:
+    return item.nodeid.replace("tests/", "", 1)
+
+
 def _of_lora_alone(options: dict[str, Any]) -> str | None:
     """Why these options of LoraConfig have no counterpart, or None."""
     for name, reason in LISTS["options"].items():
@@ -61,6 +73,8 @@ def _accept_loras_habits(config_cls: type) -> None:
             options["init_weights"] = True if start == "gaussian" else start
         # The tests train for a few steps: the adapter is without effect at the start, and at full strength after one.
         options.setdefault("warmup_steps", 1)
+        if _scale_as_lora and options.get("lora_alpha"):  # α/√(r1 r2) is to be LoRA's α/r
+            options["lora_alpha"] /= 2
         rank = options.get("r")
         if isinstance(rank, int) and rank > 0 and rank % 2:  # an odd rank has to be split by hand
             options.update(r=None, r1=rank // 2 + 1, r2=max(rank // 2, 1))
@@ -123,7 +137,7 @@ def _concerns_method(item: pytest.Item) -> bool:
 
 
 def _reason_in_list(item: pytest.Item, group: str) -> str | None:
-    name = item.nodeid.replace("tests/", "", 1)
+    name = _name(item)
     for entry in LISTS.get(group, []):
         if any(fnmatch.fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in entry["tests"]):
             return entry["reason"]

@@ -27,8 +27,12 @@ REPLACEMENTS = [
     (r"\bLoraModel\b", "DualLoraModel"),
     (r"\blora_only\b", "dual_lora_only"),
     (r"\bPeftType\.LORA\b", "PeftType.DUAL_LORA"),
+    (r"(: )\"LORA\"", r'\1"DUAL_LORA"'),
     (r"([\"'])lora_\1", r"\1dual_lora_\1"),
     (r"([\"'])lora\.", r"\1dual_lora."),
+    (r"\.lora_alpha\[", r".alpha["),
+    (r"\bpeft\.tuners\.lora\.layer\.(Embedding)\b", r"dual_lora.method.embedding.\1"),
+    (r"\bpeft\.tuners\.lora\.layer\.(Linear)\b", r"dual_lora.method.layer.\1"),
     (r"from peft\.tuners import lora$", "from peft.tuners import dual_lora as lora"),
     (
         r"from peft\.tuners\.lora(?:\.layer)? import (Linear|Embedding|Conv\dd|DualLoraLayer|ParamWrapper)\b",

@@ -241,8 +241,8 @@ class MultiheadAttention(DualLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # PyTorch's encoder layers, in inference, read the weights off a packed attention and leave its forward out. That
-        # would be the base without a word; they call forward for any other attention.
+        # PyTorch's encoder layers, in inference, read the weights off a packed attention and leave its forward out.
+        # That would be the base without a word; they call forward for any other attention.
         acts = not self.merged and not self.disable_adapters and self._present(self.active_adapters)
         return self._base._qkv_same_embed_dim and not acts
 

@@ -134,6 +134,14 @@ class DualLoraConfig(PeftConfig):
             )
         if self.bias not in ("none", "all", "dual_lora_only"):
             raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"`target_parameters` must be a list of strings or None. Got {self.target_parameters!r}: write "
+                f"[{self.target_parameters!r}]."
+            )
+        if self.ensure_weight_tying:  # filled in by the model, which knows what is tied
+            self.modules_to_tie: set[str] | None = None
+            self.target_modules_to_tie: set[str] | None = None
         self.form  # noqa: B018 - raises for unknown names
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -28,6 +29,8 @@ from .layer import DualLoraLayer, dispatch_default
 from .precision import warn_once
 
 DISPATCHERS = [dispatch_parameter, dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_default]
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+MAMBA_FUSED = {"out_proj", "conv1d"}
 SUPPORTED = (
     "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
     "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
@@ -44,6 +47,20 @@ class DualLoraModel(BaseTuner):
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
+    # Which modules follow the embedding that they are tied to: PEFT's own bookkeeping.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _add_targets_to_tie = LoraModel._add_targets_to_tie
+
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type in MAMBA and target_name in MAMBA_FUSED:
+            raise ValueError(
+                f"[PEFT:DUAL_LORA] Module '{target_name}' is incompatible with Mamba-based models "
+                f"(model_type='{model_type}'), whose kernels read the weights of {sorted(MAMBA_FUSED)} and leave the "
+                "modules' forward out. Please remove it from `target_modules`."
+            )
+
     def _check_new_adapter_config(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
         others: dict[str, Any] = self.peft_config
@@ -59,7 +76,7 @@ class DualLoraModel(BaseTuner):
                 )
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        known = self.target_module_mapping.get(model_config["model_type"])
+        known = self.target_module_mapping.get(model_config.get("model_type", ""))
         if peft_config.target_modules is None and known is None and peft_config.target_parameters:
             return peft_config  # parameters alone
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -80,14 +97,19 @@ class DualLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r1, r2, alpha = layer_options(config, current_key)
+        is_tied = target_name in (getattr(config, "target_modules_to_tie", None) or ())
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
             target.update_layer(adapter_name, r1, r2, alpha, config=config)
+            if is_tied:
+                target.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
             return
         options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha}
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
         new = self._create_new_module(config, adapter_name, target, **options)
+        if is_tied:
+            cast(DualLoraLayer, new).tie(adapter_name, cast(Any, self.model).get_input_embeddings())
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)  # a further adapter does not train before it is chosen
         self._replace_module(parent, target_name, new, target)

@@ -32,10 +32,12 @@ def register() -> None:
     else:
         _add_enum_member(PeftType, member)
 
+    from . import hotswap
     from .config import DualLoraConfig
     from .model import DualLoraModel
 
     register_peft_method(name=NAME, config_cls=DualLoraConfig, model_cls=DualLoraModel)
+    hotswap.install()
 
 
 def _add_enum_member(enum: Any, name: str) -> None:

@@ -15,15 +15,28 @@ def swapped(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
 
     The parameters themselves, their order and whoever else holds them are not touched.
     """
-    # FSDP puts plain tensors into the instance's dictionary, where Python looks first.
-    homes: dict[str, dict[str, Any]] = {
-        name: module.__dict__ if name in module.__dict__ else module._parameters for name in values
-    }
-    before = {name: home[name] for name, home in homes.items()}
-    for name, home in homes.items():
-        home[name] = values[name]
+    places = [_place(module, name, value) for name, value in values.items()]
+    before = [home.get(key, _ABSENT) for home, key, _ in places]
+    for home, key, value in places:
+        home[key] = value
     try:
         yield
     finally:
-        for name, home in homes.items():
-            home[name] = before[name]
+        for (home, key, _), old in zip(places, before, strict=True):
+            if old is _ABSENT:
+                del home[key]
+            else:
+                home[key] = old
+
+
+_ABSENT = object()
+
+
+def _place(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
+    """The dictionary in which Python finds `module.<name>`, the key there and what to put under it."""
+    parametrizations = getattr(module, "parametrizations", {})
+    if name in parametrizations:  # a property that calls this module
+        return parametrizations[name].__dict__, "forward", lambda: value
+    if name in module.__dict__:  # FSDP puts plain tensors there
+        return module.__dict__, name, value
+    return module._parameters, name, value

@@ -1,0 +1,188 @@
+"""PEFT's hot-swap of adapters, for Dual LoRA: other factors in the same tensors, so that nothing recompiles.
+
+A smaller rank is padded with zeros, which leaves P = B A and Q = D C as they are. λα/√(r1 r2) is a tensor already.
+`install` teaches `peft.utils.hotswap` this method; adapters of other methods go to PEFT's own functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.reference import scaling
+from .cache import composed_weights
+from .config import DualLoraConfig
+from .layer import DualLoraLayer
+
+# What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
+KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
+LETTERS = ("A", "B", "C", "D")
+RANK_DIMENSION = {"A": -2, "B": -1, "C": -2, "D": -1}
+
+
+def hotswap_from_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: DualLoraConfig
+) -> None:
+    """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
+
+    Layers that the new adapter leaves out get ΔW = 0. Raises RuntimeError, with nothing changed, for tensors of layers
+    that the old adapter does not have; ValueError while the adapter is merged.
+    """
+    model = getattr(model, "_orig_mod", model)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and _has(m, adapter_name)}
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
+            "unmerge the adapter first by calling `peft_model.unmerge_adapter()`; unmerging after a swap of merged "
+            "weights would otherwise corrupt them."
+        )
+    new = {key.removesuffix(f".{adapter_name}"): value for key, value in state_dict.items()}
+    own = {f"{name}.dual_lora_{part}" for name in layers for part in (*LETTERS, "left")}
+    others = {key: value for key, value in state_dict.items() if key.removesuffix(f".{adapter_name}") not in own}
+    unexpected = [key for key in others if not _find(model, key)]
+    if unexpected:
+        raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
+    with torch.no_grad():
+        for key, value in others.items():
+            attrgetter(key)(model).copy_(value)
+        for name, layer in layers.items():
+            _swap(layer, name, new, adapter_name, config)
+
+
+def _has(layer: DualLoraLayer, adapter_name: str) -> bool:
+    return adapter_name in layer.scaling
+
+
+def _find(model: nn.Module, key: str) -> bool:
+    try:
+        attrgetter(key)(model)
+    except AttributeError:
+        return False
+    return True
+
+
+def _swap(layer: DualLoraLayer, name: str, new: dict[str, Tensor], adapter: str, config: DualLoraConfig) -> None:
+    from .model import layer_options
+
+    composed_weights.drop(layer)
+    for letter in LETTERS:
+        _write(getattr(layer, f"dual_lora_{letter}")[adapter], new.get(f"{name}.dual_lora_{letter}"))
+    r1, r2, alpha = layer_options(config, name)
+    layer.r1[adapter], layer.r2[adapter] = r1, r2
+    layer.alpha[adapter] = 2.0 * (r1 + r2) if alpha is None else float(alpha)
+    layer.scaling[adapter] = scaling(layer.alpha[adapter], r1, r2)
+    layer.warmup_steps[adapter] = config.warmup_steps
+    left = new.get(f"{name}.dual_lora_left")
+    layer._set_steps_left(adapter, 0 if left is None else int(left))
+
+
+def _write(old: Tensor, new: Tensor | None) -> None:
+    """Copy into the tensor that is there; only a larger rank needs one of its own."""
+    if new is None:
+        old.data.zero_()
+        return
+    new = new.to(old.device, old.dtype)
+    if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
+        old.data = new
+        return
+    old.data.zero_()
+    old.data[tuple(slice(0, n) for n in new.shape)].copy_(new)
+
+
+def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> bool:
+    """Pad the factors of every adapter with zeros to r1 = r2 = target_rank / 2; whether there was any.
+
+    Raises ValueError, with nothing changed, for an odd target and for an adapter that is larger already.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
+    if target_rank is None or not layers:
+        return bool(layers)
+    if target_rank < 2 or target_rank % 2:
+        raise ValueError(f"target_rank is the total r1 + r2 and has to be even, got {target_rank}.")
+    half = target_rank // 2
+    largest = max((max(layer.r1[a], layer.r2[a]) for layer in layers for a in layer.adapter_names()), default=0)
+    if largest > half:
+        raise ValueError(
+            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+            f"({2 * largest}). This is not possible."
+        )
+    for layer in layers:
+        for letter, dimension in RANK_DIMENSION.items():
+            factors = getattr(layer, f"dual_lora_{letter}")
+            for adapter, factor in factors.items():
+                shape = list(factor.shape)
+                shape[dimension] = half
+                padded = factor.new_zeros(shape)
+                padded.narrow(dimension, 0, factor.shape[dimension]).copy_(factor.data)
+                factors[adapter] = nn.Parameter(padded, requires_grad=factor.requires_grad)
+    for one in config.values() if isinstance(config, dict) else [config] if config else []:
+        _pad_config(one, half)
+    return True
+
+
+def _pad_config(config: DualLoraConfig, half: int) -> None:
+    """The padded ranks, and an α that gives the same scale as before."""
+    before = copy.deepcopy(config)
+    assert before.r1 is not None
+    assert before.r2 is not None
+    config.r, config.r1, config.r2 = 2 * half, half, half
+    config.alpha = (before.alpha or 2.0 * (before.r1 + before.r2)) * half / math.sqrt(before.r1 * before.r2)
+    for key, rank in before.rank_pattern.items():
+        r1, r2 = before.ranks_of(rank)
+        alpha = before.alpha_pattern.get(key, before.alpha) or 2.0 * (r1 + r2)
+        config.rank_pattern[key] = [half, half]
+        config.alpha_pattern[key] = alpha * half / math.sqrt(r1 * r2)
+    for key in before.alpha_pattern.keys() - before.rank_pattern.keys():
+        config.alpha_pattern[key] *= half / math.sqrt(before.r1 * before.r2)
+
+
+def install() -> None:
+    """Make PEFT's own functions work for adapters of this method."""
+    from peft.utils import PeftType, hotswap
+
+    hotswap.CONFIG_KEYS_TO_CHECK[PeftType.DUAL_LORA] = KEYS_TO_CHECK  # type: ignore[attr-defined]
+    theirs: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
+
+    @wraps(theirs)
+    def from_state_dict(
+        model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
+    ) -> None:
+        if isinstance(config, DualLoraConfig):
+            hotswap_from_state_dict(model, state_dict, adapter_name, config)
+        else:
+            theirs(model, state_dict, adapter_name, config, parameter_prefix)
+
+    their_preparation: Callable[..., None] = hotswap.prepare_model_for_compiled_hotswap
+
+    @wraps(their_preparation)
+    def prepare(model: Any, *, target_rank: Any = None, config: Any = None, check_compiled: Any = "error") -> None:
+        if not any(isinstance(module, DualLoraLayer) for module in model.modules()):
+            their_preparation(model, target_rank=target_rank, config=config, check_compiled=check_compiled)
+            return
+        _check_compiled(model, check_compiled)
+        pad_ranks(model, target_rank, config)
+
+    hotswap.hotswap_adapter_from_state_dict = from_state_dict
+    hotswap.prepare_model_for_compiled_hotswap = prepare
+
+
+def _check_compiled(model: nn.Module, reaction: str) -> None:
+    if reaction not in ("error", "warn", "ignore"):
+        raise ValueError(f"check_compiles should be one of 'error', 'warn', or 'ignore', got '{reaction}' instead.")
+    if not (hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False)) or reaction == "ignore":
+        return
+    if reaction == "error":
+        raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
+    warnings.warn(
+        "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely result "
+        "in re-compilation, hurting performance. Call the function before compiling the model.",
+        stacklevel=3,
+    )
