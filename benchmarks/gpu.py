@@ -12,27 +12,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import judge, layers
-from benchmarks.measure import median_ratio
+from benchmarks import judge, layers, ledger
+from benchmarks.measure import Measured, Ratio
 from dual_lora.core import reference
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form, scaling
 
-LEDGER = Path(__file__).with_name("ledger.jsonl")
 NO_GPU = (
     "No GPU is present, so nothing was measured and no gate was met or missed. The kernels are judged without one, in"
     " Triton's interpreter, by `pytest tests/core -k triton`; `--rehearse` walks through this script on the CPU."
@@ -70,22 +65,18 @@ LIMIT_NAIVE, LIMIT_MEMORY, LIMIT_COMPOSE = 0.5, 1.0, 1.3
 
 
 class Row(NamedTuple):
-    """One line of the ledger: a cost, what it is compared with, and the most that their ratio may be."""
+    """Two costs measured together, and the most that their ratio may be on the gated card."""
 
     gate: str
-    shape: str
-    tokens: int
-    ours: float
-    theirs: float
-    unit: str
-    ratio: float
-    spread: float  # half the ratio's 95 % interval, relative
-    rounds: int
+    shape: Mapping[str, Any]
+    measured: Measured
+    subject: str
+    against: str
     limit: float | None
 
     @property
-    def met(self) -> bool | None:
-        return None if self.limit is None else self.ratio <= self.limit
+    def ratio(self) -> Ratio:
+        return self.measured.ratio(self.subject, self.against)
 
 
 class Card:
@@ -96,7 +87,7 @@ class Card:
         self.is_gpu = self.device.type == "cuda"
         self.name = torch.cuda.get_device_name() if self.is_gpu else "CPU (rehearsal)"
 
-    def times(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+    def times(self, variants: Mapping[str, Callable[[], object]]) -> Measured:
         """Seconds of each variant, round by round, in turned order."""
         costs: dict[str, list[float]] = {name: [] for name in variants}
         for run in variants.values():
@@ -111,7 +102,7 @@ class Card:
                 break
             if not self.is_gpu and done == 2:
                 break
-        return costs
+        return Measured(costs, "s", threads=1)
 
     def _seconds(self, run: Callable[[], object]) -> float:
         if not self.is_gpu:
@@ -181,7 +172,7 @@ def step(
     return run
 
 
-def layer_rows(card: Card, shape: str, O: int, I: int, T: int) -> Iterator[Row]:
+def layer_rows(card: Card, name: str, O: int, I: int, T: int) -> Iterator[Row]:
     """One linear layer in bf16: ours against PEFT's LoRA and naive autograd, time and memory."""
     low = torch.bfloat16
     W = torch.randn(O, I, device=card.device).mul_(I**-0.5).to(low)
@@ -194,15 +185,14 @@ def layer_rows(card: Card, shape: str, O: int, I: int, T: int) -> Iterator[Row]:
     for method in ("lora", "naive"):
         layer = layers.linear(method, W).to(card.device)
         runs[method] = step(layer, x, dy, [p for p in layer.parameters() if p.requires_grad])
-    costs = card.times(runs)
+    measured, shape = card.times(runs), {"layer": name, "O": O, "I": I, "T": T}
     for method, limit in (("lora", LIMIT_LORA.get(T)), ("naive", LIMIT_NAIVE)):
-        yield compared(f"time against {method}", shape, T, costs["dual"], costs[method], limit)
-    peaks = {name: card.peak(run) for name, run in runs.items()}
-    ratio = peaks["dual"] / peaks["lora"]
-    yield Row("peak against lora", shape, T, peaks["dual"], peaks["lora"], "bytes", ratio, 0.0, 1, LIMIT_MEMORY)
+        yield Row("forward + backward", shape, measured, "dual", method, limit)
+    peaks = Measured({method: [card.peak(run)] for method, run in runs.items()}, "bytes", threads=1)
+    yield Row("peak memory", shape, peaks, "dual", "lora", LIMIT_MEMORY)
 
 
-def compose_row(card: Card, shape: str, O: int, I: int) -> Row:
+def compose_row(card: Card, name: str, O: int, I: int) -> Row:
     """The compose kernel against a copy, which reads and writes the same bytes."""
     from dual_lora.core.triton_compose import compose
 
@@ -211,8 +201,9 @@ def compose_row(card: Card, shape: str, O: int, I: int) -> Row:
     out = torch.empty_like(W)
     factors = Factors(*(f.to(card.device) for f in judge.exact_factors(O, I, RANK // 2, RANK // 2)))
     adapter = Adapter(factors, torch.tensor(2.0, device=card.device), Form())
-    costs = card.times({"compose": lambda: compose(W, [adapter], out=out), "copy": lambda: out.copy_(W)})
-    return compared("compose against a copy", shape, 0, costs["compose"], costs["copy"], LIMIT_COMPOSE)
+    measured = card.times({"compose": lambda: compose(W, [adapter], out=out), "copy": lambda: out.copy_(W)})
+    shape = {"layer": name, "O": O, "I": I}
+    return Row("compose kernel", shape, measured, "compose", "copy", LIMIT_COMPOSE)
 
 
 def model_row(card: Card, tokens: int, shape: Mapping[str, int]) -> Row:
@@ -244,41 +235,19 @@ def model_row(card: Card, tokens: int, shape: Mapping[str, int]) -> Row:
         peak = card.peak(run)
     finally:
         torch.set_default_dtype(default)
-    return Row("8B model, one step", "Llama-3-8B", tokens, peak, CARD_BYTES, "bytes", peak / CARD_BYTES, 0.0, 1, 1.0)
-
-
-def compared(gate: str, shape: str, T: int, ours: list[float], theirs: list[float], limit: float | None) -> Row:
-    ratio = median_ratio(ours, theirs)
-    medians = statistics.median(ours), statistics.median(theirs)
-    return Row(gate, shape, T, *medians, "s", ratio.median, ratio.uncertainty, ratio.rounds, limit)
+    measured = Measured({"dual": [peak], "card": [CARD_BYTES]}, "bytes", threads=1)
+    return Row("8B model, one step", {"T": tokens, **shape}, measured, "dual", "card", 1.0)
 
 
 def rows(card: Card, size: Size) -> Iterator[Row]:
-    for shape, (O, I) in size.layers.items():
-        yield compose_row(card, shape, O, I)
+    for name, (O, I) in size.layers.items():
+        yield compose_row(card, name, O, I)
         for T in size.tokens:
-            yield from layer_rows(card, shape, O, I, T)
+            yield from layer_rows(card, name, O, I, T)
     if card.is_gpu and torch.cuda.get_device_properties(card.device).total_memory < 0.9 * CARD_BYTES:
         print("8B model: left out, the card has less than 80 GB.")
     else:
         yield model_row(card, size.tokens[0], size.model)
-
-
-def conditions(card: Card) -> dict[str, Any]:
-    """What every row of a run has in common."""
-    import peft
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=LEDGER.parent)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": commit.stdout.strip(),
-        "versions": versions | {"peft": peft.__version__},
-        "device": card.name,
-        "dtype": "bfloat16",
-        "rank": RANK,
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -302,19 +271,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def report(card: Card, size: Size) -> int:
     """Measure, print and record everything; 1 if a gate of this card is missed."""
-    common, gated, missed = conditions(card), GATED_CARD in card.name, 0
+    source = ledger.provenance() | {"device": card.name, "triton": version("triton"), "rank": RANK}
+    gated, missed = GATED_CARD in card.name, 0
     for row in rows(card, size):
-        met = row.met if gated else None
+        ratio = row.ratio
+        met = ratio.median <= row.limit if gated and row.limit is not None else None
         missed += met is False
         mark = {True: "✓", False: "✗", None: " "}[met]
         limit = "" if row.limit is None else f"≤ {row.limit:.2f}"
+        where = f"{row.shape.get('layer', 'Llama-3-8B')}, T {row.shape.get('T', '–')}"
         print(
-            f"{mark} {row.gate:24} {row.shape:20} T {row.tokens:<5} {row.ratio:6.2f} ± {row.spread:4.0%} {limit}",
+            f"{mark} {row.gate:20} {row.against:6} {where:28} {ratio.median:6.2f} ± {ratio.uncertainty:4.0%} {limit}",
             flush=True,
         )
         if card.is_gpu:
-            with LEDGER.open("a") as ledger:
-                print(json.dumps(common | {"suite": "gpu"} | row._asdict() | {"met": met}), file=ledger)
+            line = ledger.row(source, "gpu", row.gate, dict(row.shape), row.measured, row.subject, row.against)
+            ledger.append([line | {"limit": row.limit, "met": met}])
     if not gated:
         print(f"The limits are an {GATED_CARD}'s: on {card.name} no gate is met or missed.")
     return int(missed > 0)

@@ -32,6 +32,6 @@ def test_rehearsal_reaches_the_end_and_records_nothing():
     before = ledger.read_bytes() if ledger.exists() else None
     done = benchmark("--rehearse")
     assert done.returncode == 0, done.stderr[-4000:]
-    for gate in ("are right", "compose against a copy", "time against lora", "peak against lora", "8B model"):
+    for gate in ("are right", "compose kernel", "forward + backward", "peak memory", "8B model"):
         assert gate in done.stdout
     assert (ledger.read_bytes() if ledger.exists() else None) == before
