@@ -443,13 +443,15 @@ def test_killed_worker_is_named(tiny, tmp_path, monkeypatch):
     study = write_study(tiny, search=None, seeds=1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "out"
-    monkeypatch.setattr(executors, "_child", _dying_child)
+    monkeypatch.setattr(executors, "_work", _dying_worker)
     results = compare(study, folder, executor="process", workers=2, progress=False)
     assert not results["complete"]
+    assert len(results["failed"]) == 3
     assert "killed by signal 9" in results["failed"][0]
 
 
-def _dying_child(job, runs, keep):
+def _dying_worker(line, runs, keep):
+    line.recv()
     die()
 
 

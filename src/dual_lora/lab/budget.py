@@ -7,6 +7,7 @@ train is counted: no formula of ours that could differ from what PEFT does.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -72,9 +73,17 @@ class Scale:
 
     def __init__(self) -> None:
         self._models: dict[tuple[str, str, int | None], Any] = {}
+        self._sizes: dict[str, Size] = {}
 
     def size(self, recipe: Recipe, classes: int | None, frozen: Iterable[str] = ()) -> Size:
         """What would train under the recipe. frozen: regular expressions of parameters that never move."""
+        frozen = list(frozen)
+        asked = json.dumps([recipe.model.path, recipe.model.head, classes, recipe.method, frozen], sort_keys=True)
+        if asked not in self._sizes:
+            self._sizes[asked] = self._count(recipe, classes, frozen)
+        return self._sizes[asked]
+
+    def _count(self, recipe: Recipe, classes: int | None, frozen: list[str]) -> Size:
         from dual_lora.lab.methods import method_config
 
         base = self._base(recipe.model, classes)
@@ -150,7 +159,7 @@ def empty_model(part: ModelPart, classes: int | None) -> Any:
 def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> Solved:
     """The rank (a multiple of `step`, at most `top`) whose size is nearest to the target.
 
-    size has to rise or fall with the rank all the way (RandLoRA's falls). About 2 log2(top) sizes are counted.
+    size has to rise or fall with the rank all the way (RandLoRA's falls).
     """
     known: dict[int, int] = {}
 
@@ -160,18 +169,23 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
             known[rank] = size(rank)
         return known[rank]
 
-    low, high = 1, max(1, top // step)
-    upper = 1
+    low, upper, high = 1, None, max(1, top // step)
     rising = at(min(2, high)) >= at(1)
-    # Double first: large ranks are slow to build, and most answers are small.
-    while upper < high and (at(upper) < target) == rising:
-        low, upper = upper, min(2 * upper, high)
-    while upper - low > 1:
-        middle = (low + upper) // 2
-        if (at(middle) < target) == rising:
-            low = middle
+    guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
+    while low < high and (upper is None or upper - low > 1):
+        # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
+        middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
+        at_most = high if upper is None else upper - 1
+        tried = min(max(middle, low + 1), at_most)
+        if (at(tried) < target) == rising:
+            low = tried
         else:
-            upper = middle
-    at(low), at(upper)
+            upper = tried
+        guess = _crossing(1, at(1), tried, at(tried), target)
     best = min(known, key=lambda rank: (abs(known[rank] - target), rank))
     return Solved(best, known[best], known[best] / target - 1)
+
+
+def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
+    """Where the line through two sizes meets the target."""
+    return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))

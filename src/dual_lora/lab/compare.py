@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Way:
     workers: int
     keep: str
     progress: bool
+    fresh: bool = False  # a process of its own for every run
 
 
 def compare(
@@ -131,7 +132,13 @@ class _Course:
         with Bar(what, len(jobs), self.way.progress, start=len(jobs) - len(left)) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(
-                self.way.executor, list(left.values()), self.runs, self.way.workers, self.way.keep, self.state.start
+                self.way.executor,
+                list(left.values()),
+                self.runs,
+                self.way.workers,
+                self.way.keep,
+                self.state.start,
+                self.way.fresh,
             ):
                 job = left.pop(key)
                 if outcome is not None:
@@ -206,8 +213,9 @@ class _Course:
         budget = self.study.budget
         if budget.match not in ("time", "memory"):
             return
-        if budget.match == "memory" and self.way.executor == "serial":
-            self.way = Way("process", 1, self.way.keep, self.way.progress)  # peaks need processes of their own
+        if budget.match == "memory":  # peaks need processes of their own
+            executor = "process" if self.way.executor == "serial" else self.way.executor
+            self.way = replace(self.way, executor=executor, fresh=True)
         rest = [cell for cell in self.cells if not cell.entry.unmatched]
         first = {cell_id(cell): plan.probe_job(self.study, cell) for cell in rest}
         self._do("probes", list(first.values()))
@@ -220,7 +228,7 @@ class _Course:
 
     def _like(self, cell: Cell, probes: dict[str, dict[str, Any]]) -> float:
         model = next(
-            c for c in self.cells if c.place == cell.place and c.method.split(" ")[0] == self.study.budget.like
+            c for c in self.cells if c.place == cell.place and self.study.origin(c.method) == self.study.budget.like
         )
         training = self._probed(model, probes[cell_id(model)])
         if self.study.budget.match == "memory":

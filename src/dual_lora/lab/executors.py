@@ -6,11 +6,14 @@ may be killed, and so may the leader; an orphaned worker notices its leader's de
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,15 +28,24 @@ _MAX_ERROR = 2000  # characters of an error that are kept
 
 
 def run_jobs(
-    executor: str, jobs: Sequence[dict[str, Any]], runs: Path, workers: int, keep: str, started: Callable[[str], None]
+    executor: str,
+    jobs: Sequence[dict[str, Any]],
+    runs: Path,
+    workers: int,
+    keep: str,
+    started: Callable[[str], None],
+    fresh: bool = False,
 ) -> Iterator[Ended]:
-    """Do the jobs and yield each as it ends, with its outcome or its error. `started` is told of each that begins."""
+    """Do the jobs and yield each as it ends, with its outcome or its error. `started` is told of each that begins.
+
+    fresh: a new process for every run, so that its peak memory is its own to the last byte (imports cost seconds).
+    """
     if executor == "serial":
         return _serially(jobs, runs, keep, started)
     if executor == "process":
-        return _in_processes(jobs, runs, workers, keep, started)
+        return _in_processes(jobs, runs, workers, keep, started, fresh)
     if executor == "ray":
-        return _on_ray(jobs, runs, workers, keep, started)
+        return _on_ray(jobs, runs, workers, keep, started, fresh)
     known = get_args(Executor)
     raise UserError(f"There is no executor {executor!r}.{suggest(executor, known)}")
 
@@ -45,52 +57,105 @@ def _serially(jobs: Sequence[dict[str, Any]], runs: Path, keep: str, started: Ca
             yield job["key"], perform(job, runs, keep), None
         except Exception as error:
             yield job["key"], None, _described(error)
+        gc.collect()
+
+
+@dataclass
+class _Worker:
+    """A process that does one job after another, and the leader's end of the line to it."""
+
+    process: Any
+    line: Connection
+    key: str | None = None
 
 
 def _in_processes(
-    jobs: Sequence[dict[str, Any]], runs: Path, workers: int, keep: str, started: Callable[[str], None]
+    jobs: Sequence[dict[str, Any]],
+    runs: Path,
+    workers: int,
+    keep: str,
+    started: Callable[[str], None],
+    fresh: bool,
 ) -> Iterator[Ended]:
     from multiprocessing.connection import wait
 
-    spawn = multiprocessing.get_context("spawn")
     waiting = list(jobs)
-    active: dict[str, Any] = {}
-    before = os.environ.get("OMP_NUM_THREADS")
+    team: list[_Worker] = []
+    try:
+        while waiting or any(worker.key for worker in team):
+            if waiting and len(team) < min(workers, len(jobs)) and all(worker.key for worker in team):
+                team.append(_hire(runs, keep, workers))
+            for worker in team:
+                if waiting and worker.key is None:
+                    job = waiting.pop(0)
+                    worker.key = job["key"]
+                    _error_file(runs, job["key"]).unlink(missing_ok=True)
+                    worker.line.send(job)
+                    started(job["key"])
+            if waiting and len(team) < workers:
+                continue
+            for line in wait([worker.line for worker in team if worker.key]):
+                worker = next(w for w in team if w.line is line)
+                key, worker.key = worker.key, None
+                assert key is not None
+                code = None
+                try:
+                    worker.line.recv()  # "done": outcome or error lies in its file
+                except (EOFError, OSError):
+                    worker.process.join()
+                    code = worker.process.exitcode
+                    team.remove(worker)
+                if code is None and fresh:
+                    _dismiss(worker)
+                    team.remove(worker)
+                outcome = read_outcome(runs, key)
+                yield key, outcome, None if outcome else _last_words(runs, key, code)
+    finally:
+        for worker in team:
+            worker.process.terminate()
+        for worker in team:
+            worker.process.join()
+
+
+def _hire(runs: Path, keep: str, workers: int) -> _Worker:
+    """A new process; each of `workers` gets its share of the cores."""
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_work, args=(theirs, runs, keep), daemon=False)
+    given = os.environ.get("OMP_NUM_THREADS")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     try:
-        while waiting or active:
-            while waiting and len(active) < workers:
-                job = waiting.pop(0)
-                _error_file(runs, job["key"]).unlink(missing_ok=True)
-                child = spawn.Process(target=_child, args=(job, runs, keep))
-                child.start()
-                active[job["key"]] = child
-                started(job["key"])
-            wait([child.sentinel for child in active.values()])
-            for key in [k for k, child in active.items() if not child.is_alive()]:
-                child = active.pop(key)
-                child.join()
-                outcome = read_outcome(runs, key)
-                yield key, outcome, None if outcome else _last_words(runs, key, child.exitcode)
+        process.start()
     finally:
-        for child in active.values():
-            child.terminate()
-        for child in active.values():
-            child.join()
-        if before is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
+    theirs.close()
+    return _Worker(process, ours)
 
 
-def _child(job: dict[str, Any], runs: Path, keep: str) -> None:
-    """One run in a process of its own."""
+def _dismiss(worker: _Worker) -> None:
+    worker.line.close()
+    worker.process.join()
+
+
+def _work(line: Connection, runs: Path, keep: str) -> None:
+    """Do the jobs that come down the line, until it is closed."""
     _end_with_parent()
-    try:
-        perform(job, runs, keep)
-    except KeyboardInterrupt:
-        sys.exit(130)  # the leader was told as well
-    except Exception as error:
-        write_json(_error_file(runs, job["key"]), _described(error))
-        sys.exit(1)
+    while True:
+        try:
+            job = line.recv()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            sys.exit(130)
+        try:
+            perform(job, runs, keep)
+        except KeyboardInterrupt:
+            sys.exit(130)  # the leader was told as well
+        except Exception as error:
+            write_json(_error_file(runs, job["key"]), _described(error))
+        gc.collect()
+        line.send("done")
 
 
 def _end_with_parent() -> None:
@@ -125,7 +190,12 @@ def _described(error: BaseException) -> str:
 
 
 def _on_ray(
-    jobs: Sequence[dict[str, Any]], runs: Path, workers: int, keep: str, started: Callable[[str], None]
+    jobs: Sequence[dict[str, Any]],
+    runs: Path,
+    workers: int,
+    keep: str,
+    started: Callable[[str], None],
+    fresh: bool,
 ) -> Iterator[Ended]:
     try:
         import ray
@@ -136,8 +206,7 @@ def _on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, **_local(workers))
     needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
-    # A fresh process for each run (max_calls), as with processes: peak memory is then the run's own.
-    remote = ray.remote(max_calls=1, max_retries=0, **needs)(perform)
+    remote = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **needs)(perform)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
     pending = {remote.remote(job, folder, keep): job["key"] for job in jobs}
     for key in pending.values():

@@ -193,7 +193,7 @@ def _cell(
     written = entry.fields.get(field_name) if field_name else None
     if written is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
         written = _sum_of(entry.fields)
-    anchor = study.budget.like is not None and name.split(" ")[0] == study.budget.like
+    anchor = study.budget.like is not None and study.origin(name) == study.budget.like
     free = target is None or entry.unmatched
     if free or anchor:
         rank = written if isinstance(written, int) else None

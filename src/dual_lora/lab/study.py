@@ -307,13 +307,23 @@ class Study(Part):
 
     def variants(self) -> dict[str, MethodEntry]:
         """The methods, each once for every point of the sweep."""
-        points = [dict(zip(self.sweep, p, strict=True)) for p in itertools.product(*self.sweep.values())]
         return {
-            " ".join([name, *(f"{_short(key)}={value}" for key, value in point.items())]): with_settings(
-                entry, point, name
+            variant: with_settings(self.methods[name], dict(zip(self.sweep, point, strict=True)), name)
+            for variant, (name, point) in self._expanded().items()
+        }
+
+    def origin(self, variant: str) -> str:
+        """The method that a variant comes from."""
+        return self._expanded()[variant][0]
+
+    def _expanded(self) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        return {
+            " ".join([name, *(f"{_short(key)}={value}" for key, value in zip(self.sweep, point, strict=True))]): (
+                name,
+                point,
             )
-            for name, entry in self.methods.items()
-            for point in points
+            for name in self.methods
+            for point in itertools.product(*self.sweep.values())
         }
 
 
@@ -348,17 +358,20 @@ def _short(name: str) -> str:
     return {"learning_rate": "lr"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
 
 
-_RANK_RULE = re.compile(r"^\s*(?:(?P<times>[\d.]+)\s*\*?\s*)?r\s*(?:/\s*(?P<over>[\d.]+))?\s*$")
+_RANK_RULE = re.compile(
+    r"^\s*(?:(?P<times>[\d.]+)\s*\*?\s*)?(?:(?P<root>sqrt)\s*\(\s*r\s*\)|r)\s*(?:/\s*(?P<over>[\d.]+))?\s*$"
+)
 
 
 def rank_rule(value: Any, rank: int | None, where: str) -> Any:
-    """`2r`, `r` or `r/2` in a field becomes that multiple of the rank; anything else stays what it is."""
+    """`2r`, `r/2` or `8 sqrt(r)` in a field becomes that function of the rank; anything else stays what it is."""
     match = _RANK_RULE.match(value) if isinstance(value, str) else None
     if not match:
         return value
     if rank is None:
         raise UserError(f"{where} is {value!r}, but the method has no rank: write a number.")
-    result = rank * float(match["times"] or 1) / float(match["over"] or 1)
+    base = math.sqrt(rank) if match["root"] else rank
+    result = base * float(match["times"] or 1) / float(match["over"] or 1)
     return int(result) if result == int(result) else result
 
 
