@@ -37,6 +37,15 @@ format: $(VENV)/.ready ## style, mended
 types: $(VENV)/.ready ## types
 	$(PY) -m mypy
 
+bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (ten minutes)
+	$(PY) -m benchmarks
+
+bench-gpu: $(VENV)/.ready ## the GPU gates, for a machine with a card
+	$(PY) -m benchmarks.gpu
+
+peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where they have LoraConfig
+	$(PY) -m conformance.run
+
 lock: $(VENV)/.ready ## write down the versions that published numbers were measured with
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
 

@@ -6,7 +6,9 @@ torch.compile, which is meant: its blocks are the optimisation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -89,13 +91,30 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+@functools.cache
+def _triton() -> ModuleType | None:
+    """The Triton path, or None where Triton is not installed."""
+    try:
+        from . import triton_linear
+    except ImportError:
+        return None
+    return triton_linear
+
+
+def _implementation(x: Tensor, weight: Tensor | None, adapters: list[Adapter]) -> ModuleType:
+    """Who computes: the Triton kernels on a GPU that they are right on, the blocks everywhere else."""
+    triton = _triton() if x.is_cuda else None
+    return triton if triton is not None and triton.takes(x, weight, adapters) else blocked
+
+
 # Forward and backward for every device; autocast is off inside, so that P and Q stay fp32.
 
 
 @torch.library.impl("dual_lora::linear", ("cpu", "cuda"))
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
     with torch.autocast(x.device.type, enabled=False):
-        y = blocked.forward(_rows(x), weight, _adapters(factors, scales, forms))
+        adapters = _adapters(factors, scales, forms)
+        y = _implementation(x, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -106,7 +125,8 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     adapters = _adapters(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
     with torch.autocast(x.device.type, enabled=False):
-        grads = blocked.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
+        implementation = _implementation(x, weight, adapters)
+        grads = implementation.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
     out = []
     if grads.x is not None:
         out.append(grads.x.view(x.shape))

@@ -1,0 +1,52 @@
+"""The operator's Triton path against `blocked`, in Triton's interpreter, or on the GPU where there is one."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from dual_lora.core import blocked, triton_compose, triton_linear
+from dual_lora.core.blocked import Adapter, Needs
+from dual_lora.core.op import dual_lora_linear
+from dual_lora.core.reference import Factors, Form
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_forward_and_backward_agree_with_the_blocks(dtype):
+    assert triton_linear.disagreement(DEVICE, dtype) <= (1e-5 if dtype == torch.float32 else 4e-2)
+
+
+def test_a_wrong_kernel_is_noticed(monkeypatch):
+    right = triton_compose.compose
+    monkeypatch.setattr(triton_compose, "compose", lambda *a, **k: -right(*a, **k))
+    assert triton_linear.disagreement(DEVICE, torch.float32) > 1
+
+
+def test_backward_computes_only_what_is_needed():
+    factors = Factors(torch.randn(2, 20), torch.randn(30, 2), torch.randn(2, 20), torch.randn(30, 2))
+    adapters = [Adapter(Factors(*(f.to(DEVICE) for f in factors)), torch.tensor(1.0, device=DEVICE), Form())]
+    x, dy = torch.randn(5, 20, device=DEVICE), torch.randn(5, 30, device=DEVICE)
+    weight = torch.randn(30, 20, device=DEVICE)
+    got = triton_linear.backward(dy, x, weight, adapters, None, Needs(False, True, False))
+    assert got.x is None
+    assert got.factors is None
+    judge = blocked.backward(dy, x, weight, adapters, None, Needs(False, True, False))
+    torch.testing.assert_close(got.weight, judge.weight, rtol=1e-5, atol=1e-4)
+
+
+def test_tensors_on_the_cpu_are_left_to_the_blocks(monkeypatch):
+    def never(*args):
+        raise AssertionError("the kernels were asked to compute on the CPU")
+
+    monkeypatch.setattr(triton_linear, "forward", never)
+    factors = Factors(torch.randn(2, 20), torch.randn(30, 2), torch.randn(2, 20), torch.randn(30, 2))
+    dual_lora_linear(torch.randn(5, 20), torch.randn(30, 20), None, [Adapter(factors, torch.tensor(1.0), Form())])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", triton_linear.DTYPES, ids=str)
+def test_this_card_may_use_the_kernels(dtype):
+    assert triton_linear.agrees_with_blocked(DEVICE, dtype)
