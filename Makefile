@@ -44,7 +44,8 @@ bench-gpu: $(VENV)/.ready ## the GPU gates, for a machine with a card
 	$(PY) -m benchmarks.gpu
 
 peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where they have LoraConfig
-	$(PY) -m conformance.run
+	$(PY) -m pip install --quiet diffusers parameterized
+	$(PY) conformance/run.py
 
 lock: $(VENV)/.ready ## write down the versions that published numbers were measured with
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
