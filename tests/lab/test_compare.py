@@ -364,6 +364,21 @@ def test_interventions_reach_the_training(tiny, tmp_path):
     assert sizes["still"] * 2 == sizes["dual_lora"], "a group that never moves is not trainable"
 
 
+@pytest.mark.slow
+def test_the_field_runs(tiny, tmp_path):
+    """Every method that the issue of comparisons names trains, is evaluated and gets a verdict."""
+    lora_like = ["lora", "rslora", "lora+", "dora", "pissa", "olora", "lora-ga"]
+    names = [*lora_like, "dual_lora", "vera", "randlora", "hira", "loha"]
+    methods = {name: {"r": 4} for name in names} | {"adalora": {"tinit": 1, "tfinal": 1}, "full": {}}
+    study = write_study(tiny, methods=methods, budget={"match": "none"}, search=None, seeds=1)
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["failed"] == []
+    assert all(m["seeds"][0]["status"] == "done" for m in results["methods"])
+    assert len(results["comparisons"]) == len(methods) - 1
+    scores = [m["seeds"][0]["score"] for m in results["methods"]]
+    assert len(set(scores)) == len(scores), "no two methods are secretly the same"
+
+
 def test_time_budget_gives_the_slower_method_fewer_steps(tiny, tmp_path):
     study = write_study(
         tiny,
@@ -431,7 +446,7 @@ def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, 
     leader.wait()
     before = outcomes(out)
     assert before
-    again = subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=300)
+    again = subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=400)
     assert again.returncode == 0
     assert before.items() <= outcomes(out).items()
     assert figures(json.loads((out / "results.json").read_text())) == figures(whole)

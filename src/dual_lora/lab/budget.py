@@ -130,7 +130,7 @@ class Scale:
 
 def _counting(method: str) -> dict[str, Any]:
     """Settings under which an alias that decomposes weights at the start can be counted."""
-    return {"init_lora_weights": False} if method.lower() in ("pissa", "olora") else {}
+    return {"init_lora_weights": False} if method.lower() in ("pissa", "olora", "lora_ga") else {}
 
 
 def empty_model(part: ModelPart, classes: int | None) -> Any:

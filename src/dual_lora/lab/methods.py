@@ -18,6 +18,7 @@ ALIASES: dict[str, dict[str, Any]] = {
     "rslora": {"name": "lora", "use_rslora": True},
     "pissa": {"name": "lora", "init_lora_weights": "pissa"},
     "olora": {"name": "lora", "init_lora_weights": "olora"},
+    "lora_ga": {"name": "lora", "init_lora_weights": "lora_ga", "lora_ga_config": {}},
 }
 
 # Filled in by the laboratory, never by a recipe.
@@ -70,6 +71,10 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         settings["warmup_steps"] = max(1, round(RAMP_SHARE * steps))
     if kind == "ADALORA":
         settings.setdefault("total_step", steps)
+    if settings.get("init_lora_weights") == "lora_ga":
+        from peft.tuners.lora.config import LoraGAConfig
+
+        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
     if fresh and "modules_to_save" in known:
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *fresh})
     try:
