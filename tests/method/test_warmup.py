@@ -158,6 +158,21 @@ def test_two_active_adapters_advance_together():
     assert (factor(model), factor(model, "other")) == (0.5, 0.25)
 
 
+def test_an_adapter_frozen_for_a_while_goes_on_afterwards():
+    model = adapted(warmup_steps=4)
+    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=20, target_modules=["first", "second"]))
+    model.base_model.set_adapter(["default", "other"])
+    others = [p for n, p in model.named_parameters() if n.endswith(".other")]
+    for p in others:
+        p.requires_grad_(False)
+    train(model, 10)
+    assert (factor(model), factor(model, "other")) == (1, 0)
+    for p in others:
+        p.requires_grad_(True)
+    train(model, 5)
+    assert factor(model, "other") == 0.25
+
+
 # Several optimizers.
 
 
@@ -207,6 +222,23 @@ def test_parameter_groups_and_groups_added_later():
 
 
 # Wrapped and scaled optimizers.
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As SAM, Lookahead and others do it: an optimizer of its own around another one, with the same parameters."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_a_wrapper_does_not_count_twice():
+    model = adapted(warmup_steps=10)
+    train(model, 3, optimizer=Wrapper(torch.optim.AdamW(trainable(model), lr=1e-3)))
+    assert factor(model) == pytest.approx(0.3)
 
 
 def test_an_optimizer_prepared_by_accelerate_counts_once():
@@ -438,3 +470,14 @@ def test_an_adapter_chosen_later_is_watched_too():
     model.set_adapter("other")
     with pytest.warns(UserWarning, match="exactly zero"):
         train(model, 5, loss=lambda: (model(points()) * 0).sum())
+
+
+def test_a_compiled_model_follows_a_loaded_state():
+    torch._dynamo.reset()
+    model = adapted(warmup_steps=4)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(points())
+    half = copy.deepcopy(model)
+    train(half, 2)
+    model.load_state_dict(half.state_dict())
+    torch.testing.assert_close(compiled(points()), half(points()), rtol=1e-5, atol=1e-6)
