@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import HiraConfig, LoHaConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
@@ -104,8 +104,10 @@ def test_snapshot_does_not_follow_the_model():
         LoraConfig(r=4, target_modules=["first", "second"], init_lora_weights=False, use_dora=True),
         LoHaConfig(r=4, target_modules=["first", "second"], init_weights=False),
         VeraConfig(r=4, target_modules=["first"], init_weights=False),
+        HiraConfig(r=4, target_modules=["first", "second"], init_weights=False),
+        OFTConfig(oft_block_size=4, target_modules=["first"], init_weights=False),
     ],
-    ids=["lora", "dora", "loha", "vera"],
+    ids=["lora", "dora", "loha", "vera", "hira", "oft"],
 )
 def test_update_of_any_method_is_what_merging_does(config):
     torch.manual_seed(3)
@@ -287,3 +289,39 @@ def test_magnitude_and_direction_of_scaling_and_of_rotation():
     assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert correlation([1, 2], [3, 2]) is None
     assert correlation([1, 1, 1], [3, 2, 1]) is None
+
+
+@pytest.mark.slow
+def test_a_layer_of_7b_size_is_measured_in_little_memory():
+    """LLaMA-7B's largest linear layer: 172 MiB in fp32, of which no whole copy may be made."""
+    import subprocess
+    import sys
+
+    script = """
+import resource, torch
+torch.set_num_threads(1)
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.analysis.likeness import leading_subspaces
+from dual_lora.lab.analysis.matrices import Factored
+from dual_lora.lab.analysis.measures import changes, measure
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def matrix(seed, O, I, r=16):
+    torch.manual_seed(seed)
+    factors = Factors(*(torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))))
+    return Factored(Adapter(factors, torch.tensor(1.0), Form()))
+
+def look(O, I):
+    a, b = matrix(0, O, I), matrix(1, O, I)
+    measure(a), changes(a, b), leading_subspaces(a, 8, iterations=0)
+
+look(64, 64)
+before = peak()
+look(4096, 11008)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 172, f"{done.stdout} MiB"

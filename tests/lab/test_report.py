@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-import sqlite3
+from pathlib import Path
 
 import pytest
 import report_material as material
@@ -190,27 +190,22 @@ def test_tables_are_exported(folder):
 
 
 def test_a_study_under_way_is_shown_from_its_state(folder):
+    from dual_lora.lab.state import State
+
     (folder / "study" / "results.json").unlink()
-    db = sqlite3.connect(folder / "study" / "state.sqlite")
-    db.execute("CREATE TABLE meta (name TEXT, value TEXT)")
-    db.execute("INSERT INTO meta VALUES ('study', ?)", (json.dumps({"name": "going", "question": "How far?"}),))
-    db.execute(
-        "CREATE TABLE runs (key TEXT, status TEXT, job TEXT, attempts INT, started REAL, finished REAL, outcome TEXT, "
-        "error TEXT)"
-    )
-    job = json.dumps(
-        {"kind": "final", "method": "lora", "task": "boolq", "model": "", "seed": 1, "settings": {"a.lr": 0.1}}
-    )
-    outcome = json.dumps({"metric": "choice", "score": 0.71})
-    for status, done in (("done", outcome), ("running", None), ("planned", None)):
-        db.execute("INSERT INTO runs VALUES ('k', ?, ?, 1, 1.0, 3.5, ?, NULL)", (status, job, done))
-    db.commit()
-    db.close()
-    page = page_of(folder)
+    job = {"kind": "final", "method": "lora", "task": "boolq", "model": "", "settings": {"train.lr": 0.1}}
+    with State(folder / "study") as state:  # held open by its writer, as while the study runs
+        state.put("study", json.dumps({"name": "going", "question": "How far?"}))
+        state.plan([job | {"key": key, "seed": seed} for seed, key in enumerate("abcd")])
+        for key in "abc":
+            state.start(key)
+        state.finish("a", {"status": "done", "metric": "choice", "score": 0.71})
+        state.fail("c", material.HOSTILE)
+        page = page_of(folder)
     assert "Under way: going" in page
-    assert "1 of 3 runs known so far have ended" in page
+    assert "1 of 4 runs known so far have ended (1 done, 1 running, 1 failed, 1 planned)" in page
     assert "0.7100" in page
-    assert ">2.5<" in page
+    assert "window.pwned=2&lt;/script&gt;" in page
 
 
 def test_watch_writes_again_when_a_source_changes(folder, monkeypatch):
@@ -259,6 +254,18 @@ def test_results_as_tables(folder):
     with pytest.raises(UserError, match="There is no file"):
         load_study(folder / "elsewhere")
     assert len(load_ledger(folder / "ledger.jsonl")) == 5
+
+
+def test_notebook_runs_from_top_to_bottom(folder, monkeypatch):
+    pytest.importorskip("pandas")
+    book = json.loads((Path(__file__).parents[2] / "docs" / "results.ipynb").read_text(encoding="utf-8"))
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+            assert cell["outputs"] == []  # outputs are not committed: they would be of somebody's machine
+    assert (folder / "report.html").stat().st_size > 10_000
 
 
 def test_commands(folder, capsys):

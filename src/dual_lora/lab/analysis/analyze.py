@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -114,7 +115,8 @@ def analyze(
         _analyze_run(Path(run), name, target, options, device, progress) for run, name in zip(runs, names, strict=True)
     ]
     examples = [example._asdict() for example in rank_examples()]
-    return Analysis(found, asdict(options), surroundings(), examples)
+    made = surroundings() | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return Analysis(found, asdict(options), made, examples)
 
 
 def save(analysis: Analysis, file: str | Path) -> Path:

@@ -72,7 +72,7 @@ def _gates(title: str, rows: list[Row], source: Source) -> list[Block]:
     ]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
-        Text("A gate that is stated twice, against LoRA and against the unavoidable products, is met when one is kept."),
+        Text("A gate that is stated twice, against LoRA and the unavoidable products, is met when one is kept."),
         Chart(f"{title}s", "intervals", [View("", axis, Axis(""), [{"name": "gates", "points": points}])], source,
               band=(0.0, 1.0), band_label="met"),
         Table(f"{title} table", columns, newest, source).without_empty_columns(),

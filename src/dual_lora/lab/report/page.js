@@ -316,7 +316,7 @@
       const box = { left, right: this.width - 12, top, bottom };
       const x = scale(all.map((p) => p.x), view.x, box.left + 4, box.right - 4, false);
       this.frame(x, y, box);
-      const direct = !joined && this.series.every((s) => s.points.length === 1 && s.points[0].label);
+      const direct = !joined && this.width >= 560 && this.series.every((s) => s.points.length === 1 && s.points[0].label);
       const front = all.filter((p) => p.front).sort((a, b) => a.x - b.x);
       if (front.length > 1) {
         shape(this.svg, "polyline", { points: front.map((p) => `${x.at(p.x)},${y.at(p.y)}`).join(" "), fill: "none", stroke: "var(--soft)", "stroke-dasharray": "5 4" });
