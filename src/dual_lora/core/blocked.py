@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     panel: int  # bytes of the composed weight
 
 
-CPU = Sizes(tile=1 << 17, panel=8 << 20)
+CPU = Sizes(tile=1 << 18, panel=8 << 20)
 CUDA = Sizes(tile=1 << 24, panel=64 << 20)
 
 
@@ -123,7 +123,10 @@ def backward(
     work = _Work(weight, adapters)
     T = x.shape[0]
     by_rows = weight is not None and not isinstance(weight, Tensor)
-    dx = x.new_zeros(T, work.I, dtype=torch.promote_types(x.dtype, torch.float32) if by_rows else x.dtype) if needs.x else None
+    dx = None
+    if needs.x:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dx = x.new_zeros(T, work.I, dtype=wide) if by_rows else x.new_empty(T, work.I)
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
     for panel in work.panels(x.dtype, by_rows) if T else ():

@@ -1,0 +1,1 @@
+"""What Dual LoRA costs, against limits: `python -m benchmarks --help`. README.md explains every gate."""

@@ -1,0 +1,60 @@
+"""The limits, as data. README.md says where each comes from; a row is added here and nowhere else.
+
+A gate is one ratio of costs of one work: that of `subject` over that of another variant. Where `any_of` has several
+limits, one of them has to hold (the floor moves with the machine, LoRA's cost does not move with it).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """subject ≤ at_most × against."""
+
+    against: str
+    at_most: float
+    aim: float | None = None
+    bound: str = ""  # what the arithmetic allows, for the reader
+
+
+class Gate(NamedTuple):
+    """One line of the table."""
+
+    work: str
+    any_of: tuple[Limit, ...]
+    threads: int | None = None  # None: with every number of threads of the run
+    subject: str = "dual"
+
+
+def _one(work: str, *limit: object, **kwargs: object) -> Gate:
+    return Gate(work, (Limit(*limit),), **kwargs)  # type: ignore[arg-type]
+
+
+STEP = "step SmolLM2-135M 4×256 fp32"
+
+GATES: tuple[Gate, ...] = (
+    _one(STEP, "lora", 1.40, 1.30, "1.29 by flops"),
+    _one(STEP, "full", 1.00),
+    _one(STEP, "dora", 1.10),
+    _one(STEP, "hira", 0.75),
+    _one(STEP, "naive", 0.72),
+    _one("memory of that step", "lora", 1.00, 0.95, threads=1),
+    _one("linear 4096 T2048 fp32", "lora", 1.50, None, "1.39 by flops"),
+    _one("linear 4096 T2048 fp32", "full", 1.10),
+    Gate("linear 4096 T512 fp32", (Limit("lora", 1.75, None, "1.59 by flops"), Limit("floor", 1.15))),
+    Gate("linear 4096 T512 bf16", (Limit("lora", 1.95, None, "1.60 by flops"), Limit("floor", 1.30))),
+    _one("linear 4096 T512 nf4", "lora", 1.50),
+    _one("linear 4096 T2048 nf4", "lora", 1.50),
+    _one("kept for backward", "inputs", 1.00, None, "nothing beyond x, W and factors", threads=1),
+    _one("decode 4096 T1 bf16", "base", 1.10, None, "1", threads=1),
+    _one("decode 4096 T1 bf16 merged", "base", 1.00, None, "1", subject="merged", threads=1),
+    _one("merge 4096 bf16", "lora", 1.00, 0.50, threads=1),
+    _one("merge 4096 fp32", "lora", 1.00, 0.50, threads=1),
+    _one("unmerge 4096 bf16", "lora", 1.00, 0.50, threads=1),
+    _one("unmerge 4096 fp32", "lora", 1.00, 0.50, threads=1),
+    _one("import", "lora", 1.20, threads=1),
+    _one("first forward", "lora", 1.20, threads=1),
+    _one("adapter load 7B", "lora", 1.20, threads=1),
+    _one("threads on that step", "one thread", 1 / 1.7, None, "0.5", subject="two threads", threads=2),
+)

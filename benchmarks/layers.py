@@ -1,0 +1,92 @@
+"""One adapted linear layer for each method: PEFT's LoRA, DoRA and HiRA, full fine-tuning, naive autograd, ours."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dual_lora.core import reference
+from dual_lora.core.reference import Factors, Form, scaling
+
+RANK = 32  # r of LoRA and its relatives; r1 = r2 = RANK / 2 here
+
+METHODS = ("dual", "lora", "dora", "hira", "full", "naive")
+
+
+def config(method: str, targets: Any, rank: int = RANK) -> Any:
+    """The PEFT configuration of a method, everything but rank and targets at its defaults."""
+    from peft import HiraConfig, LoraConfig
+
+    from dual_lora import DualLoraConfig
+
+    if method == "lora":
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    if method == "dora":
+        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, use_dora=True)
+    if method == "hira":
+        return HiraConfig(r=rank, target_modules=targets)
+    if method == "dual":
+        return DualLoraConfig(r=rank, target_modules=targets, warmup_steps=0)
+    raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+
+
+def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> nn.Module:
+    """The model with adapters on `targets` (a list of names), or with all (full) or plain factors (naive) trainable."""
+    from peft import get_peft_model
+
+    if method == "full":
+        return model.requires_grad_(True)
+    if method == "naive":
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, Naive(module, rank))
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config(method, targets, rank))
+
+
+def linear(method: str, weight: Tensor, rank: int = RANK) -> nn.Module:
+    """One layer around a shared base weight [O, I] (full fine-tuning gets its own copy)."""
+    base = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    base.weight = nn.Parameter(weight.clone() if method == "full" else weight, requires_grad=method == "full")
+    if method == "base":
+        return base
+    holder = adapt(nn.ModuleDict({"linear": base}), method, ["linear"], rank)
+    layer = holder["linear"] if isinstance(holder, nn.ModuleDict) else holder.base_model.model["linear"]
+    return layer.train()
+
+
+class Naive(nn.Module):
+    """`reference.linear` under autograd: what one writes first."""
+
+    def __init__(self, base: nn.Linear, rank: int = RANK):
+        super().__init__()
+        self.base_layer = base
+        O, I = base.weight.shape
+        shapes = Factors((rank // 2, I), (O, rank // 2), (rank // 2, I), (O, rank // 2))
+        for name, shape in shapes._asdict().items():
+            setattr(self, name, nn.Parameter(torch.randn(shape) * 0.02))
+        self.scale = torch.tensor(scaling(2 * rank, rank // 2, rank // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.linear(x, self.base_layer.weight, self.base_layer.bias, factors_of(self), self.scale, Form())
+
+
+def factors_of(layer: nn.Module) -> Factors:
+    """The four parameters of one of our layers or of a naive one."""
+    if isinstance(layer, Naive):
+        return Factors(layer.A, layer.B, layer.C, layer.D)
+    return layer.factors("default")
+
+
+def fill(layer: nn.Module, factors: Factors) -> None:
+    """Write factors into a layer."""
+    with torch.no_grad():
+        for stored, value in zip(factors_of(layer), factors, strict=True):
+            stored.copy_(value)

@@ -1,0 +1,66 @@
+"""A layer whose base is NF4 (bitsandbytes), against PEFT's LoRA on the same base."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from . import judge, layers
+from .linear import step
+from .measure import Measured, interleave
+from .works import Unavailable
+
+
+def measure(O: int, I: int, T: int, threads: int, seconds: float) -> Measured:
+    """Check ours, then time forward and backward with dx; x and the compute dtype are bf16."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.randn(O, I, generator=g) / I**0.5
+    x, dy = (torch.randn(T, n, generator=g).bfloat16() for n in (I, O))
+    modules = {m: _adapted(m, W) for m in ("dual", "lora")}
+    _check(modules["dual"], x, dy)
+    variants = {m: step(module, x, dy) for m, module in modules.items()}
+    return interleave(variants, [("dual", "lora")], threads, seconds)
+
+
+def _adapted(method: str, W: torch.Tensor) -> nn.Module:
+    """An NF4 layer of that weight with an adapter."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise Unavailable(f"bitsandbytes is not installed ({error})") from error
+    from peft import get_peft_model
+
+    base = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    base.load_state_dict({"weight": W})
+    base = base.to("cpu")
+    if base.weight.quant_state is None:
+        base.weight._quantize("cpu")
+    holder = nn.ModuleDict({"linear": base})
+    holder.is_loaded_in_4bit = True  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(holder, layers.config(method, ["linear"])).base_model.model["linear"].train()
+    except ValueError as error:
+        raise Unavailable(f"{method} does not take an NF4 base here: {error}") from error
+
+
+def _check(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = layer.get_base_layer()
+    W = dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.bfloat16)
+    four = layers.factors_of(layer)
+    O, I = W.shape
+    factors = judge.exact_factors(O, I, four.A.shape[0], four.C.shape[0])
+    layers.fill(layer, factors)
+    scale = layer.adapter("default").scale
+    xs = x.clone().requires_grad_()
+    y = layer(xs)
+    y.backward(dy)
+    ours = {"y": y.detach(), "dx": xs.grad, **{f"d{k}": f.grad for k, f in four._asdict().items()}}
+    plain = judge.results(x, W, factors, scale, dy)
+    judge.check(ours, plain, judge.results(x, W, factors, scale, dy, torch.float64))
+    layer.zero_grad(set_to_none=True)

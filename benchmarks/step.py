@@ -1,0 +1,122 @@
+"""A whole training step of a SmolLM2-135M-shaped Llama: forward, backward, AdamW. Random weights, random tokens."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import judge, layers
+from .measure import Measured, interleave
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def base_model(**changes: Any) -> nn.Module:
+    """The Llama of that shape with seeded random weights, fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SMOLLM2_135M, **changes})).train()
+
+
+class Training:
+    """One method's model, optimizer and step."""
+
+    def __init__(self, method: str, tokens: Tensor, model: nn.Module):
+        self.tokens = tokens
+        self.model = layers.adapt(model, method, TARGETS)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+
+    def gradients(self) -> Tensor:
+        """One forward and backward; returns the loss."""
+        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        return loss.detach()
+
+    def step(self) -> None:
+        """One optimizer step."""
+        self.gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def adapted(self) -> dict[str, nn.Module]:
+        """The layers that carry four factors, by their name in the base model."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, layers.Naive) or type(module).__module__ == "dual_lora.method.layer":
+                found[name.removeprefix("base_model.model.")] = module
+        return found
+
+
+def tokens(batch: int = 4, length: int = 256) -> Tensor:
+    return torch.randint(0, SMOLLM2_135M["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def trainings(methods: tuple[str, ...], ids: Tensor, **changes: Any) -> dict[str, Training]:
+    """One training for each method; frozen weights are shared, full fine-tuning has its own."""
+    made, shared = {}, base_model(**changes)
+    for method in methods:
+        model = base_model(**changes)
+        if method != "full":
+            for (_, parameter), (_, source) in zip(model.named_parameters(), shared.named_parameters(), strict=True):
+                parameter.data = source.data
+        made[method] = Training(method, ids, model)
+    gc.collect()
+    return made
+
+
+def check(dual: Training, naive: Training) -> None:
+    """Loss and every gradient of our model against naive autograd's, from the same factors."""
+    ours, plain = dual.adapted(), naive.adapted()
+    if ours.keys() != plain.keys() or not ours:
+        raise judge.WrongResult(f"Adapted layers differ: {sorted(ours.keys() ^ plain.keys())[:4]}.")
+    for k, (name, layer) in enumerate(ours.items()):
+        O, I = layer.get_base_layer().weight.shape
+        factors = judge.exact_factors(O, I, layers.RANK // 2, layers.RANK // 2, seed=k)
+        layers.fill(layer, factors)
+        layers.fill(plain[name], factors)
+    losses = {"loss": dual.gradients()}, {"loss": naive.gradients()}
+    judge.check_close(*losses, 1e-5)
+    judge.check_close(_gradients(ours), _gradients(plain), 1e-3)
+    for training in (dual, naive):
+        training.optimizer.zero_grad()
+
+
+def _gradients(adapted: dict[str, nn.Module]) -> dict[str, Tensor]:
+    return {f"{n}.d{k}": f.grad for n, m in adapted.items() for k, f in layers.factors_of(m)._asdict().items()}
+
+
+def measure(made: dict[str, Training], threads: int, seconds: float, rounds: tuple[int, int] = (3, 15)) -> Measured:
+    """Seconds of one step of every method."""
+    variants: dict[str, Callable[[], object]] = {m: t.step for m, t in made.items()}
+    return interleave(variants, [("dual", m) for m in made if m != "dual"], threads, seconds, rounds)
+
+
+def measure_scaling(training: Training, threads: int, seconds: float) -> Measured:
+    """Wall seconds of one step on one thread and on `threads`, in turn."""
+
+    def on(n: int) -> Callable[[], None]:
+        def run() -> None:
+            torch.set_num_threads(n)
+            training.step()
+
+        return run
+
+    variants = {"one thread": on(1), f"{'two' if threads == 2 else threads} threads": on(threads)}
+    pairs = [(name, "one thread") for name in variants if name != "one thread"]
+    return interleave(variants, pairs, threads, seconds, (3, 9))

@@ -1,0 +1,132 @@
+"""The works that gates and curves name, and how each is run. A work measures; it knows nothing of limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .gates import STEP
+from .measure import Measured
+
+
+class Unavailable(RuntimeError):
+    """A work that this installation cannot run, with the reason."""
+
+
+class Work(NamedTuple):
+    """`run(threads, seconds)` returns measurements by the name of the work that they answer."""
+
+    names: tuple[str, ...]
+    run: Callable[[int, float], dict[str, Measured]]
+    threads: int | None = None  # the only number of threads that it is made for
+    shape: dict[str, Any] = {}  # noqa: RUF012 - read only
+
+
+def linear(O: int, I: int, T: int, dtype: str, methods: tuple[str, ...]) -> Callable[[int, float], dict[str, Measured]]:
+    def run(threads: int, seconds: float) -> dict[str, Measured]:
+        import torch
+
+        from . import linear as module
+
+        return {_linear(O, T, dtype): module.measure(O, I, T, getattr(torch, dtype), threads, seconds, methods)}
+
+    return run
+
+
+def _linear(O: int, T: int, dtype: str) -> str:
+    return f"linear {O} T{T} {SHORT[dtype]}"
+
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def _nf4(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import quantized
+
+    return {f"linear 4096 T{T} nf4": quantized.measure(4096, 4096, T, threads, seconds / 2) for T in (512, 2048)}
+
+
+def _step(threads: int, seconds: float) -> dict[str, Measured]:
+    """The step on one thread, or (2) on all: then also how the step of ours scales."""
+    from . import step
+
+    made = _trainings()
+    measured = step.measure(made, threads, seconds)
+    if threads == 1:
+        return {STEP: measured}
+    scaling = step.measure_scaling(made["dual"], threads, seconds / 3)
+    return {STEP: measured, "threads on that step": scaling}
+
+
+_made: dict[str, Any] = {}
+
+
+def _trainings() -> dict[str, Any]:
+    """The models of the step, built and judged once for all numbers of threads."""
+    from . import layers, step
+
+    if not _made:
+        _made.update(step.trainings(layers.METHODS, step.tokens()))
+        step.check(_made["dual"], _made["naive"])
+    return _made
+
+
+def _kept(threads: int, seconds: float) -> dict[str, Measured]:
+    import torch
+
+    from .linear import kept_for_backward
+
+    return {"kept for backward": kept_for_backward(512, 768, 64, torch.float32)}
+
+
+def _decode(threads: int, seconds: float) -> dict[str, Measured]:
+    import torch
+
+    from .inference import decode
+
+    cached, merged = decode(4096, 4096, 1, torch.bfloat16, threads, seconds)
+    return {"decode 4096 T1 bf16": cached, "decode 4096 T1 bf16 merged": merged}
+
+
+def _merge(dtype: str) -> Callable[[int, float], dict[str, Measured]]:
+    def run(threads: int, seconds: float) -> dict[str, Measured]:
+        import torch
+
+        from .inference import merge
+
+        merged, unmerged = merge(4096, 4096, getattr(torch, dtype), seconds)
+        return {f"merge 4096 {SHORT[dtype]}": merged, f"unmerge 4096 {SHORT[dtype]}": unmerged}
+
+    return run
+
+
+def _child(task: str, name: str, rounds: int) -> Work:
+    def run(threads: int, seconds: float) -> dict[str, Measured]:
+        from .child import compare
+
+        return {name: compare(task, rounds)}
+
+    return Work((name,), run, threads=1)
+
+
+WITH_FLOOR = ("dual", "lora", "full", "floor")
+
+# In the order of the run: what is quick comes first.
+WORKS: tuple[Work, ...] = (
+    Work(("kept for backward",), _kept, 1, {"O": 512, "I": 768, "T": 64}),
+    Work(("decode 4096 T1 bf16", "decode 4096 T1 bf16 merged"), _decode, 1, {"O": 4096, "I": 4096, "T": 1}),
+    Work(("merge 4096 bf16", "unmerge 4096 bf16"), _merge("bfloat16"), 1, {"O": 4096, "I": 4096}),
+    Work(("merge 4096 fp32", "unmerge 4096 fp32"), _merge("float32"), 1, {"O": 4096, "I": 4096}),
+    _child("import", "import", 3),
+    _child("first-forward", "first forward", 3),
+    _child("load", "adapter load 7B", 2),
+    _child("memory", "memory of that step", 1),
+    Work(("linear 4096 T512 bf16",), linear(4096, 4096, 512, "bfloat16", WITH_FLOOR), None,
+         {"O": 4096, "I": 4096, "T": 512}),
+    Work(("linear 4096 T512 fp32",), linear(4096, 4096, 512, "float32", WITH_FLOOR), None,
+         {"O": 4096, "I": 4096, "T": 512}),
+    Work(("linear 4096 T2048 fp32",), linear(4096, 4096, 2048, "float32", WITH_FLOOR), None,
+         {"O": 4096, "I": 4096, "T": 2048}),
+    Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
+    Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),
+)  # fmt: skip

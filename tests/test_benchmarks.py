@@ -1,0 +1,282 @@
+"""The benchmark's logic on tiny sizes. Nothing here depends on how long anything takes."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from benchmarks import __main__ as command
+from benchmarks import (
+    child,
+    curves,
+    flops,
+    gates,
+    inference,
+    judge,
+    layers,
+    ledger,
+    linear,
+    measure,
+    plot,
+    verdict,
+    works,
+)
+from benchmarks import step as step_work
+from benchmarks.measure import Measured
+from benchmarks.verdict import Mark
+
+
+def timed(dual, against, threads=1, share=1.0, name="lora"):
+    return Measured({"dual": dual, name: against}, "s", threads, share)
+
+
+def test_a_ratio_is_paired_by_round():
+    # A machine that gets slower and slower: the ratio inside every round is 2.
+    slow = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
+    ratio = measure.median_ratio([2 * s for s in slow], slow)
+    assert (ratio.median, ratio.low, ratio.high, ratio.rounds) == (2.0, 2.0, 2.0, 7)
+    assert ratio.uncertainty == 0
+
+
+def test_the_interval_is_that_of_order_statistics():
+    ratio = measure.median_ratio([float(k) for k in range(1, 26)], [1.0] * 25)
+    assert ratio.median == 13.0
+    assert (ratio.low, ratio.high) == (8.0, 18.0)  # ranks of a 95 % interval at n = 25
+    assert measure.median_ratio([1.0, 3.0, 2.0], [1.0] * 3)[1:3] == (1.0, 3.0)  # few rounds: their range
+
+
+def test_nothing_against_nothing_is_one_and_unpaired_rounds_are_refused():
+    assert measure.median_ratio([0.0], [0.0]).median == 1.0
+    assert measure.median_ratio([5.0], [0.0]).median == math.inf
+    with pytest.raises(ValueError, match="2 and 1"):
+        measure.median_ratio([1.0, 2.0], [1.0])
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the variants move."""
+    now = [0.0]
+    for name in ("process_time", "perf_counter"):
+        monkeypatch.setattr(measure.time, name, lambda: now[0])
+
+    def variant(seconds):
+        def run():
+            now[0] += seconds
+
+        return run
+
+    return variant
+
+
+def test_variants_are_interleaved_and_end_when_narrow(clock):
+    order = []
+    variants = {
+        name: partial(lambda n, run: (order.append(n), run()), name, clock(s)) for name, s in [("a", 1), ("b", 3)]
+    }
+    measured = measure.interleave(variants, [("b", "a")], threads=1, seconds=1e9)
+    assert measured.ratio("b", "a").median == pytest.approx(3)
+    assert len(measured.costs["a"]) == 5  # the fewest rounds: nothing varies
+    assert order[-10:] == list("abbaabbaab")  # turned order, after the warm-up
+    assert measured.spread("a") == pytest.approx(0)
+
+
+def test_short_variants_are_repeated_inside_a_sample(clock):
+    calls = []
+    run = clock(measure.SAMPLE_SECONDS / 10)
+    measured = measure.interleave({"a": lambda: (calls.append(1), run())}, [], 1, 1, rounds=(2, 2))
+    assert len(calls) == 2 + 2 * 10
+    assert measured.costs["a"][0] == pytest.approx(measure.SAMPLE_SECONDS / 10)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with measure.torch_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+# Gates.
+
+
+def test_every_gate_names_a_work_that_is_run():
+    named = {name for work in works.WORKS for name in work.names}
+    assert {gate.work for gate in gates.GATES} == named
+
+
+@pytest.mark.parametrize(
+    ("dual", "share", "mark", "code"),
+    [
+        ([1.4] * 6, 1.0, Mark.HELD, 0),
+        ([1.404] * 6, 1.0, Mark.HELD, 0),  # 1.40 as it is stated
+        ([1.41] * 6, 1.0, Mark.MISSED, 1),
+        ([1.2, 1.3, 1.5, 1.7], 0.4, Mark.NOISY, 2),
+        ([1.2, 1.3, 1.5, 1.7], 0.99, Mark.HELD, 0),  # quiet: the median counts
+        ([1.9, 2.0, 2.1, 2.2], 0.4, Mark.MISSED, 1),  # noise cannot explain that
+    ],
+)
+def test_marks_and_exit_codes(dual, share, mark, code):
+    gate = gates.Gate("w", (gates.Limit("lora", 1.40),))
+    found = verdict.judge(gate, 2, timed(dual, [1.0] * len(dual), threads=2, share=share))
+    assert found.mark is mark
+    assert verdict.exit_code([found]) == code
+
+
+def test_one_limit_of_several_is_enough():
+    gate = gates.Gate("w", (gates.Limit("lora", 1.75), gates.Limit("floor", 1.15)))
+    costs = Measured({"dual": [2.0], "lora": [1.0], "floor": [1.9]}, "s", 1)
+    assert verdict.judge(gate, 1, costs).mark is Mark.HELD
+    assert verdict.judge(gate, 1, costs._replace(costs={**costs.costs, "floor": [1.0]})).mark is Mark.MISSED
+
+
+def test_what_cannot_run_is_neither_held_nor_missed(capsys):
+    found = verdict.judge(gates.GATES[0], 1, "no such library")
+    assert found.mark is Mark.ABSENT
+    verdict.show([found, verdict.judge(gates.GATES[0], 1, timed([1.0], [1.0]))], "quiet")
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("no such", "✓", "quiet"))
+
+
+def test_a_run_prints_writes_and_exits_by_its_gates(monkeypatch, tmp_path, capsys):
+    path = tmp_path / "ledger.jsonl"
+    monkeypatch.setattr(gates, "GATES", (gates.Gate("w", (gates.Limit("lora", 1.5),)),))
+    work = works.Work(("w",), lambda n, s: {"w": timed([2.0], [1.0], n)}, None, {"O": 8})
+    monkeypatch.setattr(works, "WORKS", (work,))
+    assert command.run_gates([], [1, 2], 1.0, write=True, ledger_path=path) == 1
+    first, second = ledger.read(path)
+    assert (first["threads"], second["threads"], first["ratio"], first["mark"]) == (1, 2, 2.0, "✗")
+    assert first["shape"] == {"O": 8}
+    assert {"date", "commit", "versions", "device"} <= first.keys()
+    assert command.run_gates(["other"], [1], 1.0, write=True, ledger_path=path) == 0  # nothing was named
+    assert len(path.read_text().splitlines()) == 2
+    assert "✗" in capsys.readouterr().out
+
+
+def test_a_noisy_measurement_is_repeated(monkeypatch, tmp_path):
+    noisy, quiet = timed([1.0, 2.0], [1.0, 1.0], 2, share=0.3), timed([1.0, 1.0], [1.0, 1.0], 2)
+    results = iter([noisy, quiet])
+    monkeypatch.setattr(gates, "GATES", (gates.Gate("w", (gates.Limit("lora", 1.5),)),))
+    monkeypatch.setattr(works, "WORKS", (works.Work(("w",), lambda n, s: {"w": next(results)}),))
+    assert command.run_gates([], [2], 1.0, write=False) == 0
+
+
+def test_the_ledger_is_appended_to_and_names_a_broken_line(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger.append([{"a": 1}], path)
+    ledger.append([{"a": 2}], path)
+    assert [row["a"] for row in ledger.read(path)] == [1, 2]
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(ValueError, match=r"ledger\.jsonl:3"):
+        list(ledger.read(path))
+
+
+# Works, judged at tiny sizes.
+
+
+@pytest.fixture
+def single(monkeypatch):
+    """One sample of each variant: what is tested is that it runs and is judged."""
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_layers_of_every_method(single, dtype):
+    measured = linear.measure(40, 48, 8, dtype, 1, 0, (*layers.METHODS, "floor"), rank=8)
+    assert set(measured.costs) == {*layers.METHODS, "floor"}
+
+
+def tiny_layer(O=40, I=48, T=8):
+    g = torch.Generator().manual_seed(0)
+    W, x, dy = (torch.randn(s, generator=g) for s in ((O, I), (T, I), (T, O)))
+    return layers.linear("dual", W, 8), x, W, 30 * dy
+
+
+def test_a_right_kernel_is_timed_and_a_wrong_one_refused():
+    layer, x, W, dy = tiny_layer()
+    linear.check(layer, x, W, dy)
+    with pytest.raises(judge.WrongResult, match="y is wrong"):
+        linear.check(layer, x, W * 1.001, dy)
+
+
+def test_a_wrong_estimator_is_refused():
+    layer, x, W, dy = tiny_layer()
+    layer.forms["default"] = layer.forms["default"]._replace(ste="identity")
+    with pytest.raises(judge.WrongResult, match=r"d[CD] is wrong"):
+        linear.check(layer, x, W, dy)
+
+
+def test_factors_of_the_judge_have_exact_products():
+    A, B, _, _ = judge.exact_factors(30, 40, 8, 8)
+    assert torch.equal((B @ A).double(), B.double() @ A.double())
+    assert 0.02 < A.std() < 0.05
+
+
+def test_nothing_is_kept_for_backward_beyond_the_inputs():
+    assert linear.kept_for_backward(40, 48, 8, torch.float32).ratio("dual", "inputs").median <= 1
+
+
+def test_decoding_and_merging(single):
+    cached, decoded = inference.decode(40, 48, 1, torch.float32, 1, 0)
+    assert (set(cached.costs), set(decoded.costs)) == ({"dual", "base"}, {"merged", "base"})
+    merged, unmerged = inference.merge(40, 48, torch.bfloat16, 0)
+    assert len(merged.costs["dual"]) == len(unmerged.costs["lora"]) >= 7
+
+
+def test_the_step_of_a_small_llama(single):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+    made = step_work.trainings(("dual", "lora", "naive"), step_work.tokens(2, 8) % 64, **small)
+    assert len(made["dual"].adapted()) == 14
+    step_work.check(made["dual"], made["naive"])
+    assert set(step_work.measure(made, 1, 0, (1, 1)).costs) == set(made)
+    for layer in made["dual"].adapted().values():
+        layer.forms["default"] = layer.forms["default"]._replace(magnitude="identity")
+    with pytest.raises(judge.WrongResult, match="differs from naive"):
+        step_work.check(made["dual"], made["naive"])
+
+
+def test_a_child_measures_in_its_own_process(monkeypatch):
+    monkeypatch.setattr(child, "_child", lambda task, method: {"dual": 3.0, "lora": 2.0}[method])
+    measured = child.compare("memory", 2)
+    assert (measured.unit, measured.ratio("dual", "lora").median) == ("bytes", 1.5)
+
+
+def test_the_peak_of_resident_memory_is_seen():
+    child.reset_peak()
+    before, _ = child.resident()
+    torch.ones(16 << 20)  # 64 MiB, gone at once
+    now, peak = child.resident()
+    assert peak - before > 60 << 20
+    assert now - before < 30 << 20
+
+
+# Curves.
+
+
+def test_flop_limits_are_those_of_the_formula():
+    T, O, r = 512, 4096, 32
+    assert flops.dual(T, O, O, r) / flops.lora(T, O, O, r) == pytest.approx(1.588, abs=1e-3)
+    assert flops.full(T, O, O) / flops.lora(T, O, O, r) < 1.5
+    assert [len(c) for c in curves.CURVES.values()] == [10, 5, 7, 8]
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_a_point_of_a_curve(single, adapters):
+    measured = curves.measure(curves.Point("adapters", adapters, 40, 48, 8, 8, adapters), 0)
+    assert set(measured.costs) == {"dual", "lora"}
+
+
+def test_curves_are_drawn_from_the_newest_rows(tmp_path):
+    row = {"kind": "curve", "work": "rank", "limit": 1.3, "interval": [1.4, 1.6]}
+    rows = [{**row, "at": at, "ratio": ratio} for at, ratio in ((4, 9.0), (8, 1.5), (4, 1.5))]
+    newest = plot.newest([*rows, {"kind": "gate"}])
+    assert [r["ratio"] for r in newest["rank"]] == [1.5, 1.5]
+    svg = plot.draw("rank", newest["rank"])
+    assert svg.startswith("<svg")
+    assert "limit by flops" in svg
+
+
+def test_the_committed_ledger_is_readable():
+    if ledger.PATH.exists():
+        for row in ledger.read():
+            assert {"kind", "work", "ratio", "commit", "device"} <= row.keys(), json.dumps(row)
