@@ -57,9 +57,10 @@ def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
     result = json.loads(out)
     assert (result["state"], result["steps"]) == ("finished", 3)
     assert json.loads((run / "adapter/adapter_config.json").read_text())["r"] == 2
-    code, out, _ = call("evaluate", run, "--evaluate.tasks", "loss", "--data.test-limit", 5, "--json")
+    code, out, _ = call("evaluate", run, "--evaluate.tasks", "loss", "choice", "--data.test-limit", 5, "--json")
     assert code == 0
     assert json.loads(out)["examples"] == 5
+    assert set(json.loads(out)["metrics"]["tuned"]) == {"loss", "perplexity", "choice"}
     code, out, _ = call("generate", run, "is the fire warm ?", "--max-new-tokens", 3, "--json")
     assert code == 0
     assert json.loads(out)["prompt"] == "is the fire warm ?"

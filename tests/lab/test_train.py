@@ -241,6 +241,37 @@ def test_full_disk_is_one_sentence_and_can_be_resumed(lm_values, tmp_path, monke
     assert_same_adapter(tmp_path / "straight", tmp_path / "run")
 
 
+def test_the_record_says_why_a_run_stopped(lm_values, tmp_path, monkeypatch):
+    """torch.save reports a full disk by a RuntimeError of its own, seen on a full tmpfs."""
+    import transformers
+
+    def full(self, folder):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 26176 vs 26064")
+
+    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(UserError, match=r"disk is full.*no checkpoint yet"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["state"] == "stopped"
+    assert "disk is full" in record["error"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(lm_values, tmp_path, write_recipe):
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"batch_size": 4}
+    run(build_recipe(lm_values), tmp_path / "one", progress=False)
+    lm_values["train"] |= {"batch_size": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dual_lora.lab.cli"]
+    arguments = ["train", str(write_recipe(lm_values)), "--out", str(tmp_path / "two"), "--json"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "finished"  # one line: only the first process speaks
+    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(lm_values, tmp_path, write_recipe):
     lm_values["train"] |= {"steps": 2000, "checkpoint_every": 1000}
@@ -307,3 +338,64 @@ def test_any_method_trains(method, lm_values, tmp_path):
     result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
     assert result.state == "finished"
     assert result.adapter_bytes > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"autocast": "bf16"},
+        {"optimizer": "loraplus"},
+        {"optimizer": "adafactor", "schedule": "cosine"},
+        {"arguments": {"label_smoothing_factor": 0.0, "adam_beta2": 0.99}},
+    ],
+)
+def test_training_options(options, lm_values, tmp_path):
+    lm_values["train"] |= options
+    assert run(build_recipe(lm_values), tmp_path / "run", progress=False).loss < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
+        ({"optimizer": "adamm"}, "adamm"),
+        ({"validate_every": 2}, "no validation records: set data.validation .or data.holdout"),
+    ],
+)
+def test_wrong_training_options(options, message, lm_values, tmp_path):
+    lm_values["train"] |= options
+    with pytest.raises(UserError, match=message):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
+    from dual_lora.lab.evaluate import evaluate
+
+    lm_values["data"]["holdout"] = 8
+    lm_values["train"]["validate_every"] = 3
+    lm_values["evaluate"] = {"tasks": ["loss"], "split": "validation", "batch_size": 8, "base": False}
+    result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]
+    assert result.examples == 40
+    measured = evaluate(result.tuned, progress=False).metrics["tuned"]["loss"]
+    assert result.validation_loss == pytest.approx(measured, rel=1e-4)
+
+
+def test_gradients_that_blow_up_never_reach_a_checkpoint(lm_values, tmp_path):
+    lm_values["train"] |= {"learning_rate": 1e25, "max_grad_norm": 0, "schedule": "constant", "lr_warmup": 0}
+    with pytest.raises(UserError, match=r"Training stopped.*Lower train\.learning_rate"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    for checkpoint in (tmp_path / "run/checkpoints").glob("*/adapter_model.safetensors"):
+        assert all(torch.isfinite(t).all() for t in load_file(checkpoint).values())
+
+
+def test_accumulation_changes_nothing_but_memory(lm_values, tmp_path):
+    """The loss is the mean over all answers of a step, however the step is cut (one step: the same rows)."""
+    lm_values["method"] = {"name": "lora", "r": 4}
+    for name, batch, accumulate in (("one", 8, 1), ("two", 4, 2)):
+        lm_values["train"] |= {"batch_size": batch, "accumulate": accumulate, "steps": 1}
+        run(build_recipe(lm_values), tmp_path / name, progress=False)
+    losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["loss"] for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

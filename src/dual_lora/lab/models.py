@@ -165,6 +165,8 @@ def _clear_errors(path: str) -> Any:
         yield
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        if not isinstance(error, OSError | ValueError):
+            first = f"{type(error).__name__}: {first}"
         raise UserError(f"The model {path!r} could not be loaded: {first}") from error

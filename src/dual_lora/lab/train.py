@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, e
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.folder import RunFolder, mark_whole, write_atomically, write_folder_atomically
+from dual_lora.lab.gradient_start import show_gradients, wants_gradients
 from dual_lora.lab.methods import apply_method, is_kind, method_config
-from dual_lora.lab.models import quiet
+from dual_lora.lab.models import best_device, quiet
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe, build_recipe
 from dual_lora.lab.record import peak_memory, read_metrics, surroundings
@@ -86,6 +87,10 @@ def run(
                 return finished
         with _clear_failures(folder):
             return _train(recipe, folder, main, progress, callbacks)
+    except BaseException as error:
+        if main:
+            _note_failure(folder, error)
+        raise
     finally:
         if main:
             folder.close()
@@ -105,15 +110,20 @@ def _train(
     recipe: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
 ) -> RunResult:
     part = recipe.train
-    method_config(recipe.method, recipe.model.head, steps=1, fresh=[])  # a wrong field shows before anything is loaded
+    method_config(
+        recipe.method, recipe.model.head, steps=10**6, fresh=[]
+    )  # a wrong field shows before anything is loaded
     rows, classes, left_out, loaded, steps = _prepare(recipe)
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
-    model = apply_method(loaded, config, recipe.model.path, part.seed)
     classification = recipe.model.head == "classification"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rows_a_step = part.batch_size * part.accumulate * world
     lengths = [len(row.input_ids) for row in rows]
     order = training_order(lengths, steps * rows_a_step, part.batch_size * world, part.seed)
+    if wants_gradients(config):
+        collate = Collator(loaded.tokenizer.pad_token_id, classification, accepted_arguments(loaded.model))
+        show_gradients(loaded.model, config, [rows[i] for i in order], part.batch_size, collate, mean_loss)
+    model = apply_method(loaded, config, recipe.model.path, part.seed)
     tokens = [
         0,
         *itertools.accumulate(
@@ -256,6 +266,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) 
         "eval_steps": part.validate_every,
         "prediction_loss_only": True,
         "remove_unused_columns": False,
+        "use_cpu": best_device() == "cpu",  # else Trainer refuses bf16 there
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
         "report_to": [],
@@ -288,6 +299,16 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
     )
 
 
+def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None) -> torch.Tensor:
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number."""
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if labels.dim() == 2:
+        labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
+        logits = logits[:, :-1]
+    total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (count if count is not None else (labels != IGNORED).sum())
+
+
 class _Loss:
     """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step."""
 
@@ -295,13 +316,7 @@ class _Loss:
         self.watch = watch
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        if labels.dim() == 2:
-            labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
-            logits = logits[:, :-1]
-        total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        count = num_items_in_batch if num_items_in_batch is not None else (labels != IGNORED).sum()
-        loss = total / count
+        loss = mean_loss(outputs, labels, num_items_in_batch)
         if torch.is_grad_enabled():
             self.watch.losses.append(loss.detach())
         return loss
@@ -477,7 +492,17 @@ def _kept_checkpoint(folder: RunFolder) -> str:
     return f"The last good checkpoint is {last}; `dual-lora train --resume --out {folder.path}` goes on from it."
 
 
+def _note_failure(folder: RunFolder, error: BaseException) -> None:
+    """Let record.json say that the run stopped, and why."""
+    with suppress(OSError, ValueError):
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+        if record["state"] == "running":
+            record |= {"state": "stopped", "error": str(error) or type(error).__name__}
+            write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+
+
 def _is_disk_full(error: BaseException) -> bool:
     """torch and safetensors wrap the system's error into their own kinds, the text survives."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+    wrapped = ("No space left on device", "unexpected pos", "PytorchStreamWriter")  # the latter two: torch.save
+    return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,9 @@ from rich.table import Table
 
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
-    """Print ``result`` as one line if ``as_json``, else the card."""
+    """Print ``result`` as one line if ``as_json``, else the card; of several processes only the first one speaks."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         print(json.dumps(result, ensure_ascii=False))
     else:

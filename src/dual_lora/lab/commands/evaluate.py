@@ -24,7 +24,8 @@ def evaluate(
     out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[
-        EvaluateFlags | None, Parameter(name="*", negative_iterable="", negative_none="", show_default=False)
+        EvaluateFlags | None,
+        Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
     """Measure a run, an adapter or a model; the adapter and its base side by side.

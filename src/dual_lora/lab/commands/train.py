@@ -22,7 +22,8 @@ def train(
     overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.", negative="")] = False,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[
-        RecipeFlags | None, Parameter(name="*", negative_iterable="", negative_none="", show_default=False)
+        RecipeFlags | None,
+        Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
     """Fine-tune a model by a recipe.

