@@ -48,6 +48,7 @@ def page_file(tmp_path_factory):
 @pytest.fixture
 def page(browser, page_file):
     browser.get(page_file.as_uri())
+    browser.execute_script("sessionStorage.clear()")  # a page remembers how its tables were sorted
     browser.get_log("browser")  # what an earlier test may have left
     browser.refresh()
     assert browser.execute_script("return document.documentElement.dataset.ready") == "yes"
@@ -223,7 +224,7 @@ def test_saved_tables_are_what_the_command_exports(page):
     assert rows[0].startswith("method,against,task,metric,verdict,difference")
     assert len(rows) == 7
     exact = material.study(material.HOSTILE)["comparisons"][0]["difference"]
-    assert str(exact) in rows[1]
+    assert any(str(exact) in row for row in rows)
     assert saved("md").splitlines()[1].startswith("|---|---|---|---|---|---:|")
     assert "\\textbackslash{}\\$" in saved("tex")
 
@@ -303,7 +304,9 @@ def test_a_live_page_keeps_its_place(browser, page_file):
     module.report([page_file.parent / "work"], out, live=1)
     browser.get(out.as_uri())
     table = a_table(browser, "-verdicts")
-    browser.execute_script(f"document.querySelector('#{table} th:nth-child(6) button').click(); scrollTo(0, 700)")
+    browser.execute_script(
+        f"document.querySelector('#{table} th:nth-child(6) button').click(); scrollTo({{top: 700, behavior: 'instant'}})"
+    )
     browser.execute_script("window.old = true")
     for _ in range(50):
         time.sleep(0.1)

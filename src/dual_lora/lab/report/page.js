@@ -57,7 +57,7 @@
   function plain(value) {
     const size = Math.abs(value);
     let text;
-    if (size >= 1e6 || (size > 0 && size < 1e-4)) text = value.toExponential(2).replace("e+", "e");
+    if (size >= 1e6 || (size > 0 && size < 1e-4)) text = value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
     else if (Number.isInteger(value)) text = value.toLocaleString("en-US");
     else text = String(Number(value.toPrecision(4)));
     return text.replace("-", "−");
@@ -256,7 +256,7 @@
       place.addEventListener("pointerleave", () => this.point(null));
       place.addEventListener("keydown", (event) => this.keys(event));
       place.addEventListener("blur", () => this.point(null));
-      this.width = 0;
+      this.draw();
       new ResizeObserver(() => {
         if (Math.abs(place.clientWidth - this.width) > 1) this.draw();
       }).observe(place);
@@ -434,7 +434,7 @@
 
     drawLegend() {
       this.legend.replaceChildren();
-      if (!["lines", "dots"].includes(this.chart.kind) || this.direct || this.now.series.length < 2) return;
+      if (!["lines", "dots"].includes(this.chart.kind) || this.direct) return;
       for (const s of this.now.series) {
         const { colour, dash, mark: kind } = styleOf(s.name);
         const button = make("button", { type: "button", class: "button", "aria-pressed": String(!this.hidden.has(s.name)) });
@@ -461,9 +461,10 @@
         let far = Math.hypot(t.x - px, t.y - py);
         if (t.box) far = px >= t.box.x && px <= t.box.x + t.box.width && py >= t.box.y && py <= t.box.y + t.box.height ? 0 : Infinity;
         if (t.wide) far = Math.abs(t.y - py) * 3;
+        if (this.chart.kind === "lines") far = Math.hypot(t.x - px, 0.3 * (t.y - py)); // the nearest step, then the nearest line
         if (far < least) [least, best] = [far, i];
       });
-      this.point(least <= 45 ? best : null);
+      this.point(least <= (this.chart.kind === "lines" ? 150 : 45) ? best : null);
     }
 
     keys(event) {
@@ -531,7 +532,8 @@
   }
   if (data.live) {
     addEventListener("pagehide", () => memory.set("scroll", scrollY));
-    scrollTo(0, memory.get("scroll", 0));
+    history.scrollRestoration = "manual";
+    scrollTo({ top: memory.get("scroll", 0), behavior: "instant" });
     setTimeout(() => location.reload(), data.live * 1000);
   }
   document.documentElement.dataset.ready = "yes";
