@@ -16,18 +16,22 @@ RINGS = ["core", "method", "lab"]  # from the inside out
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
     "core": {"torch", "triton"},
-    "method": {"torch", "peft", "transformers", "safetensors", "deepspeed"},
+    # The last ones are imported where a user's model or loop has brought them.
+    "method": {"torch", "peft", "transformers", "safetensors", "deepspeed", "bitsandbytes", "torchao", "hqq"},
     "": set(),
 }
 EXTRAS = [  # without accelerate and yaml, which PEFT itself needs
+    "bitsandbytes",
     "cyclopts",
     "datasets",
     "deepspeed",
     "gguf",
+    "hqq",
     "pydantic",
     "rich",
     "scipy",
     "sklearn",
+    "torchao",
     "triton",
     "trl",
 ]
