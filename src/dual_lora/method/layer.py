@@ -422,6 +422,10 @@ class MapLayer(DualLoraLayer):
         """f(dropout(x); ΔW)."""
         raise NotImplementedError
 
+    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """f(x; W), to which adapters' outputs are added."""
+        return self.base_layer(x, *args, **kwargs)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
@@ -439,7 +443,7 @@ class MapLayer(DualLoraLayer):
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
         dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
         fused = [n for n in active if n not in dropped] if not (args or kwargs) and self._is_plain() else []
-        y = self._fused(x, fused) if fused else self.base_layer(x, *args, **kwargs)
+        y = self._fused(x, fused) if fused else self._base_call(x, *args, **kwargs)
         for name in active:
             if name not in fused:
                 y = y + self._adapter_branch(x, name).to(y.dtype)
@@ -447,7 +451,7 @@ class MapLayer(DualLoraLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """Every sample with its own adapter ("__base__": none)."""
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_call(x, *args, **kwargs)
         for name in self._present(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
             y[index] = y[index] + self._adapter_branch(x[index], name).to(y.dtype)

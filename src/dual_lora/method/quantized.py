@@ -1,0 +1,379 @@
+"""Dual LoRA on quantised linear layers, by PEFT's generic QuantizationBackend.
+
+Where the base's forward is the dequantised product, one product with the composed weight replaces it, and the operator
+dequantises a block of rows at a time: the whole weight never stands in memory. Where the base computes something else
+(int8 activations, a kernel without dequantisation), its forward is kept and the adapter's product is added.
+
+Merge: dequantise, add, quantise again; the error of that is kept in `merge_error`. Unmerge puts the quantised weight
+back that was there before, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    HqqBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+    quantization_extra_repr,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+
+from ..core import blocked
+from ..core.blocked import RowSource
+from ..core.op import autocast_dtype, dual_lora_linear
+from .cache import composed_weights
+from .config import DualLoraConfig
+from .layer import Linear, is_plain
+
+# Entries that are dequantised at a time where the blocked operator is not in charge.
+ROW_BLOCK = 1 << 19
+
+# Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
+_UNKNOWN = object()
+
+
+class QuantizedLinear(Linear):
+    """Dual LoRA on a linear layer that a quantisation library has made."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, get_apply_tensor_subclass: Any = None, **kwargs: Any) -> None:
+        backend = find_backend(base_layer, get_apply_tensor_subclass)
+        assert backend is not None
+        super().__init__(base_layer, *args, **kwargs)
+        self.quantization_backend: Any = backend
+        self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
+        self._kept: Any = None
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        return base.out_features, base.in_features
+
+    # Forward.
+
+    def _is_plain(self) -> bool:
+        base: Any = self.base_layer
+        return is_plain(base, type(base).forward) and self._computes_dequantised(base)
+
+    def _computes_dequantised(self, base: Any) -> bool:
+        """Whether the base's forward is x times the dequantised weight."""
+        if isinstance(self.quantization_backend, TorchaoBackend):
+            return not _quantises_activations(base.weight)
+        return isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend)
+
+    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+        base: Any = self.base_layer
+        given = x.dtype
+        if autocast_dtype(x.device) is None:
+            x = x.to(_compute_dtype(base) or x.dtype)
+        if self._may_cache(x):
+            return self._cached_product(x, names).to(given)
+        bias = None if base.bias is None else base.bias.to(autocast_dtype(x.device) or x.dtype)
+        scale = self._loss_scale(names, x.device)
+        y = dual_lora_linear(x, row_source(base, self.quantization_backend), bias, self._adapters(names), scale)
+        return y if autocast_dtype(x.device) is not None else y.to(given)
+
+    def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
+        base: Any = self.base_layer
+        adapters = self._adapters(names)
+        dtype = autocast_dtype(x.device) or x.dtype
+        stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
+        weight = composed_weights.get(
+            self,
+            [stored, *(t for a in adapters for t in (*a.factors, a.scale))],
+            (tuple(names), dtype),
+            lambda: blocked.compose(row_source(base, self.quantization_backend), adapters, dtype),
+        )
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight, bias)
+
+    def _adapters(self, names: list[str]) -> list[blocked.Adapter]:
+        return [self.adapter(name) for name in names]
+
+    def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's forward; with the dequantised weight's gradient where the library's own stops."""
+        base: Any = self.base_layer
+        stops = isinstance(self.quantization_backend, TorchaoBackend) and _quantises_activations(base.weight)
+        if stops and torch.is_grad_enabled() and x.requires_grad:
+            return _ThroughRows.apply(x, base(x.detach(), *args, **kwargs), row_source(base, self.quantization_backend))
+        return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
+
+    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
+        x = self.dual_lora_dropout[name](x)
+        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+
+    # Merge.
+
+    def _write_merged(self, names: list[str], safe_merge: bool) -> None:
+        backend: Any = self.quantization_backend
+        if names and not backend.supports_merge:
+            raise ValueError(
+                f"Cannot merge Dual LoRA into a {backend.backend_name} layer: its weight cannot be dequantised and "
+                "quantised again here. Keep the adapter unmerged, or load the base model without quantisation, load "
+                "the adapter on it and merge there."
+            )
+        composed_weights.drop(self)
+        kept = _Kept.of(self) if self._kept is None else self._kept
+        kept.restore(self)
+        self._kept, self.merge_error = None, None
+        if names:
+            with torch.no_grad():
+                weight = backend.get_base_weight(self.get_base_layer())
+                adapters = [self.adapter(name) for name in self.scaling if name in names]
+                exact = blocked.compose(weight, adapters, torch.float32)
+                if safe_merge and not torch.isfinite(exact).all():
+                    self.merged_adapters = []
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+                    )
+                moved = (exact - weight).norm()
+                backend.set_base_weight(self, exact.to(weight.dtype))
+                kept.repair(self)
+                lost = backend.get_base_weight(self.get_base_layer()).float() - exact
+                self.merge_error = float(lost.norm() / moved) if moved else 0.0
+            self._kept = kept
+        self.merged_adapters = names
+
+    def extra_repr(self) -> str:
+        """Shape and kind of quantisation."""
+        kind = quantization_extra_repr(self)
+        return ", ".join(part for part in (super().extra_repr(), kind) if part)
+
+
+class _Kept:
+    """What a merge overwrites: the quantised weight itself, never a copy that was quantised again."""
+
+    def __init__(self, base: nn.Module, weight: Any, attributes: dict[str, Any], state: Any):
+        self.base, self.weight, self.attributes, self.state = base, weight, attributes, state
+
+    @classmethod
+    def of(cls, layer: QuantizedLinear) -> _Kept:
+        base: Any = layer.get_base_layer()
+        if isinstance(layer.quantization_backend, Bnb4bitBackend):
+            _undo_packing_for_cpu(base)
+        weight = None if isinstance(layer.quantization_backend, HqqBackend) else base.weight
+        return cls(
+            base, weight, dict(vars(weight)) if weight is not None else {}, copy.copy(getattr(base, "state", None))
+        )
+
+    def restore(self, layer: QuantizedLinear) -> None:
+        """Put everything back as it was."""
+        base: Any = self.base
+        if self.weight is None:
+            layer.base_layer = base
+            return
+        if base.weight is not self.weight:
+            del base.weight
+            base.weight = self.weight
+        self.repair(layer)
+        if self.state is not None:
+            base.state = copy.copy(self.state)
+
+    def repair(self, layer: QuantizedLinear) -> None:
+        """Undo what PEFT's backend does to the old weight, and add what it forgets on the new layer."""
+        if self.weight is not None:
+            vars(self.weight).clear()
+            vars(self.weight).update(self.attributes)
+        elif layer.base_layer is not self.base:  # HQQ makes a new layer, without a bias
+            layer.base_layer.bias = self.base.bias  # type: ignore[union-attr]
+
+
+class _ThroughRows(torch.autograd.Function):
+    """y of the base, whose gradient is that of the dequantised product: dx = dy W, some rows at a time."""
+
+    @staticmethod
+    def forward(ctx, x, y, source):
+        ctx.source, ctx.shape = source, x.shape
+        return y.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        O, I = ctx.source.shape
+        rows = dy.reshape(-1, O)
+        dx = torch.zeros(rows.shape[0], I, dtype=torch.float32, device=dy.device)
+        step = max(ROW_BLOCK // I, 16)
+        for start in range(0, O, step):
+            W = ctx.source.rows(start, min(start + step, O))
+            dx += rows[:, start : start + step] @ W.to(dy.dtype)
+        return dx.to(dy.dtype).view(ctx.shape), None, None
+
+
+# Rows of a quantised weight.
+
+
+def row_source(base: Any, backend: QuantizationBackend) -> RowSource:
+    """The base's weight, dequantised some rows at a time."""
+    if isinstance(backend, Bnb4bitBackend):
+        return _FourBitRows(base)
+    if isinstance(backend, HqqBackend) and _HqqRows.can_read(base):
+        return _HqqRows(base)
+    if isinstance(backend, TorchaoBackend) and _SlicedRows.can_read(base.weight):
+        return _SlicedRows(base.weight)
+    return _WholeRows(base, backend)
+
+
+class _FourBitRows:
+    """bitsandbytes NF4 and FP4: blocks of consecutive entries share a scale, which may be quantised itself."""
+
+    def __init__(self, base: Any):
+        _undo_packing_for_cpu(base)
+        self.packed, self.state = base.weight.data, base.weight.quant_state
+        self.shape = (base.out_features, base.in_features)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        import bitsandbytes.functional as F
+
+        O, I = self.shape
+        state, size = self.state, self.state.blocksize
+        first, last = start * I // size, -(-stop * I // size)
+        low, high = first * size, min(last * size, O * I)
+        part = F.QuantState(
+            absmax=_scales(state, first, last),
+            shape=torch.Size((high - low,)),
+            code=state.code,
+            blocksize=size,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        packed = self.packed.view(-1)[low // 2 : -(-high // 2)].view(-1, 1)
+        entries = F.dequantize_4bit(packed, part).view(-1)
+        return entries[start * I - low : stop * I - low].view(stop - start, I)
+
+
+def _scales(state: Any, first: int, last: int) -> Tensor:
+    """The scales of the blocks first…last, fp32."""
+    import bitsandbytes.functional as F
+
+    if not state.nested:
+        return state.absmax[first:last].float()
+    outer = state.state2
+    size = outer.blocksize
+    low, high = first // size, -(-last // size)
+    part = F.QuantState(absmax=outer.absmax[low:high], code=outer.code, blocksize=size, dtype=outer.dtype)
+    scales = F.dequantize_blockwise(state.absmax[low * size : high * size], part)
+    return (scales[first - low * size : last - low * size] + state.offset).float()
+
+
+def _undo_packing_for_cpu(base: Any) -> None:
+    """bitsandbytes repacks a weight in place for inference on some CPUs; bring it back to its own layout."""
+    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
+
+        base.weight.data, base.weight.quant_state = inverse(base.weight.data, base.weight.quant_state)
+
+
+class _HqqRows:
+    """HQQ with groups along the rows, in 8 or 4 bits: a row is a whole number of groups."""
+
+    def __init__(self, base: Any):
+        self.base = base
+        self.shape = (base.out_features, base.in_features)
+
+    @staticmethod
+    def can_read(base: Any) -> bool:
+        meta = base.meta
+        return (
+            meta["axis"] == 1
+            and meta["packing"] in ("8bit_u8", "4bit_u8")
+            and meta["group_size"] is not None
+            and base.in_features % meta["group_size"] == 0
+            and not (meta["quant_scale"] or meta["quant_zero"] or meta["view_as_float"])
+        )
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        I = self.shape[1]
+        meta, stored = self.base.meta, self.base.W_q
+        per_row = I // meta["group_size"]
+        first, last = start * per_row, stop * per_row
+        if meta["packing"] == "8bit_u8":
+            whole = stored[first:last]
+        else:  # the high halves hold the first half of the groups, the low halves the second
+            half = stored.shape[0]
+            whole = torch.cat(
+                [
+                    stored[min(first, half) : min(last, half)] >> 4,
+                    stored[max(first - half, 0) : max(last - half, 0)] & 15,
+                ]
+            )
+        scale, zero = meta["scale"][first:last], meta["zero"][first:last]
+        return ((whole.to(scale.dtype) - zero) * scale).view(stop - start, I).to(self.base.compute_dtype)
+
+
+class _SlicedRows:
+    """torchao: a quantised tensor that can be cut by rows before it is dequantised."""
+
+    def __init__(self, weight: Any):
+        self.weight = weight
+        self.shape = tuple(weight.shape)
+
+    @staticmethod
+    def can_read(weight: Any) -> bool:
+        try:
+            weight[:1].dequantize()
+        except (NotImplementedError, RuntimeError, AttributeError, AssertionError):
+            return False
+        return True
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weight[start:stop].dequantize()
+
+
+class _WholeRows:
+    """A layout that cannot be read by rows: dequantised once for a pass over its rows, and dropped at its end."""
+
+    def __init__(self, base: Any, backend: QuantizationBackend):
+        self.base, self.backend = base, backend
+        self.shape = (base.out_features, base.in_features)
+        self._whole: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self._whole is None:
+            with torch.no_grad():
+                self._whole = self.backend.get_base_weight(self.base)
+        part = self._whole[start:stop]
+        if stop == self.shape[0]:
+            self._whole = None
+        return part
+
+
+def _compute_dtype(base: Any) -> torch.dtype | None:
+    """The precision that the library computes in, where it says so."""
+    return getattr(base, "compute_dtype", None)
+
+
+def _quantises_activations(weight: Any) -> bool:
+    return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
+
+
+def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> QuantizationBackend | None:
+    """PEFT's backend for a quantised layer, or None for a plain one."""
+    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=get_apply_tensor_subclass or _UNKNOWN)
+    if isinstance(backend, TorchaoBackend) and get_apply_tensor_subclass is None:
+        backend.supports_merge = False
+    return backend
+
+
+def dispatch_quantized(
+    target: nn.Module, adapter_name: str, config: DualLoraConfig, get_apply_tensor_subclass: Any = None, **kwargs: Any
+) -> nn.Module | None:
+    """The adapted layer for a quantised linear layer, or None."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    backend = find_backend(base, get_apply_tensor_subclass)
+    if backend is None or backend.layer_type != "linear":
+        return None
+    if config.fan_in_fan_out:
+        warnings.warn(
+            f"fan_in_fan_out is set to True but the target module is a quantised linear layer "
+            f"({backend.backend_name}). Setting fan_in_fan_out to False.",
+            stacklevel=2,
+        )
+    return QuantizedLinear(
+        target, adapter_name, config=config, get_apply_tensor_subclass=get_apply_tensor_subclass, **kwargs
+    )

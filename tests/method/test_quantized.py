@@ -1,0 +1,341 @@
+"""Quantised bases: the value and gradients of the dequantised weight, real training steps, exact unmerging."""
+
+import warnings
+
+import pytest
+import torch
+from judged import adapted, delta, leaves
+from peft import get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from torch.nn.functional import linear
+
+from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights
+from dual_lora.core import blocked
+from dual_lora.method import quantized
+from dual_lora.method.quantized import QuantizedLinear, row_source
+
+O, I = 64, 128
+
+
+def plain():
+    torch.manual_seed(1)
+    return nn.Linear(I, O)
+
+
+def four_bit(quant_type, nested=True, features=(I, O)):
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(1)
+    source = nn.Linear(*features)
+    options = {"quant_type": quant_type, "compress_statistics": nested}
+    layer = bnb.nn.Linear4bit(*features, compute_dtype=torch.float32, **options)
+    layer.weight = bnb.nn.Params4bit(source.weight.data.clone(), requires_grad=False, **options)
+    layer.bias.data = source.bias.data.clone()
+    return layer.to("cpu").requires_grad_(False)
+
+
+def eight_bit():
+    bnb = pytest.importorskip("bitsandbytes")
+    source = plain()
+    layer = bnb.nn.Linear8bitLt(I, O, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(source.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+    layer.bias.data = source.bias.data.clone()
+    return layer.to("cpu").requires_grad_(False)
+
+
+def hqq(nbits, axis=1):
+    quantize = pytest.importorskip("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=nbits, group_size=64, axis=axis)
+    return quantize.HQQLinear(plain(), config, compute_dtype=torch.float32, device="cpu").requires_grad_(False)
+
+
+def torchao(dynamic=False):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(plain())
+    kinds = quantization.Int8DynamicActivationInt8WeightConfig, quantization.Int8WeightOnlyConfig
+    quantization.quantize_(model, kinds[0 if dynamic else 1]())
+    return model[0].requires_grad_(False)
+
+
+KINDS = {
+    "nf4 nested": lambda: four_bit("nf4"),
+    "nf4": lambda: four_bit("nf4", nested=False),
+    "fp4": lambda: four_bit("fp4"),
+    "int8": eight_bit,
+    "hqq 8": lambda: hqq(8),
+    "hqq 4": lambda: hqq(4),
+    "hqq 3": lambda: hqq(3),
+    "hqq 4 columns": lambda: hqq(4, axis=0),
+    "torchao int8": torchao,
+    "torchao int8 dynamic": lambda: torchao(dynamic=True),
+}
+KIND = pytest.mark.parametrize("kind", KINDS)
+FUSED = set(KINDS) - {"int8", "torchao int8 dynamic"}
+
+
+def wrapped(kind, **options):
+    base = KINDS[kind]()
+    options = {"target_modules": ["1"], "init_weights": False, "r": 4, **options}
+    model = get_peft_model(nn.Sequential(nn.Identity(), base), DualLoraConfig(**options))
+    return model, model.base_model.model[1], base
+
+
+def requantises(layer):
+    """Give a torchao layer what transformers' quantiser would have told."""
+    if layer.quantization_backend.backend_name == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        layer.quantization_backend.get_apply_tensor_subclass = Int8WeightOnlyConfig
+        layer.quantization_backend.supports_merge = True
+
+
+def whole(layer):
+    if layer.quantization_backend.backend_name == "bnb 4bit":
+        quantized._undo_packing_for_cpu(layer.get_base_layer())
+    return layer.quantization_backend.get_base_weight(layer.get_base_layer()).detach().float().clone()
+
+
+@KIND
+def test_rows_are_those_of_the_whole_weight(kind):
+    _, layer, base = wrapped(kind)
+    expected = whole(layer)
+    rows = row_source(base, layer.quantization_backend)
+    assert tuple(rows.shape) == (O, I)
+    for start, stop in ((0, 5), (5, 30), (30, O)):
+        torch.testing.assert_close(rows.rows(start, stop).float(), expected[start:stop], atol=1e-6, rtol=1e-5)
+
+
+def test_rows_that_do_not_end_with_a_block():
+    """Rows of 100 entries in blocks of 64, whose scales are quantised in blocks of 256."""
+    layer = four_bit("nf4", features=(100, 333))
+    _, adapted_layer = adapted(layer)
+    expected = whole(adapted_layer)
+    source = row_source(layer, adapted_layer.quantization_backend)
+    for start, stop in ((0, 1), (1, 7), (7, 200), (200, 333)):
+        assert torch.equal(source.rows(start, stop).float(), expected[start:stop])
+
+
+@KIND
+@pytest.mark.parametrize("ste", ["clip", "identity"])
+def test_value_and_gradients(kind, ste):
+    model, layer, base = wrapped(kind, ste=ste)
+    assert isinstance(layer, QuantizedLinear)
+    model.train()
+    W = whole(layer)
+    x = torch.randn(3, 5, I)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = model(ours)
+    factors = leaves(layer)
+    expected = linear(theirs, W + delta(layer, factors), base.bias)
+    if kind not in FUSED:  # the base rounds its activations: its own output counts
+        expected = expected - linear(theirs, W, base.bias) + base(x) + 0 * theirs.sum()
+    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-3)
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected.backward(g)
+    for name, a, b in zip("ABCD", layer.factors("default"), factors, strict=True):
+        assert b.grad.any(), name
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    dx = linear(g.reshape(-1, O), (W + layer.get_delta_weight("default")).t()).view_as(x)
+    torch.testing.assert_close(ours.grad, dx, atol=2e-2 if kind == "int8" else 1e-4, rtol=1e-2)
+
+
+@KIND
+def test_nothing_changes_at_initialisation(kind):
+    model, _, base = wrapped(kind, init_weights=True)
+    x = torch.randn(4, I)
+    torch.testing.assert_close(model(x), base(x), atol=1e-5, rtol=1e-5)
+
+
+@KIND
+def test_training_lowers_the_loss(kind):
+    torch.manual_seed(0)
+    first = nn.Linear(I, I)
+    model = get_peft_model(
+        nn.Sequential(first, nn.ReLU(), KINDS[kind]()),
+        DualLoraConfig(target_modules=["0", "2"], warmup_steps=2, r=4),
+    )
+    layer = model.base_model.model[0]
+    x, target = torch.randn(32, I), torch.randn(32, O)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert layer.factors("default").A.grad.any(), "no gradient reached the layer below"
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"torchao int8 dynamic"}))
+def test_merge_and_exact_unmerge(kind):
+    model, layer, base = wrapped(kind, r=8)
+    requantises(layer)
+    model.eval()
+    x = torch.randn(4, I)
+    with torch.no_grad():
+        base(x)  # bitsandbytes rounds its scales when it first repacks for inference
+        original = whole(layer)
+        untouched = base(x)
+        before = model(x)
+        exact = original + layer.get_delta_weight("default")
+        with pytest.warns(UserWarning, match="quantised again: what that lost is"):
+            model.merge_adapter()
+        lost = (whole(layer) - exact).norm() / layer.get_delta_weight("default").norm()
+        assert layer.merge_error == pytest.approx(float(lost), rel=1e-2)
+        merged = model(x)
+        assert (merged - before).norm() < 0.5 * (before - untouched).norm()
+        model.unmerge_adapter()
+        assert torch.equal(whole(layer), original)
+        assert torch.equal(base(x), untouched)
+        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4)
+
+
+def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
+    """bitsandbytes repacks 4-bit weights in place on CPUs with bf16 units when it runs in eval mode."""
+    model, layer, base = wrapped("nf4 nested")
+    x = torch.randn(4, I)
+    model.eval()
+    with torch.no_grad():
+        base(x)  # rounds its scales at the first time
+        original = whole(layer)
+        expected = model(x)
+        base(x)
+        if not getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+            pytest.skip("this CPU has no bf16 units, for which bitsandbytes repacks")
+        composed_weights.clear()
+        assert torch.equal(model(x), expected)
+        base(x)
+        with pytest.warns(UserWarning, match="quantised again"):
+            model.merge_adapter()
+        torch.testing.assert_close(whole(layer), original + layer.get_delta_weight("default"), atol=0.5, rtol=0.1)
+        model.unmerge_adapter()
+        assert torch.equal(whole(layer), original)
+
+
+@pytest.mark.parametrize("kind", ["nf4 nested", "int8", "hqq 4", "torchao int8"])
+def test_stored_bits_survive_many_merges(kind):
+    model, layer, base = wrapped(kind)
+    requantises(layer)
+
+    def bits():
+        weight = layer.get_base_layer().W_q if kind.startswith("hqq") else layer.get_base_layer().weight
+        return [t.clone() for t in ([weight.qdata, weight.scale] if kind.startswith("torchao") else [weight.data])]
+
+    before = bits()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(5):
+            model.merge_adapter()
+            assert not all(torch.equal(a, b) for a, b in zip(before, bits(), strict=True))
+            model.unmerge_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(), strict=True))
+    assert layer.get_base_layer() is base
+
+
+def test_hqq_keeps_its_bias_when_merged():
+    model, layer, base = wrapped("hqq 8")
+    with pytest.warns(UserWarning, match="quantised again"):
+        plain_model = model.merge_and_unload()
+    assert torch.equal(plain_model[1].bias, base.bias)
+    del layer
+
+
+def test_broken_adapter_leaves_the_weight_untouched():
+    model, layer, _ = wrapped("nf4")
+    before = layer.get_base_layer().weight.data.clone()
+    layer.factors("default").B.data[0] = float("inf")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.get_base_layer().weight.data, before)
+    assert not layer.merged
+
+
+def test_a_base_that_cannot_be_requantised_refuses_to_merge():
+    model, layer, _ = wrapped("torchao int8")
+    with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a torchao layer"):
+        model.merge_adapter()
+    assert not layer.merged
+
+
+def test_forward_only_kinds_are_wired(monkeypatch):
+    """GPTQ, AWQ, AQLM, EETQ and the like: their forward is kept, the adapter's product is added, merging is refused."""
+    from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+    class Kernel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = I, O
+            self.register_buffer("qweight", torch.randint(-8, 8, (O, I), dtype=torch.int8))
+            self.bias = None
+
+        def forward(self, x):
+            return linear(x, self.qweight.float() / 8)
+
+    monkeypatch.setattr(
+        quantized,
+        "resolve_quantization_backend",
+        lambda base, **_: ForwardOnlyQuantizationBackend("gptq") if isinstance(base, Kernel) else None,
+    )
+    base = Kernel()
+    model = get_peft_model(nn.Sequential(base), DualLoraConfig(target_modules=["0"], init_weights=False))
+    layer = model.base_model.model[0]
+    x = torch.randn(4, I, requires_grad=True)
+    y = model(x)
+    W = base.qweight.float() / 8 + layer.get_delta_weight("default")
+    torch.testing.assert_close(y, linear(x, W), atol=1e-4, rtol=1e-4)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, W.sum(0).expand(4, I), atol=1e-3, rtol=1e-4)
+    with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a gptq layer"):
+        model.merge_adapter()
+
+
+def test_the_whole_weight_never_stands_in_memory(monkeypatch):
+    model, layer, _ = wrapped("nf4 nested")
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * I, panel=16 * I * 4))
+    seen = []
+    original = quantized._FourBitRows.rows
+    monkeypatch.setattr(quantized._FourBitRows, "rows", lambda self, a, b: seen.append(b - a) or original(self, a, b))
+    monkeypatch.setattr(type(layer.quantization_backend), "get_base_weight", None)
+    model(torch.randn(4, I, requires_grad=True)).sum().backward()
+    assert seen == [16] * (O // 16) * 2
+
+
+def test_preparing_for_kbit_training_leaves_the_factors_in_fp32():
+    model = prepare_model_for_kbit_training(nn.Sequential(four_bit("nf4")).bfloat16(), use_gradient_checkpointing=False)
+    model = get_peft_model(model, DualLoraConfig(target_modules=["0"], init_weights=False))
+    layer = model.base_model.model[0]
+    assert {f.dtype for f in layer.factors("default")} == {torch.float32}
+    # What TRL does to the adapters of a QLoRA model.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="fp32 again"):
+        model(torch.randn(2, I)).sum().backward()
+    assert {f.dtype for f in layer.factors("default")} == {torch.float32}
+
+
+@KIND
+def test_mixed_batch_equals_separate_batches(kind):
+    model, layer, base = wrapped(kind)
+    model.eval()
+    x = torch.randn(2, I)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["default", "__base__"])
+        torch.testing.assert_close(mixed[1], base(x)[1], atol=1e-4, rtol=1e-3)
+        # bitsandbytes computes in 8 bits, or (in inference, on some CPUs) in bf16, where the fused product is exact.
+        rough = kind == "int8" or "4" in kind.split()[0]
+        torch.testing.assert_close(mixed[0], model(x)[0], atol=8e-2 if rough else 1e-4, rtol=1e-3)
+    assert isinstance(layer, DualLoraLayer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast(dtype):
+    model, layer, base = wrapped("nf4")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(torch.randn(4, I, dtype=dtype))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.factors("default").A.grad.dtype == torch.float32
+    assert base.weight.dtype == torch.uint8
