@@ -87,16 +87,16 @@ class Stopped(Exception):
 
 
 def stop_after(step, patch):
-    from dual_lora.lab import train
+    from dual_lora.lab.watch import Watch
 
-    original = train._Watch.on_step_end
+    original = Watch.on_step_end
 
     def on_step_end(self, args, state, control, **more):
         original(self, args, state, control, **more)
         if state.global_step == step:
             raise Stopped
 
-    patch.setattr(train._Watch, "on_step_end", on_step_end)
+    patch.setattr(Watch, "on_step_end", on_step_end)
 
 
 KILLED = """
@@ -105,15 +105,16 @@ from pathlib import Path
 import torch; torch.set_num_threads(1)
 from dual_lora.lab.recipe import read_recipe
 from dual_lora.lab import train
+from dual_lora.lab.watch import Watch
 import transformers, os, signal
 where, step = sys.argv[3], int(sys.argv[4])
 if where == "step":
-    original = train._Watch.on_step_end
+    original = Watch.on_step_end
     def on_step_end(self, args, state, control, **more):
         original(self, args, state, control, **more)
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
-    train._Watch.on_step_end = on_step_end
+    Watch.on_step_end = on_step_end
 if where == "save":
     original = transformers.Trainer._save_rng_state
     def save(self, folder):
@@ -197,9 +198,9 @@ def test_resume_with_another_recipe_names_what_changed(lm_values, tmp_path):
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, monkeypatch):
-    from dual_lora.lab import train
+    from dual_lora.lab import loop
 
-    original = train._Loss.__call__
+    original = loop._Loss.__call__
     calls = []
 
     def poisoned(self, *args, **more):
@@ -207,7 +208,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, 
         return original(self, *args, **more) * (float("nan") if len(calls) == 5 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Loss, "__call__", lambda self, *a, **k: _poison(self, poisoned, *a, **k))
+        patch.setattr(loop._Loss, "__call__", lambda self, *a, **k: _poison(self, poisoned, *a, **k))
         with pytest.raises(UserError, match=r"loss became nan at step 5\..*checkpoint-4.*--resume"):
             run(build_recipe(lm_values), tmp_path / "run", progress=False)
     assert not (tmp_path / "run/adapter").exists()

@@ -1,0 +1,129 @@
+"""A recipe's training loop: transformers' Trainer with our loss, our order of rows and our optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from dual_lora.lab.data.batches import Collator, Ordered
+from dual_lora.lab.data.encode import IGNORED, Encoded
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.folder import RunFolder
+from dual_lora.lab.models import best_device
+from dual_lora.lab.recipe import Recipe
+from dual_lora.lab.watch import Watch
+
+
+def build_trainer(
+    model: Any,
+    recipe: Recipe,
+    folder: RunFolder,
+    rows: Ordered,
+    validation: list[Encoded],
+    steps: int,
+    collator: Collator,
+    watch: Watch,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
+    trainer = Trainer(
+        model=model,
+        args=_arguments(recipe, folder, steps, bool(validation)),
+        train_dataset=rows,  # type: ignore[arg-type]
+        eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
+        data_collator=collator,
+        compute_loss_func=_Loss(watch),
+        callbacks=[watch, *callbacks],
+        optimizers=(_optimizer(model, recipe), None),
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    # Rows come in the order that was fixed for the run; Trainer would shuffle them.
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)  # type: ignore[method-assign,assignment,arg-type]
+    return trainer
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None) -> torch.Tensor:
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number."""
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if labels.dim() == 2:
+        labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
+        logits = logits[:, :-1]
+    total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (count if count is not None else (labels != IGNORED).sum())
+
+
+class _Loss:
+    """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = mean_loss(outputs, labels, num_items_in_batch)
+        if torch.is_grad_enabled():
+            self.watch.losses.append(loss.detach())
+        return loss
+
+
+def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) -> TrainingArguments:
+    part = recipe.train
+    values: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": part.batch_size,
+        "per_device_eval_batch_size": recipe.evaluate.batch_size,
+        "gradient_accumulation_steps": part.accumulate,
+        "learning_rate": part.learning_rate,
+        "weight_decay": part.weight_decay,
+        "lr_scheduler_type": part.schedule,
+        "warmup_steps": round(part.lr_warmup * steps),
+        "max_grad_norm": part.max_grad_norm,
+        "bf16": part.autocast == "bf16",
+        "fp16": part.autocast == "fp16",
+        "seed": part.seed,
+        "optim": "adamw_torch" if part.optimizer == "loraplus" else part.optimizer,
+        "logging_steps": part.log_every,
+        "logging_nan_inf_filter": False,
+        "save_steps": part.checkpoint_every,
+        "save_total_limit": None,  # old checkpoints go when the new one is known to be whole, see Watch.on_save
+        "eval_strategy": "steps" if validating else "no",
+        "eval_steps": part.validate_every,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "use_cpu": best_device() == "cpu",  # else Trainer refuses bf16 there
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+    known = TrainingArguments.__dataclass_fields__
+    if part.gradient_checkpointing:  # renamed within transformers 5
+        values["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    for key in part.arguments:
+        if key not in known:
+            raise UserError(f"train.arguments has no field {key!r}.{suggest(key, known)}")
+    try:
+        return TrainingArguments(**{**values, **part.arguments})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from error
+
+
+def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
+    """LoRA+'s optimizer, which PEFT builds; None leaves the choice to Trainer's ``optim``."""
+    part = recipe.train
+    if part.optimizer != "loraplus":
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=part.learning_rate,
+        loraplus_lr_ratio=part.loraplus_ratio,
+        weight_decay=part.weight_decay,
+    )
