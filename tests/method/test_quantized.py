@@ -175,9 +175,8 @@ def test_merge_and_exact_unmerge(kind):
     model.eval()
     x = torch.randn(4, I)
     with torch.no_grad():
-        base(x)  # bitsandbytes rounds its scales when it first repacks for inference
+        untouched = base(x)  # first, as bitsandbytes rounds its scales when it repacks for inference
         original = whole(layer)
-        untouched = base(x)
         before = model(x)
         exact = original + layer.get_delta_weight("default")
         with pytest.warns(UserWarning, match="quantised again: what that lost is"):
@@ -188,8 +187,7 @@ def test_merge_and_exact_unmerge(kind):
         assert (merged - before).norm() < 0.5 * (before - untouched).norm()
         model.unmerge_adapter()
         assert torch.equal(whole(layer), original)
-        assert torch.equal(base(x), untouched)
-        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4)
+        assert torch.equal(model(x), before)
 
 
 def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
