@@ -196,6 +196,7 @@ def test_frozen_groups_do_not_count(tiny):
         ({"methods": {"lora": {"r": 4}, "dual_lra": {}}}, r"no method 'dual_lra'.*'dual_lora'"),
         ({"methods": {"lora": {"r": 4, "lora_alhpa": 8}}, "budget": None}, r"no field 'lora_alhpa'.*'lora_alpha'"),
         ({"methods": {"lora": {"r": 4, "unmached": True}}, "budget": None}, r"no field 'unmached'.*'unmatched'"),
+        ({"methods": {"lora": {"r": 4}, "galore": {}}}, r"pip install galore-torch"),
         ({"tasks": ["nosuch"]}, r"no recipe 'nosuch'"),
         ({"overrides": {"data": {"holdout": 0}}}, r"a search needs validation records"),
         ({"overrides": {"data": {"validation": "TEST"}}}, r"same records.*worthless"),

@@ -69,29 +69,44 @@ def compare(
     with State(folder) as state:
         if state.notice:
             console.print(state.notice, markup=False)
-        _notice_change(state, study, folder, update)
         cells = plan.lay_out(study)
+        _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
+        _notice_change(state, folder, update, "recipes", _recipes(study))
         return _Course(study, folder, state, way, cells).run()
 
 
-def _notice_change(state: State, study: Study, folder: Path, update: bool) -> None:
-    now = study.model_dump(mode="json")
-    before = state.get("study")
-    known = folder / "study.yaml"
-    if before is None and known.is_file():  # the state was lost: the folder still says which study it holds
-        before = json.dumps(read_study(known)[0].model_dump(mode="json"))
-    if before is not None and (changed := [k for k in now if json.loads(before).get(k) != now[k]]) and not update:
-        raise UserError(
-            f"The study has changed since it was started in {folder}: {', '.join(changed)}. Give --update to go on "
-            "with the changed study (finished runs that it still contains are kept), or another --out to start anew."
-        )
-    import yaml
+def _recipes(study: Study) -> dict[str, Any]:
+    """What every task is, without its method; recipes are files of their own, and so are their data."""
+    return {
+        f"{plan.place_name(model, task)} {part}": value
+        for model, task, recipe in plan.places(study)
+        for part, value in {**recipe.model_dump(mode="json"), "records": plan.fingerprint(recipe)}.items()
+        if part in ("model", "data", "train", "evaluate", "records")
+    }
 
-    text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110)
-    part = known.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, known)
-    state.put("study", json.dumps(now))
+
+def _notice_change(
+    state: State, folder: Path, update: bool, what: str, now: dict[str, Any], known: Path | None = None
+) -> None:
+    """Refuse to go on with something else than what was started, unless told to; then remember it."""
+    before = state.get(what)
+    if before is None and known and known.is_file():  # the state was lost: the folder still says which study it holds
+        before = json.dumps(read_study(known)[0].model_dump(mode="json"))
+    old = json.loads(before) if before else {}
+    changed = [name for name in now if old and old.get(name) != now[name]]
+    if changed and not update:
+        subject = "study has" if what == "study" else "study's recipes or data have"
+        raise UserError(
+            f"The {subject} changed since it was started in {folder}: {', '.join(changed)}. Give --update to go on "
+            "with what is now (finished runs that it still contains are kept), or another --out to start anew."
+        )
+    if known:
+        import yaml
+
+        part = known.with_suffix(".part")
+        part.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+        os.replace(part, known)
+    state.put(what, json.dumps(now))
 
 
 class _Course:

@@ -52,10 +52,24 @@ def default_metric(tasks: Sequence[str], head: str) -> str:
     return "accuracy" if first == "classification" else first
 
 
-def features(metric: str, rows: Sequence[dict[str, Any]], labels: Sequence[str], classes: Sequence[str]) -> list[Any]:
-    """What each of the N items adds: [N, K]. rows: as the evaluation keeps them; labels and classes: classifiers."""
+def features(
+    metric: str,
+    rows: Sequence[dict[str, Any]],
+    labels: Sequence[str],
+    classes: Sequence[str],
+    prompts: Sequence[str] = (),
+) -> list[Any]:
+    """What each of the N items adds: [N, K]. rows: as the evaluation keeps them; labels and classes: classifiers.
+
+    prompts: several answers to one prompt (E2E's references) are no independent items; for the loss they become one.
+    """
     if metric == "loss":
-        return [[row["nats"], row.get("tokens", 1)] for row in rows]
+        items: dict[Any, list[float]] = {}
+        for i, row in enumerate(rows):
+            sums = items.setdefault(prompts[i] if prompts else i, [0.0, 0.0])
+            sums[0] += row["nats"]
+            sums[1] += row.get("tokens", 1)
+        return list(items.values())
     if metric == "bleu":
         return [_ngrams(row["predicted"], row["references"]) for row in rows]
     if metric in ("f1", "matthews"):
@@ -94,7 +108,8 @@ def _ngrams(text: str, references: Sequence[str]) -> list[float]:
 def _bleu(means: NDArray[np.float64]) -> float:
     from sacrebleu.metrics import BLEU
 
-    counts, totals, lengths = means[:4].tolist(), means[4:8].tolist(), means[8:].tolist()
-    if min(totals) <= 0:
+    # sacrebleu counts in whole numbers; BLEU does not depend on their unit.
+    counts = [round(float(mean) * 10**12) for mean in means]
+    if min(counts[4:8]) <= 0:
         return 0.0
-    return BLEU.compute_bleu(counts, totals, lengths[0], lengths[1]).score
+    return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score

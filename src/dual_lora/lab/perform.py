@@ -139,7 +139,8 @@ def _scored(
     import numpy as np
 
     labels = [example.label for example in examples]
-    shares = features(job["metric"], measured.items, labels, classes)
+    prompts = [repr(example.prompt) for example in examples] if examples[0].messages else []
+    shares = features(job["metric"], measured.items, labels, classes, prompts)
     score = value(job["metric"], np.asarray(shares, dtype=np.float64).mean(0))
     if not math.isfinite(score):
         raise UserError(f"The {job['metric']} is not finite.") from NotFinite()

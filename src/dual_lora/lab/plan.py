@@ -8,6 +8,7 @@ another process. Equal jobs have equal keys, so nothing that is finished is ever
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,6 +48,11 @@ class Cell:
         return self.model, self.task
 
 
+def place_name(model: str, task: str) -> str:
+    """How a task with a model is called in sentences."""
+    return f"{task} ({model})" if model else task
+
+
 def cell_id(cell: Cell) -> str:
     """The cell's name among the study's cells."""
     return json.dumps([cell.model, cell.task, cell.method])
@@ -57,7 +63,7 @@ def lay_out(study: Study) -> list[Cell]:
     scale = Scale()
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
-    for model, task, base in _places(study):
+    for model, task, base in places(study):
         metric, classes = _metric(study, task, base), classes_of(base)
         _keep_test_apart(study, task, base)
         target = _target(study, scale, base, classes)
@@ -67,7 +73,7 @@ def lay_out(study: Study) -> list[Cell]:
     return cells
 
 
-def _places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+def places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
     """Every model with every task, as a recipe that has no method yet."""
     for model, over_model in (study.models or {"": {}}).items():
         for task, entry in study.tasks.items():
@@ -89,6 +95,11 @@ def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
     known = sorted({*method_names(), *PRESETS})
     if plain not in known:
         raise UserError(f"methods.{name}: there is no method {entry.name or name!r}.{suggest(plain, known)}")
+    needed = {"galore": "galore_torch", "apollo": "apollo_torch"}.get(plain)
+    if needed and importlib.util.find_spec(needed) is None:
+        raise UserError(
+            f"methods.{name}: {plain} needs the package {needed}: `pip install {needed.replace('_', '-')}`."
+        )
     values = entry.model_dump()
     values |= {"name": preset["name"], "unmatched": entry.unmatched or preset.get("unmatched", False)}
     values["train"] = merged(preset.get("train", {}), entry.train)

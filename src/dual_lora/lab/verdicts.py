@@ -13,7 +13,7 @@ import numpy as np
 
 from dual_lora.lab import metrics, stats
 from dual_lora.lab.perform import scores_file
-from dual_lora.lab.plan import Cell
+from dual_lora.lab.plan import Cell, place_name
 from dual_lora.lab.study import Study
 
 RESULTS_FORMAT = 1
@@ -69,11 +69,6 @@ def build_results(study: Study, finished: Sequence[Finished], runs: Path) -> dic
 
 def _at(f: Finished) -> tuple[str, str, str]:
     return (*f.cell.place, f.cell.method)
-
-
-def place_name(model: str, task: str) -> str:
-    """How a task with a model is called in sentences."""
-    return f"{task} ({model})" if model else task
 
 
 def _score_tables(
