@@ -84,7 +84,7 @@ SEQ2SEQ = "AutoModelForSeq2SeqLM"
 BASE = "AutoModel"
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, _opt),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, lambda: _opt(num_hidden_layers=5)),
     "peft-internal-testing/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
     "facebook/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
     "facebook/opt-350m": (CAUSAL, _opt),

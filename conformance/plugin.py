@@ -73,8 +73,9 @@ def _accept_loras_habits(config_cls: type) -> None:
             options["init_weights"] = True if start == "gaussian" else start
         # The tests train for a few steps: the adapter is without effect at the start, and at full strength after one.
         options.setdefault("warmup_steps", 1)
-        if _scale_as_lora and options.get("lora_alpha"):  # α/√(r1 r2) is to be LoRA's α/r
-            options["lora_alpha"] /= 2
+        if _scale_as_lora:  # α/√(r1 r2) is to be LoRA's α/r, which is 8/8 by default
+            options["lora_alpha"] = options.get("lora_alpha", 8) / 2
+            options["alpha_pattern"] = {key: alpha / 2 for key, alpha in options.get("alpha_pattern", {}).items()}
         rank = options.get("r")
         if isinstance(rank, int) and rank > 0 and rank % 2:  # an odd rank has to be split by hand
             options.update(r=None, r1=rank // 2 + 1, r2=max(rank // 2, 1))

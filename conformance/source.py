@@ -18,6 +18,10 @@ REPLACEMENTS = [
     (r"\blora_([AB])((?:\[[^\]\n]*\]|\.\w+)?)\.weight\b", r"dual_lora_\1\2"),
     (r"(?<![\w])lora_([AB])\b", r"dual_lora_\1"),
     (r"\blora_embedding_([AB])\b", r"dual_lora_\1"),
+    (
+        r"^( *)(\S*)dual_lora_B(\S*copy_\(\S*)dual_lora_B(\S*)$",
+        r"\1\2dual_lora_B\3dual_lora_B\4\n\1\2dual_lora_C\3dual_lora_C\4\n\1\2dual_lora_D\3dual_lora_D\4",
+    ),
     # Where a test lists the trainable parameters, this method has four.
     (r"^( *)(\"[^\"\n]*)dual_lora_B(\.\w+\",)$", r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3"),
     # Factors that start small (σ = 0.02) need the learning rate that PEFT's tests give to HiRA and others.

@@ -98,50 +98,53 @@ def _write(old: Tensor, new: Tensor | None) -> None:
 
 
 def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> bool:
-    """Pad the factors of every adapter with zeros to r1 = r2 = target_rank / 2; whether there was any.
+    """Pad the factors of every adapter with zeros to a total rank, halved (r1 one more, if odd); whether there was any.
 
-    Raises ValueError, with nothing changed, for an odd target and for an adapter that is larger already.
+    Raises ValueError, with nothing changed, for an adapter that is larger already.
     """
     layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
     if target_rank is None or not layers:
         return bool(layers)
-    if target_rank < 2 or target_rank % 2:
-        raise ValueError(f"target_rank is the total r1 + r2 and has to be even, got {target_rank}.")
-    half = target_rank // 2
-    largest = max((max(layer.r1[a], layer.r2[a]) for layer in layers for a in layer.adapter_names()), default=0)
-    if largest > half:
-        raise ValueError(
-            f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-            f"({2 * largest}). This is not possible."
-        )
+    if target_rank < 2:
+        raise ValueError(f"target_rank is the total r1 + r2 and has to be at least 2, got {target_rank}.")
+    r1, r2 = target_rank - target_rank // 2, target_rank // 2
+    ranks = {"A": r1, "B": r1, "C": r2, "D": r2}
+    for layer in layers:
+        for adapter in layer.adapter_names():
+            if layer.r1[adapter] > r1 or layer.r2[adapter] > r2:
+                raise ValueError(
+                    f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
+                    f"({layer.r[adapter]}: r1={layer.r1[adapter]}, r2={layer.r2[adapter]}). This is not possible."
+                )
     for layer in layers:
         for letter, dimension in RANK_DIMENSION.items():
             factors = getattr(layer, f"dual_lora_{letter}")
             for adapter, factor in factors.items():
                 shape = list(factor.shape)
-                shape[dimension] = half
+                shape[dimension] = ranks[letter]
                 padded = factor.new_zeros(shape)
                 padded.narrow(dimension, 0, factor.shape[dimension]).copy_(factor.data)
                 factors[adapter] = nn.Parameter(padded, requires_grad=factor.requires_grad)
     for one in config.values() if isinstance(config, dict) else [config] if config else []:
-        _pad_config(one, half)
+        _pad_config(one, r1, r2)
     return True
 
 
-def _pad_config(config: DualLoraConfig, half: int) -> None:
-    """The padded ranks, and an α that gives the same scale as before."""
+def _pad_config(config: DualLoraConfig, r1: int, r2: int) -> None:
+    """The padded ranks, and an α that gives the same scale α/√(r1 r2) as before."""
+
+    def alpha_of(rank: Any, alpha: float | None) -> float:
+        old1, old2 = config.ranks_of(rank)
+        return (alpha or 2.0 * (old1 + old2)) * math.sqrt(r1 * r2 / (old1 * old2))
+
     before = copy.deepcopy(config)
-    assert before.r1 is not None
-    assert before.r2 is not None
-    config.r, config.r1, config.r2 = 2 * half, half, half
-    config.alpha = (before.alpha or 2.0 * (before.r1 + before.r2)) * half / math.sqrt(before.r1 * before.r2)
-    for key, rank in before.rank_pattern.items():
-        r1, r2 = before.ranks_of(rank)
-        alpha = before.alpha_pattern.get(key, before.alpha) or 2.0 * (r1 + r2)
-        config.rank_pattern[key] = [half, half]
-        config.alpha_pattern[key] = alpha * half / math.sqrt(r1 * r2)
-    for key in before.alpha_pattern.keys() - before.rank_pattern.keys():
-        config.alpha_pattern[key] *= half / math.sqrt(before.r1 * before.r2)
+    own: Any = [before.r1, before.r2]
+    config.r, config.r1, config.r2 = r1 + r2, r1, r2
+    config.alpha = alpha_of(own, before.alpha)
+    for key in before.rank_pattern.keys() | before.alpha_pattern.keys():
+        rank = before.rank_pattern.get(key, own)
+        config.alpha_pattern[key] = alpha_of(rank, before.alpha_pattern.get(key, before.alpha))
+    config.rank_pattern = {key: [r1, r2] for key in before.rank_pattern}
 
 
 def install() -> None:
