@@ -304,9 +304,8 @@ def test_a_live_page_keeps_its_place(browser, page_file):
     module.report([page_file.parent / "work"], out, live=1)
     browser.get(out.as_uri())
     table = a_table(browser, "-verdicts")
-    browser.execute_script(
-        f"document.querySelector('#{table} th:nth-child(6) button').click(); scrollTo({{top: 700, behavior: 'instant'}})"
-    )
+    click = f"document.querySelector('#{table} th:nth-child(6) button').click();"
+    browser.execute_script(click + "scrollTo({top: 700, behavior: 'instant'})")
     browser.execute_script("window.old = true")
     for _ in range(50):
         time.sleep(0.1)
