@@ -198,6 +198,19 @@ def test_another_model_s_reference_is_refused(runs, tiny_lm, tmp_path):
         analyze([runs / "dual"], other, progress=False)
 
 
+def test_a_method_without_weight_updates_is_refused_in_words(tiny_lm, questions, tmp_path):
+    values = {
+        "name": "prompts",
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "prompt_tuning", "num_virtual_tokens": 4},
+        "data": {"train": str(questions / "train.json")},
+        "train": {"steps": 1, "batch_size": 4},
+    }
+    run(build_recipe(values), tmp_path / "prompts", progress=False)
+    with pytest.raises(UserError, match=r"prompt_tuning .* changes no weights"):
+        analyze([tmp_path / "prompts"], progress=False)
+
+
 def test_damaged_and_missing_checkpoints(runs, tmp_path):
     setting = open_setting(runs / "dual")
     with pytest.raises(UserError, match="holds no adapter_model"):

@@ -110,6 +110,11 @@ def load_adapter_into(model: Any, folder: Path) -> None:
 def chosen_layers(setting: Setting, pattern: str | None, known: list[str] | None = None) -> list[str]:
     """The run's layers whose name the regular expression finds. Raises UserError when there is none."""
     names = known or (linear_layers(setting.model) if setting.is_full else list(adapted_layers(setting.model)))
+    if not names:
+        raise UserError(
+            f"The method {setting.method} of {setting.path} changes no weights of linear layers, so there is no update "
+            "to look at (prompt tuning and its like change the input)."
+        )
     if not pattern:
         return names
     try:

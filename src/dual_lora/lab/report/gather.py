@@ -131,7 +131,7 @@ def source_of_study(file: Path, results: dict[str, Any]) -> Source:
     """Where a study's figures come from."""
     made = results.get("provenance", {})
     return Source(
-        _short(file),
+        short_path(file),
         made.get("command"),
         made.get("commit"),
         made.get("device"),
@@ -144,7 +144,7 @@ def source_of_analysis(file: Path, analysis: dict[str, Any]) -> Source:
     """Where an analysis's figures come from."""
     made = analysis.get("made", {})
     return Source(
-        _short(file),
+        short_path(file),
         made.get("command"),
         made.get("commit"),
         made.get("device"),
@@ -153,7 +153,7 @@ def source_of_analysis(file: Path, analysis: dict[str, Any]) -> Source:
     )
 
 
-def _short(file: Path) -> str:
+def short_path(file: Path) -> str:
     """The path from the working folder, or as it was given."""
     try:
         return str(file.resolve().relative_to(Path.cwd()))

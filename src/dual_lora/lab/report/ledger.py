@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, View
+from dual_lora.lab.report.gather import short_path
 
 GROWS_WITH = {"tokens": "tokens T", "size": "size O = I", "rank": "rank r1 + r2", "adapters": "active adapters"}
 MET = {"✓": True, "✗": False}
@@ -13,8 +14,7 @@ MET = {"✓": True, "✗": False}
 
 def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     """One ledger. Rows of a kind that is not known here are shown as they are."""
-    last = rows[-1] if rows else {}
-    source = Source(str(file), "python -m benchmarks", last.get("commit"), _text(last.get("device")), last.get("date"))
+    source = source_of_ledger(file, rows)
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(str(row.get("kind") or row.get("suite") or "rows"), []).append(row)
@@ -23,6 +23,14 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
         make = {"gate": _gates, "curve": _curves}.get(kind, _plain)
         blocks += make(f"{title}: {kind}", members, source)
     return [Section(title, blocks, group="Benchmarks")]
+
+
+def source_of_ledger(file: Path, rows: list[Row]) -> Source:
+    """Where a ledger's newest figures come from."""
+    last = rows[-1] if rows else {}
+    versions = last.get("versions") if isinstance(last.get("versions"), dict) else {}
+    device, made = _text(last.get("device")), _text(last.get("date"))
+    return Source(short_path(file), "python -m benchmarks", last.get("commit"), device, made, versions or {})
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

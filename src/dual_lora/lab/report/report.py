@@ -18,7 +18,7 @@ from dual_lora.lab.report.blocks import Page, Section, Source
 from dual_lora.lab.report.exports import export
 from dual_lora.lab.report.gather import Material, find, gather, source_of_analysis, source_of_study
 from dual_lora.lab.report.insights import analysis_sections, titles
-from dual_lora.lab.report.ledger import ledger_sections
+from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
 from dual_lora.lab.report.page import render
 from dual_lora.lab.report.studies import progress_sections, study_sections
 
@@ -93,7 +93,7 @@ def build_page(material: Material, title: str) -> Page:
     for number, (file, rows) in enumerate(material.ledgers, 1):
         name = "Benchmarks" if len(material.ledgers) == 1 else f"Benchmarks {number}"
         sections += _shown(material, file, ledger_sections, rows, name)
-        sources.append(Source(str(file)))
+        sources.append(source_of_ledger(file, rows))
     order = ("Verdicts", "Studies", "Analyses", "Benchmarks")
     sections.sort(key=lambda section: order.index(section.group))
     made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")

