@@ -72,7 +72,7 @@ def measure(point: Point, seconds: float) -> Measured:
     return interleave(variants, [("dual", "lora")], THREADS, seconds)
 
 
-def _several(method: str, W: torch.Tensor, point: Point) -> torch.nn.Module:
+def _several(method: str, W: torch.Tensor, point: Point) -> Any:
     """One layer with several adapters, all of them active and trained."""
     layer = layers.linear(method, W, point.rank)
     config = layers.config(method, ["linear"], point.rank)
@@ -86,11 +86,11 @@ def _several(method: str, W: torch.Tensor, point: Point) -> torch.nn.Module:
     return layer
 
 
-def _check_several(layer: torch.nn.Module, x: torch.Tensor, W: torch.Tensor, dy: torch.Tensor) -> None:
+def _check_several(layer: Any, x: torch.Tensor, W: torch.Tensor, dy: torch.Tensor) -> None:
     """The value alone: W + the sum of the adapters' ΔW, which the one-adapter check has judged each."""
     for k, name in enumerate(layer.adapter_names()):
         four = layer.factors(name)
-        factors = judge.exact_factors(*W.shape, four.A.shape[0], four.C.shape[0], seed=k)
+        factors = judge.exact_factors(W.shape[0], W.shape[1], four.A.shape[0], four.C.shape[0], seed=k)
         with torch.no_grad():
             for stored, value in zip(four, factors, strict=True):
                 stored.copy_(value)

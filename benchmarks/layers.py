@@ -33,7 +33,7 @@ def config(method: str, targets: Any, rank: int = RANK) -> Any:
     raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
 
 
-def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> nn.Module:
+def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> Any:
     """The model with adapters on `targets` (a list of names), or with all (full) or plain factors (naive) trainable."""
     from peft import get_peft_model
 
@@ -51,9 +51,9 @@ def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> nn.M
         return get_peft_model(model, config(method, targets, rank))
 
 
-def linear(method: str, weight: Tensor, rank: int = RANK) -> nn.Module:
+def linear(method: str, weight: Tensor, rank: int = RANK) -> Any:
     """One layer around a shared base weight [O, I] (full fine-tuning gets its own copy)."""
-    base = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     base.weight = nn.Parameter(weight.clone() if method == "full" else weight, requires_grad=method == "full")
     if method == "base":
         return base
@@ -65,12 +65,17 @@ def linear(method: str, weight: Tensor, rank: int = RANK) -> nn.Module:
 class Naive(nn.Module):
     """`reference.linear` under autograd: what one writes first."""
 
+    A: nn.Parameter
+    B: nn.Parameter
+    C: nn.Parameter
+    D: nn.Parameter
+
     def __init__(self, base: nn.Linear, rank: int = RANK):
         super().__init__()
         self.base_layer = base
         O, I = base.weight.shape
-        shapes = Factors((rank // 2, I), (O, rank // 2), (rank // 2, I), (O, rank // 2))
-        for name, shape in shapes._asdict().items():
+        r = rank // 2
+        for name, shape in {"A": (r, I), "B": (O, r), "C": (r, I), "D": (O, r)}.items():
             setattr(self, name, nn.Parameter(torch.randn(shape) * 0.02))
         self.scale = torch.tensor(scaling(2 * rank, rank // 2, rank // 2))
 
@@ -78,14 +83,14 @@ class Naive(nn.Module):
         return reference.linear(x, self.base_layer.weight, self.base_layer.bias, factors_of(self), self.scale, Form())
 
 
-def factors_of(layer: nn.Module) -> Factors:
+def factors_of(layer: Any) -> Factors:
     """The four parameters of one of our layers or of a naive one."""
     if isinstance(layer, Naive):
         return Factors(layer.A, layer.B, layer.C, layer.D)
     return layer.factors("default")
 
 
-def fill(layer: nn.Module, factors: Factors) -> None:
+def fill(layer: Any, factors: Factors) -> None:
     """Write factors into a layer."""
     with torch.no_grad():
         for stored, value in zip(factors_of(layer), factors, strict=True):

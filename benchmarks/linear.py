@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import judge, layers
 from .measure import Measured, interleave
@@ -35,7 +36,7 @@ def measure(
     return interleave(variants, [("dual", m) for m in methods if m != "dual"], threads, seconds)
 
 
-def check(layer: nn.Module, x: Tensor, W: Tensor, dy: Tensor) -> None:
+def check(layer: Any, x: Tensor, W: Tensor, dy: Tensor) -> None:
     """Value and every gradient of our layer against the formula in fp64; raises WrongResult."""
     four = layers.factors_of(layer)
     O, I = W.shape
@@ -52,7 +53,7 @@ def check(layer: nn.Module, x: Tensor, W: Tensor, dy: Tensor) -> None:
     layer.zero_grad(set_to_none=True)
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
+def step(layer: Any, x: Tensor, dy: Tensor) -> Callable[[], None]:
     x = x.clone().requires_grad_()
 
     def run() -> None:

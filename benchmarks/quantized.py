@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def measure(O: int, I: int, T: int, threads: int, seconds: float) -> Measured:
     return interleave(variants, [("dual", "lora")], threads, seconds)
 
 
-def _adapted(method: str, W: torch.Tensor) -> nn.Module:
+def _adapted(method: str, W: torch.Tensor) -> Any:
     """An NF4 layer of that weight with an adapter."""
     try:
         import bitsandbytes as bnb
@@ -32,9 +33,8 @@ def _adapted(method: str, W: torch.Tensor) -> nn.Module:
         raise Unavailable(f"bitsandbytes is not installed ({error})") from error
     from peft import get_peft_model
 
-    base = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    base: Any = bnb.nn.Linear4bit(W.shape[1], W.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
     base.load_state_dict({"weight": W})
-    base = base.to("cpu")
     if base.weight.quant_state is None:
         base.weight._quantize("cpu")
     holder = nn.ModuleDict({"linear": base})
@@ -47,7 +47,7 @@ def _adapted(method: str, W: torch.Tensor) -> nn.Module:
         raise Unavailable(f"{method} does not take an NF4 base here: {error}") from error
 
 
-def _check(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
+def _check(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     base = layer.get_base_layer()

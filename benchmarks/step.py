@@ -13,7 +13,7 @@ from . import judge, layers
 from .measure import Measured, interleave
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SMOLLM2_135M = {
+SMOLLM2_135M: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -54,7 +54,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def adapted(self) -> dict[str, nn.Module]:
+    def adapted(self) -> dict[str, Any]:
         """The layers that carry four factors, by their name in the base model."""
         found = {}
         for name, module in self.model.named_modules():
@@ -97,7 +97,7 @@ def check(dual: Training, naive: Training) -> None:
         training.optimizer.zero_grad()
 
 
-def _gradients(adapted: dict[str, nn.Module]) -> dict[str, Tensor]:
+def _gradients(adapted: dict[str, Any]) -> dict[str, Tensor]:
     return {f"{n}.d{k}": f.grad for n, m in adapted.items() for k, f in layers.factors_of(m)._asdict().items()}
 
 

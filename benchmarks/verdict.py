@@ -33,8 +33,8 @@ class Verdict(NamedTuple):
 def judge(gate: Gate, threads: int, measured: Measured | str) -> Verdict:
     """`measured`, or the reason why there is none."""
     if isinstance(measured, str):
-        lines = [(limit, None, Mark.ABSENT) for limit in gate.any_of]
-        return Verdict(gate, threads, Mark.ABSENT, lines, None, measured)
+        absent = [(limit, None, Mark.ABSENT) for limit in gate.any_of]
+        return Verdict(gate, threads, Mark.ABSENT, absent, None, measured)
     lines = []
     for limit in gate.any_of:
         ratio = measured.ratio(gate.subject, limit.against)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -130,17 +130,19 @@ def backward(
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
     for panel in work.panels(x.dtype, by_rows) if T else ():
+        if sums is not None or dW is not None:
+            panel.find_gradient(dy, x)
         for tile in panel.tiles():
             if dx is not None:
                 tile.write_composed(panel.composed(tile))
             if sums is None and dW is None:
                 continue
-            G = tile.weight_gradient(dy, x)
+            G = panel.gradient(tile)
             if dW is not None:
                 dW[tile.rows, tile.cols] = G
             for k, total in enumerate(sums or ()):
                 last = k == len(adapters) - 1
-                total.add(tile, *tile.products(k), G if last else G.clone())
+                total.add(tile, *tile.products(k), G if last else tile.buffer("G of others").copy_(G))
         if dx is not None and by_rows:
             dx += dy[:, panel.rows] @ panel.composed()
         elif dx is not None:
@@ -156,7 +158,7 @@ def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor 
     for panel in work.panels(work.dtype, by_rows=True):
         for tile in panel.tiles():
             for k, total in enumerate(sums):
-                total.add(tile, *tile.products(k), tile.copied(G))
+                total.add(tile, *tile.products(k), tile.buffer("G").copy_(G[tile.rows, tile.cols]))
     return [s.grads for s in sums]
 
 
@@ -211,7 +213,19 @@ class _Panel:
 
     def composed(self, tile: _Tile | None = None) -> Tensor:
         """The panel's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
-        whole = self.work.buffer("panel", self.rows, self.cols, self.dtype)
+        return self._part("composed", tile)
+
+    def find_gradient(self, dy: Tensor, x: Tensor) -> None:
+        """G = dyᵀ x of this panel."""
+        torch.mm(dy[:, self.rows].t(), x[:, self.cols], out=self._part("gradient", None))
+
+    def gradient(self, tile: _Tile) -> Tensor:
+        """A tile of G in the working precision; overwriting it is allowed, once."""
+        G = self._part("gradient", tile)
+        return G if G.dtype == self.work.dtype else tile.buffer("G").copy_(G)
+
+    def _part(self, name: str, tile: _Tile | None) -> Tensor:
+        whole = self.work.buffer(name, self.rows, self.cols, self.dtype)
         return whole if tile is None else whole[tile.rows.start - self.rows.start : tile.rows.stop - self.rows.start]
 
 
@@ -222,7 +236,7 @@ class _Tile:
         self.work, self.rows, self.cols = work, rows, cols
         self._products: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
@@ -230,8 +244,8 @@ class _Tile:
         if k not in self._products:
             (A, B, C, D), _, form = self.work.adapters[k]
             with ieee_fp32():
-                P = torch.mm(B[self.rows], A[:, self.cols], out=self._buffer(f"P{k}"))
-                Q = torch.mm(D[self.rows], C[:, self.cols], out=self._buffer(f"Q{k}"))
+                P = torch.mm(B[self.rows], A[:, self.cols], out=self.buffer(f"P{k}"))
+                Q = torch.mm(D[self.rows], C[:, self.cols], out=self.buffer(f"Q{k}"))
             if _is_paper(form):
                 P.clamp_(min=0)
                 Q.sub_(TINY).sign_()
@@ -240,7 +254,7 @@ class _Tile:
 
     def write_composed(self, out: Tensor) -> None:
         """W + ΣΔW of this tile, rounded once to out's dtype."""
-        total = out if out.dtype == self.work.dtype else self._buffer("G")
+        total = out if out.dtype == self.work.dtype else self.buffer("G")
         base = self.work.base(self.rows, self.cols)
         if base is None:
             total.zero_()
@@ -257,17 +271,6 @@ class _Tile:
         if total is not out:
             out.copy_(total)
 
-    def copied(self, G: Tensor) -> Tensor:
-        """This tile of a whole G, in the working precision; valid until the next call on the tile."""
-        return self._buffer("G").copy_(G[self.rows, self.cols])
-
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """dyᵀ x of this tile, in the working precision; valid until the next call on the tile."""
-        dy, x, G = dy[:, self.rows], x[:, self.cols], self._buffer("G")
-        if x.dtype == G.dtype:
-            return torch.mm(dy.t(), x, out=G)
-        return G.copy_(torch.mm(dy.t(), x, out=self._buffer("low", x.dtype)))
-
 
 class _FactorSums:
     """The four small gradients of one adapter, summed over tiles."""
@@ -279,8 +282,9 @@ class _FactorSums:
         self.paper = _is_paper(self.form)
         # The factor s of dP and dQ goes into the small products; the clip at ±1 then acts at ±1/s.
         self.factors = Factors(*(f * self.scale for f in factors)) if self.paper else factors
-        s, L = _number(self.scale), 1.0 if loss_scale is None else _number(loss_scale)
-        self.bound = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
+        s: Any = _number(self.scale)
+        L: Any = 1.0 if loss_scale is None else _number(loss_scale)
+        self.bound: Any = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
 
     def add(self, tile: _Tile, first: Tensor, second: Tensor, G: Tensor) -> None:
         """Mask G and add its reductions; overwrites all three (M, S and G, or P, Q and G)."""
