@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -139,12 +140,20 @@ def _finite(value: Any) -> Any:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' own names; where two are the same, with the parent's name."""
-    short = [path.resolve().name for path in paths]
+    """The folders' own names; method and seed for a study's runs (named by a hash); where two are the same, with the
+    parent's name."""
+    short = [_name(path.resolve()) for path in paths]
     return [
-        name if short.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        name if short.count(name) == 1 else f"{path.resolve().parent.name}/{path.resolve().name}"
         for name, path in zip(short, paths, strict=True)
     ]
+
+
+def _name(path: Path) -> str:
+    if re.fullmatch(r"[0-9a-f]{16}", path.name) and RunFolder(path).is_run:
+        recipe = recipe_of_run(path)
+        return f"{recipe.method['name']}, seed {recipe.train.seed}"
+    return path.name
 
 
 def _reference(path: Path) -> Path:

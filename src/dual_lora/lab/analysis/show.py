@@ -23,7 +23,7 @@ _OVERVIEW: dict[str, tuple[str, str, str]] = {
     "rank_effective": ("layers", "eff. rank", ".1f"),
     "rank_stable": ("layers", "stable", ".2f"),
     "rank_numerical": ("layers", "numerical", ".1f"),
-    "share_magnitude": ("gradients", "grad. magn.", ".1%"),
+    "share_direction": ("gradients", "grad. dir.", ".4%"),
     "cut": ("gradients", "cut", ".3%"),
     "cosine": ("likeness", "cos. full", ".3f"),
     "agreement_1": ("likeness", "signs as full", ".1%"),
