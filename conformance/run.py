@@ -27,7 +27,6 @@ SUITES = [
     "test_feature_extraction_models",
     "test_seq_classifier",
     "test_token_classification_qa",
-    "test_vision_models",
     "test_initialization",
     "test_config",
     "test_low_level_api",

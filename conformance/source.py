@@ -22,6 +22,11 @@ REPLACEMENTS = [
         r"^( *)(\S*)dual_lora_B(\S*copy_\(\S*)dual_lora_B(\S*)$",
         r"\1\2dual_lora_B\3dual_lora_B\4\n\1\2dual_lora_C\3dual_lora_C\4\n\1\2dual_lora_D\3dual_lora_D\4",
     ),
+    (
+        r"^( *)del (\w+)\[(.*)dual_lora_B(\W*)\]$",
+        r"\1for part in 'BCD': del \2[\3dual_lora_\4 + part]\n\1del \2[\3dual_lora_left\4]",
+    ),
+    (r"types found: LORA", "types found: DUAL_LORA"),
     # Where a test lists the trainable parameters, this method has four.
     (r"^( *)(\"[^\"\n]*)dual_lora_B(\.\w+\",)$", r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3"),
     # Factors that start small (σ = 0.02) need the learning rate that PEFT's tests give to HiRA and others.

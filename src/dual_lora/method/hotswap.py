@@ -114,7 +114,8 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
             if layer.r1[adapter] > r1 or layer.r2[adapter] > r2:
                 raise ValueError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({layer.r[adapter]}: r1={layer.r1[adapter]}, r2={layer.r2[adapter]}). This is not possible."
+                    f"({layer.r[adapter]}). This is not possible. (r1 and r2 are {layer.r1[adapter]} and "
+                    f"{layer.r2[adapter]}, and would be {r1} and {r2}.)"
                 )
     for layer in layers:
         for letter, dimension in RANK_DIMENSION.items():

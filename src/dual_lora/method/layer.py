@@ -120,7 +120,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
-        self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32)
+        # With low_cpu_mem_usage everything that is saved waits on the meta device to be loaded.
+        device = "meta" if self.dual_lora_A[adapter_name].device.type == "meta" else None
+        self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32, device=device)
         self.dual_lora_scale[adapter_name] = torch.tensor(0.0, dtype=torch.float32)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._set_steps_left(adapter_name, config.steps_at_start)
@@ -286,7 +288,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             if factors[adapter_name].device.type != "meta":
                 factors[adapter_name] = factors[adapter_name].to(device)
         for buffers in (self.dual_lora_left, self.dual_lora_scale):
-            buffers[adapter_name] = buffers[adapter_name].to(device)
+            if buffers[adapter_name].device.type != "meta":
+                buffers[adapter_name] = buffers[adapter_name].to(device)
 
     # Merge: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back.
 
