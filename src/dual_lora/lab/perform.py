@@ -154,7 +154,7 @@ class NotFinite(Exception):
 
 
 def _diverged(error: UserError) -> bool:
-    from dual_lora.lab.train import Diverged
+    from dual_lora.lab.failures import Diverged
 
     return isinstance(error, Diverged) or isinstance(error.__cause__, NotFinite)
 

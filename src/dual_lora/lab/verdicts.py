@@ -206,7 +206,7 @@ def _cost(cell: Cell, outcomes: Sequence[dict[str, Any]]) -> dict[str, float | N
         "steps_per_second": median(lambda o: o["steps_per_second"]),
         "tokens_per_second": median(lambda o: o["training"]["tokens_per_second"]),
         "peak_memory": median(lambda o: o["training"]["peak_memory"]),
-        "trainable_parameters": median(lambda o: o["training"]["trainable_parameters"]) or float(cell.size.trainable),
+        "trainable_parameters": float(cell.size.trainable),
         "adapter_bytes": median(lambda o: o["training"]["adapter_bytes"]),
     }
     for name in ("merge_seconds", "forward_slowdown", "decode_slowdown"):
