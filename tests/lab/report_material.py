@@ -49,7 +49,10 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
         "comparisons": [
             dataclasses.asdict(c) | {"sentence": c.sentence, "model": "", "verdict": str(c.verdict)} for c in judged
         ],
-        "overall": [],
+        "overall": [
+            {"model": "", "candidate": "dual_lora", "reference": "lora", "metric": "choice", "tasks": ["boolq", "arc"],
+             "difference": 0.0123, "low": -0.01, "high": 0.03, "p": 0.2},
+        ],
         "ranking": [{**dataclasses.asdict(ranking), "model": "", "tasks": ["boolq", "arc"]}],
         "pareto": pareto,
         "notes": [f"A note on {hostile}."],

@@ -66,6 +66,8 @@ def test_verdict_words_figures_and_counts_are_in_the_text(folder):
     for c in study["comparisons"]:
         assert c["sentence"].replace("'", "&#x27;") in page
     assert "6 comparisons, judged together" in page
+    assert "boolq, arc" in page
+    assert "+0.0123" in page
     assert "This study is not complete" in page
     assert "Failed: lora|x: out of memory" in page
     assert "1 of 1 limits are kept" in page  # the newer row of the two

@@ -154,6 +154,7 @@ class _Writer:
             + "</div>"
         )
         note = f'<p class="caption">{escape(table.note)}</p>' if table.note else ""
+        note += _meanings(table.columns)
         whole = (
             f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}"><table id="{name}">'
             f'<caption class="visually-hidden">{escape(table.title)}. Headings are buttons that sort.</caption>'
@@ -191,6 +192,12 @@ class _Writer:
             '<div class="scroll" tabindex="0"></div></details>'
             f"{_from(chart.source)}</figure>"
         )
+
+
+def _meanings(columns: list[Column]) -> str:
+    """What a heading's tooltip says, for those who have no pointer to hover with."""
+    items = "".join(f"<dt>{escape(c.label)}</dt><dd>{escape(c.help)}</dd>" for c in columns if c.help)
+    return f"<details><summary>What the columns mean</summary><dl>{items}</dl></details>" if items else ""
 
 
 def _short(title: str) -> str:

@@ -29,6 +29,8 @@ def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
         blocks.append(_forest(metric, here, source, study))
     if comparisons:
         blocks.append(_verdict_table(study, comparisons, source))
+    if results.get("overall"):
+        blocks.append(_overall_table(study, results["overall"], source))
     blocks += [Text(note, "note") for note in results.get("notes", [])]
     blocks += [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
     return blocks
@@ -100,6 +102,23 @@ def _verdict_table(study: Row, comparisons: list[Row], source: Source) -> Table:
     ]
     note = f"Chance of any false alarm in the study: {study['level']:g}."
     return Table(f"{study['name']}: verdicts", columns, rows, source, note)
+
+
+def _overall_table(study: Row, overall: list[Row], source: Source) -> Table:
+    columns = [
+        Column("candidate", "method"),
+        Column("reference", "against"),
+        Column("model", "model"),
+        Column("metric", "metric"),
+        Column("over", "over the tasks"),
+        Column("difference", "mean difference", "number", 4, signed=True),
+        Column("low", "from", "number", 4, signed=True),
+        Column("high", "to", "number", 4, signed=True),
+        Column("p", "p", "number"),
+    ]
+    rows = [{**row, "over": ", ".join(row["tasks"])} for row in overall]
+    note = "Over these tasks, not over a sample of others; p is not corrected."
+    return Table(f"{study['name']}: mean over tasks", columns, rows, source, note).without_empty_columns()
 
 
 def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
