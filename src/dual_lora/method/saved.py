@@ -31,10 +31,7 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
             "damaged when it was written or copied: copy it again, or take an earlier checkpoint."
         ) from error
     if not any(".dual_lora_" in name for name in names):
-        raise ValueError(
-            f"{path} holds no factors of a Dual LoRA adapter; its tensors: {', '.join(names[:2]) or 'none at all'}. Is "
-            "it an adapter of another type, or another file under this name?"
-        )
+        raise ValueError(_foreign(path, names))
 
 
 def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,42 +58,48 @@ def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
 
 
 def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError unless `state` (keys as in the model) has every factor of the adapter, in shape, and no more.
+    """Raise ValueError unless the layers that `state` (keys as in the model) has factors of are those that have some.
 
-    Sharded and flattened models, whose parameters go by other names, are left to PEFT.
+    A single factor that is missing gets a warning, as in PEFT; other shapes PEFT refuses itself, unless told to ignore
+    them. Sharded and flattened models, whose parameters go by other names, are left to PEFT altogether.
     """
-    wanted = {
-        _bare(name): parameter
-        for name, parameter in model.named_parameters()
-        if ".dual_lora_" in name and name.endswith(f".{adapter_name}")
-    }
+    own = [n for n, _ in model.named_parameters() if ".dual_lora_" in n and n.endswith(f".{adapter_name}")]
+    wanted = {_layer(name) for name in own}
+    given = {_layer(name) for name in state if ".dual_lora_" in name}
     if not wanted:
         return
-    given = {_bare(name): tensor for name, tensor in state.items()}
-    known = {name: given[name] for name in wanted if name in given}
-    missing = [name for name in wanted if name not in given]
-    extra = [name for name in given if ".dual_lora_" in name and name not in wanted and ".dual_lora_left" not in name]
-    for_base = f"the configuration names {config.base_model_name_or_path!r} as its base"
-    if missing or extra:
-        lacks = f"it lacks {_some(missing)}, which this model adapts" if missing else ""
-        has = f"it has {_some(extra)}, which this model does not adapt" if extra else ""
-        raise ValueError(
-            f"The saved Dual LoRA adapter does not fit this model: {'; '.join(filter(None, (lacks, has)))}. Load it on "
-            f"the base that it was trained on ({for_base}), with its own configuration. Nothing was loaded."
-        )
-    for name, tensor in known.items():
-        shape = tuple(getattr(wanted[name], "ds_shape", wanted[name].shape))
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"The saved Dual LoRA adapter does not fit this model: {name} is {list(tensor.shape)} in the file and "
-                f"{list(shape)} here. Either the ranks differ (the configuration says r1={config.r1}, r2={config.r2}), "
-                f"or the base has other sizes ({for_base}). Nothing was loaded."
+    if wanted == given:
+        bare = {name.removeprefix(PEFT_PREFIX) for name in state}
+        absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
+        if absent:
+            warnings.warn(
+                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep their random start.",
+                UserWarning,
+                stacklevel=3,
             )
+        return
+    if not given:
+        raise ValueError(_foreign("This file", list(state)))
+    missing, extra = sorted(wanted - given), sorted(given - wanted)
+    lacks = f"it lacks the factors of {_some(missing)}, which this model adapts" if missing else ""
+    has = f"it has factors of {_some(extra)}, which this model does not adapt" if extra else ""
+    raise ValueError(
+        f"The saved Dual LoRA adapter does not fit this model: {'; '.join(filter(None, (lacks, has)))}. Load it on the "
+        f"base that it was trained on (its configuration names {config.base_model_name_or_path!r}), with its own "
+        "configuration. Nothing was loaded."
+    )
 
 
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more factors"
+def _layer(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX).partition(".dual_lora_")[0]
 
 
-def _bare(name: str) -> str:
-    return name.removeprefix(PEFT_PREFIX)
+def _foreign(what: str, names: list[str]) -> str:
+    return (
+        f"{what} holds no factors of a Dual LoRA adapter; its tensors: {', '.join(names[:2]) or 'none at all'}. Is it "
+        "an adapter of another type, or another file under this name?"
+    )
+
+
+def _some(names: list[str], what: str = "layers") -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more {what}"
