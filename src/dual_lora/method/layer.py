@@ -481,6 +481,10 @@ class Linear(MapLayer):
 
     _from_matrix = _matrix  # type: ignore[assignment]
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
+        return True
+
     def _is_plain(self) -> bool:
         return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward)
 
