@@ -29,15 +29,17 @@ RANK_FIELDS = {
 }
 # Fields that draw or decompose weights at the start: without meaning on the meta device, and without parameters.
 _UNCOUNTED = {"init_lora_weights": False}
+_LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
 _REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters that train (those of a frozen group are not among them), and all of the base model."""
+    """Parameters that train (those of a frozen group are not among them), and all of the base model's."""
 
     trainable: int
     base: int
+    multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,16 @@ class Scale:
 
         base = self._base(recipe.model, classes)
         total = sum(p.numel() for p in base.parameters())
+        multiplied = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in _LINEAR)
         method = {k: _UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
         steps = recipe.train.steps or 100
         config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
         if config is None:
-            return Size(total, total)
+            return Size(total, total, multiplied)
         adapted = self._adapted(recipe, base, config, total)
         still = [re.compile(pattern) for pattern in frozen]
         named = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
-        return Size(sum(p.numel() for n, p in named if not any(s.search(n) for s in still)), total)
+        return Size(sum(p.numel() for n, p in named if not any(s.search(n) for s in still)), total, multiplied)
 
     def _adapted(self, recipe: Recipe, base: Any, config: Any, total: int) -> Any:
         import torch

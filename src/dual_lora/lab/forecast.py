@@ -62,7 +62,7 @@ def load_of(cell: Cell) -> Load:
     mean = statistics.fmean(tokens(e) for e in rows[:200])
     part = recipe.train
     a_step = mean * part.batch_size * part.accumulate
-    weights = cell.size.base
+    weights = cell.size.multiplied
     products = PRODUCTS.get(str(recipe.method["name"]), 4)
     passes = max(1, len(tested[0].choices)) if "choice" in recipe.evaluate.tasks[:1] else 1
     read = statistics.fmean(tokens(e) for e in tested[:200]) * len(tested) * passes

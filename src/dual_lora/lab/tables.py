@@ -116,7 +116,7 @@ def rank_table(ranking: dict[str, Any]) -> Table:
     title = f"Average rank over {len(ranking['tasks'])} tasks"
     if ranking["critical"] is not None:
         title += f" (critical difference {ranking['critical']:.2f}, Friedman p {ranking['p']:.3g})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("method")
     table.add_column("rank", justify="right")
     for name, rank in ranking["ranks"].items():
