@@ -266,15 +266,20 @@ def test_two_leaders_are_refused(tiny, tmp_path):
         compare(write_study(tiny), tmp_path / "out", progress=False)
 
 
-def test_truncated_outcome_is_no_outcome(whole, tiny, copy_of_whole):
-    """The state is lost and one outcome is damaged: that run alone is done again, with the same result."""
+@pytest.mark.parametrize("lost", ["outcome, state gone", "outcome", "scores"])
+def test_damaged_run_is_done_again_alone(lost, whole, tiny, copy_of_whole):
+    """One file of one run is damaged or deleted: that run alone is done again, with the same result."""
     before = outcomes(copy_of_whole)
-    (copy_of_whole / "state.sqlite").unlink()
-    name = f"{whole['methods'][0]['seeds'][0]['key']}.json"
-    (copy_of_whole / "runs" / name).write_text('{"key": "')
+    key = whole["methods"][0]["seeds"][0]["key"]
+    if lost == "scores":
+        (copy_of_whole / "runs" / f"{key}.scores.json").unlink()
+    else:
+        (copy_of_whole / "runs" / f"{key}.json").write_text('{"key": "')
+    if "state gone" in lost:
+        (copy_of_whole / "state.sqlite").unlink()
     results = compare(tiny / "study.yaml", copy_of_whole, progress=False)
     now = outcomes(copy_of_whole)
-    assert [n for n in now if now[n] != before[n]] == [name]
+    assert [n for n in now if now[n] != before[n]] == [f"{key}.json"]
     assert figures(results) == figures(whole)
 
 

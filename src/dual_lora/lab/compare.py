@@ -142,8 +142,7 @@ class _Course:
             return
         self.state.plan(jobs)
         self._adopt(jobs)
-        entries = self.state.entries()
-        left = {job["key"]: job for job in jobs if entries[job["key"]].status not in FINISHED}
+        left = {job["key"]: job for job in jobs if self._outcome(job) is None}  # the folders are the truth
         with Bar(what, len(jobs), self.way.progress, start=len(jobs) - len(left)) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(

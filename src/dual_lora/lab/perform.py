@@ -35,12 +35,13 @@ def scores_file(runs: Path, key: str) -> Path:
 
 
 def read_outcome(runs: Path, key: str) -> dict[str, Any] | None:
-    """The outcome of a finished run, None if it is not finished (or its file is no whole JSON)."""
+    """The outcome of a finished run; None if it is not finished, or its files are not there or not whole."""
     try:
         outcome = json.loads(outcome_file(runs, key).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return outcome if outcome.get("key") == key else None
+    scored = outcome.get("items") is None or scores_file(runs, key).is_file()
+    return outcome if outcome.get("key") == key and scored else None
 
 
 def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str, Any]:
