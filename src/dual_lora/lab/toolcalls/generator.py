@@ -21,11 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.toolcalls.schema import TOOLS, Argument, Entry, Tool, Value
+from dual_lora.lab.toolcalls.schema import TOOLS, Argument, Bag, Entry, Tool, Value
 
 SYSTEM_PROMPT = "Reply with one JSON tool call."
 HELD_OUT_PHRASINGS = 4  # of each tool's sentences
-HELD_OUT_VALUES = 0.25  # of each open set of values
+HELD_OUT_VALUES = 0.2  # of each open set of values
 TEST_SETS = ("combinations", "values", "phrasings")
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
@@ -158,10 +158,11 @@ def _draw(
     tool: Tool, sentences: Iterable[str], pools: Mapping[str, Sequence[Entry]], taken: set[str], rng: random.Random
 ) -> list[Example]:
     """An example for each sentence, with values from `pools`, whose calls are not in `taken` (and are then)."""
+    bags = {name: Bag(pool, rng) for name, pool in pools.items()}
     drawn = []
     for wording in sentences:
         for _ in range(200):
-            arguments = {argument.name: argument.draw(pools[argument.name], rng) for argument in tool.arguments}
+            arguments = {argument.name: argument.draw(bags[argument.name]) for argument in tool.arguments}
             example = Example(tool, wording, arguments)
             twice = len({json.dumps(value) for value in arguments.values()}) < len(arguments)  # EUR to EUR
             if not twice and example.answer not in taken:

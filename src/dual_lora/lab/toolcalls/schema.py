@@ -18,6 +18,21 @@ Entry = str | int | float  # what a pool holds
 Value = str | int | float | bool | list[str]  # what an argument holds
 
 
+class Bag:
+    """Entries in random order, all of them once before one comes again: few examples then show many values."""
+
+    def __init__(self, entries: Sequence[Entry], rng: random.Random):
+        self.entries, self.rng = entries, rng
+        self.left: list[Entry] = []
+
+    def take(self, count: int) -> list[Entry]:
+        """`count` different entries, or all if there are not so many."""
+        count = min(count, len(self.entries))
+        if len(self.left) < count:
+            self.left = self.rng.sample(self.entries, len(self.entries))
+        return [self.left.pop() for _ in range(count)]
+
+
 class Argument(NamedTuple):
     """A typed argument. Enums and booleans are *closed*: all their values occur in training."""
 
@@ -30,11 +45,11 @@ class Argument(NamedTuple):
     def closed(self) -> bool:
         return self.kind in ("boolean", "enum")
 
-    def draw(self, pool: Sequence[Entry], rng: random.Random) -> Value:
-        """One value from `pool`; an array gets one to three different entries."""
+    def draw(self, bag: Bag) -> Value:
+        """One value of the entries in `bag`; an array gets one to three different ones."""
         if self.kind == "array":
-            return [str(entry) for entry in rng.sample(pool, min(len(pool), rng.choice((1, 2, 2, 3))))]
-        drawn = rng.choice(pool)
+            return [str(entry) for entry in bag.take(bag.rng.choice((1, 2, 2, 3)))]
+        [drawn] = bag.take(1)
         return bool(drawn) if self.kind == "boolean" else drawn
 
     def spoken(self, value: Value) -> str:

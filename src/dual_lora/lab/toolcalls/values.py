@@ -16,7 +16,14 @@ LABELS = _entries("""
     gardening, barbecue, drying, steak, sauna, painting, piano, quiz, plank, sourdough, broccoli, ironing, oven,
     dumplings, compost, essay, spelling test, hair dye, face mask, jigsaw, risotto, oatmeal, lamb, pancakes,
     salmon, curry, noodles, waffles, washing machine, sprinkler, debate, violin practice, tent, varnish, glue,
-    photo shoot, warm-up, cooldown, push-ups, sunbathing, inhaler, ice pack, phone call, board game
+    photo shoot, warm-up, cooldown, push-ups, sunbathing, inhaler, ice pack, phone call, board game, marinade,
+    meringue, brownies, muffins, quiche, stew, porridge, dough, popcorn, jelly, spaghetti, ravioli, pudding,
+    gravy, omelette, burgers, kebab, chowder, sorbet, granola, squats, sprint, jogging, rowing, cycling, boxing,
+    swimming, ballet, karate, rehearsal, lecture, exam, interview, standup, brainstorming, dictation, algebra,
+    geometry, crossword, scrabble, sudoku, checkers, knitting, crochet, weeding, mulching, watering, vacuuming,
+    mopping, dusting, polishing, sanding, plaster, concrete, primer, charger, update, backup, download,
+    defrosting, dryer, kettle, toaster, grill, humidifier, incubator, meter, ferry, shift, curfew, recess,
+    intermission, halftime, break, prayer, silence
 """)
 CITIES = _entries("""
     Oslo, Lisbon, Madrid, Vienna, Dublin, Athens, Prague, Warsaw, Berlin, Rome, Paris, London, Boston, Chicago,
@@ -27,7 +34,16 @@ CITIES = _entries("""
     Casablanca, Marseille, Lyon, Nice, Bordeaux, Hamburg, Munich, Cologne, Leipzig, Salzburg, Basel, Antwerp,
     Ghent, Rotterdam, Utrecht, Gothenburg, Bergen, Riga, Vilnius, Belfast, Glasgow, Leeds, Houston, Dallas,
     Phoenix, Portland, Atlanta, Miami, Havana, Quito, Caracas, Auckland, Brisbane, Las Vegas, San Juan, Santa
-    Fe, Mexico City, Tel Aviv, Abu Dhabi, New Orleans, Salt Lake City
+    Fe, Mexico City, Tel Aviv, Abu Dhabi, New Orleans, Salt Lake City, Ankara, Izmir, Baku, Tbilisi, Yerevan,
+    Tehran, Muscat, Doha, Riyadh, Amman, Beirut, Damascus, Karachi, Lahore, Kabul, Kathmandu, Dhaka, Colombo,
+    Chennai, Bangalore, Hyderabad, Kolkata, Pune, Jaipur, Busan, Nagoya, Sapporo, Fukuoka, Wuhan, Chengdu,
+    Nanjing, Cebu, Darwin, Hobart, Adelaide, Canberra, Wellington, Suva, Honolulu, Anchorage, Calgary, Ottawa,
+    Winnipeg, Halifax, Memphis, Nashville, Orlando, Tampa, Tucson, Omaha, Detroit, Cleveland, Baltimore,
+    Richmond, Kingston, Managua, Asuncion, Montevideo, Salvador, Recife, Brasilia, Cusco, Malaga, Valencia,
+    Bilbao, Granada, Toulouse, Nantes, Turin, Genoa, Verona, Palermo, Bremen, Dresden, Stuttgart, Graz, Bern,
+    Bratislava, Ljubljana, Zagreb, Belgrade, Sofia, Bucharest, Tirana, Minsk, Kyiv, Odessa, Tallinn, Tampere,
+    Malmo, Aarhus, Reykjavik, Cardiff, Swansea, Cork, Galway, Limerick, Tangier, Algiers, Kampala, Kigali,
+    Lusaka, Harare, Windhoek, Durban, Pretoria
 """)
 UNITS = ("celsius", "fahrenheit")
 NAMES = _entries("""
@@ -37,7 +53,13 @@ NAMES = _entries("""
     Elena, Frank, Mia, Lucas, Ella, Oliver, Ruth, Peter, Vera, Simon, Agnes, Walter, Ingrid, Hugo, Pablo, Lucia,
     Mateo, Nadia, Omar, Layla, Hassan, Yuki, Kenji, Mei, Arjun, Anita, Ravi, Sven, Astrid, Lars, Greta, Otto,
     Heidi, Marco, Giulia, Pierre, Camille, Antoine, Monica, Rosa, Teresa, Philip, Edward, Charlotte, Amelia,
-    Jacob, Mason, Logan, Naomi, Stella
+    Jacob, Mason, Logan, Naomi, Stella, Abigail, Aaron, Bruno, Beatrice, Caleb, Celia, Dominic, Daphne, Elias,
+    Eva, Fiona, Fabian, Gordon, Gloria, Harriet, Howard, Irene, Isaac, Jasmine, Joel, Katherine, Kofi, Leonie,
+    Liam, Malik, Miriam, Nathan, Nora, Octavia, Owen, Patricia, Quentin, Rebecca, Rupert, Sabrina, Samuel,
+    Tabitha, Tobias, Ursula, Vincent, Violet, Wilma, Xavier, Yvonne, Zachary, Aisha, Bilal, Chen, Deepa, Emre,
+    Farid, Gabriela, Hiroshi, Ines, Jorge, Kamala, Lena, Manuel, Nikolai, Olga, Pavel, Rania, Stefan, Tariq,
+    Usha, Valentina, Wei, Ximena, Yasmin, Zubair, Bernard, Cecilia, Dennis, Esther, Florence, Gregory, Helena,
+    Ian, Joanna, Keith, Lydia, Martha, Norman, Oswald, Penelope, Ralph, Sylvia, Theodore, Veronica, Warren
 """)
 TEXTS = _entries("""
     the meeting is cancelled, I am running late, dinner is ready, the train leaves at noon, our flight was moved
@@ -67,7 +89,12 @@ ROOMS = _entries("""
     living room, dining room, guest room, laundry room, music room, play room, meeting room, tool shed, den,
     porch, loft, sunroom, terrace, foyer, closet, shed, boathouse, clinic, chapel, gallery, bakery, stable,
     barn, archive, canteen, waiting room, sewing room, conference hall, wine cellar, spare bedroom, boiler room,
-    dressing room
+    dressing room, parlour, vestibule, mudroom, dormitory, infirmary, laboratory, cloakroom, washroom, scullery,
+    larder, conservatory, alcove, annex, atrium, ballroom, bunker, cafeteria, carport, deck, depot, entrance,
+    hangar, kennel, landing, mezzanine, nook, orangery, patio, pavilion, penthouse, reception, refectory, salon,
+    showroom, stairwell, stockroom, storeroom, suite, theatre, tower, vault, wardrobe, warehouse, yard,
+    courtyard, henhouse, treehouse, bunkhouse, gatehouse, summerhouse, hallway closet, drawing room, locker
+    room, server room, staff room, dining hall, winter garden, press room, music hall, reading room
 """)
 ITEMS = _entries("""
     milk, eggs, bread, butter, cheese, apples, bananas, tomatoes, onions, garlic, rice, flour, sugar, salt,
@@ -81,14 +108,34 @@ ITEMS = _entries("""
     mops, buckets, hammers, screwdrivers, hinges, bolts, wire, sandpaper, varnish, brushes, lanterns, tents,
     ribbons, confetti, crayons, scissors, staples, folders, toothpaste, vitamins, aspirin, thermometers,
     diapers, blankets, pillows, umbrellas, sandals, goggles, garbage bags, baking powder, maple syrup, green
-    tea, cat litter, bird seed, sparkling water, rubber gloves, safety pins, extension cords
+    tea, cat litter, bird seed, sparkling water, rubber gloves, safety pins, extension cords, apricots,
+    artichokes, asparagus, avocados, bagels, barley, beans, blueberries, broccoli, cashews, cauliflower, chives,
+    chutney, clementines, cocoa, coconuts, coriander, couscous, cranberries, croissants, currants, dates,
+    doughnuts, dumplings, eggplants, fennel, figs, grapefruit, hazelnuts, herring, horseradish, hummus, kale,
+    kiwis, lasagna, lettuce, limes, lobster, mackerel, mangoes, margarine, mayonnaise, mint, molasses,
+    mozzarella, muesli, nectarines, nutmeg, okra, olives, oregano, oysters, pancetta, papayas, paprika,
+    parmesan, parsnips, pecans, pineapples, pistachios, popcorn, potatoes, prunes, pumpkins, quinoa, radishes,
+    raspberries, rhubarb, rosemary, sage, salami, sardines, seaweed, shallots, sherbet, squash, strawberries,
+    syrup, tarragon, thyme, tortillas, trout, truffles, vanilla, watercress, yams, yeast, anchors, axes,
+    backpacks, baskets, binoculars, blinds, bowls, brackets, brooms, cables, calendars, carpets, chains, chalk,
+    chargers, chisels, clamps, clothespins, combs, compasses, corks, crates, cups, curtains, cushions, drills,
+    earplugs, erasers, fans, filters, flashlights, forks, frames, funnels, fuses, gaskets, glue, hats, helmets,
+    hooks, hoses, jars, kettles, keyboards, knives, ladders, lamps, lids, lightbulbs, locks, magnets, markers,
+    masks, mirrors, mugs, needles, nuts, oars, padlocks, pans, pegs, pins, pipes, pliers, plugs, poles, pots,
+    pulleys, razors, rulers, saws, scarves, screens, seeds, shelves, shovels, spades, spatulas, spoons,
+    stickers, straps, strings, switches, tacks, tarps, thread, tiles, tissues, toasters, toys, trays, tripods,
+    trowels, tubes, valves, vases, washers, wax, whistles, wipes, wrenches, zippers
 """)
 LISTS = _entries("""
     grocery, hardware, camping, party, pharmacy, holiday, office, birthday, garden, kitchen, picnic, travel,
     school, baby, pet, cleaning, christmas, market, wedding, beach, bakery, festival, moving, hiking, workshop,
     fishing, emergency, recipe, dinner, weekend, summer, winter, studio, craft, sewing, painting, stationery,
     concert, sailing, cycling, gift, breakfast, barbecue, plumbing, charity, reading, vacation, carnival,
-    hospital
+    hospital, autumn, spring, laundry, lunch, brunch, supper, errand, dentist, doctor, nursery, balcony,
+    bathroom, garage, library, museum, theatre, hotel, cabin, desert, mountain, island, harbour, lake, river,
+    skiing, surfing, climbing, running, tennis, football, chess, robot, computer, camera, guitar, orchestra,
+    costume, makeup, jewelry, souvenir, donation, recycling, repair, renovation, heating, lighting, aquarium,
+    puppy, kitten, pony, farm, orchard, vineyard, greenhouse, toolbox, lunchbox
 """)
 CURRENCIES = _entries("EUR, USD, GBP, JPY, CHF, CAD, AUD, SEK, NOK, INR, PLN, BRL")
 ARTISTS = _entries("""
@@ -99,7 +146,14 @@ ARTISTS = _entries("""
     Nirvana, Gorillaz, Portishead, Santana, Kraftwerk, Enya, Sade, Drake, Lorde, Bjork, Moby, Eminem, Louis
     Armstrong, Ella Fitzgerald, John Coltrane, Edith Piaf, Neil Young, Janis Joplin, Dolly Parton, Marvin Gaye,
     Aretha Franklin, Jimi Hendrix, Bruce Springsteen, Whitney Houston, Lady Gaga, Ed Sheeran, Talking Heads,
-    Arctic Monkeys, Fleetwood Mac, Simply Red, Massive Attack
+    Arctic Monkeys, Fleetwood Mac, Simply Red, Massive Attack, Aerosmith, Anastacia, Bananarama, Beck, Bonobo,
+    Cher, Chopin, Cream, Debussy, Dido, Duffy, Erasure, Eurythmics, Faithless, Feist, Foals, Garbage, Goldfrapp,
+    Handel, Haydn, Incubus, Interpol, Jamiroquai, Journey, Kansas, Keane, Liszt, Mahler, Mozart, Morcheeba,
+    Nickelback, Orbital, Outkast, Paramore, Placebo, Pulp, Purcell, Rammstein, Ravel, Roxette, Rush, Satie,
+    Schubert, Scorpions, Shaggy, Slade, Sparks, Starsailor, Suede, Supertramp, Toto, Travis, Vangelis, Verdi,
+    Vivaldi, Wagner, Ween, Yes, Nat King Cole, Count Basie, Duke Ellington, Thelonious Monk, Charlie Parker,
+    Herbie Hancock, Diana Krall, Sarah Vaughan, Carole King, Paul Simon, Cat Stevens, Van Morrison, Peter
+    Gabriel
 """)
 TITLES = _entries("""
     budget review, team lunch, book club, movie night, birthday party, project kickoff, job interview, game
@@ -109,7 +163,13 @@ TITLES = _entries("""
     fair, poetry reading, blood donation, house viewing, parent evening, karaoke, bowling, street festival,
     charity run, chess tournament, baby shower, garage sale, safety drill, tax meeting, pottery lesson, swim
     training, cheese tasting, language exchange, band practice, volunteer day, dance lesson, theatre trip,
-    hackathon, housewarming, retirement party, press conference, strategy session, river cruise, stargazing
+    hackathon, housewarming, retirement party, press conference, strategy session, river cruise, stargazing,
+    audition, auction, banquet, baptism, briefing, carnival, celebration, ceremony, checkup, clinic visit,
+    concert, contest, debate, demonstration, dinner, discussion, excursion, exhibition, festival, fitting,
+    fundraiser, gala, graduation, haircut, inspection, inventory, jam session, lecture, marathon, massage,
+    masterclass, mediation, negotiation, opening, parade, planning, presentation, recital, reception, regatta,
+    sleepover, symposium, tasting, tournament, tryout, tutorial, vaccination, vernissage, walkthrough, webinar,
+    wedding, whale watching, winter market, workout
 """)
 MONTHS = _entries("January, February, March, April, May, June, July, August, September, October, November, December")
 PHRASES = _entries("""
