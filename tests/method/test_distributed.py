@@ -1,4 +1,4 @@
-"""Two processes on CPU train what one process trains: losses, warm-up, saved factors; and each resumes the other's run."""
+"""Two processes on CPU train what one process trains (losses, warm-up, factors), and each resumes the other's run."""
 
 import importlib.util
 import json
@@ -55,7 +55,7 @@ def assert_same(got, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_what_one_trains(kind, tmp_path, single):
-    first, once, _ = single
+    _, once, _ = single
     assert once[0]["warmup"] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert_same(train(kind, tmp_path), once)
 
