@@ -6,6 +6,7 @@ model is not told the tools: what it scores is what it knows, and what the adapt
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -141,7 +142,8 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
         for name, examples in sets.items():
             results[name] = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, progress=progress)
             write_result(results[name], out / "evaluation" / name)
-        del tuned  # room for the merged model
+        del tuned  # room for the merged model; layers and their model refer to each other
+        gc.collect()
 
     with _stage("merging and checking", seconds, progress):
         if not (out / "merged").is_dir():
