@@ -77,7 +77,9 @@ def test_base_and_adapter_side_by_side_and_from_the_folder(method, lm_values, tm
         adapter = evaluate(tmp_path / "run/adapter", progress=False)
         in_memory = evaluate(trained.tuned, progress=False)
         assert fresh.metrics == adapter.metrics == in_memory.metrics
-    items = [json.loads(line) for line in (tmp_path / "run/evaluation/test/items.jsonl").read_text().splitlines()]
+    written = tmp_path / "run/evaluation/test-choice-exact_match-loss"
+    assert json.loads((written / "result.json").read_text())["metrics"] == fresh.metrics
+    items = [json.loads(line) for line in (written / "items.jsonl").read_text().splitlines()]
     assert len(items) == 2 * 3 * fresh.examples
     tuned = [i for i in items if i["variant"] == "tuned" and i["task"] == "choice"]
     assert sum(i["correct"] for i in tuned) / len(tuned) == fresh.metrics["tuned"]["choice"]

@@ -110,7 +110,7 @@ def evaluate(
         tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
     )
     if tuned.run is not None:
-        result.file = str(write_result(result, tuned.run / "evaluation" / spec.split))
+        result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks])))
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,7 +62,11 @@ def compare(
     from dual_lora.lab.compare import compare as run
     from dual_lora.lab.tables import show_results
 
-    results = run(study, out, executor=executor, workers=workers, update=update, keep=keep)
+    try:
+        results = run(study, out, executor=executor, workers=workers, update=update, keep=keep)
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
     if json:
         finish(results, None, True)
     else:
