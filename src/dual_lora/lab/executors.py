@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -141,6 +142,7 @@ def _dismiss(worker: _Worker) -> None:
 def _work(line: Connection, runs: Path, keep: str) -> None:
     """Do the jobs that come down the line, until it is closed."""
     _end_with_parent()
+    warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
     while True:
         try:
             job = line.recv()

@@ -97,7 +97,7 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
         shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
     if result.state != "finished":
-        raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+        raise KeyboardInterrupt
     peak = peak_bytes() or result.peak_memory
     outcome: dict[str, Any] = {
         "training": {k: v for k, v in result.summary().items() if k != "folder"} | {"peak_memory": peak},
