@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import judge, layers
-from .linear import step
+from .linear import floor, step
 from .measure import Measured, interleave
 from .works import Unavailable
 
@@ -22,7 +23,27 @@ def measure(O: int, I: int, T: int, threads: int, seconds: float) -> Measured:
     modules = {m: _adapted(m, W) for m in ("dual", "lora")}
     _check(modules["dual"], x, dy)
     variants = {m: step(module, x, dy) for m, module in modules.items()}
-    return interleave(variants, [("dual", "lora")], threads, seconds)
+    variants["floor"] = _floor(modules["dual"], x, dy)
+    return interleave(variants, [("dual", "lora"), ("dual", "floor")], threads, seconds)
+
+
+def _floor(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
+    """The floor of a layer of that shape, and dequantising once forward and once backward."""
+    products = floor(x, _dequantised(layer), dy, layers.RANK // 2, layers.RANK // 2)
+
+    def run() -> None:
+        for _ in ("forward", "backward"):
+            _dequantised(layer)
+        products()
+
+    return run
+
+
+def _dequantised(layer: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = layer.get_base_layer()
+    return dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.bfloat16)
 
 
 def _adapted(method: str, W: torch.Tensor) -> Any:
@@ -48,10 +69,7 @@ def _adapted(method: str, W: torch.Tensor) -> Any:
 
 
 def _check(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
-    from bitsandbytes.functional import dequantize_4bit
-
-    base = layer.get_base_layer()
-    W = dequantize_4bit(base.weight.data, base.weight.quant_state).to(torch.bfloat16)
+    W = _dequantised(layer)
     four = layers.factors_of(layer)
     O, I = W.shape
     factors = judge.exact_factors(O, I, four.A.shape[0], four.C.shape[0])
