@@ -6,6 +6,7 @@ import pytest
 import torch
 from judged import adapted, delta, leaves
 from peft import get_peft_model, prepare_model_for_kbit_training
+from tiny import llama
 from torch import nn
 from torch.nn.functional import linear
 
@@ -337,3 +338,69 @@ def test_autocast(dtype):
     y.float().sum().backward()
     assert layer.factors("default").A.grad.dtype == torch.float32
     assert base.weight.dtype == torch.uint8
+
+
+@pytest.mark.slow
+def test_qlora_with_transformers_and_trl(tmp_path):
+    """A model quantised by transformers, trained by TRL, which casts adapters of 4-bit models to bf16."""
+    pytest.importorskip("bitsandbytes")
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base",
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        device_map="cpu",
+    )
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), max_steps=6, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[]
+    )
+    data = Dataset.from_dict({"input_ids": [[3, 4, 5, 6, 7]] * 32})
+    with pytest.warns(UserWarning, match="cast to torch.bfloat16 by foreign code and are fp32 again"):
+        trainer = trl.SFTTrainer(
+            model=base,
+            args=arguments,
+            train_dataset=data,
+            processing_class=words(),
+            peft_config=DualLoraConfig(target_modules=["q_proj", "down_proj"], warmup_steps=2),
+        )
+        layers = [m for m in trainer.model.modules() if isinstance(m, QuantizedLinear)]
+        before = [f.detach().clone() for layer in layers for f in layer.factors("default")]
+        trainer.train()
+    after = [f for layer in layers for f in layer.factors("default")]
+    assert len(layers) == 4
+    assert {f.dtype for f in after} == {torch.float32}
+    assert all(bool((a != b).any()) for a, b in zip(after, before, strict=True))
+    assert {layer.steps_left("default") for layer in layers} == {0}
+
+
+def words():
+    """A tokenizer of sixty words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 60)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.mark.slow
+def test_torchao_through_transformers_merges(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    llama().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()), device_map="cpu"
+    )
+    model = get_peft_model(base, DualLoraConfig(target_modules=["q_proj", "down_proj"], init_weights=False)).eval()
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        before = model(ids).logits
+        with pytest.warns(UserWarning, match="Merged into 4 quantised layers"):
+            model.merge_adapter()
+        assert (model(ids).logits - before).norm() < 0.05 * before.norm()
+        model.unmerge_adapter()
+        assert torch.equal(model(ids).logits, before)
