@@ -159,6 +159,13 @@ def test_questions_that_cannot_be_answered(finished, tmp_path):
         demo.ask(finished, "  ")
 
 
+def test_a_record_of_another_version_is_named(tmp_path):
+    for text in ('{"folder": "x", "colour": "red"}', '{"folder":'):
+        (tmp_path / "demo.json").write_text(text)
+        with pytest.raises(UserError, match=r"demo\.json is damaged or of another version.*--overwrite"):
+            demo.read_result(tmp_path)
+
+
 def test_an_answer_is_shown_in_lines_if_it_is_json():
     assert _readable('{"name": "x", "arguments": {}}').startswith('{\n  "name": "x"')
     assert _readable("Sure!") == "Sure!"
@@ -186,6 +193,7 @@ def test_the_card_shows_what_was_measured(finished):
 
 @pytest.mark.slow
 @pytest.mark.model
+@pytest.mark.timeout(1800)
 def test_the_real_model_learns_from_a_third_of_the_data(tmp_path):
     pytest.importorskip("gguf")
     result = demo.run(tmp_path / "out", examples=320, test_examples=20, progress=False)

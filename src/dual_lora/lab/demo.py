@@ -88,9 +88,14 @@ def run(
 
 
 def read_result(out: Path) -> DemoResult | None:
-    """The result of the demo in `out`, None if it was not finished."""
+    """The result of the demo in `out`, None if it was not finished; UserError for a record of another version."""
     file = out / "demo.json"
-    return DemoResult(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return DemoResult(**json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        raise UserError(f"{file} is damaged or of another version: make the demo anew with --overwrite.") from None
 
 
 def ask(out: Path, request: str) -> str:
