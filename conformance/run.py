@@ -39,7 +39,6 @@ SUITES = [
     "test_integrations",
     "test_mapping",
     "test_auto",
-    "test_mixed",
     "test_torch_compile",
 ]
 

@@ -358,17 +358,17 @@ def test_qlora_with_transformers_and_trl(tmp_path):
         output_dir=str(tmp_path / "run"), max_steps=6, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[]
     )
     data = Dataset.from_dict({"input_ids": [[3, 4, 5, 6, 7]] * 32})
-    with pytest.warns(UserWarning, match="cast to torch.bfloat16 by foreign code and are fp32 again"):
-        trainer = trl.SFTTrainer(
-            model=base,
-            args=arguments,
-            train_dataset=data,
-            processing_class=words(),
-            peft_config=DualLoraConfig(target_modules=["q_proj", "down_proj"], warmup_steps=2),
-        )
-        layers = [m for m in trainer.model.modules() if isinstance(m, QuantizedLinear)]
+    trainer = trl.SFTTrainer(
+        model=base,
+        args=arguments,
+        train_dataset=data,
+        processing_class=words(),
+        peft_config=DualLoraConfig(target_modules=["q_proj", "down_proj"], warmup_steps=2),
+    )
+    layers = [m for m in trainer.model.modules() if isinstance(m, QuantizedLinear)]
+    with pytest.warns(UserWarning, match=r"cast to torch\.bfloat16 by foreign code and are fp32 again"):
         before = [f.detach().clone() for layer in layers for f in layer.factors("default")]
-        trainer.train()
+    trainer.train()
     after = [f for layer in layers for f in layer.factors("default")]
     assert len(layers) == 4
     assert {f.dtype for f in after} == {torch.float32}
