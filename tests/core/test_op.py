@@ -15,7 +15,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, panel=16 * 4 * 577 * 2))
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, panel=16 * 4 * 577 * 2, narrow=16))
 
 
 class Rows:
@@ -55,6 +55,14 @@ def test_the_case_reaches_both_sides_of_every_kink():
 def test_shapes(O, I, dtype, small_blocks):
     case = make_case(T=5, I=I, O=O, dtype=dtype)
     assert_close(run(operator, case), truth(case), dtype, f"{O}x{I}")
+
+
+@both
+def test_a_weight_too_tall_for_panels_of_columns(dtype, monkeypatch):
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, panel=16 * 63 * dtype.itemsize, narrow=16))
+    case = make_case(T=5, I=63, O=577, dtype=dtype)
+    assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.panel
+    assert_close(run(operator, case), truth(case), dtype)
 
 
 @both

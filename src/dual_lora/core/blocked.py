@@ -9,7 +9,7 @@ reused buffers, in place:
 Several tiles make a panel, a composed part of the weight large enough for an efficient product: whole rows in forward,
 whole columns in backward, so that every panel gives complete columns of y and of dx. The weight may be a tensor or
 anything with `rows(start, stop) -> Tensor` (a quantised weight that is dequantised a few rows at a time); its panels
-are rows in backward too, and dx is summed in fp32.
+are rows in backward too, as are those of a very tall weight (an output head), and dx is summed in fp32.
 
 Sizes were chosen by `python -m benchmarks blocks`. Forms other than the paper's take the formula of `reference` tile
 by tile.
@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
 
     tile: int  # elements
     panel: int  # bytes of the composed weight
+    narrow: int = 128  # columns; products with fewer are slow
 
 
 CPU = Sizes(tile=1 << 18, panel=8 << 20)
@@ -122,7 +123,7 @@ def backward(
     """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
     work = _Work(weight, adapters)
     T = x.shape[0]
-    by_rows = weight is not None and not isinstance(weight, Tensor)
+    by_rows = not (weight is None or isinstance(weight, Tensor)) or work.is_tall(x.dtype)
     dx = None
     if needs.x:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -176,6 +177,10 @@ class _Work:
         # A weight stored as [I, O] wants its tiles laid out likewise.
         self.transposed = isinstance(weight, Tensor) and weight.stride(0) == 1 != weight.stride(1)
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def is_tall(self, dtype: torch.dtype) -> bool:
+        """Whether panels of whole columns would be too narrow."""
+        return min(self.sizes.narrow, self.I) * self.O * dtype.itemsize > self.sizes.panel
 
     def panels(self, dtype: torch.dtype, by_rows: bool) -> Iterator[_Panel]:
         """The panels in turn; they share their buffers, so that one is used up before the next is taken."""
