@@ -12,6 +12,7 @@ import dual_lora
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 RINGS = ["core", "method", "lab"]  # from the inside out
+RING_OF = {"capabilities": "method"}  # a command of its own, `python -m dual_lora.capabilities`
 
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
@@ -44,7 +45,9 @@ def dotted(path):
 def ring(name):
     """core, method or lab; "" for the package's own files."""
     parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in RINGS else ""
+    if len(parts) < 2:
+        return ""
+    return parts[1] if parts[1] in RINGS else RING_OF.get(parts[1], "")
 
 
 def imports(path):
