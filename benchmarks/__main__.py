@@ -96,8 +96,8 @@ def noise(shares: list[float]) -> str:
     low = min(shares)
     return (
         f"This process had {low:.0%} to {max(shares):.0%} of the cores it asked for (load average {load:.1f} on "
-        f"{os.cpu_count()} cores). One thread is judged by processor time, which bears neighbours but for their share "
-        "of the caches; several threads by wall time."
+        f"{os.cpu_count()} cores). One thread is judged by processor time, which neighbours disturb through the "
+        "caches; several threads by wall time."
     )
 
 

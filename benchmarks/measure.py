@@ -18,7 +18,7 @@ from typing import NamedTuple
 SAMPLE_SECONDS = 0.03
 # Half the width of a ratio's interval, relative, at which rounds end.
 NARROW = 0.01
-# Below this share of its cores, wall times of several threads say more about the neighbours than about the code.
+# Below this share of its cores, neighbours have a say: in wall time directly, in processor time through the caches.
 QUIET_SHARE = 0.85
 
 
@@ -62,8 +62,8 @@ class Measured(NamedTuple):
 
     @property
     def quiet(self) -> bool:
-        """Whether the process had its cores to itself; processor time on one thread does not need them."""
-        return self.threads == 1 or self.share >= QUIET_SHARE
+        """Whether the process had its cores to itself."""
+        return self.share >= QUIET_SHARE
 
 
 def median_ratio(subject: Sequence[float], against: Sequence[float]) -> Ratio:

@@ -104,6 +104,7 @@ def test_every_gate_names_a_work_that_is_run():
     assert {gate.work for gate in gates.GATES} == named
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("dual", "share", "mark", "code"),
     [
@@ -115,9 +116,9 @@ def test_every_gate_names_a_work_that_is_run():
         ([1.9, 2.0, 2.1, 2.2], 0.4, Mark.MISSED, 1),  # noise cannot explain that
     ],
 )
-def test_marks_and_exit_codes(dual, share, mark, code):
+def test_marks_and_exit_codes(dual, share, mark, code, threads):
     gate = gates.Gate("w", (gates.Limit("lora", 1.40),))
-    found = verdict.judge(gate, 2, timed(dual, [1.0] * len(dual), threads=2, share=share))
+    found = verdict.judge(gate, threads, timed(dual, [1.0] * len(dual), threads, share))
     assert found.mark is mark
     assert verdict.exit_code([found]) == code
 
