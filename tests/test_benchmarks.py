@@ -230,6 +230,8 @@ def test_the_step_of_a_small_llama(single):
     assert len(made["dual"].adapted()) == 14
     step_work.check(made["dual"], made["naive"])
     assert set(step_work.measure(made, 1, 0, (1, 1)).costs) == set(made)
+    assert set(step_work.measure_scaling(made["dual"], 2, 0).costs) == {"one thread", "two threads"}
+    assert torch.get_num_threads() == 1
     for layer in made["dual"].adapted().values():
         layer.forms["default"] = layer.forms["default"]._replace(magnitude="identity")
     with pytest.raises(judge.WrongResult, match="differs from naive"):
