@@ -44,7 +44,8 @@ class DemoResult:
     merged: str  # the plain model's folder
     merged_same: list[int] = field(default_factory=list)  # [answers equal to the adapter's, of so many]
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    peak_memory: int = 0
+    training_memory: int = 0  # at the peak of training
+    peak_memory: int = 0  # of all stages in one process, two loaded models among them
     reused: bool = False
 
     @property
@@ -195,6 +196,7 @@ def _result(
             for i, example in enumerate(examples[:SHOWN])
         ],
         merged=str(out / "merged"),
+        training_memory=trained.peak_memory,
         peak_memory=max(trained.peak_memory, peak_memory()),
     )
 

@@ -106,7 +106,7 @@ def _facts(result: DemoResult) -> Panel:
         "trained on": f"{result.examples:,} examples, seed {result.seed}",
         "parameters": f"{result.trainable_parameters:,} trained beside {result.base_parameters:,} frozen ({share:.1%})",
         "time": f"{duration(result.total_seconds)}: {spent}",
-        "memory": f"{size(result.peak_memory)} at the peak",
+        "memory": f"{size(result.training_memory)} at the peak of training, {size(result.peak_memory)} over all stages",
         "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",
         "ask": 'dual-lora demo --ask "Tell Nora that the cake is in the fridge."'
         + (f" --seed {result.seed}" if result.seed else ""),
