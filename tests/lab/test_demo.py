@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from dual_lora.lab import demo
+from dual_lora.lab.commands.card import duration
 from dual_lora.lab.commands.demo import _card, _readable
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.toolcalls import TEST_SETS
@@ -189,6 +190,10 @@ def test_the_card_shows_what_was_measured(finished):
     ):
         assert part in text, text
     assert f"{result.trainable_parameters:,} trained" in text
+
+
+def test_no_duration_of_sixty_seconds():
+    assert [duration(s) for s in (59.94, 59.96, 119.8, 3599.7)] == ["59.9 s", "1 min 0 s", "2 min 0 s", "1 h 0 min"]
 
 
 @pytest.mark.slow

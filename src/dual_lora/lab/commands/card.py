@@ -54,8 +54,8 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people: 3 min 20 s."""
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 1:
-        return f"{rest:.1f} s"
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest:.0f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
