@@ -3,7 +3,13 @@
 import subprocess
 import sys
 
-WITHOUT = "import sys; sys.modules[{name!r}] = None; from dual_lora.lab.entry import main; sys.argv = ['dual-lora', '--help']; main()"
+WITHOUT = """
+import sys
+sys.modules[{name!r}] = None
+from dual_lora.lab.entry import main
+sys.argv = ["dual-lora", "--help"]
+main()
+"""
 
 
 def run(name):
