@@ -12,6 +12,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 
 
+def in_shell_blocks(pattern):
+    return {m for kind, text in BLOCKS if kind == "bash" for m in re.findall(pattern, text, flags=re.MULTILINE)}
+
+
 def test_the_example_runs_as_printed(tmp_path):
     (example,) = re.findall(r"<!-- test: example -->\n```python\n(.*?)```", README, flags=re.DOTALL)
     done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -25,14 +29,14 @@ def test_every_command_of_the_readme_exists():
     pytest.importorskip("cyclopts")
     from dual_lora.lab.cli import COMMANDS
 
-    used = {m for kind, text in BLOCKS if kind == "bash" for m in re.findall(r"^dual-lora (\w+)", text, flags=re.MULTILINE)}
+    used = in_shell_blocks(r"^dual-lora (\w+)")
     assert used
     assert used <= {name for name, *_ in COMMANDS}
 
 
 def test_every_make_target_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    used = {m for kind, text in BLOCKS if kind == "bash" for m in re.findall(r"^make (\S+)", text, flags=re.MULTILINE)}
+    used = in_shell_blocks(r"^make (\S+)")
     assert {"demo", "test"} <= used <= targets
 
 

@@ -99,7 +99,9 @@ def test_a_broken_adapter_leaves_the_base_untouched():
     model, layer = adapted(multihead(PACKED), call)
     before = {k: v.clone() for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
     layer.factors("default").B.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with pytest.raises(
+        ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"
+    ):
         model.merge_adapter(safe_merge=True)
     after = {k: v for k, v in layer.base_layer.state_dict().items() if "dual_lora" not in k}
     assert_same_bits(after, before)
