@@ -76,7 +76,7 @@ def _swap(layer: DualLoraLayer, name: str, new: dict[str, Tensor], adapter: str,
     for letter in LETTERS:
         _write(getattr(layer, f"dual_lora_{letter}")[adapter], new.get(f"{name}.dual_lora_{letter}"))
     r1, r2, alpha = layer_options(config, name)
-    layer.r1[adapter], layer.r2[adapter] = r1, r2
+    layer.r[adapter], layer.r1[adapter], layer.r2[adapter] = r1 + r2, r1, r2
     layer.alpha[adapter] = 2.0 * (r1 + r2) if alpha is None else float(alpha)
     layer.scaling[adapter] = scaling(layer.alpha[adapter], r1, r2)
     layer.warmup_steps[adapter] = config.warmup_steps

@@ -37,6 +37,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
+        "r",
         "r1",
         "r2",
         "alpha",
@@ -53,6 +54,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.r: dict[str, int] = {}  # r1 + r2
         self.r1: dict[str, int] = {}
         self.r2: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
@@ -95,11 +97,6 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         O, I = self.out_features, self.in_features
         return [(r1, I), (O, r1), (r2, I), (O, r2)]
 
-    @property
-    def r(self) -> dict[str, int]:
-        """Total rank r1 + r2 of every adapter."""
-        return {name: r1 + self.r2[name] for name, r1 in self.r1.items()}
-
     def extra_repr(self) -> str:
         """The matrix's shape, which not every base layer prints."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -111,7 +108,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, or make one of that name anew."""
         alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
-        self.r1[adapter_name], self.r2[adapter_name] = r1, r2
+        self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
         self.alpha[adapter_name] = alpha
         self.scaling[adapter_name] = scaling(alpha, r1, r2)
         self.forms[adapter_name] = config.form
