@@ -82,7 +82,7 @@ def assert_judged(base, x, weights_of, call=call_plainly, atol=2e-5, **options):
 
 def assert_merges_exactly(base, x, call=call_plainly, atol=2e-5, **options):
     """merge = forward, in any order; unmerge brings every bit back; so do unloading and merging in one go."""
-    model, layer = adapted(base, call, **options)
+    model, _ = adapted(base, call, **options)
     config = DualLoraConfig(**{"target_modules": ["it"], "init_weights": False, "r": 6, **options, "r": 6})  # noqa: F601
     model.add_adapter("other", config)
     model.eval()
