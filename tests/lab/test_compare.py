@@ -123,6 +123,24 @@ def test_second_call_repeats_nothing(whole, tiny):
     assert figures(again) == figures(whole)
 
 
+def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_whole):
+    """A second study with a third method, told where the first one's runs lie, does that method's runs alone."""
+    shared = copy_of_whole / "runs"
+    before = {p.name for p in shared.glob("*.json")}
+    methods = {"lora": {"r": 4, "lora_alpha": "2r"}, "dual_lora": {}, "dora": {"lora_alpha": "2r"}}
+    other = write_study(tiny, methods=methods)
+    made = compare(other, copy_of_whole.parent / "other", runs=shared, progress=False)
+    assert made["complete"]
+    old = {s["key"] for m in whole["methods"] for s in m["seeds"] + m["trials"]}
+    new = {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()}
+    assert not new & old
+    assert len(new) == 4  # two trials and two seeds of dora
+    again = compare(other, copy_of_whole.parent / "other", progress=False)  # the place of the runs is remembered
+    assert {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()} == new
+    assert figures(again) == figures(made)
+    write_study(tiny)
+
+
 POINTS = {
     "before training": ("dual_lora.lab.train", "_train"),
     "trained, outcome not written": ("dual_lora.lab.perform", "_scored"),

@@ -55,6 +55,34 @@ def test_llm_adapters_record_gives_choices_and_answers_for_each(file):
     assert example.answer_with("false") == "the correct answer is false"
 
 
+LISTED = {
+    "instruction": "Choose: What is it that\n\nAnswer1: one: two. Answer2: an Answer Answer3: 5\n\nAnswer format: answer1/answer2/answer3",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+
+
+def test_answers_in_words_leave_the_list_out(file):
+    (example,) = read_examples(file("a.json", json.dumps([LISTED])), DataPart(answers="text"))
+    assert example.prompt == ({"role": "user", "content": "Choose: What is it that"},)
+    assert example.choices == ("one: two.", "an Answer", "5")
+    assert example.answer == example.target == "an Answer"
+    assert example.messages[-1] == {"role": "assistant", "content": "an Answer"}
+    assert example.answer_with("5") == "5"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answer": "answer9"}, r"'answer9' is none of the answers that the prompt lists \(1, 2, 3\)"),
+        ({"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}, "none: expected Answer1"),
+    ],
+)
+def test_answers_in_words_need_a_list_that_holds_the_right_one(change, said, file):
+    with pytest.raises(UserError, match=said):
+        read_examples(file("a.json", json.dumps([{**LISTED, **change}])), DataPart(answers="text"))
+
+
 def test_table_without_header_and_renamed_fields(reviews):
     data = DataPart(train=str(reviews / "train.tsv"), columns=["label", "sentence"], fields={"text": "sentence"})
     examples = load_split(data, "train")

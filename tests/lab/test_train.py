@@ -172,6 +172,12 @@ def test_output_folder_is_never_overwritten_unasked(lm_values, tmp_path):
     assert (tmp_path / "run/record.json").read_bytes() != before
 
 
+def test_what_a_kill_before_the_recipe_leaves_is_no_obstacle(lm_values, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml.part").write_text("name: r")
+    assert run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False).state == "finished"
+
+
 def test_overwrite_refuses_a_folder_that_is_no_run(lm_values, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("ten years")

@@ -2,7 +2,7 @@
 
 OUT/state.sqlite    what has been done (see `state`)
 OUT/study.yaml      the study as it was started
-OUT/runs/           one folder and one outcome file a run (see `perform`)
+OUT/runs/           one folder and one outcome file a run (see `perform`); elsewhere for studies that share runs
 OUT/results.json    what the study says so far (see `verdicts`); written after every stage
 """
 
@@ -46,6 +46,7 @@ def compare(
     source: str | Path,
     out: str | Path | None = None,
     *,
+    runs: str | Path | None = None,
     executor: str = "serial",
     workers: int | None = None,
     update: bool = False,
@@ -54,6 +55,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
 
+    runs: where the single runs lie, `out`/runs unless told (and remembered). Studies that name the same folder share
+    what they have in common: a run is known by its contents, and done once.
     executor: serial, process or ray; workers: runs at a time. update: go on although the study has changed since it
     was started; finished runs that it still contains are kept. keep: adapters of the final runs, all (full models
     too), or nothing but scores. Started again after any kind of stop, it repeats no finished run.
@@ -72,7 +75,10 @@ def compare(
         cells = plan.lay_out(study)
         _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
         _notice_change(state, folder, update, "recipes", _recipes(study))
-        return _Course(study, folder, state, way, cells).run()
+        if runs is not None:
+            state.put("runs", str(Path(runs).resolve()))
+        place = Path(state.get("runs") or folder / "runs")
+        return _Course(study, folder, place, state, way, cells).run()
 
 
 def _recipes(study: Study) -> dict[str, Any]:
@@ -112,9 +118,9 @@ def _notice_change(
 class _Course:
     """One call of `compare`: the stages in their order."""
 
-    def __init__(self, study: Study, folder: Path, state: State, way: Way, cells: list[Cell]):
+    def __init__(self, study: Study, folder: Path, runs: Path, state: State, way: Way, cells: list[Cell]):
         self.study, self.folder, self.state, self.way, self.cells = study, folder, state, way, cells
-        self.runs = folder / "runs"
+        self.runs = runs
         self.failed: dict[str, str] = {}
         self.clock = Clock({})
         self.trials: dict[str, list[dict[str, Any]]] = {}

@@ -46,7 +46,8 @@ class RunFolder:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
-        filled = self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir())
+        # A run that was killed before its recipe stood there has left a lock and half a file: that is still empty.
+        filled = self.path.is_dir() and any(p.name != ".lock" and p.suffix != ".part" for p in self.path.iterdir())
         if filled and not resume and not overwrite:
             hint = "--resume to go on, --overwrite to start anew, or " if self.is_run else ""
             raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")

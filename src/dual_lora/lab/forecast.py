@@ -147,7 +147,12 @@ class Forecast:
 
 
 def forecast(
-    source: str | Path, out: str | Path | None = None, *, executor: str = "serial", workers: int | None = None
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    runs: str | Path | None = None,
+    executor: str = "serial",
+    workers: int | None = None,
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
     study, _ = read_study(source)
@@ -155,7 +160,7 @@ def forecast(
     side_by_side = 1 if executor == "serial" else workers or os.cpu_count() or 1
     cells = lay_out(study)
     speed = measured_speed()
-    runs = folder / "runs"
+    runs = Path(runs) if runs is not None else folder / "runs"
     clock = Clock({})
     rows, left, done = [], [], 0
     jobs: dict[str, list[dict[str, Any]]] = {}

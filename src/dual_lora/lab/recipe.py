@@ -67,6 +67,11 @@ class DataPart(Part):
         None,
         description="Possible answers for the choice task; left out: the record's, or its 'Answer format: a/b' line.",
     )
+    answers: Literal["label", "text"] = Field(
+        "label",
+        description="Tasks whose prompt lists 'Answer1: ... Answer2: ...': answer with the label as it stands, or ask "
+        "the question alone and answer with the text that the label stands for.",
+    )
     max_length: int = Field(512, ge=4, description="Longest example in tokens; longer ones are left out and counted.")
     train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
     test_limit: int | None = Field(

@@ -16,6 +16,12 @@ def compare(
     study: Annotated[str | None, Parameter(help="Study file, or the name of a shipped study.")] = None,
     *,
     out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]", negative="")] = None,
+    runs: Annotated[
+        Path | None,
+        Parameter(
+            help="Folder of the single runs; studies that share it do equal runs once. [default: OUT/runs]", negative=""
+        ),
+    ] = None,
     executor: Annotated[
         Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
     ] = "serial",
@@ -53,7 +59,7 @@ def compare(
         from dual_lora.lab.forecast import forecast
         from dual_lora.lab.tables import show_forecast
 
-        expected = forecast(study, out, executor=executor, workers=workers)
+        expected = forecast(study, out, runs=runs, executor=executor, workers=workers)
         if json:
             finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
         else:
@@ -63,7 +69,7 @@ def compare(
     from dual_lora.lab.tables import show_results
 
     try:
-        results = run(study, out, executor=executor, workers=workers, update=update, keep=keep)
+        results = run(study, out, runs=runs, executor=executor, workers=workers, update=update, keep=keep)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None

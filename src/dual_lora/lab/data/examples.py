@@ -54,6 +54,8 @@ def read_examples(source: str, data: DataPart) -> list[Example]:
         records = [Record({**r.values, **_renamed(r, data.fields)}, r.where) for r in records]
     form = _FORMATS[data.format if data.format != "auto" else _guess(records[0])]
     examples = [form(record) for record in records]
+    if data.answers == "text":
+        examples = [in_words(example) for example in examples]
     if data.choices:
         examples = [replace(e, choices=tuple(data.choices)) for e in examples]
     return examples
@@ -164,6 +166,29 @@ def _choices_in(prompt: str) -> list[str]:
     """The choices of the LLM-Adapters tasks, which stand in the question's last line."""
     found = re.search(r"Answer format:\s*(\S+(?:/\S+)+)\s*$", prompt)
     return found[1].split("/") if found else []
+
+
+_LISTED = re.compile(r"(?<!\S)(?:Answer|Solution|Option|Ending)(\d+): ?")
+
+
+def in_words(example: Example) -> Example:
+    """The question without its list of answers; choices and answer are what their labels stand for.
+
+    Raises UserError for a prompt that lists no answers, or whose right answer is not in its list.
+    """
+    prompt = str(example.messages[-2]["content"]) if len(example.messages) > 1 else ""
+    body = re.sub(r"\s*Answer format:.*\Z", "", prompt, flags=re.DOTALL)
+    question, *listed = _LISTED.split(body)
+    texts = dict(zip(listed[::2], (text.strip() for text in listed[1::2]), strict=True))
+    number = re.sub(r"\D", "", example.target)
+    if number not in texts:
+        raise UserError(
+            f"{example.where}: data.answers is text, but {example.target!r} is none of the answers that the prompt lists "
+            f"({', '.join(texts) or 'none: expected Answer1: ... Answer2: ...'})."
+        )
+    right = texts[number]
+    messages = (*example.messages[:-2], *_turn(question.strip(), right))
+    return replace(example, messages=messages, answer=right, target=right, choices=tuple(texts.values()))
 
 
 def _labelled_text(record: Record) -> Example:
