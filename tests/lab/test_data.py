@@ -56,7 +56,8 @@ def test_llm_adapters_record_gives_choices_and_answers_for_each(file):
 
 
 LISTED = {
-    "instruction": "Choose: What is it that\n\nAnswer1: one: two. Answer2: an Answer Answer3: 5\n\nAnswer format: answer1/answer2/answer3",
+    "instruction": "Choose: What is it that\n\nAnswer1: one: two. Answer2: an Answer Answer3: 5\n\n"
+    "Answer format: answer1/answer2/answer3",
     "output": "the correct answer is answer2",
     "answer": "answer2",
 }

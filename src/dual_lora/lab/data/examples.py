@@ -183,8 +183,8 @@ def in_words(example: Example) -> Example:
     number = re.sub(r"\D", "", example.target)
     if number not in texts:
         raise UserError(
-            f"{example.where}: data.answers is text, but {example.target!r} is none of the answers that the prompt lists "
-            f"({', '.join(texts) or 'none: expected Answer1: ... Answer2: ...'})."
+            f"{example.where}: data.answers is text, but {example.target!r} is none of the answers that the prompt "
+            f"lists ({', '.join(texts) or 'none: expected Answer1: ... Answer2: ...'})."
         )
     right = texts[number]
     messages = (*example.messages[:-2], *_turn(question.strip(), right))
