@@ -84,6 +84,22 @@ class DualLoraModel(BaseTuner):
                     "to is told by the nesting of the wrappers."
                 )
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT; TRL's frozen reference, an adapter "ref" with the configuration of "default", starts as its copy.
+
+        TRL's trainers make it for a model that comes with an adapter, and then copy what has ".default." in its name,
+        as LoRA's weights have. Names of factors end in ".default": the reference would silently be another model.
+        """
+        configs: dict[str, Any] = self.peft_config
+        is_reference = adapter_name == "ref" and configs["ref"] is configs.get("default")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if is_reference:
+            for layer in self._layers_with("default"):
+                _copy_factors(layer, "default", adapter_name)
+
+    def _layers_with(self, adapter_name: str) -> list[DualLoraLayer]:
+        return [m for m in self.model.modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling]
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = self.target_module_mapping.get(model_config.get("model_type", ""))
         if peft_config.target_modules is None and known is None and peft_config.target_parameters:
@@ -271,16 +287,13 @@ class DualLoraModel(BaseTuner):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
         self.inject_adapter(self.model, adapter_name)
-        for module in self.model.modules():
-            if isinstance(module, DualLoraLayer) and source in module.scaling:
-                for new, old in zip(module.factors(adapter_name), module.factors(source), strict=True):
-                    new.data.copy_(old.data)
-                # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
-                strength = weights[0] * module.scaling[source] / module.scaling[adapter_name]
-                module.factors(adapter_name).B.data.mul_(abs(strength))
-                if strength < 0:
-                    module.factors(adapter_name).D.data.neg_()
-                module._set_steps_left(adapter_name, module.steps_left(source))
+        for layer in self._layers_with(source):
+            _copy_factors(layer, source, adapter_name)
+            # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
+            strength = weights[0] * layer.scaling[source] / layer.scaling[adapter_name]
+            layer.factors(adapter_name).B.data.mul_(abs(strength))
+            if strength < 0:
+                layer.factors(adapter_name).D.data.neg_()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -291,6 +304,13 @@ class DualLoraModel(BaseTuner):
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
         return state
+
+
+def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
+    """Factors and warm-up of one adapter to another one of the same ranks."""
+    for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
+        new.data.copy_(old.data)
+    layer._set_steps_left(adapter_name, layer.steps_left(source))
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
