@@ -1,0 +1,284 @@
+"""dual-lora estimate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import duration, figures_table, finish, size
+from dual_lora.lab.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from dual_lora.lab.estimate.setting import Setting
+    from dual_lora.lab.estimate.side_by_side import Column
+
+_METHODS = ["dual_lora", "lora", "dora", "full"]
+
+
+def estimate(
+    what: Annotated[
+        str | None,
+        Parameter(help="Recipe (file or shipped name), model folder, package:NAME, or a name from --models."),
+    ] = None,
+    *,
+    methods: Annotated[
+        list[str] | None,
+        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True, negative=""),
+    ] = None,
+    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.", negative="")] = None,
+    target_modules: Annotated[
+        str | None,
+        Parameter(help="Names separated by commas, or all-linear. [default: all-linear]", negative=""),
+    ] = None,
+    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.", negative="")] = None,
+    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.", negative="")] = None,
+    logits: Annotated[
+        int | None,
+        Parameter(help="Last positions whose logits are computed (answers only). [default: all]", negative=""),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.", negative="")
+    ] = None,
+    quantisation: Annotated[
+        Literal["none", "nf4", "fp4", "int8"], Parameter(help="How the base is packed (bitsandbytes).")
+    ] = "none",
+    checkpointing: Annotated[
+        bool | None, Parameter(help="Recompute activations in backward.", negative="--no-checkpointing")
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
+        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]", negative=""),
+    ] = None,
+    accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.", negative="")] = None,
+    head: Annotated[
+        Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.", negative="")
+    ] = None,
+    classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
+    devices: Annotated[int, Parameter(help="Shown for 1, 2, 4 … up to so many.")] = 1,
+    strategy: Annotated[
+        Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], Parameter(help="How many devices share the work.")
+    ] = "ddp",
+    on: Annotated[
+        Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]", negative="")
+    ] = None,
+    fits: Annotated[
+        str | None,
+        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank.", negative=""),
+    ] = None,
+    calibrate: Annotated[
+        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.", negative="")
+    ] = False,
+    models: Annotated[bool, Parameter(help="List the built-in models.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
+
+    Example: `dual-lora estimate llama-3-8b --length 2048 --batch 1 --checkpointing --on gpu`
+
+    Many devices: `dual-lora estimate llama-3-70b --devices 8 --strategy fsdp2 --on gpu --checkpointing`
+
+    What fits: `dual-lora estimate qwen3-4b --fits 24GB --checkpointing --on gpu`
+
+    Your recipe: `dual-lora estimate boolq-smollm2`
+    """
+    if models:
+        _list_models(json)
+        return
+    if what is None and not calibrate:
+        raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
+    from dual_lora.lab.estimate import calibrate as speed
+    from dual_lora.lab.progress import console
+
+    with console.status("") as status:
+
+        def say(text: str) -> None:
+            status.update(text)
+
+        rates = speed.calibrate(lambda text: say(f"calibrating: {text}")) if calibrate else speed.known_rates()
+        if what is None:
+            finish({"machine": speed.machine(), **(rates or {})}, _rates_table(speed.machine(), rates or {}), json)
+            return
+        given = {
+            "batch": batch, "length": length, "logits": logits, "dtype": dtype, "checkpointing": checkpointing,
+            "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
+            "quantisation": quantisation, "on": on or _this_device(),
+        }  # fmt: skip
+        setting = _setting(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
+        from dual_lora.lab.estimate.side_by_side import side_by_side
+
+        chosen = _chosen(methods, setting)
+        columns, refused = side_by_side(setting, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
+        proposals = {}
+        if fits:
+            from dual_lora.lab.estimate.fits import largest, parse_size
+
+            limit = parse_size(fits)
+            for column in columns:
+                name = column.method
+                proposals[name] = largest(
+                    column.setting, limit, devices, strategy, lambda t, n=name: say(f"{n}: does {t} fit?")
+                )
+    result = {
+        "model": setting.name,
+        "on": setting.on,
+        "batch": setting.batch,
+        "length": setting.length,
+        "dtype": setting.dtype,
+        "quantisation": setting.quantisation,
+        "checkpointing": setting.checkpointing,
+        "optimizer": setting.optimizer,
+        "devices": devices,
+        "strategy": strategy,
+        "methods": {column.method: column.plain() for column in columns},
+        "refused": refused,
+    }
+    if proposals:
+        result["fits"] = {"bytes": round(limit), **proposals}
+    finish(result, _card(setting, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
+
+
+def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> Setting:
+    from dataclasses import replace
+
+    from dual_lora.lab.estimate.setting import from_model, from_recipe
+    from dual_lora.lab.published import known_name, published_names
+    from dual_lora.lab.recipe import read_recipe, shipped_recipes
+
+    is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
+    if is_recipe:
+        setting = from_recipe(read_recipe(what), **given)
+    elif known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
+        near = suggest(what.rsplit("/", 1)[-1].lower(), [*published_names(), *shipped_recipes()])
+        near = near if near.startswith(" Did") else " `dual-lora estimate --models` and `dual-lora recipes` list names."
+        raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
+    else:
+        setting = from_model(what, **given)
+    method = dict(setting.method)
+    if rank is not None:
+        if rank < 1:
+            raise UserError(f"--rank is {rank}, expected at least 1.")
+        method = {k: v for k, v in method.items() if k not in ("r1", "r2")} | {"r": rank}
+    if targets is not None:
+        names = targets.split(",")
+        method["target_modules"] = targets if len(names) == 1 and targets == "all-linear" else names
+    return replace(setting, method=method)
+
+
+def _chosen(methods: list[str] | None, setting: Setting) -> list[str]:
+    """The methods asked for, or the recipe's own and those that it is compared with."""
+    from dual_lora.lab.methods import method_names
+
+    own = str(setting.method["name"]).lower().replace("-", "_")
+    if methods is None:
+        return _METHODS if own in _METHODS else [own, *_METHODS]
+    chosen = [name.lower().replace("-", "_") for given in methods for name in given.split(",")]
+    for name in chosen:
+        if name not in method_names():
+            raise UserError(f"--methods: there is no method {name!r}.{suggest(name, method_names())}")
+    return chosen
+
+
+def _this_device() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _list_models(as_json: bool) -> None:
+    from dual_lora.lab.published import FAMILIES
+
+    found = {name: size.stated for family in FAMILIES.values() for name, size in family.sizes.items()}
+    rows = [[", ".join(family.sizes), family.source] for family in FAMILIES.values()]
+    table = figures_table("", ["models", "numbers from"], rows)
+    table.columns[1].justify = "left"
+    finish(found, table, as_json)
+
+
+def _card(
+    setting: Setting,
+    columns: list[Column],
+    refused: dict[str, str],
+    devices: int,
+    strategy: str,
+    calibrated: bool,
+    fits: str | None,
+    proposals: dict[str, dict[str, Any]],
+) -> Any:
+    from rich.console import Group
+
+    checkpointing = ", checkpointing" if setting.checkpointing else ""
+    packed = f" ({setting.quantisation})" if setting.quantisation != "none" else ""
+    title = (
+        f"{setting.name}: {setting.dtype}{packed}, batch {setting.batch} × {setting.length} tokens{checkpointing}, "
+        f"{setting.optimizer}, {setting.on}, rank {setting.rank}"
+    )
+    parts = [_memory_table(title, columns, calibrated)]
+    if devices > 1:
+        parts.append(_devices_table(columns, strategy))
+    if proposals:
+        parts.append(_fits_table(columns, proposals, fits or ""))
+    notes = [f"{name}: {reason}" for name, reason in refused.items()]
+    if not calibrated:
+        notes.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
+    return Group(*parts, *notes)
+
+
+def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
+    one = [column.memory[1] for column in columns]
+    rows = [
+        ["weights, frozen", *(_bytes(m.weights) for m in one)],
+        ["factors or trained weights", *(_bytes(m.trained) for m in one)],
+        ["optimizer", *(_bytes(m.optimizer) for m in one)],
+        ["gradients", *(_bytes(m.gradients) for m in one)],
+        ["activations", *(_bytes(m.activations) for m in one)],
+        ["workspace (logits, loss, temporaries)", *(_bytes(m.workspace) for m in one)],
+        ["[bold]peak[/bold]", *(f"[bold]{_bytes(m.peak)}[/bold]" for m in one)],
+        ["… which comes in", *(m.where for m in one)],
+    ]
+    for phase in ("standing", "forward", "logits", "loss", "backward", "step"):
+        rows.append([f"peak, {phase}", *(_bytes(m.phases[phase]) if phase in m.phases else "–" for m in one)])
+    rows += [
+        ["trainable parameters", *(f"{c.step.trained_parameters:,.0f}" for c in columns)],
+        ["adapter or model on disk", *(_bytes(c.step.saved) for c in columns)],
+        ["GFLOP a token", *(f"{c.flops_a_token / 1e9:,.3g}" for c in columns)],
+    ]
+    if calibrated:
+        rows.append(["time of a step, this machine", *(duration(c.seconds) if c.seconds else "–" for c in columns)])
+        rows.append(["tokens a second", *(f"{c.tokens_a_second:,.0f}" if c.tokens_a_second else "–" for c in columns)])
+    return figures_table(title, ["one device", *(c.method for c in columns)], rows)
+
+
+def _devices_table(columns: list[Column], strategy: str) -> Any:
+    rows = []
+    for n in columns[0].memory:
+        rows.append([str(n), *(_bytes(c.memory[n].peak) for c in columns)])
+    return figures_table(f"Peak of each device, {strategy}", ["devices", *(c.method for c in columns)], rows)
+
+
+def _fits_table(columns: list[Column], proposals: dict[str, dict[str, Any]], fits: str) -> Any:
+    rows = [
+        [f"largest {what}", *(str(proposals[c.method][what] or "–") for c in columns)]
+        for what in ("batch", "length", "rank")
+    ]
+    return figures_table(f"What fits into {fits}, the other two as above", ["", *(c.method for c in columns)], rows)
+
+
+def _rates_table(machine: str, entry: dict[str, Any]) -> Any:
+    rows = [
+        [f"{dtype}, width {width}", *(f"{rate / 1e9:,.0f}" for rate in rates)]
+        for dtype, methods in entry["rates"].items()
+        for width, rates in _by_width(methods).items()
+    ]
+    methods = list(next(iter(entry["rates"].values())))
+    return figures_table(f"GFLOP a second in training, {machine}", ["", *methods], rows)
+
+
+def _by_width(methods: dict[str, list[list[float]]]) -> dict[int, list[float]]:
+    widths = [int(width) for width, _ in next(iter(methods.values()))]
+    return {width: [points[k][1] for points in methods.values()] for k, width in enumerate(widths)}
+
+
+def _bytes(count: float) -> str:
+    return size(count)
