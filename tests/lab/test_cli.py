@@ -52,8 +52,11 @@ def test_help_answers_in_a_second(command):
 
 def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
     run = tmp_path / "run"
-    code, out, _ = call("train", write_recipe(lm_values), "--out", run, "--method.r", 2, "--train.steps", 3, "--json")
+    short = ("--method.r", 2, "--train.steps", 3, "--analyze-every", 2)
+    code, out, _ = call("train", write_recipe(lm_values), "--out", run, *short, "--json")
     assert code == 0
+    looked = [json.loads(line) for line in (run / "analysis/live.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in looked} == {1, 2}
     result = json.loads(out)
     assert (result["state"], result["steps"]) == ("finished", 3)
     assert json.loads((run / "adapter/adapter_config.json").read_text())["r"] == 2
@@ -117,6 +120,8 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["train", "boolq-smollm2", "--train.lerning-rate", "1"], "Did you mean --train.learning-rate"),
         (["train", "boolq-smollm2", "--train.steps", "x"], "train.steps is 'x'"),
         (["train", "boolq-smollm2", "--method.rr", "4", "--out", "OUT"], "has no field 'rr'"),
+        (["train", "boolq-smollm2", "--analyze-every", "0", "--out", "OUT"], "--analyze-every is 0"),
+        (["train", "boolq-smollm2", "--method.name", "full", "--analyze-every", "5", "--out", "OUT"], "has none"),
         (["train", "--resume"], "--resume needs --out"),
         (["train", "--resume", "--out", "OUT"], "no recipe"),
         (["train", "--model.path", "OUT/none", "--data.train", "OUT/none.json", "--out", "OUT"], "no data file"),

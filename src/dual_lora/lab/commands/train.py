@@ -20,6 +20,14 @@ def train(
     out: Annotated[Path | None, Parameter(help="Folder of the run. [default: runs/NAME]", negative="")] = None,
     resume: Annotated[bool, Parameter(help="Go on with the run in the folder.", negative="")] = False,
     overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.", negative="")] = False,
+    analyze_every: Annotated[
+        int | None,
+        Parameter(
+            help="Steps between two looks at the adapter's signs, zeros and flips (analysis/live.jsonl in the run; "
+            "`dual-lora analyze` takes it up).",
+            negative="",
+        ),
+    ] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[
         RecipeFlags | None,
@@ -42,7 +50,8 @@ def train(
     folder = out or Path("runs") / chosen.name
     from dual_lora.lab.train import run
 
-    result = run(chosen, folder, resume=resume, overwrite=overwrite)
+    looks = _looks(chosen, folder, analyze_every)
+    result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks)
     left = f", {result.left_out} longer than {chosen.data.max_length} tokens left out" if result.left_out else ""
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
@@ -60,6 +69,18 @@ def train(
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(130)
+
+
+def _looks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:
+    if every is None:
+        return []
+    if every < 1:
+        raise UserError(f"--analyze-every is {every}, expected at least 1 optimizer step.")
+    if recipe.method["name"] == "full":
+        raise UserError("--analyze-every looks at an adapter, and full fine-tuning has none: compare its checkpoints.")
+    from dual_lora.lab.analysis.live import AnalysisCallback
+
+    return [AnalysisCallback(folder / "analysis" / "live.jsonl", every)]
 
 
 def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, resume: bool) -> Recipe:
