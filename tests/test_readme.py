@@ -44,3 +44,14 @@ def test_every_local_link_of_the_readme_leads_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     missing = [link for link in links if not (ROOT / link).exists()]
     assert not missing
+
+
+def test_its_figures_are_those_of_the_ledger():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import figures, ledger
+    finally:
+        sys.path.pop(0)
+    assert figures.written(README, ledger.read()) == README, "run `python -m benchmarks.figures`"
+    other = [{**row, "ratio": row["ratio"] + 1} for row in ledger.read()]
+    assert figures.written(README, other) != README

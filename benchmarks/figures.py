@@ -1,0 +1,82 @@
+"""The README's figures, taken from the ledger: `python -m benchmarks.figures` writes them anew, a test compares."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import gates, ledger
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- figures: written by python -m benchmarks.figures -->", "<!-- end of figures -->"
+THREADS = 1
+
+# What the reader sees, the work's name in the gates, and what it is held against.
+LINES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
+    ("training step, SmolLM2-135M, 4×256 tokens, fp32", gates.STEP, "dual", ("lora", "full", "dora", "hira", "naive")),
+    ("peak memory growth in that step", "memory of that step", "dual", ("lora",)),
+    ("linear 4096², 2,048 tokens, fp32", "linear 4096 T2048 fp32", "dual", ("lora", "full")),
+    ("linear 4096², 512 tokens, bf16", "linear 4096 T512 bf16", "dual", ("lora",)),
+    ("linear 4096², 2,048 tokens, NF4 base", "linear 4096 T2048 nf4", "dual", ("lora",)),
+    ("generating a token, unmerged, warm cache", "decode 4096 T1 bf16", "dual", ("base",)),
+    ("merge, 4096², bf16", "merge 4096 bf16", "dual", ("lora",)),
+    ("exact unmerge, 4096², bf16", "unmerge 4096 bf16", "dual", ("lora",)),
+)
+NAMES = {"lora": "LoRA", "full": "full", "dora": "DoRA", "hira": "HiRA", "naive": "naive autograd", "base": "the base"}
+
+
+def newest(rows: Iterable[Mapping[str, Any]], work: str, subject: str, against: str) -> Mapping[str, Any]:
+    """The last gate row of that comparison on one thread. Raises ValueError if it was never measured."""
+    wanted = ("gate", THREADS, work, subject, against)
+    keys = ("kind", "threads", "work", "subject", "against")
+    found = next((row for row in reversed(list(rows)) if tuple(row[k] for k in keys) == wanted), None)
+    if found is None:
+        raise ValueError(f"The ledger has no row of {work!r}, {subject} against {against}: run `make bench`.")
+    return found
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table in Markdown, with where and when its rows were measured."""
+    rows = list(rows)
+    lines = ["| cost of Dual LoRA, times that of | " + " | ".join(NAMES.values()) + " |"]
+    lines.append("|---" * (1 + len(NAMES)) + "|")
+    used = []
+    for text, work, subject, others in LINES:
+        cells = dict.fromkeys(NAMES, "")
+        for against in others:
+            row = newest(rows, work, subject, against)
+            used.append(row)
+            cells[against] = f"{row['ratio']:.2f}"
+        lines.append(f"| {text} | " + " | ".join(cells.values()) + " |")
+    devices = " and ".join(sorted({r["device"] for r in used}))
+    days = sorted({r["date"][:10] for r in used})
+    days = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    lines += [
+        "",
+        f"Ratios of medians, one thread, r = 32 in all methods, {devices}, {days} (`make bench`; every run is a row of",
+        "[`benchmarks/ledger.jsonl`](benchmarks/ledger.jsonl)).",
+    ]
+    return "\n".join(lines)
+
+
+def written(readme: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The README's text with the table between its two marks replaced. Raises ValueError where a mark is missing."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r} once each.")
+    return re.sub(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{table(rows)}\n{END}", readme, flags=re.S
+    )
+
+
+def main() -> int:
+    """Write the README's table; returns 0."""
+    text = README.read_text(encoding="utf-8")
+    README.write_text(written(text, ledger.read()), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
