@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -142,12 +143,16 @@ def empty_model(part: ModelPart, classes: int | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from dual_lora.lab.models import locate, quiet
+    from dual_lora.lab.published import known_name, published_config
 
-    place = locate(part.path)
     more = {"num_labels": classes} if classes else {}
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(place.name, **place.arguments(), **more)
+            if known_name(part.path) and not Path(part.path).exists():  # written down in code: nothing is fetched
+                config = published_config(part.path, **more)
+            else:
+                place = locate(part.path)
+                config = AutoConfig.from_pretrained(place.name, **place.arguments(), **more)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The configuration of {part.path!r} could not be read: {str(error).splitlines()[0]}"

@@ -17,12 +17,12 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import DataPart, EvaluatePart, Recipe, Task
 from dual_lora.lab.scoring import (
     Rows,
-    score_bleu,
+    figures,
     score_choice,
     score_classification,
     score_exact_match,
     score_loss,
-    summary,
+    score_texts,
 )
 from dual_lora.lab.tuned import Tuned, open_tuned
 
@@ -30,7 +30,8 @@ _GENERATION = {
     "loss": score_loss,
     "choice": score_choice,
     "exact_match": score_exact_match,
-    "bleu": score_bleu,
+    "bleu": score_texts,
+    "nlg": score_texts,
 }
 
 
@@ -46,10 +47,13 @@ class EvalResult:
     seconds: dict[str, float]
     items: list[dict[str, Any]] = field(repr=False)
     file: str | None = None
+    reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
-        return {k: getattr(self, k) for k in ("source", "split", "examples", "cut", "metrics", "seconds", "file")}
+        names = ("source", "split", "examples", "cut", "metrics", "seconds", "file")
+        reported = {"reported": self.reported} if self.reported else {}
+        return {k: getattr(self, k) for k in names} | reported
 
     def scores(self, variant: str, task: str) -> list[float]:
         """One number an item, in the order of the records: 1/0 for correct, mean nats for loss."""
@@ -95,13 +99,13 @@ def evaluate(
                     else:
                         rows = _GENERATION[task](model, tuned.tokenizer, examples, prompter, spec, bar.advance)
                 seconds[variant] += round(time.perf_counter() - start, 3)
-                metrics[variant] |= _named(task, summary(task, rows, examples), metrics[variant])
+                metrics[variant] |= _named(task, figures(task, rows, examples), metrics[variant])
                 items += [
                     {
                         "variant": variant,
                         "task": task,
                         "item": i,
-                        "where": examples[i].where if task != "bleu" else "",
+                        "where": examples[i].where if task not in ("bleu", "nlg") else "",
                         **row,
                     }
                     for i, row in enumerate(rows)
@@ -109,6 +113,8 @@ def evaluate(
     result = EvalResult(
         tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
     )
+    if tuned.recipe is not None and tuned.recipe.origin is not None:
+        result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks])))
     return result
@@ -145,9 +151,9 @@ def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
         )
 
 
-def _named(task: str, figures: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
+def _named(task: str, found: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
     """The figures under their names, with the task before a name that is taken."""
-    return {f"{task}_{name}" if name in taken else name: value for name, value in figures.items()}
+    return {f"{task}_{name}" if name in taken else name: value for name, value in found.items()}
 
 
 def _long(examples: list[Example], prompter: Prompter, data: DataPart, tuned: Tuned) -> int:

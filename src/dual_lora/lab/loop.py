@@ -37,7 +37,7 @@ def build_trainer(
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
         data_collator=collator,
-        compute_loss_func=_Loss(watch),
+        compute_loss_func=_Loss(watch, recipe.train.label_smoothing),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
     )
@@ -48,25 +48,35 @@ def build_trainer(
     return trainer
 
 
-def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None) -> torch.Tensor:
-    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number."""
+def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number.
+
+    smoothing: share of each target that is spread evenly over the vocabulary.
+    """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     if labels.dim() == 2:
         labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
         logits = logits[:, :-1]
-    total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    total = cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
     return total / (count if count is not None else (labels != IGNORED).sum())
 
 
 class _Loss:
     """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step."""
 
-    def __init__(self, watch: Watch):
-        self.watch = watch
+    def __init__(self, watch: Watch, smoothing: float):
+        self.watch, self.smoothing = watch, smoothing
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        loss = mean_loss(outputs, labels, num_items_in_batch)
-        if torch.is_grad_enabled():
+        training = torch.is_grad_enabled()
+        loss = mean_loss(outputs, labels, num_items_in_batch, self.smoothing if training else 0.0)
+        if training:
             self.watch.losses.append(loss.detach())
         return loss
 

@@ -49,7 +49,7 @@ def evaluation(metric: str, head: str) -> str:
 def default_metric(tasks: Sequence[str], head: str) -> str:
     """What a recipe is judged by if the study does not say."""
     first = tasks[0] if tasks else ("classification" if head == "classification" else "loss")
-    return "accuracy" if first == "classification" else first
+    return {"classification": "accuracy", "nlg": "bleu"}.get(first, first)
 
 
 def features(

@@ -19,7 +19,7 @@ from typing import Any
 from dual_lora.lab import metrics
 from dual_lora.lab.budget import Scale, Size, classes_of, rank_field, solve_rank
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe import Recipe, build_recipe, merged, read_recipe
+from dual_lora.lab.recipe import Recipe, build_recipe, identity, merged, read_recipe
 from dual_lora.lab.study import PRESETS, MethodEntry, Study, dotted, rank_denominator, rank_rule
 
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
@@ -361,7 +361,8 @@ def _job(
         "split": split,
         "cost": more.pop("cost", False),
     }
-    key = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:16]
+    same = {**work, "recipe": identity(build_recipe(work["recipe"]))}
+    key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
     return {"key": key, **work, "model": cell.model, "task": cell.task, "method": cell.method, "seed": seed, **more}
 
 

@@ -68,7 +68,8 @@ def prepare(recipe: Recipe) -> Prepared:
 def _encoded(recipe: Recipe, examples: list[Any], loaded: Loaded, classes: list[str]) -> tuple[list[Encoded], int]:
     if classes:
         return encode_texts(examples, loaded.tokenizer, recipe.data.max_length, classes)
-    return encode_all(examples, Prompter(loaded.tokenizer, recipe.data.template), recipe.data.max_length)
+    prompter = Prompter(loaded.tokenizer, recipe.data.template, recipe.data.learn_prompt)
+    return encode_all(examples, prompter, recipe.data.max_length)
 
 
 def _fits_head(example: Any, classification: bool) -> None:

@@ -13,7 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dual_lora.lab.errors import UserError, suggest
 
-Task = Literal["exact_match", "choice", "classification", "loss", "bleu"]
+Task = Literal["exact_match", "choice", "classification", "loss", "bleu", "nlg"]
+
+
+FAMILIES = "paper"  # the folder of recipes that are written as families
 
 
 class Part(BaseModel):
@@ -41,9 +44,14 @@ class DataPart(Part):
     train: str | None = Field(
         None,
         description="Training records: a .json, .jsonl, .tsv, .csv or .txt file, or hub:NAME[,SUBSET][:SPLIT]. "
-        "Relative paths are sought in the working folder, then in $DUAL_LORA_DATA (default ../shared/data).",
+        "Relative paths are sought in the working folder, then in $DUAL_LORA_DATA (default ../shared/data). "
+        "Several sources are joined by ' + '.",
     )
     test: str | None = Field(None, description="Test records, named in the same way.")
+    tests: dict[str, str] = Field(
+        default_factory=dict,
+        description="In place of test: several test sets by name. Each is measured apart, and their mean is given.",
+    )
     validation: str | None = Field(None, description="Validation records, named in the same way.")
     holdout: int = Field(
         0, ge=0, description="With no validation records: take so many out of the training records, always the same."
@@ -59,10 +67,12 @@ class DataPart(Part):
     fields: dict[str, str] = Field(
         default_factory=dict, description="Our field name: the name in the file, e.g. {text: sentence}."
     )
-    template: Literal["auto", "chat", "alpaca", "plain"] = Field(
+    template: Literal["auto", "chat", "alpaca", "llm-adapters", "plain"] = Field(
         "auto",
-        description="How a prompt is written: the tokenizer's chat template, Alpaca's text, or nothing around it.",
+        description="How a prompt is written: the tokenizer's chat template, Alpaca's text, the same as LLM-Adapters "
+        "and DoRA write it (indented), or nothing around it.",
     )
+    learn_prompt: bool = Field(False, description="The loss counts the prompt's tokens too, not the answer's alone.")
     choices: list[str] | None = Field(
         None,
         description="Possible answers for the choice task; left out: the record's, or its 'Answer format: a/b' line.",
@@ -76,6 +86,9 @@ class DataPart(Part):
     train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
     test_limit: int | None = Field(
         None, ge=1, description="Use only so many test or validation records (seeded choice)."
+    )
+    test_prompts: int | None = Field(
+        None, ge=1, description="The same for different prompts, each with all its answers (references)."
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
 
@@ -92,6 +105,7 @@ class TrainPart(Part):
     )
     lr_warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     autocast: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision of the training loop.")
     seed: int = Field(0, ge=0, description="Seed of the factors, the data order and dropout.")
     optimizer: str = Field(
@@ -113,15 +127,20 @@ class TrainPart(Part):
 class EvaluatePart(Part):
     tasks: list[Task] = Field(
         default_factory=list,
-        description="exact_match (generation), choice (likelihood), classification, loss, bleu; "
-        "empty: loss or classification.",
+        description="exact_match (generation), choice (likelihood), classification, loss, bleu, "
+        "nlg (BLEU, NIST, METEOR, ROUGE-L, CIDEr); empty: loss or classification.",
     )
     split: Literal["test", "validation", "train"] = Field("test", description="Which records of data are evaluated.")
     base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")
     batch_size: int = Field(16, ge=1, description="Rows per forward pass.")
     max_new_tokens: int = Field(64, ge=1, description="Longest generated answer.")
+    beams: int = Field(1, ge=1, description="Beams of the search for a generated answer; 1: greedy.")
+    length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
+    no_repeat_ngram: int = Field(0, ge=0, description="No n-gram of this length occurs twice in an answer; 0: any may.")
     extract: str | None = Field(
-        None, description="exact_match: regular expression; its first match in the generated text is the answer."
+        None,
+        description="exact_match: regular expression; its first match in the generated text is the answer. "
+        "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
     compare: Literal["text", "json"] = Field("text", description="exact_match: equal text, or equal JSON value.")
     per_token: bool = Field(False, description="choice: mean instead of summed log-likelihood of a choice's tokens.")
@@ -130,6 +149,24 @@ class EvaluatePart(Part):
     @classmethod
     def _one_task_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+
+class Origin(Part):
+    """Where a recipe's settings come from, and which figures others report for the same run."""
+
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="Name of a source: its kind (paper, predecessor, ours) and what it is."
+    )
+    settings: dict[str, list[str]] = Field(
+        default_factory=dict, description="Name of a source: the settings that it gives, e.g. train.learning_rate."
+    )
+    reported: dict[str, dict[str, float | str]] = Field(
+        default_factory=dict, description="Name of a source: metric: the figure that it reports."
+    )
+
+    def source_of(self, setting: str) -> str | None:
+        """The source of a setting like ``train.learning_rate``; None if it is the laboratory's default."""
+        return next((name for name, given in self.settings.items() if setting in given), None)
 
 
 class Recipe(Part):
@@ -146,6 +183,7 @@ class Recipe(Part):
     data: DataPart = Field(default_factory=DataPart, description="Records and how they become prompts.")
     train: TrainPart = Field(default_factory=TrainPart, description="The training loop.")
     evaluate: EvaluatePart = Field(default_factory=EvaluatePart, description="What is measured afterwards.")
+    origin: Origin | None = Field(None, description="Who said each setting, and what others report.")
 
     @field_validator("method")
     @classmethod
@@ -169,7 +207,7 @@ def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with model, method, data, train.")
-    return build_recipe(merged(values, overrides or {}), str(path))
+    return build_recipe(_restamped(merged(values, overrides or {}), overrides or {}), str(path))
 
 
 def recipe_text(source: str | Path) -> tuple[str, str]:
@@ -181,6 +219,10 @@ def recipe_text(source: str | Path) -> tuple[str, str]:
         shipped = shipped_recipes()
         if str(source) in shipped:
             path = shipped[str(source)]
+            if path.parent.name == FAMILIES:
+                from dual_lora.lab.families import family
+
+                return f"{path} ({source})", family(path)[str(source)].text
         elif path.suffix in {".yaml", ".yml"} or "/" in str(source):
             raise UserError(f"There is no recipe file {source}. `dual-lora recipes` lists those that are shipped.")
         else:
@@ -192,9 +234,12 @@ def recipe_text(source: str | Path) -> tuple[str, str]:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name → file of the recipes that the package carries."""
+    """Name → file of the recipes that the package carries; those of a family share its file."""
+    from dual_lora.lab.families import family
+
     folder = Path(__file__).parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    alone = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return alone | {name: path for path in sorted((folder / FAMILIES).glob("*.yaml")) for name in family(path)}
 
 
 def build_recipe(values: dict[str, Any], where: str = "the recipe") -> Recipe:
@@ -221,6 +266,18 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         else:
             result[key] = value
     return result
+
+
+def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Settings that the user has changed are no longer those of their source."""
+    settings = (values.get("origin") or {}).get("settings")
+    if not settings or "origin" in overrides:
+        return values
+    changed = {f"{part}.{key}" for part, over in overrides.items() if isinstance(over, dict) for key in over}
+    kept = {name: [s for s in given if s not in changed] for name, given in settings.items()}
+    more = {"yours": sorted(changed)} if changed else {}
+    sources = values["origin"].get("sources", {}) | ({"yours": "ours: set by you"} if changed else {})
+    return {**values, "origin": {**values["origin"], "sources": sources, "settings": kept | more}}
 
 
 def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
@@ -250,6 +307,26 @@ def flag_values(given: BaseModel | None) -> dict[str, Any]:
     for holder, key in ((values, "method"), (values.get("train", {}), "arguments")):
         if key in holder:
             holder[key] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in holder[key].items()}
+    return values
+
+
+# Fields that came after the first studies: left out of a job's identity while they have their default, so that runs
+# finished before stay finished.
+_LATER = {
+    "data": ("tests", "learn_prompt", "test_prompts"),
+    "train": ("label_smoothing",),
+    "evaluate": ("beams", "length_penalty", "no_repeat_ngram"),
+}
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same run: the recipe's values, without where they come from."""
+    values = recipe.model_dump(mode="json", exclude={"origin"})
+    for part, names in _LATER.items():
+        for name in names:
+            field = type(getattr(recipe, part)).model_fields[name]
+            if values[part][name] == field.get_default(call_default_factory=True):
+                del values[part][name]
     return values
 
 

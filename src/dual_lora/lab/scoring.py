@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.extraction import answer_in
 from dual_lora.lab.recipe import EvaluatePart
 
 Rows = list[dict[str, Any]]
@@ -95,19 +95,16 @@ def score_exact_match(
 ) -> Rows:
     """Greedy answers, and whether each one is the expected one."""
     prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in examples]
-    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance)
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
     rows: Rows = []
     for example, text in zip(examples, texts, strict=True):
-        found = text.strip()
-        if spec.extract:
-            match = re.search(spec.extract, text)
-            found = (match[match.lastindex or 0] if match else "").strip()
+        found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = example.target if spec.extract else example.answer
         rows.append({"correct": _same(found, expected.strip(), spec.compare), "predicted": found})
     return rows
 
 
-def score_bleu(
+def score_texts(
     model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
 ) -> Rows:
     """One greedy text for each different prompt, with all answers to this prompt as references."""
@@ -116,7 +113,7 @@ def score_bleu(
         references.setdefault(prompter.prompt_text(example.prompt, example.tools), []).append(example)
     firsts = [group[0] for group in references.values()]
     prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in firsts]
-    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance)
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
     return [
         {"predicted": text.strip(), "references": [e.answer for e in group]}
         for text, group in zip(texts, references.values(), strict=True)
@@ -147,9 +144,9 @@ def score_classification(
 
 def generate_all(
     model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
-    advance: Advance = lambda _: None,
+    advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Greedy continuations of token-id prompts as text, without special tokens."""
+    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
     texts = [""] * len(prompts)
     for part in _batches([len(p) for p in prompts], batch_size):
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
@@ -165,6 +162,7 @@ def generate_all(
                 top_k=None,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
+                **(search or {}),
             )
         for i, text in zip(part, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
             texts[i] = text
@@ -172,12 +170,36 @@ def generate_all(
     return texts
 
 
+def search_of(spec: EvaluatePart) -> dict[str, Any]:
+    """The search for an answer in the terms of ``generate``; empty for a greedy one."""
+    given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
+    return given | ({"no_repeat_ngram_size": spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
+
+
+def figures(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
+    """The figures of a task over its rows; of several test sets (`Example.part`) each, and their mean first."""
+    parts = list(dict.fromkeys(example.part for example in examples))
+    if len(parts) < 2 or len(rows) != len(examples):
+        return summary(task, rows, examples)
+    each = {}
+    for part in parts:
+        own = [i for i, example in enumerate(examples) if example.part == part]
+        each[part] = summary(task, [rows[i] for i in own], [examples[i] for i in own])
+    names = list(each[parts[0]])
+    means = {name: sum(own[name] for own in each.values()) / len(parts) for name in names}
+    return means | {f"{name}/{part}": own[name] for part, own in each.items() for name in names}
+
+
 def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
-    """The figures of a task over its rows."""
+    """The figures of a task over its rows, all taken together."""
     if task == "loss":
         nats, tokens = sum(r["nats"] for r in rows), sum(r["tokens"] for r in rows)
         loss = nats / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if task == "nlg":
+        from dual_lora.lab.nlg import nlg_figures
+
+        return nlg_figures([r["predicted"] for r in rows], [r["references"] for r in rows])
     if task == "bleu":
         try:
             from sacrebleu import corpus_bleu

@@ -122,6 +122,8 @@ def _train(
         "left_out": ready.left_out,
     }
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
+    if recipe.origin is not None:
+        record["origin"] = recipe.origin.model_dump(mode="json")
     record |= {"total_steps": steps, **counts, **surroundings()}
     earlier = _seconds_before(folder, start)
     if main:
@@ -207,7 +209,7 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     changed = [
         f"{part}.{key}" if isinstance(old[part], dict) else part
         for part in old
-        if part not in ("evaluate", "about", "name")
+        if part not in ("evaluate", "about", "name", "origin")
         for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
         if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
     ]

@@ -45,11 +45,19 @@ def evaluate(
     data = DataPart.model_validate(merged(data.model_dump(), overrides.get("data", {})))
     spec = EvaluatePart.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))
     result = run_evaluation(tuned, data, spec)
+    if recipe and ground and ground.origin:
+        result.reported = ground.origin.reported
     if out is not None:
         write_result(result, out)
-    names = list(dict.fromkeys(name for figures in result.metrics.values() for name in figures))
-    rows = [[name, *(f"{result.metrics[v].get(name, float('nan')):.4f}" for v in result.metrics)] for name in names]
+    columns: dict[str, dict[str, Any]] = {**result.metrics, **result.reported}
+    names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
+    rows = [[name, *(_shown(figures.get(name, "")) for figures in columns.values())] for name in names]
     rows.append(["time", *(duration(s) for s in result.seconds.values())])
     cut = f", {result.cut} longer than data.max_length" if result.cut else ""
     title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
-    finish(result.summary(), figures_table(title, ["", *result.metrics], rows), json)
+    finish(result.summary(), figures_table(title, ["", *columns], rows), json)
+
+
+def _shown(figure: float | str) -> str:
+    """Figures that others report may be words ("+0.6 over DoRA")."""
+    return figure if isinstance(figure, str) else f"{figure:.4f}"

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from dual_lora.lab.commands.card import figures_table, finish
-from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe import read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.families import family, marked_yaml, marks_of
+from dual_lora.lab.recipe import FAMILIES, read_recipe, recipe_text, shipped_recipes
 
 app = App(
     name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"
@@ -18,11 +19,29 @@ app = App(
 
 @app.default
 def list_recipes(
-    *, json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False
+    start: Annotated[str, Parameter(help="Only names that begin so, those of families (commonsense) in full.")] = "",
+    *,
+    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
 ) -> None:
-    """List the shipped recipes. Example: `dual-lora recipes`"""
-    found = {name: read_recipe(name) for name in shipped_recipes()}
-    rows = [[name, recipe.model.path, str(recipe.method["name"]), recipe.about] for name, recipe in found.items()]
+    """List the shipped recipes, the paper's experiments by family.
+
+    Example: `dual-lora recipes list commonsense`
+    """
+    shipped = {name: path for name, path in shipped_recipes().items() if name.startswith(start)}
+    if not shipped:
+        raise UserError(f"No recipe's name begins with {start!r}.{suggest(start, shipped_recipes())}")
+    found = {name: read_recipe(name) for name in shipped}
+    together = {} if start else {name: path for name, path in shipped.items() if path.parent.name == FAMILIES}
+    rows = [
+        [name, recipe.model.path, str(recipe.method["name"]), recipe.about]
+        for name, recipe in found.items()
+        if name not in together
+    ]
+    for path in dict.fromkeys(together.values()):
+        names = list(family(path))
+        models = len({found[name].model.path for name in names})
+        about = f"The paper's experiments. {len(names)} recipes: dual-lora recipes list {path.stem}"
+        rows.append([f"{path.stem}-…", f"{models} models", "dual_lora", about])
     table = figures_table("", ["recipe", "model", "method", "about"], rows)
     for column in table.columns:
         column.justify = "left"
@@ -34,8 +53,19 @@ app.command(list_recipes, name="list")
 
 @app.command
 def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.", negative="")] = False) -> None:
-    """Print a recipe. Example: `dual-lora recipes show boolq-smollm2 --full`"""
-    print(read_recipe(name).to_yaml() if full else recipe_text(name)[1], end="")
+    """Print a recipe; of the paper's experiments with the source of every setting.
+
+    Example: `dual-lora recipes show boolq-smollm2 --full`
+    """
+    recipe = read_recipe(name)
+    if not full:
+        print(recipe_text(name)[1], end="")
+    elif recipe.origin is None:
+        print(recipe.to_yaml(), end="")
+    else:
+        values = recipe.model_dump(mode="json")
+        marks = marks_of(values.pop("origin")) | {"name": "", "about": ""}
+        print(marked_yaml(values, marks, "ours (default)"), end="")
 
 
 @app.command
@@ -48,3 +78,34 @@ def copy(name: str, to: Path | None = None) -> None:
         raise UserError(f"{target} exists already: give another name.")
     target.write_text(recipe_text(name)[1], encoding="utf-8")
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {target}", False)
+
+
+@app.command
+def check(
+    name: str,
+    *,
+    classes: Annotated[int, Parameter(help="Classes of a classification head; the data are not read.")] = 2,
+    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Put a recipe's method on its real model without weights: layers, parameters, memory of a training step.
+
+    Example: `dual-lora recipes check commonsense-llama-7b-170k`
+    """
+    from dual_lora.lab.estimate.memory import memory_of
+    from dual_lora.lab.estimate.setting import from_recipe
+    from dual_lora.lab.estimate.simulate import simulate
+    from dual_lora.lab.fit import fit
+
+    recipe = read_recipe(name)
+    found = fit(recipe, classes)
+    setting = from_recipe(recipe, classes=classes, on="gpu")
+    memory = memory_of(setting, simulate(setting)).peak
+    facts = {
+        "model": recipe.model.path,
+        "layers": ", ".join(f"{count} {layer}" for layer, count in found.layers.items()) or "all",
+        "trainable": f"{found.trainable:,} of {found.all_parameters:,} ({found.trainable / found.all_parameters:.2%})",
+        "memory": f"{size(memory)} at the peak of a step on one GPU, by estimate: batch "
+        f"{recipe.train.batch_size}, {recipe.data.max_length} tokens a row",
+    }
+    result = {"layers": found.layers, "trainable": found.trainable, "all": found.all_parameters, "memory": memory}
+    finish(result, facts_card(recipe.name, facts), json)

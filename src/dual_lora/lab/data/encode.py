@@ -14,6 +14,13 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
+_I = " " * 16
+# Alpaca's text as LLM-Adapters (finetune.py, generate_prompt) and DoRA after it feed it to the model: with the
+# indentation that its lines have in their source. Their evaluation leaves some blanks out; here both are the same.
+LLM_ADAPTERS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
+    f"{_I}### Instruction:\n{_I}{{prompt}}\n{_I}\n{_I}### Response:\n{_I}"
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Prompter:
-    """Writes prompts by a template: "chat", "alpaca", "plain", or "auto" (chat if the tokenizer has a template)."""
+    """Writes prompts by a template: "chat", "alpaca", "llm-adapters", "plain", or "auto" (chat if the tokenizer has a
+    template). learn_prompt: the prompt's tokens are labels too."""
 
     tokenizer: Any
     template: str = "auto"
+    learn_prompt: bool = False
 
     @property
     def kind(self) -> str:
@@ -55,7 +64,8 @@ class Prompter:
                 list(messages), tokenize=False, add_generation_prompt=True, **more
             )
         body = "\n".join(str(message["content"]) for message in messages)
-        return ALPACA.format(prompt=body) if kind == "alpaca" else f"{body}\n"
+        written = {"alpaca": ALPACA, "llm-adapters": LLM_ADAPTERS}.get(kind, "{prompt}\n")
+        return written.format(prompt=body)
 
     def prompt_ids(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> list[int]:
         """The prompt as token ids; a template writes its special tokens itself."""
@@ -91,7 +101,7 @@ class Prompter:
                 context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
             answer = self.answer_ids(str(message["content"]))
             ids += context + answer
-            labels += [IGNORED] * len(context) + answer
+            labels += (context if self.learn_prompt else [IGNORED] * len(context)) + answer
             if not last:
                 written = (
                     self.prompt_text(example.messages[:i], example.tools)

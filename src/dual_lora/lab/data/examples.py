@@ -25,6 +25,7 @@ class Example:
     choices: tuple[str, ...] = ()
     text: tuple[str, ...] = ()  # one text, or a pair
     label: str = ""
+    part: str = ""  # the test set among several (data.tests)
 
     @property
     def prompt(self) -> tuple[dict[str, Any], ...]:
@@ -44,11 +45,31 @@ def load_split(data: DataPart, split: str) -> list[Example]:
     if split == "train":
         examples = _parted(data)[0] if data.holdout and not data.validation else _read(data, "train")
         return _limited(examples, data.train_limit, data.seed)
-    return _limited(_read(data, split), data.test_limit, data.seed)
+    if split == "test" and data.tests:
+        if data.test:
+            raise UserError("The recipe names both data.test and data.tests: keep one of them.")
+        parts = ((name, _tested(read_examples(source, data), data)) for name, source in data.tests.items())
+        return [replace(example, part=name) for name, examples in parts for example in examples]
+    return _tested(_read(data, split), data)
+
+
+def _tested(examples: list[Example], data: DataPart) -> list[Example]:
+    """As many of a test set's examples as the recipe wants."""
+    if data.test_prompts is not None:
+        prompts = list(dict.fromkeys(repr(example.prompt) for example in examples))
+        if data.test_prompts < len(prompts):
+            kept = set(random.Random(data.seed).sample(prompts, data.test_prompts))
+            examples = [example for example in examples if repr(example.prompt) in kept]
+    return _limited(examples, data.test_limit, data.seed)
 
 
 def read_examples(source: str, data: DataPart) -> list[Example]:
-    """All examples of a source. Raises UserError with file and line for the first record that lacks a field."""
+    """All examples of a source, or of several joined by " + ".
+
+    Raises UserError with file and line for the first record that lacks a field.
+    """
+    if " + " in source:
+        return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
     records = read_records(source, data.columns)
     if data.fields:
         records = [Record({**r.values, **_renamed(r, data.fields)}, r.where) for r in records]
