@@ -248,3 +248,21 @@ def test_wrong_shapes_are_named():
         dual_lora_linear(x[:, :9], W, None, [Adapter(Factors(A, B, C, D), s, Form())])
     with pytest.raises(ValueError, match="no adapter"):
         dual_lora_linear(x, W, None, [])
+
+
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "PrivateUse1"])
+@pytest.mark.parametrize("name", [n + s for n in ("linear", "weight", "embedding") for s in ("", "_backward")])
+def test_every_device_has_an_implementation(name, key):
+    """Devices without kernels of ours take the blocks; "meta" keeps its fake, which makes shapes and nothing else."""
+    import dual_lora.core.compose_op
+    import dual_lora.core.embedding_op  # noqa: F401
+
+    assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"dual_lora::{name}", key)
+
+
+def test_a_device_without_autocast_needs_none():
+    from dual_lora.core.op import without_autocast
+
+    for kind in ("cpu", "meta", "mps", "xpu"):
+        with without_autocast(torch.device(kind)):
+            pass

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .op import _adapters, _refuse_double_backward
+from .op import _adapters, _refuse_double_backward, without_autocast
 from .reference import Factors
 
 torch.library.define(
@@ -155,11 +155,11 @@ def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype
     return B.new_empty(*B.shape[:-1], A.shape[-1], dtype=dtype)
 
 
-@torch.library.impl("dual_lora::weight", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::weight", "default")
 def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
     adapters = _adapters(factors, scales, forms)
     out = _result(weight, factors, dtype)
-    with torch.autocast(out.device.type, enabled=False):
+    with without_autocast(out.device):
         if out.ndim == 2:
             return blocked.compose(weight, adapters, dtype, out=out)
         if routed is not None:
@@ -169,10 +169,10 @@ def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
     return out
 
 
-@torch.library.impl("dual_lora::weight_backward", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::weight_backward", "default")
 def _weight_backward(G, factors, scales, forms, loss_scale, routed):
     adapters = _adapters(factors, scales, forms)
-    with torch.autocast(G.device.type, enabled=False):
+    with without_autocast(G.device):
         if G.ndim == 2:
             grads = [g for four in weight_gradients(G, adapters, loss_scale) for g in four]
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import blocked
 from .blocked import Adapter
 from .compose_op import weight_gradients
-from .op import _adapters, _refuse_double_backward
+from .op import _adapters, _refuse_double_backward, without_autocast
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -73,22 +73,22 @@ def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> lis
     return [Adapter(Factors(A, B[rows] * used, C, D[rows]), scale, form) for (A, B, C, D), scale, form in adapters]
 
 
-@torch.library.impl("dual_lora::embedding", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::embedding", "default")
 def _embedding(
     indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
 ):
     rows, inverse = torch.unique(indices, return_inverse=True)
     adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
-    with torch.autocast(indices.device.type, enabled=False):
+    with without_autocast(indices.device):
         out = blocked.compose(None if weight is None else weight[rows], adapters, dtype)
     return torch.nn.functional.embedding(inverse, out, max_norm=max_norm, norm_type=norm_type)
 
 
-@torch.library.impl("dual_lora::embedding_backward", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::embedding_backward", "default")
 def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
     adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
-    with torch.autocast(indices.device.type, enabled=False):
+    with without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
         G = torch.ops.aten.embedding_dense_backward(dy, inverse, len(rows), -1, scale_grad_by_freq)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def _check_shapes(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> None:
     for (A, B, C, D), _, _ in adapters:
         O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
@@ -107,12 +116,13 @@ def _implementation(x: Tensor, weight: Tensor | None, adapters: list[Adapter]) -
     return triton if triton is not None and triton.takes(x, weight, adapters) else blocked
 
 
-# Forward and backward for every device; autocast is off inside, so that P and Q stay fp32.
+# Forward and backward for every device; "default" takes in those that this package has no kernels for (mps, xpu …) and
+# that take the blocks. Autocast is off inside, so that P and Q stay fp32.
 
 
-@torch.library.impl("dual_lora::linear", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::linear", "default")
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         adapters = _adapters(factors, scales, forms)
         y = _implementation(x, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
@@ -120,11 +130,11 @@ def _linear(x, weight, bias, factors, scales, forms, loss_scale):
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.impl("dual_lora::linear_backward", ("cpu", "cuda"))
+@torch.library.impl("dual_lora::linear_backward", "default")
 def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
     adapters = _adapters(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         implementation = _implementation(x, weight, adapters)
         grads = implementation.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
     out = []
@@ -196,7 +206,7 @@ class _RowSourceLinear(torch.autograd.Function):
     def forward(ctx, x, source, scales, forms, loss_scale, *factors):
         ctx.save_for_backward(x, loss_scale, *factors, *scales)
         ctx.source, ctx.forms = source, forms
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             y = blocked.forward(_rows(x), source, _adapters(factors, scales, forms))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -217,7 +227,7 @@ class _RowSourceGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dy, x, source, scales, forms, loss_scale, needs, *factors):
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             adapters = _adapters(factors, scales, forms)
             grads = blocked.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
         dx = None if grads.x is None else grads.x.view(x.shape)

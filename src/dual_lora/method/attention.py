@@ -20,6 +20,7 @@ from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.op import autocast_dtype
 from ..core.reference import Factors
+from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
@@ -190,6 +191,9 @@ class MultiheadAttention(DualLoraLayer):
         names = self._present(self.active_adapters)
         if self.merged or not names:
             return self.base_layer(query, *args, **kwargs)
+        out: Any = self._out.get_base_layer()
+        for weight in (*self._parameters_in().values(), out.weight):
+            sharded.refuse(self._base, weight)
         scale = self._loss_scale(names, query.device)
         parts = [self._parts(self.adapter(n)) for n in names]
         owner = self if self._base._qkv_same_embed_dim else None
@@ -197,7 +201,6 @@ class MultiheadAttention(DualLoraLayer):
             name: self._composed(owner, weight, [p[name] for p in parts], scale)
             for name, weight in self._parameters_in().items()
         }
-        out: Any = self._out.get_base_layer()
         outs = {"weight": self._composed(self._out, out.weight, [self._out.adapter(n) for n in names], scale)}
         with (
             recomposing(*ins.values(), *outs.values()),

@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from ..core import blocked
 from ..core.blocked import Adapter
 from ..core.embedding_op import dual_lora_embedding
+from . import sharded
 from .config import DualLoraConfig
 from .layer import MapLayer, is_plain
 
 
 class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
+
+    takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As for every layer, without dropout."""
@@ -48,6 +51,11 @@ class Embedding(MapLayer):
         return self._lookup(x, base.weight, names)
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        if sharded.is_sharded(base.weight):
+            if "forward" not in vars(base):
+                sharded.refuse(base, base.weight)
+            sharded.agree(base.weight, self._stored(name))
         return self._lookup(x, None, [name])
 
     def _lookup(self, x: Tensor, weight: Tensor | None, names: list[str]) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.blocked import Adapter
 from ..core.compose_op import Composed, also_recompose, dual_lora_weight, recomposing
 from ..core.reference import Factors
+from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer
 from .swapped import swapped
@@ -137,6 +138,7 @@ class ParamWrapper(DualLoraLayer):
             return self.base_layer(*args, **kwargs)
 
         parameter = self.get_param()
+        sharded.refuse(self.get_base_layer(), parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
         scale = self._loss_scale(names, parameter.device)

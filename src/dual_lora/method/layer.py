@@ -22,7 +22,7 @@ from ..core import blocked
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
-from . import warmup
+from . import sharded, warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .precision import FACTOR_DTYPES, claim, in_fp32
@@ -107,6 +107,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         """Add an adapter, or make one of that name anew."""
+        sharded.refuse_bare_parts(self.get_base_layer())
         alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
         self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
         self.alpha[adapter_name] = alpha
@@ -317,19 +318,32 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters = names
             return
         parameter = self._merge_parameter()
-        original = parameter.data if self._original is None else self._original
+        in_parts = sharded.is_sharded(parameter)
+        original = self._original
+        if original is None:
+            original = parameter.to_local().clone() if in_parts else parameter.data  # type: ignore[attr-defined]
         if not names:
-            parameter.data, self._original = original, None
+            self._put(parameter, original)
+            self._original = None
         else:
-            merged = self._merged_weight(original, names)
+            merged = self._merged_part(parameter, original, names) if in_parts else self._merged_weight(original, names)
             # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
             factors = [f for name in names for f in self._stored(name)]
             if safe_merge and not all(bool(torch.isfinite(t).all()) for t in (merged, *factors)):
                 added = ", ".join(name for name in names if name not in self.merged_adapters)
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
-            parameter.data, self._original = merged, original
+            self._put(parameter, merged)
+            self._original = original
         self._merge_bias(names)
         self.merged_adapters = names
+
+    def _put(self, parameter: nn.Parameter, data: Tensor) -> None:
+        """Let the parameter hold this data; of a sharded one, let this process's part hold it."""
+        if sharded.is_sharded(parameter):
+            with torch.no_grad():
+                parameter.to_local().copy_(data)  # type: ignore[attr-defined]
+        else:
+            parameter.data = data
 
     def _merge_parameter(self) -> nn.Parameter:
         return self.get_base_layer().weight  # type: ignore[return-value]
@@ -343,6 +357,13 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         with torch.no_grad():
             merged = blocked.compose(self._matrix(original), adapters, original.dtype)
             return self._from_matrix(merged).contiguous()
+
+    def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
+        """The same of a sharded weight, for the part of it that is here."""
+        raise ValueError(
+            f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load it "
+            "on the base model in one process, and merge there."
+        )
 
     # Forward.
 
@@ -396,6 +417,8 @@ class MapLayer(DualLoraLayer):
     Subclasses give `_is_plain`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
     """
 
+    takes_parts = False  # whether the weight may be sharded by tensor parallelism
+
     def __init__(
         self,
         base_layer: nn.Module,
@@ -434,11 +457,13 @@ class MapLayer(DualLoraLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        active = self._present(self.active_adapters)
+        if adapter_names is None and (self.merged or not active):
+            return self.base_layer(x, *args, **kwargs)
+        if not self.takes_parts:
+            sharded.refuse(self.get_base_layer(), getattr(self.get_base_layer(), "weight", None))
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        active = self._present(self.active_adapters)
-        if self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
         dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
@@ -464,6 +489,8 @@ class MapLayer(DualLoraLayer):
 class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
+    takes_parts = True
+
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         self.fan_in_fan_out = fan_in_fan_out
         super().__init__(base_layer, *args, **kwargs)
@@ -482,12 +509,20 @@ class Linear(MapLayer):
         """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
         return True
 
+    def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
+        if self.fan_in_fan_out:
+            return super()._merged_part(parameter, original, names)
+        with torch.no_grad():
+            return sharded.merged_part(parameter, original, [self.adapter(n) for n in self.scaling if n in names])
+
     def _is_plain(self) -> bool:
-        return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward)
+        return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward) or sharded.takes_product(self.base_layer)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """One product with the composed weight."""
         base: Any = self.base_layer
+        if sharded.is_sharded(base.weight):
+            return sharded.product(self, x, names)
         weight = self._matrix(base.weight)
         if autocast_dtype(x.device) is None:
             x = x.to(weight.dtype)
@@ -520,6 +555,8 @@ class Linear(MapLayer):
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""
         x = self.dual_lora_dropout[name](x)
+        if sharded.is_sharded(getattr(self.get_base_layer(), "weight", None)):
+            return sharded.product(self, x, [name], with_base=False)
         if autocast_dtype(x.device) is None:
             # In the base's precision; a quantised base has none, and takes that of x.
             weight: Any = self.get_base_layer().weight

@@ -296,6 +296,14 @@ class DualLoraModel(BaseTuner):
                 layer.factors(adapter_name).D.data.neg_()
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        saved.warn_if_not_gathered(state, adapter_name)
+        return state
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

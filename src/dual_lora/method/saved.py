@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -42,6 +43,24 @@ def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if found:
             state.setdefault(f"{stem}.dual_lora_left", torch.tensor(0, dtype=torch.int32))
     return state
+
+
+def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
+    """Say that what is about to be saved are shards and not the factors: the file would not load again."""
+    shards = [n for n, t in state.items() if _is_factor(n) and (t.ndim < 2 or 0 in t.shape)]
+    if shards:
+        warnings.warn(
+            f"Adapter {adapter_name!r}: {_some(shards, 'factors')} are empty or flat, which means that DeepSpeed "
+            "ZeRO-3 / FSDP shards were not gathered before save_pretrained(): the saved adapter is incomplete. Save "
+            "through Trainer or accelerate (`get_state_dict`), or inside "
+            "deepspeed.zero.GatheredParameters([…]) / FullyShardedDataParallel.summon_full_params(model).",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
+def _is_factor(name: str) -> bool:
+    return ".dual_lora_" in name and ".dual_lora_left" not in name
 
 
 def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:

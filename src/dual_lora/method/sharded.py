@@ -1,0 +1,232 @@
+"""Base weights that are DTensors: tensor parallelism, and merging into what FSDP2 has sharded.
+
+    column-wise  W_k = W[rows k]     ΔW_k of A, B[rows k], C, D[rows k]          y_k = x (W_k + ΔW_k)ᵀ
+    row-wise     W_k = W[:, cols k]  ΔW_k of A[:, cols k], B, C[:, cols k], D    y = Σ_k x_k (W_k + ΔW_k)ᵀ
+
+Every process holds the whole factors, r (O + I) numbers, and composes its own part of the weight alone; the gradients
+of the factors are summed over the processes. So the adapter is saved, loaded and resumed on any number of them.
+
+Whoever sharded the base (torch's `parallelize_module`, sequence parallelism included, or transformers' `tp_plan`)
+brings its inputs and outputs into their layouts by hooks. Those stay in charge: only the product between them is
+replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..core import blocked
+from ..core.blocked import Adapter
+from ..core.op import autocast_dtype, dual_lora_linear
+from ..core.reference import Factors
+from .cache import composed_weights
+from .swapped import swapped
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether a weight is a DTensor, of which this process holds a part."""
+    return dist.is_available() and isinstance(weight, DTensor)
+
+
+def takes_product(base: nn.Module) -> bool:
+    """Whether the base is a sharded nn.Linear, whose product can be replaced between its hooks."""
+    return is_sharded(getattr(base, "weight", None)) and type(base).forward is nn.Linear.forward
+
+
+def refuse(base: nn.Module, weight: Any) -> None:
+    """Raise ValueError if the weight is sharded: for layers that cannot work with a part of theirs."""
+    if is_sharded(weight):
+        raise ValueError(
+            f"Dual LoRA cannot work on {_a(base)} whose weight is sharded ({tuple(weight.placements)}, "
+            "tensor parallelism): it takes nn.Linear. Leave this layer out of the adapter's targets, or out of the "
+            "tensor parallel plan."
+        )
+
+
+def refuse_bare_parts(base: nn.Module) -> None:
+    """Raise ValueError for a weight that was cut without a trace of the whole (transformers before 5.15)."""
+    if getattr(base, "_hf_tp_plan", None) and not is_sharded(getattr(base, "weight", None)):
+        raise ValueError(
+            f"This {type(base).__name__} holds a bare part of its weight (tensor parallel plan {base._hf_tp_plan!r} of "
+            "transformers before 5.15): what the whole weight is cannot be told from it. Use transformers 5.17 or "
+            "later, or load the base without `tp_plan`."
+        )
+
+
+def _a(module: nn.Module) -> str:
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+class Part(NamedTuple):
+    """This process's part of a weight [O, I]: rows (dim 0) or columns (dim 1) `start` to `stop`."""
+
+    dim: int
+    start: int
+    stop: int
+    mesh_dim: int
+
+    def of(self, adapter: Adapter) -> Adapter:
+        """The adapter of this part, from whole factors."""
+        A, B, C, D = adapter.factors
+        mine = slice(self.start, self.stop)
+        if self.dim == 0:
+            return adapter._replace(factors=Factors(A, B[mine], C, D[mine]))
+        return adapter._replace(factors=Factors(A[:, mine], B, C[:, mine], D))
+
+
+def part_of(weight: DTensor) -> Part:
+    """Which rows or columns of the weight are here; ValueError for a layout that is neither."""
+    cuts = [(k, p) for k, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
+    if len(cuts) != 1 or type(cuts[0][1]) is not Shard or weight.ndim != 2:
+        raise ValueError(
+            f"Dual LoRA cannot compose a weight of shape {tuple(weight.shape)} that is distributed as "
+            f"{tuple(weight.placements)}: it takes matrices cut by rows (column-wise parallel) or by columns (row-wise "
+            "parallel) along one dimension of the mesh. Leave this layer out of `target_modules`, or out of the tensor "
+            "parallel plan."
+        )
+    mesh_dim, dim = cuts[0][0], cuts[0][1].dim % 2
+    size, whole = weight.device_mesh.size(mesh_dim), weight.shape[dim]
+    each = -(-whole // size)
+    start = min(weight.device_mesh.get_local_rank(mesh_dim) * each, whole)
+    return Part(dim, start, min(start + each, whole), mesh_dim)
+
+
+def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> Tensor:
+    """f(x; W + ΣΔW) of a sharded linear layer, or f(x; ΣΔW), through the hooks that its base has."""
+    base = layer.get_base_layer()
+    if not takes_product(base):
+        refuse(base, base.weight)
+    for name in names:
+        agree(base.weight, layer._stored(name))
+    values = {"weight": _StandIn(layer, names, with_base)} | ({} if with_base else {"bias": None})
+    with swapped(base, values):
+        return layer.base_layer(x)
+
+
+def _group(weight: DTensor, part: Part) -> dist.ProcessGroup:
+    return weight.device_mesh.get_group(part.mesh_dim)
+
+
+def agree(weight: DTensor, factors: Factors) -> None:
+    """Give every process of the weight the first one's factors, once: each has drawn its own random start."""
+    for factor in factors:
+        if not getattr(factor, "_dual_lora_agreed", False):
+            group = _group(weight, part_of(weight))
+            dist.broadcast(factor.data, src=dist.get_global_rank(group, 0), group=group)
+            factor._dual_lora_agreed = True  # type: ignore[attr-defined]
+
+
+class _StandIn:
+    """In the place of a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
+
+    def __init__(self, layer: Any, names: list[str], with_base: bool):
+        self.layer, self.names, self.with_base = layer, names, with_base
+        self.base = layer.get_base_layer()
+        self.weight = self.base.weight
+        self.part = part_of(self.weight)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is linear, f"a sharded weight was used in {func}"
+        x, it, *bias = args
+        return it._linear(x, *bias, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(x, DTensor):
+            if "forward" not in vars(self.base) or torch.is_grad_enabled():
+                raise ValueError(
+                    "A Dual LoRA layer whose weight is sharded (a DTensor) got a plain tensor, as if the weight were "
+                    "whole. Call the model as a whole, so that the hooks of FSDP2 or of the tensor parallel plan run."
+                )
+            return self._local(x, _local(bias))  # transformers' path for inference: parts come, parts go
+        by_rows, mesh_dim = self.part.dim == 0, self.part.mesh_dim
+        layout = list(x.placements)
+        layout[mesh_dim] = Replicate() if by_rows else Shard(x.ndim - 1)
+        x = x.redistribute(placements=layout)
+        gradient = list(layout)
+        if by_rows:
+            gradient[mesh_dim] = Partial()
+        y = self._local(x.to_local(grad_placements=gradient), _local(bias) if by_rows else None)
+        layout[mesh_dim] = Shard(y.ndim - 1) if by_rows else Partial()
+        shape = torch.Size((*x.shape[:-1], self.weight.shape[0]))
+        strides = torch.empty(shape, device="meta").stride()
+        whole = DTensor.from_local(y, x.device_mesh, layout, run_check=False, shape=shape, stride=strides)
+        return whole if by_rows or bias is None else whole + bias
+
+    def _local(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I or this part's columns] -> [..., this part's rows or O]."""
+        layer, names = self.layer, self.names
+        weight = self.weight.to_local()
+        autocast = autocast_dtype(x.device)
+        if autocast is None:
+            x = x.to(weight.dtype)
+        whole = [layer.adapter(name) for name in names]
+        if self.with_base and layer._may_cache(x):
+            dtype = autocast or x.dtype
+            composed = composed_weights.get(
+                layer,
+                [self.weight, *(t for a in whole for t in (*a.factors, a.scale))],
+                (tuple(names), dtype),
+                lambda: blocked.compose(weight, [self.part.of(a) for a in whole], dtype),
+            )
+            return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
+        summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
+        mine = [
+            self.part.of(a._replace(factors=Factors(next(summed), next(summed), next(summed), next(summed))))
+            for a in whole
+        ]
+        scale = layer._loss_scale(names, x.device)
+        return dual_lora_linear(x, weight if self.with_base else None, bias, mine, scale)
+
+
+def _local(bias: Tensor | None) -> Tensor | None:
+    return bias.to_local() if isinstance(bias, DTensor) else bias
+
+
+class _SumGradients(torch.autograd.Function):
+    """The factors as they are; backward sums their gradients over the processes, in one message."""
+
+    @staticmethod
+    def forward(ctx, group, *factors):
+        ctx.group = group
+        return tuple(f.view_as(f) for f in factors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        wanted = [g for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True) if needed]
+        flat = torch.cat([g.reshape(-1) for g in wanted])
+        dist.all_reduce(flat, group=ctx.group)
+        sums = iter(flat.split([g.numel() for g in wanted]))
+        return None, *(
+            next(sums).view_as(g) if needed else None
+            for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)
+        )
+
+
+# Merging into a part. FSDP2 gathers from the memory that it has set aside, so that memory itself is written to.
+
+
+def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> Tensor:
+    """This process's part of W + ΣΔW, for the part `original` of W; the other processes' parts are not composed.
+
+    FSDP2 shards the factors as well: they are gathered for the moment.
+    """
+    part = part_of(weight)
+    whole = [a._replace(factors=Factors(*(_whole(f) for f in a.factors))) for a in adapters]
+    for adapter in whole if not any(is_sharded(f) for a in adapters for f in a.factors) else ():
+        agree(weight, adapter.factors)
+    return blocked.compose(original, [part.of(a) for a in whole], original.dtype)
+
+
+def _whole(factor: Tensor) -> Tensor:
+    return factor.full_tensor() if isinstance(factor, DTensor) else factor

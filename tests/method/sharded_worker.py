@@ -1,0 +1,290 @@
+"""One process of a model that is sharded by tensor parallelism. Started by test_sharded.py with torchrun.
+
+usage: sharded_worker.py FOLDER CASE…
+
+Every process also computes the same thing whole, by itself, and compares. A case that has passed leaves a file.
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+
+from peft import PeftModel, get_peft_model  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.tensor import Replicate, Shard  # noqa: E402
+from torch.distributed.tensor.parallel import (  # noqa: E402
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from dual_lora import DualLoraConfig, DualLoraLayer  # noqa: E402
+from dual_lora.core import blocked  # noqa: E402
+
+RANK = int(os.environ["RANK"])
+STEPS = 3
+IDS = torch.randint(0, 60, (2, 8), generator=torch.Generator().manual_seed(7))
+
+
+class Block(nn.Module):
+    """Norm and two linear layers beside a skip connection; 34 hidden features."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 34), nn.Linear(34, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).tanh())
+
+
+def adapted(base, seed=0, **options):
+    torch.manual_seed(seed)
+    options = dict(r=4, init_weights=False, warmup_steps=4) | options
+    return get_peft_model(base, DualLoraConfig(**options))
+
+
+def layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer)}
+
+
+def train(model, loss, steps=STEPS):
+    """Losses, and the first step's gradients by name."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses, grads = [], {}
+    for step in range(steps):
+        value = loss(model)
+        value.backward()
+        if step == 0:
+            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return losses, grads
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(torch.tensor(got[0]), torch.tensor(expected[0]), atol=1e-5, rtol=1e-4)
+    assert len(set(got[0])) == STEPS, "nothing was trained"
+    assert got[1].keys() == expected[1].keys()
+    for name, grad in got[1].items():
+        assert expected[1][name].any(), name
+        torch.testing.assert_close(grad, expected[1][name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def blocks(**options):
+    """A stack of blocks with an adapter of other random numbers in every process, and the same with the first one's."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Block(), Block())
+    whole = adapted(copy.deepcopy(base), target_modules=["up", "down"], **options)
+    return whole, adapted(base, seed=RANK, target_modules=["up", "down"], **options)
+
+
+def stack(sequence, mesh, **options):
+    whole, model = blocks(**options)
+    for block in model.base_model.model:
+        plan = {"up.base_layer": ColwiseParallel(), "down.base_layer": RowwiseParallel()}
+        if sequence:  # every process has some of the tokens, but between the two layers
+            plan = {
+                "norm": SequenceParallel(),
+                "up": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate()),
+                "up.base_layer": ColwiseParallel(input_layouts=Replicate()),
+                "down.base_layer": RowwiseParallel(output_layouts=Shard(1)),
+            }
+        parallelize_module(block, mesh, plan)
+        block.norm.requires_grad_(False)  # SequenceParallel makes new parameters, which would train
+    return whole, model
+
+
+def by_torch(mesh, folder, sequence=False, **options):
+    whole, model = stack(sequence, mesh, **options)
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+
+    def loss(m):
+        if not sequence or m is whole:
+            return m(x).square().sum() / 256
+        part = m(x.chunk(2, dim=1)[RANK])
+        total = part.square().sum() / 256
+        shown = total.detach().clone()
+        dist.all_reduce(shown)
+        return total + (shown - total.detach())  # each process differentiates its tokens' share of the same number
+
+    assert_same(train(model, loss), train(whole, loss))
+    # Only this process's part of a weight was composed.
+    seen = []
+    original = blocked.compose
+    blocked.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
+    if not sequence:
+        merging(whole, model, x)
+        assert set(seen) <= {(34, 16), (16, 34), (17, 16), (16, 17)}
+        assert (17, 16) in seen
+    blocked.compose = original
+
+
+def merging(whole, model, x):
+    with torch.no_grad():
+        for m in (whole, model):
+            m.eval()
+        expected = whole(x)
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+        before = {n: m.get_base_layer().weight.to_local().clone() for n, m in layers(model).items()}
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+        assert not any(torch.equal(m.get_base_layer().weight.to_local(), before[n]) for n, m in layers(model).items())
+        model.unmerge_adapter()
+        assert all(torch.equal(m.get_base_layer().weight.to_local(), before[n]) for n, m in layers(model).items())
+
+
+def by_plan(mesh, folder, **options):
+    """transformers' own plan, on a Llama; saved by all, loaded into one process."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=60, **sizes))
+    if RANK == 0:
+        base.save_pretrained(folder / "base")
+    dist.barrier()
+    options = dict(target_modules=["q_proj", "v_proj", "o_proj", "down_proj", "embed_tokens", "lm_head"]) | options
+    whole = adapted(base, **options)
+    parts = AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto")
+    assert type(parts.model.layers[0].self_attn.q_proj.weight.data).__name__ == "DTensor"
+    model = adapted(parts, seed=RANK, **options)
+
+    def loss(m):
+        return m(input_ids=IDS, labels=IDS).loss
+
+    model.save_pretrained(folder / f"start{RANK}")
+    assert_same(train(model, loss), train(whole, loss))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(IDS).logits, whole.eval()(IDS).logits, atol=1e-4, rtol=1e-4)
+        names = ["default", "__base__"]
+        mixed = [m(input_ids=IDS, adapter_names=names).logits for m in (model, whole)]
+        torch.testing.assert_close(*mixed, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(folder / f"adapter{RANK}")
+    again = LlamaForCausalLM.from_pretrained(folder / "base")
+    again = PeftModel.from_pretrained(again, folder / f"adapter{RANK}").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, whole(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def refusals(mesh, folder):
+    """What does not work says so."""
+    said = {}
+
+    def note(what, function):
+        try:
+            function()
+        except (ValueError, RuntimeError) as error:
+            said[what] = f"{type(error).__name__}: {error}"
+        else:
+            said[what] = "worked"
+
+    class Embedded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(20, 16)
+
+        def forward(self, ids):
+            return self.table(ids)
+
+    embedded = adapted(Embedded(), target_modules=["table"])
+    parallelize_module(
+        embedded.base_model.model, mesh, {"table.base_layer": RowwiseParallel(input_layouts=Replicate())}
+    )
+    note("embedding", lambda: embedded(torch.arange(4)))
+
+    _, model = stack(False, mesh)
+    layer = next(iter(layers(model).values()))
+    layer.base_layer._forward_pre_hooks.clear()
+    layer.base_layer._forward_hooks.clear()
+    note("plain input", lambda: layer(torch.randn(2, 16)))
+
+    bare = nn.Sequential(nn.Linear(4, 4))
+    bare[0]._hf_tp_plan = "colwise"
+    note("bare part", lambda: adapted(bare, target_modules=["0"]))
+
+    from torch.distributed.tensor import distribute_tensor
+
+    convolution = adapted(nn.Sequential(nn.Conv1d(4, 6, 3)), target_modules=["0"])
+    weight = convolution.base_model.model[0].base_layer.weight
+    convolution.base_model.model[0].base_layer.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    note("convolution", lambda: convolution(torch.randn(1, 4, 9)))
+    note("convolution merged", convolution.merge_adapter)
+
+    linear = adapted(nn.Sequential(nn.Linear(4, 6)), target_modules=["0"])
+    weight = linear.base_model.model[0].base_layer.weight
+    linear.base_model.model[0].base_layer.weight = nn.Parameter(distribute_tensor(weight, mesh, [Replicate()]))
+    note("replicated", lambda: linear(torch.randn(1, 4)))
+    if RANK == 0:
+        (folder / "said.json").write_text(json.dumps(said))
+
+
+def dropout(mesh, folder):
+    """An adapter with dropout has a product of its own; here nothing is dropped, so that the numbers are known."""
+    whole, model = stack(False, mesh, dropout=0.5)
+    for m in (*layers(whole).values(), *layers(model).values()):
+        m.dual_lora_dropout["default"].p = 0.0
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    assert_same(*(train(m, lambda m: m(x).square().sum() / 256) for m in (model, whole)))
+
+
+def merged_under_fsdp2(mesh, folder):
+    """Every process merges its own rows; training goes on afterwards; what is not gathered is not saved as if whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Block(), Block())
+    whole = adapted(copy.deepcopy(base), target_modules=["up", "down"])
+    model = adapted(base, target_modules=["up", "down"])
+    for block in model.base_model.model:
+        fully_shard(block)
+    fully_shard(model)
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    seen = []
+    original = blocked.compose
+    blocked.compose = lambda weight, *a, **k: seen.append(tuple(weight.shape)) or original(weight, *a, **k)
+    with torch.no_grad():
+        model(x)  # FSDP2 has set its memory aside by now
+    merging(whole, model, x)
+    blocked.compose = original
+    assert {shape[0] for shape in seen if shape[0] < 16} == {8}
+    assert (17, 16) in seen
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), whole(x), atol=1e-5, rtol=1e-4)
+
+    try:
+        model.save_pretrained(folder / f"shards{RANK}")
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        (folder / f"shards{RANK}.txt").write_text(f"{type(error).__name__}: {error}")
+    else:
+        (folder / f"shards{RANK}.txt").write_text("saved")
+
+
+CASES = {
+    "torch": by_torch,
+    "identity": lambda mesh, folder: by_torch(mesh, folder, ste="identity"),
+    "sequence": lambda mesh, folder: by_torch(mesh, folder, sequence=True),
+    "dropout": dropout,
+    "plan": by_plan,
+    "fsdp2": merged_under_fsdp2,
+    "refusals": refusals,
+}
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    mesh, folder = init_device_mesh("cpu", (2,)), Path(sys.argv[1])
+    for case in sys.argv[2:]:
+        CASES[case](mesh, folder)
+        dist.barrier()
+        (folder / f"{case}.passed").touch()
+    dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""Tensor and sequence parallelism, and merging under FSDP2: two processes do what one does, or are told why not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+CASES = ["torch", "identity", "sequence", "dropout", "plan", "fsdp2", "refusals"]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder that the cases wrote into, what was printed) of one launch; it ends with the first case that fails."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launch, str(WORKER), str(folder), *CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    return folder, done.stdout[-1000:] + done.stderr[-6000:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_what_one_computes(case, run):
+    folder, printed = run
+    assert (folder / f"{case}.passed").exists(), printed
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("embedding", ["ValueError", "an Embedding", "Leave this layer out"]),
+        ("convolution", ["ValueError", "a Conv1d", "Leave this layer out"]),
+        ("convolution merged", ["ValueError", "Cannot merge", "Save the adapter"]),
+        ("plain input", ["ValueError", "got a plain tensor", "Call the model as a whole"]),
+        ("replicated", ["ValueError", "(Replicate(),)", "Leave this layer out"]),
+        ("bare part", ["ValueError", "bare part", "Use transformers 5.17"]),
+    ],
+)
+def test_what_does_not_work_says_so(what, words, run):
+    folder, printed = run
+    assert (folder / "refusals.passed").exists(), printed
+    said = json.loads((folder / "said.json").read_text())[what]
+    for word in words:
+        assert word in said
+
+
+def test_shards_are_not_saved_as_an_adapter(run):
+    """safetensors refuses; an adapter is saved from the gathered state, as Trainer and accelerate do."""
+    folder, _ = run
+    assert "RuntimeError" in (folder / "shards0.txt").read_text()
+    assert not list(folder.glob("shards*/adapter_model.safetensors"))
