@@ -127,9 +127,8 @@ def _add_state(material: Material, file: Path) -> None:
         material.running.append((file, {"study": json.loads(study[0]) if study else {}, "runs": runs}))
 
 
-def source_of_study(file: Path, results: dict[str, Any]) -> Source:
-    """Where a study's figures come from."""
-    made = results.get("provenance", {})
+def source_of(file: Path, made: dict[str, Any]) -> Source:
+    """Where figures come from: `made` is a study's "provenance" or an analysis's "made"."""
     return Source(
         short_path(file),
         made.get("command"),
@@ -137,19 +136,6 @@ def source_of_study(file: Path, results: dict[str, Any]) -> Source:
         made.get("device"),
         made.get("finished"),
         made.get("versions", {}),
-    )
-
-
-def source_of_analysis(file: Path, analysis: dict[str, Any]) -> Source:
-    """Where an analysis's figures come from."""
-    made = analysis.get("made", {})
-    return Source(
-        short_path(file),
-        made.get("command"),
-        made.get("commit"),
-        made.get("device"),
-        made.get("finished"),
-        made["versions"],
     )
 
 

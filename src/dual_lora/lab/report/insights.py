@@ -9,7 +9,7 @@ from typing import Any
 
 from dual_lora.lab.analysis.summary import last_state, mean_over_layers, spread_over_layers
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, View, number
-from dual_lora.lab.report.gather import source_of_analysis
+from dual_lora.lab.report.gather import source_of
 
 # Key of a layer's row -> (its name for people, whether it is a share), in the order in which a reader chooses.
 OVER_TRAINING: dict[str, tuple[str, bool]] = {
@@ -80,7 +80,7 @@ BOUND = (
 
 def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[Section]:
     """One analysis file."""
-    source = source_of_analysis(file, analysis)
+    source = source_of(file, analysis.get("made", {}))
     runs = analysis["runs"]
     for run in runs:
         _per_step(run)

@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import write_atomically
 from dual_lora.lab.report.blocks import Page, Section, Source
 from dual_lora.lab.report.exports import export
-from dual_lora.lab.report.gather import Material, find, gather, source_of_analysis, source_of_study
+from dual_lora.lab.report.gather import Material, find, gather, source_of
 from dual_lora.lab.report.insights import analysis_sections, titles
 from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
 from dual_lora.lab.report.page import render
@@ -83,13 +83,13 @@ def build_page(material: Material, title: str) -> Page:
     sources: list[Source] = []
     for file, results in material.studies:
         sections += _shown(material, file, study_sections, results)
-        sources.append(source_of_study(file, results))
+        sources.append(source_of(file, results.get("provenance", {})))
     for file, state in material.running:
         sections += _shown(material, file, progress_sections, state)
         sources.append(Source(str(file)))
     for (file, analysis), name in zip(material.analyses, titles(material.analyses), strict=True):
         sections += _shown(material, file, analysis_sections, analysis, name)
-        sources.append(source_of_analysis(file, analysis))
+        sources.append(source_of(file, analysis.get("made", {})))
     for number, (file, rows) in enumerate(material.ledgers, 1):
         name = "Benchmarks" if len(material.ledgers) == 1 else f"Benchmarks {number}"
         sections += _shown(material, file, ledger_sections, rows, name)

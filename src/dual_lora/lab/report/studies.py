@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, Verdict, View
-from dual_lora.lab.report.gather import source_of_study
+from dual_lora.lab.report.gather import source_of
 
 Mood = Literal["good", "bad", "same", "open"]
 MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within the margin": "same"}
@@ -15,7 +15,7 @@ MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within t
 
 def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     """What may be said about one study, with the figures behind it."""
-    study, source = results["study"], source_of_study(file, results)
+    study, source = results["study"], source_of(file, results.get("provenance", {}))
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
     if not results.get("complete", True):
         blocks.append(Text("This study is not complete; what follows holds for the runs that are there.", "warning"))
@@ -123,7 +123,7 @@ def _overall_table(study: Row, overall: list[Row], source: Source) -> Table:
 
 def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     """Scores, tuning, cost and ranks of one study."""
-    source, name = source_of_study(file, results), results["study"]["name"]
+    source, name = source_of(file, results.get("provenance", {})), results["study"]["name"]
     methods = results["methods"]
     blocks: list[Block] = [_scores_chart(name, results, source)] if any(m["score"] is not None for m in methods) else []
     blocks.append(_scores(name, results, source))
