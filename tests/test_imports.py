@@ -167,9 +167,14 @@ def test_public_names():
         "Form",
         "__version__",
         "composed_weights",
+        "convert_to_dual_lora",
+        "convert_to_lora",
+        "decompositions",
         "delta_weight",
         "dual_lora_linear",
         "grad_scaler",
+        "save_as_dual_lora",
+        "save_as_lora",
     ]
     assert dir(dual_lora) == sorted(dual_lora.__all__)
     for name in dual_lora.__all__:

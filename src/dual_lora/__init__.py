@@ -15,11 +15,14 @@ from ._on_import import when_imported
 
 if TYPE_CHECKING:
     from .core.blocked import Adapter
+    from .core.decompositions import decompositions
     from .core.op import dual_lora_linear
     from .core.reference import Factors, Form, delta_weight
     from .method.cache import composed_weights
     from .method.callback import DualLoraCallback
     from .method.config import DualLoraConfig
+    from .method.conversion import convert_to_lora, save_as_lora
+    from .method.from_lora import convert_to_dual_lora, save_as_dual_lora
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
@@ -33,7 +36,12 @@ _HOMES = {
     "DualLoraCallback": ".method.callback",
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
+    "convert_to_lora": ".method.conversion",
+    "save_as_lora": ".method.conversion",
+    "convert_to_dual_lora": ".method.from_lora",
+    "save_as_dual_lora": ".method.from_lora",
     "dual_lora_linear": ".core.op",
+    "decompositions": ".core.decompositions",
     "Adapter": ".core.blocked",
     "Factors": ".core.reference",
     "Form": ".core.reference",
@@ -50,9 +58,14 @@ __all__ = [
     "Form",
     "__version__",
     "composed_weights",
+    "convert_to_dual_lora",
+    "convert_to_lora",
+    "decompositions",
     "delta_weight",
     "dual_lora_linear",
     "grad_scaler",
+    "save_as_dual_lora",
+    "save_as_lora",
 ]
 
 

@@ -1,16 +1,21 @@
-"""A Dual LoRA adapter as a LoRA adapter, by PEFT's `convert_to_lora`, with what each layer loses.
+"""A Dual LoRA adapter as a LoRA adapter, with what each layer loses.
 
 ΔW = ReLU(B A) ⊙ Sign(D C) is of high rank, so a LoRA of small rank keeps a part of it: the report says how much.
-The best LoRA of a rank (truncated SVD) loses ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm.
+The best LoRA of a rank (truncated SVD) loses ‖ΔW - B A‖ / ‖ΔW‖ in the Frobenius norm. `peft.convert_to_lora` takes
+these layers too; here every layer has the same shape of factors and scale 1 (smaller ranks are filled up with zeros),
+because servers of LoRA adapters know neither ranks nor scales of single layers.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .layer import DualLoraLayer, Linear
@@ -18,6 +23,7 @@ from .layer import DualLoraLayer, Linear
 # Above this, a LoRA that stands in for the adapter is likely to behave differently.
 TOO_MUCH = 0.3
 PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
 
 
 class LayerLoss(NamedTuple):
@@ -31,7 +37,7 @@ class LayerLoss(NamedTuple):
 class Conversion(NamedTuple):
     """A LoRA adapter and how close it comes, layer by layer."""
 
-    config: Any  # LoraConfig
+    config: LoraConfig
     state_dict: dict[str, Tensor]
     losses: list[LayerLoss]
 
@@ -46,19 +52,56 @@ class Conversion(NamedTuple):
         return sorted(loss.error for loss in self.losses)[len(self.losses) // 2]
 
 
-def to_lora(model: nn.Module, rank: int | float, adapter_name: str = "default") -> Conversion:
-    """Convert an adapter to LoRA of a fixed rank (int), or of each layer's rank for a share of energy (float, 0 to 1).
+def convert_to_lora(
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    advance: Callable[[int], object] = lambda layers: None,
+) -> Conversion:
+    """Convert an adapter, at its present λ, to the LoRA that is closest in the Frobenius norm.
 
-    Warns when the median layer loses more than 30 % of its update. Raises TypeError where a layer is not linear: LoRA
-    conversion in PEFT is for linear layers; merge such an adapter instead.
+    rank: the rank (int; a smaller layer takes its own full rank), or the share of ‖ΔW‖² to keep in every layer
+        (float, above 0, to 1), which gives each layer a rank of its own.
+    advance: called with 1 after every layer, for a progress bar.
+
+    Warns when the median layer loses more than 30 % of its update. Raises TypeError where a layer is not linear, and
+    ValueError for a rank that cannot be and an adapter that changes biases: merge such an adapter instead.
     """
-    from peft import convert_to_lora
-
-    config, state_dict = convert_to_lora(model, rank, adapter_name=adapter_name)
-    conversion = Conversion(config, state_dict, losses(model, state_dict, adapter_name))
+    if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ValueError(
+            f"rank is {rank!r}: give a whole number of at least 1 (the rank), or a number above 0 and up to 1.0 (the "
+            "share of each update's energy to keep, e.g. 0.9)."
+        )
+    layers = _linear_layers(model, adapter_name)
+    config: Any = getattr(model, "peft_config", {}).get(adapter_name)
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"This adapter trains biases (bias={config.bias!r}), which a LoRA adapter for servers does not carry. "
+            "Merge it instead (`merge_and_unload()`)."
+        )
+    state: dict[str, Tensor] = {}
+    losses = []
+    for name, layer in layers.items():
+        A, B, error = truncated(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
+        state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
+        losses.append(LayerLoss(name.removeprefix(PREFIX), A.shape[0], error))
+        advance(1)
+    widest = max(loss.rank for loss in losses)
+    state = {key: _filled_up(value, widest, dim=int("lora_B" in key)) for key, value in state.items()}
+    lora = LoraConfig(
+        r=widest,
+        lora_alpha=widest,
+        target_modules=target_names(model, layers),
+        modules_to_save=getattr(config, "modules_to_save", None),
+        task_type=getattr(config, "task_type", None),
+        base_model_name_or_path=getattr(config, "base_model_name_or_path", None),
+        inference_mode=True,
+    )
+    conversion = Conversion(lora, state | what_else_is_saved(model, adapter_name), losses)
     if conversion.median > TOO_MUCH:
+        what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
         warnings.warn(
-            f"LoRA of rank {rank} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
+            f"{what} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
             "Choose a larger rank, or merge the adapter (`merge_and_unload()`), which loses nothing.",
             UserWarning,
             stacklevel=2,
@@ -66,38 +109,71 @@ def to_lora(model: nn.Module, rank: int | float, adapter_name: str = "default") 
     return conversion
 
 
-def save_as_lora(path: str | Path, model: nn.Module, rank: int | float, adapter_name: str = "default") -> Conversion:
-    """Convert, and write the LoRA adapter's folder, which PEFT, vLLM and others load."""
-    from safetensors.torch import save_file
-
-    conversion = to_lora(model, rank, adapter_name)
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    conversion.config.save_pretrained(str(folder))
-    save_file(
-        {key: value.contiguous() for key, value in conversion.state_dict.items()}, folder / "adapter_model.safetensors"
-    )
+def save_as_lora(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    rank: int | float,
+    adapter_name: str = "default",
+    advance: Callable[[int], object] = lambda layers: None,
+) -> Conversion:
+    """Convert (see `convert_to_lora`), and write the LoRA adapter's folder, which PEFT, vLLM and others load."""
+    conversion = convert_to_lora(model, rank, adapter_name, advance)
+    write_adapter(path, conversion.config, conversion.state_dict)
     return conversion
 
 
-def losses(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str = "default") -> list[LayerLoss]:
-    """What every layer loses in a LoRA state dict made from the model's adapter."""
-    found = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, DualLoraLayer) or adapter_name not in layer.scaling:
-            continue
-        A, B = _factor(state_dict, name, "A"), _factor(state_dict, name, "B")
-        assert isinstance(layer, Linear)
-        with torch.no_grad():
-            exact = layer._matrix(layer.get_delta_weight(adapter_name))
-            norm = exact.norm()
-            error = float((exact - B.to(exact) @ A.to(exact)).norm() / norm) if norm else 0.0
-        found.append(LayerLoss(name.removeprefix(PREFIX), A.shape[0], error))
-    return found
+def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]:
+    """(A [k, I], B [O, k], relative error) of the best B A of rank k, or of the least k for a share of the energy."""
+    with torch.no_grad():
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        energy = S.double().square().cumsum(0)
+        if isinstance(rank, int):
+            k = min(rank, len(S))
+        else:
+            k = min(int(torch.searchsorted(energy, rank * energy[-1])) + 1, len(S))
+        B, A = U[:, :k] * S[:k].sqrt(), S[:k].sqrt().unsqueeze(1) * V[:k]
+        norm = matrix.norm()
+        return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0
 
 
-def _factor(state_dict: dict[str, Tensor], name: str, letter: str) -> Tensor:
-    for key in (f"{name}.lora_{letter}.weight", f"{PREFIX}{name}.lora_{letter}.weight"):
-        if key in state_dict:
-            return state_dict[key]
-    raise KeyError(f"The LoRA state dict has no {letter} for the layer {name!r}.")
+def target_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
+    """`target_modules` that match these layers and no other: the last parts of the names where that suffices."""
+    short = {name.rpartition(".")[2] for name in layers}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if matched == set(layers) else {name.removeprefix(PREFIX) for name in layers})
+
+
+def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What PEFT saves with the adapter besides its factors: a classification head, trained tokens."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {key: value for key, value in state.items() if ".lora_" not in key and ".dual_lora_" not in key}
+
+
+def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:
+    """An adapter folder as PEFT reads it."""
+    from safetensors.torch import save_file
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / WEIGHTS)
+
+
+def _linear_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling}
+    if not found:
+        raise ValueError(f"The model has no Dual LoRA adapter {adapter_name!r}: there is nothing to convert.")
+    others = [name for name, m in found.items() if not m.supports_lora_conversion(adapter_name)]
+    if others:
+        raise TypeError(
+            f"{len(others)} of {len(found)} adapted layers are not linear and do not support LoRA conversion, e.g. "
+            f"{others[0]!r} ({type(found[others[0]]).__name__}). Merge the adapter instead (`merge_and_unload()`)."
+        )
+    return found  # type: ignore[return-value]
+
+
+def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
+    missing = rank - factor.shape[dim]
+    return factor if not missing else nn.functional.pad(factor, (0, missing) if dim else (0, 0, 0, missing))

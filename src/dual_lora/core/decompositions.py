@@ -1,0 +1,107 @@
+"""The operators in plain aten, for targets that do not know them: ONNX, and `ExportedProgram`s that run elsewhere.
+
+    W_eff = round(W + Σ s · ReLU(B A) ⊙ Sign(D C))     linear: x W_effᵀ + bias     embedding: rows of W_eff
+
+An exported graph composes the weight as a whole, which a runtime folds into a constant when it loads the graph. They
+are entered in PyTorch's table of decompositions, so that `torch.onnx.export` finds them; torch.compile uses a table of
+its own and keeps the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from . import compose_op, embedding_op, op  # noqa: F401 - they define the operators
+from .blocked import Adapter
+from .op import _adapters, without_autocast
+from .reference import Factors, direction, magnitude
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """For `ExportedProgram.run_decompositions`: afterwards the program needs this package no more.
+
+    >>> program = torch.export.export(model, (x,)).run_decompositions(dual_lora.decompositions())  # doctest: +SKIP
+    """
+    return {
+        torch.ops.dual_lora.linear.default: linear,
+        torch.ops.dual_lora.weight.default: weight,
+        torch.ops.dual_lora.embedding.default: embedding,
+    }
+
+
+@register_decomposition(torch.ops.dual_lora.linear.default)
+def linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    forms: Sequence[int],
+    loss_scale: Tensor | None,
+) -> Tensor:
+    """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
+    W = _composed(weight, _adapters(factors, scales, forms), x.dtype)
+    return torch.nn.functional.linear(x, W, bias)
+
+
+@register_decomposition(torch.ops.dual_lora.weight.default)
+def weight(
+    weight: Tensor | None,
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    forms: Sequence[int],
+    loss_scale: Tensor | None,
+    routed: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W + ΣΔW, [O, I] or [E, O, I]; with `routed`, ΔW of the other experts is zero."""
+    adapters = _adapters(factors, scales, forms)
+    if routed is None:
+        return _composed(weight, adapters, dtype)
+    used = torch.zeros(factors[1].shape[0], 1, 1, device=routed.device).index_fill(0, routed, 1.0)
+    return _composed(weight, [a._replace(scale=a.scale * used) for a in adapters], dtype)
+
+
+@register_decomposition(torch.ops.dual_lora.embedding.default)
+def embedding(
+    indices: Tensor,
+    weight: Tensor | None,
+    factors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    forms: Sequence[int],
+    loss_scale: Tensor | None,
+    padding_idx: int,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of W + ΣΔW, indices [...] -> [..., I]; ΔW of the padding is zero."""
+    used = (indices != padding_idx).unsqueeze(-1)
+    adapters = [
+        Adapter(Factors(A, B[indices], C, D[indices]), scale * used, form)
+        for (A, B, C, D), scale, form in _adapters(factors, scales, forms)
+    ]
+    y = _composed(None if weight is None else weight[indices], adapters, dtype)
+    if max_norm is None:
+        return y
+    norm = torch.linalg.vector_norm(y, norm_type, dim=-1, keepdim=True)
+    return torch.where(norm > max_norm, y * (max_norm / (norm + 1e-7)), y)  # 1e-7: as in torch's embedding_renorm_
+
+
+def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    """The rounding to `dtype` of the fp32 sum W + ΣΔW."""
+    (A, *_), _, _ = adapters[0].working()
+    total = None if weight is None else weight.to(A.dtype)
+    with without_autocast(A.device):
+        for adapter in adapters:
+            (A, B, C, D), scale, form = adapter.working()
+            delta = scale * magnitude(B @ A, form) * direction(D @ C, form)
+            total = delta if total is None else total + delta
+    assert total is not None
+    return total.to(dtype)

@@ -1,0 +1,119 @@
+"""A LoRA adapter as the start of Dual LoRA: all signs, as much of the magnitude as the rank holds, and it trains."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import bert, gpt2, layers, llama, logits, tokens, trainable
+
+from dual_lora import convert_to_dual_lora, save_as_dual_lora
+
+
+def lora(base, targets, r=4, **options):
+    """A LoRA adapter as if trained: B is not zero any more."""
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=r, target_modules=targets, **options)).eval()
+    gen = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=gen) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"), [(llama, ["q_proj", "down_proj"]), (gpt2, ["c_attn", "c_proj"])], ids=["llama", "gpt2"]
+)
+def test_rank_one_is_exact(base, targets, tmp_path):
+    """|b aᵀ| = |b| |a|ᵀ is of rank 1, and the signs are kept at any rank."""
+    base = base()
+    model = lora(base, targets, r=1, lora_alpha=7)
+    start = save_as_dual_lora(tmp_path, model)
+    assert all(kept.cosine > 1 - 1e-5 for kept in start.kept)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(base), logits(model), atol=1e-2)
+
+
+def test_signs_are_kept_and_the_figures_are_those_of_the_loaded_adapter(tmp_path):
+    base = llama()
+    model = lora(base, ["q_proj", "k_proj"], use_rslora=True)
+    updates = {n: m.get_delta_weight("default") for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    start = save_as_dual_lora(tmp_path, model)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert layers(loaded).keys() == updates.keys()
+    for kept, (name, layer) in zip(start.kept, layers(loaded).items(), strict=True):
+        found, update = layer.get_delta_weight("default"), updates[name]
+        assert layer.warmup_factor("default") == 1
+        cosine = torch.nn.functional.cosine_similarity(found.flatten(), update.flatten(), dim=0)
+        assert kept.cosine == pytest.approx(float(cosine), abs=1e-4)
+        assert kept.cosine > 0.8  # a constant magnitude gives √(2/π)
+        error = (found - update).norm() / update.norm()
+        assert float(error) == pytest.approx((1 - kept.cosine**2) ** 0.5, abs=1e-3)
+        _, _, C, D = (f.detach() for f in layer.factors("default"))
+        assert float(((D @ C > 0) == (update > 0)).float().mean()) == kept.signs > 0.999
+        for factor in (C, D):
+            assert float(factor.square().mean().sqrt()) == pytest.approx(0.02, rel=1e-3)
+        assert (kept.r1, kept.r2) == (4, 4)
+        assert kept.layer in str(start)
+
+
+def test_more_magnitude_rank_keeps_more():
+    model = lora(llama(), ["q_proj"])
+    medians = [convert_to_dual_lora(model, r1).median for r1 in (1, 4, 16, 32)]
+    assert medians == sorted(medians)
+    assert medians[0] < 0.9 < 0.9999 < medians[-1]
+
+
+def test_layers_of_other_ranks_keep_theirs(tmp_path):
+    base = llama()
+    model = lora(base, ["q_proj", "v_proj"], rank_pattern={"layers.1.self_attn.v_proj": 2})
+    save_as_dual_lora(tmp_path, model)
+    loaded = layers(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
+    ranks = {n.removeprefix("base_model.model.model."): (m.r1["default"], m.r2["default"]) for n, m in loaded.items()}
+    assert ranks.pop("layers.1.self_attn.v_proj") == (2, 2)
+    assert set(ranks.values()) == {(4, 4)}
+
+
+def test_a_trained_head_goes_along_and_training_goes_on(tmp_path):
+    base = bert()
+    model = lora(base, ["query", "value"], task_type="SEQ_CLS")
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    with torch.no_grad():
+        head.weight.normal_()
+    save_as_dual_lora(tmp_path, model)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    assert torch.equal(loaded.base_model.model.classifier.modules_to_save["default"].weight, head.weight)
+    optimizer = torch.optim.SGD(trainable(loaded), lr=0.1)
+    before = {n: p.detach().clone() for n, p in loaded.named_parameters() if p.requires_grad}
+    first = None
+    for _ in range(5):
+        loss = loaded(input_ids=tokens(), labels=torch.tensor([0, 1, 2])).loss
+        first = first or loss.item()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < first
+    still = [n for n, p in loaded.named_parameters() if n in before and torch.equal(p, before[n])]
+    assert not still
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(use_dora=True), TypeError, r"more than its two factors.*merge_and_unload"),
+        (dict(target_modules=["embed_tokens"]), TypeError, r"Embedding.* is not linear.*merge_and_unload"),
+        (dict(init_lora_weights=True), ValueError, "is zero .*no signs to keep"),
+    ],
+    ids=["dora", "embedding", "untrained"],
+)
+def test_what_has_no_place_is_refused(options, error, message):
+    options = dict(target_modules=["q_proj"]) | options
+    model = get_peft_model(llama(), LoraConfig(r=4, **options))
+    with pytest.raises(error, match=message):
+        convert_to_dual_lora(model)
+
+
+def test_a_model_without_lora_is_refused():
+    with pytest.raises(ValueError, match="no LoRA adapter 'default'"):
+        convert_to_dual_lora(llama())
