@@ -1,0 +1,41 @@
+"""LLaMA-Factory on an adapter made beforehand: `python examples/llama_factory.py start.yaml` with train's YAML.
+
+LLaMA-Factory makes LoRA and OFT adapters only, but continues whatever PEFT can load. So this makes the untrained
+adapter, names it in the arguments (`adapter_name_or_path`) and hands over to `llamafactory-cli train`.
+"""
+
+from pathlib import Path
+
+import cyclopts
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dual_lora import DualLoraConfig
+
+
+def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
+    """Save an untrained adapter in `folder`; the arguments that make LLaMA-Factory train it."""
+    base = AutoModelForCausalLM.from_pretrained(arguments["model_name_or_path"])
+    targets = arguments.get("lora_target", "all")
+    config = DualLoraConfig(
+        r=arguments.get("lora_rank", 8),
+        alpha=arguments.get("lora_alpha"),
+        dropout=arguments.get("lora_dropout", 0.0),
+        target_modules="all-linear" if targets == "all" else targets.split(","),
+        warmup_steps=warmup_steps,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(base, config).save_pretrained(folder)
+    return {**arguments, "finetuning_type": "lora", "adapter_name_or_path": str(folder)}
+
+
+def main(arguments: Path, folder: Path = Path("runs/llama-factory-start"), warmup_steps: int = 50) -> None:
+    """Train with the arguments of a YAML file."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")

