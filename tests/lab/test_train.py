@@ -82,6 +82,23 @@ def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
 
 
+def test_a_start_from_gradients_is_saved_as_a_change_of_the_untouched_base(lm_values, tmp_path):
+    """LoRA-GA's start sits in the base weights as well; the saved adapter has to fit the base that everybody has."""
+    from dual_lora.lab.tuned import open_tuned
+
+    lm_values["method"] = {"name": "lora_ga", "r": 4}
+    trained = run(build_recipe(lm_values), tmp_path / "run", progress=False).tuned
+    opened = open_tuned(tmp_path / "run")
+    assert opened.model.peft_config["default"].r == 8
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        one, other = (t.model(input_ids=tokens).logits for t in (trained, opened))
+        with opened.model.disable_adapter():
+            untouched = opened.model(input_ids=tokens).logits
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert (other - untouched).abs().max() > 1e-3
+
+
 class Stopped(Exception):
     pass
 

@@ -4,6 +4,7 @@ recipe.yaml     the recipe with every default written out
 record.json     versions, device, times, result
 metrics.jsonl   one line per log step
 checkpoints/    what --resume goes on from
+start/          the adapter before training, for a method whose start lies in the base weights as well (LoRA-GA)
 adapter/        the finished adapter (``model/`` for full fine-tuning)
 """
 
@@ -29,6 +30,7 @@ class RunFolder:
         self.record = path / "record.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.start = path / "start"
         self.adapter = path / "adapter"
         self.full_model = path / "model"
         self._lock: Any = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 BATCHES = 8
@@ -37,3 +38,11 @@ def show_gradients(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook")  # the first layer's input is no tensor to train
         preprocess_loraga(model, config, passes)
+
+
+def save_as_change(model: Any, start: Path, folder: Path) -> None:
+    """Save the adapter so that it fits the untouched base: PEFT takes the start in `start` off, at twice the rank.
+
+    The start subtracted itself from the base weights, by gradients that are gone when the adapter is loaded.
+    """
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))

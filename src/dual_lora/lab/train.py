@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.failures import Diverged as Diverged
 from dual_lora.lab.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.folder import RunFolder, write_atomically, write_folder_atomically
-from dual_lora.lab.gradient_start import show_gradients, wants_gradients
+from dual_lora.lab.gradient_start import save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.loop import build_trainer, mean_loss
 from dual_lora.lab.methods import apply_method, is_kind, method_config
 from dual_lora.lab.models import quiet
@@ -112,6 +112,8 @@ def _train(
         ordered = [ready.rows[i] for i in ready.order]
         show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
     model = apply_method(loaded, config, recipe.model.path, part.seed)
+    if wants_gradients(config) and main:
+        model.save_pretrained(str(folder.start))
 
     checkpoint = folder.last_checkpoint()
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -188,6 +190,8 @@ def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], 
         with quiet():
             trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
             tokenizer.save_pretrained(str(folder))
+        if (start := target.with_name("start")).is_dir():
+            save_as_change(trainer.model, start, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(folder, recipe, classes)
 
