@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, target_names, what_else_is_saved, write_adapter
+from .conversion import PREFIX, target_names, truncated, what_else_is_saved, write_adapter
 
 # Below this cosine between the two updates, the start is likely to behave differently from the LoRA.
 TOO_LITTLE = 0.95
@@ -137,8 +137,7 @@ def near(B: Tensor, A: Tensor, r1: int, std: float, layer: str) -> tuple[Factors
             )
         D, C = _balanced(B, A)
         D, C = D * (std / D.square().mean().sqrt()), C * (std / C.square().mean().sqrt())
-        U, S, V = torch.linalg.svd(update.abs(), full_matrices=False)
-        factors = Factors(S[:r1].sqrt().unsqueeze(1) * V[:r1], U[:, :r1] * S[:r1].sqrt(), C, D)
+        factors = Factors(*truncated(update.abs(), r1)[:2], C, D)
         found = delta_weight(factors, scale, Form())
         # The length that comes closest, once ReLU has cut what the approximation has below zero.
         length = float((found * update).sum() / found.square().sum())

@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
 from . import saved
 from .attention import dispatch_attention
 from .config import DualLoraConfig
