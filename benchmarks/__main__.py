@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from . import gates, ledger, verdict
-from .measure import Measured
+from .measure import Measured, Unavailable
 
 # A measurement that is too noisy to judge is repeated so often.
 REPEATS = 2
@@ -47,7 +47,7 @@ def _threads(text: str | None) -> list[int]:
 
 def run_gates(only: list[str], threads: list[int], seconds: float, write: bool, ledger_path: Path = ledger.PATH) -> int:
     """Measure what the gates name, print the table, append to the ledger."""
-    from .works import WORKS, Unavailable
+    from .works import WORKS
 
     source, verdicts, shares = ledger.provenance(), [], []
     for work in WORKS:

@@ -29,11 +29,25 @@ def measure(
     W = (torch.randn(O, I, generator=g) / I**0.5).to(dtype)
     x, dy = torch.randn(T, I, generator=g).to(dtype), torch.randn(T, O, generator=g).to(dtype)
     modules = {m: layers.linear(m, W, rank) for m in methods if m != "floor"}
+    products = floor(x, W, dy, rank // 2, rank // 2) if "floor" in methods else None
+    return compare(modules, x, W, dy, products, threads, seconds)
+
+
+def compare(
+    modules: dict[str, Any],
+    x: Tensor,
+    W: Tensor,
+    dy: Tensor,
+    products: Callable[[], object] | None,
+    threads: int,
+    seconds: float,
+) -> Measured:
+    """Check modules["dual"], whose base is or stands for W, then time all of them, and the floor if it is given."""
     check(modules["dual"], x, W, dy)
     variants: dict[str, Callable[[], object]] = {m: step(module, x, dy) for m, module in modules.items()}
-    if "floor" in methods:
-        variants["floor"] = floor(x, W, dy, rank // 2, rank // 2)
-    return interleave(variants, [("dual", m) for m in methods if m != "dual"], threads, seconds)
+    if products is not None:
+        variants["floor"] = products
+    return interleave(variants, [("dual", m) for m in variants if m != "dual"], threads, seconds)
 
 
 def check(layer: Any, x: Tensor, W: Tensor, dy: Tensor) -> None:

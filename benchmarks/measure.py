@@ -22,6 +22,10 @@ NARROW = 0.01
 QUIET_SHARE = 0.85
 
 
+class Unavailable(RuntimeError):
+    """What this installation cannot measure, with the reason."""
+
+
 class Ratio(NamedTuple):
     """A median of paired ratios with its 95 % interval (order statistics; the range for few rounds)."""
 

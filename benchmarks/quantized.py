@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import judge, layers
-from .linear import floor, step
-from .measure import Measured, interleave
-from .works import Unavailable
+from . import layers
+from .linear import compare, floor
+from .measure import Measured, Unavailable
 
 
 def measure(O: int, I: int, T: int, threads: int, seconds: float) -> Measured:
@@ -21,10 +20,8 @@ def measure(O: int, I: int, T: int, threads: int, seconds: float) -> Measured:
     W = torch.randn(O, I, generator=g) / I**0.5
     x, dy = (torch.randn(T, n, generator=g).bfloat16() for n in (I, O))
     modules = {m: _adapted(m, W) for m in ("dual", "lora")}
-    _check(modules["dual"], x, dy)
-    variants = {m: step(module, x, dy) for m, module in modules.items()}
-    variants["floor"] = _floor(modules["dual"], x, dy)
-    return interleave(variants, [("dual", "lora"), ("dual", "floor")], threads, seconds)
+    dual = modules["dual"]
+    return compare(modules, x, _dequantised(dual), dy, _floor(dual, x, dy), threads, seconds)
 
 
 def _floor(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
@@ -66,19 +63,3 @@ def _adapted(method: str, W: torch.Tensor) -> Any:
             return get_peft_model(holder, layers.config(method, ["linear"])).base_model.model["linear"].train()
     except ValueError as error:
         raise Unavailable(f"{method} does not take an NF4 base here: {error}") from error
-
-
-def _check(layer: Any, x: torch.Tensor, dy: torch.Tensor) -> None:
-    W = _dequantised(layer)
-    four = layers.factors_of(layer)
-    O, I = W.shape
-    factors = judge.exact_factors(O, I, four.A.shape[0], four.C.shape[0])
-    layers.fill(layer, factors)
-    scale = layer.adapter("default").scale
-    xs = x.clone().requires_grad_()
-    y = layer(xs)
-    y.backward(dy)
-    ours = {"y": y.detach(), "dx": xs.grad, **{f"d{k}": f.grad for k, f in four._asdict().items()}}
-    plain = judge.results(x, W, factors, scale, dy)
-    judge.check(ours, plain, judge.results(x, W, factors, scale, dy, torch.float64))
-    layer.zero_grad(set_to_none=True)

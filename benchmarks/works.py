@@ -9,10 +9,6 @@ from .gates import STEP
 from .measure import Measured
 
 
-class Unavailable(RuntimeError):
-    """A work that this installation cannot run, with the reason."""
-
-
 class Work(NamedTuple):
     """`run(threads, seconds)` returns measurements by the name of the work that they answer."""
 
