@@ -67,7 +67,7 @@ def classes_of(recipe: Recipe) -> int | None:
     from dual_lora.lab.data.examples import load_split
 
     if recipe.model.head != "classification":
-        return None
+        return 1 if recipe.model.head == "regression" else None
     return len(class_names(load_split(recipe.data, "train")))
 
 
@@ -157,7 +157,7 @@ def empty_model(part: ModelPart, classes: int | None) -> Any:
         raise UserError(
             f"The configuration of {part.path!r} could not be read: {str(error).splitlines()[0]}"
         ) from error
-    factory: Any = AutoModelForSequenceClassification if part.head == "classification" else AutoModelForCausalLM
+    factory: Any = AutoModelForCausalLM if part.head == "causal" else AutoModelForSequenceClassification
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.data.encode import Prompter
+from dual_lora.lab.data.encode import VALUE, Prompter
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import write_atomically
@@ -22,6 +22,7 @@ from dual_lora.lab.scoring import (
     score_classification,
     score_exact_match,
     score_loss,
+    score_regression,
     score_texts,
 )
 from dual_lora.lab.tuned import Tuned, open_tuned
@@ -33,6 +34,7 @@ _GENERATION = {
     "bleu": score_texts,
     "nlg": score_texts,
 }
+_ENCODER = {"classification": score_classification, "regression": score_regression}
 
 
 @dataclass
@@ -80,7 +82,7 @@ def evaluate(
     examples = load_split(data, spec.split) if examples is None else examples
     if not examples:
         raise UserError("There are no examples to evaluate.")
-    tasks: list[Task] = list(spec.tasks) or ["classification" if examples[0].text else "loss"]
+    tasks: list[Task] = list(spec.tasks) or _usual(tuned, examples)
     _fit(tasks, examples, tuned)
     chosen = variants or [v for v in tuned.variants if spec.base or v != "base" or tuned.variants == ["base"]]
     prompter = Prompter(tuned.tokenizer, data.template)
@@ -92,8 +94,8 @@ def evaluate(
             for task in tasks:
                 start = time.perf_counter()
                 with Bar(f"{task} · {variant}", len(examples), progress) as bar:
-                    if task == "classification":
-                        rows: Rows = score_classification(
+                    if task in _ENCODER:
+                        rows: Rows = _ENCODER[task](
                             model, tuned.tokenizer, examples, tuned.classes, spec, data.max_length, bar.advance
                         )
                     else:
@@ -140,12 +142,22 @@ def _settings(recipe: Recipe | None, data: DataPart | None, spec: EvaluatePart |
     return data, spec or (recipe.evaluate if recipe else EvaluatePart())
 
 
+def _usual(tuned: Tuned, examples: list[Example]) -> list[Task]:
+    if not examples[0].text:
+        return ["loss"]
+    return ["regression" if tuned.classes == [VALUE] else "classification"]
+
+
 def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
     for task in tasks:
-        if (task == "classification") != bool(examples[0].text):
+        if (task in _ENCODER) != bool(examples[0].text):
             found = "text and label" if examples[0].text else "prompt and answer"
             raise UserError(f"The task {task} does not fit the records, which hold {found}.")
-    if "classification" in tasks and not tuned.classes:
+    for task, value in (("classification", False), ("regression", True)):
+        if task in tasks and tuned.classes and (tuned.classes == [VALUE]) != value:
+            head = "regression" if tuned.classes == [VALUE] else "classification"
+            raise UserError(f"The task {task} does not fit {tuned.source}, whose head is for {head}.")
+    if set(_ENCODER) & set(tasks) and not tuned.classes:
         raise UserError(
             f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
         )

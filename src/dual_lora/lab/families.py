@@ -83,7 +83,7 @@ def _read(path: Path, _changed: int) -> dict[str, Member]:
     for name, text in sources.items():
         if text.partition(":")[0] not in KINDS:
             raise UserError(
-                f"{path}: source {name!r} has to begin with {', '.join(KINDS)} and a colon, found {text!r}."
+                f"{path}: source {name!r} has to begin with {' or '.join(KINDS)} and a colon, found {text!r}."
             )
     cells = dict(written.get("cells") or {})
     members = {}

@@ -32,7 +32,7 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
 
     from dual_lora.lab.methods import method_config
 
-    base = empty_model(recipe.model, classes if recipe.model.head == "classification" else None)
+    base = empty_model(recipe.model, {"classification": classes, "regression": 1}.get(recipe.model.head))
     config = method_config(recipe.method, recipe.model.head, recipe.train.steps or 1000, [])
     size = sum(p.numel() for p in base.parameters())
     if config is None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -49,11 +49,15 @@ def build_trainer(
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
-    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number.
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number; of values the squared
+    error.
 
     smoothing: share of each target that is spread evenly over the vocabulary.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if labels.is_floating_point():
+        total = mse_loss(logits.flatten().float(), labels, reduction="sum")
+        return total / (count if count is not None else labels.numel())
     if labels.dim() == 2:
         labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
         logits = logits[:, :-1]

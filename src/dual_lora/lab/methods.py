@@ -51,8 +51,9 @@ def method_fields(name: str) -> list[str]:
 def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:
     """The PEFT configuration that a recipe's ``method`` part describes; None for full fine-tuning.
 
-    head: "causal" or "classification". steps: optimizer steps of the run (for ramps). fresh: modules with new weights,
-    which are trained and saved whole. Raises UserError for unknown methods and fields (nearest name suggested).
+    head: "causal", "classification" or "regression". steps: optimizer steps of the run (for ramps). fresh: modules with
+    new weights, which are trained and saved whole. Raises UserError for unknown methods and fields (nearest name
+    suggested).
     """
     kind, preset = _resolve(str(method["name"]))
     settings = {**preset, **{key: value for key, value in method.items() if key != "name"}}
@@ -78,7 +79,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     if fresh and "modules_to_save" in known:
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *fresh})
     try:
-        return factory(task_type="SEQ_CLS" if head == "classification" else "CAUSAL_LM", **settings)
+        return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"method {method['name']}: {' '.join(str(error).split())}") from error
 

@@ -37,6 +37,8 @@ def evaluation(metric: str, head: str) -> str:
     """The evaluation that yields the metric on a causal or a classification model. Raises UserError if none does."""
     if metric not in METRICS:
         raise UserError(f"There is no metric {metric!r}.{suggest(metric, METRICS)}")
+    if head == "regression":
+        raise UserError("Studies compare classifiers and language models; a head for one number has no metric here.")
     if head == "classification":
         if metric not in ("accuracy", "f1", "matthews", "loss"):
             raise UserError(f"A classifier has no {metric}: choose accuracy, f1, matthews or loss.")

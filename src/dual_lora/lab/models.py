@@ -107,7 +107,7 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     if part.attention:
         arguments["attn_implementation"] = part.attention
     factory: Any = AutoModelForCausalLM
-    if part.head == "classification":
+    if part.head != "causal":
         factory = AutoModelForSequenceClassification
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():

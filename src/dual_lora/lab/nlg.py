@@ -2,7 +2,7 @@
 
 bleu     sacrebleu on 13a tokens in lower case, 0..100
 nist     here: nltk's takes the one best reference, mteval-13a all of them
-meteor   nltk with WordNet, 0..1: METEOR 1.5, which the script calls, is a Java program with other weights
+meteor   nltk with WordNet, 0..1: METEOR 1.5, which the script calls, is a Java program whose figures are far lower
 rouge_l  rouge-score's common subsequences, 0..1: the script pairs the best precision with the best recall
 cider    here, 0..10: pycocoevalcap has had no release since 2020 and brings 100 MB of Java; aac-metrics needs models
 
@@ -173,6 +173,6 @@ def _wordnet() -> Any:
 
     try:
         wordnet.ensure_loaded()
-    except LookupError:
+    except (LookupError, OSError):  # not there, or in parts only
         return None
     return wordnet

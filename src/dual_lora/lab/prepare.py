@@ -11,7 +11,7 @@ from typing import Any
 from transformers import set_seed
 
 from dual_lora.lab.data.batches import Collator, accepted_arguments, training_order
-from dual_lora.lab.data.encode import Encoded, Prompter, class_names, encode_all, encode_texts
+from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.models import Loaded
@@ -47,10 +47,10 @@ def prepare(recipe: Recipe) -> Prepared:
     """Read the data, load the model, fix the order. Raises UserError for records that do not fit the head."""
     part = recipe.train
     examples = load_split(recipe.data, "train")
-    classification = recipe.model.head == "classification"
-    _fits_head(examples[0], classification)
-    classes = class_names(examples) if classification else []
-    if classification and len(classes) < 2:
+    head = recipe.model.head
+    _fits_head(examples[0], head)
+    classes = class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
+    if head == "classification" and len(classes) < 2:
         raise UserError(f"The training records hold one class only ({classes[0]}); a classifier needs two.")
     held = load_split(recipe.data, "validation") if part.validate_every else []
     set_seed(part.seed)
@@ -72,8 +72,8 @@ def _encoded(recipe: Recipe, examples: list[Any], loaded: Loaded, classes: list[
     return encode_all(examples, prompter, recipe.data.max_length)
 
 
-def _fits_head(example: Any, classification: bool) -> None:
-    if classification and not example.text:
-        raise UserError(f"{example.where}: model.head is classification, but the record has no text and label.")
-    if not classification and not example.messages:
+def _fits_head(example: Any, head: str) -> None:
+    if head != "causal" and not example.text:
+        raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
+    if head == "causal" and not example.messages:
         raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dual_lora.lab.errors import UserError, suggest
 
-Task = Literal["exact_match", "choice", "classification", "loss", "bleu", "nlg"]
+Task = Literal["exact_match", "choice", "classification", "regression", "loss", "bleu", "nlg"]
 
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
@@ -29,8 +29,8 @@ class ModelPart(Part):
     path: str = Field(
         description="Folder, hub name, GGUF file, or package:NAME for a model inside an installed package."
     )
-    head: Literal["causal", "classification"] = Field(
-        "causal", description="Language model, or a sequence classifier with a fresh head."
+    head: Literal["causal", "classification", "regression"] = Field(
+        "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Precision of the base weights (factors of Dual LoRA stay float32)."
@@ -127,8 +127,8 @@ class TrainPart(Part):
 class EvaluatePart(Part):
     tasks: list[Task] = Field(
         default_factory=list,
-        description="exact_match (generation), choice (likelihood), classification, loss, bleu, "
-        "nlg (BLEU, NIST, METEOR, ROUGE-L, CIDEr); empty: loss or classification.",
+        description="exact_match (generation), choice (likelihood), classification, regression (Pearson, Spearman), "
+        "loss, bleu, nlg (BLEU, NIST, METEOR, ROUGE-L, CIDEr); empty: loss or classification.",
     )
     split: Literal["test", "validation", "train"] = Field("test", description="Which records of data are evaluated.")
     base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")

@@ -142,6 +142,25 @@ def score_classification(
     return rows
 
 
+def score_regression(
+    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
+    advance: Advance,
+) -> Rows:  # fmt: skip
+    """The value of each text."""
+    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
+    collate = Collator(tokenizer.pad_token_id, classification=True)
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        batch.pop("labels")
+        with torch.inference_mode():
+            values = model(**batch).logits.float().flatten().tolist()
+        for i, value in zip(part, values, strict=True):
+            rows[i] = {"predicted": value}
+        advance(len(part))
+    return rows
+
+
 def generate_all(
     model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
     advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
@@ -208,6 +227,11 @@ def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
         most = max(len(r["references"]) for r in rows)
         columns: Any = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
         return {"bleu": corpus_bleu([r["predicted"] for r in rows], columns).score}
+    if task == "regression":
+        from scipy.stats import pearsonr, spearmanr
+
+        values = [r["predicted"] for r in rows], [float(e.label) for e in examples]
+        return {"pearson": float(pearsonr(*values).statistic), "spearman": float(spearmanr(*values).statistic)}
     accuracy = sum(r["correct"] for r in rows) / len(rows)
     if task != "classification":
         return {task: accuracy}

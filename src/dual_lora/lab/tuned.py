@@ -120,7 +120,7 @@ def _open_adapter(
         raise UserError(f"The adapter {adapter} could not be read: {' '.join(str(error).split())}") from error
     part = recipe.model if recipe else _part_of(config, adapter)
     part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
-    labels = len(classes) or _labels_in(adapter) if part.head == "classification" else None
+    labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     loaded = load_base(part, recipe.train.seed if recipe else 0, labels, device)
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)

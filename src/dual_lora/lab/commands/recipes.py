@@ -97,8 +97,10 @@ def check(
     from dual_lora.lab.fit import fit
 
     recipe = read_recipe(name)
+    classes = 1 if recipe.model.head == "regression" else classes
     found = fit(recipe, classes)
-    setting = from_recipe(recipe, classes=classes, on="gpu")
+    head = "causal" if recipe.model.head == "causal" else "classification"
+    setting = from_recipe(recipe, head=head, classes=classes, on="gpu")
     memory = memory_of(setting, simulate(setting)).peak
     facts = {
         "model": recipe.model.path,

@@ -25,11 +25,11 @@ LLM_ADAPTERS = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of equal length, or one class label; ``where`` names the record."""
+    """Token ids and labels of equal length, or one class or value; ``where`` names the record."""
 
     where: str
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int] | list[float]
 
     @property
     def label_tail(self) -> int:
@@ -127,6 +127,9 @@ def encode_all(examples: list[Example], prompter: Prompter, max_length: int) -> 
     return kept, len(encoded) - len(kept)
 
 
+VALUE = "(value)"  # in place of classes: the label is a number, and so is what the model tells
+
+
 def class_names(examples: list[Example]) -> list[str]:
     """The labels that occur, numbers in their order."""
     names = {example.label for example in examples}
@@ -136,18 +139,22 @@ def class_names(examples: list[Example]) -> list[str]:
 def encode_texts(
     examples: list[Example], tokenizer: Any, max_length: int, classes: list[str]
 ) -> tuple[list[Encoded], int]:
-    """Texts (or pairs) with class numbers, and how many had to be cut to ``max_length`` tokens."""
+    """Texts (or pairs) with class numbers (classes [VALUE]: values), and how many had to be cut to ``max_length``."""
     numbers = {name: i for i, name in enumerate(classes)}
     result: list[Encoded] = []
     cut = 0
     for example in examples:
-        if example.label not in numbers:
+        if classes == [VALUE]:
+            if not _is_number(example.label):
+                raise UserError(f"{example.where}: label {example.label!r} is no number, but model.head is regression.")
+        elif example.label not in numbers:
             raise UserError(f"{example.where}: label {example.label!r} is none of the classes {', '.join(classes)}.")
         ids = tokenizer(*example.text).input_ids
         if len(ids) > max_length:
             cut += 1
             ids = tokenizer(*example.text, truncation=True, max_length=max_length).input_ids
-        result.append(Encoded(example.where, ids, [numbers[example.label]]))
+        label = [float(example.label)] if classes == [VALUE] else [numbers[example.label]]
+        result.append(Encoded(example.where, ids, label))
     return result, cut
 
 
