@@ -1,5 +1,10 @@
 """lm-evaluation-harness sees the adapter: by its folder, and as a live model."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,3 +56,22 @@ def test_the_folder_and_the_live_model_score_alike(example, tiny_lm, adapter, tm
     assert torch.allclose(torch.tensor(merged), torch.tensor(by_folder), atol=1e-3)
     base = likelihoods(HFLM(pretrained=str(tiny_lm), dtype="float32", **options))
     assert not torch.allclose(torch.tensor(base), torch.tensor(by_folder), atol=0.1)
+
+
+def test_the_command_knows_the_method_through_sitecustomize(example, tiny_lm, adapter, tmp_path):
+    example("lm_eval_harness").write_task(tmp_path, 4)
+    (tmp_path / "sitecustomize.py").write_text("import dual_lora\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "tool_calls", "--device", "cpu"),
+            *("--model_args", f"pretrained={tiny_lm},peft={adapter},dtype=float32"),
+            *("--include_path", str(tmp_path), "--output_path", str(tmp_path / "results.json")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.rglob("results*.json")
+    assert "acc,none" in json.loads(written.read_text())["results"]["tool_calls"]
