@@ -57,6 +57,16 @@ class QuantizedLinear(Linear):
 
     # Forward.
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As for every layer; raises NotImplementedError under torch.export, whose graphs hold no quantised weight."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # that is, exporting
+            raise NotImplementedError(
+                f"A {self.quantization_backend.backend_name} layer cannot be exported with Dual LoRA on it: the graph "
+                "would need the library's dequantisation. Load the base model in bf16 or fp32, load the adapter on it, "
+                "and export that, merged (`merge_and_unload()`) or not; then quantise with the target's own tools."
+            )
+        return super().forward(x, *args, **kwargs)
+
     def _is_plain(self) -> bool:
         base: Any = self.base_layer
         return is_plain(base, type(base).forward) and self._computes_dequantised(base)

@@ -1,0 +1,213 @@
+"""`dual-lora export`: every target from a run, honest figures, and a sentence for what cannot be."""
+
+import json
+import os
+import stat
+import sys
+
+import pytest
+from test_cli import call  # noqa: F401 - a fixture
+
+from dual_lora.lab import export_gguf
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.export import REPORT, export_dual_lora, export_lora, in_words
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.train import run
+from dual_lora.lab.tuned import open_tuned
+
+
+@pytest.fixture
+def trained(lm_values, tmp_path):
+    """Function: method -> folder of a short run of the language model."""
+
+    def train(name, **method):
+        lm_values["method"] = {"name": name, "r": 4, **method}
+        lm_values["train"]["steps"] = 25
+        folder = tmp_path / f"run-{name}"
+        run(build_recipe(lm_values), folder, progress=False)
+        return folder
+
+    return train
+
+
+def test_lora_of_full_energy_keeps_everything_and_evaluates_like_a_run(trained, tmp_path):
+    source = trained("dual_lora")
+    result = export_lora(source, tmp_path / "lora", 1.0, progress=False)
+    assert result.verdict.startswith("good")
+    assert result.loss["converted"] == pytest.approx(result.loss["adapter"], abs=1e-4)
+    assert result.loss["adapter"] < result.loss["base"]
+    assert result.examples == 16
+    assert "merged" in result.advice  # at full rank the LoRA is larger than the weights
+    assert result.parameters > result.weights
+    report = json.loads((tmp_path / "lora" / REPORT).read_text())
+    assert len(report["layers"]) == 14
+    assert report["loss"] == result.loss
+    again = evaluate(tmp_path / "lora", variants=["tuned"], progress=False)
+    assert again.metrics["tuned"]["loss"] == pytest.approx(result.loss["converted"], abs=1e-6)
+    assert not (source / "evaluation").exists()
+
+
+def test_lora_of_rank_one_loses_too_much_and_says_what_to_do(trained, tmp_path):
+    source = trained("dual_lora")
+    result = export_lora(source, tmp_path / "lora", 1, limit=0, progress=False)
+    assert result.loss == {}
+    assert all(layer["rank"] == 1 and layer["error"] > 0.3 for layer in result.layers)
+    assert result.verdict.startswith("loses too much")
+    assert "ΔW is of high rank" in result.advice
+    assert "--to merged" in result.advice
+
+
+def test_a_file_of_the_users_own_records(trained, tmp_path, questions):
+    source = trained("dual_lora")
+    few = tmp_path / "mine.json"
+    few.write_text(json.dumps(json.loads((questions / "test.json").read_text())[:3]))
+    result = export_lora(source, tmp_path / "lora", 8, data=str(few), progress=False)
+    assert result.examples == 3
+    assert export_lora(source, tmp_path / "two", 8, data=str(few), limit=2, progress=False).examples == 2
+
+
+def test_there_and_back(trained, tmp_path):
+    source = trained("lora", lora_alpha=16)
+    result = export_dual_lora(source, tmp_path / "dual", progress=False)
+    assert all(layer["r1"] == layer["r2"] == 4 and layer["signs"] > 0.999 for layer in result.layers)
+    assert result.loss.keys() == {"base", "adapter", "converted"}
+    tuned = open_tuned(tmp_path / "dual")
+    assert tuned.model.peft_config["default"].peft_type == "DUAL_LORA"
+    again = evaluate(tuned, variants=["tuned"], progress=False)
+    assert again.metrics["tuned"]["loss"] == pytest.approx(result.loss["converted"], abs=1e-6)
+
+
+def test_a_classifier(encoder_values, tmp_path):
+    encoder_values["method"] = {"name": "dual_lora", "r": 4}
+    run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+    result = export_lora(tmp_path / "run", tmp_path / "lora", 1.0, progress=False)
+    assert result.loss["converted"] == pytest.approx(result.loss["adapter"], abs=1e-3)
+    assert open_tuned(tmp_path / "lora").classes == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("converted", "word"),
+    [(1.0, "good: 100%"), (1.04, "good: 96%"), (1.1, "loses some: 90%"), (1.5, "much: 50%"), (2.1, "nothing of the")],
+)
+def test_verdicts_by_loss(converted, word):
+    verdict, advice = in_words("lora", {"base": 2.0, "adapter": 1.0, "converted": converted}, lost=0.9)
+    assert word in verdict
+    assert bool(advice) == (not verdict.startswith("good"))
+
+
+def test_verdicts_without_records_and_without_an_improvement():
+    assert in_words("lora", {}, lost=0.4)[0].startswith("loses too much")
+    assert in_words("lora", {}, lost=0.1)[0].startswith("good by the weights")
+    verdict, advice = in_words("lora", {"base": 1.0, "adapter": 1.2, "converted": 1.2}, lost=0.1)
+    assert "cannot be told" in verdict
+    assert "--data" in advice
+
+
+def test_the_wrong_kind_and_a_filled_folder(trained, tmp_path, tiny_lm):
+    source = trained("lora")
+    with pytest.raises(UserError, match=r"holds a LORA adapter, expected a Dual LoRA.*--to dual-lora"):
+        export_lora(source, tmp_path / "out", 4)
+    with pytest.raises(UserError, match="holds no adapter"):
+        export_dual_lora(tiny_lm, tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("kept")
+    with pytest.raises(UserError, match="is not empty"):
+        export_dual_lora(source, tmp_path / "full")
+    assert not (tmp_path / "out").exists()
+
+
+# GGUF, with a program in the place of llama.cpp's converter.
+
+STAND_IN = """#!{python}
+import pathlib, struct, sys
+folder, *options = sys.argv[1:]
+given = dict(zip(options[::2], options[1::2]))
+assert (pathlib.Path(folder) / "model.safetensors").is_file() and (pathlib.Path(folder) / "config.json").is_file()
+if given["--outtype"] == "broken":
+    sys.exit("no such type")
+header = b"GGUF" if given["--outtype"] != "wrong" else b"abcd"
+pathlib.Path(given["--outfile"]).write_bytes(header + struct.pack("<IQ", 3, 7) + given["--outtype"].encode())
+"""
+
+
+@pytest.fixture
+def converter(tmp_path, monkeypatch):
+    """A folder like llama.cpp's, and none of the real converter elsewhere."""
+    monkeypatch.delenv(export_gguf.VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    script = folder / export_gguf.SCRIPT
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return script
+
+
+def test_gguf(call, trained, tmp_path, converter):  # noqa: F811
+    source, out = trained("dual_lora"), tmp_path / "model.gguf"
+    code, text, _ = call(
+        "export", source, out, "--to", "gguf", "--converter", converter.parent, "--outtype", "f16", "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["tensors"] == 7
+    assert out.read_bytes().endswith(b"f16")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".model")] == []
+    for outtype, message in (("broken", "failed (exit code 1): no such type"), ("wrong", "wrote no GGUF file")):
+        with pytest.raises(UserError, match=message.replace("(", r"\(").replace(")", r"\)")):
+            export_gguf.export_gguf(source, tmp_path / "other.gguf", outtype=outtype, converter=str(converter))
+    assert not (tmp_path / "other.gguf").exists()
+    with pytest.raises(UserError, match="exists already"):
+        export_gguf.export_gguf(source, out, converter=str(converter))
+    with pytest.raises(UserError, match=r"ends in \.gguf"):
+        export_gguf.export_gguf(source, tmp_path / "folder", converter=str(converter))
+
+
+def test_the_converter_is_found_by_option_variable_and_path_in_this_order(converter, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"was not found.*git clone.*--to merged"):
+        export_gguf.find_converter()
+    installed = tmp_path / "bin" / "convert-hf-to-gguf"
+    installed.parent.mkdir()
+    os.symlink(converter, installed)
+    assert export_gguf.find_converter() == [str(installed)]
+    monkeypatch.setenv(export_gguf.VARIABLE, str(converter.parent))
+    assert export_gguf.find_converter() == [sys.executable, str(converter)]
+    assert export_gguf.find_converter(str(installed)) == [str(installed)]
+    monkeypatch.setenv(export_gguf.VARIABLE, str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="DUAL_LORA_GGUF_CONVERTER is"):
+        export_gguf.find_converter()
+
+
+# The command.
+
+
+def test_command(call, trained, tmp_path):  # noqa: F811
+    source = trained("dual_lora")
+    code, text, _ = call("export", source, tmp_path / "lora", "--to", "lora", "--rank", 2, "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert (result["method"], result["examples"], len(result["layers"])) == ("lora", 16, 14)
+    code, text, _ = call("export", source, tmp_path / "energy", "--to", "lora", "--energy", 1, "--limit", 0)
+    assert code == 0
+    assert "verdict" in text
+    assert "self_attn.q_proj" in text
+    code, text, _ = call("export", source, tmp_path / "merged", "--to", "merged", "--json")
+    assert code == 0
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "lora"], "--rank 64 for every layer, or --energy 0.9"),
+        (["--to", "lora", "--rank", "2", "--energy", "0.5"], "--rank 64 for every layer, or --energy 0.9"),
+        (["--to", "lora", "--energy", "2"], "rank is 2.0"),
+        (["--to", "merged", "--rank", "2"], "--rank has no meaning for --to merged"),
+        (["--to", "lora", "--rank", "2", "--outtype", "f16"], "--outtype has no meaning for --to lora"),
+    ],
+)
+def test_errors_of_the_command(call, options, message, trained, tmp_path):  # noqa: F811
+    code, _, err = call("export", trained("dual_lora"), tmp_path / "out", *options)
+    assert code == 1
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,177 @@
+"""torch.export and ONNX of merged and unmerged models: the same outputs, at other batch sizes too."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny import MODELS, TARGETS, VOCABULARY, adapted, points, tokens
+from torch import nn
+from torch.export import Dim
+
+from dual_lora import DualLoraConfig, decompositions
+
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+
+
+class OneTensor(nn.Module):
+    """A tensor in, a tensor out: a language model's logits without its cache of keys, which is no output of a graph."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.eval()
+        if hasattr(model, "config") and hasattr(model.config, "use_cache"):
+            model.config.use_cache = False
+
+    def forward(self, x):
+        y = self.model(x)
+        return y if isinstance(y, torch.Tensor) else y.logits
+
+
+def language_model(name):
+    torch.manual_seed(1)
+    model = adapted(MODELS[name](), target_modules=TARGETS[name], init_weights=False)
+    return OneTensor(model), tokens(2, 7), tokens(5, 7)
+
+
+def mlp():
+    return OneTensor(adapted(init_weights=False)), points(3), points(8)
+
+
+def picture_model():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3))
+    model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0", "3"], init_weights=False, warmup_steps=0))
+    gen = torch.Generator().manual_seed(2)
+    return OneTensor(model), torch.randn(2, 2, 5, 5, generator=gen), torch.randn(6, 2, 5, 5, generator=gen)
+
+
+def embedding_model():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Embedding(VOCABULARY, 16, padding_idx=0), nn.Linear(16, 3))
+    model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0", "1"], init_weights=False, warmup_steps=0))
+    return OneTensor(model), tokens(2, 7), tokens(5, 7)
+
+
+CASES = {
+    "mlp": mlp,
+    "llama": lambda: language_model("llama"),
+    "bert": lambda: language_model("bert"),
+    "gpt2": lambda: language_model("gpt2"),
+    "conv": picture_model,
+    "embedding": embedding_model,
+}
+
+
+def exported(model, x):
+    batch = Dim("batch", min=2, max=64)
+    return torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]()
+
+
+def ours(program):
+    return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("dual_lora.")]
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_exported_program(case, merged):
+    model, x, other = case
+    with torch.no_grad():
+        expected = model(x), model(other)
+    if merged:
+        model.model.merge_adapter()
+    program = exported(model, x)
+    assert bool(ours(program)) != merged
+    plain = program.run_decompositions(decompositions())
+    assert not ours(plain)
+    for which in (program, plain):
+        run = which.module()
+        with torch.no_grad():
+            torch.testing.assert_close(run(x), expected[0], **CLOSE)
+            torch.testing.assert_close(run(other), expected[1], **CLOSE)
+
+
+def test_lambda_is_part_of_what_is_exported():
+    model = adapted(init_weights=True, warmup_steps=4, init_std=0.5)
+    for module in model.modules():
+        if hasattr(module, "dual_lora_A"):
+            module._set_steps_left("default", 2)
+    model = OneTensor(model)
+    with torch.no_grad():
+        half = model(points())
+    run = exported(model, points()).module()
+    torch.testing.assert_close(run(points()), half, **CLOSE)
+
+
+def test_a_quantised_base_is_refused_with_the_way_out():
+    bnb = pytest.importorskip("bitsandbytes", reason="quantised layers need bitsandbytes")
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 8, compute_dtype=torch.float32, quant_type="nf4")).to("cpu")
+    model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0"], init_weights=False))
+    x = torch.randn(3, 64)
+    assert OneTensor(model)(x).shape == (3, 8)
+    with pytest.raises(NotImplementedError, match=r"layer cannot be exported.*bf16 or fp32.*merge_and_unload"):
+        torch.export.export(OneTensor(model), (x,))
+
+
+LOADS = """
+import sys, torch
+sys.modules["dual_lora"] = sys.modules["peft"] = None
+program = torch.export.load(sys.argv[1])
+torch.save(program.module()(torch.load(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_decomposed_program_runs_without_this_package(tmp_path):
+    model, x, other = mlp()
+    program = exported(model, x).run_decompositions(decompositions())
+    torch.export.save(program, tmp_path / "program.pt2")
+    torch.save(other, tmp_path / "x.pt")
+    arguments = [str(tmp_path / name) for name in ("program.pt2", "x.pt", "y.pt")]
+    done = subprocess.run([sys.executable, "-c", LOADS, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(other), **CLOSE)
+
+
+# ONNX.
+
+
+@pytest.fixture
+def onnx_runs():
+    """Function: (model, example, input) -> what onnxruntime computes from the exported model."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"ONNX export needs {name}: pip install 'dual-lora[export]'")
+    import onnxruntime
+
+    def run(model, example, *inputs):
+        batch = Dim("batch", min=2, max=64)
+        program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+        domains = {node.domain for node in program.model.graph}
+        assert domains <= {"", "pkg.onnxscript.torch_lib"}, domains
+        file = io.BytesIO()
+        program.save(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return [torch.from_numpy(session.run(None, {name: x.numpy()})[0]) for x in inputs]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_onnx(case, merged, onnx_runs):
+    model, x, other = case
+    with torch.no_grad():
+        expected = [model(x), model(other)]
+    if merged:
+        model.model.merge_adapter()
+    for got, wanted in zip(onnx_runs(model, x, x, other), expected, strict=True):
+        torch.testing.assert_close(got, wanted, **CLOSE)
