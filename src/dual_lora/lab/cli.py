@@ -24,6 +24,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
     ("merge", "dual_lora.lab.commands.merge:merge", "Write the merged model as a plain folder."),
+    ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
     ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
