@@ -61,6 +61,9 @@ def test_cider_by_hand():
     short = (2 / (math.sqrt(2) * 2) + 1 / math.sqrt(3)) / 4 * math.exp(-4 / 72)
     score = nlg.cider(words("a b c d", "x y"), [words("a b c d"), words("x y z w")])
     assert score == pytest.approx((10 + 10 * short) / 2)
+    # A word said twice counts as often as the reference has it: 1 · 1 / (2 · √2), no pair in common.
+    twice = nlg.cider(words("a b c d", "x x"), [words("a b c d"), words("x y")])
+    assert twice == pytest.approx((10 + 10 / (2 * math.sqrt(2)) / 4) / 2)
     # Words that all references hold weigh nothing.
     assert nlg.cider(words("a", "a"), [words("a"), words("a")]) == 0
 
