@@ -77,7 +77,7 @@ def estimate(
 
     Example: `dual-lora estimate llama-3-8b --length 2048 --batch 1 --checkpointing --on gpu`
 
-    Many devices: `dual-lora estimate llama-3-70b --devices 8 --strategy fsdp2 --on gpu --checkpointing`
+    Many devices: `dual-lora estimate llama-3-70b-eight-cards --devices 8 --strategy fsdp2 --on gpu`
 
     What fits: `dual-lora estimate qwen3-4b --fits 24GB --checkpointing --on gpu`
 

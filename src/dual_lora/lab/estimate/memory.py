@@ -1,6 +1,7 @@
 """The memory of a training step by what it is for and by phase, on every one of n devices.
 
-standing = weights + trained + optimizer;  forward, loss, backward: standing + what lives in that part (`simulate`);
+standing = weights + trained + optimizer + buffers;
+forward, logits, loss, backward: standing + what lives in that part (`simulate`);
 step: standing + gradients + what the optimizer uses while it updates. The peak is the largest of these.
 """
 
@@ -89,7 +90,7 @@ def memory_of(setting: Setting, step: Step, devices: int = 1, strategy: str = "d
         gradients = step.trained if setting.accumulate > 1 else peak.gradients
         parts[name] = peak.activations, peak.workspace + more, gradients * placed.gradients + placed.reducing(name)
     parts["step"] = 0.0, _updating(setting, step, placed), step.trained * placed.gradients
-    standing = placed.weights + placed.trained + placed.optimizer
+    standing = placed.weights + placed.trained + placed.optimizer + placed.buffers
     phases: dict[str, float] = {"standing": standing}
     where, fullest = "standing", (0.0, 0.0, 0.0)
     for name, part in parts.items():
@@ -107,7 +108,7 @@ def memory_of(setting: Setting, step: Step, devices: int = 1, strategy: str = "d
         optimizer=placed.optimizer,
         activations=activations,
         workspace=workspace,
-        gathered=0.0 if where in ("step", "standing") else placed.gathered,
+        gathered=placed.buffers + (0.0 if where in ("step", "standing") else placed.gathered),
         where=where,
         phases=phases,
     )

@@ -28,12 +28,15 @@ BLOCKS = 3  # that FSDP2 holds whole at a time
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes on one device; gradients: the share of all gradients; in_flight: whole gradients of blocks in backward."""
+    """Bytes on one device. gradients: the share of all gradients; buffers: of the communication, always there;
+    gathered: parameters that are whole during forward and backward; in_flight: whole gradients of blocks in backward.
+    """
 
     weights: float
     trained: float
     optimizer: float
     gradients: float = 1.0
+    buffers: float = 0.0
     gathered: float = 0.0
     in_flight: float = 0.0
 
@@ -67,12 +70,11 @@ def place(
     if n == 1:
         return Placement(weights, trained, optimizer)
     if strategy == "ddp":
-        return Placement(weights, trained, optimizer, gathered=trained)
+        return Placement(weights, trained, optimizer, buffers=trained)
     if strategy == "fsdp2":
         outside = max(0.0, weights + trained - layers * block)
-        return Placement(
-            weights / n, trained / n, optimizer / n, 1 / n, outside + BLOCKS * block, in_flight=2 * block_trained
-        )
+        whole = outside + BLOCKS * block
+        return Placement(weights / n, trained / n, optimizer / n, 1 / n, gathered=whole, in_flight=2 * block_trained)
     master = (optimizer + 4 * parameters) / n
     bucket = BUCKET * item
     if strategy == "zero1":
@@ -80,4 +82,4 @@ def place(
     if strategy == "zero2":
         return Placement(weights, trained, master, 1 / n, bucket)
     live = min(weights + trained, LIVE * item + block)
-    return Placement(weights / n, trained / n, master, 1 / n, live + bucket)
+    return Placement(weights / n, trained / n, master, 1 / n, bucket, live)

@@ -7,6 +7,7 @@ deep models are simulated with a few blocks and one more, and each figure goes o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,7 @@ def _simulate(setting: Setting, layers: int | None) -> Step:
 
     model = empty_model(setting, layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what it then raises
     try:
         with mode:
             become_fake(model, mode)
@@ -106,6 +108,10 @@ def _simulate(setting: Setting, layers: int | None) -> Step:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
             f"{setting.name} computes by the values of its data ({error.func}), which an estimate does not have."
+        ) from error
+    except RuntimeError as error:  # what the real step would raise as well: DeBERTa v1 in bf16, say
+        raise UserError(
+            f"{setting.name} does not run in {setting.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
         ) from error
 
 
@@ -165,14 +171,19 @@ def _checkpoint(model: Any) -> None:
 
 
 def _batch(setting: Setting, model: nn.Module) -> dict[str, Tensor]:
-    """What the laboratory's collator gives: padded rows, their mask, labels."""
+    """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
+    transformers leaves the mask out.
+    """
     import torch
 
     from dual_lora.lab.data.batches import accepted_arguments
 
     rows, length = setting.batch, setting.length
     ids = torch.zeros(rows, length, dtype=torch.long)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {"input_ids": ids}
+    if rows > 1:
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][0, 0] = 0
     if setting.head == "classification":
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
     if "position_ids" in accepted_arguments(model):

@@ -23,7 +23,11 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
         scaled = sum(f.numel() for f in factors) * 4
         if on == "gpu":
             return O * I * x.dtype.itemsize * need_x
-        return _tiles(O, I) + _panel(O, I, x.dtype.itemsize) * (need_x + need_factors) + scaled * need_factors
+        return (
+            _tiles(O, I, x.dtype.itemsize)
+            + _panel(O, I, x.dtype.itemsize) * (need_x + need_factors)
+            + scaled * need_factors
+        )
     return 0
 
 
@@ -31,7 +35,7 @@ def linear_bytes(O: int, I: int, itemsize: int, on: str) -> int:
     """The composed panel and the tiles of a forward call."""
     if on == "gpu":
         return O * I * itemsize
-    return _panel(O, I, itemsize) + _tiles(O, I)
+    return _panel(O, I, itemsize) + _tiles(O, I, itemsize)
 
 
 def _panel(O: int, I: int, itemsize: int) -> int:
@@ -40,8 +44,8 @@ def _panel(O: int, I: int, itemsize: int) -> int:
     return min(CPU.panel, O * I * itemsize)
 
 
-def _tiles(O: int, I: int) -> int:
-    """P, Q and G of one tile, fp32."""
+def _tiles(O: int, I: int, itemsize: int) -> int:
+    """P and Q of one tile, and where the panel is not fp32 itself its sum; all fp32."""
     from dual_lora.core.blocked import CPU
 
-    return 3 * 4 * min(CPU.tile, O * I)
+    return (2 if itemsize == 4 else 3) * 4 * min(CPU.tile, O * I)

@@ -1,0 +1,127 @@
+"""Estimates beside measurements: the peak memory of real training runs, each in a fresh process on one thread.
+
+    python -m benchmarks estimate
+
+The runs are shipped recipes for a few steps. Measured is what the resident memory grew by at its highest during the
+steps, and the weights that stood before them; estimated is the same step (the longest batch of the run) by
+`dual_lora.lab.estimate`. growth leaves the weights out of both. The gate: 15 % on the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from . import ledger
+
+AT_MOST = 0.15
+STEPS = 2
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2-135M bf16, Dual LoRA": ("arc-easy-smollm2", {"method": {"name": "dual_lora", "r": 16}}),
+    "SmolLM2-135M bf16, LoRA": ("arc-easy-smollm2", {"method": {"name": "lora", "r": 16}}),
+    "SmolLM2-135M bf16, Dual LoRA, checkpointing": (
+        "arc-easy-smollm2",
+        {"method": {"name": "dual_lora", "r": 16}, "train": {"gradient_checkpointing": True}},
+    ),
+    "MiniLM fp32, full": ("sst2-minilm", {"method": {"name": "full"}}),
+    "MiniLM fp32, Dual LoRA": ("sst2-minilm", {"method": {"name": "dual_lora", "r": 16}}),
+}
+
+
+def run(only: list[str], write: bool) -> int:
+    """Measure and estimate every run, print the table, append to the ledger; 1 where the gate is missed."""
+    source, rows = ledger.provenance(), []
+    print(f"{'run':46} {'batch':>9} {'estimated':>10} {'measured':>10} {'error':>7} {'growth':>17} {'s/step':>13}")
+    for name in RUNS:
+        if only and not any(word in name for word in only):
+            continue
+        found = _child(name)
+        error = found["estimated"] / found["measured"] - 1
+        growth = [(found[k] - found["weights"]) / 1e6 for k in ("estimated", "measured")]
+        seconds = f"{found['estimated_seconds'] or 0:.2f} / {found['measured_seconds']:.2f}"
+        print(
+            f"{name:46} {found['batch']:>3}×{found['length']:<5} {found['estimated'] / 1e6:>7.0f} MB "
+            f"{found['measured'] / 1e6:>7.0f} MB {error:>+7.1%} {growth[0]:>7.0f} / {growth[1]:<7.0f} {seconds:>13} "
+            f"{'✓' if abs(error) <= AT_MOST else '✗'}",
+            flush=True,
+        )
+        rows.append({**source, "kind": "estimate", "work": name, "threads": 1, **found, "error": round(error, 4)})
+    if write:
+        ledger.append(rows)
+    return int(any(abs(row["error"]) > AT_MOST for row in rows))
+
+
+def _child(name: str) -> dict[str, Any]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.estimate", name],
+        cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"benchmarks.estimate {name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Train the run in this process and estimate it afterwards."""
+    from transformers import TrainerCallback
+
+    from dual_lora.lab.recipe import read_recipe
+    from dual_lora.lab.train import run as train
+
+    from .child import reset_peak, resident
+
+    shipped, changes = RUNS[name]
+    recipe = read_recipe(shipped, {**changes, "train": {"steps": STEPS, **changes.get("train", {})}})
+    seen: dict[str, Any] = {"shapes": [], "times": []}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            for tensor in model.parameters():
+                tensor.detach().float().sum()  # pages of a mapped file become resident
+            seen["weights"] = sum({t.data_ptr(): t.nbytes for t in model.parameters()}.values())
+            model.register_forward_pre_hook(self.shape, with_kwargs=True)
+            reset_peak()
+            seen["before"] = resident()[0]
+
+        def shape(self, model: Any, args: Any, kwargs: Any) -> None:
+            seen["shapes"].append((kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep")))
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            seen["peak"] = resident()[1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(recipe, Path(folder) / "run", progress=False, callbacks=[Watch()])
+    length, logits = max(seen["shapes"], key=lambda shape: (shape[0], shape[1] or 0))
+    measured = seen["peak"] - seen["before"] + seen["weights"]
+    estimated, seconds = _estimated(recipe, length, logits)
+    return {
+        "batch": recipe.train.batch_size,
+        "length": length,
+        "logits": logits,
+        "weights": seen["weights"],
+        "measured": measured,
+        "estimated": round(estimated),
+        "measured_seconds": round(result.seconds / result.steps, 4),
+        "estimated_seconds": seconds,
+    }
+
+
+def _estimated(recipe: Any, length: int, logits: int | None) -> tuple[float, float | None]:
+    from dual_lora.lab.estimate.calibrate import known_rates, seconds_of
+    from dual_lora.lab.estimate.memory import memory_of
+    from dual_lora.lab.estimate.setting import from_recipe
+    from dual_lora.lab.estimate.simulate import simulate
+
+    setting = from_recipe(recipe, length=length, logits=logits)
+    step, rates = simulate(setting), known_rates()
+    return memory_of(setting, step).peak, seconds_of(setting, step, rates) if rates else None
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))

@@ -1,0 +1,269 @@
+"""The simulated step against the real one: the same operators, so the same bytes and the same arithmetic."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
+
+from dual_lora.core import blocked
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.estimate import simulate as simulation
+from dual_lora.lab.estimate.empty import empty_model
+from dual_lora.lab.estimate.flops import linear, linear_backward, register_own
+from dual_lora.lab.estimate.live import Live
+from dual_lora.lab.estimate.memory import memory_of
+from dual_lora.lab.estimate.setting import Setting
+from dual_lora.lab.estimate.simulate import simulate
+from dual_lora.lab.estimate.workspace import inner_bytes
+from dual_lora.lab.methods import method_config
+
+METHODS = ("dual_lora", "lora", "dora", "full")
+
+
+def tiny(layers=3, **changes):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=200, max_position_embeddings=128,
+    )  # fmt: skip
+    values = {"method": {"name": "dual_lora", "r": 8}, "dtype": "float32", "batch": 2, "length": 16}
+    return Setting("tiny", config, **{**values, **changes})
+
+
+def encoder(**changes):
+    config = RobertaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=200,
+        max_position_embeddings=80,
+    )  # fmt: skip
+    return Setting(
+        "encoder", config, head="classification", **{"dtype": "float32", "batch": 2, "length": 16, **changes}
+    )
+
+
+class TestLive:
+    def test_sees_what_comes_and_goes(self):
+        x = torch.zeros(1000)  # 4 kB, stands before
+        with Live([x]) as live:
+            y = x + 1
+            assert live.now().activations == 4000
+            z = y.view(10, 100).t()  # the same storage
+            w = (z * 2).sum()
+            assert live.now().activations == 4000 + 4
+            del y, z
+            assert live.now().activations == 4
+        assert live.peaks["forward"].total == 8000 + 4
+        assert w == 2000
+
+    def test_knows_gradients(self):
+        w = torch.nn.Parameter(torch.ones(500))
+        live = Live([w])
+        w.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
+        with live:
+            (w * 2).sum().backward()
+        assert live.now().gradients == 2000
+
+    def test_counts_products(self):
+        with Live([]) as live:
+            torch.ones(3, 4) @ torch.ones(4, 5)
+        assert live.flops == 2 * 3 * 4 * 5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_empty_step_is_the_real_step(method, checkpointing, monkeypatch):
+    """With real tensors in the place of empty ones, the same code counts the same bytes and flops."""
+    setting = tiny(checkpointing=checkpointing).with_method(method)
+    empty = simulate(setting)
+
+    def real(setting, layers):
+        torch.manual_seed(0)
+        config = empty_model(setting).config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        adapter = method_config(setting.method, "causal", 100, [])
+        return simulation._run(setting, (get_peft_model(model, adapter) if adapter else model).train())
+
+    monkeypatch.setattr(simulation, "_simulate", real)
+    measured = simulate(setting)
+    assert measured.flops == empty.flops
+    assert measured.trained == empty.trained
+    assert measured.weights == pytest.approx(empty.weights, abs=64 * setting.layers)  # small buffers of the warm-up
+    for name, peak in measured.peaks.items():
+        assert empty.peaks[name].total == pytest.approx(peak.total, rel=0.002, abs=64), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_deep_model_lies_on_the_line_through_two_shallow_ones(method):
+    setting = tiny(layers=6).with_method(method)
+    along, whole = simulate(setting), simulation._simulate(setting, None)
+    assert along == whole
+
+
+def test_uneven_blocks_are_simulated_one_by_one():
+    said = []
+    setting = tiny(
+        layers=6, method={"name": "dual_lora", "r": 8, "layers_to_transform": [5], "target_modules": ["q_proj"]}
+    )
+    assert simulate(setting, said.append).trained == 4 * 8 * (64 + 64)
+    assert said == ["dual_lora: 6 blocks"]
+
+
+class TestFlops:
+    T, O, I, r = 8192, 96, 64, 8
+
+    def test_dual_lora_layer(self):
+        """6·T·O·I + 8·O·I·(r1 + r2), and 4·T·O·I with the first layer's dx left out."""
+        both = linear(self.T, self.O, self.I, self.r) + linear_backward(self.T, self.O, self.I, self.r)
+        assert both == 6 * self.T * self.O * self.I + 8 * self.O * self.I * self.r
+        saved = linear_backward(self.T, self.O, self.I, self.r, need_x=False)
+        assert both - linear(self.T, self.O, self.I, self.r) - saved == 2 * self.T * self.O * self.I
+
+    def test_of_methods_differ_as_their_arithmetic_does(self):
+        steps = {m: simulate(tiny(length=128, batch=8).with_method(m)) for m in METHODS}
+        flops = {m: s.flops for m, s in steps.items()}
+        assert flops["lora"] < flops["dora"] < flops["dual_lora"] < 1.05 * flops["full"]
+
+
+def test_workspace_of_the_blocks_is_what_they_allocate():
+    """The blocked operator itself, on real tensors, against the formula for what it uses inside."""
+    register_own()
+    for T, O, I, r in ((64, 96, 64, 4), (128, 1024, 768, 8)):
+        factors = [torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))]
+        x, dy, weight = torch.randn(T, I), torch.randn(T, O), torch.randn(O, I)
+        adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
+        standing = [*factors, x, dy, weight, adapter.scale]
+        op = torch.ops.dual_lora
+        with Live(standing) as live:
+            y = blocked.forward(x, weight, [adapter])
+        args = (x, weight, None, factors, [adapter.scale], [0], None)
+        expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
+        assert live.peaks["forward"].total == pytest.approx(expected, rel=0.1)
+        with Live(standing) as live:
+            grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
+        args = (dy, x, weight, factors, [adapter.scale], [0], None, True, False, True)
+        out = grads.x.nbytes + sum(f.nbytes for f in grads.factors[0])
+        expected = inner_bytes(op.linear_backward.default, args, grads, "cpu") + out
+        assert live.peaks["forward"].total == pytest.approx(expected, rel=0.1)
+
+
+class TestMemory:
+    def test_adds_up(self):
+        setting = tiny()
+        step = simulate(setting)
+        memory = memory_of(setting, step)
+        assert memory.optimizer == 2 * memory.trained == 2 * step.trained
+        parts = (
+            memory.weights
+            + memory.trained
+            + memory.optimizer
+            + memory.gradients
+            + memory.activations
+            + memory.workspace
+        )
+        assert memory.peak == parts == max(memory.phases.values())
+        assert memory.phases["standing"] == memory.weights + memory.trained + memory.optimizer
+
+    def test_checkpointing_keeps_one_input_a_block(self):
+        plain, kept = simulate(tiny()), simulate(tiny(checkpointing=True))
+        one_input = 2 * 16 * 64 * 4
+        assert kept.kept.total < plain.kept.total / 2
+        deeper = simulate(tiny(layers=4, checkpointing=True))
+        assert deeper.kept.total - kept.kept.total == one_input
+
+    def test_dual_lora_keeps_less_than_lora(self):
+        """x, W and the factors against x, the thin products and, over a bf16 base, x in fp32."""
+        dual, lora = (simulate(tiny(dtype="bfloat16").with_method(m)).kept.total for m in ("dual_lora", "lora"))
+        assert dual < 0.8 * lora
+
+    def test_fewer_logits(self):
+        full, few = simulate(tiny()), simulate(tiny(logits=2))
+        assert few.peaks["loss"].total < full.peaks["loss"].total - 10 * 2 * 200 * 4
+
+    def test_accumulation_keeps_the_gradients(self):
+        once, twice = (memory_of(s, simulate(s)) for s in (tiny(), tiny(accumulate=2)))
+        assert twice.phases["forward"] == once.phases["forward"] + once.trained
+
+    def test_quantised_base(self):
+        setting = tiny(dtype="bfloat16", quantisation="nf4")
+        step = simulate(setting)
+        linear = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
+        assert step.linear == 2 * linear
+        packed = memory_of(setting, step).weights
+        assert packed == step.weights - 2 * linear + linear * (0.5 + 4 / 64)
+        with pytest.raises(UserError, match="Full fine-tuning needs a base that is not quantised"):
+            memory_of(replace(setting, method={"name": "full"}), step)
+
+    def test_encoder_with_a_fresh_head(self):
+        setting = encoder(method={"name": "dual_lora", "r": 8})
+        head = 64 * 64 + 64 + 2 * 64 + 2
+        adapted = 2 * (4 * (64 + 64) + 2 * (64 + 96)) * 8
+        assert simulate(setting).trained_parameters == head + adapted
+
+
+class TestSharding:
+    setting = tiny(layers=6)
+
+    def peaks(self, method, strategy, n):
+        setting = self.setting.with_method(method)
+        return memory_of(setting, simulate(setting), n, strategy)
+
+    def test_who_holds_what(self):
+        one = self.peaks("full", "ddp", 1)
+        assert all(self.peaks("full", s, 1) == one for s in ("fsdp2", "zero1", "zero2", "zero3"))
+        ddp, fsdp = self.peaks("full", "ddp", 4), self.peaks("full", "fsdp2", 4)
+        assert ddp.trained == one.trained == 4 * fsdp.trained
+        assert ddp.optimizer == 4 * fsdp.optimizer
+        assert ddp.peak == one.peak + one.trained  # the buckets
+        zero1, zero2, zero3 = (self.peaks("full", f"zero{k}", 4) for k in (1, 2, 3))
+        master = (one.optimizer + one.trained) / 4
+        assert [z.optimizer for z in (zero1, zero2, zero3)] == [master] * 3
+        assert zero2.phases["step"] == zero1.phases["step"] - one.trained * 3 / 4
+        assert zero3.trained == one.trained / 4
+
+    def test_fsdp2_gathers_what_lies_outside_and_three_blocks(self):
+        setting = self.setting
+        step = simulate(setting)
+        outside = step.weights + step.trained - 6 * (step.block_weights + step.block_trained)
+        assert outside == pytest.approx((2 * 200 * 64 + 64) * 4, abs=1000)  # embedding, head, norm; small buffers
+        memory = memory_of(setting, step, 2, "fsdp2")
+        assert memory.gathered == outside + 3 * (step.block_weights + step.block_trained)
+
+    def test_wrong_input(self):
+        step = simulate(self.setting)
+        with pytest.raises(UserError, match="Did you mean 'fsdp2'"):
+            memory_of(self.setting, step, 2, "fsdp")
+        with pytest.raises(UserError, match="devices is 0"):
+            memory_of(self.setting, step, 0)
+
+
+def test_mixture_of_experts_and_other_families_can_be_simulated():
+    from dual_lora.lab.estimate.empty import shortened
+    from dual_lora.lab.published import published_config, published_family
+
+    for name in (
+        "qwen3-30b-a3b",
+        "gemma-2-2b",
+        "gemma-3-1b",
+        "gpt2",
+        "roberta-base",
+        "deberta-v3-xsmall",
+    ):
+        config = shortened(published_config(name), 2)
+        setting = Setting(name, config, head=published_family(name).head, batch=1, length=16)
+        step = simulate(setting)
+        assert step.flops > 0, name
+        assert step.trained_parameters > 0, name
+
+
+def test_model_that_does_not_run_in_a_precision_says_so():
+    """DeBERTa v1 mixes fp32 into its bf16 attention: the real step fails at the same place."""
+    from dual_lora.lab.estimate.empty import shortened
+    from dual_lora.lab.published import published_config
+
+    config = shortened(published_config("deberta-base"), 1)
+    setting = Setting("deberta-base", config, head="classification", dtype="bfloat16", batch=1, length=16)
+    with pytest.raises(UserError, match=r"deberta-base does not run in bfloat16.*Try --dtype float32"):
+        simulate(setting)
+    assert simulate(replace(setting, dtype="float32")).flops > 0
