@@ -28,6 +28,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
     ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
+    ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
