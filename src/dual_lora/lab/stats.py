@@ -219,7 +219,7 @@ def sign_flip_p(differences: ArrayLike, resamples: int = 9999, seed: int = 0) ->
     x = x[x != 0]  # flipping a zero changes nothing
     if len(x) == 0:
         return 1.0
-    exact = 2.0 ** len(x) <= resamples
+    exact = len(x) <= math.log2(resamples)  # 2 to the number of items may be more than a float holds
     result = stats.permutation_test(
         (x,),
         lambda v, axis: np.mean(v, axis=axis),
