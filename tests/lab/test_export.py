@@ -67,6 +67,13 @@ def test_a_file_of_the_users_own_records(trained, tmp_path, questions):
     assert export_lora(source, tmp_path / "two", 8, data=str(few), limit=2, progress=False).examples == 2
 
 
+def test_missing_records_are_told_before_the_work(trained, tmp_path):
+    source = trained("dual_lora")
+    with pytest.raises(UserError, match=r"no data file.*--data FILE, or --limit 0"):
+        export_lora(source, tmp_path / "lora", 8, data=str(tmp_path / "none.json"), progress=False)
+    assert not (tmp_path / "lora").exists()
+
+
 def test_there_and_back(trained, tmp_path):
     source = trained("lora", lora_alpha=16)
     result = export_dual_lora(source, tmp_path / "dual", progress=False)
@@ -201,13 +208,12 @@ def test_command(call, trained, tmp_path):  # noqa: F811
     [
         (["--to", "lora"], "--rank 64 for every layer, or --energy 0.9"),
         (["--to", "lora", "--rank", "2", "--energy", "0.5"], "--rank 64 for every layer, or --energy 0.9"),
-        (["--to", "lora", "--energy", "2"], "rank is 2.0"),
         (["--to", "merged", "--rank", "2"], "--rank has no meaning for --to merged"),
         (["--to", "lora", "--rank", "2", "--outtype", "f16"], "--outtype has no meaning for --to lora"),
     ],
 )
-def test_errors_of_the_command(call, options, message, trained, tmp_path):  # noqa: F811
-    code, _, err = call("export", trained("dual_lora"), tmp_path / "out", *options)
+def test_errors_of_the_command(call, options, message, tmp_path):  # noqa: F811
+    code, _, err = call("export", tmp_path / "run", tmp_path / "out", *options)
     assert code == 1
     assert message in " ".join(err.split())
     assert not (tmp_path / "out").exists()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluate import evaluate
 from dual_lora.lab.folder import write_folder_atomically
@@ -60,10 +61,11 @@ def export_lora(
     from dual_lora.method.conversion import convert_to_lora, write_adapter
 
     tuned = _open(source, out, base, dtype, kind="DUAL_LORA")
+    records = _records(tuned, data, limit)
     conversion: Any = _converted(convert_to_lora, tuned, rank, progress)
     layers = [loss._asdict() for loss in conversion.losses]
     _write(tuned, Path(out), lambda folder: write_adapter(folder, conversion.config, conversion.state_dict))
-    return _judged("lora", tuned, out, layers, conversion.median, base, dtype, data, limit, progress)
+    return _judged("lora", tuned, out, layers, conversion.median, records, base, dtype, progress)
 
 
 def export_dual_lora(
@@ -85,11 +87,12 @@ def export_dual_lora(
     from dual_lora.method.from_lora import convert_to_dual_lora
 
     tuned = _open(source, out, base, dtype, kind="LORA")
+    records = _records(tuned, data, limit)
     start: Any = _converted(convert_to_dual_lora, tuned, r1, progress)
     layers = [kept._asdict() for kept in start.kept]
     _write(tuned, Path(out), lambda folder: write_adapter(folder, start.config, start.state_dict))
     lost = (1 - start.median**2) ** 0.5
-    return _judged("dual-lora", tuned, out, layers, lost, base, dtype, data, limit, progress)
+    return _judged("dual-lora", tuned, out, layers, lost, records, base, dtype, progress)
 
 
 def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
@@ -175,22 +178,37 @@ def _write(tuned: Tuned, target: Path, write_adapter: Callable[[Path], None]) ->
     write_folder_atomically(target, write)
 
 
+def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
+    """The examples on which the loss is measured; none without records or with a limit of 0."""
+    part = _data(tuned).model_copy(update={"test": data} if data is not None else {})
+    if not limit or part.test is None:
+        return []
+    part = part.model_copy(update={"test_limit": limit if part.test_limit is None else min(limit, part.test_limit)})
+    try:
+        return load_split(part, "test")
+    except UserError as error:
+        raise UserError(f"{error} Give records by --data FILE, or --limit 0 to measure nothing.") from error
+
+
+def _data(tuned: Tuned) -> DataPart:
+    return tuned.recipe.data if tuned.recipe else DataPart()
+
+
 def _judged(
     method: str,
     tuned: Tuned,
     out: str | Path,
     layers: list[dict[str, Any]],
     lost: float,
+    records: list[Example],
     base: str | None,
     dtype: str | None,
-    data: str | None,
-    limit: int,
     progress: bool,
 ) -> Exported:
     parameters, weights = _sizes(Path(out))
-    loss, examples = _losses(tuned, out, base, dtype, data, limit, progress)
+    loss = _losses(tuned, out, records, base, dtype, progress) if records else {}
     verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-    result = Exported(str(out), method, layers, parameters, weights, loss, examples, verdict, advice)
+    result = Exported(str(out), method, layers, parameters, weights, loss, len(records), verdict, advice)
     (Path(out) / REPORT).write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
 
@@ -207,32 +225,19 @@ def _sizes(folder: Path) -> tuple[int, int]:
 
 
 def _losses(
-    tuned: Tuned, out: str | Path, base: str | None, dtype: str | None, data: str | None, limit: int, progress: bool
-) -> tuple[dict[str, float], int]:
-    """Mean loss of the base, of the adapter and of what was written, and the number of examples."""
-    part = tuned.recipe.data if tuned.recipe else DataPart()
-    if data is not None:
-        part = part.model_copy(update={"test": data})
-    if not limit or part.test is None:
-        return {}, 0
-    part = part.model_copy(update={"test_limit": limit if part.test_limit is None else min(limit, part.test_limit)})
+    tuned: Tuned, out: str | Path, records: list[Example], base: str | None, dtype: str | None, progress: bool
+) -> dict[str, float]:
+    """Mean loss of the base, of the adapter and of what was written."""
     task: Task = "classification" if tuned.classes else "loss"
     batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
     spec = EvaluatePart(tasks=[task], batch_size=batch)
-    before = evaluate(_unfiled(tuned), part, spec, progress=progress)
+    unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
+    before = evaluate(unfiled, _data(tuned), spec, examples=records, progress=progress)
     with quiet():
         converted = open_tuned(out, base, dtype)
-    after = evaluate(converted, part, spec, variants=["tuned"], progress=progress)
-    figures = {
+    after = evaluate(converted, _data(tuned), spec, examples=records, variants=["tuned"], progress=progress)
+    return {
         "base": before.metrics["base"]["loss"],
         "adapter": before.metrics["tuned"]["loss"],
         "converted": after.metrics["tuned"]["loss"],
     }
-    return figures, before.examples
-
-
-def _unfiled(tuned: Tuned) -> Tuned:
-    """The same without its run's folder, in which `evaluate` would file the result."""
-    from dataclasses import replace
-
-    return replace(tuned, run=None)
