@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -53,7 +51,6 @@ def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str
     if (done := read_outcome(runs, job["key"])) is not None:
         return done
     start = time.time()
-    reset_peak()
     folder = runs / job["key"]
     with contextlib.ExitStack() as stack:
         held(folder, stack)
@@ -98,9 +95,8 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
     if result.state != "finished":
         raise KeyboardInterrupt
-    peak = peak_bytes() or result.peak_memory
     outcome: dict[str, Any] = {
-        "training": {k: v for k, v in result.summary().items() if k != "folder"} | {"peak_memory": peak},
+        "training": {k: v for k, v in result.summary().items() if k != "folder"},
         "steps_per_second": round(result.steps / result.seconds, 4) if result.seconds else None,
     }
     if job["split"] == "none":
@@ -179,26 +175,3 @@ def _tidy(job: dict[str, Any], folder: Path, keep: str) -> None:
     shutil.rmtree(folder / "model", ignore_errors=True)
     if job["kind"] != "final" or keep == "nothing":
         shutil.rmtree(folder / "adapter", ignore_errors=True)
-
-
-def reset_peak() -> None:
-    """Start measuring the peak anew, so that a process that has run other jobs does not report theirs."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int | None:
-    """Peak since `reset_peak`: the accelerator's allocations, or Linux's resident size; None where unknown."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -40,12 +41,29 @@ def device_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def reset_peak() -> None:
+    """Start measuring the peak anew, so that a process that has run other things does not report theirs."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory() -> int:
-    """Bytes: the accelerator's peak allocation, or the process's peak resident size on a CPU."""
+    """Bytes since `reset_peak`: the accelerator's peak allocation, or the process's peak resident size on a CPU.
+
+    Only Linux can forget an earlier peak of the resident size; elsewhere it is that of the whole process.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

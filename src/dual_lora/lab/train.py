@@ -23,7 +23,7 @@ from dual_lora.lab.models import quiet
 from dual_lora.lab.prepare import prepare
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe, build_recipe
-from dual_lora.lab.record import peak_memory, read_metrics, surroundings
+from dual_lora.lab.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.tuned import Tuned, write_note
 from dual_lora.lab.watch import RankAllocation, Watch
 
@@ -73,6 +73,7 @@ def run(
     main = int(os.environ.get("RANK", "0")) == 0
     if main:
         folder.open(resume, overwrite)
+    reset_peak()
     try:
         if resume and folder.is_run:
             _same_recipe(recipe, folder)
