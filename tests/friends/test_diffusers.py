@@ -31,7 +31,7 @@ def test_trains_saves_loads_and_merges(example, tmp_path, healthy):
 
 
 def test_diffusers_own_interface(example, tmp_path):
-    """`add_adapter`, `disable_adapters` and `fuse_lora` know the method; its save and load are for LoRA's weights."""
+    """`add_adapter`, `disable_adapters` and `fuse_lora` know the method; loading refuses it, and that is documented."""
     from dual_lora import DualLoraConfig
 
     module = example("diffusers_unet")
@@ -48,3 +48,6 @@ def test_diffusers_own_interface(example, tmp_path):
     unet.unfuse_lora()
     unet.disable_adapters()
     assert torch.equal(prediction(unet), base)
+    unet.save_lora_adapter(tmp_path)
+    with pytest.raises(TypeError, match="LoraConfig"):
+        module.unet().load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)

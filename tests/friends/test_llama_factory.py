@@ -33,7 +33,7 @@ def test_llama_factory_itself(example, tiny_lm, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 
     (tmp_path / "pairs.json").write_text(
-        json.dumps([{"instruction": "Set a timer.", "output": '{"tool": "timer"}'}] * 16)
+        json.dumps([{"instruction": "Set a timer.", "input": "", "output": '{"tool": "timer"}'}] * 16)
     )
     (tmp_path / "dataset_info.json").write_text(json.dumps({"pairs": {"file_name": "pairs.json"}}))
     arguments = {

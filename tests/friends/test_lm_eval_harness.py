@@ -59,7 +59,7 @@ def test_the_folder_and_the_live_model_score_alike(example, tiny_lm, adapter, tm
 
 
 def test_the_command_knows_the_method_through_sitecustomize(example, tiny_lm, adapter, tmp_path):
-    example("lm_eval_harness").write_task(tmp_path, 4)
+    example("lm_eval_harness").write_task(tmp_path, 10)
     (tmp_path / "sitecustomize.py").write_text("import dual_lora\n")
     done = subprocess.run(
         [
