@@ -25,7 +25,7 @@ def main(
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     rows = Dataset.from_list([base.tokenizer(text) for text in texts])
 
-    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=steps // 10, task_type="CAUSAL_LM")
+    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base.model, config),
         args=TrainingArguments(
