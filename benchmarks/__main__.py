@@ -1,4 +1,6 @@
-"""`python -m benchmarks`: the gates. `python -m benchmarks curves|blocks`: costs as they grow, and the block sizes."""
+"""`python -m benchmarks`: the gates. `curves`, `blocks`: costs as they grow, and the block sizes. `estimate`: foretold
+and measured peaks of memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ REPEATS = 2
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, print; the exit code says whether the gates hold."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("command", nargs="?", default="gates", choices=["gates", "curves", "blocks", "list"])
+    parser.add_argument(
+        "command", nargs="?", default="gates", choices=["gates", "curves", "blocks", "estimate", "list"]
+    )
     parser.add_argument("--only", default="", help="run the works whose name contains this (a comma separates several)")
     parser.add_argument("--threads", default=None, help="numbers of threads, e.g. 1 or 1,2; default: 1 and all cores")
     parser.add_argument("--seconds", type=float, default=20, help="time for one work on one number of threads")
@@ -33,6 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.command == "gates":
         return run_gates(only, _threads(args.threads), args.seconds, not args.no_ledger)
+    if args.command == "estimate":
+        from . import estimate
+
+        return estimate.run(only, not args.no_ledger)
     from . import curves
 
     run = curves.run if args.command == "curves" else curves.run_blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -117,9 +119,7 @@ def estimate(
             limit = parse_size(fits)
             for column in columns:
                 name = column.method
-                proposals[name] = largest(
-                    column.setting, limit, devices, strategy, lambda t, n=name: say(f"{n}: does {t} fit?")
-                )
+                proposals[name] = largest(column.setting, limit, devices, strategy, partial(_ask, say, name))
     result = {
         "model": setting.name,
         "on": setting.on,
@@ -137,6 +137,10 @@ def estimate(
     if proposals:
         result["fits"] = {"bytes": round(limit), **proposals}
     finish(result, _card(setting, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
+
+
+def _ask(say: Callable[[str], None], method: str, what: str) -> None:
+    say(f"{method}: does {what} fit?")
 
 
 def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> Setting:

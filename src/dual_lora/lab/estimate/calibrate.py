@@ -113,7 +113,8 @@ def _rate(dtype: str, method: str, width: int, on: str, seconds: float) -> float
     setting = calibration_setting(dtype, method, width, on)
     step = training_step(setting, "cuda" if on == "gpu" else "cpu")
     step()
-    passed, start = [], time.perf_counter()
+    passed: list[float] = []
+    start = time.perf_counter()
     while len(passed) < ROUNDS or time.perf_counter() - start < seconds * 0.7:
         began = time.perf_counter()
         step()

@@ -101,7 +101,7 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake(tensor: Any) -> Any:
         if id(tensor) not in made:
-            data = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
+            data: Any = FakeTensor(mode, tensor.detach().to("meta"), torch.device("cpu"))
             if isinstance(tensor, torch.nn.Parameter):
                 data = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
             made[id(tensor)] = data

@@ -6,6 +6,7 @@ small gradients); without dx or without gradients of the factors, less.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     own = _OURS.get(packet)
     if own is not None:
         return own(*args)
-    formula = flop_registry.get(packet)
+    formula: Any = flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=out)) if formula else 0
 
 
@@ -62,7 +63,7 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any)
     return 2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1])
 
 
-_OURS = {
+_OURS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -124,7 +124,8 @@ def _updating(setting: Setting, step: Step, placed: Placement) -> float:
     """Temporaries of AdamW's update: two of the size of one tensor, or one of all of them where tensors go together."""
     if setting.optimizer == "sgd":
         return 0.0
-    return placed.trained if setting.on == "gpu" else min(2 * step.widest, 2 * placed.trained)
+    own = step.trained * placed.updated
+    return own if setting.on == "gpu" else 2 * min(step.widest, own)
 
 
 def _packed(setting: Setting, weights: float, linear: float) -> float:

@@ -75,7 +75,7 @@ class Setting:
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
-        shared = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
+        shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
         return replace(self, method={"name": name, "r": self.rank or 16, **shared})
 
 

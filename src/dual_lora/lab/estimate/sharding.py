@@ -28,14 +28,17 @@ BLOCKS = 3  # that FSDP2 holds whole at a time
 
 @dataclass(frozen=True)
 class Placement:
-    """Bytes on one device. gradients: the share of all gradients; buffers: of the communication, always there;
-    gathered: parameters that are whole during forward and backward; in_flight: whole gradients of blocks in backward.
+    """Bytes on one device; gradients and updated are shares: of all gradients, and of what its optimizer updates.
+
+    buffers: of the communication, always there; gathered: parameters that are whole during forward and backward;
+    in_flight: whole gradients of blocks in backward.
     """
 
     weights: float
     trained: float
     optimizer: float
     gradients: float = 1.0
+    updated: float = 1.0
     buffers: float = 0.0
     gathered: float = 0.0
     in_flight: float = 0.0
@@ -74,12 +77,14 @@ def place(
     if strategy == "fsdp2":
         outside = max(0.0, weights + trained - layers * block)
         whole = outside + BLOCKS * block
-        return Placement(weights / n, trained / n, optimizer / n, 1 / n, gathered=whole, in_flight=2 * block_trained)
+        return Placement(
+            weights / n, trained / n, optimizer / n, 1 / n, 1 / n, gathered=whole, in_flight=2 * block_trained
+        )
     master = (optimizer + 4 * parameters) / n
     bucket = BUCKET * item
     if strategy == "zero1":
-        return Placement(weights, trained, master, 1.0, bucket)
+        return Placement(weights, trained, master, 1.0, 1 / n, bucket)
     if strategy == "zero2":
-        return Placement(weights, trained, master, 1 / n, bucket)
+        return Placement(weights, trained, master, 1 / n, 1 / n, bucket)
     live = min(weights + trained, LIVE * item + block)
-    return Placement(weights / n, trained / n, master, 1 / n, bucket, live)
+    return Placement(weights / n, trained / n, master, 1 / n, 1 / n, bucket, live)

@@ -8,7 +8,7 @@ deep models are simulated with a few blocks and one more, and each figure goes o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,7 @@ def _simulate(setting: Setting, layers: int | None) -> Step:
         ) from error
 
 
-def _run(setting: Setting, model: nn.Module) -> Step:
+def _run(setting: Setting, model: Any) -> Step:
     from dual_lora.lab.estimate.flops import register_own
     from dual_lora.lab.models import quiet
 
@@ -137,7 +137,7 @@ def _run(setting: Setting, model: nn.Module) -> Step:
     return Step(kept=kept, peaks=live.peaks, flops=live.flops, **sizes)
 
 
-def _step(setting: Setting, model: nn.Module, batch: dict[str, Tensor], live: Live) -> Bytes:
+def _step(setting: Setting, model: Any, batch: dict[str, Tensor], live: Live) -> Bytes:
     import contextlib
 
     import torch
@@ -170,7 +170,7 @@ def _checkpoint(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _batch(setting: Setting, model: nn.Module) -> dict[str, Tensor]:
+def _batch(setting: Setting, model: Any) -> dict[str, Tensor]:
     """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
     transformers leaves the mask out.
     """
@@ -191,7 +191,7 @@ def _batch(setting: Setting, model: nn.Module) -> dict[str, Tensor]:
     return batch | {"labels": torch.zeros_like(ids)}
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: Any) -> list[nn.Module]:
     """The transformer's blocks: its longest list of modules of one kind."""
     from torch import nn
 
@@ -232,7 +232,7 @@ def _mark(blocks: list[nn.Module], live: Live) -> None:
         block.register_forward_hook(after(k))
 
 
-def _sizes(model: nn.Module, blocks: list[nn.Module], trained: list[Tensor]) -> dict[str, float]:
+def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> dict[str, float]:
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
     block = blocks[len(blocks) // 2] if blocks else None
     adapted = {n.removesuffix(".base_layer") for n, _ in model.named_modules() if n.endswith(".base_layer")}
@@ -255,7 +255,7 @@ def _sizes(model: nn.Module, blocks: list[nn.Module], trained: list[Tensor]) -> 
     }
 
 
-def _packable(model: nn.Module) -> Iterable[Tensor]:
+def _packable(model: Any) -> Iterable[Tensor]:
     """Weights that a quantised load packs: linear layers but the output head."""
     from torch import nn
 
@@ -266,7 +266,7 @@ def _packable(model: nn.Module) -> Iterable[Tensor]:
             yield module.weight
 
 
-def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
+def _base_parameters(model: Any) -> Iterable[Tensor]:
     if not hasattr(model, "peft_config"):
         return model.parameters()
     prefix = next(iter(model.peft_config.values())).peft_type.value.lower() + "_"

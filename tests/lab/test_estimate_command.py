@@ -1,0 +1,209 @@
+"""From a recipe or a model to a card: settings, proposals that fit, calibration, errors that name the way out."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.estimate import calibrate
+from dual_lora.lab.estimate.fits import _last, largest, parse_size
+from dual_lora.lab.estimate.memory import memory_of
+from dual_lora.lab.estimate.setting import Setting, from_model, from_recipe
+from dual_lora.lab.estimate.side_by_side import counts
+from dual_lora.lab.estimate.simulate import Step, simulate
+from dual_lora.lab.published import published_config
+from dual_lora.lab.recipe import read_recipe
+
+SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder that holds a configuration and nothing else."""
+    LlamaConfig(
+        num_hidden_layers=2, max_position_embeddings=128, architectures=["LlamaForCausalLM"], **SIZES
+    ).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys, monkeypatch, tmp_path):
+    """Function: arguments → (exit code, standard output, standard error), with an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments):
+        code = 0
+        try:
+            main(["estimate", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return code, out.out, " ".join(out.err.split())
+
+    return run
+
+
+def test_json_of_a_folder(call, folder):
+    options = ["--rank", 8, "--batch", 2, "--length", 16, "--dtype", "float32", "--devices", 3, "--strategy", "zero2"]
+    code, out, _ = call(folder, *options, "--on", "cpu", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert list(found["methods"]) == ["dual_lora", "lora", "dora", "full"]
+    assert found["refused"] == {}
+    dual, lora, dora, full = found["methods"].values()
+    factors = 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    assert dual["trainable_parameters"] == lora["trainable_parameters"] == factors < dora["trainable_parameters"]
+    assert dual["saved_bytes"] == 4 * factors
+    assert full["trainable_parameters"] == full["base_parameters"] == dual["base_parameters"]
+    assert list(dual["memory"]) == ["1", "2", "3"]
+    for method in found["methods"].values():
+        assert all(m["peak"] == max(m["phases"].values()) for m in method["memory"].values())
+        assert method["seconds_a_step"] is None
+
+
+def test_card_of_a_folder(call, folder):
+    code, out, _ = call(folder, "--methods", "lora", "full", "--batch", 2, "--length", 16, "--quantisation", "nf4")
+    assert code == 0
+    for words in ("weights, frozen", "activations", "trainable parameters", "GFLOP a token", "--calibrate"):
+        assert words in out
+    assert "full: Full fine-tuning needs a base that is not quantised" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Say what to estimate"),
+        (["llama-3-9b"], "Did you mean 'llama-3-8b'?"),
+        (["bolq-smollm2"], "Did you mean 'boolq-smollm2'?"),
+        (["gpt2", "--methods", "lorra"], "Did you mean 'lora'?"),
+        (["gpt2", "--length", 4096], "length is 4096, but gpt2 takes at most 1024 tokens"),
+        (["gpt2", "--batch", 0], "batch is 0, expected at least 1"),
+        (["gpt2", "--rank", 0], "--rank is 0"),
+        (["gpt2", "--fits", "much", "--methods", "lora", "--length", 8, "--batch", 1], "expected a size such as 24GB"),
+    ],
+)
+def test_wrong_input_is_one_sentence(call, arguments, message):
+    code, _, err = call(*arguments)
+    assert code == 1
+    assert message in err
+
+
+def test_models_are_listed(call):
+    code, out, _ = call("--models", "--json")
+    assert code == 0
+    assert json.loads(out)["llama-7b"] == "6.7B"
+
+
+def test_setting_of_a_recipe():
+    setting = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
+    assert (setting.batch, setting.length, setting.accumulate, setting.dtype) == (1, 4096, 4, "bfloat16")
+    assert setting.checkpointing
+    assert setting.rank == 32
+    assert setting.config.to_dict() == published_config("llama-3-70b").to_dict()
+    assert setting.with_method("lora").method == {"name": "lora", "r": 32, "target_modules": "all-linear"}
+
+
+def test_setting_of_a_model_knows_its_head(folder):
+    assert from_model("deberta-v3-base").head == "classification"
+    assert from_model(str(folder)).head == "causal"
+    assert from_model(str(folder)).length == 128  # all that it takes
+    assert isinstance(from_model(str(folder / "config.json")).config, type(AutoConfig.for_model("llama")))
+
+
+class TestFits:
+    setting = Setting(
+        "tiny",
+        LlamaConfig(num_hidden_layers=2, max_position_embeddings=512, **SIZES),
+        method={"name": "dual_lora", "r": 8},
+        dtype="float32",
+        batch=2,
+        length=64,
+    )
+
+    def peak(self, **changes):
+        changed = replace(self.setting, **changes)
+        return memory_of(changed, simulate(changed)).peak
+
+    def test_proposal_fits_and_the_next_one_does_not(self):
+        limit = self.peak(batch=5) + 1
+        found = largest(self.setting, limit)
+        assert found["batch"] == 5
+        assert self.peak(length=found["length"]) <= limit < self.peak(length=found["length"] + 64)
+        ranks = [self.peak(method={"name": "dual_lora", "r": r}) for r in (found["rank"], 2 * found["rank"])]
+        assert ranks[0] <= limit < ranks[1]
+
+    def test_nothing_fits(self):
+        assert largest(self.setting, 1000.0) == {"batch": None, "length": None, "rank": None}
+
+    @pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 100])
+    def test_bisection(self, answer):
+        assert _last(lambda k: k <= answer, 100) == answer
+
+    @pytest.mark.parametrize(("text", "size"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("7", 7)])
+    def test_sizes(self, text, size):
+        assert parse_size(text) == size
+
+
+def test_calibration_is_kept_and_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "WIDTHS", {"cpu": (64, 128), "gpu": (64, 128)})
+    monkeypatch.setattr(calibrate, "TOKENS", {"cpu": 128, "gpu": 128})
+    monkeypatch.setattr(calibrate, "METHODS", ("dual_lora",))
+    monkeypatch.setattr(calibrate, "DTYPES", ("float32",))
+    assert calibrate.known_rates() is None
+    entry = calibrate.calibrate(seconds=0.1)
+    assert calibrate.known_rates() == entry
+    setting = replace(TestFits.setting, on=entry["on"])
+    step = simulate(setting)
+    (narrow, rate), _ = entry["rates"]["float32"]["dual_lora"]
+    assert calibrate.seconds_of(setting, step, entry) == step.flops / rate
+    assert narrow == setting.config.hidden_size
+    assert calibrate.seconds_of(setting.with_method("lora"), step, entry) is None
+
+
+def test_rates_between_the_measured_widths():
+    points = [[256, 10.0], [1024, 30.0]]
+    assert [calibrate._at(points, w) for w in (64, 256, 512, 1024, 4096)] == [10.0, 10.0, 20.0, 30.0, 30.0]
+
+
+def test_numbers_of_devices():
+    assert [counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+class TestSeventyBillion:
+    """The shipped recipe against the real configuration, on the meta device."""
+
+    setting = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
+
+    @pytest.fixture(scope="class")
+    def step(self) -> Step:
+        return simulate(self.setting)
+
+    def test_parameters(self, step):
+        assert step.base_parameters == 70_553_706_496
+        shapes = [(8192, 8192), (1024, 8192), (1024, 8192), (8192, 8192), (28672, 8192), (28672, 8192), (8192, 28672)]
+        assert step.trained_parameters == 80 * 32 * sum(o + i for o, i in shapes)
+
+    def test_every_linear_layer_of_a_block_is_adapted(self):
+        from dual_lora.lab.estimate.empty import empty_model
+
+        model = empty_model(self.setting, 1)
+        adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")}
+        assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+    @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+    def test_fits_on_eight_cards(self, step, strategy):
+        assert memory_of(self.setting, step, 8, strategy).peak < 80e9
+        assert memory_of(self.setting, step, 1, strategy).peak > 141e9
+
+    def test_does_not_fit_without_sharding_the_weights(self, step):
+        assert memory_of(self.setting, step, 8, "zero2").peak > 80e9
+
+
+def test_unknown_strategy_names_the_nearest():
+    with pytest.raises(UserError, match="Did you mean 'zero3'"):
+        memory_of(TestFits.setting, simulate(TestFits.setting), 2, "zero-3")
