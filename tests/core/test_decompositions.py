@@ -104,3 +104,15 @@ def test_composed_weight_with_routed_experts():
 )
 def test_embedding(options):
     assert_decomposes(Embedding(weight(), **options), torch.tensor([[0, 3, 3], [7, 19, 1]]))
+
+
+def test_shapes_come_from_the_operators_own_fake(monkeypatch):
+    """Symbolic sizes make PyTorch prefer a decomposition, whose strides may be others and which is slow to trace."""
+
+    def never(*args):
+        raise AssertionError("traced through the decomposition")
+
+    monkeypatch.setitem(torch._decomp.decomposition_table, torch.ops.dual_lora.linear.default, never)
+    x = torch.randn(T, I)
+    program = torch.export.export(Linear(weight()), (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
+    assert program.module()(torch.randn(3, I)).shape == (3, O)

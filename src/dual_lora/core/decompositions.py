@@ -3,8 +3,8 @@
     W_eff = round(W + Σ s · ReLU(B A) ⊙ Sign(D C))     linear: x W_effᵀ + bias     embedding: rows of W_eff
 
 An exported graph composes the weight as a whole, which a runtime folds into a constant when it loads the graph. They
-are entered in PyTorch's table of decompositions, so that `torch.onnx.export` finds them; torch.compile uses a table of
-its own and keeps the operators.
+are entered in PyTorch's table of decompositions, so that `torch.onnx.export` finds them; torch.compile and
+torch.export have tables of their own and keep the operators.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ from .op import _adapters, without_autocast
 from .reference import Factors, direction, magnitude
 
 
+def _entered(operator: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        # Where sizes are symbolic, PyTorch takes shapes from a decomposition before it asks the operator's own fake,
+        # unless there is a "meta" entry, which it does not call either.
+        register_decomposition(operator, type="meta")(function)
+        return register_decomposition(operator)(function)
+
+    return enter
+
+
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """For `ExportedProgram.run_decompositions`: afterwards the program needs this package no more.
 
@@ -34,7 +44,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
-@register_decomposition(torch.ops.dual_lora.linear.default)
+@_entered(torch.ops.dual_lora.linear.default)
 def linear(
     x: Tensor,
     weight: Tensor | None,
@@ -49,7 +59,7 @@ def linear(
     return torch.nn.functional.linear(x, W, bias)
 
 
-@register_decomposition(torch.ops.dual_lora.weight.default)
+@_entered(torch.ops.dual_lora.weight.default)
 def weight(
     weight: Tensor | None,
     factors: Sequence[Tensor],
@@ -67,7 +77,7 @@ def weight(
     return _composed(weight, [a._replace(scale=a.scale * used) for a in adapters], dtype)
 
 
-@register_decomposition(torch.ops.dual_lora.embedding.default)
+@_entered(torch.ops.dual_lora.embedding.default)
 def embedding(
     indices: Tensor,
     weight: Tensor | None,
