@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-quick lint types format models bench bench-curves bench-gpu peft-conformance lock clean
+.PHONY: help demo test test-quick test-oldest lint types format models bench bench-curves bench-gpu peft-conformance lock clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
 
 test-quick: $(VENV)/.ready ## the tests that take seconds
 	$(PY) -m pytest -m "not slow and not model"
+
+test-oldest:         ## core and method with the oldest supported versions, in an environment of its own
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets pytest pytest-timeout
+	$(VENV)-oldest/bin/python -m pytest tests/core tests/method -m "not model" -p no:cacheprovider
 
 lint: $(VENV)/.ready ## style
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
@@ -51,4 +57,4 @@ lock: $(VENV)/.ready ## write down the versions that published numbers were meas
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) runs demo-output build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest runs demo-output build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

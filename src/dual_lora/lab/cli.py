@@ -30,6 +30,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
     ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
+    ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
 

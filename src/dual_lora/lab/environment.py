@@ -1,0 +1,80 @@
+"""What is installed here and what Dual LoRA does with it: versions against the supported ranges, devices, kernels."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import NamedTuple
+
+from dual_lora.lab.record import device_name
+
+# Beside what the package needs: what it works with where it is there.
+FRIENDS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")
+
+
+class Installed(NamedTuple):
+    """A package: the version here (None: not installed), the supported range, and whether the one is in the other."""
+
+    name: str
+    version: str | None
+    range: str
+    fits: bool
+
+
+def packages() -> list[Installed]:
+    """The packages that the method needs and those that it works with, with the ranges that pyproject.toml states."""
+    from packaging.requirements import Requirement
+
+    needed: dict[str, Requirement] = {}
+    for line in metadata.requires("dual-lora") or []:
+        requirement = Requirement(line)
+        if requirement.marker is None:
+            needed[requirement.name] = requirement
+        else:
+            needed.setdefault(requirement.name, requirement)
+    own = [name for name, requirement in needed.items() if requirement.marker is None]
+    return [_installed(name, needed.get(name)) for name in (*own, *FRIENDS)]
+
+
+def _installed(name: str, requirement: object) -> Installed:
+    specifier = getattr(requirement, "specifier", None)
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Installed(name, None, str(specifier or ""), fits=True)
+    fits = specifier is None or specifier.contains(version, prereleases=True)
+    return Installed(name, version, str(specifier or ""), fits)
+
+
+def devices() -> dict[str, str]:
+    """{device: which implementation computes there, and why}."""
+    import torch
+
+    found = {f"cpu: {device_name() if not torch.cuda.is_available() else platform.machine()}": _plain()}
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        found[f"cuda:{index}: {torch.cuda.get_device_name(index)}"] = _on_gpu(device)
+    kind = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    if kind is not None and kind.type != "cuda":
+        found[kind.type] = _plain()
+    return found
+
+
+def _plain() -> str:
+    return "blocks of the weight, PyTorch's own operations"
+
+
+def _on_gpu(device: object) -> str:
+    import torch
+
+    try:
+        from dual_lora.core import triton_linear
+    except ImportError:
+        return f"{_plain()} (Triton is not installed)"
+    if os.environ.get(triton_linear.SWITCH) == "plain":
+        return f"{_plain()} ({triton_linear.SWITCH}=plain)"
+    right = [d for d in triton_linear.DTYPES if triton_linear.agrees_with_blocked(torch.device(str(device)), d)]
+    if not right:
+        return f"{_plain()} (the Triton kernels disagree with them on this card)"
+    return f"Triton kernels for {', '.join(str(d).removeprefix('torch.') for d in right)}; blocks elsewhere"

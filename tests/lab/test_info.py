@@ -1,0 +1,49 @@
+"""`dual-lora info`: what is installed against the stated ranges, devices, and the table that tries everything."""
+
+import contextlib
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dual_lora import capabilities
+from dual_lora.lab import environment
+from dual_lora.lab.cli import main
+
+
+def test_ranges_are_those_of_pyproject():
+    stated = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = {p.name: p for p in environment.packages()}
+    for line in stated:
+        name = line.split(">=")[0]
+        assert found[name].version
+        assert found[name].fits
+        assert set(found[name].range.split(",")) == set(line.removeprefix(name).split(","))
+
+
+def test_a_version_outside_the_range_is_said(monkeypatch):
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "1.13.0")
+    torch = next(p for p in environment.packages() if p.name == "torch")
+    assert not torch.fits
+
+
+def test_every_device_says_who_computes():
+    found = environment.devices()
+    assert any(name.startswith("cpu") and "blocks of the weight" in said for name, said in found.items())
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--why"]])
+def test_the_command(options, capsys, monkeypatch):
+    rows = {"nn.Linear": {m.name: capabilities.Answer("–", "no reason") for m in capabilities.methods()}}
+    monkeypatch.setattr(capabilities, "table", lambda: rows)
+    with contextlib.suppress(SystemExit):
+        main(["info", *options])
+    said = capsys.readouterr().out
+    if options == ["--json"]:
+        result = json.loads(said)
+        assert {"torch", "peft", "transformers"} <= {p["name"] for p in result["packages"]}
+        assert result["capabilities"]["nn.Linear"]["Dual LoRA"]["mark"] == "–"
+    else:
+        for words in ("transformers", "blocks of the weight", "nn.Linear, Dual LoRA: no reason"):
+            assert words in said
