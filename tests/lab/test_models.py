@@ -115,3 +115,21 @@ def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
     merged = torch.tensor(json.loads(done.stdout))
     torch.testing.assert_close(merged, ours, atol=2e-3, rtol=1e-3)
     assert (merged - base).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("environment", "moved"),
+    [
+        ({}, True),
+        ({"ACCELERATE_USE_FSDP": "true"}, False),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, False),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, True),
+    ],
+)
+def test_model_that_will_be_sharded_waits_on_the_host(tiny_lm, monkeypatch, environment, moved):
+    """It may be larger than a card."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dual_lora.lab.models.best_device", lambda: "meta")
+    loaded = load_model(ModelPart(path=str(tiny_lm)))
+    assert loaded.model.device.type == ("meta" if moved else "cpu")

@@ -119,7 +119,8 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
-    model.to(device or best_device())
+    if device is not None or not is_sharded_launch():
+        model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
 
 
@@ -132,6 +133,18 @@ def forget_packing(model: PreTrainedModel) -> None:
         if hasattr(model, name):
             delattr(model, name)
     model.is_quantized = False  # type: ignore[assignment]
+
+
+def is_sharded_launch() -> bool:
+    """Whether accelerate has started this process to share out the weights (FSDP, ZeRO-3).
+
+    Such a model may be larger than a card: it waits in the host's memory and comes onto the cards in parts.
+    """
+    import os
+
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
 
 
 def best_device() -> str:
