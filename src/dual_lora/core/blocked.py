@@ -3,8 +3,8 @@
 Three products cannot be avoided (y, dx and the masked G = dyᵀ x); everything else runs on tiles that stay in cache, in
 reused buffers, in place:
 
-    M = ReLU(P)     S = Sign(Q)     W_eff = W + s · M ⊙ S
-    dP = s · G ⊙ S ⊙ 1[M > 0]       H = s · G ⊙ M
+    T = ReLU(P) ⊙ Sign(Q)           W_eff = W + s · T
+    dP = s · G ⊙ sign(T)            H = s · G ⊙ |T| = dP ⊙ T       (sign(0) = 0: the mask is in T)
 
 Several tiles make a panel, a composed part of the weight large enough for an efficient product: whole rows in forward,
 whole columns in backward, so that every panel gives complete columns of y and of dx. The weight may be a tensor or
@@ -26,11 +26,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .product import addmm_, factors_mm, left, mm, mm_columns
 from .reference import Factors, Form, direction, ieee_fp32, magnitude, product_gradients
-
-# Sign(0) = -1: subtracting this from Q turns +0 into a negative number and changes no other sign. It has to be a normal
-# number, because a subnormal one is flushed to zero on some machines.
-TINY = 1e-37
 
 
 class Sizes(NamedTuple):
@@ -86,13 +83,13 @@ class Needs(NamedTuple):
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype; without a weight, x (ΣΔW)ᵀ."""
     work = _Work(weight, adapters)
-    y = x.new_empty(x.shape[0], work.O)
+    y, x = x.new_empty(x.shape[0], work.O), left(x)
     if x.shape[0] == 0:
         return y
     for panel in work.panels(x.dtype, by_rows=True):
         for tile in panel.tiles():
             tile.write_composed(panel.composed(tile))
-        torch.mm(x, panel.composed().t(), out=y[:, panel.rows])
+        y = mm_columns(y, panel.rows, x, panel.composed().t())
     return y
 
 
@@ -130,9 +127,10 @@ def backward(
         dx = x.new_zeros(T, work.I, dtype=wide) if by_rows else x.new_empty(T, work.I)
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
+    dy, dyT = left(dy) if needs.x else dy, left(dy.t()) if needs.factors or needs.weight else None
     for panel in work.panels(x.dtype, by_rows) if T else ():
-        if sums is not None or dW is not None:
-            panel.find_gradient(dy, x)
+        if dyT is not None:
+            panel.find_gradient(dyT, x)
         for tile in panel.tiles():
             if dx is not None:
                 tile.write_composed(panel.composed(tile))
@@ -142,12 +140,11 @@ def backward(
             if dW is not None:
                 dW[tile.rows, tile.cols] = G
             for k, total in enumerate(sums or ()):
-                last = k == len(adapters) - 1
-                total.add(tile, *tile.products(k), G if last else tile.buffer("G of others").copy_(G))
+                total.add(tile, *tile.products(k), G)
         if dx is not None and by_rows:
-            dx += dy[:, panel.rows] @ panel.composed()
+            dx += mm(dy[:, panel.rows], panel.composed())
         elif dx is not None:
-            torch.mm(dy, panel.composed(), out=dx[:, panel.cols])
+            dx = mm_columns(dx, panel.cols, dy, panel.composed())
     grads = None if sums is None else [s.grads for s in sums]
     return Gradients(None if dx is None else dx.to(x.dtype), dW, grads)
 
@@ -218,24 +215,24 @@ class _Panel:
 
     def composed(self, tile: _Tile | None = None) -> Tensor:
         """The panel's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
-        return self._part("composed", tile)
+        whole = self.work.buffer("composed", self.rows, self.cols, self.dtype)
+        return whole if tile is None else self._part(whole, tile)
 
-    def find_gradient(self, dy: Tensor, x: Tensor) -> None:
+    def find_gradient(self, dyT: Tensor, x: Tensor) -> None:
         """G = dyᵀ x of this panel."""
-        torch.mm(dy[:, self.rows].t(), x[:, self.cols], out=self._part("gradient", None))
+        self.G = mm(dyT[self.rows], x[:, self.cols], self.work.buffer("gradient", self.rows, self.cols, self.dtype))
 
     def gradient(self, tile: _Tile) -> Tensor:
-        """A tile of G in the working precision; overwriting it is allowed, once."""
-        G = self._part("gradient", tile)
+        """A tile of G in the working precision."""
+        G = self._part(self.G, tile)
         return G if G.dtype == self.work.dtype else tile.buffer("G").copy_(G)
 
-    def _part(self, name: str, tile: _Tile | None) -> Tensor:
-        whole = self.work.buffer(name, self.rows, self.cols, self.dtype)
-        return whole if tile is None else whole[tile.rows.start - self.rows.start : tile.rows.stop - self.rows.start]
+    def _part(self, whole: Tensor, tile: _Tile) -> Tensor:
+        return whole[tile.rows.start - self.rows.start : tile.rows.stop - self.rows.start]
 
 
 class _Tile:
-    """Some rows of a panel: M and S of every adapter, the composed weight, the weight gradient."""
+    """Some rows of a panel: T of every adapter, the composed weight, the weight gradient."""
 
     def __init__(self, work: _Work, rows: slice, cols: slice):
         self.work, self.rows, self.cols = work, rows, cols
@@ -245,15 +242,16 @@ class _Tile:
         return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
-        """(M, S) of adapter k in the paper's form, (P, Q) in the others."""
+        """(T, memory to spare) of adapter k in the paper's form, (P, Q) in the others."""
         if k not in self._products:
             (A, B, C, D), _, form = self.work.adapters[k]
             with ieee_fp32():
-                P = torch.mm(B[self.rows], A[:, self.cols], out=self.buffer(f"P{k}"))
-                Q = torch.mm(D[self.rows], C[:, self.cols], out=self.buffer(f"Q{k}"))
+                P = factors_mm(B[self.rows], A[:, self.cols], self.buffer(f"P{k}"))
+                Q = factors_mm(D[self.rows], C[:, self.cols], self.buffer(f"Q{k}"))
             if _is_paper(form):
-                P.clamp_(min=0)
-                Q.sub_(TINY).sign_()
+                # M where Q > 0, else -1 · M: one pass, and Sign(0) = -1 comes with it.
+                M = P.clamp_(min=0)
+                torch.ops.aten.leaky_relu_backward.grad_input(M, Q, -1.0, False, grad_input=M)
             self._products[k] = P, Q
         return self._products[k]
 
@@ -264,15 +262,18 @@ class _Tile:
         if base is None:
             total.zero_()
         elif base.dtype != total.dtype:
-            base = total.copy_(base)
+            # A block of columns is read at a third of the cost by a copy that converts nothing.
+            near = base if base.is_contiguous() or base.dtype != out.dtype else out.copy_(base)
+            base = total.copy_(near)
         for k, (_, scale, form) in enumerate(self.work.adapters):
-            first, second = self.products(k)
+            T, Q = self.products(k)
             if not _is_paper(form):
-                first, second = magnitude(first, form), direction(second, form)
-            s = _number(scale)
+                T = magnitude(T, form) * direction(Q, form)
+            before, s = total if base is None or k else base, _number(scale)
             if isinstance(s, Tensor):
-                first, s = first * s, 1.0
-            torch.addcmul(total if base is None or k else base, first, second, value=s, out=total)
+                torch.addcmul(before, T, s, out=total)
+            else:
+                torch.add(before, T, alpha=s, out=total)
         if total is not out:
             out.copy_(total)
 
@@ -292,21 +293,21 @@ class _FactorSums:
         self.bound: Any = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
 
     def add(self, tile: _Tile, first: Tensor, second: Tensor, G: Tensor) -> None:
-        """Mask G and add its reductions; overwrites all three (M, S and G, or P, Q and G)."""
+        """Mask G and add its reductions; overwrites the two products."""
         if self.paper:
-            dP, dQ = self._masked(tile, first, second, G)
+            dP, dQ = self._masked(first, second, G)
         else:
             dP, dQ = product_gradients(G, first, second, self.scale, self.form, self.loss_scale)
         A, B, C, D = self.factors
         rows, cols = tile.rows, tile.cols
-        self.grads.A[:, cols].addmm_(B[rows].t(), dP)
-        self.grads.B[rows].addmm_(dP, A[:, cols].t())
-        self.grads.C[:, cols].addmm_(D[rows].t(), dQ)
-        self.grads.D[rows].addmm_(dQ, C[:, cols].t())
+        addmm_(self.grads.A[:, cols], B[rows].t(), dP)
+        addmm_(self.grads.B[rows].t(), A[:, cols], dP.t())
+        addmm_(self.grads.C[:, cols], D[rows].t(), dQ)
+        addmm_(self.grads.D[rows].t(), C[:, cols], dQ.t())
 
-    def _masked(self, tile: _Tile, M: Tensor, S: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-        dP = torch.ops.aten.threshold_backward.grad_input(S.mul_(G), M, 0, grad_input=S)
-        dQ = M.mul_(G)
+    def _masked(self, T: Tensor, spare: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        dP = torch.sign(T, out=spare).mul_(G)
+        dQ = T.mul_(dP)
         if self.form.ste == "clip":
             dQ.clamp_(-self.bound, self.bound)
         return dP, dQ
@@ -325,5 +326,5 @@ def _number(scale: Tensor) -> float | Tensor:
 
 
 def _is_paper(form: Form) -> bool:
-    """Whether M = ReLU(P) and S = Sign(Q) carry all that backward needs."""
+    """Whether T = ReLU(P) ⊙ Sign(Q) carries all that backward needs."""
     return form.magnitude == "relu" and form.direction == "sign" and form.ste != "hardtanh" and not form.live_zero

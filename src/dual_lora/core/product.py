@@ -1,0 +1,81 @@
+"""Products of two matrices, in fp32 on a CPU by the library that is faster there.
+
+torch.mm calls MKL, which uses AVX-512 on its maker's processors alone. On others oneDNN, which torch carries as well
+and uses for bf16, takes half the time (`python -m benchmarks.leaner --only products`). Everywhere else this is
+torch.mm.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Sums of so many terms are made in the same order by both libraries, one term after the other; MKL cuts longer ones.
+SAME_BITS = 128
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b, in `out` or in memory of its own (oneDNN allocates what it returns), laid out like `out`."""
+    if not _by_onednn(a, b):
+        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+    if out is not None and out.stride(0) == 1 != out.stride(1):
+        return onednn_mm(b.t(), a.t()).t()
+    return onednn_mm(a, b)
+
+
+def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """P or Q as `mm` gives it, with the bits of torch.mm: the judge and all analyses have to find the same signs."""
+    return mm(left, right, out) if right.shape[0] <= SAME_BITS else torch.mm(left, right, out=out)
+
+
+def mm_columns(whole: Tensor, cols: slice, a: Tensor, b: Tensor) -> Tensor:
+    """`whole` with a @ b in those columns; where that is all of them, the product itself."""
+    part = whole[:, cols]
+    product = mm(a, b, part)
+    if product.shape == whole.shape:
+        return product
+    if product is not part:
+        part.copy_(product)
+    return whole
+
+
+def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b."""
+    if _by_onednn(a, b):
+        total += mm(a, b, total)
+    else:
+        total.addmm_(a, b)
+
+
+def left(a: Tensor) -> Tensor:
+    """`a` as `mm` takes its first operand without a copy, for one that takes part in several products."""
+    return a.contiguous() if _by_onednn(a, a) else a
+
+
+def onednn_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), without_gaps(b).t(), None, "none", [], "")
+
+
+def without_gaps(b: Tensor) -> Tensor:
+    """`b`, copied where it is part of a wider matrix: oneDNN would fall back to loops a thousand times slower."""
+    return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 < b.numel() and _is_faster()
+
+
+@functools.cache
+def _is_faster() -> bool:
+    """Whether oneDNN's fp32 products are faster than MKL's here."""
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return "GenuineIntel" not in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False  # not Linux: unknown
