@@ -212,6 +212,10 @@ def refusals(mesh, folder):
     bare[0]._hf_tp_plan = "colwise"
     note("bare part", lambda: adapted(bare, target_modules=["0"]))
 
+    quantised = nn.Sequential(nn.Linear(4, 4))
+    quantised[0]._hf_quantized_needs_local_tp = quantised[0]._is_hooked = True
+    note("quantised", lambda: adapted(quantised, target_modules=["0"]))
+
     from torch.distributed.tensor import distribute_tensor
 
     convolution = adapted(nn.Sequential(nn.Conv1d(4, 6, 3)), target_modules=["0"])

@@ -39,6 +39,7 @@ def test_two_processes_compute_what_one_computes(case, run):
         ("convolution merged", ["ValueError", "Cannot merge", "Save the adapter"]),
         ("plain input", ["ValueError", "got a plain tensor", "Call the model as a whole"]),
         ("replicated", ["ValueError", "(Replicate(),)", "Leave this layer out"]),
+        ("quantised", ["ValueError", "quantised Linear", "shard the base in bf16"]),
         ("bare part", ["ValueError", "bare part", "Use transformers 5.17"]),
     ],
 )

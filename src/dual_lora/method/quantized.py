@@ -43,6 +43,8 @@ _UNKNOWN = object()
 class QuantizedLinear(Linear):
     """Dual LoRA on a linear layer that a quantisation library has made."""
 
+    takes_parts = False
+
     def __init__(self, base_layer: nn.Module, *args: Any, get_apply_tensor_subclass: Any = None, **kwargs: Any) -> None:
         backend = find_backend(base_layer, get_apply_tensor_subclass)
         assert backend is not None

@@ -52,7 +52,12 @@ def refuse(base: nn.Module, weight: Any) -> None:
 
 
 def refuse_bare_parts(base: nn.Module) -> None:
-    """Raise ValueError for a weight that was cut without a trace of the whole (transformers before 5.15)."""
+    """Raise ValueError for a weight that was cut without a trace of the whole: transformers before 5.15, quantised."""
+    if getattr(base, "_hf_quantized_needs_local_tp", False) and getattr(base, "_is_hooked", False):
+        raise ValueError(
+            f"Dual LoRA cannot work on a quantised {type(base).__name__} under tensor parallelism: shard the "
+            "base in bf16, or use the quantised one without a tensor parallel plan (DDP, FSDP2)."
+        )
     if getattr(base, "_hf_tp_plan", None) and not is_sharded(getattr(base, "weight", None)):
         raise ValueError(
             f"This {type(base).__name__} holds a bare part of its weight (tensor parallel plan {base._hf_tp_plan!r} of "
