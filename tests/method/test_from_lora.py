@@ -114,6 +114,8 @@ def test_what_has_no_place_is_refused(options, error, message):
         convert_to_dual_lora(model)
 
 
-def test_a_model_without_lora_is_refused():
+def test_a_model_without_lora_and_a_rank_of_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"r1 is 0: give a whole number"):
+        convert_to_dual_lora(lora(llama(), ["q_proj"]), 0)
     with pytest.raises(ValueError, match="no LoRA adapter 'default'"):
         convert_to_dual_lora(llama())

@@ -74,15 +74,18 @@ def convert_to_dual_lora(
     Raises TypeError for layers that are not linear and for variants of LoRA (DoRA) whose update is more than B A, and
     ValueError for a layer without any update, which has no signs to keep.
     """
+    if r1 is not None and r1 < 1:
+        raise ValueError(f"r1 is {r1}: give a whole number of at least 1, or leave it out for LoRA's rank.")
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     layers = _lora_layers(model, adapter_name)
     state: dict[str, Tensor] = {}
     kept, patterns = [], {}
     std = DualLoraConfig().init_std
     for name, layer in layers.items():
-        A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        A: Tensor = layer.lora_A[adapter_name].weight  # type: ignore[assignment]
+        B: Tensor = layer.lora_B[adapter_name].weight  # type: ignore[assignment]
         r2 = A.shape[0]
-        ranks = min(r1 or r2, *layer.get_base_layer().weight.shape), r2
+        ranks = min(r1 or r2, A.shape[1], B.shape[0]), r2
         factors, cosine, signs = near(layer.scaling[adapter_name] * B.float(), A.float(), ranks[0], std, name)
         for letter, factor in zip("ABCD", factors, strict=True):
             state[f"{name}.dual_lora_{letter}"] = factor

@@ -70,10 +70,12 @@ def export(
         shared |= {"data": data, "limit": 200 if limit is None else limit}
         if to == "dual-lora":
             exported = export_dual_lora(source, out, rank, **shared)
-        elif (rank is None) == (energy is None):
-            raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
+        elif rank is not None and energy is None:
+            exported = export_lora(source, out, rank, **shared)
+        elif energy is not None and rank is None:
+            exported = export_lora(source, out, float(energy), **shared)
         else:
-            exported = export_lora(source, out, rank if energy is None else float(energy), **shared)
+            raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
         finish(asdict(exported), _card(exported), json)
 
 
