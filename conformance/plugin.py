@@ -35,16 +35,20 @@ class _Everything(dict[str, int]):
         return 0
 
 
-_scale_as_lora = False
+_habits: set[str] = set()  # of LoRA, that the running test goes by
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    global _scale_as_lora
-    _scale_as_lora = any(fnmatch.fnmatchcase(_name(item), pattern) for pattern in LISTS["scale_as_lora"]["tests"])
+    _habits.clear()
+    _habits.update(habit for habit, entry in LISTS["habits"].items() if _is_listed(item, entry["tests"]))
 
 
 def _name(item: pytest.Item) -> str:
     return item.nodeid.replace("tests/", "", 1)
+
+
+def _is_listed(item: pytest.Item, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(_name(item), pattern.replace("[", "[[]")) for pattern in patterns)
 
 
 def _of_lora_alone(options: dict[str, Any]) -> str | None:
@@ -56,6 +60,15 @@ def _of_lora_alone(options: dict[str, Any]) -> str | None:
     if isinstance(start, str) and start != "gaussian":
         return f"init_lora_weights={start!r}: {LISTS['values']['init_lora_weights']}"
     return None
+
+
+def _split_odd_ranks(options: dict[str, Any]) -> None:
+    """An odd total cannot be halved; a user would give both ranks."""
+    rank, pattern = options.get("r"), options.get("rank_pattern")
+    if isinstance(rank, int) and rank > 0 and rank % 2:
+        options.update(r=None, r1=rank // 2 + 1, r2=max(rank // 2, 1))
+    if pattern:
+        options["rank_pattern"] = {key: [r // 2 + 1, r // 2] if r % 2 else r for key, r in pattern.items()}
 
 
 def _accept_loras_habits(config_cls: type) -> None:
@@ -71,19 +84,23 @@ def _accept_loras_habits(config_cls: type) -> None:
         if "init_lora_weights" in options:
             start = options.pop("init_lora_weights")
             options["init_weights"] = True if start == "gaussian" else start
+        elif "zero_start" in _habits:
+            options["init_weights"] = "zero"
         # The tests train for a few steps: the adapter is without effect at the start, and at full strength after one.
         options.setdefault("warmup_steps", 1)
-        if _scale_as_lora:  # α/√(r1 r2) is to be LoRA's α/r, which is 8/8 by default
+        rank = options.get("r", 8)
+        if "r_of_each_group" in _habits:  # α/√(r r) is LoRA's α/r
+            options.setdefault("lora_alpha", 8)
+            options.update(r=None, r1=rank, r2=rank)
+            options["rank_pattern"] = {key: [r, r] for key, r in options.get("rank_pattern", {}).items()}
+        elif "scale_as_lora" in _habits:  # the same with r = r1 + r2: half of α
             options["lora_alpha"] = options.get("lora_alpha", 8) / 2
             options["alpha_pattern"] = {key: alpha / 2 for key, alpha in options.get("alpha_pattern", {}).items()}
-        rank = options.get("r")
-        if isinstance(rank, int) and rank > 0 and rank % 2:  # an odd rank has to be split by hand
-            options.update(r=None, r1=rank // 2 + 1, r2=max(rank // 2, 1))
-        if options.get("rank_pattern"):
-            options["rank_pattern"] = {
-                key: [rank // 2 + 1, rank // 2] if rank % 2 else rank for key, rank in options["rank_pattern"].items()
-            }
+        if "r_of_each_group" not in _habits:
+            _split_odd_ranks(options)
         original(self, *args, **options)
+        if "r_of_each_group" in _habits:
+            self.r, self.lora_alpha = rank, options["lora_alpha"]  # what the test wrote; the layers go by r1 and r2
 
     config_cls.__init__ = __init__  # type: ignore[misc]
 
@@ -93,11 +110,27 @@ import transformers.integrations.peft  # noqa: E402
 
 transformers.integrations.peft.check_peft_version = lambda *args, **options: None
 
+
+def _pad_each_group() -> None:
+    """`prepare_model_for_compiled_hotswap(target_rank=r)` by LoRA's habit: r for each group, 2 r in all."""
+    from peft.utils import hotswap
+
+    prepare = hotswap.prepare_model_for_compiled_hotswap
+
+    def by_habit(model: Any, *, target_rank: Any = None, **options: Any) -> None:
+        if target_rank is not None and "r_of_each_group" in _habits:
+            target_rank *= 2
+        prepare(model, target_rank=target_rank, **options)
+
+    hotswap.prepare_model_for_compiled_hotswap = by_habit
+
+
 if METHOD == "dual_lora":
     import dual_lora
     from dual_lora.method import attention, conv, embedding, experts, layer
 
     _accept_loras_habits(dual_lora.DualLoraConfig)
+    _pad_each_group()
     peft.DualLoraConfig = dual_lora.DualLoraConfig  # type: ignore[attr-defined]
     peft.DualLoraModel = dual_lora.DualLoraModel  # type: ignore[attr-defined]
     layers = ModuleType("peft.tuners.dual_lora")
@@ -143,9 +176,8 @@ def _concerns_method(item: pytest.Item) -> bool:
 
 
 def _reason_in_list(item: pytest.Item, group: str) -> str | None:
-    name = _name(item)
     for entry in LISTS.get(group, []):
-        if any(fnmatch.fnmatchcase(name, pattern.replace("[", "[[]")) for pattern in entry["tests"]):
+        if _is_listed(item, entry["tests"]):
             return entry["reason"]
     return None
 

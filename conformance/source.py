@@ -26,6 +26,14 @@ REPLACEMENTS = [
         r"^( *)del (\w+)\[(.*)dual_lora_B(\W*)\]$",
         r"\1for part in 'BCD': del \2[\3dual_lora_\4 + part]\n\1del \2[\3dual_lora_left\4]",
     ),
+    # What a test sets in LoRA's B, it sets in C and D as well; a factor is a parameter and no nn.Linear.
+    (
+        r"^( *)(nn\.init\.ones_\(.*)dual_lora_B(.*)$",
+        r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3",
+    ),
+    (r"(assert isinstance\(proj\.dual_lora_[AB]\[\"\w+\"\], nn\.)Linear\)", r"\1Parameter)"),
+    # Two active adapters are compared with their sum in one adapter, which ReLU and Sign do not allow.
+    (r"\(tuner_method == \"lora\"\) and not \(config_1", '(tuner_method == "sums in one") and not (config_1'),
     (r"types found: LORA", "types found: DUAL_LORA"),
     # Where a test lists the trainable parameters, this method has four.
     (r"^( *)(\"[^\"\n]*)dual_lora_B(\.\w+\",)$", r"\1\2dual_lora_B\3\n\1\2dual_lora_C\3\n\1\2dual_lora_D\3"),
