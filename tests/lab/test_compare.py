@@ -127,14 +127,14 @@ def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_wh
     """A second study with a third method, told where the first one's runs lie, does that method's runs alone."""
     shared = copy_of_whole / "runs"
     before = {p.name for p in shared.glob("*.json")}
-    methods = {"lora": {"r": 4, "lora_alpha": "2r"}, "dual_lora": {}, "dora": {"lora_alpha": "2r"}}
+    methods = {"lora": {"r": 4, "lora_alpha": "2r"}, "dual_lora": {}, "rslora": {"lora_alpha": "2r"}}
     other = write_study(tiny, methods=methods)
     made = compare(other, copy_of_whole.parent / "other", runs=shared, progress=False)
     assert made["complete"]
     old = {s["key"] for m in whole["methods"] for s in m["seeds"] + m["trials"]}
     new = {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()}
     assert not new & old
-    assert len(new) == 4  # two trials and two seeds of dora
+    assert len(new) == 4  # two trials and two seeds of rslora
     again = compare(other, copy_of_whole.parent / "other", progress=False)  # the place of the runs is remembered
     assert {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()} == new
     assert figures(again) == figures(made)
@@ -395,7 +395,7 @@ def test_interventions_reach_the_training(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_the_field_runs(tiny, tmp_path):
-    """Every method that the issue of comparisons names trains, is evaluated and gets a verdict."""
+    """Every method that the shipped studies name trains, is evaluated and gets a verdict."""
     lora_like = ["lora", "rslora", "lora+", "dora", "pissa", "olora", "lora-ga"]
     names = [*lora_like, "dual_lora", "vera", "randlora", "hira", "loha"]
     methods = {name: {"r": 4} for name in names} | {"adalora": {"tinit": 1, "tfinal": 1}, "full": {}}
@@ -406,6 +406,18 @@ def test_the_field_runs(tiny, tmp_path):
     assert len(results["comparisons"]) == len(methods) - 1
     scores = [m["seeds"][0]["score"] for m in results["methods"]]
     assert len(set(scores)) == len(scores), "no two methods are secretly the same"
+
+
+@pytest.mark.parametrize(("name", "package"), [("galore", "galore_torch"), ("apollo", "apollo_torch")])
+def test_low_rank_optimizers_run(name, package, tiny, tmp_path):
+    """Their packages come with `pip install galore-torch apollo-torch`."""
+    pytest.importorskip(package)
+    study = write_study(tiny, methods={"full": {}, name: {}}, budget=None, search=None, seeds=1, reference="full")
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["failed"] == []
+    full, other = results["methods"]
+    assert other["seeds"][0]["status"] == "done"
+    assert other["seeds"][0]["score"] != full["seeds"][0]["score"], "it trained by its own rule"
 
 
 def test_time_budget_gives_the_slower_method_fewer_steps(tiny, tmp_path):
