@@ -126,26 +126,27 @@ class TestFlops:
         assert flops["lora"] < flops["dora"] < flops["dual_lora"] < 1.05 * flops["full"]
 
 
-def test_workspace_of_the_blocks_is_what_they_allocate():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("T", "O", "I", "r"), [(64, 96, 64, 4), (128, 1024, 768, 8), (64, 3072, 1024, 8)])
+def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype):
     """The blocked operator itself, on real tensors, against the formula for what it uses inside."""
     register_own()
-    for T, O, I, r in ((64, 96, 64, 4), (128, 1024, 768, 8)):
-        factors = [torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))]
-        x, dy, weight = torch.randn(T, I), torch.randn(T, O), torch.randn(O, I)
-        adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
-        standing = [*factors, x, dy, weight, adapter.scale]
-        op = torch.ops.dual_lora
-        with Live(standing) as live:
-            y = blocked.forward(x, weight, [adapter])
-        args = (x, weight, None, factors, [adapter.scale], [0], None)
-        expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
-        assert live.peaks["forward"].total == pytest.approx(expected, rel=0.1)
-        with Live(standing) as live:
-            grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
-        args = (dy, x, weight, factors, [adapter.scale], [0], None, True, False, True)
-        out = grads.x.nbytes + sum(f.nbytes for f in grads.factors[0])
-        expected = inner_bytes(op.linear_backward.default, args, grads, "cpu") + out
-        assert live.peaks["forward"].total == pytest.approx(expected, rel=0.1)
+    factors = [torch.randn(s) for s in ((r, I), (O, r), (r, I), (O, r))]
+    x, dy, weight = (torch.randn(s).to(dtype) for s in ((T, I), (T, O), (O, I)))
+    adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
+    standing = [*factors, x, dy, weight, adapter.scale]
+    op = torch.ops.dual_lora
+    with Live(standing) as live:
+        y = blocked.forward(x, weight, [adapter])
+    args = (x, weight, None, factors, [adapter.scale], [0], None)
+    expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
+    assert live.peaks["forward"].total == pytest.approx(expected, rel=0.15)
+    with Live(standing) as live:
+        grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
+    args = (dy, x, weight, factors, [adapter.scale], [0], None, True, False, True)
+    out = grads.x.nbytes + sum(f.nbytes for f in grads.factors[0])
+    expected = inner_bytes(op.linear_backward.default, args, grads, "cpu") + out
+    assert live.peaks["forward"].total == pytest.approx(expected, rel=0.15)
 
 
 class TestMemory:

@@ -1,12 +1,16 @@
 """What an operator uses inside itself while it runs, invisible to a dispatch mode.
 
 Dual LoRA's operator on a CPU works in panels and tiles of the weight (`core/blocked.py`), on a GPU it composes one
-whole weight at a time (`core/triton_linear.py`).
+whole weight at a time (`core/triton_linear.py`). Where fp32 products go to oneDNN (`core/product.py`) each of them
+comes in memory of its own, beside the buffer that waits for it.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from dual_lora.core.blocked import CPU
+from dual_lora.core.product import _is_faster as onednn_is_faster
 
 
 def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
@@ -16,36 +20,54 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
     name = func._schema.name
     if name == "dual_lora::linear":
         x, factors = args[0], args[3]
-        return linear_bytes(factors[1].shape[0], x.shape[-1], x.dtype.itemsize, on)
+        return forward_bytes(*_shape(x, factors), x.dtype.itemsize, on)
     if name == "dual_lora::linear_backward":
         x, factors, need_x, need_factors = args[1], args[3], args[7], args[9]
-        O, I = factors[1].shape[0], x.shape[-1]
-        scaled = sum(f.numel() for f in factors) * 4
-        if on == "gpu":
-            return O * I * x.dtype.itemsize * need_x
-        return (
-            _tiles(O, I, x.dtype.itemsize)
-            + _panel(O, I, x.dtype.itemsize) * (need_x + need_factors)
-            + scaled * need_factors
-        )
+        scaled = sum(f.numel() for f in factors) * 4 * need_factors
+        return backward_bytes(*_shape(x, factors), x.dtype.itemsize, on, need_x, need_factors) + scaled
     return 0
 
 
-def linear_bytes(O: int, I: int, itemsize: int, on: str) -> int:
-    """The composed panel and the tiles of a forward call."""
+def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
+    """The composed panel, the tiles, and y of the panel where it comes in memory of its own."""
     if on == "gpu":
         return O * I * itemsize
-    return _panel(O, I, itemsize) + _tiles(O, I, itemsize)
+    rows = _part(O, CPU.panel // itemsize // I)
+    y = T * rows * itemsize if _own_memory(itemsize) else 0
+    return rows * I * itemsize + _tiles(rows, I, itemsize) + y
 
 
-def _panel(O: int, I: int, itemsize: int) -> int:
-    from dual_lora.core.blocked import CPU
+def backward_bytes(
+    T: int, O: int, I: int, itemsize: int, on: str, need_x: bool = True, need_factors: bool = True
+) -> int:
+    """The composed panel and that of the gradient, the tiles, and the copies that oneDNN takes and gives."""
+    if on == "gpu":
+        return O * I * itemsize * need_x
+    cols = _part(I, CPU.panel // itemsize // O)
+    own = _own_memory(itemsize)
+    panels = need_x + need_factors
+    if own and need_factors:
+        panels += 1 + (cols < I)  # the product, and that of the panel before, which is still there
+    copies = (T * O + T * cols * need_x) * itemsize if own else 0
+    return panels * O * cols * itemsize + _tiles(O, cols, itemsize) + copies
 
-    return min(CPU.panel, O * I * itemsize)
 
-
-def _tiles(O: int, I: int, itemsize: int) -> int:
+def _tiles(rows: int, cols: int, itemsize: int) -> int:
     """P and Q of one tile, and where the panel is not fp32 itself its sum; all fp32."""
-    from dual_lora.core.blocked import CPU
+    kept = 2 + (itemsize != 4) + 2 * onednn_is_faster()
+    return kept * 4 * _part(rows, CPU.tile // cols) * cols
 
-    return (2 if itemsize == 4 else 3) * 4 * min(CPU.tile, O * I)
+
+def _part(length: int, step: int) -> int:
+    """The length of the equal parts of about `step`, as the operator cuts."""
+    return -(-length // -(-length // max(step, 16)))
+
+
+def _own_memory(itemsize: int) -> bool:
+    return itemsize == 4 and onednn_is_faster()
+
+
+def _shape(x: Any, factors: Any) -> tuple[int, int, int]:
+    """T, O, I."""
+    I = x.shape[-1]
+    return x.numel() // I, factors[1].shape[0], I
