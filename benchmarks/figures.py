@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gates, ledger
+from .measure import QUIET_SHARE
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- figures: written by python -m benchmarks.figures -->", "<!-- end of figures -->"
@@ -29,10 +30,15 @@ NAMES = {"lora": "LoRA", "full": "full", "dora": "DoRA", "hira": "HiRA", "naive"
 
 
 def newest(rows: Iterable[Mapping[str, Any]], work: str, subject: str, against: str) -> Mapping[str, Any]:
-    """The last gate row of that comparison on one thread. Raises ValueError if it was never measured."""
+    """The last gate row of that comparison on one thread, of a quiet machine if there ever was one.
+
+    Raises ValueError if it was never measured.
+    """
     wanted = ("gate", THREADS, work, subject, against)
     keys = ("kind", "threads", "work", "subject", "against")
-    found = next((row for row in reversed(list(rows)) if tuple(row[k] for k in keys) == wanted), None)
+    matching = [row for row in rows if tuple(row[k] for k in keys) == wanted]
+    quiet = [row for row in matching if row["share_of_cores"] >= QUIET_SHARE]
+    found = (quiet or matching or [None])[-1]
     if found is None:
         raise ValueError(f"The ledger has no row of {work!r}, {subject} against {against}: run `make bench`.")
     return found
