@@ -88,5 +88,10 @@ def _connect_deepspeed() -> None:
     import_module(".method.deepspeed", __name__).connect()
 
 
+def _connect_transformers() -> None:
+    import_module("._transformers", __name__).connect()
+
+
 when_imported("peft", _register)
+when_imported("transformers.integrations.peft", _connect_transformers)
 when_imported("deepspeed.runtime.engine", _connect_deepspeed)

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from tiny import (
     MODELS,
     TARGETS,
@@ -404,6 +405,7 @@ def test_representation_names_the_method():
     assert "dual_lora.Linear" in repr(adapted())
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.1", reason="transformers 5.0's own forward fails on the meta device")
 def test_meta_device():
     with torch.device("meta"):
         base = llama()
@@ -426,6 +428,7 @@ def test_gradient_checkpointing(reentrant):
     assert all(torch.equal(plain[n], checkpointed[n]) for n in plain)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 cannot trace PEFT's own context manager in one graph")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_equals_eager_and_does_not_recompile_as_the_ramp_rises(backend):
     torch._dynamo.reset()

@@ -57,6 +57,19 @@ def torchao(dynamic=False):
     return model[0].requires_grad_(False)
 
 
+def torchao_int4():
+    """Four bits in groups along the rows, the kind of torchao's that computes on a CPU."""
+    pytest.importorskip("torchao.quantization").quantize_(model := nn.Sequential(plain()), int4_config())
+    return model[0].requires_grad_(False)
+
+
+def int4_config():
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
 KINDS = {
     "nf4 nested": lambda: four_bit("nf4"),
     "nf4": lambda: four_bit("nf4", nested=False),
@@ -68,6 +81,7 @@ KINDS = {
     "hqq 4 columns": lambda: hqq(4, axis=0),
     "torchao int8": torchao,
     "torchao int8 dynamic": lambda: torchao(dynamic=True),
+    "torchao int4": torchao_int4,
 }
 KIND = pytest.mark.parametrize("kind", KINDS)
 FUSED = set(KINDS) - {"int8", "torchao int8 dynamic"}
@@ -85,7 +99,8 @@ def requantises(layer):
     if layer.quantization_backend.backend_name == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        layer.quantization_backend.get_apply_tensor_subclass = Int8WeightOnlyConfig
+        four = "Intx" in type(layer.get_base_layer().weight).__name__
+        layer.quantization_backend.get_apply_tensor_subclass = int4_config if four else Int8WeightOnlyConfig
         layer.quantization_backend.supports_merge = True
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from tiny import (
     MODELS,
@@ -216,10 +216,17 @@ def test_truncated(variant, loader, keep):
     assert "copy it again" in message
 
 
-def test_truncated_through_transformers(variant, folders):
-    """transformers reads the file itself and asks nobody; its error is that of safetensors."""
+@pytest.mark.parametrize("way", ["from_pretrained", "load_adapter"])
+def test_truncated_through_transformers(variant, folders, way):
+    """transformers reads the file itself; it is looked at before."""
     path = variant(raw=lambda b: b[: len(b) // 2], base_model_name_or_path=str(folders / "base"))
-    with pytest.raises(SafetensorError, match="file not fully covered"):
+    with pytest.raises(ValueError, match=r"not a complete safetensors file(.|\n)*copy it again"):
+        AutoModelForCausalLM.from_pretrained(path) if way == "from_pretrained" else llama_of(folders).load_adapter(path)
+
+
+def test_foreign_tensors_through_transformers(variant, folders):
+    path = variant(lambda t: {"model.weight": torch.zeros(3)}, base_model_name_or_path=str(folders / "base"))
+    with pytest.raises(ValueError, match="no factors of a Dual LoRA adapter"):
         AutoModelForCausalLM.from_pretrained(path)
 
 
@@ -322,3 +329,10 @@ def test_copies_of_a_loaded_model(folders):
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), logits(model))
     assert not changed(twin, state(model))
+
+
+def test_shards_that_were_not_gathered_are_told(tmp_path):
+    model = adapted()
+    layers(model)["base_model.model.first"].dual_lora_A["default"].data = torch.zeros(0)
+    with pytest.warns(PeftWarning, match=r"first\.dual_lora_A\.default are empty or flat(.|\n)*were not gathered"):
+        model.save_pretrained(tmp_path)

@@ -121,7 +121,9 @@ def _add(composed: Sequence[Composed]) -> None:
 
 
 def _hooks_are_set() -> bool:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    # torch 2.6 cannot tell: then ours go on top, which is right, and keeps more under gradient checkpointing.
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(False) is not None
 
 
 def _pack(tensor: Tensor) -> Tensor | _Recipe:

@@ -1,0 +1,35 @@
+"""transformers reads an adapter's file itself: look at ours first, so that a damaged one is refused in words."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from importlib import import_module
+from typing import Any
+
+
+def connect() -> None:
+    """Wrap transformers' own `load_adapter`; to be called once, when its module has been imported."""
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    PeftAdapterMixin.load_adapter = _looking_first(PeftAdapterMixin.load_adapter)
+
+
+def _looking_first(load_adapter: Any) -> Any:
+    @functools.wraps(load_adapter)
+    def wrapped(model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""
+        if _is_ours(peft_model_id, subfolder):
+            import_module("dual_lora.method.saved").check_file(peft_model_id, subfolder)
+        return load_adapter(model, peft_model_id, *args, **kwargs)
+
+    return wrapped
+
+
+def _is_ours(folder: Any, subfolder: str) -> bool:
+    path = os.path.join(folder, subfolder, "adapter_config.json") if isinstance(folder, str | os.PathLike) else ""
+    if not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("peft_type") == "DUAL_LORA"
