@@ -220,6 +220,22 @@ def test_resume_with_another_recipe_names_what_changed(lm_values, tmp_path):
         run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
 
 
+def test_resume_on_another_number_of_processes_says_what_fits(lm_values, tmp_path):
+    """Half as many examples at once would be another run, of other examples."""
+    out = tmp_path / "run"
+    run(build_recipe(lm_values), out, progress=False)
+    record = json.loads((out / "record.json").read_text())
+    assert (record["processes"], record["rows_at_once"]) == (1, 4)
+    record = {**record, "state": "running", "processes": 2, "rows_at_once": 8}
+    (out / "record.json").write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match=r"took 8 examples at once, on 2 process(.|\n)*Resume it with --train\.batch-size 8"
+    ):
+        run(build_recipe(lm_values), out, resume=True, progress=False)
+    lm_values["train"]["batch_size"] = 8
+    assert run(build_recipe(lm_values), out, resume=True, progress=False).state == "finished"
+
+
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, monkeypatch):
     from dual_lora.lab import loop
 

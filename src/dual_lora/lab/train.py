@@ -124,7 +124,11 @@ def _train(
         "examples": len(ready.rows),
         "left_out": ready.left_out,
     }
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if checkpoint:
+        _same_rows_at_once(folder, part.batch_size, processes)
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
+    record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
     record |= {"total_steps": steps, **counts, **surroundings()}
@@ -216,6 +220,7 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         for part in old
         if part not in ("evaluate", "about", "name", "origin")
         for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
+        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
         if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
     ]
     if changed:
@@ -223,6 +228,20 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
             f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
             "resume it without changes, or give another --out."
         )
+
+
+def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
+    """The order of the examples hangs on how many are taken at once, over all processes."""
+    record = json.loads(folder.record.read_text(encoding="utf-8"))
+    before, now = record.get("rows_at_once", batch_size * processes), batch_size * processes
+    if before == now:
+        return
+    fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
+    raise UserError(
+        f"The run {folder.path} took {before} examples at once, on {record['processes']} process(es); here it would "
+        f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
+        f"{fitting}on {record['processes']} process(es), or give another --out."
+    )
 
 
 def _finished(folder: RunFolder) -> RunResult | None:
