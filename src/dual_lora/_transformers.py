@@ -13,7 +13,8 @@ def connect() -> None:
     """Wrap transformers' own `load_adapter`; to be called once, when its module has been imported."""
     from transformers.integrations.peft import PeftAdapterMixin
 
-    PeftAdapterMixin.load_adapter = _looking_first(PeftAdapterMixin.load_adapter)
+    mixin: Any = PeftAdapterMixin
+    mixin.load_adapter = _looking_first(mixin.load_adapter)
 
 
 def _looking_first(load_adapter: Any) -> Any:

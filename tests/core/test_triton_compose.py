@@ -8,7 +8,7 @@ import torch
 from formula import make_case
 from numerics import assert_relative_rule
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
+pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
 
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form, delta_weight

@@ -5,7 +5,7 @@ import torch
 from formula import FORMS, expected, make_case, name_of
 from numerics import assert_close, assert_relative_rule
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
+pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
 
 from dual_lora.core import triton_gradient
 from dual_lora.core.blocked import Adapter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
+pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
 
 from dual_lora.core import blocked, triton_compose, triton_linear
 from dual_lora.core.blocked import Adapter, Needs

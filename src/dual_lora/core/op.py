@@ -104,12 +104,14 @@ def _rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def _triton() -> ModuleType | None:
-    """The Triton path, or None where Triton is not installed."""
+    """The Triton path, or None without Triton 3.3 or later (older ones do not take tuples of tensors)."""
     try:
+        import triton
+
         from . import triton_linear
     except ImportError:
         return None
-    return triton_linear
+    return triton_linear if [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 3] else None
 
 
 def _implementation(x: Tensor, weight: Tensor | None, adapters: list[Adapter]) -> ModuleType:

@@ -48,13 +48,14 @@ def _installed(name: str, requirement: object) -> Installed:
 
 
 def devices() -> dict[str, str]:
-    """{device: which implementation computes there, and why}."""
+    """{device: its name, and which implementation computes there}."""
     import torch
 
-    found = {f"cpu: {device_name() if not torch.cuda.is_available() else platform.machine()}": _plain()}
+    name = platform.machine() if torch.cuda.is_available() else device_name()
+    found = {"cpu": f"{name}: {_plain()}"}
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        found[f"cuda:{index}: {torch.cuda.get_device_name(index)}"] = _on_gpu(device)
+        found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}: {_on_gpu(device)}"
     kind = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     if kind is not None and kind.type != "cuda":
         found[kind.type] = _plain()
@@ -68,10 +69,11 @@ def _plain() -> str:
 def _on_gpu(device: object) -> str:
     import torch
 
-    try:
-        from dual_lora.core import triton_linear
-    except ImportError:
-        return f"{_plain()} (Triton is not installed)"
+    from dual_lora.core.op import _triton
+
+    triton_linear = _triton()
+    if triton_linear is None:
+        return f"{_plain()} (Triton 3.3 or later is not installed)"
     if os.environ.get(triton_linear.SWITCH) == "plain":
         return f"{_plain()} ({triton_linear.SWITCH}=plain)"
     right = [d for d in triton_linear.DTYPES if triton_linear.agrees_with_blocked(torch.device(str(device)), d)]
