@@ -127,7 +127,8 @@ def backward(
         dx = x.new_zeros(T, work.I, dtype=wide) if by_rows else x.new_empty(T, work.I)
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
-    dy, dyT = left(dy) if needs.x else dy, left(dy.t()) if needs.factors or needs.weight else None
+    dyT = left(dy.t()) if needs.factors or needs.weight else None
+    dy = left(dy)
     for panel in work.panels(x.dtype, by_rows) if T else ():
         if dyT is not None:
             panel.find_gradient(dyT, x)
