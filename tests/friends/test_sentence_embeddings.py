@@ -28,10 +28,10 @@ def test_learns_saves_and_loads(example, tiny_encoder, facts, tmp_path, healthy)
     from peft import PeftModel
     from sentence_transformers import SentenceTransformer
 
-    embedder, accuracy = example("sentence_embeddings").main(
+    embedder, ndcg = example("sentence_embeddings").main(
         str(tiny_encoder), tmp_path / "out", str(facts), steps=30, held_out=20
     )
-    assert accuracy["after"] > accuracy["before"]
+    assert ndcg["after"] > ndcg["before"]
     healthy(embedder[0].model)
 
     sentences = ["Zizzi serves French food .", "The Mill is in the riverside area ."]
