@@ -65,6 +65,12 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         f"Ratios of medians, one thread, r = 32 in all methods, {devices}, {days} (`make bench`; every run is a row of",
         "[`benchmarks/ledger.jsonl`](benchmarks/ledger.jsonl)).",
     ]
+    if any(r.get("fp32_products") == "oneDNN" for r in used):
+        lines += [
+            "",
+            "In fp32 our products run on oneDNN there, the other methods' on torch's MKL, which is slower on it: part of the",
+            "ratio is the library's ([floor](benchmarks/README.md)).",
+        ]
     return "\n".join(lines)
 
 

@@ -18,12 +18,15 @@ PATH = Path(__file__).parent / "ledger.jsonl"
 
 def provenance() -> dict[str, Any]:
     """What a figure depends on beside the code measured."""
+    from dual_lora.core.product import fp32_library
+
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {name: _version(name) for name in ("torch", "peft", "transformers", "bitsandbytes")},
         "python": platform.python_version(),
         "device": _processor(),
+        "fp32_products": fp32_library(),  # ours; the other methods' are torch.mm's
     }
 
 

@@ -25,5 +25,5 @@ def findings(size: int, seconds: float) -> Iterator[Finding]:
             "MKL": lambda a=a, b=b, out=out: torch.mm(a, b, out=out),
             f"{name} by oneDNN": lambda a=a, b=b: product.onednn_mm(a, b),
         }
-        taken = [f"{name} by oneDNN"] if product._is_faster() else []
+        taken = [f"{name} by oneDNN"] if product.fp32_library() == "oneDNN" else []
         yield from compared(variants, "MKL", seconds, taken=taken)
