@@ -115,20 +115,15 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
                 "Give records of the kind that the adapter was trained for: --data FILE.",
             )
         kept = (loss["base"] - loss["converted"]) / gain
-        what = f"{kept:.0%} of the adapter's improvement in loss is kept"
-        verdict, bad = (
-            (f"good: {what}", False)
-            if kept >= KEEPS
-            else (f"loses some: {what}", True)
-            if kept >= LOSES_SOME
-            else (f"loses too much: {what}" if kept > 0 else "loses too much: nothing of the improvement is left", True)
-        )
+        bad = kept < KEEPS
+        word = "good" if not bad else "loses some" if kept >= LOSES_SOME else "loses too much"
+        verdict = f"{word}: {max(kept, 0):.1%} of the adapter's improvement in loss is kept"
     else:
         from dual_lora.method.conversion import TOO_MUCH
 
         bad = lost > TOO_MUCH
-        what = f"the median layer loses {lost:.0%} of its update (its behaviour was not measured)"
-        verdict = f"loses too much: {what}" if bad else f"good by the weights: {what}"
+        word = "may lose too much" if bad else "good by the weights"
+        verdict = f"{word}: the median layer loses {lost:.0%} of its update; the loss was not measured (--data FILE)"
     if bad:
         return verdict, way_out
     if size >= 1:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .layer import DualLoraLayer, Linear
 
-# Above this, a LoRA that stands in for the adapter is likely to behave differently.
+# Above this, look at the loss on data before a LoRA stands in for the adapter.
 TOO_MUCH = 0.3
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
