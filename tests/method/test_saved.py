@@ -319,6 +319,19 @@ def test_a_newer_configuration_is_read_with_a_warning(variant):
         PeftModel.from_pretrained(llama(), variant(fancy=1))
 
 
+@pytest.mark.parametrize("way", [*LOADERS, "transformers"])
+def test_a_newer_format_is_refused(variant, folders, way):
+    path = variant(format_version=2, base_model_name_or_path=str(folders / "base"))
+    with pytest.raises(ValueError, match=r"saved in format 2(.|\n)*reads formats up to 1(.|\n)*--upgrade dual-lora"):
+        AutoModelForCausalLM.from_pretrained(path) if way == "transformers" else LOADERS[way](path)
+
+
+def test_the_present_format_is_read(variant):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(llama(), variant(format_version=1))
+
+
 def test_a_missing_folder(tmp_path):
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at"):
         PeftModel.from_pretrained(llama(), str(tmp_path / "nothing"))

@@ -14,6 +14,9 @@ from .saved import check_file
 Rank = int | list[int] | tuple[int, int]
 
 
+FORMAT_VERSION = 1
+
+
 @dataclass
 class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
@@ -101,8 +104,14 @@ class DualLoraConfig(PeftConfig):
     )
     lora_alpha: InitVar[float | None] = None
     lora_dropout: InitVar[float | None] = None
+    format_version: InitVar[int] = FORMAT_VERSION  # of a saved adapter; written once there is a second one
 
-    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None) -> None:
+    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, format_version: int) -> None:
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"This adapter is saved in format {format_version}; this version of dual-lora reads formats up to "
+                f"{FORMAT_VERSION}. Nothing was loaded. Update the package: pip install --upgrade dual-lora."
+            )
         super().__post_init__()
         self.peft_type = PeftType.DUAL_LORA  # type: ignore[attr-defined]
         self._custom_modules: dict[type, type] | None = None
