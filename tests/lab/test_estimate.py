@@ -153,7 +153,7 @@ def test_batched_product_copies_a_shared_matrix():
     """bf16 on a CPU; measured with /proc/self/status, for want of an operator that would show it."""
     weight, rows = torch.zeros(40, 8, dtype=torch.bfloat16), torch.zeros(4, 9, 8, dtype=torch.bfloat16)
     for last, copied in ((rows[:, -2:], 4 * 40 * 8 * 2), (rows[:, -2:].contiguous(), 0)):
-        with Live([weight, rows]) as live:
+        with Live([weight, rows, last]) as live:
             y = torch.nn.functional.linear(last, weight)
         assert live.peaks["forward"].workspace == copied
         assert live.now().activations == y.nbytes
