@@ -68,8 +68,8 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     if any(r.get("fp32_products") == "oneDNN" for r in used):
         lines += [
             "",
-            "In fp32 our products run on oneDNN there, the other methods' on torch's MKL, which is slower on it: part of the",
-            "ratio is the library's ([floor](benchmarks/README.md)).",
+            "In fp32 our products run on oneDNN there, the other methods' on torch's MKL, which is slower on it:",
+            "part of the ratio is the library's ([floor](benchmarks/README.md)).",
         ]
     return "\n".join(lines)
 
