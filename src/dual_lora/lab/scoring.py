@@ -100,7 +100,8 @@ def score_exact_match(
     for example, text in zip(examples, texts, strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = example.target if spec.extract else example.answer
-        rows.append({"correct": _same(found, expected.strip(), spec.compare), "predicted": found})
+        row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
+        rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
 
 
