@@ -30,7 +30,7 @@ STEPS = 2
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # bytes: glibc's own starting value
 ORDINARY = "ordinary"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SmolLM2-135M bf16, Dual LoRA, gated": ("arc-easy-smollm2", {"method": {"name": "dual_lora", "r": 16}}),
+    "SmolLM2-135M bf16, Dual LoRA, returned": ("arc-easy-smollm2", {"method": {"name": "dual_lora", "r": 16}}),
     "SmolLM2-135M bf16, PEFT LoRA": ("arc-easy-smollm2", {"method": {"name": "lora", "r": 16}}),
     "MiniLM fp32, full": ("sst2-minilm", {"method": {"name": "full"}}),
     "MiniLM fp32, Dual LoRA": ("sst2-minilm", {"method": {"name": "dual_lora", "r": 16}}),
