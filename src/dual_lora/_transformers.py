@@ -1,19 +1,21 @@
-"""transformers reads an adapter's file itself: look at ours first, so that a damaged one is refused in words."""
+"""transformers reads an adapter's file itself: look at ours first, so that a damaged one is refused in words.
+
+Imports nothing when transformers does: PEFT, which `dual_lora.method` needs, cannot be imported at that moment.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import sys
 from importlib import import_module
 from typing import Any
 
 
 def connect() -> None:
     """Wrap transformers' own `load_adapter`; to be called once, when its module has been imported."""
-    from transformers.integrations.peft import PeftAdapterMixin
-
-    mixin: Any = PeftAdapterMixin
+    mixin: Any = sys.modules["transformers.integrations.peft"].PeftAdapterMixin
     mixin.load_adapter = _looking_first(mixin.load_adapter)
 
 
