@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -222,6 +224,13 @@ def test_truncated_through_transformers(variant, folders, way):
     path = variant(raw=lambda b: b[: len(b) // 2], base_model_name_or_path=str(folders / "base"))
     with pytest.raises(ValueError, match=r"not a complete safetensors file(.|\n)*copy it again"):
         AutoModelForCausalLM.from_pretrained(path) if way == "from_pretrained" else llama_of(folders).load_adapter(path)
+
+
+def test_transformers_imports_after_this_package():
+    """What looks at files is put in place while transformers is being imported, when PEFT cannot be."""
+    script = "import dual_lora\nfrom transformers import Trainer\nimport transformers.integrations.peft as p\n"
+    script += "assert p.PeftAdapterMixin.load_adapter.__wrapped__"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
 
 
 def test_foreign_tensors_through_transformers(variant, folders):
