@@ -32,7 +32,7 @@ def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from dual_lora.lab.methods import method_config
-    from dual_lora.lab.models import quiet
+    from dual_lora.lab.models import gather_for_head, quiet
 
     config = shortened(setting.config, layers)
     _prepare(config, setting)
@@ -46,6 +46,7 @@ def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
             )
         except (ValueError, KeyError) as error:
             raise UserError(f"{setting.name} has no {setting.head} head: {str(error).splitlines()[0]}") from error
+        gather_for_head(base)
         method = {k: _UNCOUNTED.get(k, v) for k, v in setting.method.items()}
         adapter = method_config(method, setting.head, 100, _fresh(base) if setting.head == "classification" else [])
         if adapter is None:
