@@ -444,7 +444,7 @@ def course(tiny, folder, state, peak, **budget):
             tiny, methods={"lora": {"r": 4}, "dual_lora": {"r": 4}}, budget={"match": "memory", **budget}, search=None
         )
     )
-    made = _Course(study, folder, state, Way("process", 1, "nothing", False), plan.lay_out(study))
+    made = _Course(study, folder, folder / "runs", state, Way("process", 1, "nothing", False), plan.lay_out(study))
     made._do = lambda *_: None
     made._outcome = lambda job: {
         "status": "done",
