@@ -3,7 +3,7 @@
     python results/trajectory/make.py            # about ten minutes on two quiet cores; the data lie in $DUAL_LORA_DATA
 
 Same start, same records in the same order, one seed: this shows what the methods do to the weights, and says nothing
-about which is better. The settings are those of the study methods-encoder, with the learning rates that its search chose.
+about which is better. The settings are those of the study methods-encoder, with the rates that its search chose.
 """
 
 import sys
