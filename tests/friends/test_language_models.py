@@ -12,16 +12,9 @@ def history(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def test_trainer(example, tiny_lm, tmp_path, healthy, loads_as):
-    trainer = example("trainer").main(str(tiny_lm), tmp_path, steps=20, learning_rate=2e-2)
-    losses = history(trainer, "loss")
-    assert losses[-1] < losses[0] - 0.5
-    healthy(trainer.model)
-    loads_as(tmp_path / "adapter", trainer.model)
-
-
-def test_trl_sft(example, tiny_lm, tmp_path, healthy, loads_as):
-    trainer = example("trl_sft").main(str(tiny_lm), tmp_path, steps=20, learning_rate=2e-2)
+@pytest.mark.parametrize("name", ["trainer", "trl_sft"])
+def test_supervised(name, example, tiny_lm, tmp_path, healthy, loads_as):
+    trainer = example(name).main(str(tiny_lm), tmp_path, steps=20, learning_rate=2e-2)
     losses = history(trainer, "loss")
     assert losses[-1] < losses[0] - 0.5
     healthy(trainer.model)

@@ -29,7 +29,7 @@ RANK_FIELDS = {
     "adaption_prompt": "adapter_len",
 }
 # Fields that draw or decompose weights at the start: without meaning on the meta device, and without parameters.
-_UNCOUNTED = {"init_lora_weights": False}
+UNCOUNTED = {"init_lora_weights": False}
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
 _REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
 
@@ -90,46 +90,55 @@ class Scale:
         from dual_lora.lab.methods import method_config
 
         base = self._base(recipe.model, classes)
-        total = sum(p.numel() for p in base.parameters())
+        total = _numbers_in(base)
         multiplied = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in _LINEAR)
-        method = {k: _UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
+        method = {k: UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
         steps = recipe.train.steps or 100
         config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
         if config is None:
             return Size(total, total, multiplied)
-        adapted = self._adapted(recipe, base, config, total)
+        adapted = adapted_model(recipe, base, config)
         still = [re.compile(pattern) for pattern in frozen]
         named = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
         return Size(sum(p.numel() for n, p in named if not any(s.search(n) for s in still)), total, multiplied)
-
-    def _adapted(self, recipe: Recipe, base: Any, config: Any, total: int) -> Any:
-        import torch
-        from peft import get_peft_model
-
-        try:
-            with torch.device("meta"):
-                return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
-        except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
-            if total > _REAL_LIMIT:
-                raise self._misfit(recipe, on_meta) from on_meta
-        try:
-            real = copy.deepcopy(base).to_empty(device="cpu")
-            for tensor in real.parameters():
-                torch.nn.init.normal_(tensor, std=0.02)
-            return get_peft_model(real, config)
-        except Exception as error:
-            raise self._misfit(recipe, error) from error
-
-    @staticmethod
-    def _misfit(recipe: Recipe, error: Exception) -> UserError:
-        message = " ".join(str(error).split())
-        return UserError(f"The method {recipe.method['name']} does not fit {recipe.model.path}: {message}")
 
     def _base(self, part: ModelPart, classes: int | None) -> Any:
         key = (part.path, part.head, classes)
         if key not in self._models:
             self._models[key] = empty_model(part, classes)
         return self._models[key]
+
+
+def adapted_model(recipe: Recipe, base: Any, config: Any) -> Any:
+    """A copy of an empty model with the recipe's method on it, on the meta device where the method allows that.
+
+    Raises UserError when the method does not fit the model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    try:
+        with torch.device("meta"):
+            return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+    except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
+        if _numbers_in(base) > _REAL_LIMIT:
+            raise _misfit(recipe, on_meta) from on_meta
+    try:
+        real = copy.deepcopy(base).to_empty(device="cpu")
+        for tensor in real.parameters():
+            torch.nn.init.normal_(tensor, std=0.02)
+        return get_peft_model(real, config)
+    except Exception as error:
+        raise _misfit(recipe, error) from error
+
+
+def _misfit(recipe: Recipe, error: Exception) -> UserError:
+    message = " ".join(str(error).split())
+    return UserError(f"The method {recipe.method['name']} does not fit {recipe.model.path}: {message}")
+
+
+def _numbers_in(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _counting(method: str) -> dict[str, Any]:

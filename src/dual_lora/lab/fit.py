@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
-from dual_lora.lab.budget import empty_model
+from dual_lora.lab.budget import adapted_model, empty_model
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe import Recipe
 
@@ -26,8 +25,6 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
     Raises UserError for a model whose configuration is not known here, for a method that does not fit, and for a name
     among the target modules that no layer has.
     """
-    import torch
-    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from dual_lora.lab.methods import method_config
@@ -37,12 +34,7 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
     size = sum(p.numel() for p in base.parameters())
     if config is None:
         return Fit({}, size, size)
-    try:
-        with torch.device("meta"):
-            model: Any = get_peft_model(base, config, low_cpu_mem_usage=True)
-    except (ValueError, NotImplementedError) as error:
-        message = " ".join(str(error).split())
-        raise UserError(f"The method {recipe.method['name']} does not fit {recipe.model.path}: {message}") from error
+    model = adapted_model(recipe, base, config)
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     targets = recipe.method.get("target_modules")
     if isinstance(targets, list):

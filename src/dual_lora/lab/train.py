@@ -193,10 +193,11 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
 def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], target: Path, main: bool) -> None:
     def write(folder: Path) -> None:
         with quiet():
-            trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
+            if (start := target.with_name("start")).is_dir():
+                save_as_change(trainer.model, start, folder)
+            else:
+                trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
             tokenizer.save_pretrained(str(folder))
-        if (start := target.with_name("start")).is_dir():
-            save_as_change(trainer.model, start, folder)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(folder, recipe, classes)
 

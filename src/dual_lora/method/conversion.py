@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ class Conversion(NamedTuple):
     @property
     def median(self) -> float:
         """The middle layer's error."""
-        return sorted(loss.error for loss in self.losses)[len(self.losses) // 2]
+        return median_high(loss.error for loss in self.losses)
 
 
 def convert_to_lora(

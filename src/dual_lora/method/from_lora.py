@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class Start(NamedTuple):
     @property
     def median(self) -> float:
         """The middle layer's cosine."""
-        return sorted(kept.cosine for kept in self.kept)[len(self.kept) // 2]
+        return median_high(kept.cosine for kept in self.kept)
 
 
 def convert_to_dual_lora(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.budget import _UNCOUNTED
+from dual_lora.lab.budget import UNCOUNTED
 from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
         except (ValueError, KeyError) as error:
             raise UserError(f"{setting.name} has no {setting.head} head: {str(error).splitlines()[0]}") from error
         gather_for_head(base)
-        method = {k: _UNCOUNTED.get(k, v) for k, v in setting.method.items()}
+        method = {k: UNCOUNTED.get(k, v) for k, v in setting.method.items()}
         adapter = method_config(method, setting.head, 100, _fresh(base) if setting.head == "classification" else [])
         if adapter is None:
             return base.train()

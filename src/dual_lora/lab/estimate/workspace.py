@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dual_lora.core.blocked import CPU
-from dual_lora.core.product import _is_faster as onednn_is_faster
+from dual_lora.core.product import fp32_library
 
 
 def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
@@ -62,7 +62,7 @@ def backward_bytes(
 
 def _tiles(rows: int, cols: int, itemsize: int) -> int:
     """P and Q of one tile, and where the panel is not fp32 itself its sum; all fp32."""
-    kept = 2 + (itemsize != 4) + 2 * onednn_is_faster()
+    kept = 2 + (itemsize != 4) + 2 * _onednn()
     return kept * 4 * _part(rows, CPU.tile // cols) * cols
 
 
@@ -71,8 +71,12 @@ def _part(length: int, step: int) -> int:
     return -(-length // -(-length // max(step, 16)))
 
 
+def _onednn() -> bool:
+    return fp32_library() == "oneDNN"
+
+
 def _own_memory(itemsize: int) -> bool:
-    return itemsize == 4 and onednn_is_faster()
+    return itemsize == 4 and _onednn()
 
 
 def _shape(x: Any, factors: Any) -> tuple[int, int, int]:
