@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -206,7 +207,11 @@ def test_frozen_groups_do_not_count(tiny):
         ({"search": {"space": {"learning_rate": [1.0]}, "metric": "accuracy"}}, r"language model has no accuracy"),
     ],
 )
-def test_wrong_plans_are_named(changes, words, tiny):
+def test_wrong_plans_are_named(changes, words, tiny, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "galore_torch" else found(name, *a)
+    )
     (tiny / "copy.jsonl").write_text((tiny / "test.jsonl").read_text())
     for part in changes.get("overrides", {}).values():
         for key, value in part.items():
