@@ -273,6 +273,77 @@ def merged_under_fsdp2(mesh, folder):
         (folder / f"shards{RANK}.txt").write_text("saved")
 
 
+def reference_pass(mesh, folder):
+    """Preference and policy training under FSDP2: a pass without the adapter between the steps, as by one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+
+    def fresh(reshard):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, vocab_size=60, **sizes))
+        model = adapted(base, target_modules=["q_proj", "v_proj", "lm_head"])  # lm_head is sharded with the root
+        if reshard is not None:
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer, reshard_after_forward=reshard)
+            fully_shard(model, reshard_after_forward=reshard)
+        return model
+
+    def steps(model):
+        factors = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.SGD(factors.values(), lr=0.1)
+        losses = []
+        for _ in range(STEPS):
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(IDS).logits.log_softmax(-1)
+            output = model(IDS, labels=IDS)
+            loss = output.loss + torch.nn.functional.kl_div(
+                output.logits.log_softmax(-1), reference, log_target=True, reduction="batchmean"
+            )
+            loss.backward()
+            assert all(p.requires_grad for p in factors.values()), "the reference pass has frozen the adapter"
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, {n: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for n, p in factors.items()}
+
+    start = {n: p.detach().clone() for n, p in fresh(None).named_parameters() if p.requires_grad}
+    expected = steps(fresh(None))
+    assert all(not torch.equal(value, start[name]) for name, value in expected[1].items()), "a factor has not moved"
+    for reshard in (True, False):
+        assert_same(steps(fresh(reshard)), expected)
+
+
+def switched_under_fsdp2(mesh, folder):
+    """Two adapters under FSDP2, trained in turn and used together, as by one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    def fresh():
+        torch.manual_seed(0)
+        model = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"])
+        torch.manual_seed(5)
+        model.add_adapter("other", DualLoraConfig(r=6, init_weights=False, warmup_steps=4, target_modules=["down"]))
+        return model
+
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+
+    def steps(model):
+        losses = []
+        for name in ("other", "default", "other"):
+            model.set_adapter(name)
+            loss, _ = train(model, lambda m: m(x).square().sum() / 256, steps=1)
+            losses += loss
+        model.base_model.set_adapter(["default", "other"], inference_mode=True)
+        with torch.no_grad():
+            return losses, {"together": model(x)}
+
+    whole, model = fresh(), fresh()
+    for block in model.base_model.model:
+        fully_shard(block)
+    fully_shard(model)
+    assert_same(steps(model), steps(whole))
+
+
 CASES = {
     "torch": by_torch,
     "identity": lambda mesh, folder: by_torch(mesh, folder, ste="identity"),
@@ -280,6 +351,8 @@ CASES = {
     "dropout": dropout,
     "plan": by_plan,
     "fsdp2": merged_under_fsdp2,
+    "reference": reference_pass,
+    "switched": switched_under_fsdp2,
     "refusals": refusals,
 }
 

@@ -239,6 +239,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         warmup.watch(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
+
+        A factor that is frozen as a shard and thawed as the whole that the forward pass has left in its place would
+        stay frozen as a shard, which is what the optimizer holds: a reference pass would end the training.
+        """
+        stored = (factor for name in self.adapter_names() for factor in self._stored(name))
+        if not enabled and any(map(sharded.is_sharded, stored)):
+            self._disable_adapters = True
+        else:
+            super().enable_adapters(enabled)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         composed_weights.drop(self)
