@@ -13,7 +13,7 @@ from dual_lora.lab.analysis.trajectory import load_adapter_into, places
 from dual_lora.lab.analysis.updates import adapted_layers, snapshot
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.train import run
+from dual_lora.lab.training.train import run
 
 LAYERS = 14  # of the tiny language model
 

@@ -81,7 +81,7 @@ def test_a_demo_cut_short_goes_on_without_training_again(finished, tiny_lm, tmp_
     shutil.copytree(finished, out)
     (out / "demo.json").unlink()
     shutil.rmtree(out / "merged")
-    monkeypatch.setattr("dual_lora.lab.train._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("dual_lora.lab.training.train._train", lambda *_: pytest.fail("trained again"))
     # The copy lies elsewhere: its recipe still names the first folder's data, as an interrupted run's own would.
     recipe = (out / "run" / "recipe.yaml").read_text().replace(str(finished), str(out))
     (out / "run" / "recipe.yaml").write_text(recipe)
@@ -131,7 +131,7 @@ def test_a_demo_cut_short_before_its_data_goes_on(tmp_path, tiny_lm, monkeypatch
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatch):
-    from dual_lora.lab import train
+    from dual_lora.lab.training import train
 
     class Stopped:
         state, seconds = "interrupted", 1.0

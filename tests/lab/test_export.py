@@ -10,10 +10,10 @@ from test_cli import call  # noqa: F401 - a fixture
 
 from dual_lora.lab import export_gguf
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.evaluation.evaluate import evaluate
 from dual_lora.lab.export import REPORT, export_dual_lora, export_lora, in_words
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.train import run
+from dual_lora.lab.training.train import run
 from dual_lora.lab.tuned import open_tuned
 
 

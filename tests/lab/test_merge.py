@@ -10,7 +10,7 @@ import torch
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.merge import merge
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.train import run
+from dual_lora.lab.training.train import run
 from dual_lora.lab.tuned import open_tuned
 
 PLAIN = """

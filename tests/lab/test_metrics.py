@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dual_lora.lab import metrics
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.scoring import summary
+from dual_lora.lab.evaluation import metrics
+from dual_lora.lab.evaluation.scoring import summary
 
 
 class Labelled:

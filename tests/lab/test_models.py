@@ -94,7 +94,7 @@ print(json.dumps(model(ids).logits[0, -1].tolist()))
 @needs_smollm2
 def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
     from dual_lora.lab.merge import merge
-    from dual_lora.lab.train import run
+    from dual_lora.lab.training.train import run
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The sky", "answer": "is blue"}) + "\n")
     values = {

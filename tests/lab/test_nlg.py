@@ -9,8 +9,8 @@ pytest.importorskip("nltk")
 pytest.importorskip("rouge_score")
 sacrebleu = pytest.importorskip("sacrebleu")
 
-from dual_lora.lab import nlg  # noqa: E402
 from dual_lora.lab.errors import UserError  # noqa: E402
+from dual_lora.lab.evaluation import nlg  # noqa: E402
 
 
 def words(*texts):

@@ -192,7 +192,7 @@ def test_tables_are_exported(folder):
 
 
 def test_a_study_under_way_is_shown_from_its_state(folder):
-    from dual_lora.lab.state import State
+    from dual_lora.lab.comparison.state import State
 
     (folder / "study" / "results.json").unlink()
     job = {"kind": "final", "method": "lora", "task": "boolq", "model": "", "settings": {"train.lr": 0.1}}

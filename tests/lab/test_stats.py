@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dual_lora.lab import stats
+from dual_lora.lab.comparison import stats
 
 # Where the noise sits: (seed, item, rest). The last is what accuracies of two good models look like.
 NOISES = {

@@ -11,11 +11,11 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab import plan
-from dual_lora.lab.budget import Scale, solve_rank
+from dual_lora.lab.comparison import plan
+from dual_lora.lab.comparison.budget import Scale, solve_rank
+from dual_lora.lab.comparison.study import Search, build_study, rank_rule, read_study, shipped_studies
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.study import Search, build_study, rank_rule, read_study, shipped_studies
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_model, write_records, write_study

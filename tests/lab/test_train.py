@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import WHOLE, RunFolder
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.train import run
+from dual_lora.lab.training.train import run
 
 
 def adapter_of(folder):
@@ -104,7 +104,7 @@ class Stopped(Exception):
 
 
 def stop_after(step, patch):
-    from dual_lora.lab.watch import Watch
+    from dual_lora.lab.training.watch import Watch
 
     original = Watch.on_step_end
 
@@ -121,8 +121,8 @@ import sys, yaml
 from pathlib import Path
 import torch; torch.set_num_threads(1)
 from dual_lora.lab.recipe import read_recipe
-from dual_lora.lab import train
-from dual_lora.lab.watch import Watch
+from dual_lora.lab.training import train
+from dual_lora.lab.training.watch import Watch
 import transformers, os, signal
 where, step = sys.argv[3], int(sys.argv[4])
 if where == "step":
@@ -237,7 +237,7 @@ def test_resume_on_another_number_of_processes_says_what_fits(lm_values, tmp_pat
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, monkeypatch):
-    from dual_lora.lab import loop
+    from dual_lora.lab.training import loop
 
     original = loop._Loss.__call__
     calls = []
@@ -410,7 +410,7 @@ def test_wrong_training_options(options, message, lm_values, tmp_path):
 
 
 def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
-    from dual_lora.lab.evaluate import evaluate
+    from dual_lora.lab.evaluation.evaluate import evaluate
 
     lm_values["data"]["holdout"] = 8
     lm_values["train"]["validate_every"] = 3

@@ -10,14 +10,14 @@ from rich.console import Console
 
 pytest.importorskip("pydantic")
 
-from dual_lora.lab.budget import Size
-from dual_lora.lab.perform import scores_file
-from dual_lora.lab.plan import Cell
+from dual_lora.lab.comparison.budget import Size
+from dual_lora.lab.comparison.perform import scores_file
+from dual_lora.lab.comparison.plan import Cell
+from dual_lora.lab.comparison.state import write_json
+from dual_lora.lab.comparison.study import MethodEntry, build_study
+from dual_lora.lab.comparison.tables import show_results
+from dual_lora.lab.comparison.verdicts import Finished, build_results
 from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.state import write_json
-from dual_lora.lab.study import MethodEntry, build_study
-from dual_lora.lab.tables import show_results
-from dual_lora.lab.verdicts import Finished, build_results
 
 SEEDS = 4
 RECIPE = build_recipe({"model": {"path": "x"}, "evaluate": {"tasks": ["choice"]}})

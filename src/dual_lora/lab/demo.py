@@ -21,8 +21,8 @@ from dual_lora.lab.recipe import Recipe, read_recipe
 from dual_lora.lab.toolcalls import TEST_SETS, generate, messages_for
 
 if TYPE_CHECKING:
-    from dual_lora.lab.evaluate import EvalResult
-    from dual_lora.lab.train import RunResult
+    from dual_lora.lab.evaluation.evaluate import EvalResult
+    from dual_lora.lab.training.train import RunResult
 
 RECIPE = "tool-calls"
 EXAMPLES = 1_000  # to train on
@@ -110,7 +110,7 @@ def ask(out: Path, request: str) -> str:
     if not request.strip():
         raise UserError('The request is empty: ask for something, as in --ask "Set a timer for 5 minutes for the tea."')
     from dual_lora.lab.data.encode import Prompter
-    from dual_lora.lab.scoring import generate_all
+    from dual_lora.lab.evaluation.scoring import generate_all
 
     recipe = read_recipe(out / "run")
     tuned = _open_merged(out, recipe)
@@ -127,9 +127,9 @@ def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.evaluate import evaluate, write_result
+    from dual_lora.lab.evaluation.evaluate import evaluate, write_result
     from dual_lora.lab.merge import merge
-    from dual_lora.lab.train import run as train
+    from dual_lora.lab.training.train import run as train
     from dual_lora.lab.tuned import open_tuned
 
     seconds: dict[str, float] = {}

@@ -15,7 +15,7 @@ from typing import Any
 
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.evaluation.evaluate import evaluate
 from dual_lora.lab.folder import write_folder_atomically
 from dual_lora.lab.models import quiet
 from dual_lora.lab.progress import Bar

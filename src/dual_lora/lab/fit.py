@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from dual_lora.lab.budget import adapted_model, empty_model
+from dual_lora.lab.comparison.budget import adapted_model, empty_model
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe import Recipe
 

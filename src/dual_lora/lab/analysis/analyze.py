@@ -30,7 +30,7 @@ from dual_lora.lab.folder import RunFolder, write_atomically
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe
 from dual_lora.lab.record import read_metrics, surroundings
-from dual_lora.lab.train import recipe_of_run
+from dual_lora.lab.training.train import recipe_of_run
 
 FORMAT = "dual-lora analysis"
 VERSION = 1

@@ -20,11 +20,11 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, training_or
 from dual_lora.lab.data.encode import IGNORED, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluate import evaluate
+from dual_lora.lab.evaluation.evaluate import evaluate
 from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.methods import apply_method, method_config
 from dual_lora.lab.recipe import EvaluatePart, Recipe
-from dual_lora.lab.train import recipe_of_run
+from dual_lora.lab.training.train import recipe_of_run
 from dual_lora.lab.tuned import Tuned, load_base
 
 

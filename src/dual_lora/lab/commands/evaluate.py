@@ -34,8 +34,8 @@ def evaluate(
 
     An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
-    from dual_lora.lab.evaluate import evaluate as run_evaluation
-    from dual_lora.lab.evaluate import write_result
+    from dual_lora.lab.evaluation.evaluate import evaluate as run_evaluation
+    from dual_lora.lab.evaluation.evaluate import write_result
     from dual_lora.lab.tuned import open_tuned
 
     tuned = open_tuned(source, base, dtype)

@@ -48,7 +48,7 @@ def train(
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
-    from dual_lora.lab.train import run
+    from dual_lora.lab.training.train import run
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks)

@@ -130,8 +130,8 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from dual_lora.lab.loop import mean_loss
     from dual_lora.lab.methods import method_config
+    from dual_lora.lab.training.loop import mean_loss
 
     torch.manual_seed(0)
     with torch.device(device):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.budget import UNCOUNTED
+from dual_lora.lab.comparison.budget import UNCOUNTED
 from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:

@@ -142,7 +142,7 @@ def _step(setting: Setting, model: Any, batch: dict[str, Tensor], live: Live) ->
 
     import torch
 
-    from dual_lora.lab.loop import mean_loss
+    from dual_lora.lab.training.loop import mean_loss
 
     labels = batch.pop("labels")
     cast = (

@@ -16,16 +16,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab import plan
+from dual_lora.lab.comparison import plan
+from dual_lora.lab.comparison.executors import run_jobs
+from dual_lora.lab.comparison.forecast import Clock, in_words, learn_from
+from dual_lora.lab.comparison.perform import KEPT, read_outcome
+from dual_lora.lab.comparison.plan import Cell, cell_id
+from dual_lora.lab.comparison.state import FINISHED, State, write_json
+from dual_lora.lab.comparison.study import Study, read_study
+from dual_lora.lab.comparison.verdicts import Finished, build_results
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.executors import run_jobs
-from dual_lora.lab.forecast import Clock, in_words, learn_from
-from dual_lora.lab.perform import KEPT, read_outcome
-from dual_lora.lab.plan import Cell, cell_id
 from dual_lora.lab.progress import Bar, console
-from dual_lora.lab.state import FINISHED, State, write_json
-from dual_lora.lab.study import Study, read_study
-from dual_lora.lab.verdicts import Finished, build_results
 
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
 WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on

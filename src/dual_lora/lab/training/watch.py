@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from dual_lora.lab.failures import NotFinite, check_finite
 from dual_lora.lab.folder import RunFolder, mark_whole
 from dual_lora.lab.progress import Bar
+from dual_lora.lab.training.failures import NotFinite, check_finite
 
 
 class Watch(TrainerCallback):

@@ -18,9 +18,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dual_lora.lab.comparison.perform import perform, read_outcome
+from dual_lora.lab.comparison.state import write_json
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.perform import perform, read_outcome
-from dual_lora.lab.state import write_json
 
 Executor = Literal["serial", "process", "ray"]
 Ended = tuple[str, dict[str, Any] | None, str | None]  # key, outcome, error

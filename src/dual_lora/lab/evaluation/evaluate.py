@@ -11,11 +11,7 @@ from typing import Any
 from dual_lora.lab.data.encode import VALUE, Prompter
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import write_atomically
-from dual_lora.lab.models import quiet
-from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe import DataPart, EvaluatePart, Recipe, Task
-from dual_lora.lab.scoring import (
+from dual_lora.lab.evaluation.scoring import (
     Rows,
     figures,
     score_choice,
@@ -25,6 +21,10 @@ from dual_lora.lab.scoring import (
     score_regression,
     score_texts,
 )
+from dual_lora.lab.folder import write_atomically
+from dual_lora.lab.models import quiet
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.recipe import DataPart, EvaluatePart, Recipe, Task
 from dual_lora.lab.tuned import Tuned, open_tuned
 
 _GENERATION = {

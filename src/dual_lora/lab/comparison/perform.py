@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.comparison.state import write_json
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.state import write_json
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
 KEPT = ("adapters", "all", "nothing")
@@ -83,10 +83,10 @@ def held(folder: Path, stack: contextlib.ExitStack) -> None:
 
 def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.evaluate import evaluate
-    from dual_lora.lab.metrics import features, value
+    from dual_lora.lab.evaluation.evaluate import evaluate
+    from dual_lora.lab.evaluation.metrics import features, value
     from dual_lora.lab.recipe import build_recipe
-    from dual_lora.lab.train import run
+    from dual_lora.lab.training.train import run
     from dual_lora.lab.tuned import open_tuned
 
     recipe = build_recipe(job["recipe"])
@@ -108,7 +108,7 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     outcome |= _scored(job, runs, measured, examples, tuned.classes, features, value)
     outcome["evaluation_seconds"] = round(time.perf_counter() - began, 3)
     if job["cost"]:
-        from dual_lora.lab.cost import use_cost
+        from dual_lora.lab.comparison.cost import use_cost
 
         outcome["use"] = use_cost(tuned, examples, recipe)
     return outcome
@@ -116,8 +116,8 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
 
 def _base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.evaluate import evaluate
-    from dual_lora.lab.metrics import features, value
+    from dual_lora.lab.evaluation.evaluate import evaluate
+    from dual_lora.lab.evaluation.metrics import features, value
     from dual_lora.lab.models import load_model
     from dual_lora.lab.recipe import build_recipe
     from dual_lora.lab.tuned import Tuned
@@ -151,13 +151,13 @@ class NotFinite(Exception):
 
 
 def _diverged(error: UserError) -> bool:
-    from dual_lora.lab.failures import Diverged
+    from dual_lora.lab.training.failures import Diverged
 
     return isinstance(error, Diverged) or isinstance(error.__cause__, NotFinite)
 
 
 def _callbacks(job: dict[str, Any]) -> list[Any]:
-    from dual_lora.lab.interventions import Freeze, Round
+    from dual_lora.lab.comparison.interventions import Freeze, Round
 
     given: list[Any] = []
     if job["freeze"]:

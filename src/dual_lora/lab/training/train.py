@@ -13,19 +13,19 @@ from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.failures import Diverged as Diverged
-from dual_lora.lab.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.folder import RunFolder, write_atomically, write_folder_atomically
-from dual_lora.lab.gradient_start import save_as_change, show_gradients, wants_gradients
-from dual_lora.lab.loop import build_trainer, mean_loss
 from dual_lora.lab.methods import apply_method, is_kind, method_config
 from dual_lora.lab.models import quiet
-from dual_lora.lab.prepare import prepare
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe, build_recipe
 from dual_lora.lab.record import peak_memory, read_metrics, reset_peak, surroundings
+from dual_lora.lab.training.failures import Diverged as Diverged
+from dual_lora.lab.training.failures import check_finite, clear_failures, note_failure
+from dual_lora.lab.training.gradient_start import save_as_change, show_gradients, wants_gradients
+from dual_lora.lab.training.loop import build_trainer, mean_loss
+from dual_lora.lab.training.prepare import prepare
+from dual_lora.lab.training.watch import RankAllocation, Watch
 from dual_lora.lab.tuned import Tuned, write_note
-from dual_lora.lab.watch import RankAllocation, Watch
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.models import best_device
 from dual_lora.lab.recipe import Recipe
-from dual_lora.lab.watch import Watch
+from dual_lora.lab.training.watch import Watch
 
 
 def build_trainer(

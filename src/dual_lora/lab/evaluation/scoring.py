@@ -14,7 +14,7 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.extraction import answer_in
+from dual_lora.lab.evaluation.extraction import answer_in
 from dual_lora.lab.recipe import EvaluatePart
 
 Rows = list[dict[str, Any]]
@@ -217,7 +217,7 @@ def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
         loss = nats / tokens
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
     if task == "nlg":
-        from dual_lora.lab.nlg import nlg_figures
+        from dual_lora.lab.evaluation.nlg import nlg_figures
 
         return nlg_figures([r["predicted"] for r in rows], [r["references"] for r in rows])
     if task == "bleu":

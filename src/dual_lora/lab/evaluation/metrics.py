@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dual_lora.lab import stats
+from dual_lora.lab.comparison import stats
 from dual_lora.lab.errors import UserError, suggest
 
 # Name -> (the evaluation that yields it, +1 if more is better and -1 if less is).

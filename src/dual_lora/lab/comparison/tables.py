@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dual_lora.lab.forecast import Forecast, in_words
+from dual_lora.lab.comparison.forecast import Forecast, in_words
 
 _COLOURS = {"better": "green", "worse": "red", "equivalent within the margin": "cyan"}
 

@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.perform import read_outcome
-from dual_lora.lab.plan import Cell, base_jobs, cell_id, choose, final_jobs, lay_out, planned_steps, trial_jobs
-from dual_lora.lab.state import Entry
-from dual_lora.lab.study import Study, read_study
+from dual_lora.lab.comparison.perform import read_outcome
+from dual_lora.lab.comparison.plan import (
+    Cell,
+    base_jobs,
+    cell_id,
+    choose,
+    final_jobs,
+    lay_out,
+    planned_steps,
+    trial_jobs,
+)
+from dual_lora.lab.comparison.state import Entry
+from dual_lora.lab.comparison.study import Study, read_study
 
 EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
 START_SECONDS = 8.0  # imports, loading, tokenizing
