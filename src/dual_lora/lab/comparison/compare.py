@@ -76,8 +76,8 @@ def compare(
         _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
         _notice_change(state, folder, update, "recipes", _recipes(study))
         if runs is not None:
-            state.put("runs", str(Path(runs).resolve()))
-        place = Path(state.get("runs") or folder / "runs")
+            state.put("runs", os.path.relpath(runs, folder))  # relative: a folder of studies may be moved as a whole
+        place = folder / (state.get("runs") or "runs")
         return _Course(study, folder, place, state, way, cells).run()
 
 

@@ -21,7 +21,7 @@ from dual_lora.lab.comparison.plan import (
     planned_steps,
     trial_jobs,
 )
-from dual_lora.lab.comparison.state import Entry
+from dual_lora.lab.comparison.state import Entry, remembered
 from dual_lora.lab.comparison.study import Study, read_study
 
 EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
@@ -169,7 +169,7 @@ def forecast(
     side_by_side = 1 if executor == "serial" else workers or os.cpu_count() or 1
     cells = lay_out(study)
     speed = measured_speed()
-    runs = Path(runs) if runs is not None else folder / "runs"
+    runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")
     clock = Clock({})
     rows, left, done = [], [], 0
     jobs: dict[str, list[dict[str, Any]]] = {}

@@ -20,6 +20,7 @@ from dual_lora.lab.errors import UserError
 
 Status = Literal["planned", "running", "done", "diverged", "failed"]
 FINISHED = ("done", "diverged")
+FILE = "state.sqlite"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -43,6 +44,21 @@ class Entry:
     error: str | None
 
 
+def remembered(folder: Path, name: str) -> str | None:
+    """A fact about the study in `folder`, read without its lock; None if there is none, or no state that can be read."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    db = sqlite3.connect(file.resolve().as_uri() + "?mode=ro", uri=True)
+    try:
+        row = db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    except sqlite3.DatabaseError:
+        return None
+    finally:
+        db.close()
+    return row[0] if row else None
+
+
 class State:
     """The state file of one study folder. Use as a context manager: it holds the folder's lock.
 
@@ -53,7 +69,7 @@ class State:
         from filelock import FileLock, Timeout
 
         self.folder = folder
-        self.file = folder / "state.sqlite"
+        self.file = folder / FILE
         self.notice = ""
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "state.lock")
