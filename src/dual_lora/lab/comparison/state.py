@@ -45,7 +45,7 @@ class Entry:
 
 
 def remembered(folder: Path, name: str) -> str | None:
-    """A fact about the study in `folder`, read without its lock; None if there is none, or no state that can be read."""
+    """A fact about the study in `folder`, read without its lock; None where there is none or it cannot be read."""
     file = folder / FILE
     if not file.is_file():
         return None
