@@ -151,7 +151,7 @@ class TestFits:
 def test_calibration_is_kept_and_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "WIDTHS", {"cpu": (64, 128), "gpu": (64, 128)})
-    monkeypatch.setattr(calibrate, "TOKENS", {"cpu": 128, "gpu": 128})
+    monkeypatch.setattr(calibrate, "TOKENS", {"cpu": (128, 256), "gpu": (128, 256)})
     monkeypatch.setattr(calibrate, "METHODS", ("dual_lora",))
     monkeypatch.setattr(calibrate, "DTYPES", ("float32",))
     assert calibrate.known_rates() is None
@@ -159,15 +159,49 @@ def test_calibration_is_kept_and_used(monkeypatch, tmp_path):
     assert calibrate.known_rates() == entry
     setting = replace(TestFits.setting, on=entry["on"])
     step = simulate(setting)
-    (narrow, rate), _ = entry["rates"]["float32"]["dual_lora"]
-    assert calibrate.seconds_of(setting, step, entry) == step.flops / rate
+    (narrow, rate, weight), _ = entry["costs"]["float32"]["dual_lora"]
+    assert calibrate.seconds_of(setting, step, entry) == step.flops / rate + step.worked * weight
     assert narrow == setting.config.hidden_size
     assert calibrate.seconds_of(setting.with_method("lora"), step, entry) is None
 
 
-def test_rates_between_the_measured_widths():
-    points = [[256, 10.0], [1024, 30.0]]
-    assert [calibrate._at(points, w) for w in (64, 256, 512, 1024, 4096)] == [10.0, 10.0, 20.0, 30.0, 30.0]
+def test_rates_of_an_older_kind_are_measured_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calibrate._keep({"on": "cpu", "date": "2026-01-01", "rates": {}})
+    assert calibrate.known_rates() is None
+
+
+def test_calibration_on_the_command_line(call, monkeypatch):
+    costs = {
+        "float32": {"dual_lora": [[384, 2e11, 5e-9], [1024, 3e11, 4e-9]], "lora": [[384, 1e11, 0], [1024, 2e11, 0]]}
+    }
+    monkeypatch.setattr(calibrate, "calibrate", lambda say: {"on": "cpu", "date": "2026-01-01", "costs": costs})
+    code, out, _ = call("--calibrate")
+    assert code == 0
+    for words in ("float32, width 1024", "300 GFLOP/s + 4.0 ns", "100 GFLOP/s + 0.0 ns"):
+        assert words in out
+
+
+def test_costs_between_the_measured_widths():
+    points = [calibrate.Cost(256, 10.0, 4.0), calibrate.Cost(1024, 30.0, 2.0)]
+    found = [calibrate._at(points, w)[1:] for w in (64, 256, 512, 1024, 4096)]
+    assert found == [(10.0, 4.0), (10.0, 4.0), (20.0, 3.0), (30.0, 2.0), (30.0, 2.0)]
+
+
+def test_two_steps_tell_what_tokens_and_what_weights_cost():
+    few, many = (simulate(replace(TestFits.setting, batch=batch)) for batch in (1, 4))
+    assert few.worked == many.worked > 0
+    times = [step.flops / 1e9 + step.worked * 1e-6 for step in (few, many)]
+    assert calibrate.line([few, many], times, 64) == pytest.approx(calibrate.Cost(64, 1e9, 1e-6))
+    # Noise: four times the work in five times the time.
+    assert calibrate.line([few, many], [1.0, 5.0], 64) == calibrate.Cost(64, many.flops / 5.0, 0.0)
+
+
+def test_every_weight_that_a_step_goes_over_is_counted_once():
+    adapted, whole = (simulate(TestFits.setting.with_method(name)) for name in ("dual_lora", "full"))
+    block = 2 * (64 * 64 + 64 * 32) + 3 * 64 * 96
+    assert adapted.worked == 2 * block + adapted.trained_parameters
+    assert whole.worked == whole.trained_parameters == whole.base_parameters
 
 
 def test_numbers_of_devices():

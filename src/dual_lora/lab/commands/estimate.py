@@ -270,18 +270,17 @@ def _fits_table(columns: list[Column], proposals: dict[str, dict[str, Any]], fit
 
 
 def _rates_table(machine: str, entry: dict[str, Any]) -> Any:
-    rows = [
-        [f"{dtype}, width {width}", *(f"{rate / 1e9:,.0f}" for rate in rates)]
-        for dtype, methods in entry["rates"].items()
-        for width, rates in _by_width(methods).items()
-    ]
-    methods = list(next(iter(entry["rates"].values())))
-    return figures_table(f"GFLOP a second in training, {machine}", ["", *methods], rows)
+    from dual_lora.lab.estimate.calibrate import Cost
 
-
-def _by_width(methods: dict[str, list[list[float]]]) -> dict[int, list[float]]:
-    widths = [int(width) for width, _ in next(iter(methods.values()))]
-    return {width: [points[k][1] for points in methods.values()] for k, width in enumerate(widths)}
+    rows = []
+    for dtype, methods in entry["costs"].items():
+        for at_width in zip(*methods.values(), strict=True):
+            costs = [Cost(*point) for point in at_width]
+            figures = (f"{c.rate / 1e9:,.0f} GFLOP/s + {c.weight * 1e9:.1f} ns" for c in costs)
+            rows.append([f"{dtype}, width {costs[0].width}", *figures])
+    methods = next(iter(entry["costs"].values()))
+    title = f"Training, {machine}: arithmetic, and each adapted or trained weight once a step"
+    return figures_table(title, ["", *methods], rows)
 
 
 def _bytes(count: float) -> str:

@@ -1,8 +1,14 @@
 """How fast does this machine train? A minute of small training steps, kept in the user's cache folder.
 
-A rate is the simulated arithmetic of a step divided by its measured seconds: it contains everything that is not a
-product as well, for each method and precision apart. Rates grow with the width of a model; between the measured widths
-they are interpolated, beyond them the nearest one counts.
+    seconds of a step = its simulated arithmetic / rate + its adapted and trained weights · cost
+
+Both numbers are measured for each method and precision apart, on two steps of few and of many tokens, so that they
+contain everything that is not a product as well. The second term is what does not grow with the tokens: composing
+ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both change with the width of a model;
+between the measured widths they are interpolated, beyond them the nearest one counts.
+
+One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
+anything else by the clock on the wall, so on a machine at rest. The fastest round counts.
 """
 
 from __future__ import annotations
@@ -11,11 +17,10 @@ import itertools
 import json
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora.lab.estimate.setting import Setting
 from dual_lora.lab.estimate.simulate import Step, simulate
@@ -26,10 +31,18 @@ if TYPE_CHECKING:
 METHODS = ("dual_lora", "lora", "dora", "full")
 DTYPES = ("float32", "bfloat16")
 WIDTHS = {"cpu": (384, 1024), "gpu": (1024, 4096)}
-TOKENS = {"cpu": 512, "gpu": 8192}
+TOKENS = {"cpu": (128, 512), "gpu": (1024, 8192)}
 SECONDS = 50.0  # for all measurements together
 BLOCKS = 2
-ROUNDS = 3  # at least
+ROUNDS = 2  # at least
+
+
+class Cost(NamedTuple):
+    """What was measured at one width of a model."""
+
+    width: int
+    rate: float  # flops a second
+    weight: float  # seconds for each adapted or trained weight
 
 
 def cache_file() -> Path:
@@ -47,53 +60,56 @@ def machine() -> str:
 
 
 def known_rates() -> dict[str, Any] | None:
-    """The rates of this machine, or None before the first calibration."""
+    """What `calibrate` has found on this machine, or None before the first calibration."""
     try:
-        return json.loads(cache_file().read_text(encoding="utf-8")).get(machine())
+        entry = json.loads(cache_file().read_text(encoding="utf-8")).get(machine())
     except (OSError, ValueError):
         return None
+    return entry if entry and "costs" in entry else None
 
 
 def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS) -> dict[str, Any]:
-    """Measure the rates of this machine (about a minute) and keep them. say: called before each measurement.
+    """Measure the speed of this machine (about a minute) and keep it. say: called before each measurement.
 
-    Returns {"on", "rates": {dtype: {method: [[width, flops a second], ...]}}}.
+    Returns {"on", "date", "costs": {dtype: {method: [[width, flops a second, seconds a weight], ...]}}}.
     """
     import torch
 
     on = "gpu" if torch.cuda.is_available() else "cpu"
     works = [(d, m, w) for d in DTYPES for w in WIDTHS[on] for m in METHODS]
-    rates: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
+    costs: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
     for dtype, method, width in works:
         if say:
             say(f"{method}, {dtype}, width {width}")
-        rates[dtype][method].append([width, _rate(dtype, method, width, on, seconds / len(works))])
-    entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "rates": rates}
+        costs[dtype][method].append([*_cost(dtype, method, width, on, seconds / len(works))])
+    entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "costs": costs}
     _keep(entry)
     return entry
 
 
-def seconds_of(setting: Setting, step: Step, rates: dict[str, Any]) -> float | None:
+def seconds_of(setting: Setting, step: Step, known: dict[str, Any]) -> float | None:
     """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
     name = str(setting.method["name"]).lower().replace("-", "_")
     dtype = "bfloat16" if setting.autocast != "none" or setting.dtype == "float16" else setting.dtype
-    points = rates["rates"].get(dtype, {}).get(name)
-    if not points or rates["on"] != setting.on:
+    points = known["costs"].get(dtype, {}).get(name)
+    if not points or known["on"] != setting.on:
         return None
-    return setting.accumulate * step.flops / _at(points, setting.config.hidden_size)
+    cost = _at([Cost(*point) for point in points], setting.config.hidden_size)
+    return setting.accumulate * (step.flops / cost.rate + step.worked * cost.weight)
 
 
-def _at(points: list[list[float]], width: float) -> float:
-    """The rate at a width, along a line over its logarithm."""
+def _at(points: list[Cost], width: float) -> Cost:
+    """The cost at a width, along a line over its logarithm."""
     points = sorted(points)
-    for (w0, r0), (w1, r1) in itertools.pairwise(points):
-        if w0 <= width <= w1:
-            return r0 + (r1 - r0) * math.log(width / w0) / math.log(w1 / w0)
-    return points[0][1] if width < points[0][0] else points[-1][1]
+    for a, b in itertools.pairwise(points):
+        if a.width <= width <= b.width:
+            share = math.log(width / a.width) / math.log(b.width / a.width)
+            return Cost(*(x + (y - x) * share for x, y in zip(a, b, strict=True)))  # type: ignore[arg-type]
+    return points[0] if width < points[0].width else points[-1]
 
 
-def calibration_setting(dtype: str, method: str, width: int, on: str) -> Setting:
-    """The step that is measured: a Llama of two blocks and a small vocabulary."""
+def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: int) -> Setting:
+    """The step that is measured: a Llama of two blocks and a small vocabulary on rows of 128 tokens."""
     from transformers import LlamaConfig
 
     config: PreTrainedConfig = LlamaConfig(
@@ -104,24 +120,42 @@ def calibration_setting(dtype: str, method: str, width: int, on: str) -> Setting
         vocab_size=8192,
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
-    return Setting("calibration", config, method=how, dtype=dtype, batch=TOKENS[on] // 128, length=128, on=on)  # type: ignore[arg-type]
+    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // 128, length=128, on=on)  # type: ignore[arg-type]
 
 
-def _rate(dtype: str, method: str, width: int, on: str, seconds: float) -> float:
+def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
+    few, many = (calibration_setting(dtype, method, width, on, tokens) for tokens in TOKENS[on])
+    times = [_fastest(setting, seconds * share) for setting, share in ((few, 0.2), (many, 0.5))]
+    steps = [simulate(setting) for setting in (few, many)]
+    return line(steps, times, width)
+
+
+def line(steps: Sequence[Step], seconds: Sequence[float], width: int) -> Cost:
+    """The cost that explains a step of few and one of many tokens; where noise leaves the weights less than nothing,
+    nothing.
+    """
+    few, many = steps
+    rate = (many.flops - few.flops) / max(seconds[1] - seconds[0], 1e-9)
+    weight = (seconds[0] - few.flops / rate) / few.worked
+    return Cost(width, rate, weight) if weight >= 0 else Cost(width, many.flops / seconds[1], 0.0)
+
+
+def _fastest(setting: Setting, seconds: float) -> float:
     import torch
 
-    setting = calibration_setting(dtype, method, width, on)
-    step = training_step(setting, "cuda" if on == "gpu" else "cpu")
+    on_gpu = setting.on == "gpu"
+    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
+    step = training_step(setting, "cuda" if on_gpu else "cpu")
     step()
     passed: list[float] = []
-    start = time.perf_counter()
-    while len(passed) < ROUNDS or time.perf_counter() - start < seconds * 0.7:
-        began = time.perf_counter()
+    start = clock()
+    while len(passed) < ROUNDS or clock() - start < seconds:
+        began = clock()
         step()
-        if on == "gpu":
+        if on_gpu:
             torch.cuda.synchronize()
-        passed.append(time.perf_counter() - began)
-    return simulate(setting).flops / statistics.median(passed)
+        passed.append(clock() - began)
+    return min(passed)
 
 
 def training_step(setting: Setting, device: str) -> Callable[[], None]:

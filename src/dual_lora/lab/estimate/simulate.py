@@ -31,7 +31,8 @@ class Step:
 
     weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
     trained tensor; block_weights, block_trained, block_linear: the share of one block; largest_layer: the largest
-    adapted weight; linear: weights that a quantised load would pack, in the base's dtype; saved: a file of the result.
+    adapted weight; linear: weights that a quantised load would pack, in the base's dtype; worked: the number of adapted
+    and trained weights, which a step goes over however few tokens it has; saved: a file of the result.
     kept: what autograd holds when the forward pass ends. peaks: the fullest moment of each part of the step.
     """
 
@@ -44,6 +45,7 @@ class Step:
     largest_layer: float
     widest_input: float
     linear: float
+    worked: float
     saved: float
     kept: Bytes
     peaks: dict[str, Bytes]
@@ -249,6 +251,7 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
         "largest_layer": max((w.numel() * w.element_size() for w in base_layers), default=0),
         "widest_input": max((w.shape[-1] for w in base_layers), default=0),
         "linear": bytes_of(_packable(model)),
+        "worked": _count([*base_layers, *trained]),
         "saved": bytes_of(trained if hasattr(model, "peft_config") else model.parameters()),
         "base_parameters": _count(_base_parameters(model)),
         "trained_parameters": _count(trained),
