@@ -106,6 +106,25 @@ def test_injected_script_would_not_run(page):
     assert "Content Security Policy" in page.get_log("browser")[0]["message"]
 
 
+def test_parts_of_a_kind_unfold_in_the_bar(tmp_path, browser):
+    """Two studies: one answer each at the top, and a menu that a choice closes."""
+    from selenium.webdriver.common.by import By
+
+    for name in ("one", "two"):
+        material.write(tmp_path / name, name)
+    report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    assert texts(browser, "h2")[0] == "Questions and answers"
+    assert all("Against " in text for text in texts(browser, "#all-studies td:nth-child(3)"))
+    menu = browser.find_element(By.CSS_SELECTOR, "nav details")
+    menu.find_element(By.TAG_NAME, "summary").click()
+    choice = menu.find_elements(By.TAG_NAME, "a")[1]
+    assert choice.is_displayed()
+    choice.click()
+    assert not choice.is_displayed()
+    assert browser.execute_script("return location.hash").startswith("#verdicts")
+
+
 def test_sorting_by_mouse_and_by_keyboard(page):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys

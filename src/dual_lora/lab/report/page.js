@@ -525,6 +525,14 @@
 
   for (const place of document.querySelectorAll(".plot")) new Plot(place, data.charts[place.id]);
 
+  // ---------- one menu of the bar at a time; a choice or Escape closes it ----------
+  const menus = document.querySelectorAll("nav.bar details");
+  const close = (but) => menus.forEach((menu) => { if (menu !== but) menu.open = false; });
+  document.addEventListener("click", (event) => {
+    close(event.target.closest("nav.bar a") ? null : event.target.closest("nav.bar details"));
+  });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") close(null); });
+
   // ---------- what is open stays open when a live page loads anew ----------
   for (const details of document.querySelectorAll("details[id]")) {
     details.open = memory.get("open " + details.id, details.open);

@@ -86,7 +86,12 @@ def _finite(value: Any) -> Any:
 
 
 def _links(sections: list[Section]) -> str:
-    links = "".join(f'<a href="#{s.slug}">{escape(s.title)}</a>' for s in sections)
+    """A link a part; where a group has several, they unfold under its name."""
+    links = ""
+    for group in dict.fromkeys(s.group for s in sections):
+        here = [s for s in sections if s.group == group]
+        each = "".join(f'<a href="#{s.slug}">{escape(s.title)}</a>' for s in here)
+        links += each if len(here) == 1 else f"<details><summary>{escape(group)}</summary><div>{each}</div></details>"
     return links + '<a href="#provenance">Provenance</a>'
 
 
@@ -230,7 +235,7 @@ def _title(text: str) -> str:
 
 def _sign(mood: str) -> str:
     """A sign beside the colour, for those who see no colours."""
-    return {"good": "▲", "bad": "▼", "same": "＝", "open": "?"}[mood]
+    return {"good": "▲", "bad": "▼", "same": "=", "open": "?"}[mood]
 
 
 def _from(source: Source | None) -> str:

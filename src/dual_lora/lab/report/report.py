@@ -20,7 +20,7 @@ from dual_lora.lab.report.gather import Material, find, gather, source_of
 from dual_lora.lab.report.insights import analysis_sections, titles
 from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
 from dual_lora.lab.report.page import render
-from dual_lora.lab.report.studies import progress_sections, study_sections
+from dual_lora.lab.report.studies import overview_sections, progress_sections, study_sections
 
 LIVE_SECONDS = 5
 
@@ -78,9 +78,11 @@ def report(
 
 
 def build_page(material: Material, title: str) -> Page:
-    """The page's parts: verdicts first, then what is under way, figures, analyses, benchmarks."""
+    """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks."""
     sections: list[Section] = []
     sources: list[Source] = []
+    if len(material.studies) > 1:
+        sections += _shown(material, material.studies[0][0], overview_sections, [r for _, r in material.studies])
     for file, results in material.studies:
         sections += _shown(material, file, study_sections, results)
         sources.append(source_of(file, results.get("provenance", {})))
@@ -94,7 +96,7 @@ def build_page(material: Material, title: str) -> Page:
         name = "Benchmarks" if len(material.ledgers) == 1 else f"Benchmarks {number}"
         sections += _shown(material, file, ledger_sections, rows, name)
         sources.append(source_of_ledger(file, rows))
-    order = ("Verdicts", "Studies", "Analyses", "Benchmarks")
+    order = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
     sections.sort(key=lambda section: order.index(section.group))
     made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
     kinds = (

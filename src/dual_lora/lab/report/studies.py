@@ -13,6 +13,35 @@ Mood = Literal["good", "bad", "same", "open"]
 MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within the margin": "same"}
 
 
+def overview_sections(_: Path, studies: list[dict[str, Any]]) -> list[Section]:
+    """Every study's question with its answer in one line."""
+    rows = [
+        {
+            "study": results["study"]["name"],
+            "question": results["study"].get("question", ""),
+            "answer": _answer(results["comparisons"]),
+            "seeds": max((c["spread"]["seeds"] for c in results["comparisons"]), default=None),
+        }
+        for results in studies
+    ]
+    columns = [Column("study", "study"), Column("question", "question"), Column("answer", "answer")]
+    columns.append(Column("seeds", "seeds", "number"))
+    return [Section("Questions and answers", [Table("All studies", columns, rows)], group="Overview")]
+
+
+def _answer(comparisons: list[Row]) -> str:
+    """The verdicts of a study, each with the methods that it was passed on; sure ones first."""
+    many = len({place(c) for c in comparisons}) > 1
+    passed: dict[str, list[str]] = {}
+    for c in comparisons:
+        name = f"{c['candidate']} on {place(c)}" if many else c["candidate"]
+        passed.setdefault(c["verdict"], []).append(name)
+    sure = sorted(passed, key=lambda verdict: [*MOODS, verdict].index(verdict))
+    words = "; ".join(f"{verdict}: {', '.join(passed[verdict])}" for verdict in sure)
+    against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
+    return f"Against {against}, {words}." if comparisons else "Nothing to compare yet."
+
+
 def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     """What may be said about one study, with the figures behind it."""
     study, source = results["study"], source_of(file, results.get("provenance", {}))
@@ -329,7 +358,7 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
         Column("error", "error"),
     ]
     table = Table(f"{name}: runs so far", columns, rows, Source(str(file))).without_empty_columns()
-    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], group="Studies")]
+    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], group="Under way")]
 
 
 def study_sections(file: Path, results: dict[str, Any]) -> list[Section]:
@@ -337,5 +366,5 @@ def study_sections(file: Path, results: dict[str, Any]) -> list[Section]:
     name = results["study"]["name"]
     return [
         Section(f"Verdicts: {name}", verdict_blocks(file, results), group="Verdicts"),
-        Section(f"Figures: {name}", detail_blocks(file, results), group="Studies"),
+        Section(f"Figures: {name}", detail_blocks(file, results), group="Figures"),
     ]
