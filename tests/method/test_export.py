@@ -67,7 +67,8 @@ CASES = {
 
 def exported(model, x):
     batch = Dim("batch", min=2, max=64)
-    return torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    # Not strict, as later versions have it: torch 2.6's strict tracer stops at PEFT's context managers, LoRA's as well.
+    return torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
 
 
 @pytest.fixture(params=CASES)
