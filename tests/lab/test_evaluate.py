@@ -1,5 +1,6 @@
 """Evaluation: batched scores equal those of one row at a time, base and adapter side by side, saved and read back."""
 
+import inspect
 import json
 
 import pytest
@@ -34,12 +35,18 @@ def test_loss_equals_that_of_the_model_row_by_row(loaded):
     assert figures["loss"] == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows))
 
 
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("longer", [False, True])
-def test_choice_scores_equal_a_row_for_every_choice(longer, loaded):
-    """Also for choices that differ in more than their last token, which need rows of their own."""
+def test_choice_scores_equal_a_row_for_every_choice(longer, cached, loaded, monkeypatch):
+    """Also for choices that differ in more than their last token, and for a model that has no cache to share."""
     from dataclasses import replace
 
     model, tokenizer, examples, prompter = loaded
+    if not cached:
+        forward = model.forward
+        signature = inspect.signature(forward)
+        monkeypatch.setattr(model, "forward", lambda *a, **k: forward(*a, **{**k, "use_cache": False}))
+        model.forward.__signature__ = signature
     if longer:
         examples = [
             replace(e, answer=f"is {e.target}", choices=("true", "false sky is", "cold ice"))

@@ -93,8 +93,8 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
 
 
 def accepted_arguments(model: Any) -> frozenset[str]:
-    """Which of position_ids and logits_to_keep the base model's forward takes."""
+    """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
     import inspect
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters) & {"position_ids", "logits_to_keep"}
+    return frozenset(inspect.signature(base.forward).parameters) & {"position_ids", "logits_to_keep", "cache"}

@@ -45,49 +45,85 @@ def score_loss(
 def score_choice(
     model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
 ) -> Rows:
-    """The choice with the largest log-likelihood, and all of them.
-
-    Choices that differ in their last token alone share one row of the batch: their scores stand in the same logits.
-    """
-    contexts: list[list[int]] = []  # the rows that the model reads
-    wanted: list[list[tuple[int, int, list[int]]]] = []  # a row: (example, choice, its answer's tokens)
-    for number, example in enumerate(examples):
+    """The choice with the largest log-likelihood, and all of them. A prompt is read once for all of its choices."""
+    prompts: list[list[int]] = []
+    answers: list[list[list[int]]] = []
+    for example in examples:
         if example.target not in example.choices:
             raise UserError(
                 f"{example.where}: the answer {example.target!r} is not among the choices "
                 f"{', '.join(example.choices) or '(none)'}: set data.choices, or give the records a field choices."
             )
-        prompt = prompter.prompt_ids(example.prompt, example.tools)
-        by_context: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
-        for position, choice in enumerate(example.choices):
-            answer = prompter.answer_ids(example.answer_with(choice), end=False)
-            by_context.setdefault(tuple(answer[:-1]), []).append((number, position, answer))
-        for context, entries in by_context.items():
-            contexts.append(prompt + list(context))
-            wanted.append(entries)
+        prompts.append(prompter.prompt_ids(example.prompt, example.tools))
+        answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
 
-    accepts = accepted_arguments(model)
-    scores: list[list[float]] = [[0.0] * len(example.choices) for example in examples]
-    for part in _batches([len(c) for c in contexts], spec.batch_size):
-        batch = left_padded([contexts[i] for i in part], tokenizer.pad_token_id)
-        longest = max(len(answer) for i in part for _, _, answer in wanted[i])
-        batch["logits_to_keep"] = longest
-        batch = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask") or k in accepts}
-        with torch.inference_mode():
-            logs = log_softmax(model(**_to(model, batch)).logits[:, -longest:].float(), -1)
-        for row, i in enumerate(part):
-            for number, position, answer in wanted[i]:
-                index = torch.tensor(answer, device=logs.device)
-                places = torch.arange(longest - len(answer), longest, device=logs.device)
-                total = float(logs[row, places, index].sum())
-                scores[number][position] = total / len(answer) if spec.per_token else total
-        advance(len({number for i in part for number, _, _ in wanted[i]}))
-    rows: Rows = []
-    for example, values in zip(examples, scores, strict=True):
-        best = max(range(len(values)), key=values.__getitem__)
-        chosen = example.choices[best]
-        rows.append({"correct": chosen == example.target, "predicted": chosen, "scores": values})
+    rows: Rows = [{}] * len(examples)
+    at_a_time = max(1, spec.batch_size // max(map(len, answers), default=1))
+    for part in _batches([len(prompt) for prompt in prompts], at_a_time):
+        scores = _log_likelihoods(model, [prompts[i] for i in part], [answers[i] for i in part], tokenizer.pad_token_id)
+        for i, sums in zip(part, scores, strict=True):
+            values = [x / len(a) if spec.per_token else x for x, a in zip(sums, answers[i], strict=True)]
+            chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
+            rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
+        advance(len(part))
     return rows
+
+
+def _log_likelihoods(
+    model: Any, prompts: list[list[int]], answers: list[list[list[int]]], pad: int
+) -> list[list[float]]:
+    """The log-likelihood of each answer's tokens after its prompt. Answers that differ in their last token alone
+    stand in the same logits."""
+    contexts = [(i, c) for i, own in enumerate(answers) for c in dict.fromkeys(tuple(a[:-1]) for a in own)]
+    row_of = {context: row for row, context in enumerate(contexts)}
+    with torch.inference_mode():
+        logs = log_softmax(_logits_after(model, prompts, contexts, pad).float(), -1)
+    sums: list[list[float]] = []
+    for i, own in enumerate(answers):
+        sums.append([])
+        for answer in own:
+            index = torch.tensor(answer, device=logs.device)
+            places = torch.arange(len(answer), device=logs.device)
+            sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], places, index].sum()))
+    return sums
+
+
+def _logits_after(
+    model: Any, prompts: list[list[int]], contexts: list[tuple[int, tuple[int, ...]]], pad: int
+) -> torch.Tensor:
+    """Logits [contexts, 1 + longest, vocabulary] after a prompt and after each further token of a context.
+
+    contexts: (the prompt's index, tokens). Without a cache that can be taken apart, prompts are read with each context.
+    """
+    accepts = accepted_arguments(model)
+    owners = torch.tensor([i for i, _ in contexts], device=model.device)
+    longest = max(len(tokens) for _, tokens in contexts)
+    padded = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for _, tokens in contexts], device=model.device)
+
+    batch = _to(model, left_padded(prompts, pad))
+    read = model(
+        **_known(batch, accepts), use_cache=True, **({"logits_to_keep": 1} if "logits_to_keep" in accepts else {})
+    )
+    first = read.logits[owners, -1:]
+    if longest == 0:
+        return first
+    name = "cache" if "cache" in accepts else "past_key_values"
+    cache: Any = read.get(name)
+    if not hasattr(cache, "batch_select_indices"):
+        whole = left_padded([prompts[i] + tokens for i, tokens in zip(owners, padded.tolist(), strict=True)], pad)
+        return model(**_known(_to(model, whole), accepts)).logits[:, -longest - 1 :]
+    cache.batch_select_indices(owners)
+    follow = {
+        "input_ids": padded,
+        "attention_mask": torch.cat([batch["attention_mask"][owners], torch.ones_like(padded)], 1),
+        "position_ids": batch["position_ids"][owners, -1:] + torch.arange(1, longest + 1, device=model.device),
+    }
+    return torch.cat([first, model(**_known(follow, accepts), **{name: cache}).logits], 1)
+
+
+def _known(batch: dict[str, Any], accepts: frozenset[str]) -> dict[str, Any]:
+    """The batch without positions for a model that does not take any."""
+    return {k: v for k, v in batch.items() if k != "position_ids" or k in accepts}
 
 
 def score_exact_match(
