@@ -250,12 +250,16 @@ def test_wrong_shapes_are_named():
         dual_lora_linear(x, W, None, [])
 
 
+OPERATORS = ("linear", "linear_rows", "through_rows", "weight", "embedding")
+
+
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "PrivateUse1"])
-@pytest.mark.parametrize("name", [n + s for n in ("linear", "weight", "embedding") for s in ("", "_backward")])
+@pytest.mark.parametrize("name", [n + s for n in OPERATORS for s in ("", "_backward")])
 def test_every_device_has_an_implementation(name, key):
     """Devices without kernels of ours take the blocks; "meta" keeps its fake, which makes shapes and nothing else."""
     import dual_lora.core.compose_op
-    import dual_lora.core.embedding_op  # noqa: F401
+    import dual_lora.core.embedding_op
+    import dual_lora.core.rows_gradient_op  # noqa: F401
 
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"dual_lora::{name}", key)
 

@@ -1,5 +1,6 @@
 """Quantised bases: the value and gradients of the dequantised weight, real training steps, exact unmerging."""
 
+import copy
 import warnings
 
 import pytest
@@ -303,6 +304,19 @@ def test_forward_only_kinds_are_wired(monkeypatch):
     torch.testing.assert_close(x.grad, W.sum(0).expand(4, I), atol=1e-3, rtol=1e-4)
     with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a gptq layer"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao int8 dynamic"])
+def test_a_copy_reads_its_own_weight(kind):
+    model, layer, _ = wrapped(kind)
+    twin, twins = copy.deepcopy((model, layer))
+    twins.get_base_layer().weight.qdata.zero_()
+    assert not torch.equal(whole(twins), whole(layer))
+    for one, its in ((model, layer), (twin, twins)):
+        x = torch.randn(4, I, requires_grad=True)
+        one(x).sum().backward()
+        dx = (whole(its) + its.get_delta_weight("default")).sum(0).expand(4, I)
+        torch.testing.assert_close(x.grad, dx, atol=1e-3, rtol=1e-3)
 
 
 def test_the_whole_weight_never_stands_in_memory(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import blocked
 from .blocked import Adapter, Needs, RowSource
 from .reference import Factors, Form
+from .ticket import Ticket, source_of, ticket
 
 torch.library.define(
     "dual_lora::linear",
@@ -29,18 +31,29 @@ torch.library.define(
     "(Tensor dy, Tensor x, Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
     " bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
 )
+# `weight` is a ticket's number.
+torch.library.define(
+    "dual_lora::linear_rows",
+    "(Tensor x, Tensor weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale) -> Tensor",
+)
+torch.library.define(
+    "dual_lora::linear_rows_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
+    " bool need_x, bool need_factors) -> Tensor[]",
+)
 
 
 def dual_lora_linear(
     x: Tensor,
-    weight: Tensor | RowSource | None,
+    weight: Tensor | RowSource | Ticket | None,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
 
-    weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight; None for the adapters' share.
+    weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight, or under torch.compile a ticket
+        for one; None for the adapters' share.
     adapters: factors (kept in fp32), scale s = λα/√(r1 r2) as a 0-dim tensor, form.
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
 
@@ -59,7 +72,9 @@ def dual_lora_linear(
     forms = [a.form.code for a in adapters]
     if weight is None or isinstance(weight, Tensor):
         return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
-    y = _RowSourceLinear.apply(x, weight, scales, forms, loss_scale, *factors)
+    if not isinstance(weight, Ticket):
+        weight = ticket(partial(_itself, weight), weight.shape)
+    y = torch.ops.dual_lora.linear_rows(x, weight.number, factors, scales, forms, loss_scale)
     return y if bias is None else y + bias
 
 
@@ -79,7 +94,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def _check_shapes(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> None:
+def _itself(source: RowSource) -> RowSource:
+    return source
+
+
+def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapters: Sequence[Adapter]) -> None:
     for (A, B, C, D), _, _ in adapters:
         O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
         r1, r2 = A.shape[0], C.shape[0]
@@ -203,37 +222,59 @@ def _refuse_double_backward(ctx, *grads):
 torch.library.register_autograd("dual_lora::linear_backward", _refuse_double_backward)
 
 
-class _RowSourceLinear(torch.autograd.Function):
-    """The same for a weight that is read by rows (quantised); it keeps no dequantised copy."""
-
-    @staticmethod
-    def forward(ctx, x, source, scales, forms, loss_scale, *factors):
-        ctx.save_for_backward(x, loss_scale, *factors, *scales)
-        ctx.source, ctx.forms = source, forms
-        with without_autocast(x.device):
-            y = blocked.forward(_rows(x), source, _adapters(factors, scales, forms))
-        return y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, loss_scale, *rest = ctx.saved_tensors
-        n = len(ctx.forms)
-        factors, scales = rest[: 4 * n], rest[4 * n :]
-        needs = Needs(ctx.needs_input_grad[0], False, any(ctx.needs_input_grad[5:]))
-        dx, *dF = _RowSourceGradients.apply(dy, x, ctx.source, scales, ctx.forms, loss_scale, needs, *factors)
-        return dx, None, None, None, None, *dF
+# The same for a weight that is read by rows (quantised): nothing dequantised is kept.
 
 
-class _RowSourceGradients(torch.autograd.Function):
-    """The backward above, a function of its own so that differentiating it can be refused."""
+@torch.library.impl("dual_lora::linear_rows", "default")
+def _linear_rows(x, weight, factors, scales, forms, loss_scale):
+    with without_autocast(x.device):
+        y = blocked.forward(_rows(x), source_of(weight), _adapters(factors, scales, forms))
+    return y.view(*x.shape[:-1], y.shape[-1])
 
-    backward = staticmethod(_refuse_double_backward)  # type: ignore[assignment]
 
-    @staticmethod
-    def forward(ctx, dy, x, source, scales, forms, loss_scale, needs, *factors):
-        with without_autocast(x.device):
-            adapters = _adapters(factors, scales, forms)
-            grads = blocked.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
-        dx = None if grads.x is None else grads.x.view(x.shape)
-        flat = [g for four in grads.factors for g in four] if grads.factors else [None] * len(factors)
-        return dx, *(None if g is None else g.to(f.dtype) for g, f in zip(flat, factors, strict=True))
+@torch.library.impl("dual_lora::linear_rows_backward", "default")
+def _linear_rows_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_factors):
+    adapters, needs = _adapters(factors, scales, forms), Needs(need_x, False, need_factors)
+    with without_autocast(x.device):
+        grads = blocked.backward(_rows(dy), _rows(x), source_of(weight), adapters, loss_scale, needs)
+    out = [] if grads.x is None else [grads.x.view(x.shape)]
+    if grads.factors is not None:
+        out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
+    return out
+
+
+@torch.library.register_fake("dual_lora::linear_rows")
+def _(x, weight, factors, scales, forms, loss_scale):
+    return x.new_empty(*x.shape[:-1], factors[1].shape[0])
+
+
+@torch.library.register_fake("dual_lora::linear_rows_backward")
+def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_factors):
+    out = [x.new_empty(x.shape)] if need_x else []
+    return out + [f.new_empty(f.shape) for f in factors] if need_factors else out
+
+
+def _setup_rows(ctx, inputs, output):
+    x, weight, factors, scales, forms, loss_scale = inputs
+    ctx.save_for_backward(x, weight, loss_scale, *factors, *scales)
+    ctx.forms = forms
+
+
+def _backward_rows(ctx, dy):
+    need_x, _, need_factors, *_ = ctx.needs_input_grad
+    x, weight, loss_scale, *rest = ctx.saved_tensors
+    n = len(ctx.forms)
+    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
+    needs = bool(need_x), any(need_factors)
+    out = iter(
+        torch.ops.dual_lora.linear_rows_backward(dy, x, weight, factors, scales, ctx.forms, loss_scale, *needs)
+        if any(needs)
+        else ()
+    )
+    dx = next(out) if needs[0] else None
+    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[1] else [None] * 4 * n
+    return dx, None, dF, [None] * n, None, None
+
+
+torch.library.register_autograd("dual_lora::linear_rows", _backward_rows, setup_context=_setup_rows)
+torch.library.register_autograd("dual_lora::linear_rows_backward", _refuse_double_backward)

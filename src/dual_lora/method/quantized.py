@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,11 @@ from torch import Tensor, nn
 from ..core import blocked
 from ..core.blocked import RowSource
 from ..core.op import autocast_dtype, dual_lora_linear
+from ..core.rows_gradient_op import through_rows
+from ..core.ticket import Ticket, ticket
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import Linear, is_plain
-
-# Entries that are dequantised at a time where the blocked operator is not in charge.
-ROW_BLOCK = 1 << 19
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
 _UNKNOWN = object()
@@ -52,6 +52,19 @@ class QuantizedLinear(Linear):
         self.quantization_backend: Any = backend
         self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
         self._kept: Any = None
+        self._ticket = self._new_ticket()
+
+    def _new_ticket(self) -> Ticket:
+        """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
+        base: Any = self.base_layer
+        return ticket(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_ticket"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ticket = self._new_ticket()  # a copy has a weight of its own
 
     def _matrix_shape(self) -> tuple[int, int]:
         base: Any = self.get_base_layer()
@@ -88,7 +101,7 @@ class QuantizedLinear(Linear):
             return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast_dtype(x.device) or x.dtype)
         scale = self._loss_scale(names, x.device)
-        y = dual_lora_linear(x, row_source(base, self.quantization_backend), bias, self._adapters(names), scale)
+        y = dual_lora_linear(x, self._ticket, bias, self._adapters(names), scale)
         return y if autocast_dtype(x.device) is not None else y.to(given)
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
@@ -113,7 +126,7 @@ class QuantizedLinear(Linear):
         base: Any = self.base_layer
         stops = isinstance(self.quantization_backend, TorchaoBackend) and _quantises_activations(base.weight)
         if stops and torch.is_grad_enabled() and x.requires_grad:
-            return _ThroughRows.apply(x, base(x.detach(), *args, **kwargs), row_source(base, self.quantization_backend))
+            return through_rows(x, base(x.detach(), *args, **kwargs), self._ticket)
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
@@ -194,27 +207,6 @@ class _Kept:
             vars(self.weight).update(self.attributes)
         elif layer.base_layer is not self.base:  # HQQ makes a new layer, without a bias
             layer.base_layer.bias = self.base.bias  # type: ignore[union-attr]
-
-
-class _ThroughRows(torch.autograd.Function):
-    """y of the base, whose gradient is that of the dequantised product: dx = dy W, some rows at a time."""
-
-    @staticmethod
-    def forward(ctx, x, y, source):
-        ctx.source, ctx.shape = source, x.shape
-        return y.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        O, I = ctx.source.shape
-        rows = dy.reshape(-1, O)
-        dx = torch.zeros(rows.shape[0], I, dtype=torch.float32, device=dy.device)
-        step = max(ROW_BLOCK // I, 16)
-        for start in range(0, O, step):
-            W = ctx.source.rows(start, min(start + step, O))
-            dx += rows[:, start : start + step] @ W.to(dy.dtype)
-        return dx.to(dy.dtype).view(ctx.shape), None, None
 
 
 # Rows of a quantised weight.

@@ -1,0 +1,50 @@
+"""What a graph holds of a weight that is read by rows: a ticket.
+
+Operators take tensors, and a RowSource is none. The ticket's number is a tensor, by which an operator finds the source
+when it runs. Were it a Python number, it would be a constant of the graph, and a model compiled block by block would be
+compiled for every block anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .blocked import RowSource
+
+_openers: weakref.WeakValueDictionary[int, Callable[[], RowSource]] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class Ticket(NamedTuple):
+    """Stands for a weight [O, I] that is read by rows."""
+
+    number: Tensor  # int64, 0-dim, on the CPU whatever the weight's device, so that reading it waits for nothing
+    shape: tuple[int, int]
+
+
+def ticket(opener: Callable[[], RowSource], shape: tuple[int, int]) -> Ticket:
+    """A ticket for what `opener` returns, which is called once for every pass over the weight's rows.
+
+    The number keeps the opener alive, as does a graph that has saved the number for its backward.
+    """
+    number = torch.tensor(next(_numbers), device="cpu")
+    _openers[int(number)] = opener
+    number.opener = opener  # type: ignore[attr-defined]
+    return Ticket(number, shape)
+
+
+def source_of(number: Tensor) -> RowSource:
+    """The weight that a ticket's number stands for; RuntimeError if its owner is gone."""
+    opener = _openers.get(int(number))
+    if opener is None:
+        raise RuntimeError(
+            f"The weight behind ticket {int(number)} is gone: its layer was deleted, or belongs to another "
+            "process, and a compiled graph still uses it. Keep the model, and compile it in the process that runs it."
+        )
+    return opener()
