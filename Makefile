@@ -46,6 +46,10 @@ types: $(VENV)/.ready ## types
 bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (thirteen minutes)
 	$(PY) -m benchmarks
 
+bench-curves: $(VENV)/.ready ## costs as they grow (tokens, size, rank, adapters) beside the flop limit, and their drawings
+	$(PY) -m benchmarks curves
+	$(PY) -m benchmarks.plot
+
 bench-gpu: $(VENV)/.ready ## the GPU gates, for a machine with a card
 	$(PY) -m benchmarks.gpu
 

@@ -1,6 +1,7 @@
 """Costs as they grow (tokens, size, rank, adapters) with the flop limit beside them, and the sweep of block sizes.
 
-These take longer than the gates; their rows go into the ledger, and `plot` draws them from there.
+Every point of a curve is judged first, value and every gradient of every adapter. These take longer than the gates;
+their rows go into the ledger, and `plot` draws them from there.
 """
 
 from __future__ import annotations
@@ -66,10 +67,7 @@ def measure(point: Point, seconds: float) -> Measured:
     g = torch.Generator().manual_seed(0)
     W = torch.randn(point.O, point.I, generator=g) / point.I**0.5
     x, dy = (torch.randn(point.T, n, generator=g) for n in (point.I, point.O))
-    modules = {m: _several(m, W, point) for m in ("dual", "lora")}
-    _check_several(modules["dual"], x, W, dy)
-    variants = {m: linear.step(module, x, dy) for m, module in modules.items()}
-    return interleave(variants, [("dual", "lora")], THREADS, seconds)
+    return linear.compare({m: _several(m, W, point) for m in ("dual", "lora")}, x, W, dy, None, THREADS, seconds)
 
 
 def _several(method: str, W: torch.Tensor, point: Point) -> Any:
@@ -84,19 +82,6 @@ def _several(method: str, W: torch.Tensor, point: Point) -> Any:
             layer.update_layer(name, point.rank, lora_alpha=2 * point.rank, config=config)
     layer.set_adapter(names)
     return layer
-
-
-def _check_several(layer: Any, x: torch.Tensor, W: torch.Tensor, dy: torch.Tensor) -> None:
-    """The value alone: W + the sum of the adapters' ΔW, which the one-adapter check has judged each."""
-    for k, name in enumerate(layer.adapter_names()):
-        four = layer.factors(name)
-        factors = judge.exact_factors(W.shape[0], W.shape[1], four.A.shape[0], four.C.shape[0], seed=k)
-        with torch.no_grad():
-            for stored, value in zip(four, factors, strict=True):
-                stored.copy_(value)
-    with torch.no_grad():
-        total = W.double() + sum(layer.get_delta_weight(n).double() for n in layer.adapter_names())
-        judge.check_close({"y": layer(x)}, {"y": (x.double() @ total.t()).float()}, 1e-5)
 
 
 TILES = (1 << 15, 1 << 16, 1 << 17, 1 << 18, 1 << 19)

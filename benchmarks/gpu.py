@@ -143,8 +143,8 @@ def correct(card: Card, shapes: Sequence[tuple[int, int, int]]) -> None:
         adapter = Adapter(factors, scale, Form())
         for dtype in dtypes:
             x, W, dy = (torch.randn(s, device=card.device).mul_(I**-0.5).to(dtype) for s in ((T, I), (O, I), (T, O)))
-            truth = judge.results(x, W, factors, scale, dy, torch.float64)
-            plain = judge.results(x, W, factors, scale, dy)
+            truth = judge.results(x, W, [(factors, scale)], dy, torch.float64)
+            plain = judge.results(x, W, [(factors, scale)], dy)
             leaves = [t.detach().requires_grad_() for t in (x, *factors)]
             y = dual_lora_linear(leaves[0], W, None, [adapter._replace(factors=Factors(*leaves[1:]))])
             y.backward(dy)

@@ -8,7 +8,7 @@ matter of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +31,39 @@ def exact_factors(O: int, I: int, r1: int, r2: int, seed: int = 0) -> Factors:
 
 
 def results(
-    x: Tensor, weight: Tensor | None, factors: Factors, scale: Tensor, dy: Tensor, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    adapters: Sequence[tuple[Factors, Tensor]],
+    dy: Tensor,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """y, dx and the factors' gradients by `reference.linear`; in `dtype` throughout, or (None) as given."""
-    leaves = [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in (x, *factors)]
-    xs, four = leaves[0], Factors(*leaves[1:])
-    if dtype is not None:
-        weight, scale, dy = (None if t is None else t.to(dtype) for t in (weight, scale, dy))  # type: ignore[assignment]
-    y = reference.linear(xs, weight, None, four, scale, Form())
-    y.backward(dy)
-    return {"y": y.detach(), "dx": xs.grad, **{f"d{k}": f.grad for k, f in four._asdict().items()}}
+    """y, dx and the gradients of each adapter's factors (with its scale) by `reference.linear`; in `dtype` throughout,
+    or (None) as given.
+    """
+
+    def cast(t: Tensor) -> Tensor:
+        return t if dtype is None else t.to(dtype)
+
+    xs = cast(x).detach().requires_grad_()
+    leaves = [Factors(*(cast(f).detach().requires_grad_() for f in four)) for four, _ in adapters]
+    y: Tensor | None = None
+    for k, (four, (_, scale)) in enumerate(zip(leaves, adapters, strict=True)):
+        base = None if weight is None or k else cast(weight)  # which every adapter's share is added to once
+        share = reference.linear(xs, base, None, four, cast(scale), Form())
+        y = share if y is None else y + share
+    if y is None:
+        raise ValueError("Got no adapter to judge: pass at least one.")
+    y.backward(cast(dy))
+    return {"y": y.detach(), "dx": xs.grad, **gradients(leaves)}  # type: ignore[dict-item]
+
+
+def gradients(adapters: Sequence[Factors]) -> dict[str, Tensor]:
+    """What backward has left in the factors: dA … dD of one adapter, dA0, dA1 … of several."""
+    return {
+        f"d{letter}{k if len(adapters) > 1 else ''}": f.grad  # type: ignore[misc]
+        for k, four in enumerate(adapters)
+        for letter, f in four._asdict().items()
+    }
 
 
 def error(got: Tensor, truth: Tensor) -> float:

@@ -83,15 +83,15 @@ class Naive(nn.Module):
         return reference.linear(x, self.base_layer.weight, self.base_layer.bias, factors_of(self), self.scale, Form())
 
 
-def factors_of(layer: Any) -> Factors:
-    """The four parameters of one of our layers or of a naive one."""
+def factors_of(layer: Any, name: str = "default") -> Factors:
+    """The four parameters of an adapter of one of our layers, or of a naive one."""
     if isinstance(layer, Naive):
         return Factors(layer.A, layer.B, layer.C, layer.D)
-    return layer.factors("default")
+    return layer.factors(name)
 
 
-def fill(layer: Any, factors: Factors) -> None:
+def fill(layer: Any, factors: Factors, name: str = "default") -> None:
     """Write factors into a layer."""
     with torch.no_grad():
-        for stored, value in zip(factors_of(layer), factors, strict=True):
+        for stored, value in zip(factors_of(layer, name), factors, strict=True):
             stored.copy_(value)

@@ -51,18 +51,19 @@ def compare(
 
 
 def check(layer: Any, x: Tensor, W: Tensor, dy: Tensor) -> None:
-    """Value and every gradient of our layer against the formula in fp64; raises WrongResult."""
-    four = layers.factors_of(layer)
-    O, I = W.shape
-    factors = judge.exact_factors(O, I, four.A.shape[0], four.C.shape[0])
-    layers.fill(layer, factors)
-    scale = layer.adapter("default").scale
+    """Value and every gradient of our layer, of all its adapters, against the formula in fp64; raises WrongResult."""
+    names = layer.adapter_names()
+    for k, name in enumerate(names):
+        four = layer.factors(name)
+        layers.fill(layer, judge.exact_factors(*W.shape, four.A.shape[0], four.C.shape[0], seed=k), name)
     xs = x.clone().requires_grad_()
     y = layer(xs)
     y.backward(dy)
-    ours = {"y": y.detach(), "dx": xs.grad, **{f"d{k}": f.grad for k, f in four._asdict().items()}}
-    plain = judge.results(x, W, factors, scale, dy)
-    truth = judge.results(x, W, factors, scale, dy, torch.float64)
+    stored = [layer.factors(name) for name in names]
+    ours = {"y": y.detach(), "dx": xs.grad, **judge.gradients(stored)}
+    adapters = [(layer.factors(name), layer.adapter(name).scale) for name in names]
+    plain = judge.results(x, W, adapters, dy)
+    truth = judge.results(x, W, adapters, dy, torch.float64)
     judge.check(ours, plain, truth)
     layer.zero_grad(set_to_none=True)
 

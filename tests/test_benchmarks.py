@@ -274,6 +274,25 @@ def test_a_point_of_a_curve(single, adapters):
     assert set(measured.costs) == {"dual", "lora"}
 
 
+@pytest.mark.parametrize("method", ["dual", "lora"])
+def test_every_one_of_several_adapters_is_trained(method):
+    _, x, W, dy = tiny_layer()
+    layer = curves._several(method, W, curves.Point("adapters", 3, 40, 48, 8, 8, 3))
+    layer(x).backward(dy)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    assert len(trained) == 3 * (4 if method == "dual" else 2)
+    assert all(p.grad is not None for p in trained)
+
+
+def test_a_wrong_gradient_of_one_of_several_adapters_is_refused():
+    _, x, W, dy = tiny_layer()
+    layer = curves._several("dual", W, curves.Point("adapters", 3, 40, 48, 8, 8, 3))
+    linear.check(layer, x, W, dy)
+    layer.forms["more1"] = layer.forms["more1"]._replace(ste="identity")
+    with pytest.raises(judge.WrongResult, match=r"d[CD]1 is wrong"):
+        linear.check(layer, x, W, dy)
+
+
 def test_curves_are_drawn_from_the_newest_rows(tmp_path):
     row = {"kind": "curve", "work": "rank", "limit": 1.3, "interval": [1.4, 1.6]}
     rows = [{**row, "at": at, "ratio": ratio} for at, ratio in ((4, 9.0), (8, 1.5), (4, 1.5))]
