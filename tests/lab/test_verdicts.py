@@ -76,6 +76,9 @@ def test_a_clear_winner_on_two_tasks(tmp_path):
     assert next(iter(ranking["ranks"])) == "strong"
     assert ranking["tasks"] == ["a", "b"]
     assert any("largest train.learning_rate tried" in note for note in results["notes"])
+    sentences = {c["candidate"]: c["sentence"] for c in results["comparisons"]}
+    assert sentences["strong"].endswith(" weak did best with the largest train.learning_rate tried (0.01).")
+    assert "did best" not in sentences["twin"]  # no winner, no loser
     page = io.StringIO()
     show_results(results | {"failed": [], "untrained": []}, Console(file=page, width=160))
     assert "equivalent within the margin" in page.getvalue()

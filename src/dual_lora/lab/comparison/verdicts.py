@@ -53,8 +53,9 @@ def build_results(study: Study, finished: Sequence[Finished], runs: Path) -> dic
     """Everything that the study says, ready for results.json."""
     notes: list[str] = []
     tables = _score_tables(finished, runs, notes, len(study.seeds))
-    comparisons = _comparisons(study, finished, tables)
     methods = [_method(f, tables.get(_at(f))) for f in finished]
+    ends = {_at(f): end for f, method in zip(finished, methods, strict=True) if (end := _end_of_search(method))}
+    comparisons = [_with_doubt(c, ends) for c in _comparisons(study, finished, tables)]
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
@@ -64,7 +65,7 @@ def build_results(study: Study, finished: Sequence[Finished], runs: Path) -> dic
         "overall": _overall(comparisons),
         "ranking": _rankings(study, finished, tables),
         "pareto": _pareto(methods),
-        "notes": notes + _edge_notes(study, methods) + _seed_note(study),
+        "notes": notes + _edge_notes(ends) + _seed_note(study),
     }
 
 
@@ -293,19 +294,27 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fronts
 
 
-def _edge_notes(study: Study, methods: Sequence[dict[str, Any]]) -> list[str]:
-    """A best value at the end of the searched interval means that the method might do better outside it."""
-    notes = []
-    for m in methods:
-        for name, value in (m["settings"] or {}).items():
-            tried = [t["settings"][name] for t in m["trials"] if isinstance(t["settings"].get(name), int | float)]
-            if len(set(tried)) > 2 and value in (min(tried), max(tried)):
-                end = "smallest" if value == min(tried) else "largest"
-                notes.append(
-                    f"{m['method']} on {place_name(m['model'], m['task'])} did best with the {end} {name} tried "
-                    f"({value:g}): it may do better beyond."
-                )
-    return notes
+def _end_of_search(method: dict[str, Any]) -> str:
+    """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    for name, value in (method["settings"] or {}).items():
+        tried = [t["settings"][name] for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
+        if len(set(tried)) > 2 and value in (min(tried), max(tried)):
+            return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+    return ""
+
+
+def _with_doubt(c: stats.Comparison, ends: dict[tuple[str, str, str], str]) -> stats.Comparison:
+    """A verdict on a method that was not searched to its best says so."""
+    loser = {stats.Verdict.WORSE: c.candidate, stats.Verdict.BETTER: c.reference}.get(c.verdict)
+    end = ends.get((*c.place, loser)) if loser else None
+    return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c
+
+
+def _edge_notes(ends: dict[tuple[str, str, str], str]) -> list[str]:
+    return [
+        f"{method} on {place_name(model, task)} did best with {end}: it may do better beyond."
+        for (model, task, method), end in ends.items()
+    ]
 
 
 def _seed_note(study: Study) -> list[str]:
