@@ -86,7 +86,10 @@ BASE = "AutoModel"
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, lambda: _opt(num_hidden_layers=5)),
-    "peft-internal-testing/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
+    "peft-internal-testing/opt-125m": (  # one test counts on the real width
+        CAUSAL,
+        lambda: _opt(num_hidden_layers=12, hidden_size=768, word_embed_proj_dim=768, num_attention_heads=12),
+    ),
     "facebook/opt-125m": (CAUSAL, lambda: _opt(num_hidden_layers=12)),
     "facebook/opt-350m": (CAUSAL, _opt),
     "peft-internal-testing/tiny-random-gpt2": (CAUSAL, _gpt2),
@@ -138,6 +141,23 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
             pad_token_id=1,
         ),
     ),
+    "Qwen/Qwen2-0.5B": (CAUSAL, _config("Qwen2Config", **LLAMA, tie_word_embeddings=True)),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": (
+        CAUSAL,
+        _config(
+            "NemotronHConfig",
+            **{k: v for k, v in LLAMA.items() if k != "num_hidden_layers"},
+            layers_block_type=["linear_attention", "full_attention", "moe"],
+            head_dim=8,
+            ssm_state_size=8,
+            mamba_num_heads=4,
+            mamba_head_dim=16,
+            n_groups=1,
+            n_routed_experts=4,
+            moe_intermediate_size=48,
+            moe_shared_expert_intermediate_size=48,
+        ),
+    ),
     "tiiuae/falcon-mamba-tiny-dev": (
         CAUSAL,
         _config("FalconMambaConfig", vocab_size=1024, hidden_size=32, num_hidden_layers=2, state_size=8),
@@ -146,7 +166,7 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
         "CLIPTextModel",
         _config("CLIPTextConfig", **SMALL, intermediate_size=64, max_position_embeddings=77),
     ),
-    "peft-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
+    "peft-internal-testing/tiny-random-BertModel": (CAUSAL, _bert("BertConfig")),
     "hf-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
     "peft-internal-testing/tiny-random-RobertaModel": (BASE, _bert("RobertaConfig")),
     "peft-internal-testing/tiny-random-DebertaModel": (BASE, _bert("DebertaConfig", **_DEBERTA)),
@@ -189,33 +209,99 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
+# Revisions of a model other than its main one, which have other weights.
+REVISIONS = {"peft-internal-testing/tiny-random-BertModel": "v2.0.0"}
+# Adapters of the hub of which the tests read the configuration, at a revision.
+ADAPTERS = {"peft-internal-testing/tiny-opt-lora-revision": "test"}
+PIPELINE = "hf-internal-testing/tiny-sd-pipe"
+
+
 def build(cache: Path) -> Path:
     """Write every model that is not there yet below `cache`/hub and return that folder."""
     hub = cache / "hub"
     for name, (auto, config) in MODELS.items():
-        folder = hub / ("models--" + name.replace("/", "--"))
-        main = folder / "refs" / "main"
-        if main.exists() and main.read_text() == REVISION:
-            continue
-        _write(folder / "snapshots" / REVISION, auto, config())
-        main.parent.mkdir(exist_ok=True)
-        main.write_text(REVISION)
+        _lay(hub, name, "main", lambda folder, a=auto, c=config: _write(folder, a, c(), seed=0))  # type: ignore[misc]
+        if name in REVISIONS:
+            _lay(hub, name, REVISIONS[name], lambda folder, a=auto, c=config: _write(folder, a, c(), seed=1))  # type: ignore[misc]
+    for name, revision in ADAPTERS.items():
+        _lay(hub, name, revision, _write_adapter_config)
+    _lay(hub, PIPELINE, "main", _write_pipeline)
     return hub
 
 
-def _write(folder: Path, auto: str, config: Any) -> None:
+def _lay(hub: Path, name: str, revision: str, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a snapshot of a repository where the hub's cache has it, unless it is there already."""
+    folder = hub / ("models--" + name.replace("/", "--"))
+    reference, snapshot = folder / "refs" / revision, sha1(f"{REVISION} {revision}".encode()).hexdigest()
+    if reference.exists() and reference.read_text() == snapshot:
+        return
+    write(folder / "snapshots" / snapshot)
+    reference.parent.mkdir(exist_ok=True)
+    reference.write_text(snapshot)
+
+
+def _enliven(model: Any) -> Any:
+    """Fresh models are near zero everywhere; the tests compare outputs with tolerances made for livelier ones."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def _write(folder: Path, auto: str, config: Any, seed: int) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    kind = getattr(transformers, auto)
+    _enliven(kind.from_config(config) if auto.startswith("Auto") else kind(config)).save_pretrained(folder)
+    if "Image" in auto:
+        transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    else:
+        _tokenizer().save_pretrained(folder)
+
+
+def _write_adapter_config(folder: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(base_model_name_or_path="peft-internal-testing/opt-125m", task_type="CAUSAL_LM").save_pretrained(folder)
+
+
+def _write_pipeline(folder: Path) -> None:
+    """Stable Diffusion's parts, tiny: a text encoder, a UNet with attention and convolutions, an image decoder."""
+    import diffusers
     import torch
     import transformers
 
     torch.manual_seed(0)
-    kind = getattr(transformers, auto)
-    model = kind.from_config(config) if auto.startswith("Auto") else kind(config)
-    # Fresh models are near zero everywhere; the tests compare outputs with tolerances made for livelier ones.
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "norm" not in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    groups = {"norm_num_groups": 4, "block_out_channels": (8, 16)}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        **groups,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **groups
+    )
+    config = transformers.CLIPTextConfig(**{**SMALL, **TOKENS}, intermediate_size=64, max_position_embeddings=77)
+    tokenizer = _tokenizer()
+    tokenizer.model_max_length = 77
+    diffusers.StableDiffusionPipeline(
+        vae=_enliven(vae),
+        text_encoder=_enliven(transformers.CLIPTextModel(config)),
+        tokenizer=tokenizer,
+        unet=_enliven(unet),
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
 
 
 def _tokenizer() -> Any:

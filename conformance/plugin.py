@@ -9,6 +9,7 @@ Three groups are kept apart, and each is counted:
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import models
 import peft
 import pytest
 
@@ -75,6 +77,7 @@ def _accept_loras_habits(config_cls: type) -> None:
     """Let the configuration take what the tests write for LoRA; only here, not in the product."""
     original = config_cls.__init__
 
+    @functools.wraps(original)  # PEFT reads the signature, to pass over what it does not know in a later version's file
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         reason = _of_lora_alone(options)
         if reason is not None:
@@ -109,6 +112,40 @@ def _accept_loras_habits(config_cls: type) -> None:
 import transformers.integrations.peft  # noqa: E402
 
 transformers.integrations.peft.check_peft_version = lambda *args, **options: None
+
+
+def _draw_the_picture() -> None:
+    """The vision tests' one picture is a data set of the hub; they only need that there is one."""
+    import datasets
+    from PIL import Image
+
+    load = datasets.load_dataset
+    picture = Image.radial_gradient("L").convert("RGB")
+
+    def drawn(path: str, *args: Any, **options: Any) -> Any:
+        return {"test": {"image": [picture]}} if path == "huggingface/cats-image" else load(path, *args, **options)
+
+    datasets.load_dataset = drawn  # type: ignore[assignment]
+
+
+_draw_the_picture()
+
+
+def _ask_the_cache() -> None:
+    """PEFT does not ask an offline hub whether a file is there; here the cache stands for the hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from peft.utils import save_and_load
+
+    check = save_and_load.check_file_exists_on_hf_hub
+
+    def cached(repo_id: str, filename: str, **options: Any) -> bool | None:
+        listed = repo_id in models.MODELS and isinstance(try_to_load_from_cache(repo_id, filename), str)
+        return listed or check(repo_id, filename, **options)
+
+    save_and_load.check_file_exists_on_hf_hub = cached
+
+
+_ask_the_cache()
 
 
 def _pad_each_group() -> None:

@@ -39,6 +39,10 @@ SUITES = [
     "test_integrations",
     "test_mapping",
     "test_auto",
+    "test_vision_models",
+    "test_stablediffusion",
+    "test_hub_features",
+    "test_loraplus",
     "test_torch_compile",
 ]
 

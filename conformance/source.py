@@ -44,7 +44,7 @@ REPLACEMENTS = [
     (r"\bLoraModel\b", "DualLoraModel"),
     (r"\blora_only\b", "dual_lora_only"),
     (r"\bPeftType\.LORA\b", "PeftType.DUAL_LORA"),
-    (r"(: )\"LORA\"", r'\1"DUAL_LORA"'),
+    (r"(: |(?<!=)= )\"LORA\"", r'\1"DUAL_LORA"'),
     (r"([\"'])lora_\1", r"\1dual_lora_\1"),
     (r"([\"'])lora\.", r"\1dual_lora."),
     (r"\.lora_alpha\[", r".alpha["),
