@@ -24,9 +24,11 @@ from triton.runtime.jit import JITFunction
 
 from dual_lora.core import triton_launch
 from dual_lora.core.blocked import Adapter
+from dual_lora.core.composing import Job
 from dual_lora.core.reference import Factors, Form
 from dual_lora.core.triton_compose import Int8, Nf4, compose
 from dual_lora.core.triton_gradient import TILES, factor_gradients
+from dual_lora.core.triton_group import compose_group
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,7 +72,9 @@ def capture(launch):
 
 
 def needs(kernel):
-    """Registers and bytes of spill a thread, bytes of shared memory, and spills inside loops of matrix products."""
+    """Registers and bytes of spill a thread, bytes of shared memory, and spills inside loops of matrix products; on a
+    card that says so, the bits of the widest store.
+    """
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -85,6 +89,8 @@ def needs(kernel):
             for option in ("--dump-resource-usage", "-sass")
         )
     registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    stores = re.findall(r"st\.global(?:\.v(\d))?\.b(\d+)", kernel.asm["ptx"])
+    found["widest"] = max((int(n or 1) * int(bits) for n, bits in stores), default=0)
     return found | {"registers": registers, "spill": spill, "in_loops": spills_in_loops(code)}
 
 
@@ -119,6 +125,16 @@ def kernels(name):
         yield {"kernel": "compose", "base": base, "rank": 16}, launch
     several = [adapter(16), adapter(8, Form(magnitude="identity"))]
     yield {"kernel": "compose", "base": "bf16", "rank": "16+8"}, partial(compose, bf16, several)
+    # Shifted by one entry, a weight is aligned to nothing that a kernel could use.
+    shifted = torch.empty(O * I + 1, dtype=torch.bfloat16)[1:].view(O, I)
+    for what, weight, adapters in (
+        ({"base": "bf16", "rank": 16}, bf16, [adapter(16)]),
+        ({"base": "fp32", "rank": 64}, fp32, [adapter(64)]),
+        ({"base": "bf16", "rank": "16+8"}, bf16, several),
+        ({"base": "bf16, misaligned", "rank": 16}, shifted, [adapter(16)]),
+    ):
+        jobs = [Job(weight, adapters, weight.dtype)] * 2
+        yield {"kernel": "group", **what}, partial(compose_group, jobs)
     for dtype, deterministic in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         dy, x = torch.empty(T, O, dtype=dtype), torch.empty(T, I, dtype=dtype)
         for tile in TILES[name, dtype.itemsize]:

@@ -31,6 +31,14 @@ def test_compose_for_a_training_step(tmp_path):
     assert kernel["registers"] <= 128, kernel
 
 
+def test_compose_for_the_layers_of_a_block(tmp_path):
+    [kernel] = compile_ahead("sm_90", "group", '"bf16", "rank": 16}', cache=tmp_path)
+    assert kernel["spill"] == 0, kernel
+    assert kernel["registers"] <= 128, kernel
+    # Wide stores although their addresses come from a table: the kernel is told how they are aligned.
+    assert kernel["widest"] == 128, kernel
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel(gpu, tmp_path):

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import blocked, triton_compose, triton_gradient
+from . import blocked, triton_compose, triton_gradient, triton_group
 from .blocked import Adapter, Gradients, Needs
+from .composing import Job
 from .reference import Factors, Form
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
@@ -29,14 +30,19 @@ LARGEST_RANK = 256
 
 def takes(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> bool:
     """Whether the kernels compute this call: a GPU on which they proved right, dtypes and ranks that they know."""
+    return knows(x.device, x.dtype, weight, adapters)
+
+
+def knows(device: torch.device, dtype: torch.dtype, weight: Tensor | None, adapters: Sequence[Adapter]) -> bool:
+    """The same for x, or a composed weight, of that dtype."""
     return (
-        x.is_cuda
-        and x.dtype in DTYPES
+        device.type == "cuda"
+        and dtype in DTYPES
         and (weight is None or weight.dtype in DTYPES)
         and all(a.factors.A.dtype != torch.float64 for a in adapters)
         and all(max(a.factors.A.shape[0], a.factors.C.shape[0]) <= LARGEST_RANK for a in adapters)
         and os.environ.get(SWITCH) != "plain"
-        and agrees_with_blocked(x.device, x.dtype)
+        and agrees_with_blocked(device, dtype)
     )
 
 
@@ -83,7 +89,8 @@ def agrees_with_blocked(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def disagreement(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference from `blocked` in y, dx and the factors' gradients, relative to each one's largest entry.
+    """The largest difference from `blocked` in y, dx, the factors' gradients and the composed weight of a group,
+    relative to each one's largest entry.
 
     P and Q are integers here, so that no sign hangs on a rounding.
     """
@@ -104,6 +111,7 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> float:
     ours, theirs = ([grads.x, *grads.factors[0]] for grads in (got, judge))  # type: ignore[index]
     pairs = [
         (forward(x, weight, adapters), blocked.forward(x, weight, adapters)),
+        (triton_group.compose_group([Job(weight, adapters, dtype)])[0], blocked.compose(weight, adapters, dtype)),
         *zip(ours, theirs, strict=True),
     ]
     return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)  # type: ignore[union-attr]

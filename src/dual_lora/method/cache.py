@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,9 +58,8 @@ class ComposedWeights:
             return kept.weight
         self.drop(layer)
         weight = make()
-        if self.bytes_held + weight.nbytes <= self.limit_bytes:
-            self._entries[layer] = _Entry([(weakref.ref(t), t._version) for t in sources], extra, weight)
-        elif not self._warned:
+        self.put(layer, sources, extra, weight)
+        if layer not in self._entries and not self._warned:
             self._warned = True
             warnings.warn(
                 f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
@@ -69,6 +69,17 @@ class ComposedWeights:
                 stacklevel=2,
             )
         return weight
+
+    def put(self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], weight: Tensor) -> None:
+        """Keep a weight that was made already, where `get` would have kept it."""
+        self.drop(layer)
+        if self.bytes_held + weight.nbytes <= self.limit_bytes and not any(t.is_inference() for t in sources):
+            self._entries[layer] = _Entry([(weakref.ref(t), t._version) for t in sources], extra, weight)
+
+    def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
+        """Of the layer's kept weight, None if there is none."""
+        entry = self._entries.get(layer)
+        return None if entry is None else entry.weight.dtype
 
     def drop(self, layer: nn.Module) -> None:
         """Forget the composed weight of one layer."""

@@ -9,6 +9,7 @@ Factor shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], alwa
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ..core import blocked
+from ..core import blocked, composing
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
 from . import sharded, warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .emptied import leave_out_counts, put_counts_in
 from .precision import FACTOR_DTYPES, claim, in_fp32
 from .scaler import check_clip_is_safe, loss_scale
 
@@ -74,8 +76,11 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.shares_factors = False  # with the embedding that this layer is tied to
         self._original: Tensor | None = None  # the base weight's data while something is merged
+        self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
+        self.register_state_dict_post_hook(leave_out_counts)
+        self.register_load_state_dict_pre_hook(put_counts_in)
         self.register_load_state_dict_post_hook(_after_load)
 
     # The weight as a matrix. Override these three for other layouts.
@@ -169,7 +174,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
         with torch.no_grad():
-            return self._from_matrix(blocked.compose(None, [self.adapter(adapter)], torch.float32))
+            return self._from_matrix(self._compose(None, [self.adapter(adapter)], torch.float32))
 
     # Warm-up.
 
@@ -365,10 +370,16 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
         """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
+        if self._ahead is not None:
+            return self._ahead
         adapters = [self.adapter(name) for name in self.scaling if name in names]
         with torch.no_grad():
-            merged = blocked.compose(self._matrix(original), adapters, original.dtype)
+            merged = self._compose(self._matrix(original), adapters, original.dtype)
             return self._from_matrix(merged).contiguous()
+
+    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        """W + ΣΔW [O, I], by whom forward is computed as well: they have to agree on every sign."""
+        return blocked.compose(weight, adapters, dtype)
 
     def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
         """The same of a sharded weight, for the part of it that is here."""
@@ -517,6 +528,9 @@ class Linear(MapLayer):
 
     _from_matrix = _matrix  # type: ignore[assignment]
 
+    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        return composing.compose(weight, adapters, dtype)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
         return True
@@ -555,14 +569,18 @@ class Linear(MapLayer):
         base: Any = self.base_layer
         adapters = [self.adapter(n) for n in names]
         dtype = autocast_dtype(x.device) or x.dtype
-        sources = [base.weight, *(t for a in adapters for t in (*a.factors, a.scale))]
         weight = composed_weights.get(
             self,
-            sources,
+            self._sources(adapters),
             (tuple(names), dtype),
-            lambda: blocked.compose(self._matrix(base.weight), adapters, dtype),
+            lambda: self._compose(self._matrix(base.weight), adapters, dtype),
         )
         return nn.functional.linear(x, weight, base.bias)
+
+    def _sources(self, adapters: Sequence[Adapter]) -> list[Tensor]:
+        """What a kept weight is made from."""
+        base: Any = self.base_layer
+        return [base.weight, *(t for a in adapters for t in (*a.factors, a.scale))]
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""
