@@ -344,6 +344,36 @@ def switched_under_fsdp2(mesh, folder):
     assert_same(steps(model), steps(whole))
 
 
+def filled_after_sharding(mesh, folder):
+    """As accelerate prepares a model for FSDP2: emptied, sharded, and filled with what stands in its state."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.manual_seed(0)
+    whole = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"], init_weights=True)
+    model = copy.deepcopy(whole)
+    for m in (whole, model):  # two of the warm-up's four steps are over
+        for layer in layers(m).values():
+            layer.step("default")
+            layer.step("default")
+    full, scales = model.state_dict(), {n: m.dual_lora_scale["default"].clone() for n, m in layers(model).items()}
+    model.to("meta")
+    for block in model.base_model.model:
+        fully_shard(block)
+    fully_shard(model)
+    empty = model.state_dict()
+    shards = {n: distribute_tensor(full[n].detach(), t.device_mesh, t.placements) for n, t in empty.items()}
+    model.load_state_dict(shards, assign=True)
+    for name, layer in layers(model).items():
+        layer.dual_lora_scale["default"] = scales[name]  # accelerate puts back what is not in the state
+        assert layer.warmup_factor("default") == 0.5
+        assert int(layer.dual_lora_left["default"]) == 2
+    assert model.state_dict().keys() == full.keys()
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    got, expected = (train(m, lambda m: m(x).square().sum() / 256) for m in (model, whole))
+    assert_same((got[0], {n: g.full_tensor() for n, g in got[1].items()}), expected)
+
+
 CASES = {
     "torch": by_torch,
     "identity": lambda mesh, folder: by_torch(mesh, folder, ste="identity"),
@@ -352,6 +382,7 @@ CASES = {
     "plan": by_plan,
     "fsdp2": merged_under_fsdp2,
     "reference": reference_pass,
+    "filled": filled_after_sharding,
     "switched": switched_under_fsdp2,
     "refusals": refusals,
 }

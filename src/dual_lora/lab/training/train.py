@@ -141,6 +141,8 @@ def _train(
         callbacks = [*_callbacks_of(config), *more]
         rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
         trainer = build_trainer(model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks)
+        if checkpoint:
+            _same_sharding(checkpoint, trainer)
         with watch.interruptible():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -242,6 +244,21 @@ def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> No
         f"The run {folder.path} took {before} examples at once, on {record['processes']} process(es); here it would "
         f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
         f"{fitting}on {record['processes']} process(es), or give another --out."
+    )
+
+
+def _same_sharding(checkpoint: Path, trainer: Trainer) -> None:
+    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
+    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
+    if before == now:
+        return
+    if before:
+        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
+    else:
+        advice = "Start it without FSDP, as before"
+    raise UserError(
+        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
+        f"{'with' if now else 'without'} it. {advice}."
     )
 
 

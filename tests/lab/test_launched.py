@@ -1,0 +1,99 @@
+"""A run on two processes that dies in the middle goes on with two or one, and ends with the adapter of one process."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import WHOLE
+from dual_lora.lab.merge import merge
+from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.training.train import run
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+pytestmark = pytest.mark.slow
+
+
+def adapter_of(folder):
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def launched(strategy, processes, recipe, out, *more):
+    """The documented command for ``processes`` of them on CPU."""
+    if strategy == "ddp":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "dual_lora.lab.cli"]
+    else:
+        config = CONFIGS / f"{strategy}.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ON_CPU)]
+    command += ["train", str(recipe), "--out", str(out), *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_after_first_checkpoint(process, out):
+    """SIGKILL to the launcher and to every process that it has started."""
+    deadline = time.time() + 200
+    while not list(out.glob(f"checkpoints/*/{WHOLE}")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.time() < deadline
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for one in (process, *workers):
+        one.kill()
+    assert process.wait() == -signal.SIGKILL
+    psutil.wait_procs(workers)
+
+
+@pytest.fixture(params=["fsdp2", "ddp"])
+def killed(request, lm_values, write_recipe, tmp_path):
+    """(strategy, recipe, folder of a run of two processes that was killed)."""
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"steps": 12, "batch_size": 2}
+    recipe, out = write_recipe(lm_values), tmp_path / "killed"
+    kill_after_first_checkpoint(launched(request.param, 2, recipe, out), out)
+    assert not (out / "adapter").exists()
+    sharded = list(out.glob("checkpoints/*/pytorch_model_fsdp.bin"))
+    assert bool(sharded) == (request.param == "fsdp2")
+    return request.param, recipe, out
+
+
+def test_a_killed_run_goes_on_with_any_number_of_processes(killed, lm_values, tmp_path):
+    strategy, recipe, out = killed
+    lm_values["train"]["batch_size"] = 4
+    run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    if strategy == "fsdp2":
+        shutil.copytree(out, tmp_path / "unsharded")
+        with pytest.raises(UserError, match="was written with FSDP"):
+            run(build_recipe(lm_values), tmp_path / "unsharded", resume=True, progress=False)
+    merged = [merge(tmp_path / "straight", tmp_path / "merged").folder]
+    for processes in (2, 1):
+        folder = tmp_path / str(processes)
+        shutil.copytree(out, folder)
+        process = launched(strategy, processes, recipe, folder, "--resume", "--train.batch-size", str(4 // processes))
+        printed = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed
+        before, after = ((f / "metrics.jsonl").read_text().splitlines() for f in (out, folder))
+        assert after[:2] == before[:2], "the run was started anew"  # seconds and all
+        assert len(after) == 12
+        expected, got = adapter_of(tmp_path / "straight"), adapter_of(folder)
+        assert got.keys() == expected.keys()
+        for name, value in got.items():
+            torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        merged.append(merge(folder, tmp_path / f"merged-{processes}").folder)
+    expected, *others = (load_file(Path(folder) / "model.safetensors") for folder in merged)
+    for other in others:
+        for name, value in other.items():
+            torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
