@@ -12,8 +12,8 @@ run called "ordinary memory" shows what the habit costs, without a gate.
 
 Time. The same recipes for a few steps with an ordinary heap (returning memory costs page faults). Measured is the
 processor time of all steps but the first, which neighbours on the machine disturb through the caches alone; estimated
-is the same steps, each at its own length, by the rates of `dual-lora estimate --calibrate`, which is run first where
-this machine has none for one thread. No gate: a rate is good to what the machine does twice.
+is the same steps, each at its own length, by the rates of `dual-lora estimate --calibrate`, which is run first. No
+gate: a rate is good to what the machine does twice.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def run(only: list[str], write: bool) -> int:
     source, missed = ledger.provenance(), False
     names = [name for name in RUNS if not only or any(word in name for word in only)]
     if any(SECONDS in name for name in names):
-        print(f"rates of {_child('calibrate')['date']}", file=sys.stderr)
+        print("calibrating (a minute)", file=sys.stderr)
+        _child("calibrate")
     print(f"{'run':58} {'batch':>9} {'estimated':>10} {'measured':>10} {'error':>7}   {'growth':>13}")
     for name in names:
         found = _child(name)
@@ -104,9 +105,9 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _rates() -> dict[str, Any]:
-    from dual_lora.lab.estimate.calibrate import calibrate, known_rates
+    from dual_lora.lab.estimate.calibrate import calibrate
 
-    return known_rates() or calibrate()
+    return calibrate()
 
 
 class _Seen:
@@ -196,17 +197,15 @@ def _measure_seconds(name: str) -> dict[str, Any]:
 
     recipe = _train(name, TIMED_STEPS, Watch())
     rates = known_rates()
-    if rates is None:
-        raise RuntimeError("This machine has no rates for one thread: run `dual-lora estimate --calibrate`.")
-    estimated = [seconds_of(*_simulated(recipe, *shape), rates) for shape in seen.shapes[1:]]
+    assert rates is not None  # `run` has seen to it
+    estimated = [seconds_of(*_simulated(recipe, *shape), rates) or 0.0 for shape in seen.shapes[1:]]
+    lengths = [length for length, _ in seen.shapes[1:]]
     return {
         "batch": recipe.train.batch_size,
-        "length": round(_mean([length for length, _ in seen.shapes[1:]])),
-        "lengths": [length for length, _ in seen.shapes[1:]],
-        "steps": len(estimated),
+        "length": round(_mean(lengths)),
         "measured": round(_mean(passed[1:]), 4),
-        "estimated": round(_mean([s for s in estimated if s is not None]), 4),
-        "calibrated": rates["date"],
+        "estimated": round(_mean(estimated), 4),
+        "steps": [[n, round(e, 3), round(m, 3)] for n, e, m in zip(lengths, estimated, passed[1:], strict=True)],
         "share_of_cores": round(sum(passed[1:]) / sum(wall[1:]), 3),
     }
 

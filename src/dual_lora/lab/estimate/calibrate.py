@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora.lab.estimate.setting import Setting
-from dual_lora.lab.estimate.simulate import Step, simulate
+from dual_lora.lab.estimate.simulate import Step, batch_of, simulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -33,6 +33,7 @@ DTYPES = ("float32", "bfloat16")
 WIDTHS = {"cpu": (384, 1024), "gpu": (1024, 4096)}
 TOKENS = {"cpu": (128, 512), "gpu": (1024, 8192)}
 SECONDS = 50.0  # for all measurements together
+ROW = 64  # tokens; several rows, so that attention meets the padding mask that it meets in training
 BLOCKS = 2
 ROUNDS = 2  # at least
 
@@ -109,7 +110,7 @@ def _at(points: list[Cost], width: float) -> Cost:
 
 
 def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: int) -> Setting:
-    """The step that is measured: a Llama of two blocks and a small vocabulary on rows of 128 tokens."""
+    """The step that is measured: a Llama of two blocks and a small vocabulary on padded rows of 64 tokens."""
     from transformers import LlamaConfig
 
     config: PreTrainedConfig = LlamaConfig(
@@ -120,7 +121,7 @@ def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: in
         vocab_size=8192,
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
-    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // 128, length=128, on=on)  # type: ignore[arg-type]
+    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
 
 
 def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
@@ -176,11 +177,12 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ids = torch.randint(0, setting.config.vocab_size, (setting.batch, setting.length), device=device)
+    batch = {name: tensor.to(device) for name, tensor in batch_of(setting, model).items()}
+    labels = batch.pop("labels")
+    batch["input_ids"].random_(setting.config.vocab_size)
 
     def step() -> None:
-        loss = mean_loss(model(input_ids=ids, use_cache=False), ids)
-        loss.backward()
+        mean_loss(model(**batch), labels).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -125,7 +125,7 @@ def _run(setting: Setting, model: Any) -> Step:
     blocks = blocks_of(model)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    batch = _batch(setting, model)
+    batch = batch_of(setting, model)
     live = Live([*parameters, *buffers, *batch.values()], setting.on)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
@@ -172,7 +172,7 @@ def _checkpoint(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def _batch(setting: Setting, model: Any) -> dict[str, Tensor]:
+def batch_of(setting: Setting, model: Any) -> dict[str, Tensor]:
     """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
     transformers leaves the mask out.
     """
