@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import test_experts
 import torch
 from peft import get_peft_model
 from tiny import MODELS, TARGETS, VOCABULARY, adapted, points, tokens
@@ -40,12 +41,48 @@ def mlp():
     return OneTensor(adapted(init_weights=False)), points(3), points(8)
 
 
-def picture_model():
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def convolution(dimensions, **options):
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 25, 3))
-    model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0", "3"], init_weights=False, warmup_steps=0))
-    gen = torch.Generator().manual_seed(2)
-    return OneTensor(model), torch.randn(2, 2, 5, 5, generator=gen), torch.randn(6, 2, 5, 5, generator=gen)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    net = nn.Sequential(kind(2, 4, 3, padding=1, **options), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4**dimensions, 3))
+    model = adapted(net, target_modules=["0", "3"], init_weights=False)
+    return OneTensor(model), numbers(2, 2, *[4] * dimensions), numbers(6, 2, *[4] * dimensions)
+
+
+class Attends(nn.Module):
+    """Self-attention, or with keys and values of widths 5 and 12."""
+
+    def __init__(self, **widths):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+        self.own = not widths
+
+    def forward(self, x):
+        key, value = (x, x) if self.own else (x[..., :5], torch.cat([x, -x], -1)[..., :12])
+        return self.attention(x, key, value, need_weights=False)[0]
+
+
+def attention(**widths):
+    torch.manual_seed(1)
+    model = adapted(Attends(**widths), target_modules=["attention"], init_weights=False)
+    return OneTensor(model), numbers(3, 5, 8), numbers(6, 5, 8)
+
+
+def encoder():
+    """PyTorch's own layer, which takes a fast path around its attention where that is the plain one."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    model = adapted(net, target_modules=["self_attn", "linear1"], init_weights=False)
+    return OneTensor(model), numbers(3, 5, 8), numbers(6, 5, 8)
+
+
+def experts(layout, implementation="batched_mm"):
+    model = test_experts.adapted(test_experts.base_model(layout, implementation))
+    return OneTensor(model), tokens(2, 4), tokens(5, 4)
 
 
 def embedding_model():
@@ -60,8 +97,15 @@ CASES = {
     "llama": lambda: language_model("llama"),
     "bert": lambda: language_model("bert"),
     "gpt2": lambda: language_model("gpt2"),
-    "conv": picture_model,
+    "conv1d": lambda: convolution(1),
+    "conv2d": lambda: convolution(2, groups=2, padding_mode="circular"),
+    "conv3d": lambda: convolution(3),
     "embedding": embedding_model,
+    "attention": attention,
+    "separate attention": lambda: attention(kdim=5, vdim=12),
+    "encoder": encoder,
+    "experts": lambda: experts("mixtral"),
+    "transposed experts": lambda: experts("gpt-oss"),
 }
 
 
@@ -76,13 +120,18 @@ def case(request):
     return CASES[request.param]()
 
 
+@pytest.fixture(params=[k if "expert" not in k else pytest.param(k, marks=pytest.mark.slow) for k in CASES])
+def quick_case(request):
+    return CASES[request.param]()
+
+
 def ours(program):
     return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("dual_lora.")]
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_exported_program(case, merged):
-    model, x, other = case
+def test_exported_program(quick_case, merged):
+    model, x, other = quick_case
     with torch.no_grad():
         expected = model(x), model(other)
     if merged:
@@ -118,6 +167,28 @@ def test_a_quantised_base_is_refused_with_the_way_out():
     assert OneTensor(model)(x).shape == (3, 8)
     with pytest.raises(NotImplementedError, match=r"layer cannot be exported.*bf16 or fp32.*merge_and_unload"):
         torch.export.export(OneTensor(model), (x,))
+
+
+def test_a_loop_over_experts_is_refused_with_the_way_out():
+    model, x, _ = experts("mixtral", "eager")
+    with pytest.raises(
+        NotImplementedError, match=r"loops over the experts.*set_experts_implementation\('batched_mm'\)"
+    ):
+        torch.export.export(model, (x,))
+    model.model.set_experts_implementation("batched_mm")
+    assert ours(torch.export.export(model, (x,)))
+
+
+@pytest.mark.parametrize("name", ["conv2d", "embedding", "separate attention", "encoder", "experts"])
+def test_what_merge_and_unload_leaves(name):
+    model, x, _ = CASES[name]()
+    with torch.no_grad():
+        expected = model(x)
+    model.model = model.model.merge_and_unload()
+    program = torch.export.export(model, (x,))
+    assert not [key for key in program.state_dict if "dual_lora" in key]
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), expected, **CLOSE)
 
 
 LOADS = """

@@ -22,7 +22,7 @@ from ..core.compose_op import Composed, also_recompose, dual_lora_weight, recomp
 from ..core.reference import Factors
 from . import sharded
 from .config import DualLoraConfig
-from .layer import DualLoraLayer
+from .layer import DualLoraLayer, is_exporting
 from .swapped import swapped
 
 # How transformers calls the experts that the router chose for every token.
@@ -126,8 +126,18 @@ class ParamWrapper(DualLoraLayer):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base layer, with W + ΣΔW in the parameter's place."""
+        """As the base layer, with W + ΣΔW in the parameter's place; under torch.export, of all experts.
+
+        Raises NotImplementedError there for a module that loops over its experts.
+        """
         self._check_forward_args(None, **kwargs)
+        if is_exporting() and _loops_over_experts(self.get_base_layer()):
+            raise NotImplementedError(
+                f"{type(self.get_base_layer()).__name__} loops over the experts that the router chose, and an exported "
+                "graph holds no such loop, with or without an adapter. Call "
+                "`model.set_experts_implementation('batched_mm')` before exporting; torch.export also takes "
+                "'grouped_mm', which ONNX does not know."
+            )
         kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:

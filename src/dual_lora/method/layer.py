@@ -595,6 +595,11 @@ class Linear(MapLayer):
         return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces, for itself or for ONNX: without Dynamo, other than torch.compile."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def is_plain(layer: nn.Module, *forwards: Any) -> bool:
     """Whether calling the layer is one of these forwards and nothing else (a subclass, hooks)."""
     return (

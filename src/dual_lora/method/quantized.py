@@ -34,7 +34,7 @@ from ..core.rows_gradient_op import through_rows
 from ..core.ticket import Ticket, ticket
 from .cache import composed_weights
 from .config import DualLoraConfig
-from .layer import Linear, is_plain
+from .layer import Linear, is_exporting, is_plain
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
 _UNKNOWN = object()
@@ -74,7 +74,7 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As for every layer; raises NotImplementedError under torch.export, whose graphs hold no quantised weight."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():  # that is, exporting
+        if is_exporting():
             raise NotImplementedError(
                 f"A {self.quantization_backend.backend_name} layer cannot be exported with Dual LoRA on it: the graph "
                 "would need the library's dequantisation. Load the base model in bf16 or fp32, load the adapter on it, "
