@@ -10,7 +10,7 @@ Row-major weights alone; a batch of experts is one launch already (`triton_compo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,18 +41,18 @@ def compose_group(layers: Sequence[Job]) -> list[Tensor]:
     kernel does not know.
     """
     stacks = [triton_launch.stack(layer.adapters) for layer in layers]
+    results = []
+    groups: dict[_Alike, list[list[int]]] = {}
     for layer, s in zip(layers, stacks, strict=True):
         _check(layer, s)
-    results = [torch.empty(s.shape, dtype=layer.dtype, device=layer.weight.device)
-               for layer, s in zip(layers, stacks, strict=True)]  # fmt: skip
-    groups: dict[_Alike, list[int]] = {}
-    for k, (layer, s, out) in enumerate(zip(layers, stacks, results, strict=True)):
+        out = torch.empty(s.shape, dtype=layer.dtype, device=layer.weight.device)
+        results.append(out)
         if out.numel():
-            groups.setdefault(_Alike.of(layer, s, out), []).append(k)
-    for alike, members in groups.items():
-        for start in range(0, len(members), LAYERS):
-            some = members[start : start + LAYERS]
-            _launch(alike, [layers[k] for k in some], [stacks[k] for k in some], [results[k] for k in some])
+            row = _row(layer, s, out)
+            groups.setdefault(_Alike.of(layer, s, row), []).append(row)
+    for alike, rows in groups.items():
+        for start in range(0, len(rows), LAYERS):
+            _launch(alike, rows[start : start + LAYERS])
     return results
 
 
@@ -68,30 +68,27 @@ class _Alike(NamedTuple):
     aligned: bool
 
     @classmethod
-    def of(cls, layer: Job, s: Stack, out: Tensor) -> _Alike:
-        aligned = s.I % 16 == 0 and all(pointer % 16 == 0 for pointer in _pointers(layer, s, out))
+    def of(cls, layer: Job, s: Stack, row: list[int]) -> _Alike:
+        aligned = s.I % 16 == 0 and not any(pointer % 16 for pointer in row[WEIGHT.value :])
         return cls(layer.weight.device, layer.weight.dtype, layer.dtype, s.r1, s.r2, s.forms, aligned)
 
 
-def _pointers(layer: Job, s: Stack, out: Tensor) -> Iterator[int]:
-    """Addresses in the order of the table's columns, but for the scales, each of which is one number."""
-    yield layer.weight.data_ptr()
-    yield out.data_ptr()
-    for factors in zip(s.A, s.B, s.C, s.D, strict=True):
-        yield from (f.data_ptr() for f in factors)
+def _row(layer: Job, s: Stack, out: Tensor) -> list[int]:
+    """A layer's row of the table, but for its first program."""
+    row = [0, s.O, s.I, layer.weight.data_ptr(), out.data_ptr()]
+    for tensors in zip(s.A, s.B, s.C, s.D, s.scales, strict=True):
+        row += [t.data_ptr() for t in tensors]
+    return row
 
 
-def _launch(alike: _Alike, layers: list[Job], stacks: list[Stack], results: list[Tensor]) -> None:
+def _launch(alike: _Alike, rows: list[list[int]]) -> None:
     tile = TILES[triton_launch.target(alike.device)]
-    rows, tiles = [], 0
-    for layer, s, out in zip(layers, stacks, results, strict=True):
-        row = [tiles, s.O, s.I, layer.weight.data_ptr(), out.data_ptr()]
-        for *factors, scale in zip(s.A, s.B, s.C, s.D, s.scales, strict=True):
-            row += [t.data_ptr() for t in (*factors, scale)]
-        rows.append(row)
-        tiles += triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
+    tiles = 0
+    for row in rows:
+        row[FIRST.value] = tiles
+        tiles += triton.cdiv(row[HEIGHT.value], tile.rows) * triton.cdiv(row[WIDTH.value], tile.cols)
     # Rows that no program belongs to.
-    rows += [[tiles] + [0] * (len(rows[0]) - 1)] * (LAYERS - len(rows))
+    rows = rows + [[tiles] + [0] * (len(rows[0]) - 1)] * (LAYERS - len(rows))
     table = torch.tensor(rows, dtype=torch.int64).to(alike.device)
     with triton_launch.on(alike.device):
         group_kernel[(tiles,)](
