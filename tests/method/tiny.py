@@ -32,21 +32,20 @@ def llama(hidden_size=32, layers=2, **options):
     )
 
 
-def gpt2():
+def gpt2(layers=2):
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
+    dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(n_embd=32, n_layer=layers, n_head=4, vocab_size=VOCABULARY, n_positions=64, **dropout)
     return GPT2LMHeadModel(config)
 
 
-def bert():
+def bert(layers=2):
     torch.manual_seed(0)
     return BertForSequenceClassification(
         BertConfig(
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             vocab_size=VOCABULARY,
             hidden_dropout_prob=0.0,
