@@ -59,14 +59,14 @@ def run(only: list[str], write: bool) -> int:
     """Measure and estimate every run, print the table, append to the ledger; 1 where the gate is missed."""
     source, missed = ledger.provenance(), False
     names = [name for name in RUNS if not only or any(word in name for word in only)]
-    if any(SECONDS in name for name in names):
+    if any(name.startswith(SECONDS) for name in names):
         print("calibrating (a minute)", file=sys.stderr)
         _child("calibrate")
     print(f"{'run':58} {'batch':>9} {'estimated':>10} {'measured':>10} {'error':>7}   {'growth':>13}")
     for name in names:
         found = _child(name)
         error = found["estimated"] / found["measured"] - 1
-        timed, gated = SECONDS in name, SECONDS not in name and ORDINARY not in name
+        timed, gated = name.startswith(SECONDS), name.startswith(MEMORY)
         if timed:
             figures, growth = [f"{found[k]:.2f} s " for k in ("estimated", "measured")], ""
         else:
@@ -86,8 +86,8 @@ def run(only: list[str], write: bool) -> int:
 
 
 def _child(name: str) -> dict[str, Any]:
-    own_heap = any(word in name for word in (ORDINARY, SECONDS))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({} if own_heap else RETURNED)}
+    heap = RETURNED if name.startswith(MEMORY) else {}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **heap}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.estimate", name],
         cwd=Path(__file__).parent.parent, env=env, capture_output=True, text=True,
@@ -98,10 +98,10 @@ def _child(name: str) -> dict[str, Any]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Train the run in this process and estimate it afterwards."""
+    """Train the run in this process and estimate it afterwards; "calibrate" measures the machine."""
     if name == "calibrate":
         return _rates()
-    return _measure_seconds(name) if SECONDS in name else _measure_bytes(name)
+    return _measure_seconds(name) if name.startswith(SECONDS) else _measure_bytes(name)
 
 
 def _rates() -> dict[str, Any]:
