@@ -174,9 +174,9 @@ def test_a_loop_over_experts_is_refused_with_the_way_out():
     with pytest.raises(
         NotImplementedError, match=r"loops over the experts.*set_experts_implementation\('batched_mm'\)"
     ):
-        torch.export.export(model, (x,))
+        torch.export.export(model, (x,), strict=False)
     model.model.set_experts_implementation("batched_mm")
-    assert ours(torch.export.export(model, (x,)))
+    assert ours(torch.export.export(model, (x,), strict=False))
 
 
 @pytest.mark.parametrize("name", ["conv2d", "embedding", "separate attention", "encoder", "experts"])
@@ -185,7 +185,7 @@ def test_what_merge_and_unload_leaves(name):
     with torch.no_grad():
         expected = model(x)
     model.model = model.model.merge_and_unload()
-    program = torch.export.export(model, (x,))
+    program = torch.export.export(model, (x,), strict=False)
     assert not [key for key in program.state_dict if "dual_lora" in key]
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), expected, **CLOSE)
