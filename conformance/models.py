@@ -85,7 +85,10 @@ SEQ2SEQ = "AutoModelForSeq2SeqLM"
 BASE = "AutoModel"
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, lambda: _opt(num_hidden_layers=5)),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (  # a row is a block of bitsandbytes' at least
+        CAUSAL,
+        lambda: _opt(num_hidden_layers=5, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128),
+    ),
     "peft-internal-testing/opt-125m": (  # one test counts on the real width
         CAUSAL,
         lambda: _opt(num_hidden_layers=12, hidden_size=768, word_embed_proj_dim=768, num_attention_heads=12),
@@ -166,7 +169,7 @@ MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
         "CLIPTextModel",
         _config("CLIPTextConfig", **SMALL, intermediate_size=64, max_position_embeddings=77),
     ),
-    "peft-internal-testing/tiny-random-BertModel": (CAUSAL, _bert("BertConfig")),
+    "peft-internal-testing/tiny-random-BertModel": ("AutoModelForPreTraining", _bert("BertConfig")),  # pooler and head
     "hf-internal-testing/tiny-random-BertModel": (BASE, _bert("BertConfig")),
     "peft-internal-testing/tiny-random-RobertaModel": (BASE, _bert("RobertaConfig")),
     "peft-internal-testing/tiny-random-DebertaModel": (BASE, _bert("DebertaConfig", **_DEBERTA)),

@@ -40,7 +40,11 @@ class _Everything(dict[str, int]):
 _habits: set[str] = set()  # of LoRA, that the running test goes by
 
 
+_running: list[pytest.Item] = []  # the test that runs; none while they are collected
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    _running[:] = [item]
     _habits.clear()
     _habits.update(habit for habit, entry in LISTS["habits"].items() if _is_listed(item, entry["tests"]))
 
@@ -80,8 +84,9 @@ def _accept_loras_habits(config_cls: type) -> None:
     @functools.wraps(original)  # PEFT reads the signature, to pass over what it does not know in a later version's file
     def __init__(self: Any, *args: Any, **options: Any) -> None:
         reason = _of_lora_alone(options)
-        if reason is not None:
+        if reason is not None and _running:
             pytest.skip(NOT_APPLICABLE + reason)
+        self.of_lora_alone = reason  # of a row: its tests are not applicable
         for name in LISTS["options"]:
             options.pop(name, None)
         if "init_lora_weights" in options:
@@ -114,21 +119,25 @@ import transformers.integrations.peft  # noqa: E402
 transformers.integrations.peft.check_peft_version = lambda *args, **options: None
 
 
-def _draw_the_picture() -> None:
-    """The vision tests' one picture is a data set of the hub; they only need that there is one."""
+def _draw_the_data() -> None:
+    """Quotes for torch.compile's tests and one picture for those of vision: any will do."""
     import datasets
     from PIL import Image
 
     load = datasets.load_dataset
     picture = Image.radial_gradient("L").convert("RGB")
+    quotes = [" ".join(f"w{3 + 31 * (line + word) % 900}" for word in range(12)) for line in range(40)]
+    columns = {"quote": quotes, "author": quotes, "tags": quotes}
+    drawn: dict[str, Any] = {
+        "huggingface/cats-image": {"test": {"image": [picture]}},
+        "ybelkada/english_quotes_copy": datasets.DatasetDict({"train": datasets.Dataset.from_dict(columns)}),
+    }
+    datasets.load_dataset = lambda path, *args, **options: (  # type: ignore[assignment]
+        drawn[path] if path in drawn else load(path, *args, **options)
+    )
 
-    def drawn(path: str, *args: Any, **options: Any) -> Any:
-        return {"test": {"image": [picture]}} if path == "huggingface/cats-image" else load(path, *args, **options)
 
-    datasets.load_dataset = drawn  # type: ignore[assignment]
-
-
-_draw_the_picture()
+_draw_the_data()
 
 
 def _ask_the_cache() -> None:
@@ -212,6 +221,15 @@ def _concerns_method(item: pytest.Item) -> bool:
     return any(NAME in inspect.getsource(inspect.unwrap(helper)) for helper in helpers)
 
 
+def _reason_in_row(value: Any) -> str | None:
+    """Why a parameter of a test has no counterpart: options of LoRA alone, as a dictionary or in a configuration."""
+    if isinstance(value, dict):
+        return _of_lora_alone(value)
+    if isinstance(value, list | tuple):
+        return next((reason for reason in map(_reason_in_row, value) if reason), None)
+    return getattr(value, "of_lora_alone", None) if isinstance(value, peft.PeftConfig) else None
+
+
 def _reason_in_list(item: pytest.Item, group: str) -> str | None:
     for entry in LISTS.get(group, []):
         if _is_listed(item, entry["tests"]):
@@ -230,12 +248,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in kept:
         reason = _reason_in_list(item, "not_applicable")
         for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-            if isinstance(value, dict) and reason is None:
-                reason = _of_lora_alone(value)
+            reason = reason or _reason_in_row(value)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=NOT_APPLICABLE + reason))
             continue
-        reason = _reason_in_list(item, "no_hub")
+        reason = _reason_in_list(item, "no_hub") or _reason_in_list(item, "no_gpu")
         if reason is None and METHOD == "dual_lora":
             reason = _reason_in_list(item, "skip")
         if reason is not None:

@@ -61,6 +61,7 @@ def main() -> int:
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(cache),
         "CONFORMANCE_METHOD": arguments.method,
+        "PEFT_DEBUG_WITH_TORCH_COMPILE": "1",  # or test_torch_compile.py is left out as a whole
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
     }
     folder = source.tests_of_installed_peft(cache, arguments.method)
