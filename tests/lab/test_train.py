@@ -395,6 +395,21 @@ def test_training_options(options, lm_values, tmp_path):
     assert run(build_recipe(lm_values), tmp_path / "run", progress=False).loss < 3
 
 
+def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
+    from dual_lora.lab.methods import apply_method, method_config
+    from dual_lora.lab.models import load_model
+    from dual_lora.lab.training.loop import _optimizer
+
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"optimizer": "loraplus", "loraplus_ratio": 8.0, "learning_rate": 0.01}
+    recipe = build_recipe(lm_values)
+    model = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 3, []), "tiny", seed=0)
+    rates = {id(p): group["lr"] for group in _optimizer(model, recipe).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(0.08 if name.split(".")[-2][-1] in "BD" else 0.01), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

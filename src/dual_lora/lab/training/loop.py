@@ -134,10 +134,16 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
         return None
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
+    optimizer = create_loraplus_optimizer(
         model,
         torch.optim.AdamW,
         lr=part.learning_rate,
         loraplus_lr_ratio=part.loraplus_ratio,
         weight_decay=part.weight_decay,
     )
+    # PEFT finds the factors on the output's side by "lora_B" in their names; D is one too.
+    slow, _, fast, _ = optimizer.param_groups
+    outer = {id(p) for name, p in model.named_parameters() if ".dual_lora_D." in name}
+    fast["params"] += [p for p in slow["params"] if id(p) in outer]
+    slow["params"] = [p for p in slow["params"] if id(p) not in outer]
+    return optimizer
