@@ -58,7 +58,7 @@ def score_choice(
         answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
 
     rows: Rows = [{}] * len(examples)
-    at_a_time = max(1, spec.batch_size // max(map(len, answers), default=1))
+    at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
     for part in _batches([len(prompt) for prompt in prompts], at_a_time):
         scores = _log_likelihoods(model, [prompts[i] for i in part], [answers[i] for i in part], tokenizer.pad_token_id)
         for i, sums in zip(part, scores, strict=True):
@@ -74,7 +74,7 @@ def _log_likelihoods(
 ) -> list[list[float]]:
     """The log-likelihood of each answer's tokens after its prompt. Answers that differ in their last token alone
     stand in the same logits."""
-    contexts = [(i, c) for i, own in enumerate(answers) for c in dict.fromkeys(tuple(a[:-1]) for a in own)]
+    contexts = [(i, context) for i, own in enumerate(answers) for context in _contexts(own)]
     row_of = {context: row for row, context in enumerate(contexts)}
     with torch.inference_mode():
         logs = log_softmax(_logits_after(model, prompts, contexts, pad).float(), -1)
@@ -86,6 +86,11 @@ def _log_likelihoods(
             places = torch.arange(len(answer), device=logs.device)
             sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], places, index].sum()))
     return sums
+
+
+def _contexts(answers: list[list[int]]) -> list[tuple[int, ...]]:
+    """The different beginnings of a prompt's answers, each without the last token, which nothing follows."""
+    return list(dict.fromkeys(tuple(answer[:-1]) for answer in answers))
 
 
 def _logits_after(
@@ -100,30 +105,27 @@ def _logits_after(
     longest = max(len(tokens) for _, tokens in contexts)
     padded = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for _, tokens in contexts], device=model.device)
 
+    def read(batch: dict[str, Any], keep: int, **more: Any) -> Any:
+        known = {k: v for k, v in batch.items() if k != "position_ids" or k in accepts}
+        return model(**known, **({"logits_to_keep": keep} if "logits_to_keep" in accepts else {}), **more)
+
     batch = _to(model, left_padded(prompts, pad))
-    read = model(
-        **_known(batch, accepts), use_cache=True, **({"logits_to_keep": 1} if "logits_to_keep" in accepts else {})
-    )
-    first = read.logits[owners, -1:]
+    alone = read(batch, 1, use_cache=True)
+    first = alone.logits[owners, -1:]
     if longest == 0:
         return first
     name = "cache" if "cache" in accepts else "past_key_values"
-    cache: Any = read.get(name)
+    cache: Any = alone.get(name)
     if not hasattr(cache, "batch_select_indices"):
-        whole = left_padded([prompts[i] + tokens for i, tokens in zip(owners, padded.tolist(), strict=True)], pad)
-        return model(**_known(_to(model, whole), accepts)).logits[:, -longest - 1 :]
+        whole = [prompts[i] + tokens for i, tokens in zip(owners.tolist(), padded.tolist(), strict=True)]
+        return read(_to(model, left_padded(whole, pad)), longest + 1).logits[:, -longest - 1 :]
     cache.batch_select_indices(owners)
     follow = {
         "input_ids": padded,
         "attention_mask": torch.cat([batch["attention_mask"][owners], torch.ones_like(padded)], 1),
         "position_ids": batch["position_ids"][owners, -1:] + torch.arange(1, longest + 1, device=model.device),
     }
-    return torch.cat([first, model(**_known(follow, accepts), **{name: cache}).logits], 1)
-
-
-def _known(batch: dict[str, Any], accepts: frozenset[str]) -> dict[str, Any]:
-    """The batch without positions for a model that does not take any."""
-    return {k: v for k, v in batch.items() if k != "position_ids" or k in accepts}
+    return torch.cat([first, read(follow, longest, **{name: cache}).logits], 1)
 
 
 def score_exact_match(
