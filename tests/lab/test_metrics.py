@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dual_lora.lab.comparison import metrics
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluation import metrics
 from dual_lora.lab.evaluation.scoring import summary
 
 

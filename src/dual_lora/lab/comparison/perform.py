@@ -82,9 +82,9 @@ def held(folder: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
+    from dual_lora.lab.comparison.metrics import features, value
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.evaluation.evaluate import evaluate
-    from dual_lora.lab.evaluation.metrics import features, value
     from dual_lora.lab.recipe import build_recipe
     from dual_lora.lab.training.train import run
     from dual_lora.lab.tuned import open_tuned
@@ -115,9 +115,9 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
 
 
 def _base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
+    from dual_lora.lab.comparison.metrics import features, value
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.evaluation.evaluate import evaluate
-    from dual_lora.lab.evaluation.metrics import features, value
     from dual_lora.lab.models import load_model
     from dual_lora.lab.recipe import build_recipe
     from dual_lora.lab.tuned import Tuned

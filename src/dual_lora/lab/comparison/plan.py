@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.budget import Scale, Size, classes_of, rank_field, solve_rank
 from dual_lora.lab.comparison.study import PRESETS, MethodEntry, Study, dotted, rank_denominator, rank_rule
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.evaluation import metrics
 from dual_lora.lab.recipe import Recipe, build_recipe, identity, merged, read_recipe
 
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes

@@ -30,8 +30,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dual_lora.lab.comparison.metrics import METRICS
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.evaluation.metrics import METRICS
 from dual_lora.lab.recipe import Part
 
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import stats
+from dual_lora.lab.comparison import metrics, stats
 from dual_lora.lab.comparison.perform import scores_file
 from dual_lora.lab.comparison.plan import Cell, place_name
 from dual_lora.lab.comparison.study import Study
-from dual_lora.lab.evaluation import metrics
 
 RESULTS_FORMAT = 1
 
