@@ -84,11 +84,12 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 SEQ2SEQ = "AutoModelForSeq2SeqLM"
 BASE = "AutoModel"
 
+WIDE_OPT = "local/wide-random-OPTForCausalLM"
+"""For the tests that quantise: a row is a block of bitsandbytes' at least. The hub has no such model."""
+
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "peft-internal-testing/tiny-random-OPTForCausalLM": (  # a row is a block of bitsandbytes' at least
-        CAUSAL,
-        lambda: _opt(num_hidden_layers=5, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128),
-    ),
+    "peft-internal-testing/tiny-random-OPTForCausalLM": (CAUSAL, lambda: _opt(num_hidden_layers=5)),
+    WIDE_OPT: (CAUSAL, lambda: _opt(num_hidden_layers=5, hidden_size=64, word_embed_proj_dim=64, ffn_dim=128)),
     "peft-internal-testing/opt-125m": (  # one test counts on the real width
         CAUSAL,
         lambda: _opt(num_hidden_layers=12, hidden_size=768, word_embed_proj_dim=768, num_attention_heads=12),

@@ -1,5 +1,10 @@
 """The operators in plain aten: the operators' own values, and nothing of ours left in the program."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from formula import FORMS, name_of
@@ -116,3 +121,23 @@ def test_shapes_come_from_the_operators_own_fake(monkeypatch):
     x = torch.randn(T, I)
     program = torch.export.export(Linear(weight()), (x,), dynamic_shapes=({0: torch.export.Dim("T", min=2)},))
     assert program.module()(torch.randn(3, I)).shape == (3, O)
+
+
+IN_CI = """
+import torch
+from test_decompositions import I, T, Linear, O
+module = Linear(torch.randn(I, O).T, torch.ones(O))
+x = torch.randn(I, T).T
+compiled = torch.compile(lambda x: module(2 * x), fullgraph=True)
+torch.testing.assert_close(compiled(x), module(2 * x))
+"""
+
+
+@pytest.mark.slow
+def test_where_ci_is_set_inductor_takes_the_operator_all_the_same(tmp_path):
+    """PyTorch refuses there what has a decomposition; with an empty cache, so that Inductor is asked."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "CI": "true", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", IN_CI], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr

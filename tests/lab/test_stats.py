@@ -137,6 +137,7 @@ def test_sign_flip_is_exact_for_few_seeds():
     assert stats.sign_flip_p([1.0, 2.0, 3.0]) == 2 / 2**3
     assert stats.sign_flip_p([1.0, -1.0, 0.0]) == 1.0
     assert stats.sign_flip_p([0.0, 0.0]) == 1.0
+    assert stats.sign_flip_p([0.5, 0.0]) == 1.0
     assert stats.sign_flip_p([1.0, -1.0] * 1000, 99) > 0.5  # more items than a power of two can count
 
 

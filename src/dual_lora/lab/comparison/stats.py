@@ -217,8 +217,8 @@ def sign_flip_p(differences: ArrayLike, resamples: int = 9999, seed: int = 0) ->
     """Two-sided paired permutation test of mean 0 on differences [n]; exact while 2^n <= `resamples`."""
     x = np.asarray(differences, dtype=np.float64)
     x = x[x != 0]  # flipping a zero changes nothing
-    if len(x) == 0:
-        return 1.0
+    if len(x) < 2:
+        return 1.0  # one difference lies as far from 0 as its flip
     exact = len(x) <= math.log2(resamples)  # 2 to the number of items may be more than a float holds
     result = stats.permutation_test(
         (x,),
