@@ -205,3 +205,14 @@ def test_the_real_model_learns_from_a_third_of_the_data(tmp_path):
     assert all(right == 0 for right, _ in result.exact_match["base"].values())
     assert result.exact_match["tuned"]["combinations"][0] >= 12
     assert result.merged_same == [20, 20]
+
+
+def test_the_card_names_a_command_that_can_be_typed(monkeypatch):
+    """`make demo` runs .venv/bin/dual-lora with no environment active."""
+    from dual_lora.lab.commands import demo as command
+
+    monkeypatch.setattr("sys.argv", [".venv/bin/dual-lora", "demo"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert command._program() == ".venv/bin/dual-lora"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert command._program() == "dual-lora"

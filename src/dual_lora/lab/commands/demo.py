@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -108,12 +110,18 @@ def _facts(result: DemoResult) -> Panel:
         "time": f"{duration(result.total_seconds)}: {spent}",
         "memory": f"{size(result.training_memory)} at the peak of training, {size(result.peak_memory)} over all stages",
         "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",
-        "ask": 'dual-lora demo --ask "Tell Nora that the cake is in the fridge."'
+        "ask": f'{_program()} demo --ask "Tell Nora that the cake is in the fridge."'
         + (f" --seed {result.seed}" if result.seed else ""),
     }
     if result.reused:
         facts["reused"] = f"{result.folder}, nothing was trained just now (--overwrite starts anew)"
     return facts_card("Dual LoRA · tool calls", facts)
+
+
+def _program() -> str:
+    """How this command is called here: `make demo` has no environment active, and then the name alone finds nothing."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "dual-lora" and shutil.which("dual-lora") is None else "dual-lora"
 
 
 def _short(text: str) -> str:
