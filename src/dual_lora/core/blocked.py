@@ -26,8 +26,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .ieee import ieee_fp32
 from .product import addmm_, factors_mm, left, mm, mm_columns
-from .reference import Factors, Form, direction, ieee_fp32, magnitude, product_gradients
+from .reference import Factors, Form, direction, magnitude, product_gradients
 
 
 class Sizes(NamedTuple):

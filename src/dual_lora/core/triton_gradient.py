@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import triton_launch
 from .blocked import Adapter
+from .ieee import wants_tf32
 from .reference import Factors
 from .triton_launch import RANK_CHUNK, Tile
 from .triton_product import product, product_gradients
@@ -96,7 +97,7 @@ def factor_gradients(
     if s.batch * s.O * s.I * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
-    fp32 = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    fp32 = "tf32" if wants_tf32() else "ieee"
     with triton_launch.on(x.device):
         gradient_kernel[(down * across, s.batch)](
             dy,
