@@ -109,6 +109,22 @@ def test_a_broken_adapter_leaves_the_base_untouched():
 
 
 @LAYOUTS
+@pytest.mark.parametrize("letter", "ABCD")
+def test_a_broken_second_adapter_leaves_the_first_one_merged(layout, letter):
+    """C and D as well: Sign makes a number of a NaN, so that the merged weight shows none."""
+    model, layer = adapted(multihead(layout), call)
+    model.add_adapter("b", DualLoraConfig(target_modules=["it"], init_weights=False, r=4))
+    model.merge_adapter(["default"])
+    x = inputs()
+    merged = model(x)[0]
+    getattr(layer, f"dual_lora_{letter}")["b"].data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"The adapter b seems to be broken"):
+        model.merge_adapter(["b"], safe_merge=True)
+    assert layer.merged_adapters == layer.base_layer.out_proj.merged_adapters == ["default"]
+    assert torch.equal(model(x)[0], merged)
+
+
+@LAYOUTS
 def test_composed_weights_are_not_kept_for_backward(layout, monkeypatch):
     made = []
 

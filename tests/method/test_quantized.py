@@ -267,6 +267,20 @@ def test_broken_adapter_leaves_the_weight_untouched():
     assert not layer.merged
 
 
+@pytest.mark.parametrize("letter", "ABCD")
+def test_a_broken_second_adapter_leaves_the_first_one_merged(letter):
+    model, layer, _ = wrapped("nf4")
+    model.add_adapter("b", DualLoraConfig(target_modules=["1"], init_weights=False, r=4))
+    with pytest.warns(UserWarning, match="quantised again"):
+        model.merge_adapter(["default"])
+    merged = whole(layer)
+    getattr(layer, f"dual_lora_{letter}")["b"].data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"The adapter b seems to be broken"):
+        model.merge_adapter(["b"], safe_merge=True)
+    assert layer.merged_adapters == ["default"]
+    assert torch.equal(whole(layer), merged)
+
+
 def test_a_base_that_cannot_be_requantised_refuses_to_merge():
     model, layer, _ = wrapped("torchao int8")
     with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a torchao layer"):

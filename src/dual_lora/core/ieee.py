@@ -52,7 +52,7 @@ def _switch() -> Callable[[], Any] | None:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         chosen = [(backend, backend.fp32_precision) for backend in backends]
         for backend, _ in chosen:
             backend.fp32_precision = "ieee"

@@ -125,8 +125,13 @@ class MultiheadAttention(DualLoraLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the input projections and the output projection; see DualLoraLayer.merge."""
+        before = list(self._out.merged_adapters)
         self._out.merge(safe_merge, self.active_adapters if adapter_names is None else adapter_names)
-        super().merge(safe_merge, adapter_names)
+        try:
+            super().merge(safe_merge, adapter_names)
+        except ValueError:
+            self._out.unmerge([name for name in self._out.merged_adapters if name not in before])
+            raise
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Take adapters out of all projections, bit for bit."""
@@ -146,11 +151,8 @@ class MultiheadAttention(DualLoraLayer):
                     name: blocked.compose(W, [parts[name] for parts in adapters], W.dtype)
                     for name, W in originals.items()
                 }
-            if safe_merge and not all(torch.isfinite(W).all() for W in merged.values()):
-                self._out.unmerge(names)
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                )
+            if safe_merge:
+                self._refuse_broken(list(merged.values()), names)
         for name, parameter in parameters.items():
             parameter.data = merged[name]
         self._original = originals if names else None  # type: ignore[assignment]

@@ -344,15 +344,20 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self._original = None
         else:
             merged = self._merged_part(parameter, original, names) if in_parts else self._merged_weight(original, names)
-            # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
-            factors = [f for name in names for f in self._stored(name)]
-            if safe_merge and not all(bool(torch.isfinite(t).all()) for t in (merged, *factors)):
-                added = ", ".join(name for name in names if name not in self.merged_adapters)
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
+            if safe_merge:
+                self._refuse_broken([merged], names)
             self._put(parameter, merged)
             self._original = original
         self._merge_bias(names)
         self.merged_adapters = names
+
+    def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
+        """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
+        # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
+        factors = [f for name in names for f in self._stored(name)]
+        if not all(bool(torch.isfinite(t).all()) for t in (*merged, *factors)):
+            added = ", ".join(name for name in names if name not in self.merged_adapters)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
     def _put(self, parameter: nn.Parameter, data: Tensor) -> None:
         """Let the parameter hold this data; of a sharded one, let this process's part hold it."""

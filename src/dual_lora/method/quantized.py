@@ -152,11 +152,12 @@ class QuantizedLinear(Linear):
                 weight = backend.get_base_weight(self.get_base_layer())
                 adapters = [self.adapter(name) for name in self.scaling if name in names]
                 exact = blocked.compose(weight, adapters, torch.float32)
-                if safe_merge and not torch.isfinite(exact).all():
-                    self.merged_adapters = []
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
-                    )
+                if safe_merge:
+                    try:
+                        self._refuse_broken([exact], names)
+                    except ValueError:
+                        self._write_merged(self.merged_adapters, safe_merge=False)
+                        raise
                 moved = (exact - weight).norm()
                 backend.set_base_weight(self, exact.to(weight.dtype))
                 kept.repair(self)
