@@ -65,6 +65,14 @@ def test_bleu():
     check("bleu", "bleu", rows)
 
 
+@pytest.mark.parametrize("said", [["the cat sat on", "no"], ["", ""], ["cat", "so"]])
+def test_bleu_without_a_match_of_four_words_is_zero(said):
+    pytest.importorskip("sacrebleu")
+    rows = [{"predicted": text, "references": ["a cat sat up there so still"]} for text in said]
+    shares = metrics.features("bleu", rows, [], [])
+    assert metrics.score_table("bleu", [shares, shares]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 def test_metrics_fit_their_models():
     assert metrics.evaluation("loss", "classification") == "classification"
     assert metrics.evaluation("loss", "causal") == "loss"

@@ -1,5 +1,6 @@
 """The statistics keep their word: false alarms at their level, power as stated, one seed no winner."""
 
+import dataclasses
 from functools import partial
 
 import numpy as np
@@ -195,6 +196,75 @@ def test_identical_runs():
     assert judged.verdict is stats.Verdict.EQUIVALENT
     assert judged.p == 1.0
     assert judged.low == judged.high == 0.0
+    assert judged.visible is None, "nothing varied: there is no noise to judge by"
+
+
+@pytest.mark.parametrize(("seeds", "items"), [(2, 1), (2, 2), (3, 1)])
+def test_a_few_answers_that_all_agree_prove_nothing(seeds, items):
+    """No spread was seen, but it was looked for in hardly anything."""
+    right, wrong = np.ones((seeds, items)), np.zeros((seeds, items))
+    apart = stats.judge([stats.compare_pair(right, wrong, margin=0.02, counted=True)])[0]
+    assert apart.verdict is stats.Verdict.OPEN
+    assert apart.low < 0 < 1 < apart.high
+    alike = stats.judge([stats.compare_pair(wrong, wrong, margin=0.02, counted=True)])[0]
+    assert alike.verdict is stats.Verdict.OPEN
+    assert alike.p_same == pytest.approx(0.98**items)
+
+
+def test_many_answers_that_all_agree_are_a_verdict():
+    right, wrong = np.ones((3, 200)), np.zeros((3, 200))
+    apart, alike = stats.judge(
+        [
+            stats.compare_pair(right, b, margin=0.02, counted=True, names=(n, "b"))
+            for n, b in (("x", wrong), ("y", right))
+        ]
+    )
+    assert apart.verdict is stats.Verdict.BETTER
+    assert alike.verdict is stats.Verdict.EQUIVALENT
+
+
+def test_rounding_is_no_difference():
+    a, b = np.full((3, 10), 0.1 + 0.2), np.full((3, 10), 0.3)
+    judged = stats.judge([stats.compare_pair(a, b, margin=0.01)])[0]
+    assert (judged.difference, judged.p, judged.p_seeds) == (0.0, 1.0, 1.0)
+    assert "sign is sure" not in judged.sentence
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("seeds", [1, 2, 3, 5])
+@pytest.mark.parametrize("items", [1, 2, 7])
+@pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.3, 0.1), (70.123, 12.3)])
+def test_constant_scores_always_give_finite_figures(seeds, items, values):
+    a, b = (np.full((seeds, items), v) for v in values)
+    judged = stats.judge([stats.compare_pair(a, b, margin=0.02)])[0]
+    assert np.isfinite([judged.low, judged.high, judged.difference]).all()
+    assert judged.low <= judged.difference <= judged.high
+    assert "nan" not in judged.sentence
+    assert stats.over_tasks([judged, judged]).error >= 0
+
+
+def test_differences_that_cancel_are_not_taken_for_none():
+    swapped = np.array([[1.0, -1.0], [-1.0, 1.0]])
+    judged = stats.judge([stats.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
+    assert judged.verdict is stats.Verdict.OPEN
+    assert judged.low < -0.5
+    assert judged.high > 0.5
+
+
+def test_one_seed_differs_from_all_others():
+    d = np.zeros((5, 30))
+    d[3] = 0.1
+    judged = stats.judge([stats.compare_pair(d, 0 * d, margin=0.2)])[0]
+    assert judged.p == pytest.approx(scipy_stats.ttest_1samp(d.mean(1), 0).pvalue)
+
+
+def test_what_came_without_a_p_keeps_its_reason_and_costs_the_others_nothing():
+    random = np.random.default_rng(13)
+    pair = stats.compare_pair(random.random((3, 50)), random.random((3, 50)))
+    silent = dataclasses.replace(pair, p=None, p_same=None, verdict=stats.Verdict.DIVERGED, note="Why.")
+    judged, still = stats.judge([pair, silent])
+    assert judged.p_holm == pair.p
+    assert still.sentence == "candidate against reference on task: no verdict, every run diverged. Why."
 
 
 def test_pseudo_values_give_matthews_and_its_spread():
@@ -240,6 +310,10 @@ def test_ranks_of_equal_methods_raise_no_alarm():
     random = np.random.default_rng(12)
     p = [stats.rank_methods(dict(zip("abc", random.random((3, 6)), strict=True)), seed=i).p for i in range(60)]
     assert np.mean(np.array(p) < 0.05) <= 0.13
+    tied = stats.rank_methods({name: [0.5] * 4 for name in "abc"})
+    assert set(tied.ranks.values()) == {2.0}
+    assert tied.p == 1.0
+    assert tied.groups == [["a", "b", "c"]]
     few = stats.rank_methods({"a": [1, 1], "b": [0, 0], "c": [2, 2]})
     assert "told apart" in few.note
 

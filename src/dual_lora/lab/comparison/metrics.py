@@ -33,6 +33,11 @@ def sign(metric: str) -> int:
     return METRICS[metric][1]
 
 
+def counted(metric: str) -> bool:
+    """Whether items are right or wrong, so that two methods may agree on all of a few by luck; else it is measured."""
+    return metric not in ("loss", "bleu")
+
+
 def evaluation(metric: str, head: str) -> str:
     """The evaluation that yields the metric on a causal or a classification model. Raises UserError if none does."""
     if metric not in METRICS:
@@ -112,6 +117,6 @@ def _bleu(means: NDArray[np.float64]) -> float:
 
     # sacrebleu counts in whole numbers; BLEU does not depend on their unit.
     counts = [round(float(mean) * 10**12) for mean in means]
-    if min(counts[4:8]) <= 0:
+    if min(counts[:8]) <= 0:  # an order without a match; below 0 where the slope is taken there
         return 0.0
     return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score

@@ -42,6 +42,9 @@ class Verdict(StrEnum):
     EQUIVALENT = "equivalent within the margin"
     OPEN = "not distinguishable"
     ONE_SEED = "no verdict from one seed"
+    ONE_ITEM = "no verdict from one test item"
+    DIVERGED = "no verdict, every run diverged"
+    UNLEARNED = "neither learned the task"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Comparison:
         below 2 / 2^seeds. p_items: the same over items, a statement about these trained models only, never
         used for the verdict.
     visible: the smallest true difference that a study of this size finds with `power`, at the corrected
-    level.
+    level; None where nothing varied, and noise can't be judged.
     """
 
     candidate: str
@@ -109,11 +112,15 @@ class Comparison:
         if self.verdict is Verdict.EQUIVALENT:
             head += f" of ±{self.margin:.3g}"
         figure = f"{self.metric} {self.difference:+.4g}"
+        if self.verdict is Verdict.DIVERGED:
+            return f"{head}. {self.note}".rstrip()
+        if self.verdict is Verdict.ONE_ITEM:
+            return f"{head} ({figure} there, {self.seeds} seeds). Give more test items. {self.note}".rstrip()
         if self.verdict is Verdict.ONE_SEED:
             return (
                 f"{head} ({figure}, for these two trained models on {self.items} items only). "
-                "Give at least two seeds, better five."
-            )
+                f"Give at least two seeds, better five. {self.note}"
+            ).rstrip()
         figure += f", {self.confidence:.0%} interval {self.low:+.4g} to {self.high:+.4g}"
         seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
         sure = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
@@ -139,9 +146,11 @@ def spread(d: ArrayLike) -> Spread:
     d = table(d)
     S, N = d.shape
     mean = float(d.mean())
+    rounding = 1e-12 * max(1.0, float(np.abs(d).max()))  # what scores that are equal may differ by
+    if np.ptp(d) <= rounding:
+        return _unvaried(0.0 if abs(mean) <= rounding else mean, S, N)
     if S == 1:
-        error = float(d.std(ddof=1) / math.sqrt(N)) if N > 1 else 0.0
-        return Spread(mean, error, 0.0, S, N)
+        return Spread(mean, float(d.std(ddof=1) / math.sqrt(N)), 0.0, S, N)
     rows, columns = d.mean(1), d.mean(0)
     seeds = N * rows.var(ddof=1)
     if N == 1:
@@ -151,8 +160,8 @@ def spread(d: ArrayLike) -> Spread:
     rest = rest_sum / ((S - 1) * (N - 1))
     # The sum may come out too small by chance: never below what seeds alone, or items alone, would give.
     total = max(seeds + items - rest, seeds, items)
-    if total <= 1e-24 * max(1.0, mean**2):
-        return Spread(mean, 0.0, S - 1.0, S, N)
+    if total <= rounding**2:  # seeds and items both cancel: the rest is all the noise that is seen
+        return Spread(0.0 if abs(mean) <= rounding else mean, math.sqrt(rest / (S * N)), (S - 1.0) * (N - 1.0), S, N)
     if total == seeds + items - rest:
         parts = seeds**2 / (S - 1) + items**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1))
         freedom = total**2 / parts
@@ -161,23 +170,34 @@ def spread(d: ArrayLike) -> Spread:
     return Spread(mean, math.sqrt(total / (S * N)), float(max(freedom, 1.0)), S, N)
 
 
+def _unvaried(mean: float, S: int, N: int) -> Spread:
+    """The same difference for every seed and item. Noise is not zero because none was seen: the error is what one of
+    the S N differences would make of it if it had been 0, |mean| / (S N); where all are 0, none can be told.
+    """
+    return Spread(mean, abs(mean) / (S * N) if S > 1 else 0.0, S - 1.0, S, N)
+
+
 def difference_p(s: Spread) -> float:
     """Two-sided p of "no difference"."""
     if s.freedom == 0:
         raise ValueError("One seed says nothing about other seeds: give at least two.")
     if s.error == 0:
-        return 1.0 if s.difference == 0 else 0.0
+        return 1.0
     return float(2 * stats.t.sf(abs(s.difference) / s.error, s.freedom))
 
 
-def same_p(s: Spread, margin: float) -> float:
-    """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other"."""
+def same_p(s: Spread, margin: float, counted: bool = False) -> float:
+    """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
+
+    counted: an item adds a right or a wrong answer. Two methods may then agree on few items by luck, which has the
+    chance (1 - margin)^N at most. Measured scores that agree to the last bit are of one and the same function.
+    """
     if margin <= 0:
         raise ValueError(f"Margin {margin}: equivalence needs a positive margin, in the metric's unit.")
     if s.freedom == 0:
         raise ValueError("One seed says nothing about other seeds: give at least two.")
     if s.error == 0:
-        return 0.0 if abs(s.difference) < margin else 1.0
+        return max(0.0, 1 - margin) ** s.items if counted else 0.0
     return float(stats.t.sf((margin - abs(s.difference)) / s.error, s.freedom))
 
 
@@ -206,6 +226,8 @@ def bootstrap_interval(
     rows = random.multinomial(S, np.full(S, 1 / S), resamples) / S
     columns = random.multinomial(N, np.full(N, 1 / N), resamples) / N if N > 1 else np.ones((resamples, 1))
     deviation = np.einsum("bs,bs->b", rows, columns @ d.T) - s.difference
+    if deviation.std() <= 1e-12 * s.error:  # nothing to resample: means of seeds and items are all the same
+        return student_interval(s, confidence)
     tail = (1 - confidence) / 2
     stretch = stats.t.isf(tail, s.freedom) / stats.norm.isf(tail) if s.freedom else 1.0
     size = s.error / deviation.std() * stretch
@@ -216,7 +238,7 @@ def bootstrap_interval(
 def sign_flip_p(differences: ArrayLike, resamples: int = 9999, seed: int = 0) -> float:
     """Two-sided paired permutation test of mean 0 on differences [n]; exact while 2^n <= `resamples`."""
     x = np.asarray(differences, dtype=np.float64)
-    x = x[x != 0]  # flipping a zero changes nothing
+    x = x[np.abs(x) > 1e-12]  # flipping a zero, or the rounding of one, changes nothing
     if len(x) < 2:
         return 1.0  # one difference lies as far from 0 as its flip
     exact = len(x) <= math.log2(resamples)  # 2 to the number of items may be more than a float holds
@@ -249,11 +271,10 @@ def power(difference: float, error: float, freedom: float, level: float) -> floa
 
 
 def smallest_visible(s: Spread, level: float = 0.05, wanted: float = 0.8) -> float | None:
-    """The smallest true difference found with chance `wanted`; None with one seed, where none ever is."""
-    if s.freedom == 0:
+    """The smallest true difference found with chance `wanted`; None with one seed, where none ever is, and without
+    any noise to judge it by."""
+    if s.freedom == 0 or s.error == 0:
         return None
-    if s.error == 0:
-        return 0.0
     top = 2 * (stats.t.isf(level / 2, s.freedom) + stats.t.isf(1 - wanted, s.freedom))
     while power(top, 1.0, s.freedom, level) < wanted:
         top *= 2
@@ -314,8 +335,12 @@ def compare_pair(
     confidence: float = 0.95,
     wanted_power: float = 0.8,
     seed: int = 0,
+    counted: bool = False,
 ) -> Comparison:
-    """One comparison before correction; pass all of them to `judge`. Scores are [S, N], higher is better."""
+    """One comparison before correction; pass all of them to `judge`. Scores are [S, N], higher is better.
+
+    counted: see `same_p`.
+    """
     a, b = table(candidate), table(reference)
     if a.shape != b.shape:
         raise ValueError(
@@ -339,7 +364,7 @@ def compare_pair(
         confidence=confidence,
         p=difference_p(s) if many else None,
         p_holm=None,
-        p_same=same_p(s, margin) if many and margin is not None else None,
+        p_same=same_p(s, margin, counted) if many and margin is not None else None,
         p_same_holm=None,
         p_seeds=sign_flip_p(d.mean(1)) if many else None,
         p_items=sign_flip_p(d.mean(0)) if s.items > 1 else None,
@@ -355,7 +380,8 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
     """Verdicts for comparisons that are made together, corrected for their number.
 
     Equivalence comes first: the margin is the user's word for what is too small to matter, so a difference
-    that is surely inside it is no victory, however sure its sign.
+    that is surely inside it is no victory, however sure its sign. A comparison without a p gets no verdict, and is
+    not corrected for: it keeps the reason that it came with.
     """
     many = [c for c in comparisons if c.p is not None]
     apart = dict(zip(map(id, many), holm([c.p for c in many if c.p is not None]), strict=True))
@@ -364,15 +390,15 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
     judged = []
     for c in comparisons:
         if id(c) not in apart:
-            judged.append(replace(c, verdict=Verdict.ONE_SEED))
+            judged.append(c)
             continue
         p, same = apart[id(c)], alike.get(id(c))
-        verdict, note = Verdict.OPEN, ""
+        verdict, note = Verdict.OPEN, c.note
         if same is not None and same < level:
             verdict = Verdict.EQUIVALENT
             if p < level:
                 sign = "better" if c.difference > 0 else "worse"
-                note = f"The sign is sure ({sign}), the size does not matter."
+                note = f"The sign is sure ({sign}), the size does not matter. {note}".rstrip()
         elif p < level:
             verdict = Verdict.BETTER if c.difference > 0 else Verdict.WORSE
         visible = smallest_visible(c.spread, level / len(many), c.power)
@@ -434,5 +460,5 @@ def over_tasks(comparisons: Sequence[Comparison]) -> Spread:
     total = sum(e**2 for e in parts)
     below = sum(e**4 / c.spread.freedom for e, c in zip(parts, comparisons, strict=True) if c.spread.freedom)
     freedom = total**2 / below if below else min(c.spread.freedom for c in comparisons)
-    mean = sum(c.difference for c in comparisons) / T
+    mean = math.fsum(c.difference for c in comparisons) / T
     return Spread(mean, math.sqrt(total), freedom, min(c.seeds for c in comparisons), sum(c.items for c in comparisons))
