@@ -179,12 +179,32 @@ def test_layers_can_be_chosen(runs):
 
 
 def test_what_is_no_run_or_does_not_belong_together(runs, tmp_path):
-    with pytest.raises(UserError, match=r"holds neither a finished adapter|is not a run"):
+    with pytest.raises(UserError, match="is not a run: it holds no recipe"):
         analyze([tmp_path], progress=False)
+    with pytest.raises(UserError, match="'cuda:77' cannot be used here"):
+        analyze([runs / "dual"], device="cuda:77", progress=False)
+    with pytest.raises(UserError, match="held_out is -4"):
+        analyze([runs / "dual"], None, Options(held_out=-4), progress=False)
     with pytest.raises(UserError, match="expected full fine-tuning"):
         analyze([runs / "dual"], runs / "lora", progress=False)
     with pytest.raises(UserError, match="No run was given"):
         analyze([])
+
+
+def test_without_held_out_records_the_rest_is_analysed(runs, questions, tmp_path):
+    import shutil
+
+    own = tmp_path / "own"
+    shutil.copytree(runs / "dual", own)
+    text = (own / "recipe.yaml").read_text()
+    (own / "recipe.yaml").write_text(text.replace(f"test: {questions / 'test.json'}", "test: null"))
+    (run,) = analyze([own], None, Options(states=2, ranks="none", gradients=False), progress=False).runs
+    assert run.layers
+    assert not run.contribution
+    assert "names no held-out records" in run.notes[-1]
+    (own / "recipe.yaml").write_text(text.replace(str(questions / "test.json"), str(tmp_path / "gone.json")))
+    with pytest.raises(UserError, match=r"There is no data file .*gone\.json"):
+        analyze([own], progress=False)
 
 
 def test_another_model_s_reference_is_refused(runs, tiny_lm, tmp_path):

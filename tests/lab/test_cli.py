@@ -84,6 +84,24 @@ def test_cards(call, lm_values, write_recipe, tmp_path):
     assert all(word in out for word in ("base", "tuned", "exact_match", "perplexity"))
 
 
+@pytest.mark.parametrize(
+    ("head", "data", "advice"),
+    [
+        ("causal", {"test": "t.json"}, "dual-lora evaluate runs/mine"),
+        ("causal", {}, 'dual-lora generate runs/mine "…"'),
+        ("classification", {}, "dual-lora evaluate runs/mine --data.test FILE"),
+    ],
+)
+def test_the_card_s_advice_can_be_followed(head, data, advice):
+    from pathlib import Path
+
+    from dual_lora.lab.commands.train import _next
+    from dual_lora.lab.recipe import build_recipe
+
+    recipe = build_recipe({"model": {"path": "x", "head": head}, "data": data})
+    assert _next(recipe, Path("runs/mine")) == advice
+
+
 def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     import io
 
@@ -95,6 +113,9 @@ def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     code, _, err = call("generate", tiny_lm)
     assert code == 1
     assert "The prompt is empty" in err
+    code, _, err = call("generate", tiny_lm, "is the fire warm ?", "--max-new-tokens", 0)
+    assert code == 1
+    assert "max_new_tokens is 0, expected at least 1" in err
 
 
 def test_recipes(call, tmp_path, monkeypatch):
@@ -116,16 +137,25 @@ def test_recipes(call, tmp_path, monkeypatch):
     [
         (["trian"], "no command 'trian'. Did you mean 'train'"),
         (["train"], "Say what to train"),
-        (["train", "nosuch"], "no recipe 'nosuch'"),
+        (["train", "nosuch"], "no recipe 'nosuch'. `dual-lora recipes` lists those that are shipped."),
+        (["recipes", "lst"], "begins with 'lst'. `dual-lora recipes` lists"),
         (["train", "boolq-smollm2", "--train.lerning-rate", "1"], "Did you mean --train.learning-rate"),
+        (["train", "boolq-smollm2", "--lr", "1e-4"], "Did you mean --train.learning-rate"),
+        (["train", "boolq-smollm2", "--target-modules", "q_proj"], "Did you mean --method.target_modules"),
+        (["train", "boolq-smollm2", "--model", "./x"], "or as a flag --model.path ./x"),
         (["train", "boolq-smollm2", "--train.steps", "x"], "train.steps is 'x'"),
         (["train", "boolq-smollm2", "--method.rr", "4", "--out", "OUT"], "has no field 'rr'"),
+        (["train", "boolq-smollm2", "--train.optimizer", "adamw_tosrch", "--out", "OUT"], "Did you mean 'adamw_torch'"),
+        (["train", "boolq-smollm2", "--train.arguments.use_gpu", "1", "--out", "OUT"], "Did you mean 'use_cpu'"),
         (["train", "boolq-smollm2", "--analyze-every", "0", "--out", "OUT"], "--analyze-every is 0"),
         (["train", "boolq-smollm2", "--method.name", "full", "--analyze-every", "5", "--out", "OUT"], "has none"),
         (["train", "--resume"], "--resume needs --out"),
-        (["train", "--resume", "--out", "OUT"], "no recipe"),
+        (["train", "--resume", "--out", "OUT"], "There is no run in"),
         (["train", "--model.path", "OUT/none", "--data.train", "OUT/none.json", "--out", "OUT"], "no data file"),
         (["evaluate", "OUT/none/of/this"], "no model folder"),
+        (["evaluate", "OUT", "--dtype", "float8"], 'Invalid value "float8" for --dtype. Choose from: "float32"'),
+        (["evaluate", "OUT", "--data.max-length", "2"], "data.max_length is 2"),
+        (["evaluate", "OUT", "--recipe", "nosuch"], "no recipe 'nosuch'"),
         (["merge", "OUT"], "requires an argument"),
         (["generate", "package:no-such-package", "hello"], "pip install --no-deps no-such-package"),
     ],
@@ -136,6 +166,12 @@ def test_errors_are_one_sentence(arguments, message, call, tmp_path):
     assert out == ""
     assert message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_help_is_a_command_too(call):
+    code, out, _ = call("help", "merge")
+    assert code == 0
+    assert out.startswith("Usage: dual-lora merge")
 
 
 def test_error_with_json_is_one_line_of_json(call):

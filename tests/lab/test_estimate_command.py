@@ -83,6 +83,7 @@ def test_card_of_a_folder(call, folder):
         (["gpt2", "--length", 4096], "length is 4096, but gpt2 takes at most 1024 tokens"),
         (["gpt2", "--batch", 0], "batch is 0, expected at least 1"),
         (["gpt2", "--rank", 0], "--rank is 0"),
+        (["gpt2", "--target-modules", "qq", "--length", 8, "--batch", 1], "Target modules {'qq'} not found"),
         (["gpt2", "--fits", "much", "--methods", "lora", "--length", 8, "--batch", 1], "expected a size such as 24GB"),
     ],
 )

@@ -164,6 +164,12 @@ def test_damaged_and_misplaced_adapters(lm_values, encoder_values, tmp_path, tin
     with pytest.raises(UserError, match="adapter"):
         open_tuned(tmp_path / "run")
     weights.write_bytes(whole)
+    note = tmp_path / "run/adapter/lab.json"
+    text = note.read_text()
+    note.write_text(text[:20])
+    with pytest.raises(UserError, match=r"lab\.json, the note of the recipe, is damaged"):
+        open_tuned(tmp_path / "run")
+    note.write_text(text)
     config = tmp_path / "run/adapter/adapter_config.json"
     config.write_text(config.read_text().replace('"LORA"', '"NO_SUCH_METHOD"'))
     with pytest.raises(UserError, match="could not be read"):

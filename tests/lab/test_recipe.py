@@ -32,6 +32,12 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
         ({"model": {}}, "field 'model.path' is missing"),
         ({**MINIMAL, "trian": {}}, "unknown field 'trian'. Did you mean 'train'"),
         ({**MINIMAL, "train": {"learning_rat": 1}}, "unknown field 'train.learning_rat'. Did you mean 'learning_rate'"),
+        ({**MINIMAL, "train": ["steps", 4]}, r"train is \['steps', 4\], expected a mapping of"),
+        ({**MINIMAL, "evaluate": {"extract": "("}}, r"evaluate.extract is '\(': not a regular expression: missing"),
+        (
+            {**MINIMAL, "method": "lora"},
+            "method is 'lora', expected method: {name: lora}, or as a flag --method.name",
+        ),
         ({**MINIMAL, "learning_rate": 1}, "unknown field 'learning_rate'. Did you mean 'train.learning_rate'"),
         ({**MINIMAL, "train": {"schedule": "cosin"}}, "train.schedule is 'cosin', expected.*Did you mean 'cosine'"),
         ({**MINIMAL, "train": {"steps": 0}}, "train.steps is 0: input should be greater than or equal to 1"),
@@ -79,7 +85,13 @@ def test_values_of_method_flags_are_yaml():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "holds list"), ("!!python/name:x", "YAML")]
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "holds list"),
+        ("", "is empty, expected a mapping"),
+        ("!!python/name:x", "YAML"),
+    ],
 )
 def test_broken_files(text, message, tmp_path):
     path = tmp_path / "r.yaml"

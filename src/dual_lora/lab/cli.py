@@ -34,6 +34,16 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
 
+# What people of other trainers type, and where a recipe has it.
+ELSEWHERE = {
+    "--lr": "--train.learning-rate",
+    "--r": "--method.r",
+    "--rank": "--method.r",
+    "--alpha": "--method.alpha",
+    "--dropout": "--method.dropout",
+    "--target-modules": "--method.target_modules",
+    "--seed": "--train.seed",
+}
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
@@ -63,11 +73,14 @@ def _placeholder(text: str) -> App:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every foreseeable failure is one sentence on standard error and exit code 1."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
     debug = "--debug" in given
     given = [a for a in given if a != "--debug"]
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
-        for library in ("torch", "torchao", "bitsandbytes", "peft", "accelerate"):
+        # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
+        for library in ("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "peft", "accelerate"):
             logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
     wanted = next((a for a in given if not a.startswith("-")), None)
@@ -83,11 +96,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except CycloptsError as error:
         cause = error.__cause__ or error.__context__
-        _fail(problems(cause) if isinstance(cause, ValidationError) else str(error), given)
-    except UserError as error:
+        _fail(problems(cause) if isinstance(cause, ValidationError) else _said(error, wanted), given)
+    except (UserError, ValidationError) as error:
         if debug:
             raise
-        _fail(str(error), given)
+        _fail(problems(error) if isinstance(error, ValidationError) else str(error), given)
     except OSError as error:
         if debug:
             raise
@@ -97,6 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         first = (str(error).strip() or "no message").splitlines()[0]
         _fail(f"{type(error).__name__}: {first} (--debug shows where)", given)
+
+
+def _said(error: CycloptsError, command: str | None) -> str:
+    """Cyclopts' sentence; for a flag that other trainers have, with ours."""
+    option = next((a.partition("=")[0] for a in str(error).split() if a.startswith("--")), "").rstrip(".")
+    if command == "train" and str(error).startswith("Unknown option") and option in ELSEWHERE:
+        return f"Unknown option: {option}. Did you mean {ELSEWHERE[option]}?"
+    return str(error)
 
 
 def _fail(message: str, given: list[str], code: int = 1) -> None:

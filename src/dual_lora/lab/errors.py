@@ -8,10 +8,18 @@ class UserError(ValueError):
     """Wrong input or surroundings. The message says what was received, what was expected and the way out."""
 
 
-def suggest(wrong: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the known name nearest to ``wrong``, or all known names if none is near."""
+LISTED = 60  # more names than that hide the sentence that they end
+
+
+def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:
+    """``" Did you mean 'x'?"`` for the known name nearest to ``wrong``, or all known names if none is near.
+
+    where: a sentence that says where the names are listed, in place of so many that nobody would read them.
+    """
     known = sorted(known)
     near = get_close_matches(wrong, known, n=1, cutoff=0.6) or [k for k in known if k.endswith(f".{wrong}")][:1]
     if near:
         return f" Did you mean {near[0]!r}?"
+    if where or len(known) > LISTED:
+        return f" {where}" if where else ""
     return f" Known: {', '.join(known)}." if known else ""

@@ -27,6 +27,8 @@ def generate(
     """The answer in pieces as they come. variant: "base" for the untrained model. Written as the run's prompts were."""
     if temperature < 0:
         raise UserError(f"temperature is {temperature}, expected 0 or more.")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     if tuned.classes:
         raise UserError(f"{tuned.source} is a classifier, it writes no text.")
     prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")

@@ -170,6 +170,19 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """Raise UserError unless torch can compute on ``device`` ("cpu", "cuda", "cuda:1", ...) here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
+        ) from None
+
+
 @contextlib.contextmanager
 def quiet() -> Any:
     """Without transformers' progress bars and load reports: they would tear the progress display."""
@@ -194,4 +207,6 @@ def _clear_errors(path: str) -> Any:
         first = (str(error).strip() or "no reason given").splitlines()[0]
         if not isinstance(error, OSError | ValueError):
             first = f"{type(error).__name__}: {first}"
-        raise UserError(f"The model {path!r} could not be loaded: {first}") from error
+        here = path.startswith("package:") or Path(path).expanduser().exists()
+        where = "" if here else " (there is no such folder here)"
+        raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error

@@ -5,6 +5,7 @@ A recipe has five parts: model, method, data, train, evaluate. ``dual-lora recip
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from dual_lora.lab.errors import UserError, suggest
 
+Precision = Literal["float32", "bfloat16", "float16"]
 Task = Literal["exact_match", "choice", "classification", "regression", "loss", "bleu", "nlg"]
 
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
+LISTING = "`dual-lora recipes` lists those that are shipped."
 
 
 class Part(BaseModel):
@@ -32,7 +35,7 @@ class ModelPart(Part):
     head: Literal["causal", "classification", "regression"] = Field(
         "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Precision = Field(
         "float32", description="Precision of the base weights (factors of Dual LoRA stay float32)."
     )
     attention: str | None = Field(
@@ -150,6 +153,15 @@ class EvaluatePart(Part):
     def _one_task_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("extract")
+    @classmethod
+    def _can_be_searched_for(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
 
 class Origin(Part):
     """Where a recipe's settings come from, and which figures others report for the same run."""
@@ -206,7 +218,8 @@ def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with model, method, data, train.")
+        found = "is empty" if values is None else f"holds {type(values).__name__}"
+        raise UserError(f"{path} {found}, expected a mapping with model, method, data, train.")
     return build_recipe(_restamped(merged(values, overrides or {}), overrides or {}), str(path))
 
 
@@ -224,9 +237,9 @@ def recipe_text(source: str | Path) -> tuple[str, str]:
 
                 return f"{path} ({source})", family(path)[str(source)].text
         elif path.suffix in {".yaml", ".yml"} or "/" in str(source):
-            raise UserError(f"There is no recipe file {source}. `dual-lora recipes` lists those that are shipped.")
+            raise UserError(f"There is no recipe file {source}. {LISTING}")
         else:
-            raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped)}")
+            raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
     try:
         return str(path), path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -342,9 +355,16 @@ def _problem(item: Any) -> str:
         return f"unknown field {place!r}.{hint}"
     if item["type"] == "missing":
         return f"field {place!r} is missing."
+    if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
+        key = {"model": "path", "method": "name", "data": "train"}.get(place)
+        if key is None or not isinstance(item["input"], str):
+            return f"{place} is {item['input']!r}, expected a mapping of fields to values."
+        value = item["input"]
+        return f"{place} is {value!r}, expected {place}: {{{key}: {value}}}, or as a flag --{place}.{key} {value}."
     if item["type"] == "literal_error":
         return f"{place} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
-    return f"{place} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+    text = item["msg"].removeprefix("Value error, ")
+    return f"{place} is {item['input']!r}: {text[0].lower()}{text[1:]}."
 
 
 def _near_literal(item: Any) -> str:

@@ -79,7 +79,10 @@ def open_tuned(
 def read_note(adapter: Path) -> dict[str, Any]:
     """The laboratory's note in an adapter folder, {} in one from elsewhere."""
     file = adapter / NOTE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}, the note of the recipe, is damaged ({error}): remove it and give --recipe.") from None
 
 
 def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:

@@ -27,6 +27,7 @@ from dual_lora.lab.analysis.trajectory import Place, chosen_layers, full_updates
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import RunFolder, write_atomically
+from dual_lora.lab.models import check_device
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe import Recipe
 from dual_lora.lab.record import read_metrics, surroundings
@@ -110,6 +111,10 @@ def analyze(
     """
     if not runs:
         raise UserError("No run was given: dual-lora analyze RUN [RUN …].")
+    if options.held_out < 0:
+        raise UserError(f"held_out is {options.held_out}, expected a number of records, or 0 to leave it out.")
+    if device is not None:
+        check_device(device)
     target = None if reference is None else _reference(Path(reference))
     names = _names([Path(run) for run in runs])
     found = [
@@ -236,6 +241,7 @@ class _Walk:
         self.start: dict[str, LayerUpdate] = {}
 
     def go(self) -> None:
+        loss_of = self._held_out_loss()  # first: records that are not there must not cost the walk
         with ExitStack() as files:
             before: dict[str, LayerUpdate] = {}
             step_before = 0
@@ -252,11 +258,19 @@ class _Walk:
                 if place.step and self.options.gradients and not self.setting.is_full:
                     self._gradients(place.step)
                 before, step_before = now, place.step
-            if not self.setting.is_full and self.options.held_out:
-                loss_of = self.setting.held_out_loss(self.options.held_out)
+            if loss_of is not None:
                 self.result.contribution = contributions(
                     self.setting.model, self.start_factors, loss_of, self.options.draws
                 )
+
+    def _held_out_loss(self) -> Any:
+        """The function that `contributions` asks, None where it is not wanted or the recipe names no such records."""
+        if self.setting.is_full or not self.options.held_out:
+            return None
+        if not self.setting.names_held_out:
+            self.result.notes.append("What each group contributes was left out: the recipe names no held-out records.")
+            return None
+        return self.setting.held_out_loss(self.options.held_out)
 
     def _at_start(self) -> None:
         if self.setting.is_full:

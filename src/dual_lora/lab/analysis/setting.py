@@ -85,6 +85,12 @@ class Setting:
         total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return total / items
 
+    @property
+    def names_held_out(self) -> bool:
+        """Whether the recipe has validation or test records."""
+        data = self.recipe.data
+        return bool(data.validation or data.holdout or data.test or data.tests)
+
     def held_out_loss(self, limit: int) -> Any:
         """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
         split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"

@@ -27,6 +27,8 @@ def places(run: Path, limit: int | None = None) -> list[Place]:
     Raises UserError when not even the end or a checkpoint is there.
     """
     folder = RunFolder(run)
+    if not folder.is_run:
+        raise UserError(f"{run} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
     steps = {
         int(p.name.rpartition("-")[2]): p for p in folder.checkpoints.glob("checkpoint-*") if is_whole(p)
     }  # a checkpoint without its mark was cut off while it was written

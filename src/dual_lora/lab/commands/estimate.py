@@ -112,6 +112,8 @@ def estimate(
 
         chosen = _chosen(methods, setting)
         columns, refused = side_by_side(setting, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
+        if refused and all(column.method == "full" for column in columns):  # a wrong module name, not a method's limit
+            raise UserError(next(iter(refused.values())))
         proposals = {}
         if fits:
             from dual_lora.lab.estimate.fits import largest, parse_size

@@ -9,7 +9,16 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.recipe import DataPart, EvaluatePart, flag_values, flags, merged, read_recipe
+from dual_lora.lab.recipe import (
+    DataPart,
+    EvaluatePart,
+    Precision,
+    build_recipe,
+    flag_values,
+    flags,
+    merged,
+    read_recipe,
+)
 
 _PARTS: dict[str, Any] = {"data": (flags(DataPart) | None, None), "evaluate": (flags(EvaluatePart) | None, None)}
 EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
@@ -20,7 +29,7 @@ def evaluate(
     *,
     recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
     base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[str | None, Parameter(help="Precision of the base weights.")] = None,
+    dtype: Annotated[Precision | None, Parameter(help="Precision of the base weights.")] = None,
     out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[
@@ -38,9 +47,12 @@ def evaluate(
     from dual_lora.lab.evaluation.evaluate import write_result
     from dual_lora.lab.tuned import open_tuned
 
-    tuned = open_tuned(source, base, dtype)
+    # A wrong value or recipe shows before the model is loaded.
     overrides = flag_values(given)
-    ground = read_recipe(recipe) if recipe else tuned.recipe
+    build_recipe({"model": {"path": source}, **overrides}, "flags")
+    ground = read_recipe(recipe) if recipe else None
+    tuned = open_tuned(source, base, dtype)
+    ground = ground or tuned.recipe
     data, spec = (ground.data, ground.evaluate) if ground else (DataPart(), EvaluatePart())
     data = DataPart.model_validate(merged(data.model_dump(), overrides.get("data", {})))
     spec = EvaluatePart.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))

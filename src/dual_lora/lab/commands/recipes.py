@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.families import family, marked_yaml, marks_of
-from dual_lora.lab.recipe import FAMILIES, read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.recipe import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 
 app = App(
     name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"
@@ -29,7 +29,7 @@ def list_recipes(
     """
     shipped = {name: path for name, path in shipped_recipes().items() if name.startswith(start)}
     if not shipped:
-        raise UserError(f"No recipe's name begins with {start!r}.{suggest(start, shipped_recipes())}")
+        raise UserError(f"No recipe's name begins with {start!r}.{suggest(start, shipped_recipes(), LISTING)}")
     found = {name: read_recipe(name) for name in shipped}
     together = {} if start else {name: path for name, path in shipped.items() if path.parent.name == FAMILIES}
     rows = [

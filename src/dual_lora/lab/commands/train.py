@@ -62,13 +62,24 @@ def train(
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
         "memory": f"{size(result.peak_memory)} at the peak",
         "folder": f"{folder}" + (f" ({size(result.adapter_bytes)} of weights)" if result.adapter_bytes else ""),
-        "next": f"dual-lora evaluate {folder}",
+        "next": _next(chosen, folder),
     }
     if result.state != "finished":
         facts["next"] = f"dual-lora train --resume --out {folder}"
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(130)
+
+
+def _next(recipe: Recipe, folder: Path) -> str:
+    """A command that this recipe has everything for."""
+    data = recipe.data
+    there = {"test": data.test or data.tests, "validation": data.validation or data.holdout, "train": True}
+    if there[recipe.evaluate.split]:
+        return f"dual-lora evaluate {folder}"
+    if recipe.model.head == "causal":
+        return f'dual-lora generate {folder} "…"'
+    return f"dual-lora evaluate {folder} --data.test FILE"
 
 
 def _looks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:
@@ -89,6 +100,8 @@ def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, res
     if resume:
         if out is None:
             raise UserError("--resume needs --out, the folder of the run, or the recipe that it was made with.")
+        if not (out / "recipe.yaml").is_file():
+            raise UserError(f"There is no run in {out} (it holds no recipe.yaml): name the recipe to begin one there.")
         return read_recipe(out, overrides)
     if not overrides:
         raise UserError(

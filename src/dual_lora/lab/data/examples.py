@@ -86,7 +86,7 @@ def _read(data: DataPart, split: str) -> list[Example]:
     source = getattr(data, split)
     if not source:
         way_out = " (or data.holdout, to take them out of the training records)" if split == "validation" else ""
-        raise UserError(f"The recipe names no {split} records: set data.{split}{way_out}.")
+        raise UserError(f"No {split} records are named: set data.{split}, or give --data.{split} FILE{way_out}.")
     return read_examples(source, data)
 
 

@@ -9,14 +9,17 @@ import torch
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
 
 from dual_lora.lab.data.batches import Collator, Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.models import best_device
-from dual_lora.lab.recipe import Recipe
+from dual_lora.lab.recipe import Recipe, TrainPart
 from dual_lora.lab.training.watch import Watch
+
+LORAPLUS = "loraplus"  # the one optimizer that is not transformers'
 
 
 def build_trainer(
@@ -101,7 +104,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) 
         "bf16": part.autocast == "bf16",
         "fp16": part.autocast == "fp16",
         "seed": part.seed,
-        "optim": "adamw_torch" if part.optimizer == "loraplus" else part.optimizer,
+        "optim": "adamw_torch" if part.optimizer == LORAPLUS else part.optimizer,
         "logging_steps": part.log_every,
         "logging_nan_inf_filter": False,
         "save_steps": part.checkpoint_every,
@@ -118,19 +121,28 @@ def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) 
     known = TrainingArguments.__dataclass_fields__
     if part.gradient_checkpointing:  # renamed within transformers 5
         values["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
-    for key in part.arguments:
-        if key not in known:
-            raise UserError(f"train.arguments has no field {key!r}.{suggest(key, known)}")
     try:
         return TrainingArguments(**{**values, **part.arguments})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from error
 
 
+def check_names(part: TrainPart) -> None:
+    """Raise UserError for an optimizer or a further argument that transformers does not know."""
+    for key in part.arguments:
+        if key not in TrainingArguments.__dataclass_fields__:
+            raise UserError(
+                f"train.arguments has no field {key!r}.{suggest(key, TrainingArguments.__dataclass_fields__)}"
+            )
+    optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
+    if part.optimizer not in optimizers:
+        raise UserError(f"train.optimizer is {part.optimizer!r}.{suggest(part.optimizer, optimizers)}")
+
+
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
     """LoRA+'s optimizer, which PEFT builds; None leaves the choice to Trainer's ``optim``."""
     part = recipe.train
-    if part.optimizer != "loraplus":
+    if part.optimizer != LORAPLUS:
         return None
     from peft.optimizers import create_loraplus_optimizer
 

@@ -22,7 +22,7 @@ from dual_lora.lab.record import peak_memory, read_metrics, reset_peak, surround
 from dual_lora.lab.training.failures import Diverged as Diverged
 from dual_lora.lab.training.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.training.gradient_start import save_as_change, show_gradients, wants_gradients
-from dual_lora.lab.training.loop import build_trainer, mean_loss
+from dual_lora.lab.training.loop import build_trainer, check_names, mean_loss
 from dual_lora.lab.training.prepare import prepare
 from dual_lora.lab.training.watch import RankAllocation, Watch
 from dual_lora.lab.tuned import Tuned, write_note
@@ -104,8 +104,9 @@ def _train(
     recipe: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
 ) -> RunResult:
     part = recipe.train
-    # With any number of steps: a wrong field shows before data and model are read.
+    # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])
+    check_names(part)
     ready = prepare(recipe)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
