@@ -8,7 +8,7 @@ from numerics import assert_close, assert_relative_rule
 from dual_lora.core import blocked
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Factors, Form, delta_weight
 
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -38,6 +38,23 @@ def through_rows(x, weight, *rest):
 def test_every_form(form, dtype, small_blocks):
     case = make_case(T=63, I=100, O=577, forms=[form], dtype=dtype)
     assert_close(run(operator, case), truth(case), dtype, name_of(form))
+
+
+@pytest.mark.parametrize("source", [lambda W: W, Rows], ids=["tensor", "rows"])
+@pytest.mark.parametrize("form", [Form(), Form(ste="hardtanh")], ids=["paper", "hardtanh"])
+def test_a_weight_in_fp64_keeps_its_bits_beside_factors_in_fp32(form, source, small_blocks):
+    torch.manual_seed(0)
+    W, x, dy = (torch.randn(s, dtype=torch.float64) for s in [(60, 40), (7, 40), (7, 60)])
+    factors = Factors(*(torch.randn(s) for s in [(2, 40), (60, 2), (3, 40), (60, 3)]))
+    start, full = (Adapter(factors, torch.tensor(s), form) for s in (0.0, 1.0))
+    assert torch.equal(blocked.compose(source(W), [start], torch.float64), W)
+    want = W + delta_weight(factors, 1.0, form)
+    torch.testing.assert_close(blocked.compose(source(W), [full], torch.float64), want, rtol=1e-14, atol=0)
+    x.requires_grad_()
+    y = dual_lora_linear(x, source(W), None, [full])
+    y.backward(dy)
+    torch.testing.assert_close(y, x @ want.t(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.grad, dy @ want, rtol=1e-12, atol=1e-12)
 
 
 def test_the_case_reaches_both_sides_of_every_kink():

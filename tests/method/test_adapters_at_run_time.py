@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from judged import assert_same_bits
-from peft import PeftMixedModel, PeftModel, get_peft_model
+from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tiny import llama
 from torch import nn
@@ -122,6 +123,27 @@ def saved(folder, seed, **options):
                 factor.data.normal_(std=0.3)
     model.save_pretrained(folder)
     return logits(model)
+
+
+def test_padding_keeps_tied_layers_tied():
+    model = get_peft_model(
+        llama(tie_word_embeddings=True), config(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    ).eval()
+    before = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    ours, theirs = embedding.factors("default"), head.factors("default")
+    assert ours.A.shape[0] == 8
+    assert all(f is g for f, g in zip(ours, theirs, strict=True))
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_a_larger_hotswapped_adapter_shares_no_memory_with_where_it_came_from():
+    model, other = (get_peft_model(llama(), config(r=r)) for r in (4, 8))
+    state = get_peft_model_state_dict(other)
+    hotswap.hotswap_adapter_from_state_dict(model, state, "default", config(r=8))
+    own = {p.data_ptr() for p in model.parameters()}
+    assert own.isdisjoint(t.data_ptr() for t in state.values())
 
 
 @pytest.mark.parametrize(

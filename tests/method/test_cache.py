@@ -1,6 +1,8 @@
 """The cache of composed weights: when it is used, what invalidates it, and that it never answers with stale weights."""
 
 import copy
+import sys
+import threading
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ from tiny import Mlp, adapted, layer, layers, points, train
 
 from dual_lora import DualLoraConfig, composed_weights
 from dual_lora.method import layer as layer_module
+from dual_lora.method.cache import ComposedWeights
 
 
 @pytest.fixture
@@ -131,8 +134,15 @@ def replace_base_weight(model):
     base.weight = torch.nn.Parameter(base.weight + 1)
 
 
+def put_averages_in_place(model):
+    """As exponential moving averages are swapped in for an evaluation."""
+    for p in layer(model).dual_lora_B.values():
+        p.data = 2 * p.data
+
+
 CHANGES = [
     change_factor,
+    put_averages_in_place,
     change_all_factors_by_an_optimizer,
     step_in_eval_mode,
     change_strength,
@@ -279,6 +289,30 @@ def test_writes_through_data_are_not_seen_until_cleared(model):
     after = run(model)
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-6)
+
+
+def test_threads_may_add_and_drop_while_others_count(monkeypatch):
+    """Of a dictionary that grows while it is walked through, Python makes an error."""
+    cache, stop, errors = ComposedWeights(), threading.Event(), []
+    modules, weight = [torch.nn.Identity() for _ in range(500)], torch.zeros(2)
+
+    def count():
+        try:
+            while not stop.is_set():
+                assert cache.bytes_held >= 0
+        except RuntimeError as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=count)
+    thread.start()
+    for module in modules:
+        cache.put(module, [weight], (), weight)
+    stop.set()
+    thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors
 
 
 def test_a_model_without_adapters_is_left_alone():

@@ -118,3 +118,33 @@ def test_tied_head_sees_the_base_before_and_the_merged_weight_after_merging():
         torch.testing.assert_close(model(IDS), (W + delta_weight)[IDS] @ (W + delta_weight).t())
         model.unmerge_adapter()
         assert torch.equal(model.base_model.model.head.weight, W)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 30])
+def test_indices_that_are_none_are_refused_as_by_the_base(wrong):
+    with pytest.raises(IndexError):
+        embedding()(torch.tensor([wrong]))
+    with pytest.raises(IndexError):
+        adapted(embedding())[0](torch.tensor([wrong]))
+
+
+def test_no_indices_at_all():
+    model, layer = adapted(embedding())
+    y = model(torch.zeros(2, 0, dtype=torch.long))
+    assert y.shape == (2, 0, 6)
+    y.sum().backward()
+    assert all(not f.grad.any() for f in layer.factors("default"))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 1}], ids=str)
+def test_a_thawed_base_gets_its_gradient(options):
+    model, layer = adapted(embedding(**options))
+    frozen = model(IDS)
+    layer.base_layer.weight.requires_grad_(True)
+    y, plain = model(IDS), embedding(**options)
+    torch.testing.assert_close(y, frozen)
+    g = torch.randn_like(y)
+    y.backward(g)
+    plain(IDS).backward(g)
+    assert torch.equal(layer.base_layer.weight.grad, plain.weight.grad)
+    assert layer.factors("default").A.grad.any()

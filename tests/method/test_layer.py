@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dual_lora.core.reference import delta_weight
+from dual_lora.method.hotswap import pad_ranks
 
 models = pytest.mark.parametrize("name", MODELS)
 
@@ -312,6 +313,23 @@ def cast_by_data(model):
     for p in model.parameters():
         p.data = p.data.to(torch.bfloat16)
     return model
+
+
+def cast_a_copy(model):
+    return cast_by_data(copy.deepcopy(model))
+
+
+def cast_after_padding(model):
+    pad_ranks(model, 8)
+    return cast_by_data(model)
+
+
+@pytest.mark.parametrize("cast", [cast_a_copy, cast_after_padding])
+def test_foreign_casts_of_other_parameter_objects_are_noticed_too(cast):
+    with pytest.warns(UserWarning, match="cast to torch.bfloat16 by foreign code and are fp32 again"):
+        model = cast(adapted(init_weights=False))
+        model(points().bfloat16())
+    assert all(f.dtype == torch.float32 for module in layers(model).values() for f in module.factors("default"))
 
 
 @pytest.mark.parametrize("cast", [cast_by_to, cast_by_bfloat16, cast_by_data])

@@ -253,6 +253,15 @@ def test_weighted_adapter(weight, tmp_path):
     assert torch.equal(again(points()), model(points()))
 
 
+def test_a_weighted_adapter_takes_nobodys_name():
+    model = three()
+    before = state(model)
+    for name in ("default", "b"):
+        with pytest.raises(ValueError, match="would be lost"):
+            model.base_model.add_weighted_adapter(["default"], [2.0], name)
+    assert not changed(model, before)
+
+
 @pytest.mark.parametrize(
     ("adapters", "given", "kind"),
     [

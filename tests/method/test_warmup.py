@@ -241,6 +241,26 @@ def test_a_wrapper_does_not_count_twice():
     assert factor(model) == pytest.approx(0.3)
 
 
+class Chain(torch.optim.Optimizer):
+    """Several optimizers as one (Muon for matrices and AdamW for the rest, and the like)."""
+
+    def __init__(self, parts):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = dict(enumerate(parts)) if len(parts) > 2 else parts
+
+    def step(self, closure=None):
+        for part in self.parts.values() if isinstance(self.parts, dict) else self.parts:
+            part.step()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_optimizers_chained_in_one_do_not_count_twice(parts):
+    model = adapted(warmup_steps=10)
+    chain = Chain([torch.optim.AdamW(trainable(model)[k::parts], lr=1e-3) for k in range(parts)])
+    train(model, 3, optimizer=chain)
+    assert factor(model) == pytest.approx(0.3)
+
+
 def test_an_optimizer_prepared_by_accelerate_counts_once():
     accelerator = Accelerator(cpu=True)
     model = adapted(warmup_steps=10)

@@ -100,7 +100,7 @@ def compose(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum. `out` may be the weight itself."""
+    """W + ΣΔW, [O, I], the rounding to `dtype` of the fp32 sum (fp64's, for that). `out` may be the weight itself."""
     work = _Work(weight, adapters)
     if out is None:
         out = torch.empty(work.O, work.I, dtype=dtype, device=work.device)
@@ -259,7 +259,7 @@ class _Tile:
 
     def write_composed(self, out: Tensor) -> None:
         """W + ΣΔW of this tile, rounded once to out's dtype."""
-        total = out if out.dtype == self.work.dtype else self.buffer("G")
+        total = out if out.dtype in (self.work.dtype, torch.float64) else self.buffer("G")
         base = self.work.base(self.rows, self.cols)
         if base is None:
             total.zero_()

@@ -120,7 +120,7 @@ def embedding(
 def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """The rounding to `dtype` of the fp32 sum W + ΣΔW."""
     (A, *_), _, _ = adapters[0].working()
-    total = None if weight is None else weight.to(A.dtype)
+    total = None if weight is None else weight.to(torch.promote_types(dtype, A.dtype))
     with without_autocast(A.device):
         for adapter in adapters:
             (A, B, C, D), scale, form = adapter.working()

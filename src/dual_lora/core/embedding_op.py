@@ -46,7 +46,7 @@ def dual_lora_embedding(
     weight: [O, I] or None for ΣΔW alone. The other arguments are nn.Embedding's; `max_norm` shortens the rows that are
     returned and, other than nn.Embedding, writes nothing back.
 
-    The weight gets no gradient: it is frozen.
+    The weight gets no gradient: it is frozen. Raises IndexError for indices below 0 and above O - 1, as nn.Embedding.
     """
     if not adapters:
         raise ValueError("dual_lora_embedding got no adapter: pass at least one, or use F.embedding.")
@@ -70,7 +70,10 @@ def dual_lora_embedding(
 def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> list[Adapter]:
     """The adapters of some rows; P = 0 at the padding, so that ΔW and the gradients vanish there."""
     used = (rows != padding_idx).unsqueeze(-1)
-    return [Adapter(Factors(A, B[rows] * used, C, D[rows]), scale, form) for (A, B, C, D), scale, form in adapters]
+    return [
+        Adapter(Factors(A, B.index_select(0, rows) * used, C, D.index_select(0, rows)), scale, form)
+        for (A, B, C, D), scale, form in adapters
+    ]
 
 
 @torch.library.impl("dual_lora::embedding", "default")
@@ -80,7 +83,7 @@ def _embedding(
     rows, inverse = torch.unique(indices, return_inverse=True)
     adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
     with without_autocast(indices.device):
-        out = blocked.compose(None if weight is None else weight[rows], adapters, dtype)
+        out = blocked.compose(None if weight is None else weight.index_select(0, rows), adapters, dtype)
     return torch.nn.functional.embedding(inverse, out, max_norm=max_norm, norm_type=norm_type)
 
 

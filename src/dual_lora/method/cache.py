@@ -3,13 +3,15 @@
 Without them every decoding step would compose every weight anew: 2 (r1 + r2) flops an entry for one multiply-add.
 
 The one rule: an entry is used only while the factors, λ, the base weight and the active adapters are those that it was
-made from, told by the tensors' version counters; and it lives only without gradients in eval mode. Writes through
-`.data` (`param.data.mul_()`) raise no version counter and are not seen: call `composed_weights.clear()` after them.
+made from, told by the tensors' version counters and addresses; and it lives only without gradients in eval mode. Writes
+through `.data` (`param.data.mul_()`) raise no version counter and are not seen: call `composed_weights.clear()` after
+them. (`param.data = other` is seen.)
 Entries are also dropped on `train()`, loading, merging and adapter changes.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 
 class _Entry(NamedTuple):
-    sources: list[tuple[weakref.ref[Tensor], int]]
+    sources: list[tuple[weakref.ref[Tensor], tuple[int, int]]]
     extra: tuple[Any, ...]
     weight: Tensor
 
@@ -28,10 +30,12 @@ class _Entry(NamedTuple):
         return (
             self.extra == extra
             and len(self.sources) == len(sources)
-            and all(
-                ref() is t and version == t._version for (ref, version), t in zip(self.sources, sources, strict=True)
-            )
+            and all(ref() is t and state == _state(t) for (ref, state), t in zip(self.sources, sources, strict=True))
         )
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor._version, tensor.data_ptr()
 
 
 class ComposedWeights:
@@ -41,11 +45,13 @@ class ComposedWeights:
         self.limit_bytes = limit_bytes
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
         self._warned = False
+        self._lock = threading.RLock()  # several threads may generate at once
 
     @property
     def bytes_held(self) -> int:
         """Size of all entries, in bytes."""
-        return sum(entry.weight.nbytes for entry in self._entries.values())
+        with self._lock:
+            return sum(entry.weight.nbytes for entry in self._entries.values())
 
     def get(
         self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
@@ -72,9 +78,10 @@ class ComposedWeights:
 
     def put(self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], weight: Tensor) -> None:
         """Keep a weight that was made already, where `get` would have kept it."""
-        self.drop(layer)
-        if self.bytes_held + weight.nbytes <= self.limit_bytes and not any(t.is_inference() for t in sources):
-            self._entries[layer] = _Entry([(weakref.ref(t), t._version) for t in sources], extra, weight)
+        with self._lock:
+            self.drop(layer)
+            if self.bytes_held + weight.nbytes <= self.limit_bytes and not any(t.is_inference() for t in sources):
+                self._entries[layer] = _Entry([(weakref.ref(t), _state(t)) for t in sources], extra, weight)
 
     def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
         """Of the layer's kept weight, None if there is none."""
@@ -83,11 +90,13 @@ class ComposedWeights:
 
     def drop(self, layer: nn.Module) -> None:
         """Forget the composed weight of one layer."""
-        self._entries.pop(layer, None)
+        with self._lock:
+            self._entries.pop(layer, None)
 
     def clear(self) -> None:
         """Forget all composed weights, e.g. after writing to parameters through `.data`."""
-        self._entries.clear()
+        with self._lock:
+            self._entries.clear()
 
 
 composed_weights = ComposedWeights()

@@ -44,7 +44,9 @@ class Embedding(MapLayer):
         # A scaled embedding (Gemma's) has a forward of its own: the base's rows times `embed_scale`.
         base: Any = self.base_layer
         scaled = hasattr(base, "embed_scale") and isinstance(base, nn.Embedding)
-        return is_plain(base, type(base).forward if scaled else nn.Embedding.forward)
+        # The fused rows give the base's weight no gradient, which somebody may have thawed.
+        frozen = not base.weight.requires_grad
+        return frozen and is_plain(base, type(base).forward if scaled else nn.Embedding.forward)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer

@@ -21,6 +21,7 @@ from ..core.reference import scaling
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer
+from .precision import claim
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
@@ -91,7 +92,7 @@ def _write(old: Tensor, new: Tensor | None) -> None:
         return
     new = new.to(old.device, old.dtype)
     if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
-        old.data = new
+        old.data = new.clone()  # `state_dict` stays its owner's
         return
     old.data.zero_()
     old.data[tuple(slice(0, n) for n in new.shape)].copy_(new)
@@ -117,15 +118,20 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
                     f"({layer.r[adapter]}). This is not possible. (r1 and r2 are {layer.r1[adapter]} and "
                     f"{layer.r2[adapter]}, and would be {r1} and {r2}.)"
                 )
+    done: dict[Tensor, nn.Parameter] = {}  # tied layers share theirs
     for layer in layers:
         for letter, dimension in RANK_DIMENSION.items():
             factors = getattr(layer, f"dual_lora_{letter}")
             for adapter, factor in factors.items():
-                shape = list(factor.shape)
-                shape[dimension] = ranks[letter]
-                padded = factor.new_zeros(shape)
-                padded.narrow(dimension, 0, factor.shape[dimension]).copy_(factor.data)
-                factors[adapter] = nn.Parameter(padded, requires_grad=factor.requires_grad)
+                if factor not in done:
+                    shape = list(factor.shape)
+                    shape[dimension] = ranks[letter]
+                    padded = factor.new_zeros(shape)
+                    padded.narrow(dimension, 0, factor.shape[dimension]).copy_(factor.data)
+                    done[factor] = nn.Parameter(padded, requires_grad=factor.requires_grad)
+                factors[adapter] = done[factor]
+        for adapter in layer.adapter_names():
+            claim(layer._stored(adapter))
     for one in config.values() if isinstance(config, dict) else [config] if config else []:
         _pad_config(one, r1, r2)
     return True

@@ -289,6 +289,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for adapter in self.adapter_names():
+            claim(self._stored(adapter))  # a copied parameter has lost what was written on it
         if any(self._left.values()):
             warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
@@ -300,11 +302,14 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             return
         for name in self.adapter_layer_names:
             factors = getattr(self, name)
-            if factors[adapter_name].device.type != "meta":
-                factors[adapter_name] = factors[adapter_name].to(device)
+            factor = factors[adapter_name]
+            moved = factor if factor.device.type == "meta" else factor.detach().to(device)
+            if moved.device != factor.device:
+                factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
         for buffers in (self.dual_lora_left, self.dual_lora_scale):
             if buffers[adapter_name].device.type != "meta":
                 buffers[adapter_name] = buffers[adapter_name].to(device)
+        claim(self._stored(adapter_name))
 
     # Merge: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back.
 

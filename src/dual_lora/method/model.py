@@ -270,6 +270,11 @@ class DualLoraModel(BaseTuner):
 
         ReLU and Sign are not linear, so a sum of several ΔW is no Dual LoRA update; the error says what to do instead.
         """
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"There is an adapter {adapter_name!r} already, which would be lost: choose another name, or call "
+                f"`delete_adapter({adapter_name!r})` first."
+            )
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")

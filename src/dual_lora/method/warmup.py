@@ -84,8 +84,12 @@ register_optimizer_step_post_hook(torch._dynamo.disable(_after_step))
 
 
 def _wraps_another(optimizer: Optimizer) -> bool:
-    """accelerate's, and most other, wrappers are optimizers that keep the real one in an attribute."""
-    return any(isinstance(value, Optimizer) for value in vars(optimizer).values())
+    """accelerate's, and most other, wrappers are optimizers that keep the real one, or several, in an attribute."""
+    for value in vars(optimizer).values():
+        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(one, Optimizer) for one in several):
+            return True
+    return False
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
