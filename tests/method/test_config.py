@@ -11,6 +11,14 @@ from torch import nn
 from dual_lora import DualLoraConfig
 
 
+def test_help_describes_every_field():
+    own = set(DualLoraConfig.__annotations__) - {"lora_alpha", "lora_dropout", "format_version"}
+    for name in own:
+        assert re.search(rf"^    {name} \(`.+`, default .+\): \S+", DualLoraConfig.__doc__, flags=re.MULTILINE), name
+    assert "warmup_steps (`int`, default 50): Optimizer steps over which" in DualLoraConfig.__doc__
+    assert "lora_alpha" in DualLoraConfig.__doc__
+
+
 @pytest.mark.parametrize(
     ("given", "ranks"),
     [

@@ -326,8 +326,8 @@ def cast_after_padding(model):
 
 @pytest.mark.parametrize("cast", [cast_a_copy, cast_after_padding])
 def test_foreign_casts_of_other_parameter_objects_are_noticed_too(cast):
+    model = cast(adapted(init_weights=False))
     with pytest.warns(UserWarning, match="cast to torch.bfloat16 by foreign code and are fp32 again"):
-        model = cast(adapted(init_weights=False))
         model(points().bfloat16())
     assert all(f.dtype == torch.float32 for module in layers(model).values() for f in module.factors("default"))
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -291,6 +292,31 @@ def test_tied_weights_warn_before_they_are_merged():
         model = adapted(base, target_modules=["lm_head"], init_weights=False)
     with pytest.warns(UserWarning, match=r"(?s)tied_target_modules=\['lm_head'\].*untie"):
         model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("act", ["merge_adapter", "merge_and_unload"])
+def test_one_weight_with_two_updates_is_not_merged(act):
+    """Merged one after the other, each would add its update to both, and unmerging would leave one behind."""
+    base = llama(tie_word_embeddings=True)
+    model = adapted(base, target_modules=["embed_tokens", "lm_head"], init_weights=False)
+    before, want = state(model), logits(model)
+    with pytest.raises(ValueError, match=r"share one weight.*Untie"):
+        getattr(model, act)()
+    assert not changed(model, before)
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.weight_norm])
+def test_a_weight_that_is_computed_is_not_merged_into(norm):
+    base = torch.nn.Sequential(OrderedDict(it=norm(torch.nn.Linear(5, 6))))
+    model = adapted(base, target_modules=["it"], init_weights=False)
+    x = torch.randn(3, 5)
+    want = model(x)
+    with pytest.raises(ValueError, match=r"no parameter but computed.*remove_parametrizations"):
+        model.merge_adapter()
+    assert not layer(model).merged
+    torch.testing.assert_close(model(x), want)
 
 
 def test_replicated_layers_cannot_be_merged():

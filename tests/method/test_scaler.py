@@ -49,9 +49,20 @@ def test_other_estimators_are_allowed(options):
         assert adapted(init_weights=False, **options)(points()).dtype == torch.float16
 
 
+def test_training_in_eval_mode_knows_the_scaler_too(model):
+    """Without dropout some train in eval mode; the clip acts there as well."""
+    want = gradients(model.eval())
+    got = gradients(model, scale=65536.0)
+    for name, g in got.items():
+        torch.testing.assert_close(g, want[name], msg=name)
+    with fp16(), pytest.warns(UserWarning, match=r"train in eval mode.*grad_scaler"):
+        model(points())
+
+
 def test_where_nothing_is_trained_fp16_is_allowed(model):
     with fp16():
-        model.eval()(points())
+        with torch.no_grad():
+            model.eval()(points())
         with torch.no_grad():
             model.train()(points())
         for p in model.parameters():

@@ -141,6 +141,8 @@ class MultiheadAttention(DualLoraLayer):
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
         parameters = self._parameters_in()
+        for weight in parameters.values():
+            self._refuse_computed(weight)
         kept: Any = self._original
         originals = {name: p.data for name, p in parameters.items()} if kept is None else kept
         merged = originals

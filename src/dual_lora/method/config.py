@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, field
+import inspect
+from dataclasses import MISSING, InitVar, dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -22,7 +23,8 @@ class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
 
     `r` is the total budget: `DualLoraConfig(r=16)` trains as many parameters as `LoraConfig(r=16)`, with
-    r1 = r2 = 8. The defaults suit a learning rate that suits LoRA.
+    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are taken for `alpha` and `dropout`. The defaults suit a learning rate
+    that suits LoRA.
 
     Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
     """
@@ -200,6 +202,20 @@ class DualLoraConfig(PeftConfig):
                 raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
             return split_rank(None, rank[0], rank[1], where=where)
         return split_rank(rank, None, None, where=where)
+
+
+def _described(config: type) -> str:
+    """The class's text and, as PEFT's own classes have it, its fields: from their help, which is written once."""
+    lines = [
+        f"    {f.name} (`{f.type}`, default {f.default if f.default_factory is MISSING else f.default_factory()!r}): "
+        f"{f.metadata['help']}"
+        for f in fields(config)
+        if f.name in vars(config)["__annotations__"]
+    ]
+    return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *lines])
+
+
+DualLoraConfig.__doc__ = _described(DualLoraConfig)
 
 
 def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") -> tuple[int, int]:

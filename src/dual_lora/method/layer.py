@@ -340,6 +340,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters = names
             return
         parameter = self._merge_parameter()
+        self._refuse_computed(parameter)
         in_parts = sharded.is_sharded(parameter)
         original = self._original
         if original is None:
@@ -355,6 +356,15 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self._original = original
         self._merge_bias(names)
         self.merged_adapters = names
+
+    def _refuse_computed(self, weight: Tensor) -> None:
+        """Raise ValueError for a weight that is made anew at every call, into which a merge would vanish."""
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"Cannot merge Dual LoRA into this {type(self.get_base_layer()).__name__}: its weight is no parameter "
+                "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
+            )
 
     def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
@@ -423,9 +433,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
             for n in names
         )
-        if not (self.training and clips and torch.is_grad_enabled()):
+        if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(device)
+        check_clip_is_safe(device, self.training)
         return loss_scale(device)
 
 

@@ -27,7 +27,7 @@ from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper, dispatch_parameter
-from .layer import DualLoraLayer, dispatch_default
+from .layer import DualLoraLayer, MapLayer, dispatch_default
 from .precision import warn_once
 from .quantized import QuantizedLinear, dispatch_quantized
 
@@ -172,9 +172,17 @@ class DualLoraModel(BaseTuner):
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._refuse_shared_weights(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self._tell_merge_errors(layers)
         return model
@@ -197,6 +205,24 @@ class DualLoraModel(BaseTuner):
         super()._check_merge_allowed()
         if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
+
+    def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
+        """Raise ValueError where two layers that learn apart would merge into one weight."""
+        owners: dict[int, DualLoraLayer] = {}
+        for layer in self.model.modules():
+            if not isinstance(layer, MapLayer) or isinstance(layer, QuantizedLinear) or layer.shares_factors:
+                continue
+            asked = layer.active_adapters if adapter_names is None else adapter_names
+            if not (layer.merged or layer._present(asked)):
+                continue
+            other = owners.setdefault(id(layer._merge_parameter()), layer)
+            if other is not layer:
+                raise ValueError(
+                    f"Cannot merge: {other.get_base_layer()} and {layer.get_base_layer()} share one weight, and each "
+                    "has an update of its own, so that no one weight gives what the unmerged model gives. Untie them "
+                    "first (`layer.weight = nn.Parameter(layer.weight.clone())` and `tie_word_embeddings=False`), or "
+                    "train with `ensure_weight_tying=True`, which gives both one update."
+                )
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -240,6 +266,7 @@ class DualLoraModel(BaseTuner):
 
         Exactly; into quantised layers as closely as they allow, which is then said.
         """
+        self._refuse_shared_weights(adapter_names)
         before = [(m, list(m.merged_adapters)) for m in self.modules() if isinstance(m, DualLoraLayer)]
         try:
             with together.merging(self.model, adapter_names):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.op import autocast_dtype
+from .precision import warn_once
 
 _current: torch.amp.GradScaler | None = None
 
@@ -54,13 +55,21 @@ def loss_scale(device: torch.device) -> Tensor | None:
     return present.to(device=device, dtype=torch.float32, copy=True)
 
 
-def check_clip_is_safe(device: torch.device) -> None:
-    """Refuse `clip` under fp16 autocast with an unknown scaler, in words."""
-    if _current is None and autocast_dtype(device) == torch.float16:
+def check_clip_is_safe(device: torch.device, training: bool) -> None:
+    """Refuse `clip` under fp16 autocast with an unknown scaler, in words; in eval mode, mostly evaluation, warn."""
+    if _current is not None or autocast_dtype(device) != torch.float16:
+        return
+    if training:
         raise RuntimeError(
             "Dual LoRA's 'clip' estimator looks at gradient values, and under fp16 autocast a gradient scaler "
             "multiplies them by up to 65,536 without a layer being able to see it: training would silently be "
             "another method. Make the scaler known (`with dual_lora.grad_scaler(scaler): …`, or "
             "`dual_lora.DualLoraCallback()` in a Trainer), train in bf16, or choose ste='identity' or 'hardtanh', "
             "which are indifferent to scale."
+        )
+    if not torch.compiler.is_compiling():
+        warn_once(
+            "A Dual LoRA model in eval mode runs under fp16 autocast with gradients. To evaluate, use torch.no_grad(). "
+            "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
+            "'clip' estimator would otherwise clip scaled gradients."
         )
