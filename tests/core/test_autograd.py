@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dual_lora.core import blocked, product
 from dual_lora.core.blocked import Adapter
+from dual_lora.core.compose_op import dual_lora_weight
+from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form, delta_weight
 
@@ -243,6 +245,39 @@ def test_matmul_precision_does_not_reach_the_signs(precision, matmul_precision):
         assert torch.get_float32_matmul_precision() == precision, "the user's setting was not put back"
         if precision == "medium" and torch.equal(factors.B @ factors.A, plain):
             pytest.skip("this CPU has no lower precision, so that nothing was shown")
+
+
+def jvp(function, at):
+    return torch.func.jvp(function, (at,), (torch.ones_like(at),))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(mode):
+    """An operator without a rule for it would give a tangent of zero."""
+    x, W, _, factors = gaussian()
+    adapter = Adapter(Factors(*(f.detach() for f in factors)), torch.tensor(0.5), Form())
+
+    def other(A):
+        return [adapter._replace(factors=adapter.factors._replace(A=A))]
+
+    A, indices = adapter.factors.A, torch.tensor([1, 2])
+    functions = [
+        (lambda x: dual_lora_linear(x, W, None, [adapter]), x.detach()),
+        (lambda A: dual_lora_linear(x, W, None, other(A)), A),
+        (lambda A: dual_lora_weight(W, other(A)), A),
+        (lambda A: dual_lora_embedding(indices, W, other(A)), A),
+    ]
+    for function, at in functions:
+        with mode(), pytest.raises(NotImplementedError, match="forward mode"):
+            jvp(function, at)
+
+
+def test_adapters_of_other_shapes_are_refused_without_a_weight_too():
+    x, _, _, factors = gaussian(O=30)
+    more = gaussian(O=31)[3]
+    adapters = [Adapter(f, torch.tensor(0.5), Form()) for f in (factors, more)]
+    with pytest.raises(ValueError, match=r"do not fit a weight \[30, 20\]"):
+        dual_lora_linear(x, None, None, adapters)
 
 
 def test_fake_tensors():

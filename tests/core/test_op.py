@@ -267,7 +267,7 @@ def test_wrong_shapes_are_named():
         dual_lora_linear(x, W, None, [])
 
 
-OPERATORS = ("linear", "linear_rows", "through_rows", "weight", "embedding")
+OPERATORS = ("linear", "through_rows", "weight", "embedding")
 
 
 @pytest.mark.parametrize("key", ["CPU", "CUDA", "MPS", "XPU", "HPU", "XLA", "PrivateUse1"])

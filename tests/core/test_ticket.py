@@ -23,15 +23,15 @@ def of(W):
 
 
 def test_opcheck():
-    x, W, _, factors = gaussian()
+    x, W, bias, factors = gaussian()
     number = of(W).number
-    args = x, number, list(factors), [torch.tensor(0.5)], [Form().code], None
-    torch.library.opcheck(torch.ops.dual_lora.linear_rows.default, args)
+    args = x, number, bias, list(factors), [torch.tensor(0.5)], [Form().code], None
+    torch.library.opcheck(torch.ops.dual_lora.linear.default, args)
     y = torch.randn(7, 30)
     torch.library.opcheck(torch.ops.dual_lora.through_rows.default, (x, y, number))
     four = [f.detach() for f in factors]
-    args = y, x.detach(), number, four, [torch.tensor(0.5)], [Form().code], torch.tensor(8.0), True, True
-    torch.library.opcheck(torch.ops.dual_lora.linear_rows_backward.default, args)
+    args = y, x.detach(), number, four, [torch.tensor(0.5)], [Form().code], torch.tensor(8.0), True, False, True
+    torch.library.opcheck(torch.ops.dual_lora.linear_backward.default, args)
     torch.library.opcheck(torch.ops.dual_lora.through_rows_backward.default, (y, number, 20))
 
 

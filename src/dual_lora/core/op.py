@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import blocked
 from .blocked import Adapter, Needs, RowSource
 from .reference import Factors, Form
 from .ticket import Ticket, source_of, ticket
 
+# `weight` is a matrix, or a ticket's number: then nothing dequantised is kept.
 torch.library.define(
     "dual_lora::linear",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale)"
@@ -30,16 +32,6 @@ torch.library.define(
     "dual_lora::linear_backward",
     "(Tensor dy, Tensor x, Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
     " bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
-)
-# `weight` is a ticket's number.
-torch.library.define(
-    "dual_lora::linear_rows",
-    "(Tensor x, Tensor weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale) -> Tensor",
-)
-torch.library.define(
-    "dual_lora::linear_rows_backward",
-    "(Tensor dy, Tensor x, Tensor weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
-    " bool need_x, bool need_factors) -> Tensor[]",
 )
 
 
@@ -58,11 +50,12 @@ def dual_lora_linear(
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
 
     Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
-    Raises ValueError for shapes that do not fit, RuntimeError on double backward.
+    Raises ValueError for shapes that do not fit, RuntimeError on double backward, NotImplementedError in forward mode.
     """
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     _check_shapes(x, weight, adapters)
+    refuse_forward_mode(x, adapters)
     autocast = autocast_dtype(x.device)
     if autocast is not None:
         x = x.to(autocast)
@@ -70,12 +63,11 @@ def dual_lora_linear(
     factors = [f for a in adapters for f in a.factors]
     scales = [a.scale for a in adapters]
     forms = [a.form.code for a in adapters]
-    if weight is None or isinstance(weight, Tensor):
-        return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
-    if not isinstance(weight, Ticket):
-        weight = ticket(partial(_itself, weight), weight.shape)
-    y = torch.ops.dual_lora.linear_rows(x, weight.number, factors, scales, forms, loss_scale)
-    return y if bias is None else y + bias
+    if not (weight is None or isinstance(weight, Tensor)):
+        if not isinstance(weight, Ticket):
+            weight = ticket(partial(_itself, weight), weight.shape)
+        weight = weight.number
+    return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -94,13 +86,26 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def refuse_forward_mode(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
+    """Raise NotImplementedError for a tangent of x or of a factor, which an operator would drop without a word."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in (*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "Dual LoRA has no derivative in forward mode (torch.func.jvp, torch.autograd.forward_ad): its "
+                "gradients are those of straight-through estimators, in backward. Use backward(), or merge it first."
+            )
+
+
 def _itself(source: RowSource) -> RowSource:
     return source
 
 
 def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapters: Sequence[Adapter]) -> None:
+    first = adapters[0].factors
+    O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
     for (A, B, C, D), _, _ in adapters:
-        O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
         r1, r2 = A.shape[0], C.shape[0]
         expected = {"A": (r1, I), "B": (O, r1), "C": (r2, I), "D": (O, r2)}
         received = {name: tuple(f.shape) for name, f in zip("ABCD", (A, B, C, D), strict=True)}
@@ -133,9 +138,14 @@ def _triton() -> ModuleType | None:
     return triton_linear if [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 3] else None
 
 
-def _implementation(x: Tensor, weight: Tensor | None, adapters: list[Adapter]) -> ModuleType:
+def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
+    """The weight, or the one that a ticket's number stands for."""
+    return weight if weight is None or weight.ndim else source_of(weight)
+
+
+def _implementation(x: Tensor, weight: Tensor | RowSource | None, adapters: list[Adapter]) -> ModuleType:
     """Who computes: the Triton kernels on a GPU that they are right on, the blocks everywhere else."""
-    triton = _triton() if x.is_cuda else None
+    triton = _triton() if x.is_cuda and (weight is None or isinstance(weight, Tensor)) else None
     return triton if triton is not None and triton.takes(x, weight, adapters) else blocked
 
 
@@ -146,7 +156,7 @@ def _implementation(x: Tensor, weight: Tensor | None, adapters: list[Adapter]) -
 @torch.library.impl("dual_lora::linear", "default")
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
     with without_autocast(x.device):
-        adapters = _adapters(factors, scales, forms)
+        adapters, weight = _adapters(factors, scales, forms), _opened(weight)
         y = _implementation(x, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
@@ -158,8 +168,9 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     adapters = _adapters(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
     with without_autocast(x.device):
-        implementation = _implementation(x, weight, adapters)
-        grads = implementation.backward(_rows(dy), _rows(x), weight, adapters, loss_scale, needs)
+        source = _opened(weight)
+        implementation = _implementation(x, source, adapters)
+        grads = implementation.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
     out = []
     if grads.x is not None:
         out.append(grads.x.view(x.shape))
@@ -220,61 +231,3 @@ def _refuse_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd("dual_lora::linear_backward", _refuse_double_backward)
-
-
-# The same for a weight that is read by rows (quantised): nothing dequantised is kept.
-
-
-@torch.library.impl("dual_lora::linear_rows", "default")
-def _linear_rows(x, weight, factors, scales, forms, loss_scale):
-    with without_autocast(x.device):
-        y = blocked.forward(_rows(x), source_of(weight), _adapters(factors, scales, forms))
-    return y.view(*x.shape[:-1], y.shape[-1])
-
-
-@torch.library.impl("dual_lora::linear_rows_backward", "default")
-def _linear_rows_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_factors):
-    adapters, needs = _adapters(factors, scales, forms), Needs(need_x, False, need_factors)
-    with without_autocast(x.device):
-        grads = blocked.backward(_rows(dy), _rows(x), source_of(weight), adapters, loss_scale, needs)
-    out = [] if grads.x is None else [grads.x.view(x.shape)]
-    if grads.factors is not None:
-        out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
-    return out
-
-
-@torch.library.register_fake("dual_lora::linear_rows")
-def _(x, weight, factors, scales, forms, loss_scale):
-    return x.new_empty(*x.shape[:-1], factors[1].shape[0])
-
-
-@torch.library.register_fake("dual_lora::linear_rows_backward")
-def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_factors):
-    out = [x.new_empty(x.shape)] if need_x else []
-    return out + [f.new_empty(f.shape) for f in factors] if need_factors else out
-
-
-def _setup_rows(ctx, inputs, output):
-    x, weight, factors, scales, forms, loss_scale = inputs
-    ctx.save_for_backward(x, weight, loss_scale, *factors, *scales)
-    ctx.forms = forms
-
-
-def _backward_rows(ctx, dy):
-    need_x, _, need_factors, *_ = ctx.needs_input_grad
-    x, weight, loss_scale, *rest = ctx.saved_tensors
-    n = len(ctx.forms)
-    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
-    needs = bool(need_x), any(need_factors)
-    out = iter(
-        torch.ops.dual_lora.linear_rows_backward(dy, x, weight, factors, scales, ctx.forms, loss_scale, *needs)
-        if any(needs)
-        else ()
-    )
-    dx = next(out) if needs[0] else None
-    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[1] else [None] * 4 * n
-    return dx, None, dF, [None] * n, None, None
-
-
-torch.library.register_autograd("dual_lora::linear_rows", _backward_rows, setup_context=_setup_rows)
-torch.library.register_autograd("dual_lora::linear_rows_backward", _refuse_double_backward)
