@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
+
+_locks: weakref.WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = weakref.WeakKeyDictionary()
+_of_locks = threading.Lock()
 
 
 @contextmanager
 def swapped(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     """Let `module.<name>` be the given value (a composed tensor, or what indexes like one) inside the block.
 
-    The parameters themselves, their order and whoever else holds them are not touched.
+    The parameters themselves, their order and whoever else holds them are not touched. Threads take turns: one that
+    came while another is inside would find its value, and put that back as if it were the parameter.
     """
-    places = [_place(module, name, value) for name, value in values.items()]
-    before = [home.get(key, _ABSENT) for home, key, _ in places]
-    for home, key, value in places:
-        home[key] = value
-    try:
-        yield
-    finally:
-        for (home, key, _), old in zip(places, before, strict=True):
-            if old is _ABSENT:
-                del home[key]
-            else:
-                home[key] = old
+    with _alone(module):
+        places = [_place(module, name, value) for name, value in values.items()]
+        before = [home.get(key, _ABSENT) for home, key, _ in places]
+        for home, key, value in places:
+            home[key] = value
+        try:
+            yield
+        finally:
+            for (home, key, _), old in zip(places, before, strict=True):
+                if old is _ABSENT:
+                    del home[key]
+                else:
+                    home[key] = old
 
 
 _ABSENT = object()
+
+
+def _alone(module: nn.Module) -> AbstractContextManager[Any]:
+    """The module's lock; nested blocks of one thread (several parameters of a module) pass it."""
+    if torch.compiler.is_compiling():  # a graph has no locks
+        return nullcontext()
+    with _of_locks:
+        return _locks.setdefault(module, threading.RLock())
 
 
 def _place(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
