@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,7 +22,7 @@ pytest.importorskip("peft")
 from dual_lora.lab.comparison import executors, perform, plan
 from dual_lora.lab.comparison.compare import compare
 from dual_lora.lab.comparison.forecast import forecast
-from dual_lora.lab.comparison.state import State
+from dual_lora.lab.comparison.state import State, write_json
 from dual_lora.lab.comparison.study import read_study
 from dual_lora.lab.comparison.tables import show_forecast, show_results
 from dual_lora.lab.errors import UserError
@@ -313,9 +314,10 @@ def test_diverged_run_is_recorded_and_counts(tiny, tmp_path):
     wild = results["methods"][1]
     assert [s["status"] for s in wild["seeds"]] == ["diverged", "diverged"]
     assert wild["diverged"] == 2
-    worst = max(s["score"] for s in results["methods"][0]["seeds"])
-    assert wild["score"] == pytest.approx(worst), "the worst loss that any run there had"
-    assert any("2 of 2 runs of wild" in note for note in results["notes"])
+    assert wild["score"] is None
+    assert any("Every run of wild on letters diverged" in note for note in results["notes"])
+    assert [c["verdict"] for c in results["comparisons"]] == ["no verdict, every run diverged"]
+    show_results(results)
     before = outcomes(tmp_path / "out")
     compare(study, tmp_path / "out", progress=False)
     assert outcomes(tmp_path / "out") == before, "a diverged run is finished, it is not tried again"
@@ -329,6 +331,7 @@ def test_method_whose_every_trial_diverged(tiny, tmp_path):
     assert results["methods"][1]["diverged_in_search"]
     assert [t["status"] for t in results["methods"][1]["trials"]] == ["diverged", "diverged"]
     assert results["comparisons"][0]["candidate"] == "wild"
+    assert results["comparisons"][0]["verdict"] == "no verdict, every run diverged"
     show_results(results)
 
 
@@ -347,12 +350,55 @@ def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
     assert "the dog ate it" in results["failed"][0]
     assert [s["status"] for s in results["methods"][1]["seeds"]] == ["done", "missing"]
     assert results["comparisons"] == [], "no verdict from half the seeds"
+    assert "dual_lora on letters is not compared with anything: 1 of 2 runs have ended." in results["notes"]
     show_results(results)
     monkeypatch.undo()
     before = outcomes(tmp_path / "out")
     repaired = compare(study, tmp_path / "out", progress=False)
     assert repaired["complete"]
     assert before.items() <= outcomes(tmp_path / "out").items()
+
+
+@pytest.mark.parametrize(
+    ("figures", "items"),
+    [
+        ({"accuracy": 0.69, "loss": float("nan")}, [{"correct": True}]),
+        ({"loss": float("inf")}, [{"nats": 1.0}]),
+        ({"choice": 0.5}, [{"correct": True, "scores": [float("nan"), float("nan")]}]),
+    ],
+)
+def test_a_model_of_nan_has_diverged_however_well_it_scores(figures, items, tmp_path):
+    """Its answer is the first class or choice for every item, and that may be the most frequent one."""
+    job = {"key": "k", "kind": "base", "metric": "accuracy"}
+
+    def scored(job, runs):
+        measured = SimpleNamespace(metrics={"tuned": figures}, items=items)
+        example = SimpleNamespace(label="x", messages=None)
+        return perform._scored(job, runs, measured, [example], ["x"], lambda *_: [[1.0]], lambda *_: 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perform, "_base", scored)
+        assert perform.perform(job, tmp_path)["status"] == "diverged"
+    assert perform.read_outcome(tmp_path, "k")["status"] == "diverged"
+
+
+def test_what_is_written_is_json_for_everybody(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, (float("inf"), "NaN")], "b": -float("inf")})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, [None, "NaN"]], "b": None}
+
+
+def test_runs_remember_how_many_there_were_at_a_time(tiny, whole, copy_of_whole):
+    """Taken up by a study that runs alone, they were still measured beside others."""
+    assert [m["measured_beside"] for m in whole["methods"]] == [[1], [1]]
+    assert not any("side by side" in note or "comparable" in note for note in whole["notes"])
+    for m in whole["methods"]:
+        for seed in m["seeds"]:
+            file = copy_of_whole / "runs" / f"{seed['key']}.json"
+            write_json(file, json.loads(file.read_text()) | {"runs_at_a_time": 2})
+    reused = compare(tiny / "study.yaml", copy_of_whole, progress=False)
+    assert reused["provenance"]["runs_at_a_time"] == 1
+    assert any(note.startswith("2 runs went side by side") for note in reused["notes"])
 
 
 def test_one_seed_has_no_winner(tiny, tmp_path, capsys):

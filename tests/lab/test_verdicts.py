@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from rich.console import Console
 
 pytest.importorskip("pydantic")
 
+from dual_lora.lab.comparison import stats
 from dual_lora.lab.comparison.budget import Size
 from dual_lora.lab.comparison.perform import scores_file
 from dual_lora.lab.comparison.plan import Cell
@@ -18,6 +21,7 @@ from dual_lora.lab.comparison.study import MethodEntry, build_study
 from dual_lora.lab.comparison.tables import show_results
 from dual_lora.lab.comparison.verdicts import Finished, build_results
 from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.report.report import report
 
 SEEDS = 4
 RECIPE = build_recipe({"model": {"path": "x"}, "evaluate": {"tasks": ["choice"]}})
@@ -53,7 +57,7 @@ def made(tmp_path, skill, tasks=("a", "b"), diverged=(), speed=None, **study):
             trials = [
                 (
                     {"key": f"t{lr}", "settings": {"train.learning_rate": lr}},
-                    {"status": "done", "score": 1.0, "seconds": 1},
+                    {"status": "done", "score": 0.5 + lr, "seconds": 1},
                 )
                 for lr in (1e-3, 3e-3, 1e-2)
             ]
@@ -111,6 +115,186 @@ def test_diverged_seed_counts_with_the_worst_score(tmp_path):
     assert sound["comparisons"][0]["verdict"] == "better"
     assert results["comparisons"][0]["verdict"] == "not distinguishable", "one run in four is no sure thing"
     assert any("1 of 4 runs of b on t diverged" in note for note in results["notes"])
+
+
+def cell(folder, method, scores, task="t", metric="matthews", finals=None, trials=(), figures=None, **outcome):
+    """One method's finished runs from what every item adds in each run: [S][N, K]; None where a run diverged."""
+    runs = []
+    for seed, items in enumerate(scores):
+        key = f"{task}{method}{seed}"
+        job = {"key": key, "seed": seed, "metric": metric, "settings": {}}
+        if items is None:
+            runs.append((job, {"key": key, "status": "diverged", "error": "NaN", "seconds": 1.0}))
+            continue
+        write_json(scores_file(folder, key), items)
+        training = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory", "adapter_bytes"))
+        done = {"key": key, "status": "done", "score": 0.5, "seconds": 1.0, "figures": figures, "training": training}
+        runs.append((job, done | {"steps_per_second": None} | outcome))
+    runs = [(job, outcome if seed in (finals or range(9)) else None) for seed, (job, outcome) in enumerate(runs)]
+    entry = MethodEntry.model_validate({"name": "lora"})
+    return Finished(Cell("", task, method, entry, RECIPE, metric, Size(10, 100), None), list(trials), {}, runs)
+
+
+def judged(folder, cells, untrained=(), **study):
+    """Results of these cells, with everything that is shown of them, which must hold no NaN."""
+    methods, tasks = (list(dict.fromkeys(getattr(f.cell, part) for f in cells)) for part in ("method", "task"))
+    values = {"name": "s", "tasks": tasks, "methods": {m: {} for m in methods}, "seeds": len(cells[0].finals)}
+    results = build_results(build_study(values | {"margin": 0.02} | study), cells, folder, untrained)
+    write_json(folder / "results.json", results | {"failed": [], "untrained": list(untrained)})
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    page = io.StringIO()
+    show_results(results, Console(file=page, width=200))
+    assert "nan" not in page.getvalue().lower().split()
+    out = folder / "report.html"
+    report([folder / "results.json"], out, tables=folder / "tables")
+    html = out.read_text()
+    assert "could not be shown" not in html
+    assert "NaN" not in html.partition('id="data">')[2].partition("</script>")[0]
+    for file in (folder / "tables").iterdir():
+        assert not re.search(r"\b(nan|none|inf)\b", file.read_text().lower()), file
+    return results
+
+
+def answers(labels, guesses):
+    return stats.confusion_cells(labels, np.asarray([guesses]), 2)[0].tolist()
+
+
+MAJORITY = answers([0, 1] * 20, [0] * 40)
+MINORITY = answers([0, 1] * 20, [1] * 40)
+LEARNED = answers([0, 1] * 20, [0, 1] * 19 + [1, 1])
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_nobody_learned_anything(tmp_path, seeds):
+    """The same class for every item: all methods are alike, and that is not what the study asked."""
+    constant = {"figures": {"accuracy": 0.5, "matthews": 0.0}}
+    cells = [
+        cell(tmp_path, name, [MAJORITY, MINORITY, MAJORITY, MINORITY, MAJORITY][:seeds], task, **constant)
+        for task in ("t", "u", "v")
+        for name in ("a", "b", "c")
+    ]
+    results = judged(tmp_path, cells, margin=0.2)
+    verdict = "neither learned the task" if seeds > 1 else "no verdict from one seed"
+    assert {c["verdict"] for c in results["comparisons"]} == {verdict}
+    assert all("Matthews 0" in c["sentence"] for c in results["comparisons"])
+    assert sum("has not learned" in note for note in results["notes"]) == 9
+    assert set(results["ranking"][0]["ranks"].values()) == {2.0}
+
+
+def test_one_that_learned_is_no_such_case(tmp_path):
+    cells = [
+        cell(tmp_path, "a", [MAJORITY] * 3, figures={"matthews": 0.0}),
+        cell(tmp_path, "b", [LEARNED] * 3, figures={"matthews": 0.95}),
+    ]
+    results = judged(tmp_path, cells)
+    assert results["comparisons"][0]["verdict"] == "better"
+    assert [note for note in results["notes"] if "has not learned" in note] == [
+        "a has not learned t: every run is right as often as one that gives every item the same answer (Matthews 0)."
+    ]
+
+
+def test_no_better_than_the_untrained_model(tmp_path):
+    right = [[[1.0]] * 150 + [[0.0]] * 50] * 3
+    untrained = [{"model": "", "task": "t", "metric": "choice", "score": 0.75}]
+    cells = [cell(tmp_path, name, right, metric="choice") for name in ("a", "b")]
+    results = judged(tmp_path, cells, untrained)
+    assert results["comparisons"][0]["verdict"] == "neither learned the task"
+    assert "not better than the untrained model's (0.75)" in results["comparisons"][0]["sentence"]
+    lower = judged(tmp_path, cells, [untrained[0] | {"score": 0.5}])
+    assert lower["comparisons"][0]["verdict"] == "equivalent within the margin"
+    assert "learned" not in lower["comparisons"][0]["sentence"]
+
+
+def test_a_loss_is_better_than_the_untrained_when_it_is_less(tmp_path):
+    losses = [[[2.0, 1.0], [3.0, 2.0]], [[2.1, 1.0], [3.0, 2.0]]]
+    cells = [cell(tmp_path, name, losses, metric="loss") for name in ("a", "b")]
+    untrained = {"model": "", "task": "t", "metric": "loss", "score": 4.0}
+    assert not any("has not learned" in note for note in judged(tmp_path, cells, [untrained])["notes"])
+    better = judged(tmp_path, cells, [untrained | {"score": 1.0}])
+    assert sum("has not learned" in note for note in better["notes"]) == 2
+
+
+@pytest.mark.parametrize("gone", ["a", "b"])
+@pytest.mark.parametrize("other", [LEARNED, MAJORITY])
+def test_a_method_whose_every_run_diverged_is_like_no_other(tmp_path, gone, other):
+    """Its runs would count with the other's worst score, and so be equivalent to it."""
+    cells = [
+        cell(tmp_path, name, [None] * 3 if name == gone else [other] * 3, task) for task in "tu" for name in ("a", "b")
+    ]
+    results = judged(tmp_path, cells, margin=0.5)
+    for c in results["comparisons"]:
+        assert c["verdict"] == "no verdict, every run diverged"
+        assert c["sentence"].endswith(f"No run of {gone} came to an end with a score.")
+        assert c["difference"] is c["low"] is c["p_holm"] is c["visible"] is None
+    assert [m["score"] is None for m in results["methods"]] == [m["method"] == gone for m in results["methods"]]
+    assert results["overall"] == []
+    assert list(results["ranking"][0]["ranks"].values()) == [1.0, 2.0], "it ranks last, also where all scored alike"
+    assert list(results["ranking"][0]["ranks"])[1] == gone
+    assert not any(p["method"] == gone for front in results["pareto"] for p in front["points"])
+
+
+def test_a_diverged_run_is_no_ground_for_equivalence(tmp_path):
+    cells = [cell(tmp_path, "a", [LEARNED] * 4), cell(tmp_path, "b", [LEARNED, None, LEARNED, LEARNED])]
+    (c,) = judged(tmp_path, cells, margin=0.5)["comparisons"]
+    assert c["verdict"] == "not distinguishable"
+    assert c["sentence"].endswith("Of 4 runs each, 1 of b diverged: equivalence is not claimed.")
+    sound = [cell(tmp_path, name, [LEARNED] * 4) for name in ("a", "b")]
+    assert judged(tmp_path, sound, margin=0.5)["comparisons"][0]["verdict"] == "equivalent within the margin"
+
+
+def test_one_test_item_is_no_verdict(tmp_path):
+    cells = [cell(tmp_path, "a", [[[0.0]]] * 5, metric="choice"), cell(tmp_path, "b", [[[1.0]]] * 5, metric="choice")]
+    results = judged(tmp_path, cells)
+    assert results["comparisons"][0]["verdict"] == "no verdict from one test item"
+    assert "t has one test item: it says nothing about others." in results["notes"]
+
+
+def test_methods_that_are_not_finished_are_named(tmp_path):
+    unfinished = cell(tmp_path, "b", [LEARNED] * 5, finals=(0, 2, 3))
+    cells = [cell(tmp_path, "a", [LEARNED] * 5), unfinished, cell(tmp_path, "c", [MAJORITY] * 5)]
+    results = judged(tmp_path, cells)
+    assert [c["candidate"] for c in results["comparisons"]] == ["c"]
+    assert results["notes"][0] == "b on t is not compared with anything: 3 of 5 runs have ended."
+    reference = judged(tmp_path, cells, reference="b")
+    assert reference["comparisons"] == []
+    assert reference["notes"][0].startswith("b on t is not compared with anything, and nothing with it: 3 of 5")
+
+
+def test_a_search_whose_trials_all_score_alike_chose_nothing(tmp_path):
+    trials = [
+        ({"key": str(lr), "settings": {"train.learning_rate": lr}}, {"status": "done", "score": 0.0, "seconds": 1})
+        for lr in (1e-3, 3e-3, 1e-2)
+    ]
+    cells = [cell(tmp_path, name, [LEARNED] * 2, trials=trials) for name in ("a", "b")]
+    for f in cells:
+        f.chosen = {"train.learning_rate": 1e-3}
+    notes = judged(tmp_path, cells)["notes"]
+    assert sum("the search could not choose" in note for note in notes) == 2
+    assert not any("did best with" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("loads", "said"),
+    [
+        ((1, 1), None),
+        ((2, 2), "2 runs went side by side"),
+        ((None, None), "was not recorded"),
+        ((1, 2), "Runs at a time: 1: a on t; 2: b on t."),
+        ((None, 2), "Runs at a time: unknown: a on t; 2: b on t."),
+    ],
+)
+def test_costs_measured_under_different_loads_say_so(tmp_path, loads, said):
+    """A run may come from another study that had the machine for itself."""
+    cells = [cell(tmp_path, name, [LEARNED] * 2, runs_at_a_time=load) for name, load in zip("ab", loads, strict=True)]
+    results = judged(tmp_path, cells)
+    notes = [note for note in results["notes"] if "comparable" in note]
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]
+    page = io.StringIO()
+    show_results(results, Console(file=page, width=200))
+    assert ("runs at a time" in page.getvalue().split("Verdicts")[1].split("•")[0]) == (loads[0] != loads[1])
+    report([tmp_path / "results.json"], tmp_path / "r.html")
+    assert ("not all runs shared the machine alike" in (tmp_path / "r.html").read_text()) == (loads[0] != loads[1])
 
 
 def test_everything_diverged(tmp_path):

@@ -153,7 +153,7 @@ class _Course:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(
                 self.way.executor,
-                list(left.values()),
+                [job | {"runs_at_a_time": min(self.way.workers, len(left))} for job in left.values()],
                 self.runs,
                 self.way.workers,
                 self.way.keep,
@@ -207,12 +207,13 @@ class _Course:
             finals = [(job, self._outcome(job)) for job in self.finals.get(key, [])]
             doomed = bool(trials) and all(outcome and outcome["status"] == "diverged" for _, outcome in trials)
             finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
-        results = build_results(self.study, finished, self.runs)
-        results["untrained"] = [
+        untrained = [
             {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
             for job in plan.base_jobs(self.cells)
             if (outcome := self._outcome(job)) and outcome["status"] == "done"
         ]
+        results = build_results(self.study, finished, self.runs, untrained)
+        results["untrained"] = untrained
         results["failed"] = sorted(self.failed.values())
         results["provenance"] = surroundings() | {
             "executor": self.way.executor,
@@ -220,10 +221,6 @@ class _Course:
             "seconds_of_runs": round(sum(e.outcome["seconds"] for e in self.state.entries().values() if e.outcome), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        if self.way.workers > 1:
-            results["notes"].append(
-                f"{self.way.workers} runs went side by side: times and speeds are comparable with each other only."
-            )
         write_json(self.folder / "results.json", results)
         self._written = time.time()
         return results

@@ -56,7 +56,7 @@ def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str
         held(folder, stack)
         if (done := read_outcome(runs, job["key"])) is not None:
             return done  # an orphan finished it while we waited
-        outcome = {"key": job["key"], "status": "done"}
+        outcome = {"key": job["key"], "status": "done", "runs_at_a_time": job.get("runs_at_a_time")}
         try:
             outcome |= _base(job, runs) if job["kind"] == "base" else _trained(job, folder, runs)
         except UserError as error:
@@ -141,9 +141,17 @@ def _scored(
     score = value(job["metric"], np.asarray(shares, dtype=np.float64).mean(0))
     if not math.isfinite(score):
         raise UserError(f"The {job['metric']} is not finite.") from NotFinite()
-    write_json(scores_file(runs, job["key"]), shares)
     (figures,) = measured.metrics.values()
+    if not _all_finite(figures, measured.items):
+        raise UserError(f"The {job['metric']} comes from figures that are not finite.") from NotFinite()
+    write_json(scores_file(runs, job["key"]), shares)
     return {"score": score, "metric": job["metric"], "figures": figures, "items": len(shares)}
+
+
+def _all_finite(figures: dict[str, float], items: list[dict[str, Any]]) -> bool:
+    """A model of NaN gives every item its first class or choice, which may well be right: look at what it chose by."""
+    chosen_by = [value for item in items for value in item.get("scores", ())]
+    return all(map(math.isfinite, figures.values())) and not any(map(math.isnan, chosen_by))
 
 
 class NotFinite(Exception):

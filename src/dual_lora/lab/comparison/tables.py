@@ -51,8 +51,8 @@ def verdict_table(results: dict[str, Any]) -> Table:
             escape(c["reference"]),
             escape(_place(c)) + f" · {c['metric']}",
             f"[{colour}]{c['verdict']}[/{colour}]",
-            f"{c['difference']:+.4f}",
-            f"{c['low']:+.4f} … {c['high']:+.4f}",
+            _number(c["difference"], "+.4f"),
+            "" if c["low"] is None else f"{c['low']:+.4f} … {c['high']:+.4f}",
             _number(c["p_holm"], ".3g"),
             _number(c["visible"], ".4f"),
         )
@@ -94,6 +94,8 @@ def cost_table(results: dict[str, Any]) -> Table:
         table.add_column(column)
     for column in ("train", "steps/s", "tokens/s", "peak MiB", "adapter MiB", "merge s", "forward ×", "decode ×"):
         table.add_column(column, justify="right")
+    if beside := len({n for m in results["methods"] for n in m.get("measured_beside", [])}) > 1:
+        table.add_column("runs at a time")  # or times and speeds would be compared that can't be
     for m in results["methods"]:
         c = m["cost"]
         table.add_row(
@@ -107,8 +109,14 @@ def cost_table(results: dict[str, Any]) -> Table:
             _number(c["merge_seconds"], ".2f"),
             _number(c["forward_slowdown"], ".2f"),
             _number(c["decode_slowdown"], ".2f"),
+            *([_company(m)] if beside else []),
         )
     return table
+
+
+def _company(method: dict[str, Any]) -> str:
+    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
+    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
 def rank_table(ranking: dict[str, Any]) -> Table:

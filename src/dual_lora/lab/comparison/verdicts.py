@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,17 @@ class Finished:
         return self.doomed or (bool(self.finals) and all(outcome is not None for _, outcome in self.finals))
 
 
-def build_results(study: Study, finished: Sequence[Finished], runs: Path) -> dict[str, Any]:
-    """Everything that the study says, ready for results.json."""
+def build_results(
+    study: Study, finished: Sequence[Finished], runs: Path, untrained: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place."""
     notes: list[str] = []
     tables = _score_tables(finished, runs, notes, len(study.seeds))
     methods = [_method(f, tables.get(_at(f))) for f in finished]
     ends = {_at(f): end for f, method in zip(finished, methods, strict=True) if (end := _end_of_search(method))}
-    comparisons = [_with_doubt(c, ends) for c in _comparisons(study, finished, tables)]
+    unlearned = {_at(f): why for f, m in zip(finished, methods, strict=True) if (why := _unlearned(m, untrained))}
+    judged = _comparisons(study, finished, tables)
+    comparisons = [_with_doubt(_nothing_learned(c, unlearned), ends) for c in judged]
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
@@ -64,7 +69,14 @@ def build_results(study: Study, finished: Sequence[Finished], runs: Path) -> dic
         "overall": _overall(comparisons),
         "ranking": _rankings(study, finished, tables),
         "pareto": _pareto(methods),
-        "notes": notes + _edge_notes(ends) + _seed_note(study),
+        "notes": _unfinished_notes(study, finished)
+        + notes
+        + _edge_notes(ends)
+        + _level_search_notes(methods)
+        + _unlearned_notes(unlearned)
+        + _item_notes(tables)
+        + _seed_note(study)
+        + _load_notes(methods),
     }
 
 
@@ -81,7 +93,7 @@ def _score_tables(
         if f.complete:
             raw[_at(f)] = [None] * seeds if f.doomed else [_features(job, outcome, runs) for job, outcome in f.finals]
     tables = {}
-    for place in {key[:2] for key in raw}:
+    for place in dict.fromkeys(key[:2] for key in raw):
         here = {key: rows for key, rows in raw.items() if key[:2] == place}
         metric = next(f.cell.metric for f in finished if f.cell.place == place)
         good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
@@ -95,7 +107,11 @@ def _score_tables(
             if key in good:
                 table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
             lost = sum(row is None for row in rows)
-            if lost:
+            if lost == seeds:
+                notes.append(
+                    f"Every run of {key[2]} on {place_name(*place)} diverged: it has no score there, and ranks last."
+                )
+            elif lost:
                 notes.append(
                     f"{lost} of {seeds} runs of {key[2]} on {place_name(*place)} diverged; each counts with the worst "
                     f"score of any run there ({metrics.sign(metric) * worst:.4g})."
@@ -126,24 +142,49 @@ def _comparisons(
             wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         else:
             wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
-        metric = here[0].metric if here else ""
+        lost = {f.cell.method: _lost(f) for f in finished if f.cell.place == place}
         for a, b in wanted:
-            pairs.append(
-                dataclasses.replace(
-                    stats.compare_pair(
-                        tables[(*place, a)],
-                        tables[(*place, b)],
-                        names=(a, b),
-                        task=place_name(*place),
-                        metric=metric,
-                        margin=study.margin.get(metric),
-                        confidence=1 - study.level,
-                        wanted_power=study.power,
-                    ),
-                    place=place,
-                )
+            metric = here[0].metric
+            pair = stats.compare_pair(
+                tables[(*place, a)],
+                tables[(*place, b)],
+                names=(a, b),
+                task=place_name(*place),
+                metric=metric,
+                margin=study.margin.get(metric),
+                confidence=1 - study.level,
+                wanted_power=study.power,
+                counted=metrics.counted(metric),
             )
+            pairs.append(_as_far_as_it_goes(dataclasses.replace(pair, place=place), lost))
     return stats.judge(pairs, study.level)
+
+
+def _lost(f: Finished) -> int | None:
+    """How many final runs diverged; None if all did."""
+    lost = sum(outcome is not None and outcome["status"] == "diverged" for _, outcome in f.finals)
+    return None if f.doomed or lost == len(f.finals) else lost
+
+
+def _as_far_as_it_goes(c: stats.Comparison, lost: dict[str, int | None]) -> stats.Comparison:
+    """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
+
+    The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
+    """
+    silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
+    gone = [name for name in (c.candidate, c.reference) if lost[name] is None]
+    if gone:
+        note = f"No run of {' or '.join(gone)} came to an end with a score."
+        return dataclasses.replace(c, verdict=stats.Verdict.DIVERGED, note=note, **silent)
+    if c.items == 1 and c.seeds > 1:
+        return dataclasses.replace(c, verdict=stats.Verdict.ONE_ITEM, **silent)
+    some = [f"{n} of {name}" for name in (c.candidate, c.reference) if (n := lost[name])]
+    if some and c.seeds > 1:
+        note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
+            ": equivalence is not claimed." if c.margin is not None else "."
+        )
+        return dataclasses.replace(c, p_same=None, note=note)
+    return c
 
 
 def _plain(c: stats.Comparison) -> dict[str, Any]:
@@ -152,6 +193,9 @@ def _plain(c: stats.Comparison) -> dict[str, Any]:
     model, task = c.place
     values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
     del values["place"]
+    if c.verdict is stats.Verdict.DIVERGED:  # figures of a method that has none
+        absent = ("candidate_score", "reference_score", "difference", "low", "high", "p_seeds", "p_items")
+        values |= dict.fromkeys(absent) | {"spread": values["spread"] | dict.fromkeys(("difference", "error"))}
     return values
 
 
@@ -163,7 +207,8 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         {"seed": job["seed"], "key": job["key"], **_outcome(outcome), "figures": (outcome or {}).get("figures")}
         for job, outcome in f.finals
     ]
-    means = sign * table.mean(1) if table is not None else None
+    scored = table is not None and _lost(f) is not None
+    means = sign * table.mean(1) if table is not None and scored else None
     return {
         "model": cell.model,
         "task": cell.task,
@@ -186,6 +231,7 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "diverged": sum(s["status"] == "diverged" for s in seeds),
         "diverged_in_search": f.doomed,
         "cost": _cost(cell, [o for _, o in f.finals if o and o["status"] == "done"]),
+        "measured_beside": _beside(o for _, o in f.finals if o and o["status"] == "done"),
     }
 
 
@@ -215,6 +261,11 @@ def _cost(cell: Cell, outcomes: Sequence[dict[str, Any]]) -> dict[str, float | N
     return cost
 
 
+def _beside(outcomes: Iterable[dict[str, Any]]) -> list[int | None]:
+    """How many runs at a time there were when these were measured; None where a run does not say."""
+    return sorted({o.get("runs_at_a_time") for o in outcomes}, key=lambda n: n or 0)
+
+
 def _overall(comparisons: Sequence[stats.Comparison]) -> list[dict[str, Any]]:
     """The mean difference over the tasks of one model that share a metric."""
     groups: dict[tuple[str, str, str, str], list[stats.Comparison]] = {}
@@ -222,7 +273,7 @@ def _overall(comparisons: Sequence[stats.Comparison]) -> list[dict[str, Any]]:
         groups.setdefault((c.place[0], c.candidate, c.reference, c.metric), []).append(c)
     rows = []
     for (model, candidate, reference, metric), members in groups.items():
-        if len(members) < 2 or members[0].spread.freedom == 0:
+        if len(members) < 2 or any(c.p is None for c in members):
             continue
         s = stats.over_tasks(members)
         low, high = stats.student_interval(s, members[0].confidence)
@@ -246,11 +297,15 @@ def _rankings(
     study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
 ) -> list[dict[str, Any]]:
     rankings = []
+    lost = {_at(f) for f in finished if _lost(f) is None}
     for model in dict.fromkeys(f.cell.model for f in finished):
         tasks = list(dict.fromkeys(f.cell.task for f in finished if f.cell.model == model))
         names = dict.fromkeys(f.cell.method for f in finished if f.cell.model == model)
         scores = {
-            name: [float(tables[(model, task, name)].mean()) for task in tasks]
+            name: [
+                -math.inf if (model, task, name) in lost else float(tables[(model, task, name)].mean())
+                for task in tasks
+            ]
             for name in names
             if all((model, task, name) in tables for task in tasks)
         }
@@ -296,10 +351,105 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _end_of_search(method: dict[str, Any]) -> str:
     """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
     for name, value in (method["settings"] or {}).items():
-        tried = [t["settings"][name] for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
-        if len(set(tried)) > 2 and value in (min(tried), max(tried)):
-            return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
+        tried = [t["settings"][name] for t in trials]
+        if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
+            continue
+        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
+        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
+            continue  # as good as one inside
+        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
     return ""
+
+
+def _level_search_notes(methods: Sequence[dict[str, Any]]) -> list[str]:
+    notes = []
+    for m in methods:
+        scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
+        if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
+            (score,) = scores
+            notes.append(
+                f"Every trial of {m['method']} on {place_name(m['model'], m['task'])} that did not diverge scored "
+                f"{score:.4g}: the search could not choose, and the first of them was taken."
+            )
+    return notes
+
+
+def _unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> str:
+    """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
+    score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
+    if score is None:
+        return ""
+    if figures and all(f.get("matthews") == 0 for f in figures):
+        return "every run is right as often as one that gives every item the same answer (Matthews 0)"
+    sign = 1 if method["better"] == "more" else -1
+    for base in untrained:
+        if (base["model"], base["task"]) == (method["model"], method["task"]) and sign * (score - base["score"]) <= 0:
+            return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
+    return ""
+
+
+def _unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
+    return [
+        f"{method} has not learned {place_name(model, task)}: {why}."
+        for (model, task, method), why in unlearned.items()
+    ]
+
+
+def _nothing_learned(c: stats.Comparison, unlearned: dict[tuple[str, str, str], str]) -> stats.Comparison:
+    """Two methods that did not learn the task are alike in nothing that anybody asked about."""
+    why = [unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned]
+    if len(why) < 2:
+        return c
+    reason = f"Of both, {why[0]}." if why[0] == why[1] else f"Of {c.candidate}, {why[0]}; of {c.reference}, {why[1]}."
+    if c.verdict is stats.Verdict.EQUIVALENT:
+        return dataclasses.replace(c, verdict=stats.Verdict.UNLEARNED, note=reason)
+    return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
+
+
+def _unfinished_notes(study: Study, finished: Sequence[Finished]) -> list[str]:
+    """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
+    notes = []
+    for f in finished:
+        if f.complete:
+            continue
+        done = sum(outcome is not None for _, outcome in f.finals)
+        where = f"{f.cell.method} on {place_name(*f.cell.place)}"
+        state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
+        alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
+        notes.append(f"{where} is not compared with anything{alone}: {state}.")
+    return notes
+
+
+def _item_notes(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
+    places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+
+
+def _load_notes(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Times of runs that shared the machine differ from times of runs that had it for themselves."""
+    groups: dict[tuple[int | None, ...], list[str]] = {}
+    for m in methods:
+        if m["measured_beside"]:
+            groups.setdefault(tuple(m["measured_beside"]), []).append(
+                f"{m['method']} on {place_name(m['model'], m['task'])}"
+            )
+    loads = set().union(*groups) if groups else set()
+    if loads <= {1}:
+        return []
+    if len(loads) == 1:
+        (load,) = loads
+        if load is None:
+            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
+        return [f"{load} runs went side by side: times and speeds are comparable with each other only."]
+    parts = "; ".join(
+        f"{' and '.join('unknown' if n is None else str(n) for n in load)}: {', '.join(names)}"
+        for load, names in groups.items()
+    )
+    return [
+        "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
+        f"another study or another call. Runs at a time: {parts}."
+    ]
 
 
 def _with_doubt(c: stats.Comparison, ends: dict[tuple[str, str, str], str]) -> stats.Comparison:

@@ -323,8 +323,8 @@
       }
       for (const s of this.series) {
         const { colour, dash, mark: kind } = styleOf(s.name);
-        const points = s.points.filter((p) => p.y !== null);
-        const banded = points.filter((p) => p.low !== undefined && p.high !== undefined);
+        const points = s.points.filter((p) => p.x !== null && p.y !== null);
+        const banded = points.filter((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
         if (joined && banded.length > 1) {
           const outline = [...banded.map((p) => [p.x, p.high]), ...banded.toReversed().map((p) => [p.x, p.low])];
           shape(this.svg, "polygon", { points: outline.map(([a, b]) => `${x.at(a)},${y.at(b)}`).join(" "), fill: colour, "fill-opacity": 0.13 });
@@ -358,7 +358,7 @@
     }
 
     intervals() {
-      const view = this.now, points = view.series.flatMap((s) => s.points);
+      const view = this.now, points = view.series.flatMap((s) => s.points).filter((p) => p.x !== null);
       if (!points.length) { this.size(60); return this.nothing(); }
       const stacked = this.width < 560;
       const room = stacked ? 0 : Math.min(this.width * 0.38, Math.max(...points.map((p) => widthOf(p.label))) + 14);
@@ -381,7 +381,7 @@
         if (p.low !== undefined && p.low !== null) {
           shape(this.svg, "line", { x1: x.at(p.low), x2: x.at(p.high), y1: cy, y2: cy, stroke: colour, "stroke-width": 2.5, "stroke-linecap": "round" });
         }
-        for (const d of p.dots || []) shape(this.svg, "circle", { cx: x.at(d), cy, r: 3, fill: "none", stroke: colour, "stroke-width": 1.3, opacity: 0.8 });
+        for (const d of (p.dots || []).filter((d) => d !== null)) shape(this.svg, "circle", { cx: x.at(d), cy, r: 3, fill: "none", stroke: colour, "stroke-width": 1.3, opacity: 0.8 });
         mark(this.svg, p.mood === "good" ? 2 : p.mood === "bad" ? 4 : p.dots ? 3 : 0, x.at(p.x), cy, 5.5, { fill: colour, stroke: "var(--card)" });
         const range = p.low !== undefined && p.low !== null ? `\n${figure(p.low, view.x)} … ${figure(p.high, view.x)}` : "";
         const seeds = p.dots && p.dots.length ? "\nseeds: " + p.dots.map((d) => figure(d, view.x)).join(", ") : "";

@@ -220,7 +220,7 @@ def _cell(column: Column, row: Row) -> str:
         mood = "good" if value else "bad"
         return f'<td class="{mood}" data-v="{int(value)}"><span class="chip">{escape(text)}</span></td>'
     if column.is_number:
-        raw = "" if text == "" else repr(value)
+        raw = "" if text == "" else repr(value).replace("inf", "Infinity")  # as JavaScript calls it
         return f'<td class="n" data-v="{escape(raw)}">{escape(text)}</td>'
     return f'<td class="{"t long" if len(text) > 30 else "t"}">{escape(text)}</td>'
 

@@ -89,6 +89,7 @@ def _forest(metric: str, comparisons: list[Row], source: Source, study: Row) -> 
             "note": f"{c['verdict']} than {c['reference']}" if c["verdict"] in ("better", "worse") else c["verdict"],
         }
         for c in comparisons
+        if c["difference"] is not None
     ]
     reference = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
     axis = Axis(f"difference in {metric} to {reference} (right is better)")
@@ -159,7 +160,7 @@ def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     blocks += _tuning(name, methods, source)
     blocks.append(_cost(name, methods, source))
     better = {m["metric"]: m["better"] for m in methods}
-    blocks += _pareto(name, results.get("pareto", []), better, source)
+    blocks += _pareto(name, results.get("pareto", []), better, source, _mixed_company(methods))
     blocks += [_ranking(name, ranking, source) for ranking in results.get("ranking", [])]
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
@@ -258,11 +259,30 @@ def _cost(name: str, methods: list[Row], source: Source) -> Table:
             "decode_slowdown", "decoding ×", "number", 2, help="Time of a decoding step, unmerged, against the base."
         ),
     ]
-    rows = [{"place": place(m), "method": m["method"], **m["cost"]} for m in methods if m.get("cost")]
-    return Table(f"{name}: cost", columns, rows, source, "Medians over the seeds.").without_empty_columns()
+    rows = [
+        {"place": place(m), "method": m["method"], "company": _company(m), **m["cost"]}
+        for m in methods
+        if m.get("cost")
+    ]
+    note = "Medians over the seeds."
+    if mixed := _mixed_company(methods):
+        columns.append(Column("company", "runs at a time"))
+        note += f" {mixed}"
+    return Table(f"{name}: cost", columns, rows, source, note).without_empty_columns()
 
 
-def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source) -> list[Block]:
+def _company(method: Row) -> str:
+    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
+    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
+
+
+def _mixed_company(methods: list[Row]) -> str:
+    """A warning where runs were measured beside different numbers of others; "" if they were not."""
+    loads = {n for m in methods for n in m.get("measured_beside", [])}
+    return "" if len(loads) < 2 else "Times and speeds are not comparable: not all runs shared the machine alike."
+
+
+def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source, warning: str) -> list[Block]:
     blocks: list[Block] = []
     for where in dict.fromkeys(place(f) for f in fronts):
         views = []
@@ -286,7 +306,7 @@ def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source
                     series,
                 )
             )
-        note = "Joined by a line: methods that no other beats in both quality and cost."
+        note = f"Joined by a line: methods that no other beats in both quality and cost. {warning}".rstrip()
         blocks.append(Chart(f"{name}: quality against cost on {where}", "dots", views, source, note))
     return blocks
 
