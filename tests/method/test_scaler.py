@@ -1,12 +1,17 @@
 """The clip and the scale of the loss: gradient scalers, their refusal, and gradient accumulation."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import adapted, points, trainable
 from torch import nn
 
-from dual_lora import grad_scaler
+from dual_lora import DualLoraCallback, grad_scaler
 from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.method import deepspeed
 from dual_lora.method import scaler as scalers
 
 
@@ -163,3 +168,35 @@ def test_accumulation_clips_every_micro_batch_by_itself():
         clipped += H.clamp(-1, 1)
     torch.testing.assert_close(accumulated, D.t() @ clipped, rtol=1e-4, atol=1e-4)
     assert (accumulated - D.t() @ total.clamp(-1, 1)).abs().max() > 0.05 * accumulated.abs().max()
+
+
+def test_a_run_that_never_ended_leaves_no_scale_behind():
+    """Interrupted, the Trainer does not tell that training ends; the next run may have no scaler."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # where accelerate keeps it
+    DualLoraCallback().on_train_begin(None, None, None, optimizer=optimizer)
+    assert scalers.loss_scale(torch.device("cpu")) == 4
+    del optimizer
+    gc.collect()
+    assert scalers.loss_scale(torch.device("cpu")) is None
+
+
+def test_deepspeeds_scale_keeps_no_engine_alive():
+    class Engine:
+        def __init__(self):
+            self.module, self.optimizer = adapted(), SimpleNamespace(cur_scale=8.0)
+
+        def fp16_enabled(self):
+            return True
+
+        def zero_optimization_stage(self):
+            return 1
+
+    Engine.__init__ = deepspeed._after_init(Engine.__init__)
+    engine = Engine()
+    assert scalers.loss_scale(torch.device("cpu")) == 8
+    alive = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert alive() is None
+    assert scalers.loss_scale(torch.device("cpu")) is None

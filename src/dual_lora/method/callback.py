@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .scaler import set_grad_scaler
+from .scaler import forget_with, set_grad_scaler
 
 
 class DualLoraCallback(TrainerCallback):
@@ -18,7 +18,11 @@ class DualLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look the scaler up in the Trainer's optimizer."""
-        set_grad_scaler(getattr(kwargs.get("optimizer"), "scaler", None))
+        optimizer = kwargs.get("optimizer")
+        scaler = getattr(optimizer, "scaler", None)
+        set_grad_scaler(scaler)
+        if scaler is not None:
+            forget_with(optimizer, scaler)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget it."""

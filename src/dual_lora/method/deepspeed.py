@@ -8,13 +8,14 @@ before that module is called; a ParameterDict never is, so the factors are regis
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .layer import DualLoraLayer
-from .scaler import set_grad_scaler
+from .scaler import forget_with, set_grad_scaler
 
 
 def connect() -> None:
@@ -37,7 +38,9 @@ def _after_init(init: Any) -> Any:
         if not layers:
             return
         if engine.fp16_enabled():
-            set_grad_scaler(_LossScale(engine))  # type: ignore[arg-type]
+            scaler: Any = _LossScale(engine)
+            set_grad_scaler(scaler)
+            forget_with(engine, scaler)
         if engine.zero_optimization_stage() == 3:
             from deepspeed.runtime.zero import register_external_parameter
 
@@ -65,13 +68,13 @@ def _counted(take_model_step: Any) -> Any:
 
 
 class _LossScale:
-    """DeepSpeed's fp16 loss scale, read as a gradient scaler's."""
+    """DeepSpeed's fp16 loss scale, read as a gradient scaler's; keeps no engine, and no model, alive."""
 
     def __init__(self, engine: Any):
-        self._engine = engine
+        self._engine = weakref.ref(engine)
 
     def is_enabled(self) -> bool:
         return True
 
     def get_scale(self) -> float:
-        return float(self._engine.optimizer.cur_scale)
+        return float(self._engine().optimizer.cur_scale)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ one (measured), and a layer cannot see the scaler. So `clip` under fp16 autocast
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,16 @@ def set_grad_scaler(scaler: torch.amp.GradScaler | None) -> None:
     """Make a gradient scaler known from here on, or (None) forget it."""
     global _current
     _current = scaler
+
+
+def forget_with(owner: object, scaler: torch.amp.GradScaler) -> None:
+    """Forget the scaler when its owner is gone: a run that ended by an error leaves nothing to the next one."""
+    weakref.finalize(owner, _forget, scaler)
+
+
+def _forget(scaler: torch.amp.GradScaler) -> None:
+    if _current is scaler:
+        set_grad_scaler(None)
 
 
 @contextmanager
