@@ -374,6 +374,25 @@ def test_an_unfinished_adapter_is_used_as_saved_and_says_so(tmp_path):
     assert torch.equal(again(points()), model(points()))
 
 
+def test_merging_for_good_during_the_warm_up_is_said():
+    """Somebody who swaps the class name in a script of 30 steps has 50 steps of warm-up by default."""
+    model = adapted(warmup_steps=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        copy.deepcopy(model).merge_and_unload()  # never trained
+    assert not told(caught)
+    train(model, 4)
+    with pytest.warns(UserWarning, match="merged during its warm-up, 6 of 10 optimizer steps before full") as caught:
+        copy.deepcopy(model).merge_and_unload()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        copy.deepcopy(model).unload()
+        train(model, 6)
+        model.merge_and_unload()
+    assert not told(caught)
+
+
 def test_a_state_without_the_count_is_finished(tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -115,7 +115,7 @@ class TrainPart(Part):
         "adamw_torch", description="An optim name of transformers (adamw_torch, galore_adamw, ...) or loraplus."
     )
     loraplus_ratio: float = Field(
-        16.0, gt=0, description="optimizer loraplus: learning rate of B divided by that of A."
+        16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
     log_every: int = Field(5, ge=1, description="Steps between two lines of metrics.jsonl.")

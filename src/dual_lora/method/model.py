@@ -181,11 +181,30 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_shared_weights(adapter_names)
+            self._tell_unfinished(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self._tell_merge_errors(layers)
         return model
+
+    def _tell_unfinished(self, adapter_names: list[str] | None) -> None:
+        """Say that an adapter trained here is merged for good below full strength: its run was shorter than the ramp.
+
+        One that is loaded for inference has said so when it was loaded, and one without a step is no accident.
+        """
+        configs: dict[str, Any] = self.peft_config
+        for name in adapter_names or self.active_adapters:
+            left = max((layer.steps_left(name) for layer in self._layers_with(name)), default=0)
+            if left and left < configs[name].warmup_steps and not configs[name].inference_mode:
+                warnings.warn(
+                    f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of "
+                    f"{configs[name].warmup_steps} optimizer steps before full strength: the merged model is what the "
+                    "adapter is now (λ below 1). Train it to the end of the warm-up, or choose fewer `warmup_steps`, "
+                    "about a tenth of the run's.",
+                    UserWarning,
+                    stacklevel=4,
+                )
 
     def _tell_merge_errors(self, layers: list[QuantizedLinear] | None = None) -> None:
         if layers is None:
