@@ -223,6 +223,11 @@ def test_hotswap_refusals_change_nothing(tmp_path):
         hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
     with pytest.raises(ValueError, match="direction_activation"):
         hotswap_adapter(model, str(tmp_path / "c"), adapter_name="default", torch_device="cpu")
+    for smaller in (lambda f: f[..., :-1], lambda f: f[:-1]):
+        state = get_peft_model_state_dict(model)
+        cut = {key: value if "left" in key else smaller(value) for key, value in state.items()}
+        with pytest.raises(RuntimeError, match=r"the rank alone may differ.*another base model"):
+            hotswap.hotswap_adapter_from_state_dict(model, cut, "default", config(target_modules=["q_proj"]))
     assert_same_bits(model.state_dict(), before)
     model.merge_adapter()
     with pytest.raises(ValueError, match="currently merged"):
@@ -314,8 +319,10 @@ def test_lm_head_and_embedding_as_targets():
     torch.testing.assert_close(logits(model), logits(plain), atol=1e-4, rtol=1e-3)
 
 
-def test_tied_layers_share_their_factors_and_merge_once():
-    base = llama(tie_word_embeddings=True)
+@pytest.mark.parametrize("padding", [None, 3])
+def test_tied_layers_share_their_factors_and_merge_once(padding):
+    """The padding has no update in the embedding, and so none in the head: they are one weight when merged."""
+    base = llama(tie_word_embeddings=True, pad_token_id=padding)
     model = get_peft_model(
         copy.deepcopy(base), config(target_modules=["embed_tokens"], ensure_weight_tying=True)
     ).eval()
@@ -325,6 +332,9 @@ def test_tied_layers_share_their_factors_and_merge_once():
         assert ours is theirs
     before = head.base_layer.weight.detach().clone()
     unmerged = logits(model)
+    assert torch.equal(logits(model), unmerged), "the weight that is kept for inference"
+    torch.testing.assert_close(head.get_delta_weight("default"), embedding.get_delta_weight("default"))
+    torch.testing.assert_close(model(IDS).logits, unmerged, atol=1e-5, rtol=1e-4)
     model.merge_adapter()
     torch.testing.assert_close(logits(model), unmerged, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(head.base_layer.weight, before + embedding.get_delta_weight("default"))

@@ -35,7 +35,8 @@ def hotswap_from_state_dict(
     """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
 
     Layers that the new adapter leaves out get ΔW = 0. Raises RuntimeError, with nothing changed, for tensors of layers
-    that the old adapter does not have; ValueError while the adapter is merged.
+    that the old adapter does not have and for shapes that differ in more than the rank; ValueError while the adapter is
+    merged.
     """
     model = getattr(model, "_orig_mod", model)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and _has(m, adapter_name)}
@@ -51,11 +52,26 @@ def hotswap_from_state_dict(
     unexpected = [key for key in others if not _find(model, key)]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
+    _check_shapes(layers, new, adapter_name)
     with torch.no_grad():
         for key, value in others.items():
             attrgetter(key)(model).copy_(value)
         for name, layer in layers.items():
             _swap(layer, name, new, adapter_name, config)
+
+
+def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
+    for name, layer in layers.items():
+        for letter, dimension in RANK_DIMENSION.items():
+            key = f"{name}.dual_lora_{letter}"
+            old = list(getattr(layer, f"dual_lora_{letter}")[adapter].shape)
+            got = list(new[key].shape) if key in new else old
+            fixed = [k for k in range(len(old)) if k != len(old) + dimension]
+            if len(got) != len(old) or any(got[k] != old[k] for k in fixed):
+                raise RuntimeError(
+                    f"Hot swapping the adapter did not succeed: {key} has shape {got} in place of {old}, where the "
+                    "rank alone may differ. Was it trained on another base model?"
+                )
 
 
 def _has(layer: DualLoraLayer, adapter_name: str) -> bool:

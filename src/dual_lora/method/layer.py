@@ -74,7 +74,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._left_read: dict[str, tuple[int, int]] = {}  # … and the tensor and version that it was read from
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.shares_factors = False  # with the embedding that this layer is tied to
+        self.shares_factors = False  # with the embedding that this layer is tied to …
+        self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
         self.kwargs = kwargs
@@ -137,6 +138,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
         self.shares_factors = True
+        self._left_alone = getattr(other.get_base_layer(), "padding_idx", None)
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
@@ -160,7 +162,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         self._read_left(name)
-        return Adapter(self.factors(name), self.dual_lora_scale[name], self.forms[name])
+        factors = self.factors(name)
+        if self._left_alone is not None:
+            B = factors.B
+            padding = torch.arange(B.shape[0], device=B.device) == self._left_alone
+            factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
+        return Adapter(factors, self.dual_lora_scale[name], self.forms[name])
 
     def adapter_names(self) -> list[str]:
         """All adapters of this layer."""
@@ -591,16 +598,16 @@ class Linear(MapLayer):
         dtype = autocast_dtype(x.device) or x.dtype
         weight = composed_weights.get(
             self,
-            self._sources(adapters),
+            self._sources(names),
             (tuple(names), dtype),
             lambda: self._compose(self._matrix(base.weight), adapters, dtype),
         )
         return nn.functional.linear(x, weight, base.bias)
 
-    def _sources(self, adapters: Sequence[Adapter]) -> list[Tensor]:
+    def _sources(self, names: Sequence[str]) -> list[Tensor]:
         """What a kept weight is made from."""
         base: Any = self.base_layer
-        return [base.weight, *(t for a in adapters for t in (*a.factors, a.scale))]
+        return [base.weight, *(t for name in names for t in (*self._stored(name), self.dual_lora_scale[name]))]
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""
