@@ -227,6 +227,8 @@ class DualLoraModel(BaseTuner):
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError where two layers that learn apart would merge into one weight."""
+        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+            return  # refused in words of its own
         owners: dict[int, DualLoraLayer] = {}
         for layer in self.model.modules():
             if not isinstance(layer, MapLayer) or isinstance(layer, QuantizedLinear) or layer.shares_factors:
