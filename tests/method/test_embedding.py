@@ -41,6 +41,13 @@ def test_max_norm_shortens_the_composed_rows_and_leaves_the_weight_alone():
     assert torch.equal(layer.base_layer.weight, before)
 
 
+def test_max_norm_of_a_sum_is_not_taken_of_its_parts():
+    model, layer = adapted(embedding(max_norm=0.5))
+    model.eval()
+    with pytest.raises(ValueError, match="which shortens the sum"):
+        layer(IDS, adapter_names=["default", "default"])
+
+
 def test_only_rows_in_use_are_composed(monkeypatch):
     composed = []
     original = blocked.compose

@@ -254,6 +254,23 @@ def test_weighted_adapter(weight, tmp_path):
     assert torch.equal(again(points()), model(points()))
 
 
+def test_a_weighted_adapter_has_what_else_was_trained():
+    model = adapted(
+        llama(),
+        target_modules=["q_proj"],
+        init_weights=False,
+        modules_to_save=["lm_head"],
+        trainable_token_indices={"embed_tokens": [1, 2]},
+    ).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+        model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1)
+    want = logits(model)
+    model.base_model.add_weighted_adapter(["default"], [1.0], "twin")
+    model.set_adapter("twin")
+    torch.testing.assert_close(logits(model), want)
+
+
 def test_a_weighted_adapter_takes_nobodys_name():
     model = three()
     before = state(model)

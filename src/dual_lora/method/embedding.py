@@ -54,6 +54,12 @@ class Embedding(MapLayer):
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()
+        if base.max_norm is not None:
+            raise ValueError(
+                f"Dual LoRA cannot add its rows to those of an embedding with max_norm={base.max_norm}, which shortens "
+                "the sum of both. Leave hooks and subclasses off this embedding, its weight frozen, and run samples "
+                "of each adapter as a batch of their own; or leave it out of `target_modules`."
+            )
         if sharded.is_sharded(base.weight):
             if "forward" not in vars(base):
                 sharded.refuse(base, base.weight)

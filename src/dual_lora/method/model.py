@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from peft.tuners.lora import LoraModel
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -316,6 +317,8 @@ class DualLoraModel(BaseTuner):
     ) -> None:
         """A copy of one adapter at another strength: ΔW' = w ΔW, by B' = |w| B and, for w < 0, D' = -D.
 
+        Modules and tokens that it trains besides are copied as they are.
+
         ReLU and Sign are not linear, so a sum of several ΔW is no Dual LoRA update; the error says what to do instead.
         """
         if adapter_name in self.peft_config:
@@ -355,6 +358,7 @@ class DualLoraModel(BaseTuner):
             layer.factors(adapter_name).B.data.mul_(abs(strength))
             if strength < 0:
                 layer.factors(adapter_name).D.data.neg_()
+        _copy_what_else_trains(self.model, source, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -380,6 +384,14 @@ def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
     for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
         new.data.copy_(old.data)
     layer._set_steps_left(adapter_name, layer.steps_left(source))
+
+
+def _copy_what_else_trains(model: nn.Module, source: str, adapter_name: str) -> None:
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
+            module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
