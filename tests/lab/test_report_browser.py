@@ -1,5 +1,6 @@
 """The page in real headless Chromium: loads without errors, sorts, shows values on hover, tables are saved, no harm."""
 
+import json
 import shutil
 
 import pytest
@@ -74,6 +75,37 @@ def a_table(page, ending):
 def test_loads_without_a_message_on_the_console(page):
     assert page.get_log("browser") == []
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def test_what_is_no_number_is_not_drawn_as_zero(page, tmp_path):
+    study = material.study()
+    study["methods"][2]["score"] = float("nan")
+    study["methods"][1]["seeds"][0]["score"] = float("nan")
+    study["methods"][3]["cost"]["merge_seconds"] = float("inf")
+    study["comparisons"][0] |= dict.fromkeys(("difference", "low", "high"))
+    (tmp_path / "results.json").write_text(json.dumps(study))
+    report([tmp_path / "results.json"], tmp_path / "r.html")
+    page.get((tmp_path / "r.html").as_uri())
+    assert page.get_log("browser") == []
+    script = """
+        const figures = [...document.querySelectorAll('figure')];
+        const figure = figures.find((f) => f.querySelector('h3').textContent === arguments[0]);
+        return [[...figure.querySelectorAll('svg text.name')].map((t) => t.textContent),
+                figure.querySelectorAll('svg circle[fill=none]').length];
+    """
+    names, dots = page.execute_script(script, "Scores")
+    assert {"dual_lora", "lora", "lora|x"} <= set(names)
+    assert "dora" not in names
+    assert dots == 8, "three methods with three seeds, one of which has no score"
+    names, _ = page.execute_script(script, "Differences in choice")
+    assert sum(name.startswith("dual_lora") for name in names) == 1
+    bad = "[...document.querySelectorAll('svg *')].filter(e => [...e.attributes].some(a => a.value.includes('NaN')))"
+    assert page.execute_script(f"return {bad}.length") == 0
+    table = a_table(page, "-cost")
+    heads = texts(page, f"#{table} thead th")
+    at = next(i for i, head in enumerate(heads) if "merge" in head)
+    page.execute_script(f"document.querySelectorAll('#{table} thead button')[{at}].click()")
+    assert column(page, table, at)[0] == "∞", "sorted as the largest"
 
 
 def test_every_chart_is_drawn(page):
