@@ -155,3 +155,31 @@ def test_a_thawed_base_gets_its_gradient(options):
     plain(IDS).backward(g)
     assert torch.equal(layer.base_layer.weight.grad, plain.weight.grad)
     assert layer.factors("default").A.grad.any()
+
+
+def eight_bit():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = bitsandbytes.nn.Embedding8bit(30, 64)
+    base.load_state_dict(nn.Embedding(30, 64).state_dict())
+    return base.to("cpu")
+
+
+def four_bit():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base = bitsandbytes.nn.Embedding4bit(30, 64)
+    base.load_state_dict(nn.Embedding(30, 64).state_dict())
+    return base.to("cpu")
+
+
+def by_torchao():
+    quantization = pytest.importorskip("torchao.quantization")
+    base = nn.Sequential(nn.Embedding(30, 64))
+    quantization.quantize_(base, quantization.Int8WeightOnlyConfig(), filter_fn=lambda m, _: type(m) is nn.Embedding)
+    return base[0]
+
+
+@pytest.mark.parametrize("quantised", [eight_bit, four_bit, by_torchao])
+def test_quantised_embeddings_are_refused(quantised):
+    """The update would be rounded to the integers that the weight is stored in."""
+    with pytest.raises(ValueError, match=r"quantised embedding.*Leave it out"):
+        adapted(quantised())

@@ -18,6 +18,7 @@ from ..core.embedding_op import dual_lora_embedding
 from . import sharded
 from .config import DualLoraConfig
 from .layer import MapLayer, is_plain
+from .quantized import find_backend
 
 
 class Embedding(MapLayer):
@@ -104,6 +105,13 @@ class Embedding(MapLayer):
 
 
 def dispatch_embedding(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.Embedding, or None."""
+    """The adapted layer for nn.Embedding, or None; ValueError for a quantised one, whose rows take no sum."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return Embedding(target, adapter_name, config=config, **kwargs) if isinstance(base, nn.Embedding) else None
+    if not isinstance(base, nn.Embedding):
+        return None
+    if not base.weight.is_floating_point() or find_backend(base) is not None:
+        raise ValueError(
+            f"Dual LoRA cannot work on a quantised embedding ({type(base).__name__}, weight {base.weight.dtype}). "
+            "Leave it out of `target_modules`, or out of the quantisation."
+        )
+    return Embedding(target, adapter_name, config=config, **kwargs)
