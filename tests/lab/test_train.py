@@ -414,14 +414,15 @@ def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
     ("options", "message"),
     [
         ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
-        ({"optimizer": "adamm"}, "adamm"),
-        ({"validate_every": 2}, "no validation records: set data.validation .or data.holdout"),
+        ({"optimizer": "adamw_tosrch"}, "adamw_tosrch.*Did you mean 'adamw_torch'"),
+        ({"validate_every": 2}, r"No validation records are named: set data\.validation, .*or data\.holdout"),
     ],
 )
 def test_wrong_training_options(options, message, lm_values, tmp_path):
     lm_values["train"] |= options
     with pytest.raises(UserError, match=message):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists(), "the next try would find a folder that is not empty"
 
 
 def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from typing import Any
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
@@ -16,6 +17,7 @@ from rich.text import Text
 
 import dual_lora
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.progress import console
 from dual_lora.lab.recipe import problems
 
 # name, "module:function", one line of help. A new command is a new line.
@@ -83,6 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "peft", "accelerate"):
             logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
+        # Our own point at the caller, which is one of those: factors that do not move must not do so in silence.
+        warnings.filterwarnings("default", message=".*Dual LoRA")
+        warnings.showwarning = _warn
     wanted = next((a for a in given if not a.startswith("-")), None)
     names = [name for name, _, _ in COMMANDS]
     try:
@@ -118,6 +123,12 @@ def _said(error: CycloptsError, command: str | None) -> str:
     if command == "train" and str(error).startswith("Unknown option") and option in ELSEWHERE:
         return f"Unknown option: {option}. Did you mean {ELSEWHERE[option]}?"
     return str(error)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning in one sentence, above a progress bar where there is one; without Python's path and line of source."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 
 
 def _fail(message: str, given: list[str], code: int = 1) -> None:

@@ -29,7 +29,9 @@ def evaluate(
     *,
     recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
     base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[Precision | None, Parameter(help="Precision of the base weights.")] = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[

@@ -37,7 +37,9 @@ def export(
     outtype: Annotated[str | None, Parameter(help="gguf: f32, f16, bf16, q8_0 or auto. [default: auto]")] = None,
     converter: Annotated[str | None, Parameter(help="gguf: llama.cpp's folder or convert_hf_to_gguf.py.")] = None,
     base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's]")] = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
+    ] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
 ) -> None:
     """Write an adapter for other programs: merged, as GGUF or as LoRA; or a LoRA as the start of a Dual LoRA.

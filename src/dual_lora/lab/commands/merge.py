@@ -16,7 +16,9 @@ def merge(
     out: Annotated[Path, Parameter(help="Folder to write; it must be empty or not exist.")],
     *,
     base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[Precision | None, Parameter(help="Precision of the merged weights. [default: the run's]")] = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="Precision of the merged weights. [default: the run's, else float32]")
+    ] = None,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
 ) -> None:
     """Merge an adapter into its base and write a plain model folder, which loads without this package.
