@@ -268,8 +268,32 @@ def test_forward_mode_is_refused(mode):
         (lambda A: dual_lora_embedding(indices, W, other(A)), A),
     ]
     for function, at in functions:
-        with mode(), pytest.raises(NotImplementedError, match="forward mode"):
+        with mode(), pytest.raises(NotImplementedError, match="no forward mode"):
             jvp(function, at)
+
+
+def test_transforms_are_refused_in_words():
+    x, W, _, factors = gaussian()
+    adapter = Adapter(Factors(*(f.detach() for f in factors)), torch.tensor(0.5), Form())
+    product = lambda x: dual_lora_linear(x, W, None, [adapter])  # noqa: E731
+    for transformed in (torch.func.grad(lambda x: product(x).sum()), torch.func.vmap(product)):
+        with pytest.raises(NotImplementedError, match=r"torch\.func's transforms.*in a loop"):
+            transformed(x.detach())
+    doubled = torch.func.vmap(lambda k: k * product(x.detach()))  # nothing of ours is transformed
+    assert doubled(torch.ones(2)).shape == (2, 7, 30)
+
+
+def jvp_by_hand(x, product):
+    with torch.autograd.forward_ad.dual_level():
+        return product(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_tangents_without_a_transform_are_refused_too(mode):
+    x, W, _, factors = gaussian()
+    adapter = Adapter(Factors(*(f.detach() for f in factors)), torch.tensor(0.5), Form())
+    with mode(), pytest.raises(NotImplementedError, match="no forward mode"):
+        jvp_by_hand(x.detach(), lambda x: dual_lora_linear(x, W, None, [adapter]))
 
 
 def test_adapters_of_other_shapes_are_refused_without_a_weight_too():

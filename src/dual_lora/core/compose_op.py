@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .op import _adapters, _refuse_double_backward, refuse_forward_mode, without_autocast
+from .op import _adapters, _refuse_double_backward, refuse_transforms, without_autocast
 from .reference import Factors
 
 torch.library.define(
@@ -52,7 +52,7 @@ def dual_lora_weight(
     """
     if not adapters:
         raise ValueError("dual_lora_weight got no adapter: pass at least one, or use the weight as it is.")
-    refuse_forward_mode(None, adapters)
+    refuse_transforms(None, adapters)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
     factors = [f for a in adapters for f in a.factors]

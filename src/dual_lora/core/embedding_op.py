@@ -14,7 +14,7 @@ from torch import Tensor
 from . import blocked
 from .blocked import Adapter
 from .compose_op import weight_gradients
-from .op import _adapters, _refuse_double_backward, refuse_forward_mode, without_autocast
+from .op import _adapters, _refuse_double_backward, refuse_transforms, without_autocast
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -50,7 +50,7 @@ def dual_lora_embedding(
     """
     if not adapters:
         raise ValueError("dual_lora_embedding got no adapter: pass at least one, or use F.embedding.")
-    refuse_forward_mode(None, adapters)
+    refuse_transforms(None, adapters)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
     return torch.ops.dual_lora.embedding(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from . import blocked
@@ -50,12 +51,13 @@ def dual_lora_linear(
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
 
     Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
-    Raises ValueError for shapes that do not fit, RuntimeError on double backward, NotImplementedError in forward mode.
+    Raises ValueError for shapes that do not fit, RuntimeError on double backward, NotImplementedError under
+    torch.func's transforms and in forward mode.
     """
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     _check_shapes(x, weight, adapters)
-    refuse_forward_mode(x, adapters)
+    refuse_transforms(x, adapters)
     autocast = autocast_dtype(x.device)
     if autocast is not None:
         x = x.to(autocast)
@@ -86,16 +88,20 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_forward_mode(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
-    """Raise NotImplementedError for a tangent of x or of a factor, which an operator would drop without a word."""
-    if forward_ad._current_level < 0:
-        return
-    for tensor in (*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)):
-        if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                "Dual LoRA has no derivative in forward mode (torch.func.jvp, torch.autograd.forward_ad): its "
-                "gradients are those of straight-through estimators, in backward. Use backward(), or merge it first."
-            )
+def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
+    """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
+    tensors = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
+    if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
+        transformed = any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+    else:
+        transformed = False
+    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if transformed or dual:
+        raise NotImplementedError(
+            "Dual LoRA has no forward mode and no rule for torch.func's transforms (grad, vjp, jvp, vmap): its "
+            "gradients are those of straight-through estimators, in backward. Use backward() or torch.autograd.grad, "
+            "for each sample's gradient in a loop; or merge the adapter first."
+        )
 
 
 def _itself(source: RowSource) -> RowSource:
