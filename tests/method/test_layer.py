@@ -324,7 +324,18 @@ def cast_after_padding(model):
     return cast_by_data(model)
 
 
-@pytest.mark.parametrize("cast", [cast_a_copy, cast_after_padding])
+def cast_after_a_loader_of_its_own(model):
+    """As transformers' `load_adapter` puts parameters and counts in place, without load_state_dict."""
+    for module in layers(model).values():
+        for name in module.adapter_layer_names:
+            factors = getattr(module, name)
+            factors["default"] = nn.Parameter(factors["default"].detach().clone())
+        module.dual_lora_left["default"] = module.dual_lora_left["default"].clone()
+    model(points())
+    return cast_by_data(model)
+
+
+@pytest.mark.parametrize("cast", [cast_a_copy, cast_after_padding, cast_after_a_loader_of_its_own])
 def test_foreign_casts_of_other_parameter_objects_are_noticed_too(cast):
     model = cast(adapted(init_weights=False))
     with pytest.warns(UserWarning, match="cast to torch.bfloat16 by foreign code and are fp32 again"):

@@ -207,6 +207,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         stored = self.dual_lora_left[adapter]
         if stored.device.type != "meta" and self._left_read.get(adapter) != _version(stored):
             self._set_steps_left(adapter, int(stored))
+            # Such a loader replaces the factors as well; those of a low precision may be FSDP2's working copies.
+            claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
 
     def _set_steps_left(self, adapter: str, left: int) -> None:
         left = min(left, self.warmup_steps[adapter])

@@ -9,6 +9,7 @@ a rounded copy while it keeps the true values elsewhere.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 
@@ -26,7 +27,7 @@ def warn_once(message: str) -> None:
         warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def claim(factors: Factors) -> None:
+def claim(factors: Iterable[torch.Tensor]) -> None:
     """Remember that these parameters are the stored values themselves, not somebody's working copy."""
     for factor in factors:
         factor._dual_lora_stored = True  # type: ignore[attr-defined]
