@@ -87,7 +87,8 @@ class FakeAcceleratedOptimizer:
 def test_the_callback_makes_the_scaler_known_and_forgets_it(monkeypatch):
     real = torch.amp.GradScaler("cpu", init_scale=512.0)
     callback = DualLoraCallback()
-    callback.on_train_begin(None, None, None, optimizer=FakeAcceleratedOptimizer(real))
+    optimizer = FakeAcceleratedOptimizer(real)  # the Trainer keeps it
+    callback.on_train_begin(None, None, None, optimizer=optimizer)
     assert scaler._current is real
     assert scaler.loss_scale(torch.device("cpu")).item() == 512
     callback.on_train_end(None, None, None)
