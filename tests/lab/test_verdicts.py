@@ -214,8 +214,20 @@ def test_a_loss_is_better_than_the_untrained_when_it_is_less(tmp_path):
     assert sum("has not learned" in note for note in better["notes"]) == 2
 
 
-@pytest.mark.parametrize("gone", ["a", "b"])
+def test_a_lower_loss_reads_as_a_reduction(tmp_path):
+    random = np.random.default_rng(0)
+    high = random.normal(2.0, 0.1, (3, 50))
+    runs = {"a": high, "b": high - random.uniform(0.4, 0.6, high.shape)}
+    cells = [cell(tmp_path, name, [[[v, 1.0] for v in row] for row in x], metric="loss") for name, x in runs.items()]
+    (c,) = judged(tmp_path, cells)["comparisons"]
+    assert c["candidate_score"] < c["reference_score"]
+    assert c["better"] == "less"
+    assert c["difference"] > 0
+    assert "better (reduction of loss +0." in c["sentence"]
+
+
 @pytest.mark.parametrize("other", [LEARNED, MAJORITY])
+@pytest.mark.parametrize("gone", ["a", "b"])
 def test_a_method_whose_every_run_diverged_is_like_no_other(tmp_path, gone, other):
     """Its runs would count with the other's worst score, and so be equivalent to it."""
     cells = [

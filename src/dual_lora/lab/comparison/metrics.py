@@ -33,6 +33,11 @@ def sign(metric: str) -> int:
     return METRICS[metric][1]
 
 
+def better(metric: str) -> str:
+    """Of which there should be, "more" or "less"."""
+    return "more" if sign(metric) > 0 else "less"
+
+
 def counted(metric: str) -> bool:
     """Whether items are right or wrong, so that two methods may agree on all of a few by luck; else it is measured."""
     return metric not in ("loss", "bleu")

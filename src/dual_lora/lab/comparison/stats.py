@@ -94,6 +94,7 @@ class Comparison:
     verdict: Verdict
     note: str = ""
     place: tuple[str, str] = ("", "")  # model and task, for programs
+    better: str = "more"  # or "less", of the metric; the difference is positive where it is better in both cases
 
     @property
     def seeds(self) -> int:
@@ -111,7 +112,7 @@ class Comparison:
         head = f"{self.candidate} against {self.reference} on {self.task}: {self.verdict}"
         if self.verdict is Verdict.EQUIVALENT:
             head += f" of ±{self.margin:.3g}"
-        figure = f"{self.metric} {self.difference:+.4g}"
+        figure = f"{'' if self.better == 'more' else 'reduction of '}{self.metric} {self.difference:+.4g}"
         if self.verdict is Verdict.DIVERGED:
             return f"{head}. {self.note}".rstrip()
         if self.verdict is Verdict.ONE_ITEM:

@@ -39,7 +39,8 @@ def show_results(results: dict[str, Any], console: Console | None = None) -> Non
 def verdict_table(results: dict[str, Any]) -> Table:
     """One line a comparison."""
     first = results["comparisons"][0]
-    table = Table(title=f"Verdicts (family-wise level {results['study']['level']:g})", title_justify="left")
+    title = f"Verdicts (family-wise level {results['study']['level']:g}; a positive difference is better)"
+    table = Table(title=title, title_justify="left")
     for column in ("method", "against", "task", "verdict"):
         table.add_column(column)
     for column in ("difference", f"{first['confidence']:.0%} interval", "p (Holm)", f"visible at {first['power']:.0%}"):

@@ -156,7 +156,8 @@ def _comparisons(
                 wanted_power=study.power,
                 counted=metrics.counted(metric),
             )
-            pairs.append(_as_far_as_it_goes(dataclasses.replace(pair, place=place), lost))
+            pair = dataclasses.replace(pair, place=place, better=metrics.better(metric))
+            pairs.append(_as_far_as_it_goes(pair, lost))
     return stats.judge(pairs, study.level)
 
 
@@ -216,7 +217,7 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "about": cell.entry.about,
         "peft_method": cell.recipe.method,
         "metric": cell.metric,
-        "better": "more" if sign > 0 else "less",
+        "better": metrics.better(cell.metric),
         "rank": cell.rank,
         "trainable_parameters": cell.size.trainable,
         "base_parameters": cell.size.base,
