@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 
 class _Entry(NamedTuple):
-    sources: list[tuple[weakref.ref[Tensor], tuple[int, int]]]
+    sources: list[tuple[weakref.ref[Tensor], int, int]]  # tensor, version, address
     extra: tuple[Any, ...]
     weight: Tensor
 
@@ -30,12 +30,11 @@ class _Entry(NamedTuple):
         return (
             self.extra == extra
             and len(self.sources) == len(sources)
-            and all(ref() is t and state == _state(t) for (ref, state), t in zip(self.sources, sources, strict=True))
+            and all(
+                ref() is t and version == t._version and address == t.data_ptr()
+                for (ref, version, address), t in zip(self.sources, sources, strict=True)
+            )
         )
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor._version, tensor.data_ptr()
 
 
 class ComposedWeights:
@@ -81,7 +80,9 @@ class ComposedWeights:
         with self._lock:
             self.drop(layer)
             if self.bytes_held + weight.nbytes <= self.limit_bytes and not any(t.is_inference() for t in sources):
-                self._entries[layer] = _Entry([(weakref.ref(t), _state(t)) for t in sources], extra, weight)
+                self._entries[layer] = _Entry(
+                    [(weakref.ref(t), t._version, t.data_ptr()) for t in sources], extra, weight
+                )
 
     def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
         """Of the layer's kept weight, None if there is none."""

@@ -600,16 +600,19 @@ class Linear(MapLayer):
         dtype = autocast_dtype(x.device) or x.dtype
         weight = composed_weights.get(
             self,
-            self._sources(names),
+            self._sources(names, adapters),
             (tuple(names), dtype),
             lambda: self._compose(self._matrix(base.weight), adapters, dtype),
         )
         return nn.functional.linear(x, weight, base.bias)
 
-    def _sources(self, names: Sequence[str]) -> list[Tensor]:
-        """What a kept weight is made from."""
+    def _sources(self, names: Sequence[str], adapters: Sequence[Adapter]) -> list[Tensor]:
+        """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
         base: Any = self.base_layer
-        return [base.weight, *(t for name in names for t in (*self._stored(name), self.dual_lora_scale[name]))]
+        factors = [
+            a.factors if self._left_alone is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
+        ]
+        return [base.weight, *(t for four in factors for t in four), *(a.scale for a in adapters)]
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""

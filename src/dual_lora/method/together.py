@@ -54,7 +54,7 @@ def cache_again(before: Mapping[Linear, torch.dtype]) -> None:
             jobs[layer] = Job(layer._matrix(_weight(layer)), [layer.adapter(name) for name in names], dtype)
     for layer, weight in _compose(jobs).items():
         names = layer._present(layer.active_adapters)
-        composed_weights.put(layer, layer._sources(names), (tuple(names), weight.dtype), weight)
+        composed_weights.put(layer, layer._sources(names, jobs[layer].adapters), (tuple(names), weight.dtype), weight)
 
 
 def _compose(jobs: Mapping[Linear, Job]) -> dict[Linear, Tensor]:
