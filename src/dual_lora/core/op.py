@@ -90,13 +90,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
     """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
+    inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    forward = forward_ad._current_level >= 0
+    if not (inside or forward):
+        return
     tensors = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
-    if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None:
-        transformed = any(map(_functorch.is_functorch_wrapped_tensor, tensors))
-    else:
-        transformed = False
-    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    if transformed or dual:
+    transformed = inside and any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+    if transformed or (forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)):
         raise NotImplementedError(
             "Dual LoRA has no forward mode and no rule for torch.func's transforms (grad, vjp, jvp, vmap): its "
             "gradients are those of straight-through estimators, in backward. Use backward() or torch.autograd.grad, "

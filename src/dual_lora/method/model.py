@@ -221,14 +221,18 @@ class DualLoraModel(BaseTuner):
                 stacklevel=3,
             )
 
+    @property
+    def _replicates_layers(self) -> bool:
+        return any(getattr(config, "layer_replication", None) for config in self.peft_config.values())
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+        if self._replicates_layers:
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError where two layers that learn apart would merge into one weight."""
-        if any(getattr(config, "layer_replication", None) for config in self.peft_config.values()):
+        if self._replicates_layers:
             return  # refused in words of its own
         owners: dict[int, DualLoraLayer] = {}
         for layer in self.model.modules():

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dual_lora.lab.comparison.forecast import Forecast, in_words
+from dual_lora.lab.comparison.load import company, loads
 
 _COLOURS = {"better": "green", "worse": "red", "equivalent within the margin": "cyan"}
 
@@ -95,7 +96,7 @@ def cost_table(results: dict[str, Any]) -> Table:
         table.add_column(column)
     for column in ("train", "steps/s", "tokens/s", "peak MiB", "adapter MiB", "merge s", "forward ×", "decode ×"):
         table.add_column(column, justify="right")
-    if beside := len({n for m in results["methods"] for n in m.get("measured_beside", [])}) > 1:
+    if beside := len(loads(results["methods"])) > 1:
         table.add_column("runs at a time")  # or times and speeds would be compared that can't be
     for m in results["methods"]:
         c = m["cost"]
@@ -110,14 +111,9 @@ def cost_table(results: dict[str, Any]) -> Table:
             _number(c["merge_seconds"], ".2f"),
             _number(c["forward_slowdown"], ".2f"),
             _number(c["decode_slowdown"], ".2f"),
-            *([_company(m)] if beside else []),
+            *([company(m)] if beside else []),
         )
     return table
-
-
-def _company(method: dict[str, Any]) -> str:
-    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
-    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
 def rank_table(ranking: dict[str, Any]) -> Table:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.comparison import metrics, stats
+from dual_lora.lab.comparison.load import loads
 from dual_lora.lab.comparison.perform import scores_file
 from dual_lora.lab.comparison.plan import Cell, place_name
 from dual_lora.lab.comparison.study import Study
@@ -383,7 +384,7 @@ def _unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> s
         return ""
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
-    sign = 1 if method["better"] == "more" else -1
+    sign = metrics.sign(method["metric"])
     for base in untrained:
         if (base["model"], base["task"]) == (method["model"], method["task"]) and sign * (score - base["score"]) <= 0:
             return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
@@ -435,11 +436,11 @@ def _load_notes(methods: Sequence[dict[str, Any]]) -> list[str]:
             groups.setdefault(tuple(m["measured_beside"]), []).append(
                 f"{m['method']} on {place_name(m['model'], m['task'])}"
             )
-    loads = set().union(*groups) if groups else set()
-    if loads <= {1}:
+    found = loads(methods)
+    if found <= {1}:
         return []
-    if len(loads) == 1:
-        (load,) = loads
+    if len(found) == 1:
+        (load,) = found
         if load is None:
             return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
         return [f"{load} runs went side by side: times and speeds are comparable with each other only."]

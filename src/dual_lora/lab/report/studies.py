@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from dual_lora.lab.comparison.load import company, loads
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, Verdict, View
 from dual_lora.lab.report.gather import source_of
 
@@ -260,9 +261,7 @@ def _cost(name: str, methods: list[Row], source: Source) -> Table:
         ),
     ]
     rows = [
-        {"place": place(m), "method": m["method"], "company": _company(m), **m["cost"]}
-        for m in methods
-        if m.get("cost")
+        {"place": place(m), "method": m["method"], "company": company(m), **m["cost"]} for m in methods if m.get("cost")
     ]
     note = "Medians over the seeds."
     if mixed := _mixed_company(methods):
@@ -271,15 +270,11 @@ def _cost(name: str, methods: list[Row], source: Source) -> Table:
     return Table(f"{name}: cost", columns, rows, source, note).without_empty_columns()
 
 
-def _company(method: Row) -> str:
-    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
-    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
-
-
 def _mixed_company(methods: list[Row]) -> str:
     """A warning where runs were measured beside different numbers of others; "" if they were not."""
-    loads = {n for m in methods for n in m.get("measured_beside", [])}
-    return "" if len(loads) < 2 else "Times and speeds are not comparable: not all runs shared the machine alike."
+    return (
+        "" if len(loads(methods)) < 2 else "Times and speeds are not comparable: not all runs shared the machine alike."
+    )
 
 
 def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source, warning: str) -> list[Block]:
