@@ -410,9 +410,29 @@ def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
             assert rates[id(parameter)] == pytest.approx(0.08 if name.split(".")[-2][-1] in "BD" else 0.01), name
 
 
+def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
+    """The first step of Adam moves an entry by its rate, whatever its gradient."""
+    from dual_lora.lab.methods import apply_method, method_config
+    from dual_lora.lab.models import load_model
+
+    lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 0}
+    lm_values["train"] |= {"steps": 1, "learning_rate": 0.01, "lr_warmup": 0.0, "arguments": {"adam_epsilon": 1e-30}}
+    lm_values["train"]["rates"] = {"dual_lora_D": 4.0, "dual_lora_[CD]": 0.5}
+    recipe = build_recipe(lm_values)
+    start = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 1, []), "tiny", seed=0)
+    start = {name: p for name, p in start.named_parameters() if p.requires_grad}
+    for name, parameter in run(recipe, tmp_path / "run", progress=False).tuned.model.named_parameters():
+        if name in start:
+            rate = 0.01 * {"C": 0.5, "D": 4.0}.get(name.split(".")[-2][-1], 1.0)
+            assert (parameter - start[name]).abs().median().item() == pytest.approx(rate, rel=0.01), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"rates": {"lora_[": 2.0}}, r"not a regular expression: 'lora_\['"),
+        ({"rates": {"dual_lora_D": 0.0}}, "dual_lora_D: 0.0 is no multiple of a learning rate"),
+        ({"rates": {"magnitude": 2.0}}, "train.rates: 'magnitude' fits no trainable parameter"),
         ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
         ({"optimizer": "adamw_tosrch"}, "adamw_tosrch.*Did you mean 'adamw_torch'"),
         ({"validate_every": 2}, r"No validation records are named: set data\.validation, .*or data\.holdout"),

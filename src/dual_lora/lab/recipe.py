@@ -117,6 +117,10 @@ class TrainPart(Part):
     loraplus_ratio: float = Field(
         16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
     )
+    rates: dict[str, float] = Field(
+        default_factory=dict,
+        description="Regular expression of parameter names: multiple of the learning rate; the first that fits counts.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
     log_every: int = Field(5, ge=1, description="Steps between two lines of metrics.jsonl.")
     checkpoint_every: int = Field(100, ge=1, description="Steps between two checkpoints.")
@@ -125,6 +129,15 @@ class TrainPart(Part):
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="Any further field of transformers.TrainingArguments."
     )
+
+    @field_validator("rates")
+    @classmethod
+    def _patterns_and_factors(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, factor in value.items():
+            _compiled(pattern)
+            if not factor > 0:
+                raise ValueError(f"{pattern}: {factor} is no multiple of a learning rate, expected a number above 0")
+        return value
 
 
 class EvaluatePart(Part):
@@ -156,11 +169,15 @@ class EvaluatePart(Part):
     @field_validator("extract")
     @classmethod
     def _can_be_searched_for(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
+        _compiled(value or "")
         return value
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {pattern!r} ({error})") from None
 
 
 class Origin(Part):

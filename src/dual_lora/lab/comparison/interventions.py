@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dual_lora.lab.training.loop import check_patterns
+
 
 class Freeze(TrainerCallback):
     """Parameters stop moving after a share of the steps (0: they never move and keep their random start).
@@ -19,10 +21,7 @@ class Freeze(TrainerCallback):
         self.shares = {re.compile(pattern): share for pattern, share in shares.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        for pattern in self.shares:
-            if not any(pattern.search(name) for name in names):
-                raise ValueError(f"freeze: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
+        check_patterns("freeze", self.shares, model)
         self._hold(model, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -46,10 +45,7 @@ class Round(TrainerCallback):
         self.formats = {re.compile(pattern): name for pattern, name in formats.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        for pattern in self.formats:
-            if not any(pattern.search(name) for name in names):
-                raise ValueError(f"round: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
+        check_patterns("round", self.formats, model)
         self._round(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
-    trainer = Trainer(
+    trainer = _Trainer(
+        recipe.train.rates,
         model=model,
         args=_arguments(recipe, folder, steps, bool(validation)),
         train_dataset=rows,  # type: ignore[arg-type]
@@ -46,9 +48,46 @@ def build_trainer(
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    # Rows come in the order that was fixed for the run; Trainer would shuffle them.
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)  # type: ignore[method-assign,assignment,arg-type]
     return trainer
+
+
+class _Trainer(Trainer):
+    """Trainer with rows in the order that was fixed for the run, and a learning rate of its own for some parameters."""
+
+    def __init__(self, rates: dict[str, float], **options: Any):
+        self.rates = {re.compile(pattern): factor for pattern, factor in rates.items()}
+        super().__init__(**options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.rates:
+            _set_rates(optimizer, self.model if model is None else model, self.rates)
+        return optimizer
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Pattern[str], float]) -> None:
+    """Move the parameters that a pattern fits (the first one counts) to groups with that multiple of their rate."""
+    factors = {
+        id(parameter): next((factor for pattern, factor in rates.items() if pattern.search(name)), 1.0)
+        for name, parameter in model.named_parameters()
+    }
+    for group in list(optimizer.param_groups):
+        held = group["params"]
+        group["params"] = [p for p in held if factors[id(p)] == 1.0]
+        for factor in sorted(set(rates.values()) - {1.0}):
+            if moved := [p for p in held if factors[id(p)] == factor]:
+                optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+
+
+def check_patterns(field: str, patterns: Iterable[str | re.Pattern[str]], model: Any) -> None:
+    """Raise UserError for a pattern of parameter names that fits no trainable parameter of the model."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for pattern in [re.compile(pattern) for pattern in patterns]:
+        if not any(pattern.search(name) for name in names):
+            raise UserError(f"{field}: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:

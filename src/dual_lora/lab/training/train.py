@@ -22,7 +22,7 @@ from dual_lora.lab.record import peak_memory, read_metrics, reset_peak, surround
 from dual_lora.lab.training.failures import Diverged as Diverged
 from dual_lora.lab.training.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.training.gradient_start import save_as_change, show_gradients, wants_gradients
-from dual_lora.lab.training.loop import build_trainer, check_names, mean_loss
+from dual_lora.lab.training.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.training.prepare import prepare
 from dual_lora.lab.training.watch import RankAllocation, Watch
 from dual_lora.lab.tuned import Tuned, write_note
@@ -114,6 +114,7 @@ def _train(
         ordered = [ready.rows[i] for i in ready.order]
         show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
     model = apply_method(loaded, config, recipe.model.path, part.seed)
+    check_patterns("train.rates", part.rates, model)
     if wants_gradients(config) and main:
         model.save_pretrained(str(folder.start))
 
