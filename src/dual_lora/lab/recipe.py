@@ -177,7 +177,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {pattern!r} ({error})") from None
+        raise ValueError(f"not a regular expression: {error}") from None
 
 
 class Origin(Part):
