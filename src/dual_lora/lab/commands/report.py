@@ -56,7 +56,7 @@ def report(
     result = write_report(given, out, title, tables)
     facts = {
         "page": f"{result.file} ({size(result.bytes)})",
-        "made of": f"{result.studies} studies, {result.analyses} analyses, {result.ledgers} ledgers",
+        "made of": result.made_of,
     }
     if result.exported:
         facts["tables"] = f"{len(result.exported)} files in {tables}"

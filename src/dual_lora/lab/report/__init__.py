@@ -2,6 +2,7 @@
 
 gather    finds and reads the sources
 blocks    what a page is made of: tables, charts, paragraphs
+overview  several studies: the pair that most compare, every question with its answer
 studies   a study's results as blocks: verdicts, scores, cost
 insights  an analysis as blocks: signs, ranks, gradients, likeness, contribution
 ledger    the benchmark ledger as blocks

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Row = dict[str, Any]
+Mood = Literal["good", "bad", "same", "open"]
 
 
 @dataclass(frozen=True)
@@ -168,24 +169,36 @@ class Text:
 
 @dataclass
 class Verdict:
-    """One judgement: the words, the figure, and how it is coloured."""
+    """One judgement: the words, the figure, and how it is coloured. subject: what its sentence begins with."""
 
     verdict: str
+    subject: str
     sentence: str
-    mood: Literal["good", "bad", "same", "open"]
+    mood: Mood
 
 
-Block = Table | Chart | Text | list[Verdict]
+@dataclass
+class Answer:
+    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with its mood and whom
+    it was passed on."""
+
+    question: str
+    anchor: str
+    about: str
+    verdicts: list[tuple[str, Mood, list[str]]]
+
+
+Block = Table | Chart | Text | list[Verdict] | list[Answer]
 
 
 @dataclass
 class Section:
-    """A part of the page under a heading."""
+    """A part of the page under a heading. folded: shown closed at first."""
 
     title: str
     blocks: Sequence[Any]
-    level: int = 2
     group: str = ""
+    folded: bool = False
 
     @property
     def slug(self) -> str:

@@ -26,6 +26,17 @@ class Material:
     running: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def counted(self) -> str:
+        """How much there is of each, in words; "" if nothing."""
+        kinds = (
+            (self.studies, "study", "studies"),
+            (self.running, "study under way", "studies under way"),
+            (self.analyses, "analysis", "analyses"),
+            (self.ledgers, "ledger", "ledgers"),
+        )
+        return ", ".join(f"{len(found)} {one if len(found) == 1 else many}" for found, one, many in kinds if found)
+
     def __bool__(self) -> bool:
         return bool(self.studies or self.analyses or self.ledgers or self.running)
 
@@ -66,12 +77,19 @@ def gather(paths: list[str | Path]) -> Material:
             if file.suffix == ".sqlite":
                 _add_state(material, file)
             elif file.suffix == ".jsonl":
-                material.ledgers.append((file, read_lines(file)))
+                _add_ledger(material, file)
             else:
                 _add_json(material, file, file in map(Path, paths))
         except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
-            material.problems.append(f"{file} could not be read: {' '.join(str(error).split())[:200]}")
+            material.problems.append(f"{file} could not be read: {' '.join(str(error).split())[:200]}.")
     return material
+
+
+def _add_ledger(material: Material, file: Path) -> None:
+    if rows := read_lines(file):
+        material.ledgers.append((file, rows))
+    else:
+        material.problems.append(f"The ledger {file} holds no rows yet.")
 
 
 def _add_json(material: Material, file: Path, named: bool) -> None:

@@ -95,9 +95,10 @@ def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[
     blocks += _dora(title, runs, source)
     blocks += _contribution(title, runs, source)
     blocks.append(_layers(title, runs, source))
+    blocks.append(_runs(title, runs, source))
     for run in runs:
         blocks += [Text(f"{run['name']}: {note}", "note") for note in run.get("notes", [])]
-    return [Section(title, blocks, group="Analyses")]
+    return [Section(title, blocks, "Analyses")]
 
 
 def _per_step(run: Row) -> None:
@@ -471,6 +472,30 @@ def _layers(title: str, runs: list[Row], source: Source) -> Table:
     return Table(
         f"{title}: every layer", columns, rows, source, "At the last state.", folded=True
     ).without_empty_columns()
+
+
+def _runs(title: str, runs: list[Row], source: Source) -> Table:
+    """Where each run lies, and what made it."""
+    rows = [
+        {
+            **run,
+            "trained": ", ".join(f"{key} {value}" for key, value in run["method"].items()),
+            "states": ", ".join(map(str, run["steps"])),
+        }
+        for run in runs
+    ]
+    columns = [
+        Column("name", "run"),
+        Column("folder", "folder"),
+        Column("command", "made by"),
+        Column("trained", "method"),
+        Column("model", "model"),
+        Column("data", "data"),
+        Column("seed", "seed", "number"),
+        Column("states", "states looked at"),
+        Column("reference", "compared with"),
+    ]
+    return Table(f"{title}: runs", columns, rows, source, folded=True).without_empty_columns()
 
 
 def titles(analyses: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:

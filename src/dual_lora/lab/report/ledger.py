@@ -22,7 +22,7 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     for kind, members in kinds.items():
         make = {"gate": _gates, "curve": _curves}.get(kind, _plain)
         blocks += make(f"{title}: {kind}", members, source)
-    return [Section(title, blocks, group="Benchmarks")]
+    return [Section(title, blocks, "Benchmarks")]
 
 
 def source_of_ledger(file: Path, rows: list[Row]) -> Source:

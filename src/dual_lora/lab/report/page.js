@@ -163,12 +163,21 @@
 
   // ---------- charts ----------
   const dashes = ["", "7 3", "2 3", "9 3 2 3"];
-  const colours = new Map();
-  function styleOf(name) {
-    // The same name has the same colour in all charts of the page.
-    if (!colours.has(name)) colours.set(name, colours.size);
-    const n = colours.get(name);
-    return { colour: `var(--s${n % 8})`, dash: dashes[Math.floor(n / 8) % 4], mark: n % 5 };
+  const same = (name) => name.toLowerCase().replaceAll("_", "-");
+  const namesOf = (chart) => [...new Set(chart.views.flatMap((v) => v.series.map((s) => same(s.name ?? ""))))];
+  const charts = new Map(); // name -> the number of charts that it is in
+  for (const chart of Object.values(data.charts)) for (const name of namesOf(chart)) charts.set(name, (charts.get(name) ?? 0) + 1);
+  const usual = new Map([...charts].sort((a, b) => b[1] - a[1]).map(([name], i) => [name, i % 8]));
+  function stylesOf(chart) {
+    // The same name has the same colour in all charts where that is free: no two names of one chart look alike.
+    const taken = new Set(), styles = new Map();
+    for (const name of namesOf(chart).sort((a, b) => charts.get(b) - charts.get(a))) {
+      let n = usual.get(name);
+      while (taken.has(n)) n = n < 8 && taken.size < 8 ? (n + 1) % 8 : n + 8;
+      taken.add(n);
+      styles.set(name, { colour: `var(--s${n % 8})`, dash: dashes[Math.floor(n / 8) % 4], mark: (n + Math.floor(n / 8)) % 5 });
+    }
+    return (name) => styles.get(same(name));
   }
 
   function mark(parent, kind, x, y, r, attributes) {
@@ -231,6 +240,7 @@
   class Plot {
     constructor(place, chart) {
       this.place = place; this.chart = chart;
+      this.styleOf = stylesOf(chart);
       this.hidden = new Set(memory.get("hidden " + place.id, []));
       this.view = Math.min(memory.get("view " + place.id, 0), chart.views.length - 1);
       this.svg = shape(place, "svg", { "aria-hidden": "true" });
@@ -322,7 +332,7 @@
         shape(this.svg, "polyline", { points: front.map((p) => `${x.at(p.x)},${y.at(p.y)}`).join(" "), fill: "none", stroke: "var(--soft)", "stroke-dasharray": "5 4" });
       }
       for (const s of this.series) {
-        const { colour, dash, mark: kind } = styleOf(s.name);
+        const { colour, dash, mark: kind } = this.styleOf(s.name);
         const points = s.points.filter((p) => p.x !== null && p.y !== null);
         const banded = points.filter((p) => Number.isFinite(p.low) && Number.isFinite(p.high));
         if (joined && banded.length > 1) {
@@ -436,7 +446,7 @@
       this.legend.replaceChildren();
       if (!["lines", "dots"].includes(this.chart.kind) || this.direct) return;
       for (const s of this.now.series) {
-        const { colour, dash, mark: kind } = styleOf(s.name);
+        const { colour, dash, mark: kind } = this.styleOf(s.name);
         const button = make("button", { type: "button", class: "button", "aria-pressed": String(!this.hidden.has(s.name)) });
         const sample = shape(button, "svg", { viewBox: "0 0 26 12", "aria-hidden": "true" });
         if (this.chart.kind === "lines") shape(sample, "line", { x1: 0, x2: 26, y1: 6, y2: 6, stroke: colour, "stroke-width": 2, "stroke-dasharray": dash });
@@ -505,15 +515,15 @@
       const head = make("thead");
       if (this.chart.kind === "heat") {
         const [grid] = view.series;
-        head.append(line(["", ...grid.columns], "th"));
+        head.append(line(["layer", ...grid.columns], "th"));
         grid.rows.forEach((name, i) => body.append(line([name, ...grid.cells[i].map((v) => figure(v, view.y))], "td")));
       } else if (this.chart.kind === "intervals") {
-        head.append(line(["", view.x.label, "from", "to", ""], "th"));
+        head.append(line(["name", view.x.label, "from", "to", "note"], "th"));
         for (const p of view.series.flatMap((s) => s.points)) {
           body.append(line([p.label, figure(p.x, view.x), figure(p.low, view.x), figure(p.high, view.x), p.note || ""], "td"));
         }
       } else {
-        head.append(line(["series", view.x.label, view.y.label, "from", "to", ""], "th"));
+        head.append(line(["series", view.x.label, view.y.label, "from", "to", "note"], "th"));
         for (const s of view.series) {
           for (const p of s.points) body.append(line([s.name, figure(p.x, view.x), figure(p.y, view.y), figure(p.low, view.y), figure(p.high, view.y), [p.label === s.name ? "" : p.label, p.note].filter(Boolean).join(", ")], "td"));
         }
@@ -533,11 +543,19 @@
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape") close(null); });
 
+  // ---------- a link into a folded part unfolds it ----------
+  function unfold() {
+    const fold = document.getElementById(decodeURIComponent(location.hash.slice(1)))?.querySelector(":scope > details.fold");
+    if (fold) fold.open = true;
+  }
+  addEventListener("hashchange", unfold);
+
   // ---------- what is open stays open when a live page loads anew ----------
   for (const details of document.querySelectorAll("details[id]")) {
     details.open = memory.get("open " + details.id, details.open);
     details.addEventListener("toggle", () => memory.set("open " + details.id, details.open));
   }
+  unfold();
   if (data.live) {
     addEventListener("pagehide", () => memory.set("scroll", scrollY));
     history.scrollRestoration = "manual";

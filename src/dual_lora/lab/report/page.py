@@ -14,7 +14,20 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from dual_lora.lab.report.blocks import Block, Chart, Column, Page, Row, Section, Source, Table, Text, Verdict, slug
+from dual_lora.lab.report.blocks import (
+    Answer,
+    Block,
+    Chart,
+    Column,
+    Page,
+    Row,
+    Section,
+    Source,
+    Table,
+    Text,
+    Verdict,
+    slug,
+)  # fmt: skip
 from dual_lora.lab.report.studies import MOODS
 
 CARDS = 9  # verdicts that are shown unfolded
@@ -23,7 +36,7 @@ CARDS = 9  # verdicts that are shown unfolded
 def render(page: Page, live: int = 0) -> str:
     """The page as HTML. live: seconds after which it loads itself anew, 0 for never."""
     style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    writer = _Writer()
+    writer = _Writer({section.slug for section in page.sections})
     body = "\n".join(writer.section(section) for section in page.sections)
     data = _json({"charts": writer.charts, "live": live})
     policy = (
@@ -98,9 +111,9 @@ def _links(sections: list[Section]) -> str:
 class _Writer:
     """Writes blocks, and keeps what the script needs for the charts."""
 
-    def __init__(self) -> None:
+    def __init__(self, used: set[str]) -> None:
         self.charts: dict[str, Row] = {}
-        self._used: set[str] = set()
+        self._used = used
 
     def _id(self, title: str) -> str:
         base = name = slug(title)
@@ -113,8 +126,11 @@ class _Writer:
     def section(self, section: Section) -> str:
         name = section.slug
         blocks = "\n".join(self.block(block) for block in section.blocks)
-        head = f'<h2 id="{name}-h">{escape(section.title)}</h2>'
-        return f'<section id="{name}" aria-labelledby="{name}-h">{head}\n{blocks}\n</section>'
+        whole = f'<h2 id="{name}-h">{escape(section.title)}</h2>\n{blocks}'
+        if section.folded:
+            head, _, rest = whole.partition("\n")
+            whole = f'<details class="fold" id="{name}-fold"><summary>{head}</summary>\n{rest}</details>'
+        return f'<section id="{name}" aria-labelledby="{name}-h">{whole}\n</section>'
 
     def block(self, block: Block) -> str:
         if isinstance(block, Text):
@@ -123,14 +139,30 @@ class _Writer:
             return self.table(block)
         if isinstance(block, Chart):
             return self.chart(block)
-        return self.verdicts(block)
+        answers = [item for item in block if isinstance(item, Answer)]
+        return self.answers(answers) if answers else self.verdicts([v for v in block if isinstance(v, Verdict)])
+
+    def answers(self, answers: list[Answer]) -> str:
+        """Each question, a link to its section, with the verdicts in a line or two."""
+        items = ""
+        for answer in answers:
+            words = " ".join(
+                f'<span class="verdict {mood}"><span class="chip">{_sign(mood)} {escape(verdict)}</span> '
+                f"{escape(', '.join(who))}</span>"
+                for verdict, mood, who in answer.verdicts
+            )
+            question = f'<a href="#{answer.anchor}">{escape(answer.question)}</a>'
+            items += (
+                f'<li><p class="asked">{question}</p><p class="about">{escape(answer.about)}</p><p>{words}</p></li>'
+            )
+        return f'<ul class="answers">{items}</ul>'
 
     def verdicts(self, verdicts: list[Verdict]) -> str:
         """Cards, sure ones first; beyond a screenful the rest is folded."""
         ordered = sorted(verdicts, key=lambda v: ("good", "bad", "same", "open").index(v.mood))
         items = [
             f'<li class="{v.mood}"><span class="chip">{_sign(v.mood)} {escape(v.verdict)}</span>'
-            f"<p>{escape(v.sentence)}</p></li>"
+            f"<p>{_with_subject(v)}</p></li>"
             for v in ordered
         ]
         first, rest = (f'<ul class="verdicts">{"".join(part)}</ul>' for part in (items[:CARDS], items[CARDS:]))
@@ -199,6 +231,13 @@ class _Writer:
         )
 
 
+def _with_subject(verdict: Verdict) -> str:
+    """The sentence, with what it is about in bold."""
+    rest = verdict.sentence.removeprefix(verdict.subject)
+    subject = f"<strong>{escape(verdict.subject)}</strong>" if rest != verdict.sentence else ""
+    return subject + escape(rest)
+
+
 def _meanings(columns: list[Column]) -> str:
     """What a heading's tooltip says, for those who have no pointer to hover with."""
     items = "".join(f"<dt>{escape(c.label)}</dt><dd>{escape(c.help)}</dd>" for c in columns if c.help)
@@ -260,4 +299,4 @@ def _provenance(sources: list[Source]) -> str:
         for s in sources
     ]
     table = Table("Where the figures come from", columns, rows)
-    return _Writer().section(Section("Provenance", [table]))
+    return _Writer(set()).section(Section("Provenance", [table]))

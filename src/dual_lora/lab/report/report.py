@@ -19,18 +19,20 @@ from dual_lora.lab.report.exports import export
 from dual_lora.lab.report.gather import Material, find, gather, source_of
 from dual_lora.lab.report.insights import analysis_sections, titles
 from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
+from dual_lora.lab.report.overview import Studies, overview_sections
 from dual_lora.lab.report.page import render
-from dual_lora.lab.report.studies import overview_sections, progress_sections, study_sections
+from dual_lora.lab.report.studies import progress_sections, study_names, study_sections
 
 LIVE_SECONDS = 5
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the page, its size in bytes, the exported tables, what could not be read."""
+    """What was written: the page, its size in bytes, what it is made of, exported tables, what could not be read."""
 
     file: str
     bytes: int
+    made_of: str
     studies: int
     analyses: int
     ledgers: int
@@ -53,10 +55,10 @@ def report(
     """
     material = gather(sources)
     if not material and not live:
-        problems = " ".join(material.problems)
+        expected = "results.json of a study (`dual-lora compare`), analysis.json (`dual-lora analyze`) or ledger.jsonl"
         raise UserError(
-            f"Nothing to report lies under {', '.join(map(str, sources))}. {problems} Expected results.json of a study "
-            "(`dual-lora compare`), analysis.json (`dual-lora analyze`) or ledger.jsonl (benchmarks)."
+            f"Nothing to report lies under {', '.join(map(str, sources))}: expected {expected} (benchmarks). "
+            f"{' '.join(material.problems)}".strip()
         )
     page = build_page(material, title)
     file = Path(out)
@@ -69,6 +71,7 @@ def report(
     return Report(
         str(file),
         len(text.encode()),
+        material.counted,
         len(material.studies),
         len(material.analyses),
         len(material.ledgers),
@@ -81,11 +84,14 @@ def build_page(material: Material, title: str) -> Page:
     """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks."""
     sections: list[Section] = []
     sources: list[Source] = []
-    if len(material.studies) > 1:
-        sections += _shown(material, material.studies[0][0], overview_sections, [r for _, r in material.studies])
-    for file, results in material.studies:
-        sections += _shown(material, file, study_sections, results)
+    whole: Studies = []
+    for (file, results), name in zip(material.studies, study_names(material.studies), strict=True):
+        made_of = _shown(material, file, study_sections, results, name, len(material.studies) == 1)
+        sections += made_of
+        whole += [(name, results)] if made_of else []
         sources.append(source_of(file, results.get("provenance", {})))
+    if len(whole) > 1:
+        sections += overview_sections(whole)
     for file, state in material.running:
         sections += _shown(material, file, progress_sections, state)
         sources.append(Source(str(file)))
@@ -99,14 +105,7 @@ def build_page(material: Material, title: str) -> Page:
     order = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
     sections.sort(key=lambda section: order.index(section.group))
     made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
-    kinds = (
-        (material.studies, "study", "studies"),
-        (material.running, "study under way", "studies under way"),
-        (material.analyses, "analysis", "analyses"),
-        (material.ledgers, "ledger", "ledgers"),
-    )
-    counts = ", ".join(f"{len(found)} {one if len(found) == 1 else many}" for found, one, many in kinds if found)
-    return Page(title, sections, sources, material.problems, f"{made}{' from ' + counts if counts else ''}.")
+    return Page(title, sections, sources, material.problems, f"{made}{' from ' * bool(material)}{material.counted}.")
 
 
 def _shown(material: Material, file: Path, make: Callable[..., list[Section]], *args: Any) -> list[Section]:

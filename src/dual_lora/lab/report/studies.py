@@ -4,47 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dual_lora.lab.comparison.load import company, loads
-from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, Verdict, View
+from dual_lora.lab.report.blocks import (
+    Axis,
+    Block,
+    Chart,
+    Column,
+    Mood,
+    Row,
+    Section,
+    Source,
+    Table,
+    Text,
+    Verdict,
+    View,
+    slug,
+)  # fmt: skip
 from dual_lora.lab.report.gather import source_of
 
-Mood = Literal["good", "bad", "same", "open"]
 MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within the margin": "same"}
 
 
-def overview_sections(_: Path, studies: list[dict[str, Any]]) -> list[Section]:
-    """Every study's question with its answer in one line."""
-    rows = [
-        {
-            "study": results["study"]["name"],
-            "question": results["study"].get("question", ""),
-            "answer": _answer(results["comparisons"]),
-            "seeds": max((c["spread"]["seeds"] for c in results["comparisons"]), default=None),
-        }
-        for results in studies
-    ]
-    columns = [Column("study", "study"), Column("question", "question"), Column("answer", "answer")]
-    columns.append(Column("seeds", "seeds", "number"))
-    return [Section("Questions and answers", [Table("All studies", columns, rows)], group="Overview")]
-
-
-def _answer(comparisons: list[Row]) -> str:
-    """The verdicts of a study, each with the methods that it was passed on; sure ones first."""
-    many = len({place(c) for c in comparisons}) > 1
-    passed: dict[str, list[str]] = {}
-    for c in comparisons:
-        name = f"{c['candidate']} on {place(c)}" if many else c["candidate"]
-        passed.setdefault(c["verdict"], []).append(name)
-    sure = sorted(passed, key=lambda verdict: [*MOODS, verdict].index(verdict))
-    words = "; ".join(f"{verdict}: {', '.join(passed[verdict])}" for verdict in sure)
-    against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
-    return f"Against {against}, {words}." if comparisons else "Nothing to compare yet."
-
-
-def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
-    """What may be said about one study, with the figures behind it."""
+def verdict_blocks(file: Path, results: dict[str, Any], folded: bool) -> list[Block]:
+    """What may be said about one study, with the figures behind it. folded: the table, which the chart shows too."""
     study, source = results["study"], source_of(file, results.get("provenance", {}))
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
     if not results.get("complete", True):
@@ -53,17 +37,22 @@ def verdict_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     if not comparisons:
         blocks.append(Text("There is nothing to compare yet.", "note"))
     blocks += [_counted(comparisons)] if comparisons else []
-    blocks.append([Verdict(c["verdict"], c["sentence"], MOODS.get(c["verdict"], "open")) for c in comparisons])
+    blocks.append([_verdict(c) for c in comparisons])
     for metric in dict.fromkeys(c["metric"] for c in comparisons):
         here = [c for c in comparisons if c["metric"] == metric]
         blocks.append(_forest(metric, here, source, study))
     if comparisons:
-        blocks.append(_verdict_table(study, comparisons, source))
+        blocks.append(_verdict_table(study, comparisons, source, folded))
     if results.get("overall"):
         blocks.append(_overall_table(study, results["overall"], source))
     blocks += [Text(note, "note") for note in results.get("notes", [])]
     blocks += [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
     return blocks
+
+
+def _verdict(c: Row) -> Verdict:
+    subject = f"{c['candidate']} against {c['reference']} on {place(c)}"
+    return Verdict(c["verdict"], subject, c["sentence"], MOODS.get(c["verdict"], "open"))
 
 
 def _counted(comparisons: list[Row]) -> Text:
@@ -106,7 +95,7 @@ def _forest(metric: str, comparisons: list[Row], source: Source, study: Row) -> 
     )
 
 
-def _verdict_table(study: Row, comparisons: list[Row], source: Source) -> Table:
+def _verdict_table(study: Row, comparisons: list[Row], source: Source, folded: bool) -> Table:
     first = comparisons[0]
     rows = [{**c, "place": place(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]} for c in comparisons]
     columns = [
@@ -132,7 +121,7 @@ def _verdict_table(study: Row, comparisons: list[Row], source: Source) -> Table:
         Column("items", "items", "number"),
     ]
     note = f"Chance of any false alarm in the study: {study['level']:g}."
-    return Table(f"{study['name']}: verdicts", columns, rows, source, note)
+    return Table(f"{study['name']}: verdicts", columns, rows, source, note, folded)
 
 
 def _overall_table(study: Row, overall: list[Row], source: Source) -> Table:
@@ -163,6 +152,7 @@ def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     better = {m["metric"]: m["better"] for m in methods}
     blocks += _pareto(name, results.get("pareto", []), better, source, _mixed_company(methods))
     blocks += [_ranking(name, ranking, source) for ranking in results.get("ranking", [])]
+    blocks.append(_runs(name, methods, source))
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
 
@@ -193,7 +183,7 @@ def _scores(name: str, results: Row, source: Source) -> Table:
         for u in results.get("untrained", [])
     ]
     for m in results["methods"]:
-        chosen = ", ".join(f"{key.rpartition('.')[2]} {_value(v)}" for key, v in (m["settings"] or {}).items())
+        chosen = _settings(m["settings"])
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
         rows.append({**m, "place": place(m), "chosen": chosen, "share": share, "done": done})
@@ -213,6 +203,10 @@ def _scores(name: str, results: Row, source: Source) -> Table:
         Column("about", "what it is"),
     ]
     return Table(f"{name}: scores table", columns, rows, source).without_empty_columns()
+
+
+def _settings(settings: dict[str, Any] | None) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {_value(v)}" for key, v in (settings or {}).items())
 
 
 def _value(value: Any) -> str:
@@ -324,6 +318,35 @@ def _ranking(name: str, ranking: Row, source: Source) -> Table:
     return Table(title, columns, rows, source, note + ranking.get("note", ""))
 
 
+def _runs(name: str, methods: list[Row], source: Source) -> Table:
+    """Every run that the figures come from, by the name of its folder."""
+    rows = [
+        {
+            **run,
+            "place": place(m),
+            "method": m["method"],
+            "kind": kind,
+            "chosen": _settings(m["settings"] if kind == "final" else run["settings"]),
+        }
+        for m in methods
+        for kind, runs in (("search", m["trials"]), ("final", m["seeds"]))
+        for run in runs
+    ]
+    columns = [
+        Column("key", "run"),
+        Column("place", "task"),
+        Column("method", "method"),
+        Column("kind", "kind", help="Search: judged on validation records. Final: judged on test records."),
+        Column("seed", "seed", "number"),
+        Column("chosen", "settings"),
+        Column("status", "status"),
+        Column("score", "score", "number", 4),
+        Column("seconds", "seconds", "number", 1),
+    ]
+    note = "A run's recipe, record and scores lie in the study's folder of runs under this name."
+    return Table(f"{name}: runs", columns, rows, source, note, folded=True).without_empty_columns()
+
+
 def _companions(method: str, groups: list[list[str]]) -> list[str]:
     return list(dict.fromkeys(m for group in groups if method in group for m in group if m != method))
 
@@ -351,9 +374,7 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
                 "method": job.get("method"),
                 "place": place(job) if "task" in job else "",
                 "seed": job.get("seed"),
-                "settings": ", ".join(
-                    f"{k.rpartition('.')[2]} {_value(v)}" for k, v in (job.get("settings") or {}).items()
-                ),
+                "settings": _settings(job.get("settings")),
                 "metric": outcome.get("metric"),
                 "score": outcome.get("score"),
                 "seconds": run["seconds"],
@@ -373,13 +394,27 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
         Column("error", "error"),
     ]
     table = Table(f"{name}: runs so far", columns, rows, Source(str(file))).without_empty_columns()
-    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], group="Under way")]
+    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], "Under way")]
 
 
-def study_sections(file: Path, results: dict[str, Any]) -> list[Section]:
-    """Verdicts and details of one study."""
-    name = results["study"]["name"]
+def study_sections(file: Path, results: dict[str, Any], name: str, alone: bool) -> list[Section]:
+    """Verdicts and details of one study. alone: no other is on the page; else the details are folded."""
     return [
-        Section(f"Verdicts: {name}", verdict_blocks(file, results), group="Verdicts"),
-        Section(f"Figures: {name}", detail_blocks(file, results), group="Figures"),
+        Section(verdict_title(name), verdict_blocks(file, results, not alone), "Verdicts"),
+        Section(f"Figures: {name}", detail_blocks(file, results), "Figures", folded=not alone),
     ]
+
+
+def verdict_title(name: str) -> str:
+    """The heading of a study's verdicts."""
+    return f"Verdicts: {name}"
+
+
+def study_names(studies: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """Each study's name, with a number where several have the same (as an anchor writes it)."""
+    names: list[str] = []
+    for file, results in studies:
+        name = str(results["study"].get("name") or file.parent.name)
+        again = sum(slug(name) == slug(known) for known in names)
+        names.append(f"{name} ({again + 1})" if again else name)
+    return names
