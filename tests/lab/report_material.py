@@ -71,11 +71,13 @@ def _method(name: str, task: str, table: Any, i: int) -> dict[str, Any]:
         "better": "more", "rank": 8, "trainable_parameters": 1000 + i, "base_parameters": 100_000, "mismatch": 0.001,
         "notes": [], "settings": {"train.learning_rate": 1e-3},
         "trials": [
-            {"settings": {"train.learning_rate": rate}, "status": "done", "score": 0.6 + rate, "key": "k", "seconds": 1}
+            {"settings": {"train.learning_rate": rate}, "status": "done", "score": 0.6 + rate, "seconds": 1,
+             "key": f"trial-{task}-{i}-{rate:g}"}
             for rate in (1e-4, 1e-3, 1e-2)
         ],
         "seeds": [
-            {"seed": s, "key": "k", "status": "done", "score": float(row.mean()), "seconds": 1.0, "figures": None}
+            {"seed": s, "key": f"final-{task}-{i}-{s}", "status": "done", "score": float(row.mean()), "seconds": 1.0,
+             "figures": None}
             for s, row in enumerate(table)
         ],
         "score": float(table.mean()), "score_deviation": float(table.mean(1).std(ddof=1)), "items": 60, "diverged": 0,

@@ -63,8 +63,9 @@ def test_hostile_names_do_not_leave_their_text(tmp_path):
 def test_verdict_words_figures_and_counts_are_in_the_text(folder):
     page = page_of(folder)
     study = material.study()
+    words = re.sub("</?strong>", "", page)
     for c in study["comparisons"]:
-        assert c["sentence"].replace("'", "&#x27;") in page
+        assert c["sentence"].replace("'", "&#x27;") in words
     assert "6 comparisons, judged together" in page
     assert "boolq, arc" in page
     assert "+0.0123" in page
@@ -116,6 +117,85 @@ def test_a_file_of_another_shape_is_named_and_the_rest_is_shown(folder):
     page = page_of(folder)
     assert "results.json could not be shown: KeyError" in page
     assert "Analysis: dual" in page
+
+
+def write_studies(folder, *studies):
+    for i, study in enumerate(studies):
+        (folder / f"s{i}").mkdir(parents=True)
+        (folder / f"s{i}" / "results.json").write_text(json.dumps(material._finite(study)))
+    return folder
+
+
+def from_the_other_side(study):
+    """The same study with the roles of candidate and reference changed."""
+    turn = {"better": "worse", "worse": "better"}
+    for c in study["comparisons"]:
+        c["candidate"], c["reference"] = c["reference"], c["candidate"]
+        c["difference"], c["low"], c["high"] = -c["difference"], -c["high"], -c["low"]
+        c["verdict"] = turn.get(c["verdict"], c["verdict"])
+    return study
+
+
+def charts_of(page):
+    text = page[page.index('id="data">') :].partition(">")[2].partition("</script>")[0]
+    return json.loads(text)["charts"]
+
+
+def test_several_studies_open_with_the_pair_that_most_of_them_compare(tmp_path):
+    studies = [material.study("one"), from_the_other_side(material.study("two")), material.study("three")]
+    only = [c for c in studies[2]["comparisons"] if c["candidate"] == "dora"]
+    studies[2]["comparisons"] = only
+    studies[0]["comparisons"] = [c for c in studies[0]["comparisons"] if c["candidate"] == "dual_lora"]
+    studies[0]["comparisons"][0] |= {"verdict": "equivalent within the margin", "p_holm": 0.001}
+    studies[1]["comparisons"] = [c for c in studies[1]["comparisons"] if c["reference"] == "dual_lora"]
+    page = page_of(write_studies(tmp_path / "work", *studies))
+    assert "dual_lora against lora, compared in 2 studies: " in page
+    assert "1 × equivalent within the margin" in page
+    assert "(of those equivalent, 1 surely better, by little)" in page
+    (chart,) = [chart for name, chart in charts_of(page).items() if name.startswith("plot-every-study-of-dual-lora")]
+    first, second, *turned = chart["views"][0]["series"][0]["points"]
+    figures = [[p[k] for k in ("x", "low", "high")] for p in (first, second)]
+    assert [[p[k] for k in ("x", "low", "high")] for p in turned] == figures, "seen from the same side"
+    c = studies[0]["comparisons"][0]
+    assert figures[0] == pytest.approx([c[k] / c["margin"] for k in ("difference", "low", "high")], rel=1e-4)
+    assert re.findall(r"<h2 id=[^>]*>([^<]*)</h2>", page)[0] == "Questions and answers"
+
+
+def test_answers_lead_to_their_studies_though_two_have_one_name(tmp_path):
+    page = page_of(write_studies(tmp_path / "work", material.study(), material.study()))
+    ids = re.findall(r'\sid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    anchors = re.findall(r'<p class="asked"><a href="#([^"]*)">', page)
+    assert len(set(anchors)) == 2
+    assert set(anchors) <= set(ids)
+
+
+def test_one_study_of_another_shape_costs_no_answer_but_its_own(tmp_path):
+    broken = material.study("broken")
+    del broken["comparisons"][0]["sentence"]
+    page = page_of(write_studies(tmp_path / "work", broken, material.study("one"), material.study("two")))
+    assert page.count('<p class="asked">') == 2
+    assert "results.json could not be shown" in page
+
+
+def test_every_run_behind_a_figure_is_named(folder):
+    page = page_of(folder)
+    for method in material.study()["methods"]:
+        for run in method["trials"] + method["seeds"]:
+            assert f">{run['key']}<" in page
+    assert ">runs/dual<" in page, "the folder of an analysed run"
+
+
+def test_an_empty_ledger_is_said(tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    ledger.write_text("\n")
+    with pytest.raises(UserError, match=r"ledger.jsonl holds no rows yet\.$"):
+        report([ledger], tmp_path / "r.html")
+    folder = material.write(tmp_path / "work")
+    (folder / "ledger.jsonl").write_text("")
+    page = page_of(folder)
+    assert "ledger.jsonl holds no rows yet." in page
+    assert "Benchmarks</h2>" not in page
 
 
 def test_a_newer_analysis_is_refused_by_name(folder):
@@ -278,6 +358,7 @@ def test_commands(folder, capsys):
     assert end.value.code == 0
     said = json.loads(capsys.readouterr().out)
     assert said["studies"] == said["analyses"] == said["ledgers"] == 1
+    assert said["made_of"] == "1 study, 1 analysis, 1 ledger"
     with pytest.raises(SystemExit) as end:
         main(["report", str(folder / "nothing")])
     assert end.value.code == 1

@@ -147,7 +147,9 @@ def test_parts_of_a_kind_unfold_in_the_bar(tmp_path, browser):
     report([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html")
     browser.get((tmp_path / "report.html").as_uri())
     assert texts(browser, "h2")[0] == "Questions and answers"
-    assert all("Against " in text for text in texts(browser, "#all-studies td:nth-child(3)"))
+    assert [text.partition(": ")[2] for text in texts(browser, ".answers .about")] == [
+        "against lora, 3 seeds; not complete"
+    ] * 2
     menu = browser.find_element(By.CSS_SELECTOR, "nav details")
     menu.find_element(By.TAG_NAME, "summary").click()
     choice = menu.find_elements(By.TAG_NAME, "a")[1]
@@ -155,6 +157,13 @@ def test_parts_of_a_kind_unfold_in_the_bar(tmp_path, browser):
     choice.click()
     assert not choice.is_displayed()
     assert browser.execute_script("return location.hash").startswith("#verdicts")
+    figures = menu.find_elements(By.XPATH, "//nav//a[starts-with(@href, '#figures')]")[1]
+    fold = browser.find_elements(By.CSS_SELECTOR, "details.fold")[1]
+    assert fold.get_attribute("open") is None, "with several studies the details are folded"
+    browser.execute_script("arguments[0].click()", figures)
+    browser.execute_async_script("setTimeout(arguments[0], 200)")
+    assert fold.get_attribute("open") is not None, "a link into them unfolds them"
+    assert browser.execute_script("return arguments[0].querySelector('.plot svg').childElementCount", fold) > 4
 
 
 def test_sorting_by_mouse_and_by_keyboard(page):
@@ -181,6 +190,43 @@ def test_sorting_by_mouse_and_by_keyboard(page):
     names = column(page, table, 0)
     assert names[0] == names[1]  # each method twice, side by side
     assert head.get_attribute("aria-sort") is None
+
+
+def test_no_two_series_of_a_chart_look_alike(browser, tmp_path):
+    """A page with many names: each chart tells its own apart, and a name keeps its colour from chart to chart."""
+    studies = []
+    for number in range(9):  # 27 names, of which two are in every study
+        study = material.study(f"x{number}")
+        for m in study["methods"]:
+            m["method"] = m["method"] if "lora" in m["method"] else f"{m['method']} {number}"
+        studies.append(study)
+    for number, study in enumerate(studies):
+        (tmp_path / f"s{number}").mkdir()
+        (tmp_path / f"s{number}" / "results.json").write_text(json.dumps(study))
+    report([tmp_path], tmp_path / "r.html")
+    browser.get((tmp_path / "r.html").as_uri())
+    browser.execute_script("document.querySelectorAll('details.fold').forEach((d) => { d.open = true; })")
+    browser.execute_async_script("setTimeout(arguments[0], 500)")
+    script = """
+        const mark = (b) => b.querySelector('svg').lastElementChild;
+        return [...document.querySelectorAll('.legend')].map((l) => [...l.querySelectorAll('button')].map(
+            (b) => [b.textContent, mark(b).getAttribute('fill'), mark(b).tagName + mark(b).getAttribute('points')]));
+    """
+    legends = [legend for legend in browser.execute_script(script) if len(legend) > 2]
+    assert len(legends) >= 9
+    for legend in legends:
+        assert len({colour for _, colour, _ in legend}) == len(legend), legend
+        assert len({shape for _, _, shape in legend}) == len(legend), legend
+    assert len({colour for legend in legends for name, colour, _ in legend if name == "dual_lora"}) == 1
+
+
+def test_tables_of_values_have_headings(page):
+    """What a screen reader says before each cell."""
+    page.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    page.execute_async_script("setTimeout(arguments[0], 300)")
+    heads = texts(page, "details.values th")
+    assert len(heads) > 20
+    assert all(head.strip() for head in heads)
 
 
 def test_missing_values_sort_last(page):

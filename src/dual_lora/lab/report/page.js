@@ -175,7 +175,7 @@
       let n = usual.get(name);
       while (taken.has(n)) n = n < 8 && taken.size < 8 ? (n + 1) % 8 : n + 8;
       taken.add(n);
-      styles.set(name, { colour: `var(--s${n % 8})`, dash: dashes[Math.floor(n / 8) % 4], mark: (n + Math.floor(n / 8)) % 5 });
+      styles.set(name, { colour: `var(--s${n % 8})`, dash: dashes[Math.floor(n / 8) % 4], mark: styles.size % 5 });
     }
     return (name) => styles.get(same(name));
   }
