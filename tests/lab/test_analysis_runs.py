@@ -191,6 +191,30 @@ def test_what_is_no_run_or_does_not_belong_together(runs, tmp_path):
         analyze([])
 
 
+def test_a_run_that_is_none_is_said_before_the_others_are_analysed(runs, tmp_path, monkeypatch):
+    import dual_lora.lab.analysis.analyze as module
+
+    monkeypatch.setattr(module, "open_setting", lambda *_: pytest.fail("a run was analysed first"))
+    with pytest.raises(UserError, match="is not a run: it holds no recipe"):
+        analyze([runs / "dual", tmp_path], progress=False)
+
+
+def test_runs_of_different_models_are_noted(runs, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "lora", tmp_path / "other")
+    recipe = tmp_path / "other" / "recipe.yaml"
+    path = next(line for line in recipe.read_text().splitlines() if line.strip().startswith("path:"))
+    where = path.partition("path:")[2].strip()
+    shutil.copytree(where, tmp_path / "model")
+    recipe.write_text(recipe.read_text().replace(where, str(tmp_path / "model")))
+    quick = Options(states=2, ranks="none", gradients=False, held_out=0)
+    first, second = analyze([runs / "lora", tmp_path / "other"], None, quick, progress=False).runs
+    assert not first.notes
+    assert "Of another model" in second.notes[-1]
+    assert "than lora" in second.notes[-1]
+
+
 def test_without_held_out_records_the_rest_is_analysed(runs, questions, tmp_path):
     import shutil
 

@@ -281,6 +281,8 @@ def test_commands(capsys):
     assert set(PAPER) <= set(json.loads(capsys.readouterr().out))
     call("recipes", "list", "e2e")
     assert "e2e-gpt2-large" in capsys.readouterr().out
+    call("recipes", "list", "commonsense")
+    assert "commonsense-llama-3-70b-instruct-170k " in capsys.readouterr().out, "in full in 80 columns"
     call("recipes", "show", "e2e-gpt2-medium", "--full")
     shown = capsys.readouterr().out
     assert yaml.safe_load(shown)["train"]["seed"] == 110

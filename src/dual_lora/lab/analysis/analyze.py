@@ -116,10 +116,17 @@ def analyze(
     if device is not None:
         check_device(device)
     target = None if reference is None else _reference(Path(reference))
+    recipes = [_checked(Path(run), target, options) for run in runs]
     names = _names([Path(run) for run in runs])
     found = [
         _analyze_run(Path(run), name, target, options, device, progress) for run, name in zip(runs, names, strict=True)
     ]
+    for run, recipe in zip(found, recipes, strict=True):
+        if recipe.model.path != recipes[0].model.path:
+            run.notes.append(
+                f"Of another model ({recipe.model.path}) than {found[0].name} ({recipes[0].model.path}): the figures "
+                "of the two say nothing about each other."
+            )
     examples = [example._asdict() for example in rank_examples()]
     made = surroundings() | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     return Analysis(found, asdict(options), made, examples)
@@ -170,6 +177,15 @@ def _reference(path: Path) -> Path:
             f"The reference {path} trained {method}, expected full fine-tuning: run the recipe with --method.name full."
         )
     return path
+
+
+def _checked(path: Path, reference: Path | None, options: Options) -> Recipe:
+    """A run's recipe. What is no run, or does not belong to the reference, is said before hours go into the others."""
+    places(path, options.states)
+    recipe = recipe_of_run(path)
+    if reference is not None and reference.resolve() != path.resolve():
+        _comparable(recipe, recipe_of_run(reference), reference)
+    return recipe
 
 
 def _analyze_run(

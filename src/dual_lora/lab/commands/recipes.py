@@ -42,7 +42,9 @@ def list_recipes(
         models = len({found[name].model.path for name in names})
         about = f"The paper's experiments. {len(names)} recipes: dual-lora recipes list {path.stem}"
         rows.append([f"{path.stem}-…", f"{models} models", "dual_lora", about])
-    table = figures_table("", ["recipe", "model", "method", "about"], rows)
+    shown = 2 if start else 4  # what the members of a family are about is nearly the same sentence
+    table = figures_table("", ["recipe", "model", "method", "about"][:shown], [row[:shown] for row in rows])
+    table.columns[0].no_wrap = True  # a name that is cut off cannot be typed
     for column in table.columns:
         column.justify = "left"
     finish({name: recipe.about for name, recipe in found.items()}, table, json)
