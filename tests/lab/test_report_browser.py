@@ -392,6 +392,25 @@ def test_nothing_is_wider_than_a_phone(page, width):
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_the_bar_is_one_line_on_a_phone_and_its_menus_open_over_the_page(browser, tmp_path):
+    for name in ("one", "two"):
+        material.write(tmp_path / name, name)
+    report([tmp_path / "one", tmp_path / "two"], tmp_path / "r.html")
+    phone = {"width": 360, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        browser.get((tmp_path / "r.html").as_uri())
+        assert browser.execute_script("return document.querySelector('nav.bar').offsetHeight") < 64
+        script = """
+            document.querySelector('nav details').open = true;
+            const link = document.querySelectorAll('nav details a')[1], box = link.getBoundingClientRect();
+            return document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === link;
+        """
+        assert browser.execute_script(script)
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_live_page_keeps_its_place(browser, page_file):
     import time
 
