@@ -198,3 +198,23 @@ def test_debug_shows_the_traceback():
     )  # fmt: skip
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(capsys, monkeypatch):
+    from io import StringIO
+
+    from rich.console import Console
+
+    from dual_lora.lab import progress
+    from dual_lora.lab.commands.card import facts_card, figures_table, finish
+
+    finish({}, facts_card("[/a]", {"folder": "b [/] [bold]c"}), False)
+    finish({}, figures_table("[/d]", ["x"], [["1"]]), False)
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("[/a]", "b [/] [bold]c", "[/d]"))
+    terminal = StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=terminal, force_terminal=True, width=120))
+    with progress.Bar("analysing [/e]", 1) as bar:
+        bar.to(1, "[/f]")
+    assert "analysing [/e]" in terminal.getvalue()
+    assert "[/f]" in terminal.getvalue()

@@ -9,8 +9,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
@@ -24,18 +26,18 @@ def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
 
 
 def facts_card(title: str, facts: Mapping[str, str]) -> Panel:
-    """A card of named facts."""
+    """A card of named facts, as they are: a folder's name may look like markup."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in facts.items():
-        grid.add_row(name, value)
-    return Panel(grid, title=title, title_align="left", expand=False, border_style="green")
+        grid.add_row(name, Text(value, overflow="fold"))
+    return Panel(grid, title=escape(title), title_align="left", expand=False, border_style="green")
 
 
 def figures_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table with the first column on the left and figures on the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
