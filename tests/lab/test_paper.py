@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,14 @@ def test_recipes_fit_the_published_models(name, fitted):
 def test_layers_and_parameters_by_hand(name, layers, trainable, fitted):
     assert sum(fitted(name).layers.values()) == layers
     assert fitted(name).trainable == trainable
+
+
+@pytest.mark.parametrize("name", ["e2e-gpt2-medium", "commonsense-qwen3-1.7b-15k"])
+def test_a_recipe_says_all_that_its_model_needs(name):
+    """No setting is left to be guessed from the layers, with a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")
+        fit(read_recipe(name))
 
 
 def test_a_target_that_no_layer_has():

@@ -343,6 +343,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     pytest.importorskip("pandas")
     root = Path(__file__).parents[2]
     book = json.loads((root / "docs" / "results.ipynb").read_text(encoding="utf-8"))
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"]), "what its format demands"
     for folder in ("results", "benchmarks"):
         (tmp_path / folder).symlink_to(root / folder)
     (tmp_path / "docs").mkdir()
