@@ -178,6 +178,17 @@ def test_one_study_of_another_shape_costs_no_answer_but_its_own(tmp_path):
     assert "results.json could not be shown" in page
 
 
+@pytest.mark.parametrize(
+    ("metric", "label"), [(None, "choice on validation records (more"), ("loss", "loss on validation records (less")]
+)
+def test_trials_are_labelled_with_what_they_were_judged_by(tmp_path, metric, label):
+    study = material.study()
+    study["study"]["search"] = {"space": {}, "metric": metric}
+    charts = charts_of(page_of(write_studies(tmp_path / "work", study)))
+    (tuning,) = [chart for name, chart in charts.items() if name.endswith("-tuning")]
+    assert tuning["views"][0]["y"]["label"] == f"{label} is better)"
+
+
 def test_every_run_behind_a_figure_is_named(folder):
     page = page_of(folder)
     for method in material.study()["methods"]:

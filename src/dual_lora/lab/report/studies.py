@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.load import company, loads
 from dual_lora.lab.report.blocks import (
     Axis,
@@ -147,7 +148,7 @@ def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     methods = results["methods"]
     blocks: list[Block] = [_scores_chart(name, results, source)] if any(m["score"] is not None for m in methods) else []
     blocks.append(_scores(name, results, source))
-    blocks += _tuning(name, methods, source)
+    blocks += _tuning(name, methods, (results["study"].get("search") or {}).get("metric"), source)
     blocks.append(_cost(name, methods, source))
     better = {m["metric"]: m["better"] for m in methods}
     blocks += _pareto(name, results.get("pareto", []), better, source, _mixed_company(methods))
@@ -213,8 +214,11 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _tuning(name: str, methods: list[Row], source: Source) -> list[Block]:
-    """The score of each trial over the first setting that was searched: how much a method depends on it."""
+def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> list[Block]:
+    """The score of each trial over the first setting that was searched: how much a method depends on it.
+
+    metric: what trials are judged by; None for the task's own.
+    """
     views = []
     for where in dict.fromkeys(place(m) for m in methods):
         here = [m for m in methods if place(m) == where and m["trials"]]
@@ -232,7 +236,9 @@ def _tuning(name: str, methods: list[Row], source: Source) -> list[Block]:
             if points:
                 series.append({"name": m["method"], "points": sorted(points, key=lambda p: p["x"])})
         x = Axis(key.rpartition(".")[2].replace("_", " "), log=True)
-        views.append(View(where, x, Axis(f"{here[0]['metric']} on validation records"), series))
+        judged = metric or here[0]["metric"]
+        y = Axis(f"{judged} on validation records ({metrics.better(judged)} is better)")
+        views.append(View(where, x, y, series))
     note = "Trials are judged on validation records, never on test. A gap is a run that diverged."
     return [Chart(f"{name}: tuning", "lines", views, source, note)] if views else []
 
