@@ -17,6 +17,7 @@ HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</
 def study(hostile: str = "lora|x") -> dict[str, Any]:
     """Results of a study of four methods on two tasks, three seeds."""
     from dual_lora.lab.comparison import stats
+    from dual_lora.lab.comparison.ranking import rank_methods
 
     draw = np.random.default_rng(0)
     means = {"dual_lora": 0.74, "lora": 0.70, "dora": 0.705, hostile: 0.62}
@@ -40,7 +41,7 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
             }
         )  # fmt: skip
     judged = stats.judge(comparisons)
-    ranking = stats.rank_methods({m: [0.1 * i, 0.2 * i] for i, m in enumerate(means)})
+    ranking = rank_methods({m: [0.1 * i, 0.2 * i] for i, m in enumerate(means)})
     return {
         "format": 1,
         "study": {"name": f"activations {hostile}", "question": f"Is it {hostile}?", "level": 0.05},

@@ -19,7 +19,7 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab.comparison import executors, perform, plan
+from dual_lora.lab.comparison import executors, jobs, perform, plan
 from dual_lora.lab.comparison.compare import compare
 from dual_lora.lab.comparison.forecast import forecast
 from dual_lora.lab.comparison.state import State, write_json
@@ -245,11 +245,11 @@ def test_changed_study_is_noticed(tiny, whole, copy_of_whole):
 
 def test_changed_data_is_noticed_and_makes_other_runs(tiny, copy_of_whole):
     study, _ = read_study(write_study(tiny))
-    first = [job["key"] for job in plan.trial_jobs(study, plan.lay_out(study)[0])]
+    first = [job["key"] for job in jobs.trial_jobs(study, plan.lay_out(study)[0])]
     text = (tiny / "test.jsonl").read_text()
     try:
         write_records(tiny / "test.jsonl", 3, 40)
-        second = [job["key"] for job in plan.trial_jobs(study, plan.lay_out(study)[0])]
+        second = [job["key"] for job in jobs.trial_jobs(study, plan.lay_out(study)[0])]
         with pytest.raises(UserError, match=r"recipes or data have changed.*letters records.*--update"):
             compare(tiny / "study.yaml", copy_of_whole, progress=False)
     finally:

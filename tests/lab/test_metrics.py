@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,52 @@ def test_metrics_fit_their_models():
         metrics.evaluation("f1", "causal")
     with pytest.raises(UserError, match="Did you mean 'matthews'"):
         metrics.evaluation("mathews", "classification")
+    assert metrics.evaluation("mse", "regression") == "regression"
+    assert metrics.default_metric([], "regression") == "pearson"
+    with pytest.raises(UserError, match="model of one number has no accuracy: choose pearson or mse"):
+        metrics.evaluation("accuracy", "regression")
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e6])
+def test_pearson_and_squares_of_one_number(unit):
+    random = np.random.default_rng(3)
+    labels = unit * (3 + random.random(200))
+    rows = [{"predicted": float(v)} for v in labels + 0.3 * unit * random.standard_normal(200)]
+    table = check("pearson", "regression", rows, [str(v) for v in labels])
+    values = np.array([row["predicted"] for row in rows])
+    picks = random.integers(0, 200, (250, 200))
+    resampled = np.std([np.corrcoef(labels[p], values[p])[0, 1] for p in picks])
+    assert table[0].std() / np.sqrt(200) == pytest.approx(resampled, rel=0.2)  # the delta method's standard error
+    squares = np.asarray(metrics.features("mse", rows, [str(v) for v in labels], []))
+    assert metrics.value("mse", squares.mean(0)) == pytest.approx(((values - labels) ** 2).mean())
+    assert metrics.sign("mse") == -1
+    level = metrics.features("pearson", [{"predicted": 1.0}] * 3, ["1", "2", "3"], [])
+    assert metrics.value("pearson", np.mean(level, 0)) == 0.0
+
+
+def test_pseudo_values_give_matthews_and_its_spread():
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    random = np.random.default_rng(9)
+    labels = random.integers(0, 2, 400)
+    guesses = np.where(random.random((3, 400)) < 0.8, labels, 1 - labels)
+    cells = metrics.confusion_cells(labels, guesses, 2)
+    macro = partial(f1_score, average="macro")
+    for ours, theirs in ((metrics.matthews, matthews_corrcoef), (metrics.f1, macro)):
+        values = metrics.pseudo_values(cells, ours)
+        expected = [theirs(labels, g) for g in guesses]
+        assert values.mean(1) == pytest.approx(expected, abs=1e-9)
+        # the delta method's standard error against an ordinary bootstrap of the metric
+        picks = random.integers(0, 400, (250, 400))
+        resampled = np.std([theirs(labels[p], guesses[0][p]) for p in picks])
+        assert values[0].std() / np.sqrt(400) == pytest.approx(resampled, rel=0.2)
+
+
+def test_three_class_f1_is_the_macro_mean():
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    random = np.random.default_rng(10)
+    labels, guesses = random.integers(0, 3, (2, 100))
+    table = metrics.confusion_cells(labels, guesses[None], 3)[0].sum(0)
+    assert metrics.f1(table) == pytest.approx(f1_score(labels, guesses, average="macro"))
+    assert metrics.matthews(table) == pytest.approx(matthews_corrcoef(labels, guesses))

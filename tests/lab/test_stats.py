@@ -1,7 +1,6 @@
 """The statistics keep their word: false alarms at their level, power as stated, one seed no winner."""
 
 import dataclasses
-from functools import partial
 
 import numpy as np
 import pytest
@@ -265,57 +264,6 @@ def test_what_came_without_a_p_keeps_its_reason_and_costs_the_others_nothing():
     judged, still = stats.judge([pair, silent])
     assert judged.p_holm == pair.p
     assert still.sentence == "candidate against reference on task: no verdict, every run diverged. Why."
-
-
-def test_pseudo_values_give_matthews_and_its_spread():
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    random = np.random.default_rng(9)
-    labels = random.integers(0, 2, 400)
-    guesses = np.where(random.random((3, 400)) < 0.8, labels, 1 - labels)
-    cells = stats.confusion_cells(labels, guesses, 2)
-    macro = partial(f1_score, average="macro")
-    for ours, theirs in ((stats.matthews, matthews_corrcoef), (stats.f1, macro)):
-        values = stats.pseudo_values(cells, ours)
-        expected = [theirs(labels, g) for g in guesses]
-        assert values.mean(1) == pytest.approx(expected, abs=1e-9)
-        # the delta method's standard error against an ordinary bootstrap of the metric
-        picks = random.integers(0, 400, (250, 400))
-        resampled = np.std([theirs(labels[p], guesses[0][p]) for p in picks])
-        assert values[0].std() / np.sqrt(400) == pytest.approx(resampled, rel=0.2)
-
-
-def test_three_class_f1_is_the_macro_mean():
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    random = np.random.default_rng(10)
-    labels, guesses = random.integers(0, 3, (2, 100))
-    table = stats.confusion_cells(labels, guesses[None], 3)[0].sum(0)
-    assert stats.f1(table) == pytest.approx(f1_score(labels, guesses, average="macro"))
-    assert stats.matthews(table) == pytest.approx(matthews_corrcoef(labels, guesses))
-
-
-def test_ranks_and_critical_difference():
-    # Demšar 2006, table 6: 4 methods on 14 data sets have a critical difference of 1.25 at 5 % (q = 2.569)
-    random = np.random.default_rng(11)
-    quality = random.random(14)
-    ranking = stats.rank_methods({name: quality + gain for name, gain in zip("abcd", (0.3, 0.2, 0.1, 0), strict=True)})
-    assert ranking.critical == pytest.approx(2.569 * np.sqrt(4 * 5 / (6 * 14)), abs=2e-3)
-    assert ranking.ranks == {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
-    assert ranking.groups == [["a", "b"], ["b", "c"], ["c", "d"]]
-    assert ranking.p < 0.01
-
-
-def test_ranks_of_equal_methods_raise_no_alarm():
-    random = np.random.default_rng(12)
-    p = [stats.rank_methods(dict(zip("abc", random.random((3, 6)), strict=True)), seed=i).p for i in range(60)]
-    assert np.mean(np.array(p) < 0.05) <= 0.13
-    tied = stats.rank_methods({name: [0.5] * 4 for name in "abc"})
-    assert set(tied.ranks.values()) == {2.0}
-    assert tied.p == 1.0
-    assert tied.groups == [["a", "b", "c"]]
-    few = stats.rank_methods({"a": [1, 1], "b": [0, 0], "c": [2, 2]})
-    assert "told apart" in few.note
 
 
 def test_bad_input_is_named():

@@ -11,9 +11,10 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab.comparison import plan
+from dual_lora.lab.comparison import jobs, plan
 from dual_lora.lab.comparison.budget import Scale, solve_rank
-from dual_lora.lab.comparison.study import Search, build_study, rank_rule, read_study, shipped_studies
+from dual_lora.lab.comparison.search import Search
+from dual_lora.lab.comparison.study import build_study, rank_rule, read_study, shipped_studies
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe import build_recipe
 
@@ -234,14 +235,14 @@ def test_search_may_make_its_own_validation(tiny):
 def test_trials_see_validation_and_finals_see_test(tiny):
     study, cells = laid_out(tiny)
     for cell in cells.values():
-        trials, finals = plan.trial_jobs(study, cell), plan.final_jobs(study, cell, {"train.learning_rate": 0.5})
+        trials, finals = jobs.trial_jobs(study, cell), jobs.final_jobs(study, cell, {"train.learning_rate": 0.5})
         assert [j["split"] for j in trials] == ["validation"] * 2
         assert [j["split"] for j in finals] == ["test"] * 2
         assert [j["recipe"]["train"]["seed"] for j in finals] == [1, 2]
         assert {j["recipe"]["train"]["seed"] for j in trials} == {1000}
         assert {j["recipe"]["train"]["learning_rate"] for j in finals} == {0.5}
         assert len({j["key"] for j in trials + finals}) == 4
-    one, two = (plan.final_jobs(study, cell, {}) for cell in cells.values())
+    one, two = (jobs.final_jobs(study, cell, {}) for cell in cells.values())
     for a, b in zip(one, two, strict=True):
         assert a["recipe"]["train"] == b["recipe"]["train"], "same seeds, same data order, same schedule"
 
@@ -249,12 +250,12 @@ def test_trials_see_validation_and_finals_see_test(tiny):
 def test_choosing():
     trials = [{"metric": "loss", "settings": {"a": i}} for i in range(3)]
     done = [{"status": "done", "score": s} for s in (3.0, 1.0, 2.0)]
-    assert plan.choose(trials, done) == {"a": 1}
-    assert plan.choose([t | {"metric": "choice"} for t in trials], done) == {"a": 0}
-    assert plan.choose(trials, [*done[:2], None]) is None
-    assert plan.choose(trials, [{"status": "diverged"}, *done[1:]]) == {"a": 1}
-    assert plan.choose(trials, [{"status": "diverged"}] * 3) is None
-    assert plan.choose([], []) == {}
+    assert jobs.choose(trials, done) == {"a": 1}
+    assert jobs.choose([t | {"metric": "choice"} for t in trials], done) == {"a": 0}
+    assert jobs.choose(trials, [*done[:2], None]) is None
+    assert jobs.choose(trials, [{"status": "diverged"}, *done[1:]]) == {"a": 1}
+    assert jobs.choose(trials, [{"status": "diverged"}] * 3) is None
+    assert jobs.choose([], []) == {}
 
 
 def test_recipes_are_sought_beside_the_study(tiny, tmp_path):

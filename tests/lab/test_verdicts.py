@@ -12,14 +12,14 @@ from rich.console import Console
 
 pytest.importorskip("pydantic")
 
-from dual_lora.lab.comparison import stats
+from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.budget import Size
+from dual_lora.lab.comparison.cell import Cell, Finished
 from dual_lora.lab.comparison.perform import scores_file
-from dual_lora.lab.comparison.plan import Cell
 from dual_lora.lab.comparison.state import write_json
 from dual_lora.lab.comparison.study import MethodEntry, build_study
 from dual_lora.lab.comparison.tables import show_results
-from dual_lora.lab.comparison.verdicts import Finished, build_results
+from dual_lora.lab.comparison.verdicts import build_results
 from dual_lora.lab.recipe import build_recipe
 from dual_lora.lab.report.report import report
 
@@ -156,7 +156,7 @@ def judged(folder, cells, untrained=(), **study):
 
 
 def answers(labels, guesses):
-    return stats.confusion_cells(labels, np.asarray([guesses]), 2)[0].tolist()
+    return metrics.confusion_cells(labels, np.asarray([guesses]), 2)[0].tolist()
 
 
 MAJORITY = answers([0, 1] * 20, [0] * 40)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 import dual_lora
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import OURS, UserError, suggest
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe import problems
 
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
             logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
         # Our own point at the caller, which is one of those: factors that do not move must not do so in silence.
-        warnings.filterwarnings("default", message=".*Dual LoRA")
+        warnings.filterwarnings("default", message=OURS)
         warnings.showwarning = _warn
     wanted = next((a for a in given if not a.startswith("-")), None)
     names = [name for name, _, _ in COMMANDS]

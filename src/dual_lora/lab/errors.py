@@ -8,6 +8,8 @@ class UserError(ValueError):
     """Wrong input or surroundings. The message says what was received, what was expected and the way out."""
 
 
+OURS = ".*Dual LoRA"  # regular expression of the messages of this package's own warnings
+KEPT_OF_AN_ERROR = 2000  # characters
 LISTED = 60  # more names than that hide the sentence that they end
 
 
@@ -23,3 +25,10 @@ def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:
     if where or len(known) > LISTED:
         return f" {where}" if where else ""
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def described(error: BaseException) -> str:
+    """An error in one line: its kind unless it is meant for people, its message, and what was noted on it."""
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    said = " ".join([str(error), *getattr(error, "__notes__", [])])
+    return (name + " ".join(said.split()))[:KEPT_OF_AN_ERROR]

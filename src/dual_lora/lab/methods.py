@@ -72,6 +72,8 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         settings["warmup_steps"] = max(1, round(RAMP_SHARE * steps))
     if kind == "ADALORA":
         settings.setdefault("total_step", steps)
+        if "init_r" in settings:  # PEFT's own ratio of 12 to 8; with its 8 a smaller init_r fails in training
+            settings.setdefault("target_r", max(1, settings["init_r"] * 2 // 3))
     if settings.get("init_lora_weights") == "lora_ga":
         from peft.tuners.lora.config import LoraGAConfig
 

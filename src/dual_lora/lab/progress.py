@@ -51,3 +51,12 @@ class Bar:
 
     def advance(self, units: int = 1) -> None:
         self.to(self.done + units)
+
+
+def in_words(seconds: float | None) -> str:
+    """A duration as people say it."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -286,13 +286,19 @@ def problems(error: ValidationError) -> str:
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """``overrides`` laid over ``values``, mapping by mapping. A new method name drops the old method's fields."""
+    """``overrides`` laid over ``values``, mapping by mapping.
+
+    A new method name drops the old method's fields, and data.test the recipe's data.tests (and the other way round).
+    """
     result = dict(values)
     for key, value in overrides.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             renamed = key == "method" and value.get("name", old.get("name")) != old.get("name")
             result[key] = value if renamed else merged(old, value)
+            for given, other in (("test", "tests"), ("tests", "test")) if key == "data" else ():
+                if value.get(given) and other not in value:
+                    result[key].pop(other, None)
         else:
             result[key] = value
     return result

@@ -78,15 +78,20 @@ class Scale:
         self._models: dict[tuple[str, str, int | None], Any] = {}
         self._sizes: dict[str, Size] = {}
 
-    def size(self, recipe: Recipe, classes: int | None, frozen: Iterable[str] = ()) -> Size:
-        """What would train under the recipe. frozen: regular expressions of parameters that never move."""
-        frozen = list(frozen)
-        asked = json.dumps([recipe.model.path, recipe.model.head, classes, recipe.method, frozen], sort_keys=True)
+    def size(self, recipe: Recipe, classes: int | None, frozen: Iterable[str] = (), named: Iterable[str] = ()) -> Size:
+        """What would train under the recipe. frozen: regular expressions of parameters that never move.
+
+        named: regular expressions that have to fit a trainable parameter. Raises UserError for one that fits none.
+        """
+        frozen, named = list(frozen), list(named)
+        asked = json.dumps(
+            [recipe.model.path, recipe.model.head, classes, recipe.method, frozen, named], sort_keys=True
+        )
         if asked not in self._sizes:
-            self._sizes[asked] = self._count(recipe, classes, frozen)
+            self._sizes[asked] = self._count(recipe, classes, frozen, named)
         return self._sizes[asked]
 
-    def _count(self, recipe: Recipe, classes: int | None, frozen: list[str]) -> Size:
+    def _count(self, recipe: Recipe, classes: int | None, frozen: list[str], named: list[str]) -> Size:
         from dual_lora.lab.methods import method_config
 
         base = self._base(recipe.model, classes)
@@ -95,12 +100,13 @@ class Scale:
         method = {k: UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
         steps = recipe.train.steps or 100
         config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
-        if config is None:
-            return Size(total, total, multiplied)
-        adapted = adapted_model(recipe, base, config)
-        still = [re.compile(pattern) for pattern in frozen]
-        named = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
-        return Size(sum(p.numel() for n, p in named if not any(s.search(n) for s in still)), total, multiplied)
+        adapted = base if config is None else adapted_model(recipe, base, config)
+        trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
+        for pattern in named:
+            if not any(re.search(pattern, name) for name in trained):
+                raise UserError(f"{pattern!r} fits no trainable parameter, for example {', '.join([*trained][:3])}.")
+        moved = (n for name, n in trained.items() if not any(re.search(pattern, name) for pattern in frozen))
+        return Size(sum(moved), total, multiplied)
 
     def _base(self, part: ModelPart, classes: int | None) -> Any:
         key = (part.path, part.head, classes)

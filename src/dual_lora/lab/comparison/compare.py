@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.comparison import plan
-from dual_lora.lab.comparison.executors import run_jobs
-from dual_lora.lab.comparison.forecast import Clock, in_words, learn_from
+from dual_lora.lab.comparison.cell import Cell, Finished, cell_id, place_name
+from dual_lora.lab.comparison.executors import check_executor, run_jobs
+from dual_lora.lab.comparison.forecast import Clock, estimates, learn_from, measured_speed
+from dual_lora.lab.comparison.jobs import base_jobs, choose, final_jobs, fingerprint, settings_in_words, trial_jobs
 from dual_lora.lab.comparison.perform import KEPT, read_outcome
-from dual_lora.lab.comparison.plan import Cell, cell_id
+from dual_lora.lab.comparison.probes import match_by_probes
 from dual_lora.lab.comparison.state import FINISHED, State, write_json
 from dual_lora.lab.comparison.study import Study, read_study
-from dual_lora.lab.comparison.verdicts import Finished, build_results
+from dual_lora.lab.comparison.verdicts import build_results
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.progress import Bar, console, in_words
 
-MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
 WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
 
 
@@ -69,10 +70,11 @@ def compare(
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
     folder = Path(out) if out is not None else Path("studies") / study.name
     way = Way(executor, 1 if executor == "serial" else workers or os.cpu_count() or 1, keep, progress)
+    check_executor(executor)
+    cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
     with State(folder) as state:
         if state.notice:
             console.print(state.notice, markup=False)
-        cells = plan.lay_out(study)
         _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
         _notice_change(state, folder, update, "recipes", _recipes(study))
         if runs is not None:
@@ -84,9 +86,9 @@ def compare(
 def _recipes(study: Study) -> dict[str, Any]:
     """What every task is, without its method; recipes are files of their own, and so are their data."""
     return {
-        f"{plan.place_name(model, task)} {part}": value
+        f"{place_name(model, task)} {part}": value
         for model, task, recipe in plan.places(study)
-        for part, value in {**recipe.model_dump(mode="json"), "records": plan.fingerprint(recipe)}.items()
+        for part, value in {**recipe.model_dump(mode="json"), "records": fingerprint(recipe)}.items()
         if part in ("model", "data", "train", "evaluate", "records")
     }
 
@@ -126,19 +128,25 @@ class _Course:
         self.trials: dict[str, list[dict[str, Any]]] = {}
         self.chosen: dict[str, dict[str, Any] | None] = {}
         self.finals: dict[str, list[dict[str, Any]]] = {}
+        self.later: list[dict[str, Any]] = []  # like the jobs of the stages to come
+        self.warnings: set[str] = set()
         self._written = 0.0
 
     def run(self) -> dict[str, Any]:
         learn_from(self.clock, self.state.entries())
         self._match_by_probes()
-        self.trials = {cell_id(cell): plan.trial_jobs(self.study, cell) for cell in self.cells}
+        if self.way.progress:
+            self.clock.estimates = estimates(self.cells, measured_speed())
+        self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + base_jobs(self.cells)
+        self.trials = {cell_id(cell): trial_jobs(self.study, cell) for cell in self.cells}
         self._do("tuning", _in_turns(self.trials.values()))
         for cell in self.cells:
             key = cell_id(cell)
-            settings = plan.choose(self.trials[key], [self._outcome(job) for job in self.trials[key]])
+            settings = choose(self.trials[key], [self._outcome(job) for job in self.trials[key]])
             self.chosen[key] = settings
-            self.finals[key] = plan.final_jobs(self.study, cell, settings) if settings is not None else []
-        self._do("runs", [*plan.base_jobs(self.cells), *_in_turns(self.finals.values())])
+            self.finals[key] = final_jobs(self.study, cell, settings) if settings is not None else []
+        self.later = []
+        self._do("runs", [*base_jobs(self.cells), *_in_turns(self.finals.values())])
         return self._results()
 
     def _do(self, what: str, jobs: Sequence[dict[str, Any]]) -> None:
@@ -164,6 +172,7 @@ class _Course:
                 if outcome is not None:
                     self.state.finish(key, outcome)
                     self.clock.learn(job, outcome["seconds"])
+                    self._warn(outcome.get("warnings", []))
                 else:
                     self.failed[key] = f"{_name(job)}: {error}"
                     self.state.fail(key, error or "unknown")
@@ -173,10 +182,17 @@ class _Course:
                 if time.time() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
+    def _warn(self, messages: Sequence[str]) -> None:
+        """Say each warning once, whichever run and process it comes from."""
+        for message in messages:
+            if message not in self.warnings and self.way.progress:
+                console.print(f"warning: {message}", markup=False, soft_wrap=True)
+            self.warnings.add(message)
+
     def _note(
         self, left: dict[str, dict[str, Any]], job: dict[str, Any] | None = None, outcome: dict[str, Any] | None = None
     ) -> str:
-        remaining = self.clock.left(left.values(), self.way.workers)
+        remaining = self.clock.left([*left.values(), *self.later], self.way.workers)
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
@@ -209,7 +225,7 @@ class _Course:
             finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
         untrained = [
             {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
-            for job in plan.base_jobs(self.cells)
+            for job in base_jobs(self.cells)
             if (outcome := self._outcome(job)) and outcome["status"] == "done"
         ]
         results = build_results(self.study, finished, self.runs, untrained)
@@ -226,79 +242,32 @@ class _Course:
         return results
 
     def _match_by_probes(self) -> None:
-        """Budgets in time or memory: measure a few steps of every method, then fit its steps or its rank."""
-        budget = self.study.budget
-        if budget.match not in ("time", "memory"):
+        match = self.study.budget.match
+        if match not in ("time", "memory"):
             return
-        if budget.match == "memory":  # peaks need processes of their own
+        if match == "memory":  # peaks need processes of their own
             executor = "process" if self.way.executor == "serial" else self.way.executor
             self.way = replace(self.way, executor=executor, fresh=True)
-        rest = [cell for cell in self.cells if not cell.entry.unmatched]
-        first = {cell_id(cell): plan.probe_job(self.study, cell) for cell in rest}
-        self._do("probes", list(first.values()))
-        for cell in rest:
-            target = budget.value or self._like(cell, first)
-            if budget.match == "time":
-                self._fit_steps(cell, first[cell_id(cell)], target)
-            else:
-                self._fit_rank(cell, first[cell_id(cell)], target)
+        match_by_probes(self.study, self.cells, self._measure)
 
-    def _like(self, cell: Cell, probes: dict[str, dict[str, Any]]) -> float:
-        model = next(
-            c for c in self.cells if c.place == cell.place and self.study.origin(c.method) == self.study.budget.like
-        )
-        training = self._probed(model, probes[cell_id(model)])
-        if self.study.budget.match == "memory":
-            return float(training["peak_memory"])
-        return training["seconds"] / training["steps"] * plan.planned_steps(model.recipe)
+    def _measure(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        self._do("probes", jobs)
+        return [self._probed(job) for job in jobs]
 
-    def _probed(self, cell: Cell, job: dict[str, Any]) -> dict[str, Any]:
+    def _probed(self, job: dict[str, Any]) -> dict[str, Any]:
         outcome = self._outcome(job)
         if outcome is None or outcome["status"] != "done":
             reason = self.failed.get(job["key"], "it diverged")
             raise UserError(
-                f"The budget cannot be matched: the probe of {cell.method} on {cell.task} gave nothing ({reason})."
+                f"The budget cannot be matched: the probe of {job['method']} on {job['task']} gave nothing ({reason})."
             )
         return outcome["training"]
-
-    def _fit_steps(self, cell: Cell, job: dict[str, Any], seconds: float) -> None:
-        training = self._probed(cell, job)
-        steps = max(1, round(seconds * training["steps"] / training["seconds"]))
-        cell.mismatch = steps * training["seconds"] / training["steps"] / seconds - 1
-        cell.recipe = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": steps})})
-        cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
-
-    def _fit_rank(self, cell: Cell, job: dict[str, Any], target: float) -> None:
-        """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
-        peak = self._probed(cell, job)["peak_memory"]
-        if abs(peak / target - 1) <= 0.005 or cell.rank is None:
-            self._check_memory(cell, peak, target)
-            return
-        wide = plan.probe_job(self.study, cell, cell.rank * MEMORY_RANKS)
-        self._do("probes", [wide])
-        slope = (self._probed(cell, wide)["peak_memory"] - peak) / (cell.rank * (MEMORY_RANKS - 1))
-        rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
-        step = 2 if cell.entry.name == "dual_lora" else 1
-        rank = min(max(step, rank // step * step), self.study.budget.max_rank)
-        check = plan.probe_job(self.study, cell, rank)
-        self._do("probes", [check])
-        plan.set_rank(cell, rank)
-        self._check_memory(cell, self._probed(cell, check)["peak_memory"], target)
-
-    def _check_memory(self, cell: Cell, peak: float, target: float) -> None:
-        cell.mismatch = peak / target - 1
-        if abs(cell.mismatch) > self.study.budget.tolerance:
-            raise UserError(
-                f"methods.{cell.method}: the budget of {target / 2**20:,.0f} MiB peak memory cannot be matched within "
-                f"{self.study.budget.tolerance:.0%}: the nearest is {peak / 2**20:,.0f} MiB at rank {cell.rank} "
-                f"({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise budget.tolerance."
-            )
 
 
 def _name(job: dict[str, Any]) -> str:
     where = f"{job['method']} on {job['task']}" + (f" ({job['model']})" if job["model"] else "")
     if job["kind"] == "trial":
-        return f"{where}, " + ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in job["settings"].items())
+        return f"{where}, {settings_in_words(job['settings'])}"
     return where if job["kind"] != "final" else f"{where}, seed {job['seed']}"
 
 

@@ -7,29 +7,41 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dual_lora.lab.errors import described
+
 REPEATS = 5
 ROWS = 4
 NEW_TOKENS = 8
 
 
-def use_cost(tuned: Any, examples: list[Any], recipe: Any) -> dict[str, float | None]:
+def use_cost(tuned: Any, examples: list[Any], recipe: Any) -> tuple[dict[str, float | None], dict[str, str]]:
     """Seconds to merge, and slow-down of the unmerged model against its base (1.0: none), medians of interleaved runs.
 
-    forward: one pass over a few test rows; decode: generating a few tokens (language models). The values are None where
-    the method cannot be merged or has no adapter. The model is left as it was found, as far as its method unmerges.
+    forward: one pass over a few test rows; decode: generating a few tokens (language models). A value is None where
+    there is nothing to measure, or where the method fails in it: the second mapping says by which error. What was
+    trained and scored is not lost by that. The model is left as it was found, as far as its method unmerges.
     """
     from dual_lora.lab.models import quiet
 
     cost: dict[str, float | None] = {"merge_seconds": None, "forward_slowdown": None, "decode_slowdown": None}
     if not tuned.adapted:
-        return cost | {"forward_slowdown": 1.0, "decode_slowdown": 1.0}
+        return cost | {"forward_slowdown": 1.0, "decode_slowdown": 1.0}, {}
+    problems: dict[str, str] = {}
     with quiet():
         batch = _batch(tuned, examples, recipe)
-        cost["forward_slowdown"] = _ratio(tuned, lambda model: model(**batch))
-        if recipe.model.head == "causal":
-            cost["decode_slowdown"] = _ratio(tuned, lambda model: _decode(model, batch, tuned.tokenizer))
-        cost["merge_seconds"] = _merge_seconds(tuned.model)
-    return cost
+        ways: dict[str, Callable[[], float]] = {
+            "forward_slowdown": lambda: _ratio(tuned, lambda model: model(**batch)),
+            "decode_slowdown": lambda: _ratio(tuned, lambda model: _decode(model, batch, tuned.tokenizer)),
+            "merge_seconds": lambda: _merge_seconds(tuned.model),
+        }
+        if recipe.model.head != "causal":
+            del ways["decode_slowdown"]
+        for name, measure in ways.items():
+            try:
+                cost[name] = measure()
+            except Exception as error:  # whatever a foreign method raises: it is recorded, and the run stays finished
+                problems[name] = described(error)
+    return cost, problems
 
 
 def _batch(tuned: Any, examples: list[Any], recipe: Any) -> dict[str, Any]:
@@ -71,12 +83,9 @@ def _ratio(tuned: Any, use: Callable[[Any], Any]) -> float:
     return round(statistics.median(seconds["tuned"][1:]) / statistics.median(seconds["base"][1:]), 4)
 
 
-def _merge_seconds(model: Any) -> float | None:
-    try:
-        seconds = _seconds(model.merge_adapter)
-        model.unmerge_adapter()
-    except (ValueError, NotImplementedError, AttributeError, TypeError):
-        return None  # prompt methods and some others have nothing to merge
+def _merge_seconds(model: Any) -> float:
+    seconds = _seconds(model.merge_adapter)
+    model.unmerge_adapter()
     return round(seconds, 4)
 
 

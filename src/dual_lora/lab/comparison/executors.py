@@ -20,12 +20,10 @@ from typing import Any, Literal, get_args
 
 from dual_lora.lab.comparison.perform import perform, read_outcome
 from dual_lora.lab.comparison.state import write_json
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import UserError, described, suggest
 
 Executor = Literal["serial", "process", "ray"]
 Ended = tuple[str, dict[str, Any] | None, str | None]  # key, outcome, error
-
-_MAX_ERROR = 2000  # characters of an error that are kept
 
 
 def run_jobs(
@@ -47,8 +45,18 @@ def run_jobs(
         return _in_processes(jobs, runs, workers, keep, started, fresh)
     if executor == "ray":
         return _on_ray(jobs, runs, workers, keep, started, fresh)
-    known = get_args(Executor)
-    raise UserError(f"There is no executor {executor!r}.{suggest(executor, known)}")
+    raise AssertionError(executor)
+
+
+def check_executor(executor: str) -> None:
+    """Raise UserError for an executor that there is not, or that is not installed."""
+    if executor not in get_args(Executor):
+        raise UserError(f"There is no executor {executor!r}.{suggest(executor, get_args(Executor))}")
+    if executor == "ray":
+        try:
+            import ray  # noqa: F401
+        except ImportError:
+            raise UserError("The executor ray needs Ray: `pip install ray`, or take --executor process.") from None
 
 
 def _serially(jobs: Sequence[dict[str, Any]], runs: Path, keep: str, started: Callable[[str], None]) -> Iterator[Ended]:
@@ -57,7 +65,7 @@ def _serially(jobs: Sequence[dict[str, Any]], runs: Path, keep: str, started: Ca
         try:
             yield job["key"], perform(job, runs, keep), None
         except Exception as error:
-            yield job["key"], None, _described(error)
+            yield job["key"], None, described(error)
         gc.collect()
 
 
@@ -155,7 +163,7 @@ def _work(line: Connection, runs: Path, keep: str) -> None:
         except KeyboardInterrupt:
             sys.exit(130)  # the leader was told as well
         except Exception as error:
-            write_json(_error_file(runs, job["key"]), _described(error))
+            write_json(_error_file(runs, job["key"]), described(error))
         gc.collect()
         line.send("done")
 
@@ -186,11 +194,6 @@ def _last_words(runs: Path, key: str, code: int | None) -> str:
         return f"Its process {killed}; too little memory is the usual reason."
 
 
-def _described(error: BaseException) -> str:
-    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return (name + " ".join(str(error).split()))[:_MAX_ERROR]
-
-
 def _on_ray(
     jobs: Sequence[dict[str, Any]],
     runs: Path,
@@ -199,10 +202,7 @@ def _on_ray(
     started: Callable[[str], None],
     fresh: bool,
 ) -> Iterator[Ended]:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("The executor ray needs Ray: `pip install ray`, or take --executor process.") from None
+    import ray
     import torch
 
     if not ray.is_initialized():
@@ -219,7 +219,7 @@ def _on_ray(
         try:
             yield key, ray.get(ready), None
         except Exception as error:
-            yield key, read_outcome(runs, key), _described(getattr(error, "cause", None) or error)
+            yield key, read_outcome(runs, key), described(getattr(error, "cause", None) or error)
 
 
 def _local(workers: int) -> dict[str, Any]:

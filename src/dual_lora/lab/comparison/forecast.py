@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.comparison.cell import Cell, cell_id
+from dual_lora.lab.comparison.jobs import PROBE_STEPS, UNTRAINED, base_jobs, choose, final_jobs, trial_jobs
 from dual_lora.lab.comparison.perform import read_outcome
-from dual_lora.lab.comparison.plan import (
-    Cell,
-    base_jobs,
-    cell_id,
-    choose,
-    final_jobs,
-    lay_out,
-    planned_steps,
-    trial_jobs,
-)
+from dual_lora.lab.comparison.plan import lay_out, planned_steps
+from dual_lora.lab.comparison.probes import match_by_probes
 from dual_lora.lab.comparison.state import Entry, remembered
 from dual_lora.lab.comparison.study import Study, read_study
 
@@ -142,13 +136,14 @@ def learn_from(clock: Clock, entries: Mapping[str, Entry]) -> None:
             clock.learn(entry.job, entry.outcome["seconds"])
 
 
-def in_words(seconds: float | None) -> str:
-    """A duration as people say it."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def estimates(cells: Iterable[Cell], speed: float) -> dict[tuple[str, str, str, str], float]:
+    """Seconds of every kind of run of these cells, by arithmetic."""
+    loads = [(cell, load_of(cell)) for cell in cells]
+    return {
+        (kind, cell.model, cell.task, method): seconds_of(load, kind, speed)
+        for cell, load in loads
+        for kind, method in (("trial", cell.method), ("final", cell.method), ("base", UNTRAINED))
+    }
 
 
 @dataclass(frozen=True)
@@ -178,18 +173,16 @@ def forecast(
     folder = Path(out) if out is not None else Path("studies") / study.name
     side_by_side = 1 if executor == "serial" else workers or os.cpu_count() or 1
     cells = lay_out(study)
-    speed = measured_speed()
     runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")
-    clock = Clock({})
+    _match_as_far_as_probed(study, cells, runs)
+    speed = measured_speed()
+    clock = Clock(estimates(cells, speed))
     rows, left, done = [], [], 0
     jobs: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        load = load_of(cell)
         trials = trial_jobs(study, cell)
         settings = choose(trials, [read_outcome(runs, job["key"]) for job in trials])
         jobs[cell_id(cell)] = trials + final_jobs(study, cell, settings or {})
-        for kind in ("trial", "final", "base"):
-            clock.estimates[(kind, cell.model, cell.task, cell.method)] = seconds_of(load, kind, speed)
         rows.append(
             {
                 "model": cell.model,
@@ -199,7 +192,7 @@ def forecast(
                 "trainable_parameters": cell.size.trainable,
                 "mismatch": cell.mismatch,
                 "notes": cell.notes,
-                "steps": load.steps,
+                "steps": planned_steps(cell.recipe),
                 "trials": len(trials),
                 "seeds": len(study.seeds),
                 "metric": cell.metric,
@@ -215,9 +208,6 @@ def forecast(
     for row, cell in zip(rows, cells, strict=True):
         expected = [clock.expect(job) or 0.0 for job in jobs[cell_id(cell)]]
         row["seconds"] = sum(expected)
-    for job in left:
-        if job["kind"] == "base":
-            clock.estimates.setdefault((job["kind"], job["model"], job["task"], job["method"]), 30.0)
     return Forecast(
         study,
         rows,
@@ -230,3 +220,26 @@ def forecast(
         if done
         else f"arithmetic at {speed / 1e9:.0f} GFLOP/s measured (within a factor of 2)",
     )
+
+
+def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> None:
+    """A budget in time or memory by the probes that are there; where some are not, say what they will decide."""
+
+    class Unknown(Exception):
+        pass
+
+    def known(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        outcomes = [read_outcome(runs, job["key"]) for job in jobs]
+        if not all(outcome and outcome["status"] == "done" for outcome in outcomes):
+            raise Unknown
+        return [outcome["training"] for outcome in outcomes if outcome]
+
+    what = {"time": "steps", "memory": "rank"}.get(study.budget.match)
+    if what is None:
+        return
+    try:
+        match_by_probes(study, cells, known)
+    except Unknown:
+        for cell in cells:
+            if not cell.entry.unmatched:
+                cell.notes.append(f"{what}: by a probe of {PROBE_STEPS} steps")

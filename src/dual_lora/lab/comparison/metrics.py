@@ -1,19 +1,20 @@
 """The metrics that methods are compared by: which evaluation yields them, and what every item adds to them.
 
 Every metric here is a function of item means: accuracy of the mean of right answers, loss of the means of nats and
-tokens, Matthews' correlation and F1 of the mean confusion matrix, BLEU of the mean n-gram counts. So an item's share
-in any of them is defined (`stats.pseudo_values`), and paired tests over items work for all of them.
+tokens, Matthews' correlation and F1 of the mean confusion matrix, BLEU of the mean n-gram counts, Pearson's correlation
+of the mean products. So an item's share in any of them is defined (`pseudo_values`), and paired tests over items work
+for all of them. Spearman's correlation is none: an item's rank hangs on all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from dual_lora.lab.comparison import stats
 from dual_lora.lab.errors import UserError, suggest
 
 # Name -> (the evaluation that yields it, +1 if more is better and -1 if less is).
@@ -25,7 +26,17 @@ METRICS: dict[str, tuple[str, int]] = {
     "matthews": ("classification", 1),
     "loss": ("loss", -1),
     "bleu": ("bleu", 1),
+    "pearson": ("regression", 1),
+    "mse": ("regression", -1),
 }
+# Head of a model -> (what such a model is called, the metrics that it has).
+HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "causal": ("language model", ("choice", "exact_match", "loss", "bleu")),
+    "classification": ("classifier", ("accuracy", "f1", "matthews", "loss")),
+    "regression": ("model of one number", ("pearson", "mse")),
+}
+
+Table = NDArray[np.float64]
 
 
 def sign(metric: str) -> int:
@@ -40,28 +51,23 @@ def better(metric: str) -> str:
 
 def counted(metric: str) -> bool:
     """Whether items are right or wrong, so that two methods may agree on all of a few by luck; else it is measured."""
-    return metric not in ("loss", "bleu")
+    return metric not in ("loss", "bleu", "pearson", "mse")
 
 
 def evaluation(metric: str, head: str) -> str:
-    """The evaluation that yields the metric on a causal or a classification model. Raises UserError if none does."""
+    """The evaluation that yields the metric on a model with this head. Raises UserError if none does."""
     if metric not in METRICS:
         raise UserError(f"There is no metric {metric!r}.{suggest(metric, METRICS)}")
-    if head == "regression":
-        raise UserError("Studies compare classifiers and language models; a head for one number has no metric here.")
-    if head == "classification":
-        if metric not in ("accuracy", "f1", "matthews", "loss"):
-            raise UserError(f"A classifier has no {metric}: choose accuracy, f1, matthews or loss.")
-        return "classification"
-    if METRICS[metric][0] == "classification":
-        raise UserError(f"A language model has no {metric}: choose choice, exact_match, loss or bleu.")
-    return METRICS[metric][0]
+    kind, offered = HEADS[head]
+    if metric not in offered:
+        raise UserError(f"A {kind} has no {metric}: choose {', '.join(offered[:-1])} or {offered[-1]}.")
+    return METRICS[metric][0] if head == "causal" else head
 
 
 def default_metric(tasks: Sequence[str], head: str) -> str:
     """What a recipe is judged by if the study does not say."""
-    first = tasks[0] if tasks else ("classification" if head == "classification" else "loss")
-    return {"classification": "accuracy", "nlg": "bleu"}.get(first, first)
+    first = tasks[0] if tasks else ("loss" if head == "causal" else head)
+    return {"classification": "accuracy", "nlg": "bleu", "regression": "pearson"}.get(first, first)
 
 
 def features(
@@ -84,11 +90,18 @@ def features(
         return list(items.values())
     if metric == "bleu":
         return [_ngrams(row["predicted"], row["references"]) for row in rows]
+    if METRICS[metric][0] == "regression":
+        truth = np.array([float(label) for label in labels])
+        guess = np.array([row["predicted"] for row in rows])
+        if metric == "mse":
+            return ((guess - truth) ** 2)[:, None].tolist()
+        x, y = ((values - truth.mean()) / (truth.std() or 1.0) for values in (guess, truth))  # of order 1 in any unit
+        return np.stack([x, y, x * x, y * y, x * y], 1).tolist()
     if metric in ("f1", "matthews"):
         number = {name: i for i, name in enumerate(classes)}
         truth = np.array([number[label] for label in labels])
         guess = np.array([number[row["predicted"]] for row in rows])
-        return stats.confusion_cells(truth, guess[None], len(classes))[0].tolist()
+        return confusion_cells(truth, guess[None], len(classes))[0].tolist()
     return [[float(row["correct"])] for row in rows]
 
 
@@ -99,15 +112,17 @@ def value(metric: str, means: NDArray[np.float64]) -> float:
     if metric == "bleu":
         return _bleu(means)
     if metric == "matthews":
-        return stats.matthews(means)
+        return matthews(means)
     if metric == "f1":
-        return stats.f1(means)
+        return f1(means)
+    if metric == "pearson":
+        return pearson(means)
     return float(means[0])
 
 
 def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
     """Item shares [S, N] of the runs' features [S, N, K], with the sign turned so that more is better."""
-    return sign(metric) * stats.pseudo_values(np.asarray(runs, dtype=np.float64), lambda m: value(metric, m))
+    return sign(metric) * pseudo_values(np.asarray(runs, dtype=np.float64), lambda m: value(metric, m))
 
 
 def _ngrams(text: str, references: Sequence[str]) -> list[float]:
@@ -125,3 +140,53 @@ def _bleu(means: NDArray[np.float64]) -> float:
     if min(counts[:8]) <= 0:  # an order without a match; below 0 where the slope is taken there
         return 0.0
     return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score
+
+
+def pseudo_values(features: ArrayLike, metric: Callable[[Table], float]) -> Table:
+    """Items' shares [S, N] of a metric that is a function of item means, such as Matthews' correlation or F1.
+
+    features: [S, N, K] what each item adds (for Matthews: the one-hot cell of the confusion matrix). metric
+    takes the K means of one seed. The result's mean over items is that seed's metric exactly, and its spread
+    over items is the metric's by the delta method, so all else here treats it like an accuracy.
+    """
+    x = np.asarray(features, dtype=np.float64)
+    if x.ndim != 3:
+        raise ValueError(f"Features of shape {x.shape}: expected [seeds, items, K].")
+    out = np.empty(x.shape[:2])
+    step = 1e-6
+    for s, rows in enumerate(x):
+        mean = rows.mean(0)
+        moves = step * np.eye(x.shape[2])
+        slope = np.array([(metric(mean + m) - metric(mean - m)) / (2 * step) for m in moves])
+        out[s] = metric(mean) + (rows - mean) @ slope
+    return out
+
+
+def matthews(confusion: Table) -> float:
+    """Matthews' correlation from a confusion matrix (label, prediction) [K*K], any unit; 0 if undefined."""
+    k = math.isqrt(confusion.size)
+    c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
+    total, right = c.sum(), np.trace(c)
+    labels, guesses = c.sum(1), c.sum(0)
+    under = (total**2 - guesses @ guesses) * (total**2 - labels @ labels)
+    return float((right * total - labels @ guesses) / math.sqrt(under)) if under > 1e-18 else 0.0
+
+
+def f1(confusion: Table) -> float:
+    """Mean over the classes of F1, from a confusion matrix (label, prediction) [K*K] in any unit."""
+    k = math.isqrt(confusion.size)
+    c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
+    return float((2 * np.diag(c) / np.maximum(c.sum(0) + c.sum(1), 1e-300)).mean())
+
+
+def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
+    """One-hot confusion cells [S, N, classes²] from labels [N] and predictions [S, N] (integers)."""
+    cells = np.asarray(labels)[None] * classes + np.asarray(predictions)
+    return np.eye(classes * classes)[cells]
+
+
+def pearson(means: Table) -> float:
+    """Pearson's correlation from the means of x, y, x², y² and xy; 0 where one of them does not vary."""
+    x, y, xx, yy, xy = means
+    spread = (xx - x * x) * (yy - y * y)
+    return float((xy - x * y) / math.sqrt(spread)) if spread > 1e-18 else 0.0

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.comparison.state import write_json
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import OURS, UserError
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
 KEPT = ("adapters", "all", "nothing")
@@ -38,8 +41,18 @@ def read_outcome(runs: Path, key: str) -> dict[str, Any] | None:
         outcome = json.loads(outcome_file(runs, key).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    scored = outcome.get("items") is None or scores_file(runs, key).is_file()
-    return outcome if outcome.get("key") == key and scored else None
+    if outcome.get("key") != key:
+        return None
+    try:
+        whole = outcome.get("items") is None or len(read_scores(runs, key)) == outcome["items"]
+    except (OSError, ValueError):
+        return None
+    return outcome if whole else None
+
+
+def read_scores(runs: Path, key: str) -> list[Any]:
+    """What every item of a finished run adds to its metric. Raises OSError or ValueError for a broken file."""
+    return json.loads(scores_file(runs, key).read_text(encoding="utf-8"))
 
 
 def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str, Any]:
@@ -57,12 +70,18 @@ def perform(job: dict[str, Any], runs: Path, keep: str = "adapters") -> dict[str
         if (done := read_outcome(runs, job["key"])) is not None:
             return done  # an orphan finished it while we waited
         outcome = {"key": job["key"], "status": "done", "runs_at_a_time": job.get("runs_at_a_time")}
+        said: list[str] = []
         try:
-            outcome |= _base(job, runs) if job["kind"] == "base" else _trained(job, folder, runs)
-        except UserError as error:
+            with _kept_warnings(said):
+                outcome |= _base(job, runs) if job["kind"] == "base" else _trained(job, folder, runs)
+        except Exception as error:
             if not _diverged(error):
+                if said:
+                    error.add_note(f"Warned before: {' '.join(said)}")
                 raise
             outcome |= {"status": "diverged", "error": str(error)}
+        if said:
+            outcome["warnings"] = said
         outcome["seconds"] = round(time.time() - start, 3)
         write_json(outcome_file(runs, job["key"]), outcome)
         _tidy(job, folder, keep)
@@ -110,7 +129,9 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     if job["cost"]:
         from dual_lora.lab.comparison.cost import use_cost
 
-        outcome["use"] = use_cost(tuned, examples, recipe)
+        outcome["use"], problems = use_cost(tuned, examples, recipe)
+        if problems:
+            outcome["use_problems"] = problems
     return outcome
 
 
@@ -158,7 +179,25 @@ class NotFinite(Exception):
     """The evaluation of a trained model gave no number: the training has diverged."""
 
 
-def _diverged(error: UserError) -> bool:
+@contextlib.contextmanager
+def _kept_warnings(said: list[str]) -> Iterator[None]:
+    """This package's own warnings go into `said`, for the person who leads the study, wherever the run is done; those
+    of libraries go where they went before."""
+    with warnings.catch_warnings():
+        elsewhere = warnings.showwarning
+
+        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
+            if not re.match(OURS, str(message), re.IGNORECASE):
+                elsewhere(message, *rest, **more)
+            elif str(message) not in said:
+                said.append(str(message))
+
+        warnings.filterwarnings("always", message=OURS)
+        warnings.showwarning = show
+        yield
+
+
+def _diverged(error: Exception) -> bool:
     from dual_lora.lab.training.failures import Diverged
 
     return isinstance(error, Diverged) or isinstance(error.__cause__, NotFinite)

@@ -1,61 +1,22 @@
 """From a study to its runs: every method checked, its rank solved for, its validation kept apart from its test.
 
-A cell is one method on one task with one model. A job is one training run of a cell (a trial of the search, a probe
-of the budget, or a final run with one seed), as plain values: it can be hashed, kept in a database and sent to
-another process. Equal jobs have equal keys, so nothing that is finished is ever run again.
+`cell` says what a cell is, `jobs` which runs it has.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.budget import Scale, Size, classes_of, rank_field, solve_rank
-from dual_lora.lab.comparison.study import PRESETS, MethodEntry, Study, dotted, rank_denominator, rank_rule
+from dual_lora.lab.comparison.cell import Cell, fields_at
+from dual_lora.lab.comparison.jobs import trial_jobs
+from dual_lora.lab.comparison.study import PRESETS, MethodEntry, Study, rank_denominator
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe import Recipe, build_recipe, identity, merged, read_recipe
-
-JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
-PROBE_STEPS = 8
-
-
-@dataclass
-class Cell:
-    """One method on one task with one model, ready to run."""
-
-    model: str
-    task: str
-    method: str
-    entry: MethodEntry
-    recipe: Recipe
-    metric: str
-    size: Size
-    classes: int | None
-    rank: int | None = None
-    mismatch: float | None = None  # relative, to the budget; None outside a budget
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """Model and task: the cells of one place are compared with each other."""
-        return self.model, self.task
-
-
-def place_name(model: str, task: str) -> str:
-    """How a task with a model is called in sentences."""
-    return f"{task} ({model})" if model else task
-
-
-def cell_id(cell: Cell) -> str:
-    """The cell's name among the study's cells."""
-    return json.dumps([cell.model, cell.task, cell.method])
+from dual_lora.lab.recipe import Recipe, build_recipe, merged, read_recipe
 
 
 def lay_out(study: Study) -> list[Cell]:
@@ -64,12 +25,14 @@ def lay_out(study: Study) -> list[Cell]:
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
     for model, task, base in places(study):
-        metric, classes = _metric(study, task, base), classes_of(base)
-        _keep_test_apart(study, task, base)
+        metric, overlap = _metric(study, task, base), _keep_test_apart(study, task, base)
+        classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            cell = _cell(study, scale, base, classes, name, entry, target)
-            cells.append(Cell(model, task, name, entry, cell[0], metric, cell[1], classes, *cell[2:]))
+            recipe, size, *rest = _sized(study, scale, base, classes, name, entry, target)
+            cell = Cell(model, task, name, entry, recipe, metric, size, classes, *rest, overlap)
+            _check_training(study, scale, cell)
+            cells.append(cell)
     return cells
 
 
@@ -124,22 +87,31 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
     return metric
 
 
-def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> None:
-    """Refuse to tune on test records."""
+def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> str:
+    """Refuse to tune on test records. Returns what has to be said of the few that are in both."""
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.data.records import find
 
     data = recipe.data
+    if data.tests:
+        raise UserError(
+            f"tasks.{task}: the recipe has several test sets ({', '.join(data.tests)}), and a task of a study has one: "
+            f"make each a task of its own, NAME: {{recipe: {study.tasks[task].recipe}, data: {{test: FILE}}}}."
+        )
     if not data.test:
         raise UserError(f"tasks.{task}: the recipe names no test records: set data.test.")
 
+    def files(source: str) -> set[str]:
+        names = (name.strip() for name in source.split(" + "))
+        return {name if name.startswith("hub:") else str(find(name).resolve()) for name in names}
+
     def same(a: str, b: str) -> bool:
-        return a == b or (not a.startswith("hub:") and not b.startswith("hub:") and find(a) == find(b))
+        return bool(files(a) & files(b))
 
     if data.train and same(data.train, data.test):
         raise UserError(f"tasks.{task}: data.train and data.test are the same records, {data.test}.")
     if study.search is None:
-        return
+        return ""
     if not data.validation and not data.holdout:
         raise UserError(
             f"tasks.{task}: a search needs validation records: set search.holdout (or data.holdout) to the number of "
@@ -150,8 +122,8 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> None:
             f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records "
             "makes every comparison worthless: use data.holdout to take validation records out of training."
         )
-    if data.test.startswith("hub:"):
-        return  # its splits are separate by name; reading them here would mean a download
+    if "hub:" in data.test:
+        return ""  # its splits are separate by name; reading them here would mean a download
     everything = data.model_copy(update={"test_limit": None, "train_limit": None})
     tested = {(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(everything, "test")}
     tuned_on = [(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(data, "validation")]
@@ -161,6 +133,7 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> None:
             f"tasks.{task}: {shared} of {len(tuned_on)} validation records are test records too. Tuning on test "
             "records makes every comparison worthless: use data.holdout to take validation records out of training."
         )
+    return f"Of {task}, {shared} of {len(tuned_on)} validation records are test records too." if shared else ""
 
 
 def _with_method(base: Recipe, entry: MethodEntry, fields: dict[str, Any]) -> Recipe:
@@ -184,19 +157,15 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
 
 
 def _size(scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None) -> Size:
+    return _counted(scale, _with_method(base, entry, fields_at(entry, rank)), classes, entry)
+
+
+def _counted(scale: Scale, recipe: Recipe, classes: int | None, entry: MethodEntry) -> Size:
     frozen = [pattern for pattern, share in entry.freeze.items() if share == 0]
-    return scale.size(_with_method(base, entry, _fields(entry, rank)), classes, frozen)
+    return scale.size(recipe, classes, frozen)
 
 
-def _fields(entry: MethodEntry, rank: int | None) -> dict[str, Any]:
-    fields = dict(entry.fields)
-    name = rank_field(entry.name)
-    if rank is not None and name:
-        fields[name] = rank
-    return {key: rank_rule(value, rank, f"{entry.name}.{key}") for key, value in fields.items()}
-
-
-def _cell(
+def _sized(
     study: Study, scale: Scale, base: Recipe, classes: int | None, name: str, entry: MethodEntry, target: float | None
 ) -> tuple[Recipe, Size, int | None, float | None, list[str]]:
     """Recipe, size, rank, mismatch and notes of one method under the budget."""
@@ -211,7 +180,7 @@ def _cell(
         size = _size(scale, base, classes, entry, rank)
         notes = ["outside the budget"] if entry.unmatched and target else []
         mismatch = size.trainable / target - 1 if target and anchor else None
-        return _with_method(base, entry, _fields(entry, rank)), size, rank, mismatch, notes
+        return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, notes
     assert target is not None
     if written is not None and field_name in entry.fields:
         raise UserError(
@@ -236,7 +205,7 @@ def _cell(
             f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
             "budget, or raise budget.tolerance."
         )
-    return _with_method(base, entry, _fields(entry, rank)), size, rank, mismatch, []
+    return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, []
 
 
 def _sum_of(fields: dict[str, Any]) -> int | None:
@@ -244,149 +213,53 @@ def _sum_of(fields: dict[str, Any]) -> int | None:
     return ranks[0] + ranks[1] if all(isinstance(r, int) for r in ranks) else None
 
 
-def trial_jobs(study: Study, cell: Cell) -> list[dict[str, Any]]:
-    """The search of one cell."""
-    if study.search is None:
-        return []
-    search = study.search
-    metric = search.metric or cell.metric
-    return [
-        _job(
-            cell,
-            "trial",
-            search.seed,
-            _override({f"train.{k}": v for k, v in search.train.items()} | point),
-            metric,
-            "validation",
-            settings=point,
-            trial=number,
-        )
-        for number, point in enumerate(search.points(cell.entry.search or None))
-    ]
+_LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
 
 
-def choose(trials: Sequence[dict[str, Any]], outcomes: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The settings of the best trial ({} without a search).
+def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
+    """Refuse what would only show in the middle of the study: settings that the method or the Trainer does not know,
+    and a search that undoes the budget."""
+    from dual_lora.lab.methods import method_fields
+    from dual_lora.lab.training.loop import check_names
 
-    None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
-    """
-    if not trials:
-        return {}
-    if any(outcome is None for outcome in outcomes):
-        return None
-    scored = [(o["score"], job) for o, job in zip(outcomes, trials, strict=True) if o and o["status"] == "done"]
-    if not scored:
-        return None
-    better = metrics.sign(trials[0]["metric"])
-    return max(scored, key=lambda pair: better * pair[0])[1]["settings"]
-
-
-def final_jobs(study: Study, cell: Cell, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that are compared, with the settings that the search chose."""
-    return [
-        _job(
-            cell, "final", seed, _override(settings), cell.metric, "test", settings=settings, cost=study.cost and i == 0
-        )
-        for i, seed in enumerate(study.seeds)
-    ]
-
-
-def probe_job(study: Study, cell: Cell, rank: int | None = None) -> dict[str, Any]:
-    """A few steps, to learn what a step costs; with another rank than the cell's if given."""
-    over: dict[str, Any] = {"train": {"steps": PROBE_STEPS}}
-    if rank is not None:
-        over["method"] = _fields(cell.entry, rank)
-    return _job(cell, "probe", study.seeds[0], over, cell.metric, "none", settings={}, rank=rank)
+    where, match = f"methods.{cell.method}", study.budget.match
+    known = method_fields(cell.entry.name)
+    if not cell.size.trainable:
+        raise UserError(f"{where}: it would train no parameter; its settings name none.")
+    try:
+        scale.size(cell.recipe, cell.classes, named=[*cell.entry.freeze, *cell.entry.round])
+    except UserError as error:
+        raise UserError(f"{where}, freeze or round: {error}") from None
+    for recipe, settings in [
+        (cell.recipe, {}),
+        *((build_recipe(job["recipe"]), job["settings"]) for job in trial_jobs(study, cell)),
+    ]:
+        try:
+            check_names(recipe.train)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        varied = [name for name in settings if name.startswith("method.")]
+        for name in varied:
+            if name.removeprefix("method.") not in known:
+                raise UserError(
+                    f"{where}: the search varies {name}, which {cell.entry.name} does not have. A method may bring a "
+                    "`search` of its own, with the same number of trials."
+                )
+        held = match != "none" and not cell.entry.unmatched
+        resized = held and varied and _counted(scale, recipe, cell.classes, cell.entry) != cell.size
+        relengthed = held and match == "time" and set(settings) & set(_LENGTH)
+        if resized or relengthed:
+            raise UserError(
+                f"{where}: the search varies {', '.join(settings)}, and with it what the budget of {match} holds "
+                "equal. Leave it out of the search, or set budget.match: none."
+            )
 
 
 def set_rank(cell: Cell, rank: int) -> None:
     """Give the cell another rank, found by probes."""
-    cell.recipe = _with_method(cell.recipe, cell.entry, _fields(cell.entry, rank))
-    cell.size = Scale().size(cell.recipe, cell.classes, [p for p, share in cell.entry.freeze.items() if share == 0])
+    cell.recipe = _with_method(cell.recipe, cell.entry, fields_at(cell.entry, rank))
+    cell.size = _counted(Scale(), cell.recipe, cell.classes, cell.entry)
     cell.rank = rank
-
-
-def base_jobs(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The untrained language model on each task; a classifier has none (its head is drawn at random)."""
-    first = {cell.place: cell for cell in reversed(list(cells)) if cell.recipe.model.head == "causal"}
-    return [
-        _job(
-            Cell(
-                c.model,
-                c.task,
-                "(untrained)",
-                MethodEntry.model_validate({"name": "full"}),
-                c.recipe,
-                c.metric,
-                c.size,
-                None,
-            ),
-            "base",
-            0,
-            {"method": {"name": "full"}, "train": {}},
-            c.metric,
-            "test",
-            settings={},
-        )
-        for c in first.values()
-    ]
-
-
-def _override(settings: dict[str, Any]) -> dict[str, Any]:
-    over: dict[str, Any] = {}
-    for name, value in settings.items():
-        part, _, key = dotted(name).partition(".")
-        over.setdefault(part, {})[key] = value
-    return over
-
-
-def _job(
-    cell: Cell, kind: str, seed: int, over: dict[str, Any], metric: str, split: str, **more: Any
-) -> dict[str, Any]:
-    values = merged(cell.recipe.model_dump(mode="json"), over)
-    values["train"]["seed"] = seed
-    values["evaluate"] |= {
-        "tasks": [metrics.evaluation(metric, cell.recipe.model.head)],
-        "split": split if split != "none" else "test",
-        "base": False,
-    }
-    work = {
-        "format": JOB_FORMAT,
-        "kind": kind,
-        "recipe": build_recipe(values, f"{cell.method} on {cell.task}").model_dump(mode="json"),
-        "data": fingerprint(cell.recipe),
-        "freeze": cell.entry.freeze,
-        "round": cell.entry.round,
-        "metric": metric,
-        "split": split,
-        "cost": more.pop("cost", False),
-    }
-    same = {**work, "recipe": identity(build_recipe(work["recipe"]))}
-    key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
-    return {"key": key, **work, "model": cell.model, "task": cell.task, "method": cell.method, "seed": seed, **more}
-
-
-def fingerprint(recipe: Recipe) -> dict[str, str]:
-    """What the data files held: a changed file makes another run."""
-    from dual_lora.lab.data.records import find
-
-    prints = {}
-    for split in ("train", "validation", "test"):
-        source = getattr(recipe.data, split)
-        if source and not source.startswith("hub:"):
-            prints[split] = _file_print(find(source))
-    return prints
-
-
-_prints: dict[tuple[Path, int, int], str] = {}
-
-
-def _file_print(path: Path) -> str:
-    stat = path.stat()
-    at = (path.resolve(), stat.st_size, stat.st_mtime_ns)
-    if at not in _prints:
-        _prints[at] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return _prints[at]
 
 
 def planned_steps(recipe: Recipe) -> int:

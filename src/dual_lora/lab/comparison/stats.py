@@ -14,14 +14,13 @@ better method; one over seeds alone throws away what the items say about the noi
 few, so intervals are as wide as Student's t demands at these degrees of freedom.
 
 Sources: Clark 1973 (crossed random effects), Owen 2007 (the pigeonhole bootstrap), Hesterberg 2015 (bootstrap
-intervals that are not too short for small samples), Schuirmann 1987 (two one-sided tests), Holm 1979, Demšar
-2006 (ranks over data sets).
+intervals that are not too short for small samples), Schuirmann 1987 (two one-sided tests), Holm 1979.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -282,49 +281,6 @@ def smallest_visible(s: Spread, level: float = 0.05, wanted: float = 0.8) -> flo
     return float(optimize.brentq(lambda x: power(x, 1.0, s.freedom, level) - wanted, 0.0, top) * s.error)
 
 
-def pseudo_values(features: ArrayLike, metric: Callable[[Table], float]) -> Table:
-    """Items' shares [S, N] of a metric that is a function of item means, such as Matthews' correlation or F1.
-
-    features: [S, N, K] what each item adds (for Matthews: the one-hot cell of the confusion matrix). metric
-    takes the K means of one seed. The result's mean over items is that seed's metric exactly, and its spread
-    over items is the metric's by the delta method, so all else here treats it like an accuracy.
-    """
-    x = np.asarray(features, dtype=np.float64)
-    if x.ndim != 3:
-        raise ValueError(f"Features of shape {x.shape}: expected [seeds, items, K].")
-    out = np.empty(x.shape[:2])
-    step = 1e-6
-    for s, rows in enumerate(x):
-        mean = rows.mean(0)
-        moves = step * np.eye(x.shape[2])
-        slope = np.array([(metric(mean + m) - metric(mean - m)) / (2 * step) for m in moves])
-        out[s] = metric(mean) + (rows - mean) @ slope
-    return out
-
-
-def matthews(confusion: Table) -> float:
-    """Matthews' correlation from a confusion matrix (label, prediction) [K*K], any unit; 0 if undefined."""
-    k = math.isqrt(confusion.size)
-    c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
-    total, right = c.sum(), np.trace(c)
-    labels, guesses = c.sum(1), c.sum(0)
-    under = (total**2 - guesses @ guesses) * (total**2 - labels @ labels)
-    return float((right * total - labels @ guesses) / math.sqrt(under)) if under > 1e-18 else 0.0
-
-
-def f1(confusion: Table) -> float:
-    """Mean over the classes of F1, from a confusion matrix (label, prediction) [K*K] in any unit."""
-    k = math.isqrt(confusion.size)
-    c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
-    return float((2 * np.diag(c) / np.maximum(c.sum(0) + c.sum(1), 1e-300)).mean())
-
-
-def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
-    """One-hot confusion cells [S, N, classes²] from labels [N] and predictions [S, N] (integers)."""
-    cells = np.asarray(labels)[None] * classes + np.asarray(predictions)
-    return np.eye(classes * classes)[cells]
-
-
 def compare_pair(
     candidate: ArrayLike,
     reference: ArrayLike,
@@ -405,53 +361,6 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
         visible = smallest_visible(c.spread, level / len(many), c.power)
         judged.append(replace(c, p_holm=p, p_same_holm=same, verdict=verdict, note=note, visible=visible))
     return judged
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Methods ranked over tasks (1 is best), Friedman's test, Nemenyi's critical difference of average ranks.
-
-    groups: sets of methods, none of which is distinguishable from another of its set by rank.
-    """
-
-    ranks: dict[str, float]
-    tasks: int
-    p: float | None
-    critical: float | None
-    groups: list[list[str]]
-    note: str
-
-
-def rank_methods(scores: Mapping[str, Sequence[float]], level: float = 0.05, seed: int = 0) -> Ranking:
-    """scores: method -> one score a task (the same tasks in the same order, higher is better)."""
-    values = np.array(list(scores.values()), dtype=np.float64)  # [methods, tasks]
-    k, tasks = values.shape
-    average = stats.rankdata(-values, axis=0).mean(1)
-    ranks = dict(sorted(zip(scores, average.tolist(), strict=True), key=lambda pair: pair[1]))
-    if tasks < 2 or k < 2:
-        return Ranking(ranks, tasks, None, None, [list(ranks)], "Ranks over tasks need two tasks and two methods.")
-    critical = float(
-        stats.studentized_range.isf(level, k, np.inf) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * tasks))
-    )
-    # The chi-square form of Friedman's test is poor for few tasks; permuting methods within each task is not.
-    p = stats.permutation_test(
-        list(values),
-        lambda *v, axis=-1: np.var(np.mean(stats.rankdata(np.stack(v), axis=0), axis=axis), axis=0),
-        permutation_type="samples",
-        alternative="greater",
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        rng=np.random.default_rng(seed),
-    ).pvalue
-    names = list(ranks)
-    groups: list[list[str]] = []
-    for start in range(k):
-        members = [n for n in names[start:] if ranks[n] - ranks[names[start]] < critical]
-        if not groups or members[-1] != groups[-1][-1]:
-            groups.append(members)
-    widest = k - 1
-    note = "" if critical < widest else f"With {tasks} tasks no two of {k} methods can be told apart by rank."
-    return Ranking(ranks, tasks, float(p), critical, groups, note)
 
 
 def over_tasks(comparisons: Sequence[Comparison]) -> Spread:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,8 +30,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dual_lora.lab.comparison.metrics import METRICS
+from dual_lora.lab.comparison.search import Search, dotted, known_metric
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe import Part
+from dual_lora.lab.recipe import Part, shipped_recipes
 
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -49,8 +49,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {"name": "full", "unmatched": True},
 }
-
-SEARCH_SEED = 1000
 
 
 class MethodEntry(BaseModel):
@@ -71,6 +69,18 @@ class MethodEntry(BaseModel):
         default_factory=dict,
         description="Regular expression of parameter names: precision that they are rounded to after every step.",
     )
+
+    @field_validator("freeze", "round")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern, what in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if isinstance(what, float) and not 0 <= what <= 1:
+                raise ValueError(f"{pattern!r}: {what:g} is no share of the steps, expected 0 to 1")
+        return value
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -93,9 +103,7 @@ class TaskEntry(Part):
     @field_validator("metric")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None and value not in METRICS:
-            raise ValueError(f"unknown metric {value!r}.{suggest(value, METRICS)}")
-        return value
+        return known_metric(value)
 
 
 class Budget(Part):
@@ -117,99 +125,6 @@ class Budget(Part):
         if self.match != "none" and (self.like is None) == (self.value is None):
             raise ValueError(f"match: {self.match} needs either like: METHOD or value: NUMBER, and not both")
         return self
-
-
-class Range(Part):
-    """An interval that is searched."""
-
-    low: float
-    high: float
-    scale: Literal["log", "linear"] = "log"
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.low < self.high or (self.scale == "log" and self.low <= 0):
-            raise ValueError(f"low {self.low} and high {self.high}: low has to be smaller, and positive on a log scale")
-        return self
-
-
-Axis = list[Any] | Range
-
-
-class Search(Part):
-    """The same number of trials for every method, judged on validation records, never on test."""
-
-    space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
-    trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
-    metric: str | None = Field(None, description="Judged by this; left out: the task's metric.")
-    holdout: int | None = Field(
-        None, ge=1, description="Validation records taken out of training where a recipe has none."
-    )
-    train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
-    seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        return TaskEntry._known(value)
-
-    @model_validator(mode="after")
-    def _enough_points(self) -> Search:
-        if not self.space:
-            raise ValueError("space is empty: name at least learning_rate")
-        self.points()
-        return self
-
-    @property
-    def count(self) -> int:
-        """Trials of each method: `trials`, or every point of the lists."""
-        axes = [_axis(axis) for axis in self.space.values()]
-        points = math.prod(len(axis) if isinstance(axis, list) else 0 for axis in axes)
-        if not self.trials and not points:
-            raise ValueError("a space with a range needs trials: NUMBER")
-        return self.trials or points
-
-    def points(self, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The trials' settings, {dotted name: value}; `own` is a method's own space."""
-        space = {dotted(name): _axis(axis) for name, axis in (own or self.space).items()}
-        lists = {name: axis for name, axis in space.items() if isinstance(axis, list)}
-        if len(lists) < len(space):
-            return _spread_points(space, self.count)
-        grid = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
-        if len(grid) < self.count:
-            raise ValueError(f"{self.count} trials wanted, but the space holds only {len(grid)} points")
-        chosen = random.Random(0).sample(range(len(grid)), self.count)
-        return [grid[i] for i in sorted(chosen)]
-
-
-def _axis(axis: Any) -> Axis:
-    if isinstance(axis, Range):
-        return axis
-    if isinstance(axis, dict):
-        return Range.model_validate(axis)
-    if not isinstance(axis, list) or not axis:
-        raise ValueError(f"{axis!r} is no search axis: expected a list of values or {{low: , high: }}")
-    return axis
-
-
-def _spread_points(space: dict[str, Axis], wanted: int) -> list[dict[str, Any]]:
-    """`wanted` points that fill the space evenly, the same at every call and for every method."""
-    import numpy as np
-    from scipy.stats import qmc
-
-    if len(space) == 1:
-        unit = np.linspace(0, 1, wanted)[:, None] if wanted > 1 else np.array([[0.5]])
-    else:
-        unit = qmc.Halton(len(space), rng=0).random(wanted)
-    return [{name: _at(axis, u) for (name, axis), u in zip(space.items(), row, strict=True)} for row in unit]
-
-
-def _at(axis: Axis, u: float) -> Any:
-    if isinstance(axis, list):
-        return axis[min(int(u * len(axis)), len(axis) - 1)]
-    if axis.scale == "linear":
-        return float(f"{axis.low + u * (axis.high - axis.low):.4g}")
-    return float(f"{axis.low * (axis.high / axis.low) ** u:.4g}")
 
 
 class Study(Part):
@@ -246,7 +161,12 @@ class Study(Part):
         if isinstance(value, str):
             value = [value]
         if isinstance(value, list):
-            return {Path(str(name)).stem: {"recipe": str(name)} for name in value}
+            names = [Path(str(name)).stem for name in value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(
+                    f"two tasks are called {twice[0]!r}: write them as NAME: RECIPE, each with its own name"
+                )
+            return {name: {"recipe": str(recipe)} for name, recipe in zip(names, value, strict=True)}
         return (
             {k: {"recipe": v} if isinstance(v, str) else v for k, v in value.items()}
             if isinstance(value, dict)
@@ -301,6 +221,11 @@ class Study(Part):
         return self
 
     @property
+    def recipes(self) -> set[str]:
+        """The recipes of the tasks."""
+        return {task.recipe for task in self.tasks.values()}
+
+    @property
     def baseline(self) -> str:
         """The method that the others are compared with."""
         return self.reference or next(iter(self.variants()))
@@ -338,20 +263,6 @@ def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str = "") -
         else:
             values[field] = value
     return MethodEntry.model_validate(values)
-
-
-def dotted(name: str) -> str:
-    """`learning_rate` -> `train.learning_rate`. Raises ValueError for a name outside train and method."""
-    from dual_lora.lab.recipe import TrainPart
-
-    full = f"train.{name}" if name in TrainPart.model_fields else name
-    part, _, field = full.partition(".")
-    if part == "method" and field:
-        return full
-    if part != "train" or field not in TrainPart.model_fields:
-        hint = suggest(field or part, TrainPart.model_fields)
-        raise ValueError(f"{name!r} can not be varied: expected train.FIELD or method.FIELD.{hint}")
-    return full
 
 
 def _short(name: str) -> str:
@@ -394,6 +305,8 @@ def read_study(source: str | Path) -> tuple[Study, str]:
     path, shipped = Path(source), shipped_studies()
     if not path.is_file():
         if str(source) not in shipped:
+            if str(source) in shipped_recipes():
+                raise UserError(_is_a_recipe(str(source)))
             raise UserError(
                 f"There is no study {str(source)!r}, neither a file nor a shipped one.{suggest(str(source), shipped)}"
             )
@@ -405,11 +318,27 @@ def read_study(source: str | Path) -> tuple[Study, str]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
+    if not {"tasks", "methods"} & set(values) and {"model", "method", "data"} & set(values):
+        raise UserError(_is_a_recipe(str(source)))
     study = build_study(values, str(path))
     for task in study.tasks.values():  # a recipe may lie beside its study
         if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
             task.recipe = str(beside.resolve())
     return study, text
+
+
+def _is_a_recipe(name: str) -> str:
+    """What to do with a recipe that was given for a study."""
+    using = [
+        study
+        for study, file in shipped_studies().items()
+        if name in build_study(yaml.safe_load(file.read_text(encoding="utf-8")), str(file)).recipes
+    ]
+    shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
+    return (
+        f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "
+        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {name}`."
+    )
 
 
 def build_study(values: dict[str, Any], where: str = "the study") -> Study:
@@ -427,7 +356,7 @@ def _problem(item: Any) -> str:
     if item["type"] == "missing":
         return f"field {place!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message}{'' if message.endswith(('.', '?')) else '.'}" if place else f"{message}."
+    return (f"{place}: " if place else "") + message + ("" if message.endswith((".", "?")) else ".")
 
 
 def _known_at(loc: tuple[Any, ...]) -> list[str]:

@@ -8,8 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dual_lora.lab.comparison.forecast import Forecast, in_words
+from dual_lora.lab.comparison.forecast import Forecast
+from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
+from dual_lora.lab.progress import in_words
 
 _COLOURS = {"better": "green", "worse": "red", "equivalent within the margin": "cyan"}
 
@@ -72,7 +74,7 @@ def score_table(results: dict[str, Any]) -> Table:
     for row in results.get("untrained", []):
         table.add_row(escape(_place(row)) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
     for m in results["methods"]:
-        chosen = ", ".join(f"{k.rpartition('.')[2]} {_value(v)}" for k, v in (m["settings"] or {}).items())
+        chosen = settings_in_words(m["settings"] or {})
         diverged = "all trials" if m["diverged_in_search"] else str(m["diverged"] or "")
         table.add_row(
             escape(_place(m)) + f" · {m['metric']}",
@@ -163,7 +165,3 @@ def _place(row: dict[str, Any]) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)

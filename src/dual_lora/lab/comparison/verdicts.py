@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import metrics, stats
-from dual_lora.lab.comparison.load import loads
-from dual_lora.lab.comparison.perform import scores_file
-from dual_lora.lab.comparison.plan import Cell, place_name
+from dual_lora.lab.comparison import metrics, notes, stats
+from dual_lora.lab.comparison.cell import Cell, Finished, place_name
+from dual_lora.lab.comparison.perform import read_scores
+from dual_lora.lab.comparison.ranking import rank_methods
 from dual_lora.lab.comparison.study import Study
 
 RESULTS_FORMAT = 1
@@ -34,31 +33,16 @@ COSTS: dict[str, tuple[str, bool]] = {
 }
 
 
-@dataclasses.dataclass
-class Finished:
-    """A cell with what came of it. `finals` in the order of the study's seeds; None where a run is missing."""
-
-    cell: Cell
-    trials: list[tuple[dict[str, Any], dict[str, Any] | None]]  # job, outcome
-    chosen: dict[str, Any] | None
-    finals: list[tuple[dict[str, Any], dict[str, Any] | None]]
-    doomed: bool = False  # every trial diverged: the finals count as diverged without being run
-
-    @property
-    def complete(self) -> bool:
-        """Whether every final run has an outcome."""
-        return self.doomed or (bool(self.finals) and all(outcome is not None for _, outcome in self.finals))
-
-
 def build_results(
     study: Study, finished: Sequence[Finished], runs: Path, untrained: Sequence[dict[str, Any]] = ()
 ) -> dict[str, Any]:
     """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place."""
-    notes: list[str] = []
-    tables = _score_tables(finished, runs, notes, len(study.seeds))
+    lost: list[str] = []
+    tables = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(f, tables.get(_at(f))) for f in finished]
-    ends = {_at(f): end for f, method in zip(finished, methods, strict=True) if (end := _end_of_search(method))}
-    unlearned = {_at(f): why for f, m in zip(finished, methods, strict=True) if (why := _unlearned(m, untrained))}
+    ends = {_at(f): end for f, method in zip(finished, methods, strict=True) if (end := notes.end_of_search(method))}
+    whys = [notes.why_unlearned(method, untrained) for method in methods]
+    unlearned = {_at(f): why for f, why in zip(finished, whys, strict=True) if why}
     judged = _comparisons(study, finished, tables)
     comparisons = [_with_doubt(_nothing_learned(c, unlearned), ends) for c in judged]
     return {
@@ -70,14 +54,17 @@ def build_results(
         "overall": _overall(comparisons),
         "ranking": _rankings(study, finished, tables),
         "pareto": _pareto(methods),
-        "notes": _unfinished_notes(study, finished)
-        + notes
-        + _edge_notes(ends)
-        + _level_search_notes(methods)
-        + _unlearned_notes(unlearned)
-        + _item_notes(tables)
-        + _seed_note(study)
-        + _load_notes(methods),
+        "notes": notes.unfinished(study, finished)
+        + lost
+        + notes.ends_of_searches(ends)
+        + notes.level_searches(methods)
+        + notes.unlearned_notes(unlearned)
+        + notes.single_items(tables)
+        + notes.single_seed(study)
+        + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
+        + notes.unmeasured(finished)
+        + notes.warned(finished)
+        + notes.shared_machine(methods),
     }
 
 
@@ -86,7 +73,7 @@ def _at(f: Finished) -> tuple[str, str, str]:
 
 
 def _score_tables(
-    finished: Sequence[Finished], runs: Path, notes: list[str], seeds: int
+    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
 ) -> dict[tuple[str, str, str], stats.Table]:
     """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
     raw: dict[tuple[str, str, str], list[Any]] = {}
@@ -99,7 +86,7 @@ def _score_tables(
         metric = next(f.cell.metric for f in finished if f.cell.place == place)
         good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
         if not good:
-            notes.append(f"Every run on {place_name(*place)} diverged: there is nothing to compare.")
+            said.append(f"Every run on {place_name(*place)} diverged: there is nothing to compare.")
             continue
         worst = min(table.mean(1).min() for table in good.values())
         items = next(iter(good.values())).shape[1]
@@ -109,11 +96,11 @@ def _score_tables(
                 table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
             lost = sum(row is None for row in rows)
             if lost == seeds:
-                notes.append(
+                said.append(
                     f"Every run of {key[2]} on {place_name(*place)} diverged: it has no score there, and ranks last."
                 )
             elif lost:
-                notes.append(
+                said.append(
                     f"{lost} of {seeds} runs of {key[2]} on {place_name(*place)} diverged; each counts with the worst "
                     f"score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
@@ -129,7 +116,7 @@ def _features(job: dict[str, Any], outcome: dict[str, Any] | None, runs: Path) -
     assert outcome is not None
     if outcome["status"] == "diverged":
         return None
-    return json.loads(scores_file(runs, job["key"]).read_text(encoding="utf-8"))
+    return read_scores(runs, job["key"])
 
 
 def _comparisons(
@@ -312,9 +299,7 @@ def _rankings(
             if all((model, task, name) in tables for task in tasks)
         }
         if len(scores) >= 2 and len(tasks) >= 2:
-            rankings.append(
-                {**dataclasses.asdict(stats.rank_methods(scores, study.level)), "model": model, "tasks": tasks}
-            )
+            rankings.append({**dataclasses.asdict(rank_methods(scores, study.level)), "model": model, "tasks": tasks})
     return rankings
 
 
@@ -350,54 +335,6 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fronts
 
 
-def _end_of_search(method: dict[str, Any]) -> str:
-    """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
-    for name, value in (method["settings"] or {}).items():
-        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
-        tried = [t["settings"][name] for t in trials]
-        if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
-            continue
-        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
-        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
-            continue  # as good as one inside
-        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
-    return ""
-
-
-def _level_search_notes(methods: Sequence[dict[str, Any]]) -> list[str]:
-    notes = []
-    for m in methods:
-        scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
-        if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
-            (score,) = scores
-            notes.append(
-                f"Every trial of {m['method']} on {place_name(m['model'], m['task'])} that did not diverge scored "
-                f"{score:.4g}: the search could not choose, and the first of them was taken."
-            )
-    return notes
-
-
-def _unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> str:
-    """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
-    score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
-    if score is None:
-        return ""
-    if figures and all(f.get("matthews") == 0 for f in figures):
-        return "every run is right as often as one that gives every item the same answer (Matthews 0)"
-    sign = metrics.sign(method["metric"])
-    for base in untrained:
-        if (base["model"], base["task"]) == (method["model"], method["task"]) and sign * (score - base["score"]) <= 0:
-            return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
-    return ""
-
-
-def _unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
-    return [
-        f"{method} has not learned {place_name(model, task)}: {why}."
-        for (model, task, method), why in unlearned.items()
-    ]
-
-
 def _nothing_learned(c: stats.Comparison, unlearned: dict[tuple[str, str, str], str]) -> stats.Comparison:
     """Two methods that did not learn the task are alike in nothing that anybody asked about."""
     why = [unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned]
@@ -409,66 +346,8 @@ def _nothing_learned(c: stats.Comparison, unlearned: dict[tuple[str, str, str], 
     return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
 
 
-def _unfinished_notes(study: Study, finished: Sequence[Finished]) -> list[str]:
-    """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
-    notes = []
-    for f in finished:
-        if f.complete:
-            continue
-        done = sum(outcome is not None for _, outcome in f.finals)
-        where = f"{f.cell.method} on {place_name(*f.cell.place)}"
-        state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
-        alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
-        notes.append(f"{where} is not compared with anything{alone}: {state}.")
-    return notes
-
-
-def _item_notes(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
-    places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
-    return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
-
-
-def _load_notes(methods: Sequence[dict[str, Any]]) -> list[str]:
-    """Times of runs that shared the machine differ from times of runs that had it for themselves."""
-    groups: dict[tuple[int | None, ...], list[str]] = {}
-    for m in methods:
-        if m["measured_beside"]:
-            groups.setdefault(tuple(m["measured_beside"]), []).append(
-                f"{m['method']} on {place_name(m['model'], m['task'])}"
-            )
-    found = loads(methods)
-    if found <= {1}:
-        return []
-    if len(found) == 1:
-        (load,) = found
-        if load is None:
-            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
-        return [f"{load} runs went side by side: times and speeds are comparable with each other only."]
-    parts = "; ".join(
-        f"{' and '.join('unknown' if n is None else str(n) for n in load)}: {', '.join(names)}"
-        for load, names in groups.items()
-    )
-    return [
-        "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
-        f"another study or another call. Runs at a time: {parts}."
-    ]
-
-
 def _with_doubt(c: stats.Comparison, ends: dict[tuple[str, str, str], str]) -> stats.Comparison:
     """A verdict on a method that was not searched to its best says so."""
     loser = {stats.Verdict.WORSE: c.candidate, stats.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.place, loser)) if loser else None
     return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c
-
-
-def _edge_notes(ends: dict[tuple[str, str, str], str]) -> list[str]:
-    return [
-        f"{method} on {place_name(model, task)} did best with {end}: it may do better beyond."
-        for (model, task, method), end in ends.items()
-    ]
-
-
-def _seed_note(study: Study) -> list[str]:
-    if len(study.seeds) > 1:
-        return []
-    return ["With one seed no winner can be called: give seeds: 5, or at least 2."]

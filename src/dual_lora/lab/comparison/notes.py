@@ -1,0 +1,138 @@
+"""What has to be said beside the verdicts: of searches, of methods that learned nothing, of what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dual_lora.lab.comparison import metrics, stats
+from dual_lora.lab.comparison.cell import Finished, place_name
+from dual_lora.lab.comparison.load import loads
+from dual_lora.lab.comparison.study import Study
+
+
+def end_of_search(method: dict[str, Any]) -> str:
+    """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    for name, value in (method["settings"] or {}).items():
+        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
+        tried = [t["settings"][name] for t in trials]
+        if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
+            continue
+        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
+        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
+            continue  # as good as one inside
+        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+    return ""
+
+
+def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Searches whose trials all scored alike."""
+    notes = []
+    for m in methods:
+        scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
+        if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
+            (score,) = scores
+            notes.append(
+                f"Every trial of {m['method']} on {place_name(m['model'], m['task'])} that did not diverge scored "
+                f"{score:.4g}: the search could not choose, and the first of them was taken."
+            )
+    return notes
+
+
+def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> str:
+    """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
+    score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
+    if score is None:
+        return ""
+    if figures and all(f.get("matthews") == 0 for f in figures):
+        return "every run is right as often as one that gives every item the same answer (Matthews 0)"
+    sign = metrics.sign(method["metric"])
+    for base in untrained:
+        if (base["model"], base["task"]) == (method["model"], method["task"]) and sign * (score - base["score"]) <= 0:
+            return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
+    return ""
+
+
+def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
+    """Methods that have not learned their task; unlearned: (model, task, method) -> why."""
+    return [
+        f"{method} has not learned {place_name(model, task)}: {why}."
+        for (model, task, method), why in unlearned.items()
+    ]
+
+
+def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
+    """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
+    notes = []
+    for f in finished:
+        if f.complete:
+            continue
+        done = sum(outcome is not None for _, outcome in f.finals)
+        where = f"{f.cell.method} on {place_name(*f.cell.place)}"
+        state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
+        alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
+        notes.append(f"{where} is not compared with anything{alone}: {state}.")
+    return notes
+
+
+def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
+    """Tasks with one test item."""
+    places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+
+
+def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Times of runs that shared the machine differ from times of runs that had it for themselves."""
+    groups: dict[tuple[int | None, ...], list[str]] = {}
+    for m in methods:
+        if m["measured_beside"]:
+            groups.setdefault(tuple(m["measured_beside"]), []).append(
+                f"{m['method']} on {place_name(m['model'], m['task'])}"
+            )
+    found = loads(methods)
+    if found <= {1}:
+        return []
+    if len(found) == 1:
+        (load,) = found
+        if load is None:
+            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
+        return [f"{load} runs went side by side: times and speeds are comparable with each other only."]
+    parts = "; ".join(
+        f"{' and '.join('unknown' if n is None else str(n) for n in load)}: {', '.join(names)}"
+        for load, names in groups.items()
+    )
+    return [
+        "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
+        f"another study or another call. Runs at a time: {parts}."
+    ]
+
+
+def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
+    """Methods that did best at an end of their search; ends: (model, task, method) -> which."""
+    return [
+        f"{method} on {place_name(model, task)} did best with {end}: it may do better beyond."
+        for (model, task, method), end in ends.items()
+    ]
+
+
+def single_seed(study: Study) -> list[str]:
+    """Why a study with one seed calls no winner."""
+    if len(study.seeds) > 1:
+        return []
+    return ["With one seed no winner can be called: give seeds: 5, or at least 2."]
+
+
+def unmeasured(finished: Sequence[Finished]) -> list[str]:
+    """Costs of use that a method would not be measured by, and why."""
+    return [
+        f"{name.replace('_', ' ')} of {f.cell.method} on {place_name(*f.cell.place)} could not be measured: {why}"
+        for f in finished
+        for _, outcome in f.finals
+        for name, why in ((outcome or {}).get("use_problems") or {}).items()
+    ]
+
+
+def warned(finished: Sequence[Finished]) -> list[str]:
+    """What the runs were warned of, each warning once."""
+    outcomes = [outcome for f in finished for _, outcome in [*f.trials, *f.finals] if outcome]
+    return list(dict.fromkeys(f"warning: {text}" for outcome in outcomes for text in outcome.get("warnings", [])))
