@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +21,10 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab.comparison import executors, jobs, perform, plan
+from dual_lora.lab.comparison import cost, executors, jobs, perform, plan
 from dual_lora.lab.comparison.compare import compare
 from dual_lora.lab.comparison.forecast import forecast
+from dual_lora.lab.comparison.probes import match_by_probes
 from dual_lora.lab.comparison.state import State, write_json
 from dual_lora.lab.comparison.study import read_study
 from dual_lora.lab.comparison.tables import show_forecast, show_results
@@ -287,13 +290,16 @@ def test_two_leaders_are_refused(tiny, tmp_path):
         compare(write_study(tiny), tmp_path / "out", progress=False)
 
 
-@pytest.mark.parametrize("lost", ["outcome, state gone", "outcome", "scores"])
+@pytest.mark.parametrize("lost", ["outcome, state gone", "outcome", "scores", "half of the scores"])
 def test_damaged_run_is_done_again_alone(lost, whole, tiny, copy_of_whole):
     """One file of one run is damaged or deleted: that run alone is done again, with the same result."""
     before = outcomes(copy_of_whole)
     key = whole["methods"][0]["seeds"][0]["key"]
     if lost == "scores":
         (copy_of_whole / "runs" / f"{key}.scores.json").unlink()
+    elif lost == "half of the scores":
+        scores = copy_of_whole / "runs" / f"{key}.scores.json"
+        scores.write_text(scores.read_text()[: scores.stat().st_size // 2])
     else:
         (copy_of_whole / "runs" / f"{key}.json").write_text('{"key": "')
     if "state gone" in lost:
@@ -401,6 +407,45 @@ def test_runs_remember_how_many_there_were_at_a_time(tiny, whole, copy_of_whole)
     assert any(note.startswith("2 runs went side by side") for note in reused["notes"])
 
 
+WARNED = "The factors of a Dual LoRA adapter do not move."
+
+
+def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path, monkeypatch, capsys):
+    """They point at their caller, which is transformers, whose own warnings are none of anybody's business here."""
+    original = perform._trained
+
+    def warning(job, folder, runs):
+        warnings.warn_explicit(WARNED, UserWarning, "trainer.py", 1, "transformers.trainer")
+        warnings.warn_explicit("Something else.", UserWarning, "trainer.py", 1, "transformers.trainer")
+        if job["seed"] == 2:
+            raise RuntimeError("then it broke")
+        return original(job, folder, runs)
+
+    monkeypatch.setattr(perform, "_trained", warning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="transformers")
+        results = compare(write_study(tiny, search=None), tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(f"warning: {WARNED}") == 1
+    assert "Something else" not in said
+    assert results["notes"].count(f"warning: {WARNED}") == 1
+    assert all(f"then it broke Warned before: {WARNED}" in failed for failed in results["failed"])
+    for m in results["methods"]:
+        assert perform.read_outcome(tmp_path / "out" / "runs", m["seeds"][0]["key"])["warnings"] == [WARNED]
+
+
+def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
+    with State(tmp_path / "out") as state:
+        made = course(tiny, tmp_path / "out", state, lambda *_: 1.0, like="lora")
+        job = jobs.final_jobs(made.study, made.cells[0], {})[0]
+        made.clock.estimates = {(kind, "", "letters", "lora"): 60.0 for kind in ("trial", "final")}
+        made.way = dataclasses.replace(made.way, workers=1)
+        left = {"x": job | {"kind": "trial"}}
+        assert made._note(left) == "about 60 s left"
+        made.later = [job] * 9
+        assert made._note(left) == "about 10 min left"
+
+
 def test_one_seed_has_no_winner(tiny, tmp_path, capsys):
     results = compare(write_study(tiny, seeds=1, search=None), tmp_path / "out", progress=False)
     assert [c["verdict"] for c in results["comparisons"]] == ["no verdict from one seed"]
@@ -439,6 +484,61 @@ def test_interventions_reach_the_training(tiny, tmp_path):
         assert moved.any() != still, name
     sizes = {m["method"]: m["trainable_parameters"] for m in results["methods"]}
     assert sizes["still"] * 2 == sizes["dual_lora"], "a group that never moves is not trainable"
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType, register_peft_method
+from dual_lora.method.registration import _add_enum_member
+
+class ShiftLayer(torch.nn.Module, BaseTunerLayer):
+    adapter_layer_names = ("shift_bias",)
+    def __init__(self, base, name):
+        super().__init__()
+        self.base_layer, self._active_adapter, self._disable_adapters, self.merged_adapters = base, name, False, []
+        self.shift_bias = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(base.out_features))})
+    def forward(self, x, *args, **kwargs):
+        y = self.base_layer(x, *args, **kwargs)
+        return y if self.disable_adapters else y + sum(self.shift_bias[name] for name in self.active_adapters)
+
+class ShiftModel(BaseTuner):
+    prefix, tuner_layer_cls, target_module_mapping = "shift_", ShiftLayer, {}
+    def _create_and_replace(self, config, name, target, target_name, parent, **_):
+        self._replace_module(parent, target_name, ShiftLayer(target, name), target)
+
+_add_enum_member(PeftType, "SHIFT")
+
+@dataclass
+class ShiftConfig(PeftConfig):
+    target_modules: str | None = None
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.SHIFT
+
+register_peft_method(name="shift", config_cls=ShiftConfig, model_cls=ShiftModel)
+"""
+
+
+def test_a_method_of_the_user_s_own(tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_methods.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    methods = {"lora": {"r": 4}, "mine": {"name": "my_methods:shift"}}
+    wrong = write_study(tiny, methods=methods | {"mine": {"name": "no_methods:shift"}}, budget=None, search=None)
+    with pytest.raises(UserError, match=r"no_methods cannot be imported.*PYTHONPATH"):
+        plan.lay_out(read_study(wrong)[0])
+    study = write_study(tiny, methods=methods, budget=None, search=None, seeds=1)
+    assert in_child(lambda: compare(study, tmp_path / "out", progress=False)) == 0  # this process's PEFT stays as it is
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["complete"]
+    mine = results["methods"][1]
+    assert mine["trainable_parameters"] == 2 * (32 * 3 + 16 * 2 + 64 * 2)  # the outputs of both blocks' linear layers
+    assert mine["seeds"][0]["score"] not in (
+        results["methods"][0]["seeds"][0]["score"],
+        results["untrained"][0]["score"],
+    )
 
 
 @pytest.mark.slow
@@ -522,6 +622,55 @@ def test_memory_budget_that_cannot_be_met(tiny, tmp_path):
             made._match_by_probes()
 
 
+def in_time(tiny, seconds, **changes):
+    """The cells of a study under a time budget; seconds: method -> what a step of it takes."""
+    study, _ = read_study(write_study(tiny, search=None, **changes))
+    cells = plan.lay_out(study)
+    trainings = lambda todo: [{"steps": 8, "seconds": 8 * seconds[job["method"]]} for job in todo]  # noqa: E731
+    match_by_probes(study, cells, trainings)
+    return {cell.method: cell for cell in cells}
+
+
+def test_time_budget_may_be_that_of_full_fine_tuning(tiny):
+    """It is outside of every budget, and still may set one."""
+    methods, budget = {"full": {}, "lora": {"r": 4}}, {"match": "time", "like": "full"}
+    cells = in_time(tiny, {"full": 2.0, "lora": 0.5}, methods=methods, reference="full", budget=budget)
+    assert cells["full"].recipe.train.steps == 4
+    assert cells["lora"].recipe.train.steps == 16
+    assert cells["lora"].mismatch == 0
+
+
+def test_time_budget_that_no_number_of_steps_meets(tiny):
+    with pytest.raises(UserError, match=r"methods.lora: the budget of 1 s of training .* within 5%.* 2 s with 1 steps"):
+        in_time(tiny, {"lora": 2.0, "dual_lora": 2.0}, budget={"match": "time", "value": 1.0})
+
+
+@pytest.mark.parametrize(("match", "decided"), [("time", "steps"), ("memory", "rank")])
+def test_forecast_says_what_probes_will_decide(match, decided, tiny, tmp_path, capsys):
+    methods = {"lora": {"r": 4}, "dual_lora": {"r": 4}}
+    study = write_study(tiny, methods=methods, search=None, budget={"match": match, "like": "lora"})
+    show_forecast(forecast(study, tmp_path / "out"))
+    assert f"{decided}: by a probe of 8 steps" in capsys.readouterr().out
+
+
+def test_forecast_of_a_time_budget_knows_its_finished_runs(tiny, tmp_path):
+    study = write_study(
+        tiny,
+        methods={"lora": {"r": 4}, "dual_lora": {"r": 4}},
+        budget={"match": "time", "value": 1.0, "tolerance": 0.99},
+        search=None,
+        seeds=1,
+    )
+    cells = plan.lay_out(read_study(study)[0])
+    runs = tmp_path / "out" / "runs"
+    runs.mkdir(parents=True)
+    for cell in cells:
+        key = jobs.probe_job(read_study(study)[0], cell)["key"]
+        training = {"steps": 8, "seconds": 1.0}
+        write_json(runs / f"{key}.json", {"key": key, "status": "done", "training": training, "seconds": 2.0})
+    assert [row["steps"] for row in forecast(study, tmp_path / "out").rows] == [8, 8]
+
+
 def test_cost_of_use_is_measured_once(tiny, tmp_path):
     results = compare(write_study(tiny, search=None, cost=True), tmp_path / "out", progress=False)
     for m in results["methods"]:
@@ -531,6 +680,23 @@ def test_cost_of_use_is_measured_once(tiny, tmp_path):
         assert m["cost"]["peak_memory"] > 2**20
     fronts = [p for p in results["pareto"] if p["cost"] == "train_seconds"]
     assert any(point["front"] for point in fronts[0]["points"])
+
+
+@pytest.mark.parametrize("broken", ["_decode", "_merge_seconds"])
+def test_a_cost_that_cannot_be_measured_loses_no_run(broken, tiny, tmp_path, monkeypatch):
+    def failing(*_):
+        raise IndexError("not with this cache")
+
+    monkeypatch.setattr(cost, broken, failing)
+    study = write_study(tiny, search=None, seeds=1, cost=True, methods={"lora": {"r": 4}}, budget=None)
+    results = compare(study, tmp_path / "out", progress=False)
+    assert results["complete"]
+    assert results["failed"] == []
+    measured, name = results["methods"][0]["cost"], {"_decode": "decode_slowdown"}.get(broken, "merge_seconds")
+    assert measured[name] is None
+    assert measured["forward_slowdown"] > 0
+    what = name.replace("_", " ")
+    assert f"{what} of lora on letters could not be measured: IndexError: not with this cache" in results["notes"]
 
 
 def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):
@@ -552,6 +718,10 @@ def test_unknown_executor_and_missing_ray(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="pip install ray"):
         compare(study, tmp_path / "b", executor="ray", progress=False)
+    gone = write_study(tiny, overrides={"data": {"train": str(tmp_path / "gone.jsonl")}})
+    with pytest.raises(UserError, match="There is no data file"):
+        compare(gone, tmp_path / "c", progress=False)
+    assert not list(tmp_path.iterdir()), "what is wrong from the start leaves nothing behind"
 
 
 @pytest.mark.slow

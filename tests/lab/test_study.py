@@ -67,6 +67,9 @@ def test_short_forms():
         ({"search": {"space": {"lerning_rate": [1e-3]}}}, r"'lerning_rate' can not be varied.*'learning_rate'"),
         ({"search": {"space": {"learning_rate": [1e-3]}, "seed": 2}}, r"search.seed 2 is one of the final seeds"),
         ({"methods": {}}, r"at least one task and one method"),
+        ({"tasks": ["a/t.yaml", "b/t.yaml"]}, r"two tasks are called 't'.*NAME: RECIPE"),
+        ({"methods": {"lora": {"freeze": {"(": 0}}}}, r"methods.lora.freeze: '\(' is no regular expression"),
+        ({"methods": {"lora": {"freeze": {"lora_A": 3}}}}, r"methods.lora.freeze: 'lora_A': 3 is no share"),
         ({"level": 0.9}, r"level"),
     ],
 )
@@ -84,6 +87,11 @@ def test_own_space_has_to_have_the_same_number_of_trials():
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(UserError, match=r"There is no study 'nosuch'"):
         read_study("nosuch")
+    with pytest.raises(UserError, match=r"sst2-minilm is a recipe, not a study.* quick.*tasks: \[sst2-minilm\]"):
+        read_study("sst2-minilm")
+    (tmp_path / "letters.yaml").write_text("model: {path: x}\ndata: {train: y}")
+    with pytest.raises(UserError, match=r"letters.yaml is a recipe, not a study. To compare methods by it, write"):
+        read_study(tmp_path / "letters.yaml")
     (tmp_path / "a.yaml").write_text("name: [")
     with pytest.raises(UserError, match="not valid YAML"):
         read_study(tmp_path / "a.yaml")
@@ -206,6 +214,20 @@ def test_frozen_groups_do_not_count(tiny):
         ({"overrides": {"data": {"train": "TEST"}}}, r"data.train and data.test are the same"),
         ({"overrides": {"train": {"stepz": 3}}}, r"unknown field 'train.stepz'"),
         ({"search": {"space": {"learning_rate": [1.0]}, "metric": "accuracy"}}, r"language model has no accuracy"),
+        ({"search": {"space": {"method.lora_alpha": [4]}}}, r"methods.dual_lora: .* varies method.lora_alpha, which"),
+        ({"search": {"space": {"method.r": [2, 64]}}}, r"varies method.r, .*budget of parameters holds equal"),
+        (
+            {"search": {"space": {"train.steps": [2, 64]}}, "budget": {"match": "time", "like": "lora"}},
+            r"varies train.steps, .*budget of time holds equal",
+        ),
+        ({"search": {"space": {"learning_rate": ["a"]}}}, r"train.learning_rate is 'a'"),
+        (
+            {"methods": {"lora": {"r": 4, "freeze": {"no_such": 0.5}}, "dual_lora": {}}},
+            r"methods.lora, freeze or round: 'no_such' fits no trainable parameter",
+        ),
+        ({"methods": {"lora": {"r": 4, "train": {"optimizer": "adamm"}}}}, r"methods.lora: train.optimizer is 'adamm'"),
+        ({"overrides": {"data": {"tests": {"a": "TEST"}}}}, r"several test sets \(a\).*NAME: {recipe: "),
+        ({"overrides": {"data": {"train": "JOINED"}}}, r"data.train and data.test are the same"),
     ],
 )
 def test_wrong_plans_are_named(changes, words, tiny, monkeypatch):
@@ -216,7 +238,9 @@ def test_wrong_plans_are_named(changes, words, tiny, monkeypatch):
     (tiny / "copy.jsonl").write_text((tiny / "test.jsonl").read_text())
     for part in changes.get("overrides", {}).values():
         for key, value in part.items():
-            part[key] = {"TEST": str(tiny / "test.jsonl"), "COPY": str(tiny / "copy.jsonl")}.get(value, value)
+            named = {"TEST": str(tiny / "test.jsonl"), "COPY": str(tiny / "copy.jsonl")}
+            named["JOINED"] = f"{tiny / 'train.jsonl'} + {named['TEST']}"
+            part[key] = {"a": named["TEST"]} if key == "tests" else named.get(value, value)
     if changes.get("methods") and "dual_lora" not in changes["methods"]:
         changes = {"reference": "lora", **changes}
     with pytest.raises(UserError, match=words):
@@ -230,6 +254,56 @@ def test_search_may_make_its_own_validation(tiny):
         search={"space": {"learning_rate": [1e-3, 1e-2]}, "holdout": 8},
     )
     assert cells["lora"].recipe.data.holdout == 8
+
+
+def test_a_search_tries_words_and_rank_rules(tiny):
+    space = {"train.schedule": ["linear", "cosine"], "method.lora_alpha": ["r", "2r"]}
+    study, cells = laid_out(tiny, methods={"lora": {"r": 4}}, search={"space": space})
+    trials = jobs.trial_jobs(study, cells["lora"])
+    tried = {(j["recipe"]["train"]["schedule"], j["recipe"]["method"]["lora_alpha"]) for j in trials}
+    assert tried == {("linear", 4), ("linear", 8), ("cosine", 4), ("cosine", 8)}
+    assert jobs.settings_in_words(trials[0]["settings"]) == "schedule linear, lora_alpha r"
+
+
+def test_a_task_may_take_one_of_a_recipe_s_test_sets(tiny):
+    recipe = write_study(tiny).with_name("letters.yaml")
+    values = yaml.safe_load(recipe.read_text())
+    values["data"]["tests"] = {"a": values["data"].pop("test"), "b": "elsewhere.jsonl"}
+    (tiny / "several.yaml").write_text(yaml.safe_dump(values))
+    tasks = {"a": {"recipe": "several.yaml", "data": {"test": str(tiny / "test.jsonl")}}}
+    _, cells = laid_out(tiny, tasks=tasks)
+    assert cells["lora"].recipe.data.test == str(tiny / "test.jsonl")
+    assert cells["lora"].recipe.data.tests == {}
+
+
+def test_sources_that_are_joined_are_all_looked_at(tiny):
+    write_records(tiny / "more.jsonl", 7, 8)
+    one, both = str(tiny / "train.jsonl"), f"{tiny / 'train.jsonl'} + {tiny / 'more.jsonl'}"
+    prints = []
+    for source in (one, both):
+        _, cells = laid_out(tiny, overrides={"data": {"train": source}})
+        prints.append(jobs.fingerprint(cells["lora"].recipe)["train"])
+    write_records(tiny / "more.jsonl", 8, 8)
+    prints.append(jobs.fingerprint(cells["lora"].recipe)["train"])
+    assert len(set(prints)) == 3
+
+
+def test_a_few_validation_records_that_are_test_records_are_counted(tiny):
+    lines = [(tiny / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]
+    (tiny / "mixed.jsonl").write_text("".join(lines[0][:30] + lines[1][:10]))
+    _, cells = laid_out(tiny, overrides={"data": {"validation": str(tiny / "mixed.jsonl")}})
+    assert cells["lora"].overlap == "Of letters, 10 of 40 validation records are test records too."
+    _, cells = laid_out(tiny)
+    assert cells["lora"].overlap == ""
+
+
+def test_a_smaller_adalora_keeps_pefts_ratio_of_ranks():
+    from dual_lora.lab.methods import method_config
+
+    for init, target in ((4, 2), (12, 8)):
+        assert method_config({"name": "adalora", "init_r": init}, "causal", 100, []).target_r == target
+    assert method_config({"name": "adalora"}, "causal", 100, []).target_r == 8
+    assert method_config({"name": "adalora", "init_r": 4, "target_r": 3}, "causal", 100, []).target_r == 3
 
 
 def test_trials_see_validation_and_finals_see_test(tiny):

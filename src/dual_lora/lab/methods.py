@@ -1,8 +1,9 @@
-"""Fine-tuning methods by name: any that the installed PEFT knows, and "full"."""
+"""Fine-tuning methods by name: any that the installed PEFT knows, "full", and "module:name" for one of your own."""
 
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError, suggest
@@ -114,9 +115,20 @@ def is_kind(config: PeftConfig | None, kind: str) -> bool:
     return config is not None and getattr(config.peft_type, "value", config.peft_type) == kind
 
 
+def plain_name(name: str) -> str:
+    """A method's name as PEFT writes it. Of `module:name` the module is imported, which registers the method."""
+    module, _, plain = name.rpartition(":")
+    if module:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise UserError(f"method {name!r}: {module} cannot be imported ({error}). Is it on PYTHONPATH?") from error
+    return plain.lower().replace("-", "_")
+
+
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """PEFT's name of a method and the settings that its alias stands for."""
-    plain = name.lower().replace("-", "_")
+    plain = plain_name(name)
     preset = dict(ALIASES.get(plain, {}))
     kind = preset.pop("name", plain)
     if kind == "full":

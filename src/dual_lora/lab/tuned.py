@@ -11,6 +11,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import RunFolder
+from dual_lora.lab.methods import plain_name
 from dual_lora.lab.models import Loaded, load_model
 from dual_lora.lab.recipe import ModelPart, Recipe, build_recipe
 
@@ -117,6 +118,8 @@ def _open_adapter(
     note = read_note(adapter)
     recipe = build_recipe(note["recipe"], f"{adapter / NOTE}") if note else None
     classes = note.get("classes", [])
+    if recipe:
+        plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on
     try:
         config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, KeyError, TypeError, OSError) as error:

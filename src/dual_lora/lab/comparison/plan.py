@@ -51,13 +51,14 @@ def places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
 
 def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
     """The entry with its preset filled in and its fields known to PEFT."""
-    from dual_lora.lab.methods import method_fields, method_names
+    from dual_lora.lab.methods import method_fields, method_names, plain_name
 
-    plain = (entry.name or name).lower().replace("-", "_").replace("+", "plus")
-    preset = PRESETS.get(plain, {"name": plain})
+    written = entry.name or name
+    plain = plain_name(written).replace("+", "plus")
+    preset = PRESETS.get(plain, {"name": written if ":" in written else plain})
     known = sorted({*method_names(), *PRESETS})
     if plain not in known:
-        raise UserError(f"methods.{name}: there is no method {entry.name or name!r}.{suggest(plain, known)}")
+        raise UserError(f"methods.{name}: there is no method {written!r}.{suggest(plain, known)}")
     needed = {"galore": "galore_torch", "apollo": "apollo_torch"}.get(plain)
     if needed and importlib.util.find_spec(needed) is None:
         raise UserError(
