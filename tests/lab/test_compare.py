@@ -626,8 +626,11 @@ def in_time(tiny, seconds, **changes):
     """The cells of a study under a time budget; seconds: method -> what a step of it takes."""
     study, _ = read_study(write_study(tiny, search=None, **changes))
     cells = plan.lay_out(study)
-    trainings = lambda todo: [{"steps": 8, "seconds": 8 * seconds[job["method"]]} for job in todo]  # noqa: E731
-    match_by_probes(study, cells, trainings)
+
+    def measure(probes):
+        return [{"steps": 8, "seconds": 8 * seconds[job["method"]]} for job in probes]
+
+    match_by_probes(study, cells, measure)
     return {cell.method: cell for cell in cells}
 
 
@@ -767,6 +770,15 @@ def test_killed_worker_is_named(tiny, tmp_path, monkeypatch):
 def _dying_worker(line, runs, keep):
     line.recv()
     die()
+
+
+def test_a_ray_that_does_not_start_is_said_in_words(tmp_path, monkeypatch):
+    def init(**_):
+        raise ConnectionError("no such cluster")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(UserError, match="Ray could not be reached or started: ConnectionError: no such cluster"):
+        list(executors.run_jobs("ray", [{"key": "k"}], tmp_path, 1, "nothing", print))
 
 
 @pytest.mark.slow

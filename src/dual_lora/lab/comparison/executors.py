@@ -206,7 +206,10 @@ def _on_ray(
     import torch
 
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, include_dashboard=False, **_local(workers))
+        try:
+            ray.init(log_to_driver=False, include_dashboard=False, **_local(workers))
+        except Exception as error:
+            raise UserError(f"Ray could not be reached or started: {described(error)}") from error
     needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
     remote = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **needs)(perform)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
