@@ -223,7 +223,7 @@ def test_frozen_groups_do_not_count(tiny):
         ({"search": {"space": {"learning_rate": ["a"]}}}, r"train.learning_rate is 'a'"),
         (
             {"methods": {"lora": {"r": 4, "freeze": {"no_such": 0.5}}, "dual_lora": {}}},
-            r"methods.lora, freeze or round: 'no_such' fits no trainable parameter",
+            r"methods.lora: freeze: 'no_such' fits no trainable parameter",
         ),
         ({"methods": {"lora": {"r": 4, "train": {"optimizer": "adamm"}}}}, r"methods.lora: train.optimizer is 'adamm'"),
         ({"overrides": {"data": {"tests": {"a": "TEST"}}}}, r"several test sets \(a\).*NAME: {recipe: "),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,29 @@ class Scale:
         self._models: dict[tuple[str, str, int | None], Any] = {}
         self._sizes: dict[str, Size] = {}
 
-    def size(self, recipe: Recipe, classes: int | None, frozen: Iterable[str] = (), named: Iterable[str] = ()) -> Size:
+    def size(
+        self,
+        recipe: Recipe,
+        classes: int | None,
+        frozen: Iterable[str] = (),
+        named: Mapping[str, Iterable[str]] | None = None,
+    ) -> Size:
         """What would train under the recipe. frozen: regular expressions of parameters that never move.
 
-        named: regular expressions that have to fit a trainable parameter. Raises UserError for one that fits none.
+        named: field -> its regular expressions, which have to fit a trainable parameter. Raises UserError otherwise.
         """
-        frozen, named = list(frozen), list(named)
-        asked = json.dumps(
-            [recipe.model.path, recipe.model.head, classes, recipe.method, frozen, named], sort_keys=True
-        )
+        still, named = list(frozen), {field: list(patterns) for field, patterns in (named or {}).items()}
+        model = recipe.model
+        asked = json.dumps([model.path, model.head, classes, recipe.method, still, named], sort_keys=True)
         if asked not in self._sizes:
-            self._sizes[asked] = self._count(recipe, classes, frozen, named)
+            self._sizes[asked] = self._count(recipe, classes, still, named)
         return self._sizes[asked]
 
-    def _count(self, recipe: Recipe, classes: int | None, frozen: list[str], named: list[str]) -> Size:
+    def _count(
+        self, recipe: Recipe, classes: int | None, frozen: list[str], named: Mapping[str, Iterable[str]]
+    ) -> Size:
         from dual_lora.lab.methods import method_config
+        from dual_lora.lab.training.loop import check_patterns
 
         base = self._base(recipe.model, classes)
         total = _numbers_in(base)
@@ -101,12 +109,11 @@ class Scale:
         steps = recipe.train.steps or 100
         config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
         adapted = base if config is None else adapted_model(recipe, base, config)
-        trained = {name: p.numel() for name, p in adapted.named_parameters() if p.requires_grad}
-        for pattern in named:
-            if not any(re.search(pattern, name) for name in trained):
-                raise UserError(f"{pattern!r} fits no trainable parameter, for example {', '.join([*trained][:3])}.")
-        moved = (n for name, n in trained.items() if not any(re.search(pattern, name) for pattern in frozen))
-        return Size(sum(moved), total, multiplied)
+        for field, patterns in named.items():
+            check_patterns(field, patterns, adapted)
+        still = [re.compile(pattern) for pattern in frozen]
+        trained = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
+        return Size(sum(p.numel() for n, p in trained if not any(s.search(n) for s in still)), total, multiplied)
 
     def _base(self, part: ModelPart, classes: int | None) -> Any:
         key = (part.path, part.head, classes)

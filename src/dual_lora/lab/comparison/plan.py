@@ -227,10 +227,12 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
     known = method_fields(cell.entry.name)
     if not cell.size.trainable:
         raise UserError(f"{where}: it would train no parameter; its settings name none.")
-    try:
-        scale.size(cell.recipe, cell.classes, named=[*cell.entry.freeze, *cell.entry.round])
-    except UserError as error:
-        raise UserError(f"{where}, freeze or round: {error}") from None
+    named = {"freeze": cell.entry.freeze, "round": cell.entry.round, "train.rates": cell.recipe.train.rates}
+    if any(named.values()):
+        try:
+            scale.size(cell.recipe, cell.classes, named=named)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     for recipe, settings in [
         (cell.recipe, {}),
         *((build_recipe(job["recipe"]), job["settings"]) for job in trial_jobs(study, cell)),
