@@ -16,7 +16,7 @@ from dual_lora.lab.comparison.budget import Scale, solve_rank
 from dual_lora.lab.comparison.search import Search
 from dual_lora.lab.comparison.study import build_study, rank_rule, read_study, shipped_studies
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe import build_recipe
+from dual_lora.lab.recipe import build_recipe, identity
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_model, write_records, write_study
@@ -304,6 +304,17 @@ def test_a_smaller_adalora_keeps_pefts_ratio_of_ranks():
         assert method_config({"name": "adalora", "init_r": init}, "causal", 100, []).target_r == target
     assert method_config({"name": "adalora"}, "causal", 100, []).target_r == 8
     assert method_config({"name": "adalora", "init_r": 4, "target_r": 3}, "causal", 100, []).target_r == 3
+
+
+def test_a_field_that_came_later_leaves_finished_runs_finished():
+    """With its default it is no part of a run's identity: these are the fields of the first studies."""
+    fields = identity(build_recipe({"model": {"path": "x"}}))
+    first = "accumulate arguments autocast batch_size checkpoint_every epochs gradient_checkpointing keep_checkpoints "
+    first += "learning_rate log_every loraplus_ratio lr_warmup max_grad_norm optimizer schedule seed steps "
+    first += "validate_every weight_decay"
+    assert sorted(fields["train"]) == first.split()
+    changed = build_recipe({"model": {"path": "x"}, "train": {"rates": {"lora_B": 4.0}}})
+    assert identity(changed)["train"]["rates"] == {"lora_B": 4.0}
 
 
 def test_trials_see_validation_and_finals_see_test(tiny):

@@ -350,7 +350,7 @@ def flag_values(given: BaseModel | None) -> dict[str, Any]:
 # finished before stay finished.
 _LATER = {
     "data": ("tests", "learn_prompt", "test_prompts"),
-    "train": ("label_smoothing",),
+    "train": ("label_smoothing", "rates"),
     "evaluate": ("beams", "length_penalty", "no_repeat_ngram"),
 }
 
