@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dual_lora.lab.comparison import metrics
@@ -29,8 +29,8 @@ def lay_out(study: Study) -> list[Cell]:
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            recipe, size, *rest = _sized(study, scale, base, classes, name, entry, target)
-            cell = Cell(model, task, name, entry, recipe, metric, size, classes, *rest, overlap)
+            recipe, size, rank, mismatch, notes = _sized(study, scale, base, classes, name, entry, target)
+            cell = Cell(model, task, name, entry, recipe, metric, size, classes, rank, mismatch, notes, overlap)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
@@ -227,7 +227,8 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
     known = method_fields(cell.entry.name)
     if not cell.size.trainable:
         raise UserError(f"{where}: it would train no parameter; its settings name none.")
-    named = {"freeze": cell.entry.freeze, "round": cell.entry.round, "train.rates": cell.recipe.train.rates}
+    entry, rates = cell.entry, cell.recipe.train.rates
+    named: dict[str, Iterable[str]] = {"freeze": entry.freeze, "round": entry.round, "train.rates": rates}
     if any(named.values()):
         try:
             scale.size(cell.recipe, cell.classes, named=named)
