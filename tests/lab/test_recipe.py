@@ -80,7 +80,7 @@ def test_every_field_of_a_recipe_is_a_flag_with_help():
 
 
 def test_values_of_method_flags_are_yaml():
-    given = flags(Recipe).model_validate({"method": {"r": "8", "use_dora": "true", "target_modules": "[q_proj]"}})
+    given = flags(Recipe).model_validate({"method": {"r": "8", "use-dora": "true", "target_modules": "[q_proj]"}})
     assert flag_values(given) == {"method": {"r": 8, "use_dora": True, "target_modules": ["q_proj"]}}
 
 

@@ -336,13 +336,19 @@ def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
 
 
 def flag_values(given: BaseModel | None) -> dict[str, Any]:
-    """The flags that were given, as overrides. Values of free mappings are read as YAML: ``8`` is a number."""
+    """The flags that were given, as overrides.
+
+    Values of free mappings are read as YAML (``8`` is a number), their names with dashes or underscores, as all flags.
+    """
     if given is None:
         return {}
     values = given.model_dump(exclude_unset=True)
     for holder, key in ((values, "method"), (values.get("train", {}), "arguments")):
         if key in holder:
-            holder[key] = {k: yaml.safe_load(v) if isinstance(v, str) else v for k, v in holder[key].items()}
+            holder[key] = {
+                name.replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) else value
+                for name, value in holder[key].items()
+            }
     return values
 
 

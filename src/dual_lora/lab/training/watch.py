@@ -53,6 +53,8 @@ class Watch(TrainerCallback):
             raise NotFinite(f"The loss became {loss} at step {step}.")
         rate = (self.tokens[step] - self.tokens[self._first]) / self.seconds()
         self.bar.to(step, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
+        if step >= state.max_steps:
+            control.should_log = True  # the loss of the end is known however rarely it is logged
         if self.stop:
             control.should_save = control.should_training_stop = True
         if control.should_save:
