@@ -522,6 +522,14 @@ register_peft_method(name="shift", config_cls=ShiftConfig, model_cls=ShiftModel)
 """
 
 
+def test_a_choice_knows_what_one_answer_to_everything_would_reach(tiny, tmp_path):
+    tasks = {"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}
+    results = compare(write_study(tiny, tasks=tasks, **SHORT), tmp_path / "out", progress=False)
+    records = [json.loads(line) for line in (tiny / "test.jsonl").read_text().splitlines()]
+    yes = sum(record["answer"] == "yes" for record in records) / len(records)
+    assert results["untrained"][0]["constant"] == max(yes, 1 - yes)
+
+
 def test_a_method_of_the_user_s_own(tiny, tmp_path, monkeypatch):
     (tmp_path / "my_methods.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)

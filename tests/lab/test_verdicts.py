@@ -205,6 +205,14 @@ def test_no_better_than_the_untrained_model(tmp_path):
     assert "learned" not in lower["comparisons"][0]["sentence"]
 
 
+def test_no_better_than_one_answer_to_everything(tmp_path):
+    right = {"form only": [[[1.0]] * 152 + [[0.0]] * 88] * 3, "content": [[[1.0]] * 200 + [[0.0]] * 40] * 3}
+    untrained = {"model": "", "task": "t", "metric": "choice", "score": 0.4, "constant": 152 / 240}
+    cells = [cell(tmp_path, name, rows, metric="choice") for name, rows in right.items()]
+    (note,) = [note for note in judged(tmp_path, cells, [untrained])["notes"] if "has not learned" in note]
+    assert note == "form only has not learned t: it is right no more often than one answer to everything (0.6333)."
+
+
 def test_a_loss_is_better_than_the_untrained_when_it_is_less(tmp_path):
     losses = [[[2.0, 1.0], [3.0, 2.0]], [[2.1, 1.0], [3.0, 2.0]]]
     cells = [cell(tmp_path, name, losses, metric="loss") for name in ("a", "b")]

@@ -225,6 +225,7 @@ class _Course:
             finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
         untrained = [
             {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
+            | {key: outcome[key] for key in ("constant",) if key in outcome}
             for job in base_jobs(self.cells)
             if (outcome := self._outcome(job)) and outcome["status"] == "done"
         ]

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,15 @@ def _base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     examples = load_split(recipe.data, job["split"])
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
-    return _scored(job, runs, measured, examples, [], features, value)
+    return _scored(job, runs, measured, examples, [], features, value) | _constant(job["metric"], examples)
+
+
+def _constant(metric: str, examples: list[Any]) -> dict[str, float]:
+    """How often one answer to everything is right, the best of them, where being right is what counts."""
+    if metric not in ("choice", "exact_match"):
+        return {}
+    (_, most), *_ = Counter(example.target for example in examples).most_common(1)
+    return {"constant": most / len(examples)}
 
 
 def _scored(
