@@ -722,6 +722,20 @@ def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):
     assert "Nothing was run" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("cards", "visible", "expected"),
+    [(0, None, [None, None, None]), (2, None, ["0", "1", "0"]), (2, "4, GPU-7", ["4", "GPU-7", "4"])],
+)
+def test_workers_take_the_gpus_in_turn(cards, visible, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cards)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [executors._share(slot, 3).get("CUDA_VISIBLE_DEVICES") for slot in range(3)] == expected
+    assert executors.runs_side_by_side("process", None) == (cards or os.cpu_count())
+    assert (executors.runs_side_by_side("process", 5), executors.runs_side_by_side("serial", 5)) == (5, 1)
+
+
 def test_unknown_executor_and_missing_ray(tiny, tmp_path, monkeypatch):
     study = write_study(tiny, search=None, seeds=1)
     with pytest.raises(UserError, match="Did you mean 'process'"):

@@ -26,7 +26,7 @@ def compare(
         Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
     ] = "serial",
     workers: Annotated[
-        int | None, Parameter(help="Runs at a time (process, ray). [default: one a core]", negative="")
+        int | None, Parameter(help="Runs at a time (process, ray). [default: one a GPU, else one a core]", negative="")
     ] = None,
     keep: Annotated[
         Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")

@@ -18,7 +18,7 @@ from typing import Any
 
 from dual_lora.lab.comparison import plan
 from dual_lora.lab.comparison.cell import Cell, Finished, cell_id, place_name
-from dual_lora.lab.comparison.executors import check_executor, run_jobs
+from dual_lora.lab.comparison.executors import check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.comparison.forecast import Clock, estimates, learn_from, measured_speed
 from dual_lora.lab.comparison.jobs import base_jobs, choose, final_jobs, fingerprint, settings_in_words, trial_jobs
 from dual_lora.lab.comparison.perform import KEPT, read_outcome
@@ -69,7 +69,7 @@ def compare(
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
     folder = Path(out) if out is not None else Path("studies") / study.name
-    way = Way(executor, 1 if executor == "serial" else workers or os.cpu_count() or 1, keep, progress)
+    way = Way(executor, runs_side_by_side(executor, workers), keep, progress)
     check_executor(executor)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
     with State(folder) as state:

@@ -59,6 +59,13 @@ def check_executor(executor: str) -> None:
             raise UserError("The executor ray needs Ray: `pip install ray`, or take --executor process.") from None
 
 
+def runs_side_by_side(executor: str, workers: int | None) -> int:
+    """How many runs go on at a time: as many as were asked for, else one a GPU, else one a core."""
+    import torch
+
+    return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
+
+
 def _serially(jobs: Sequence[dict[str, Any]], runs: Path, keep: str, started: Callable[[str], None]) -> Iterator[Ended]:
     for job in jobs:
         started(job["key"])
@@ -75,6 +82,7 @@ class _Worker:
 
     process: Any
     line: Connection
+    slot: int  # which of the places side by side it has
     key: str | None = None
 
 
@@ -93,7 +101,8 @@ def _in_processes(
     try:
         while waiting or any(worker.key for worker in team):
             if waiting and len(team) < min(workers, len(jobs)) and all(worker.key for worker in team):
-                team.append(_hire(runs, keep, workers))
+                slot = min(set(range(workers)) - {worker.slot for worker in team})
+                team.append(_hire(runs, keep, workers, slot))
             for worker in team:
                 if waiting and worker.key is None:
                     job = waiting.pop(0)
@@ -126,20 +135,36 @@ def _in_processes(
             worker.process.join()
 
 
-def _hire(runs: Path, keep: str, workers: int) -> _Worker:
-    """A new process; each of `workers` gets its share of the cores."""
+def _hire(runs: Path, keep: str, workers: int, slot: int) -> _Worker:
+    """A new process with its share of the machine."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_work, args=(theirs, runs, keep), daemon=False)
-    given = os.environ.get("OMP_NUM_THREADS")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    share = _share(slot, workers)
+    before = {name: os.environ.get(name) for name in share}
+    os.environ.update(share)
     try:
         process.start()
     finally:
-        if given is None:
-            del os.environ["OMP_NUM_THREADS"]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
     theirs.close()
-    return _Worker(process, ours)
+    return _Worker(process, ours, slot)
+
+
+def _share(slot: int, workers: int) -> dict[str, str]:
+    """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn."""
+    import torch
+
+    cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
+    cards = torch.cuda.device_count()
+    if not cards:
+        return {"OMP_NUM_THREADS": cores}
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(cards)))).split(",")
+    return {"OMP_NUM_THREADS": cores, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
 
 
 def _dismiss(worker: _Worker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.comparison.cell import Cell, cell_id
+from dual_lora.lab.comparison.executors import runs_side_by_side
 from dual_lora.lab.comparison.jobs import PROBE_STEPS, UNTRAINED, base_jobs, choose, final_jobs, trial_jobs
 from dual_lora.lab.comparison.perform import read_outcome
 from dual_lora.lab.comparison.plan import lay_out, planned_steps
@@ -171,7 +171,7 @@ def forecast(
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
     study, _ = read_study(source)
     folder = Path(out) if out is not None else Path("studies") / study.name
-    side_by_side = 1 if executor == "serial" else workers or os.cpu_count() or 1
+    side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
     runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")
     _match_as_far_as_probed(study, cells, runs)
