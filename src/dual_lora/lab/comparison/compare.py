@@ -224,8 +224,8 @@ class _Course:
             doomed = bool(trials) and all(outcome and outcome["status"] == "diverged" for _, outcome in trials)
             finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
         untrained = [
-            {"model": job["model"], "task": job["task"], "metric": job["metric"], "score": outcome["score"]}
-            | {key: outcome[key] for key in ("constant",) if key in outcome}
+            {"model": job["model"], "task": job["task"]}
+            | {key: outcome[key] for key in ("metric", "score", "constant") if key in outcome}
             for job in base_jobs(self.cells)
             if (outcome := self._outcome(job)) and outcome["status"] == "done"
         ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.comparison import metrics
+from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
 from dual_lora.lab.report.blocks import (
     Axis,
@@ -184,7 +185,7 @@ def _scores(name: str, results: Row, source: Source) -> Table:
         for u in results.get("untrained", [])
     ]
     for m in results["methods"]:
-        chosen = _settings(m["settings"])
+        chosen = settings_in_words(m["settings"] or {})
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
         rows.append({**m, "place": place(m), "chosen": chosen, "share": share, "done": done})
@@ -204,14 +205,6 @@ def _scores(name: str, results: Row, source: Source) -> Table:
         Column("about", "what it is"),
     ]
     return Table(f"{name}: scores table", columns, rows, source).without_empty_columns()
-
-
-def _settings(settings: dict[str, Any] | None) -> str:
-    return ", ".join(f"{key.rpartition('.')[2]} {_value(v)}" for key, v in (settings or {}).items())
-
-
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> list[Block]:
@@ -332,7 +325,7 @@ def _runs(name: str, methods: list[Row], source: Source) -> Table:
             "place": place(m),
             "method": m["method"],
             "kind": kind,
-            "chosen": _settings(m["settings"] if kind == "final" else run["settings"]),
+            "chosen": settings_in_words((m["settings"] if kind == "final" else run["settings"]) or {}),
         }
         for m in methods
         for kind, runs in (("search", m["trials"]), ("final", m["seeds"]))
@@ -380,7 +373,7 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
                 "method": job.get("method"),
                 "place": place(job) if "task" in job else "",
                 "seed": job.get("seed"),
-                "settings": _settings(job.get("settings")),
+                "settings": settings_in_words(job.get("settings") or {}),
                 "metric": outcome.get("metric"),
                 "score": outcome.get("score"),
                 "seconds": run["seconds"],
