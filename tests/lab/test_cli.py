@@ -96,21 +96,21 @@ def test_cards(call, lm_values, write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("head", "data", "advice"),
+    ("head", "data", "folder", "advice"),
     [
-        ("causal", {"test": "t.json"}, "dual-lora evaluate runs/mine"),
-        ("causal", {}, 'dual-lora generate runs/mine "…"'),
-        ("classification", {}, "dual-lora evaluate runs/mine --data.test FILE"),
+        ("causal", {"test": "t.json"}, "runs/mine", "dual-lora evaluate runs/mine"),
+        ("causal", {}, "my runs/1", """dual-lora generate 'my runs/1' "…\""""),
+        ("classification", {}, "runs/mine", "dual-lora evaluate runs/mine --data.test FILE"),
     ],
 )
-def test_the_card_s_advice_can_be_followed(head, data, advice):
+def test_the_card_s_advice_can_be_followed(head, data, folder, advice):
     from pathlib import Path
 
     from dual_lora.lab.commands.train import _next
     from dual_lora.lab.recipe import build_recipe
 
     recipe = build_recipe({"model": {"path": "x", "head": head}, "data": data})
-    assert _next(recipe, Path("runs/mine")) == advice
+    assert _next(recipe, Path(folder)) == advice
 
 
 def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):

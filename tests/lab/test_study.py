@@ -68,7 +68,7 @@ def test_short_forms():
         ({"search": {"space": {"learning_rate": [1e-3]}, "seed": 2}}, r"search.seed 2 is one of the final seeds"),
         ({"methods": {}}, r"at least one task and one method"),
         ({"tasks": ["a/t.yaml", "b/t.yaml"]}, r"two tasks are called 't'.*NAME: RECIPE"),
-        ({"methods": {"lora": {"freeze": {"(": 0}}}}, r"methods.lora.freeze: '\(' is no regular expression"),
+        ({"methods": {"lora": {"freeze": {"(": 0}}}}, r"methods.lora.freeze: '\(' is not a regular expression"),
         ({"methods": {"lora": {"freeze": {"lora_A": 3}}}}, r"methods.lora.freeze: 'lora_A': 3 is no share"),
         ({"level": 0.9}, r"level"),
     ],

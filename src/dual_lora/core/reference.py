@@ -93,7 +93,7 @@ def magnitude(P: Tensor, form: Form) -> Tensor:
 
 def direction(Q: Tensor, form: Form) -> Tensor:
     """Which way each weight moves: +1 where Q > 0, else -1; or Q in the ablation."""
-    return torch.where(Q > 0, 1.0, -1.0).to(Q.dtype) if form.direction == "sign" else Q
+    return 2 * (Q > 0).to(Q.dtype) - 1 if form.direction == "sign" else Q
 
 
 def product_gradients(

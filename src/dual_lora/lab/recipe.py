@@ -134,7 +134,7 @@ class TrainPart(Part):
     @classmethod
     def _patterns_and_factors(cls, value: dict[str, float]) -> dict[str, float]:
         for pattern, factor in value.items():
-            _compiled(pattern)
+            check_regex(pattern)
             if not factor > 0:
                 raise ValueError(f"{pattern}: {factor} is no multiple of a learning rate, expected a number above 0")
         return value
@@ -169,15 +169,16 @@ class EvaluatePart(Part):
     @field_validator("extract")
     @classmethod
     def _can_be_searched_for(cls, value: str | None) -> str | None:
-        _compiled(value or "")
+        check_regex(value or "")
         return value
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def check_regex(pattern: str) -> None:
+    """Raise ValueError where a pattern cannot be compiled."""
     try:
-        return re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class Origin(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 from cyclopts import App, Parameter
@@ -79,7 +80,7 @@ def copy(name: str, to: Path | None = None) -> None:
     if target.exists():
         raise UserError(f"{target} exists already: give another name.")
     target.write_text(recipe_text(name)[1], encoding="utf-8")
-    finish({"file": str(target)}, f"{target} — run it with: dual-lora train {target}", False)
+    finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
 
 
 @app.command

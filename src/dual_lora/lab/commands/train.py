@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -65,7 +66,7 @@ def train(
         "next": _next(chosen, folder),
     }
     if result.state != "finished":
-        facts["next"] = f"dual-lora train --resume --out {folder}"
+        facts["next"] = f"dual-lora train --resume --out {quote(str(folder))}"
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(130)
@@ -73,13 +74,13 @@ def train(
 
 def _next(recipe: Recipe, folder: Path) -> str:
     """A command that this recipe has everything for."""
-    data = recipe.data
+    data, run = recipe.data, quote(str(folder))
     there = {"test": data.test or data.tests, "validation": data.validation or data.holdout, "train": True}
     if there[recipe.evaluate.split]:
-        return f"dual-lora evaluate {folder}"
+        return f"dual-lora evaluate {run}"
     if recipe.model.head == "causal":
-        return f'dual-lora generate {folder} "…"'
-    return f"dual-lora evaluate {folder} --data.test FILE"
+        return f'dual-lora generate {run} "…"'
+    return f"dual-lora evaluate {run} --data.test FILE"
 
 
 def _looks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from dual_lora.lab.comparison.metrics import METRICS
 from dual_lora.lab.comparison.search import Search, dotted, known_metric
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe import Part, shipped_recipes
+from dual_lora.lab.recipe import Part, check_regex, shipped_recipes
 
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,10 +74,7 @@ class MethodEntry(BaseModel):
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern, what in value.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            check_regex(pattern)
             if isinstance(what, float) and not 0 <= what <= 1:
                 raise ValueError(f"{pattern!r}: {what:g} is no share of the steps, expected 0 to 1")
         return value

@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from shlex import quote
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def _kept_checkpoint(folder: RunFolder) -> str:
     last = folder.last_checkpoint()
     if last is None:
         return "There is no checkpoint yet."
-    return f"The last good checkpoint is {last}; `dual-lora train --resume --out {folder.path}` goes on from it."
+    again = f"dual-lora train --resume --out {quote(str(folder.path))}"
+    return f"The last good checkpoint is {last}; `{again}` goes on from it."
 
 
 def note_failure(folder: RunFolder, error: BaseException) -> None:
