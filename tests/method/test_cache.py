@@ -52,6 +52,15 @@ def test_used_in_evaluation_without_gradients(model, compositions):
     torch.testing.assert_close(first, truth(model), rtol=1e-5, atol=1e-6)
 
 
+def test_kept_while_the_adapters_are_switched_off_and_on(model, compositions):
+    first = run(model)
+    with model.disable_adapter():
+        assert not torch.equal(run(model), first)
+    model.set_adapter("default")
+    assert torch.equal(run(model), first)
+    assert len(compositions) == 2
+
+
 def test_its_weight_is_the_merged_weight(model):
     run(model)
     kept = {m: e.weight.clone() for m, e in composed_weights._entries.items()}

@@ -249,7 +249,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; they train unless `inference_mode`."""
-        composed_weights.drop(self)
+        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
+            composed_weights.drop(self)
         warmup.watch(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
