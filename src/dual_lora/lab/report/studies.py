@@ -250,7 +250,11 @@ def _cost(name: str, methods: list[Row], source: Source) -> Table:
             "forward_slowdown", "forward ×", "number", 2, help="Time of a forward pass, unmerged, against the base."
         ),
         Column(
-            "decode_slowdown", "decoding ×", "number", 2, help="Time of a decoding step, unmerged, against the base."
+            "decode_slowdown",
+            "decoding ×",
+            "number",
+            2,
+            help="Time to read a prompt and write eight tokens, unmerged, against the base.",
         ),
     ]
     rows = [
