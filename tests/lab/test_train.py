@@ -430,7 +430,7 @@ def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rates": {"lora_[": 2.0}}, r"train.rates is .*lora_\[.*: not a regular expression"),
+        ({"rates": {"lora_[": 2.0}}, r"train.rates is .*lora_\[.* is not a regular expression"),
         ({"rates": {"dual_lora_D": 0.0}}, "dual_lora_D: 0.0 is no multiple of a learning rate"),
         ({"rates": {"magnitude": 2.0}}, "train.rates: 'magnitude' fits no trainable parameter"),
         ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
