@@ -33,7 +33,10 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
         ({**MINIMAL, "trian": {}}, "unknown field 'trian'. Did you mean 'train'"),
         ({**MINIMAL, "train": {"learning_rat": 1}}, "unknown field 'train.learning_rat'. Did you mean 'learning_rate'"),
         ({**MINIMAL, "train": ["steps", 4]}, r"train is \['steps', 4\], expected a mapping of"),
-        ({**MINIMAL, "evaluate": {"extract": "("}}, r"evaluate.extract is '\(': '\(' is not a regular expression: missing"),
+        (
+            {**MINIMAL, "evaluate": {"extract": "("}},
+            r"evaluate.extract is '\(': '\(' is not a regular expression: missing",
+        ),
         (
             {**MINIMAL, "method": "lora"},
             "method is 'lora', expected method: {name: lora}, or as a flag --method.name",
