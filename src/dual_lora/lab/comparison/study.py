@@ -277,7 +277,7 @@ def rank_rule(value: Any, rank: int | None, where: str) -> Any:
     if not match:
         return value
     if rank is None:
-        raise UserError(f"{where} is {value!r}, but the method has no rank: write a number.")
+        raise UserError(f"{where} is {value!r}, but the method has no rank: give it one (r: 16), or write a number.")
     base = math.sqrt(rank) if match["root"] else rank
     result = base * float(match["times"] or 1) / float(match["over"] or 1)
     return int(result) if result == int(result) else result
