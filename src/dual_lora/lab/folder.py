@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -43,6 +44,11 @@ class RunFolder:
     def result(self) -> Path | None:
         """The finished adapter or model."""
         return next((p for p in (self.adapter, self.full_model) if p.is_dir()), None)
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"dual-lora train --resume --out {quote(str(self.path))}"
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -67,8 +66,7 @@ def open_tuned(
     folder = RunFolder(path)
     if folder.is_run:
         if folder.result is None:
-            again = f"`dual-lora train --resume --out {quote(str(path))}`"
-            raise UserError(f"The run {path} is not finished: {again} goes on with it.")
+            raise UserError(f"The run {path} is not finished: `{folder.resume_command}` goes on with it.")
         if folder.result == folder.full_model:
             return _open_full(folder, dtype, device)
         return _open_adapter(folder.result, base, dtype, device, run=path)

@@ -12,6 +12,7 @@ from dual_lora.lab.analysis.setting import Setting
 from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import RunFolder, is_whole
+from dual_lora.lab.recipe import check_regex
 
 
 class Place(NamedTuple):
@@ -120,9 +121,10 @@ def chosen_layers(setting: Setting, pattern: str | None, known: list[str] | None
     if not pattern:
         return names
     try:
-        found = [name for name in names if re.search(pattern, name)]
-    except re.error as error:
-        raise UserError(f"--layers {pattern!r} is not a regular expression: {error}.") from None
+        check_regex(pattern)
+    except ValueError as error:
+        raise UserError(f"--layers {error}.") from None
+    found = [name for name in names if re.search(pattern, name)]
     if not found:
         raise UserError(f"--layers {pattern!r} matches none of {len(names)} layers, such as {names[0]}.")
     return found

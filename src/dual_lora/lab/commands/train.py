@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.recipe import Recipe, build_recipe, flag_values, flags, merged, read_recipe
 
 RecipeFlags: Any = flags(Recipe)
@@ -66,7 +67,7 @@ def train(
         "next": _next(chosen, folder),
     }
     if result.state != "finished":
-        facts["next"] = f"dual-lora train --resume --out {quote(str(folder))}"
+        facts["next"] = RunFolder(folder).resume_command
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(130)

@@ -119,11 +119,11 @@ def _override(cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
     return over
 
 
-def settings_in_words(settings: dict[str, Any]) -> str:
-    """What a search tries or chose, as people read it."""
+def settings_in_words(settings: dict[str, Any] | None) -> str:
+    """What a search tries or chose (None: nothing), as people read it."""
     return ", ".join(
         f"{name.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in settings.items()
+        for name, value in (settings or {}).items()
     )
 
 

@@ -74,7 +74,7 @@ def score_table(results: dict[str, Any]) -> Table:
     for row in results.get("untrained", []):
         table.add_row(escape(_place(row)) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
     for m in results["methods"]:
-        chosen = settings_in_words(m["settings"] or {})
+        chosen = settings_in_words(m["settings"])
         diverged = "all trials" if m["diverged_in_search"] else str(m["diverged"] or "")
         table.add_row(
             escape(_place(m)) + f" · {m['metric']}",

@@ -185,7 +185,7 @@ def _scores(name: str, results: Row, source: Source) -> Table:
         for u in results.get("untrained", [])
     ]
     for m in results["methods"]:
-        chosen = settings_in_words(m["settings"] or {})
+        chosen = settings_in_words(m["settings"])
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
         rows.append({**m, "place": place(m), "chosen": chosen, "share": share, "done": done})
@@ -329,7 +329,7 @@ def _runs(name: str, methods: list[Row], source: Source) -> Table:
             "place": place(m),
             "method": m["method"],
             "kind": kind,
-            "chosen": settings_in_words((m["settings"] if kind == "final" else run["settings"]) or {}),
+            "chosen": settings_in_words(m["settings"] if kind == "final" else run["settings"]),
         }
         for m in methods
         for kind, runs in (("search", m["trials"]), ("final", m["seeds"]))
@@ -377,7 +377,7 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
                 "method": job.get("method"),
                 "place": place(job) if "task" in job else "",
                 "seed": job.get("seed"),
-                "settings": settings_in_words(job.get("settings") or {}),
+                "settings": settings_in_words(job.get("settings")),
                 "metric": outcome.get("metric"),
                 "score": outcome.get("score"),
                 "seconds": run["seconds"],

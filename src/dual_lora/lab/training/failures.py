@@ -6,7 +6,6 @@ import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from shlex import quote
 from typing import Any
 
 import torch
@@ -57,8 +56,7 @@ def _kept_checkpoint(folder: RunFolder) -> str:
     last = folder.last_checkpoint()
     if last is None:
         return "There is no checkpoint yet."
-    again = f"dual-lora train --resume --out {quote(str(folder.path))}"
-    return f"The last good checkpoint is {last}; `{again}` goes on from it."
+    return f"The last good checkpoint is {last}; `{folder.resume_command}` goes on from it."
 
 
 def note_failure(folder: RunFolder, error: BaseException) -> None:
