@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import load_model
 from dual_lora.lab.recipe import ModelPart
-from dual_lora.lab.toolcalls import generate
 
 
 class Tuned(lightning.LightningModule):
@@ -48,7 +48,7 @@ def main(
     """Train for `steps` optimizer steps in all, those before a resumed checkpoint included; save the adapter."""
     lightning.seed_everything(0)
     base = load_model(ModelPart(path=model))
-    chats = [example.chat()["messages"] for example in generate(seed=0, train=64, test=10).train]
+    chats = tool_calls.chats("train", 64)
     rows = [base.tokenizer(text) for text in base.tokenizer.apply_chat_template(chats, tokenize=False)]
     collate = DataCollatorForLanguageModeling(base.tokenizer, mlm=False)
     config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=5, task_type="CAUSAL_LM")

@@ -10,8 +10,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 import dual_lora  # noqa: F401 - all that PEFT needs to know the adapter
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import locate
-from dual_lora.lab.toolcalls import generate
 
 # A task is a file of the harness; a folder of such files is given to TaskManager (or to `lm_eval --include_path`).
 TASK = """
@@ -30,11 +30,12 @@ metric_list: [{{metric: acc}}]
 
 def write_task(folder: Path, questions: int) -> TaskManager:
     """Which of four tool calls answers the request? Nothing is fetched from anywhere."""
-    examples = generate(seed=0, train=100, test=questions).combinations
+    chats = tool_calls.chats("combinations", questions)
+    calls = [answer["content"] for _, _, answer in chats]
     rows = []
-    for i, example in enumerate(examples):
-        choices = [examples[(i + k) % len(examples)].answer for k in range(4)]
-        rows.append({"request": example.request, "choices": choices, "right": 0})
+    for i, (_, request, _) in enumerate(chats):
+        choices = [calls[(i + k) % len(calls)] for k in range(4)]
+        rows.append({"request": request["content"], "choices": choices, "right": 0})
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tool_calls.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
     return TaskManager(include_path=str(folder), include_defaults=False)

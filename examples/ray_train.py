@@ -16,13 +16,13 @@ def loop(options: dict[str, Any]) -> None:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
     from dual_lora import DualLoraConfig  # registers the method in this process
+    from dual_lora.lab.data import tool_calls
     from dual_lora.lab.models import load_model
     from dual_lora.lab.recipe import ModelPart
-    from dual_lora.lab.toolcalls import generate
 
     set_seed(0)
     base = load_model(ModelPart(path=options["model"]))
-    chats = [example.chat()["messages"] for example in generate(seed=0, train=64, test=10).train]
+    chats = tool_calls.chats("train", 64)
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     steps = options["steps"]
     config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")

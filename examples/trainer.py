@@ -8,9 +8,9 @@ from peft import get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import load_model
 from dual_lora.lab.recipe import ModelPart
-from dual_lora.lab.toolcalls import generate
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
 ) -> Trainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelPart(path=model, dtype="bfloat16"))
-    chats = [example.chat()["messages"] for example in generate(seed=0, train=400, test=10).train]
+    chats = tool_calls.chats("train", 400)
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     rows = Dataset.from_list([base.tokenizer(text) for text in texts])
 

@@ -7,9 +7,9 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import load_model
 from dual_lora.lab.recipe import ModelPart
-from dual_lora.lab.toolcalls import generate, messages_for
 
 
 def main(
@@ -20,14 +20,13 @@ def main(
 ) -> DPOTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelPart(path=model, dtype="bfloat16"))
-    examples = generate(seed=0, train=200, test=10).train
     rows = [
         {
-            "prompt": messages_for(example.request),
-            "chosen": [{"role": "assistant", "content": example.answer}],
-            "rejected": [{"role": "assistant", "content": f"Of course! {example.request}"}],
+            "prompt": [system, request],
+            "chosen": [answer],
+            "rejected": [{"role": "assistant", "content": f"Of course! {request['content']}"}],
         }
-        for example in examples
+        for system, request, answer in tool_calls.chats("train", 200)
     ]
     trainer = DPOTrainer(
         model=base.model,  # no ref_model: the reference is this model with its adapter disabled

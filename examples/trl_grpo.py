@@ -8,9 +8,9 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import load_model
 from dual_lora.lab.recipe import ModelPart
-from dual_lora.lab.toolcalls import generate, messages_for
 
 
 def likeness(completions, answer, **kwargs):
@@ -27,7 +27,7 @@ def main(
 ) -> GRPOTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelPart(path=model, dtype="bfloat16"))
-    examples = generate(seed=0, train=200, test=10).train
+    rows = [{"prompt": prompt, "answer": answer["content"]} for *prompt, answer in tool_calls.chats("train", 200)]
     trainer = GRPOTrainer(
         model=base.model,
         reward_funcs=likeness,
@@ -44,7 +44,7 @@ def main(
             report_to=[],
             bf16=False,  # the base is bf16 already
         ),
-        train_dataset=Dataset.from_list([{"prompt": messages_for(e.request), "answer": e.answer} for e in examples]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
         peft_config=DualLoraConfig(
             r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM"

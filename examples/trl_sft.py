@@ -7,9 +7,9 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import load_model
 from dual_lora.lab.recipe import ModelPart
-from dual_lora.lab.toolcalls import generate, messages_for
 
 
 def main(
@@ -20,11 +20,7 @@ def main(
 ) -> SFTTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelPart(path=model, dtype="bfloat16"))
-    examples = generate(seed=0, train=400, test=10).train
-    rows = [
-        {"prompt": messages_for(e.request), "completion": [{"role": "assistant", "content": e.answer}]}
-        for e in examples
-    ]
+    rows = [{"prompt": prompt, "completion": [answer]} for *prompt, answer in tool_calls.chats("train", 400)]
     trainer = SFTTrainer(
         model=base.model,
         args=SFTConfig(

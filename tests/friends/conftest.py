@@ -60,7 +60,7 @@ def tiny_lm(tmp_path_factory):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from dual_lora.lab.toolcalls import generate
+    from dual_lora.lab.data import tool_calls
 
     folder = tmp_path_factory.mktemp("tiny-lm")
     words = Tokenizer(models.BPE())
@@ -72,7 +72,9 @@ def tiny_lm(tmp_path_factory):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words.train_from_iterator([f"{e.request} {e.answer}" for e in generate(1, 200, 10).train], trainer)
+    words.train_from_iterator(
+        [f"{request['content']} {call['content']}" for _, request, call in tool_calls.chats("train", 200)], trainer
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)

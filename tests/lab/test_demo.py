@@ -13,8 +13,9 @@ from rich.console import Console
 from dual_lora.lab import demo
 from dual_lora.lab.commands.card import duration
 from dual_lora.lab.commands.demo import _card, _readable
+from dual_lora.lab.data import tool_calls
+from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.toolcalls import TEST_SETS
 
 
 def tiny(model: Path) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def test_a_demo_cut_short_before_its_data_goes_on(tmp_path, tiny_lm, monkeypatch
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "generate", killed)
+        patch.setattr(tool_calls, "copy_to", killed)
         with pytest.raises(Killed):
             demo.run(tmp_path / "out", **tiny(tiny_lm))
     monkeypatch.setattr(demo, "_make", lambda out, *_: sorted(path.name for path in out.iterdir()))
@@ -147,7 +148,7 @@ def test_a_request_of_ones_own_is_answered_by_the_merged_model(finished):
 
     answer = demo.ask(finished, "the sky is ?")
     model = open_tuned(str(finished / "merged"))
-    prompt = [*demo.messages_for("the sky is ?")]
+    prompt = [*tool_calls.messages_for("the sky is ?")]
     ids = model.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     new = model.model.generate(**ids, do_sample=False, max_new_tokens=4)[0, ids["input_ids"].shape[1] :]
     assert answer == model.tokenizer.decode(new, skip_special_tokens=True).strip()

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dual_lora.lab.data import tool_calls
+from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import write_atomically, write_folder_atomically
 from dual_lora.lab.recipe import Recipe, read_recipe
-from dual_lora.lab.toolcalls import TEST_SETS, generate, messages_for
 
 if TYPE_CHECKING:
     from dual_lora.lab.evaluation.evaluate import EvalResult
@@ -63,7 +64,7 @@ def run(
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> DemoResult:
-    """Generate, train, evaluate and merge in the folder `out`; what is there already is used again.
+    """Copy the data, train, evaluate and merge in the folder `out`; what is there already is used again.
 
     overrides: laid over the recipe, as in `read_recipe`. A demo that was interrupted goes on where it stopped.
     Raises UserError when `out` holds something else, KeyboardInterrupt with the way on when interrupted.
@@ -82,7 +83,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(settings, json.dumps(wanted))
     if not (out / "data").is_dir():
-        write_folder_atomically(out / "data", generate(seed, examples, test_examples).write)
+        write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, examples, test_examples))
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
@@ -114,7 +115,7 @@ def ask(out: Path, request: str) -> str:
 
     recipe = read_recipe(out / "run")
     tuned = _open_merged(out, recipe)
-    prompt = Prompter(tuned.tokenizer, "chat").prompt_ids(tuple(messages_for(request.strip())))
+    prompt = Prompter(tuned.tokenizer, "chat").prompt_ids(tuple(tool_calls.messages_for(request.strip())))
     return generate_all(tuned.model, tuned.tokenizer, [prompt], 1, recipe.evaluate.max_new_tokens)[0].strip()
 
 

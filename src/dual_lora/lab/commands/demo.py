@@ -31,7 +31,7 @@ LONGEST = 200  # characters of an answer that are shown
 def demo(
     *,
     ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
-    seed: Annotated[int, Parameter(help="Seed of the data (what is held out, too), the factors and the order.")] = 0,
+    seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
     overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.", negative="")] = False,
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,

@@ -10,8 +10,9 @@ from collections import Counter
 
 import pytest
 
-from dual_lora.lab.toolcalls import TEST_SETS, TOOLS, Example, Splits, generate
-from dual_lora.lab.toolcalls.generator import HELD_OUT_PHRASINGS, wordings
+from dual_lora.lab.data import tool_calls as tool_calls_data
+from tool_calls import TEST_SETS, TOOLS, Example, Splits, generate
+from tool_calls.generator import HELD_OUT_PHRASINGS, wordings
 
 SEEDS = (0, 1, 2)
 PYTHON_TYPE = {
@@ -196,3 +197,20 @@ def test_written_sets_are_chats_one_a_line(tmp_path):
         lines = (tmp_path / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == [example.chat() for example in examples]
     assert [message["role"] for message in examples[0].chat()["messages"]] == ["system", "user", "assistant"]
+
+
+def test_the_package_carries_what_seed_0_gives(tmp_path):
+    generate(0).write(tmp_path)
+    for name in ("train", *TEST_SETS):
+        assert (tool_calls_data.FOLDER / f"{name}.jsonl").read_text() == (tmp_path / f"{name}.jsonl").read_text()
+    assert [len(tool_calls_data.chats(name)) for name in ("train", *TEST_SETS)] == [1000, 100, 100, 100]
+
+
+def test_a_part_is_the_first_records_and_holds_most_tools(tmp_path):
+    tool_calls_data.copy_to(tmp_path, train=64, test=10)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["messages"] for line in lines] == tool_calls_data.chats("train")[:64]
+    assert len((tmp_path / "values.jsonl").read_text().splitlines()) == 10
+    assert {json.loads(chat[-1]["content"])["name"] for chat in tool_calls_data.chats("train", 64)} == {
+        tool.name for tool in TOOLS
+    }

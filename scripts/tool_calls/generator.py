@@ -21,12 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.toolcalls.schema import TOOLS, Argument, Bag, Entry, Tool, Value
+from dual_lora.lab.data.tool_calls import TEST_SETS as TEST_SETS
+from dual_lora.lab.data.tool_calls import messages_for
+from tool_calls.schema import TOOLS, Argument, Bag, Entry, Tool, Value
 
-SYSTEM_PROMPT = "Reply with one JSON tool call."
 HELD_OUT_PHRASINGS = 4  # of each tool's sentences
 HELD_OUT_VALUES = 0.2  # of each open set of values
-TEST_SETS = ("combinations", "values", "phrasings")
 
 _CHOICE = re.compile(r"\[([^\]]*)\]")
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -67,11 +67,6 @@ class Splits(NamedTuple):
         for name, examples in self._asdict().items():
             lines = (json.dumps(example.chat(), ensure_ascii=False) + "\n" for example in examples)
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def messages_for(request: str) -> list[dict[str, str]]:
-    """The prompt of a request: the model is not told the tools, it learns them."""
-    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": request}]
 
 
 def wordings(phrasing: str) -> list[str]:

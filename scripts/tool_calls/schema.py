@@ -11,8 +11,8 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dual_lora.lab.toolcalls import values as v
-from dual_lora.lab.toolcalls.phrasings import PHRASINGS
+from tool_calls import values as v
+from tool_calls.phrasings import PHRASINGS
 
 Entry = str | int | float  # what a pool holds
 Value = str | int | float | bool | list[str]  # what an argument holds

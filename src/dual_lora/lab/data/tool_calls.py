@@ -1,0 +1,39 @@
+"""The demo's data: English requests and the JSON tool calls that answer them.
+
+| set | records | sentences | values |
+|---|---|---|---|
+| `train` | 1,000 | seen | seen |
+| `combinations` | 100 | seen, word by word | seen, but never together in one call |
+| `values` | 100 | seen, word by word | every string and number is new |
+| `phrasings` | 100 | new | seen |
+
+*Seen* means that it occurs in `train`. `scripts/tool_calls` makes the files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).with_name("tool-calls")
+TEST_SETS = ("combinations", "values", "phrasings")
+SYSTEM_PROMPT = "Reply with one JSON tool call."
+
+
+def messages_for(request: str) -> list[dict[str, str]]:
+    """The prompt of a request: the model is not told the tools, it learns them."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": request}]
+
+
+def chats(name: str, limit: int | None = None) -> list[list[dict[str, str]]]:
+    """The first `limit` chats of a set, each system, user, assistant; the order is random."""
+    lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def copy_to(folder: Path, train: int | None = None, test: int | None = None) -> None:
+    """The first `train` examples, and `test` of each test set, as `<folder>/<name>.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, limit in (("train", train), *((name, test) for name in TEST_SETS)):
+        lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:limit]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
