@@ -12,7 +12,6 @@ import dual_lora
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 RINGS = ["core", "method", "lab"]  # from the inside out
-RING_OF = {"capabilities": "method"}  # a command of its own, `python -m dual_lora.capabilities`
 
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
@@ -47,7 +46,7 @@ def ring(name):
     parts = name.split(".")
     if len(parts) < 2:
         return ""
-    return parts[1] if parts[1] in RINGS else RING_OF.get(parts[1], "")
+    return parts[1] if parts[1] in RINGS else ""
 
 
 def imports(path):

@@ -1,8 +1,8 @@
-"""What each method can do in the installed PEFT, found out by trying: `python -m dual_lora.capabilities`.
+"""What each method can do in the installed PEFT, found out by trying: `python conformance/capabilities.py`.
 
 Every row is tried on a tiny model. "yes" means that it worked and did what it says: the adapter had an effect, and the
 numbers were right. "–" means that it raised, was ignored without a word, or gave other numbers; `--why` prints which.
-"?" means that a library is missing.
+"?" means that a library is missing. `--write` keeps the table for `dual-lora info`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 Make = Callable[..., Any]  # options -> configuration
 IDS = torch.arange(12).view(3, 4)
+KEPT = Path(__file__).parents[1] / "src/dual_lora/lab/capabilities.json"
 
 
 class Method(NamedTuple):
@@ -40,7 +43,7 @@ def methods() -> list[Method]:
     """LoRA, DoRA, HiRA and Dual LoRA."""
     from peft import HiraConfig, LoraConfig
 
-    from .method.config import DualLoraConfig
+    from dual_lora import DualLoraConfig
 
     return [
         Method("LoRA", lambda **o: LoraConfig(**{"r": 4, "init_lora_weights": False, **o})),
@@ -469,15 +472,12 @@ def _(make: Make) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table; with --why the reasons, with --json one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m dual_lora.capabilities", description=main.__doc__)
+    """Try everything and print the table; with --why the reasons."""
+    parser = argparse.ArgumentParser(prog="python conformance/capabilities.py", description=main.__doc__)
     parser.add_argument("--why", action="store_true", help="print why something is not there")
-    parser.add_argument("--json", action="store_true", help="print {row: {method: [mark, reason]}}")
+    parser.add_argument("--write", action="store_true", help=f"keep the table in {KEPT.name}")
     options = parser.parse_args(arguments)
     found = table()
-    if options.json:
-        print(json.dumps(found, ensure_ascii=False))
-        return
     names = [method.name for method in methods()]
     width = max(map(len, found))
     print(f"{'capability':<{width}}  " + "  ".join(f"{name:^9}" for name in names))
@@ -486,6 +486,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in names if options.why else ():
             if answers[name].reason:
                 print(f"    {name}: {answers[name].reason}")
+    if options.write:
+        versions = {name: metadata.version(name).split("+")[0] for name in ("torch", "transformers", "peft")}
+        KEPT.write_text(json.dumps({"versions": versions, "table": found}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
