@@ -67,7 +67,7 @@ def test_the_command_says_what_to_install(empty):
 def test_it_carries_what_the_laboratory_reads(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     source = ROOT / "src"
-    data = [f for f in source.rglob("*") if f.suffix in {".yaml", ".css", ".js", ".typed", ".tsv", ".json"}]
+    data = [f for f in source.rglob("*") if f.suffix in {".yaml", ".css", ".js", ".typed", ".jsonl", ".json"}]
     assert data
     missing = {f.relative_to(source).as_posix() for f in data} - names
     assert not missing
