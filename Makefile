@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and sho
 	$(VENV)/bin/dual-lora demo
 
 test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 test-quick: $(VENV)/.ready ## the tests that take seconds
 	$(PY) -m pytest -m "not slow and not model"
