@@ -24,6 +24,6 @@ def _seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests first: each goes to one worker, and a long one that comes last leaves the others idle."""
+    """Files with many slow tests first: a file goes to one worker, and a long one at the end leaves the others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
