@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run `make bench-gpu` itself"),

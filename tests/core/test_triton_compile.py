@@ -1,51 +1,41 @@
-"""The kernels compile for GPUs that are not there, and what the compiler says holds the launch constants to account."""
+"""The kernels compile for GPUs that are not there, and what the compiler says holds the launch constants to account.
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+With the Triton that is installed; `make compile-table` does it with all that are supported.
+"""
 
 import pytest
 
-pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
-SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # the least of the cards in a row
-REGISTERS = {"sm_80": 255, "sm_90": 255, "gfx942": 512}
-
-
-def compile_ahead(*arguments, cache):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    script = Path(__file__).with_name("compile_ahead.py")
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert kernels
-    return kernels
+from benchmarks.compile_table import TABLE, TARGETS, VERSIONS, compile_ahead, fault
 
 
-def test_compose_for_a_training_step(tmp_path):
-    [kernel] = compile_ahead("sm_90", "compose", '"bf16", "rank": 16}', cache=tmp_path)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_compose_for_a_training_step(target, tmp_path):
+    [kernel] = compile_ahead(target, "compose", '"bf16", "rank": 16}', cache=tmp_path)
+    assert fault(target, kernel) is None
     assert kernel["spill"] == 0, kernel
-    assert kernel["registers"] <= 128, kernel
 
 
-def test_compose_for_the_layers_of_a_block(tmp_path):
-    [kernel] = compile_ahead("sm_90", "group", '"bf16", "rank": 16}', cache=tmp_path)
-    assert kernel["spill"] == 0, kernel
-    assert kernel["registers"] <= 128, kernel
-    # Wide stores although their addresses come from a table: the kernel is told how they are aligned.
-    assert kernel["widest"] == 128, kernel
+def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path):
+    """On sm_80 a copy through registers costs the product its overlap with memory."""
+    [kernel] = compile_ahead("sm_80", '"gradient"', "bfloat16", "[64, 64", '"deterministic": false', cache=tmp_path)
+    assert fault("sm_80", kernel) is None
+    assert kernel["async_in_loops"] >= 4, kernel
+    assert kernel["through_registers_in_loops"] == 0, kernel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "gfx942"])
-def test_every_kernel(gpu, tmp_path):
-    for kernel in compile_ahead(gpu, cache=tmp_path):
-        assert kernel["shared"] <= SHARED_MEMORY[gpu], kernel
-        assert kernel["registers"] <= REGISTERS[gpu], kernel
-        assert kernel["in_loops"] == 0, kernel
-        # The largest gradient tile keeps columns that wait for their turn in local memory; see TILES.
-        may_spill = kernel.get("tile") == [128, 256, 64, 8, 3, 4] or "forms" in kernel
-        assert kernel["spill"] <= (256 if may_spill else 0), kernel
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel(target, tmp_path):
+    kernels = compile_ahead(target, cache=tmp_path)
+    assert len(kernels) >= 15
+    assert [fault(target, kernel) for kernel in kernels] == [None] * len(kernels)
+
+
+def test_the_table_has_every_version_and_target():
+    text = TABLE.read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {target}" for target in TARGETS]
+    heads = [line for line in text.splitlines() if line.startswith("| | ")]
+    assert all(f"{version} (torch" in head for version in VERSIONS for head in heads)
+    assert "–" not in text, "a kernel did not compile"

@@ -8,11 +8,11 @@ import torch
 from formula import make_case
 from numerics import assert_relative_rule
 
-pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form, delta_weight
-from dual_lora.core.triton_compose import Int8, Nf4, compose
+from dual_lora.core.triton_compose import compose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [Form(magnitude=m, direction=d) for m in ("relu", "identity") for d in ("sign", "identity")]
@@ -111,12 +111,18 @@ def test_factors_of_any_strides():
     assert_same(compose(weight, [turned]), plain(weight, [adapter], torch.float32))
 
 
-def test_a_batch_of_experts():
+@pytest.mark.parametrize("routed", [None, [2, 0]], ids=["all", "routed"])
+def test_experts(routed):
     weights, stacks = zip(*(inputs(seed=seed) for seed in range(3)), strict=True)
     factors = Factors(*(torch.stack(f) for f in zip(*(s[0].factors for s in stacks), strict=True)))
+    batch, adapter = torch.stack(weights), stacks[0][0]._replace(factors=factors)
     want = torch.stack([plain(w, s, torch.float32) for w, s in zip(weights, stacks, strict=True)])
-    got = compose(torch.stack(weights), [stacks[0][0]._replace(factors=factors)])
-    assert_same(got, want)
+    if routed is None:
+        assert_same(compose(batch, [adapter]), want)
+    else:
+        want[1] = 7  # nobody asked for it
+        out = torch.full_like(batch, 7)
+        assert_same(compose(batch, [adapter], out=out, routed=torch.tensor(routed, device=DEVICE)), want)
 
 
 def test_nan_stays_nan():
@@ -125,37 +131,6 @@ def test_nan_stays_nan():
     got = compose(weight, [adapter])
     assert got[5].isnan().all()
     assert not got[:5].isnan().any()
-
-
-@pytest.mark.parametrize("blocksize", [32, 64])
-@pytest.mark.parametrize(("O", "I"), [(63, 100), (8, 64)])
-def test_nf4_base(O, I, blocksize):
-    _, adapters = inputs(O, I)
-    nibbles = torch.randint(0, 16, (O * I,), device=DEVICE)
-    code = torch.linspace(-1, 1, 16, device=DEVICE)
-    absmax = torch.rand(-(-O * I // blocksize), device=DEVICE)
-    even = torch.nn.functional.pad(nibbles, (0, O * I % 2))
-    packed = (even[::2] << 4 | even[1::2]).to(torch.uint8)[:, None]
-    dense = (code[nibbles] * absmax.repeat_interleave(blocksize)[: O * I]).view(O, I)
-    base = Nf4(packed, absmax, code, blocksize, torch.Size((O, I)))
-    assert_same(compose(base, adapters, torch.float16), plain(dense, adapters, torch.float16))
-
-
-def test_nf4_as_bitsandbytes_packs_it():
-    functional = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes").functional
-    weight, adapters = inputs(64, 128)
-    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    dense = functional.dequantize_4bit(packed, state)
-    base = Nf4(packed, state.absmax, state.code, state.blocksize, state.shape)
-    assert_same(compose(base, adapters), plain(dense, adapters, torch.float32))
-
-
-def test_int8_base():
-    _, adapters = inputs()
-    values = torch.randint(-127, 128, (63, 100), device=DEVICE).to(torch.int8)
-    scale = torch.rand(63, device=DEVICE)
-    want = plain(values.float() * scale[:, None], adapters, torch.float32)
-    assert_same(compose(Int8(values, scale), adapters), want)
 
 
 def test_what_does_not_fit_is_refused():
@@ -170,5 +145,3 @@ def test_what_does_not_fit_is_refused():
         compose(weight, [adapter._replace(factors=adapter.factors._replace(D=adapter.factors.D[:, 1:]))])
     with pytest.raises(ValueError, match="Unknown direction"):
         compose(weight, [adapter._replace(form=Form(direction="up"))])
-    with pytest.raises(ValueError, match="bytes"):
-        compose(Nf4(weight.byte(), weight[0], weight[0], 64, weight.shape), [adapter])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
-from dual_lora.core import blocked, triton_compose, triton_linear
+from dual_lora.core import blocked, dispatch, triton_compose, triton_linear
 from dual_lora.core.blocked import Adapter, Needs
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form
@@ -47,6 +47,6 @@ def test_tensors_on_the_cpu_are_left_to_the_blocks(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", triton_linear.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", dispatch.DTYPES, ids=str)
 def test_this_card_may_use_the_kernels(dtype):
     assert triton_linear.agrees_with_blocked(DEVICE, dtype)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .op import _adapters, _refuse_double_backward, refuse_transforms, without_autocast
+from .composing import compose
+from .dispatch import adapters_of, implementation, refuse_double_backward, refuse_transforms, without_autocast
 from .reference import Factors
 
 torch.library.define(
@@ -142,11 +143,6 @@ def _unpack(packed: Tensor | _Recipe) -> Tensor:
     return again.as_strided(packed.size, packed.stride, packed.offset)
 
 
-def weight_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None) -> list[Factors]:
-    """The gradients of the factors, fp32, from G = ∂L/∂W [O, I]."""
-    return blocked.factor_gradients(G, adapters, loss_scale)
-
-
 def _of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
     return [Adapter(Factors(*(f[e] for f in a.factors)), a.scale, a.form) for a in adapters]
 
@@ -160,31 +156,37 @@ def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype
 
 @torch.library.impl("dual_lora::weight", "default")
 def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
-    adapters = _adapters(factors, scales, forms)
-    out = _result(weight, factors, dtype)
+    adapters, out = adapters_of(factors, scales, forms), _result(weight, factors, dtype)
+    if out.ndim == 2:
+        return compose(weight, adapters, dtype, out)
+    if routed is not None:
+        out.zero_() if weight is None else out.copy_(weight)
+    computes = implementation(out.device, dtype, weight, adapters)
     with without_autocast(out.device):
-        if out.ndim == 2:
-            return blocked.compose(weight, adapters, dtype, out=out)
-        if routed is not None:
-            out.zero_() if weight is None else out.copy_(weight)
+        if computes is not blocked:
+            return computes.compose(weight, adapters, dtype, out, routed)
         for e in range(out.shape[0]) if routed is None else routed.tolist():
-            blocked.compose(None if weight is None else weight[e], _of_expert(adapters, e), dtype, out=out[e])
+            blocked.compose(None if weight is None else weight[e], _of_expert(adapters, e), dtype, out[e])
     return out
 
 
 @torch.library.impl("dual_lora::weight_backward", "default")
 def _weight_backward(G, factors, scales, forms, loss_scale, routed):
-    adapters = _adapters(factors, scales, forms)
+    adapters = adapters_of(factors, scales, forms)
+    computes = implementation(G.device, G.dtype, None, adapters)
     with without_autocast(G.device):
-        if G.ndim == 2:
-            grads = [g for four in weight_gradients(G, adapters, loss_scale) for g in four]
+        if computes is not blocked:
+            grads = computes.factor_gradients(G, adapters, loss_scale, routed)
+        elif G.ndim == 2:
+            grads = blocked.factor_gradients(G, adapters, loss_scale)
         else:
-            grads = [torch.zeros_like(f) for f in factors]
+            grads = [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
             for e in range(G.shape[0]) if routed is None else routed.tolist():
-                flat = (g for four in weight_gradients(G[e], _of_expert(adapters, e), loss_scale) for g in four)
-                for grad, g in zip(grads, flat, strict=True):
-                    grad[e] = g
-    return [g.to(f.dtype) for g, f in zip(grads, factors, strict=True)]
+                of_expert = blocked.factor_gradients(G[e], _of_expert(adapters, e), loss_scale)
+                for whole, four in zip(grads, of_expert, strict=True):
+                    for grad, g in zip(whole, four, strict=True):
+                        grad[e] = g
+    return [g.to(f.dtype) for g, f in zip((g for four in grads for g in four), factors, strict=True)]
 
 
 @torch.library.register_fake("dual_lora::weight")
@@ -216,6 +218,4 @@ def _backward(ctx, G):
 
 
 torch.library.register_autograd("dual_lora::weight", _backward, setup_context=_setup)
-
-
-torch.library.register_autograd("dual_lora::weight_backward", _refuse_double_backward)
+torch.library.register_autograd("dual_lora::weight_backward", refuse_double_backward)

@@ -19,7 +19,7 @@ from torch._decomp import register_decomposition
 
 from . import compose_op, embedding_op, op  # noqa: F401 - they define the operators
 from .blocked import Adapter
-from .op import _adapters, without_autocast
+from .dispatch import adapters_of, without_autocast
 from .reference import Factors, direction, magnitude
 
 
@@ -68,7 +68,7 @@ def linear(
     loss_scale: Tensor | None,
 ) -> Tensor:
     """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
-    W = _composed(weight, _adapters(factors, scales, forms), x.dtype)
+    W = _composed(weight, adapters_of(factors, scales, forms), x.dtype)
     return torch.nn.functional.linear(x, W, bias)
 
 
@@ -83,7 +83,7 @@ def weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """W + ΣΔW, [O, I] or [E, O, I]; with `routed`, ΔW of the other experts is zero."""
-    adapters = _adapters(factors, scales, forms)
+    adapters = adapters_of(factors, scales, forms)
     if routed is None:
         return _composed(weight, adapters, dtype)
     used = torch.zeros(factors[1].shape[0], 1, 1, device=routed.device).index_fill(0, routed, 1.0)
@@ -108,7 +108,7 @@ def embedding(
     used = (indices != padding_idx).unsqueeze(-1)
     adapters = [
         Adapter(Factors(A, B[indices], C, D[indices]), scale * used, form)
-        for (A, B, C, D), scale, form in _adapters(factors, scales, forms)
+        for (A, B, C, D), scale, form in adapters_of(factors, scales, forms)
     ]
     y = _composed(None if weight is None else weight[indices], adapters, dtype)
     if max_norm is None:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .compose_op import weight_gradients
-from .op import _adapters, _refuse_double_backward, refuse_transforms, without_autocast
+from .dispatch import adapters_of, refuse_double_backward, refuse_transforms, without_autocast
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -82,7 +81,7 @@ def _embedding(
     indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
 ):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
+    adapters = _rows_of(adapters_of(factors, scales, forms), rows, padding_idx)
     with without_autocast(indices.device):
         out = blocked.compose(None if weight is None else weight.index_select(0, rows), adapters, dtype)
     return torch.nn.functional.embedding(inverse, out, max_norm=max_norm, norm_type=norm_type)
@@ -91,13 +90,13 @@ def _embedding(
 @torch.library.impl("dual_lora::embedding_backward", "default")
 def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(_adapters(factors, scales, forms), rows, padding_idx)
+    adapters = _rows_of(adapters_of(factors, scales, forms), rows, padding_idx)
     with without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
         G = torch.ops.aten.embedding_dense_backward(dy, inverse, len(rows), -1, scale_grad_by_freq)
         out = []
-        for k, four in enumerate(weight_gradients(G, adapters, loss_scale)):
+        for k, four in enumerate(blocked.factor_gradients(G, adapters, loss_scale)):
             used = (rows != padding_idx).unsqueeze(-1)
             _, B, _, D = factors[4 * k : 4 * k + 4]
             dB, dD = torch.zeros_like(B), torch.zeros_like(D)
@@ -140,4 +139,4 @@ def _backward(ctx, dy):
 torch.library.register_autograd("dual_lora::embedding", _backward, setup_context=_setup)
 
 
-torch.library.register_autograd("dual_lora::embedding_backward", _refuse_double_backward)
+torch.library.register_autograd("dual_lora::embedding_backward", refuse_double_backward)

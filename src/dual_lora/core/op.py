@@ -6,22 +6,24 @@ torch.compile, which is meant: its blocks are the optimisation.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
-from . import blocked
 from .blocked import Adapter, Needs, RowSource
-from .reference import Factors, Form
+from .dispatch import (
+    adapters_of,
+    autocast_dtype,
+    implementation,
+    refuse_double_backward,
+    refuse_transforms,
+    without_autocast,
+)
 from .ticket import Ticket, source_of, ticket
+
+__all__ = ["autocast_dtype", "dual_lora_linear"]
 
 # `weight` is a matrix, or a ticket's number: then nothing dequantised is kept.
 torch.library.define(
@@ -72,38 +74,6 @@ def dual_lora_linear(
     return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
-    # Tracing torch 2.6 breaks the graph at the second question; what can be traced has an autocast.
-    known = device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type))
-    if not known or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
-    """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
-    inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
-    forward = forward_ad._current_level >= 0
-    if not (inside or forward):
-        return
-    tensors = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
-    transformed = inside and any(map(_functorch.is_functorch_wrapped_tensor, tensors))
-    if transformed or (forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)):
-        raise NotImplementedError(
-            "Dual LoRA has no forward mode and no rule for torch.func's transforms (grad, vjp, jvp, vmap): its "
-            "gradients are those of straight-through estimators, in backward. Use backward() or torch.autograd.grad, "
-            "for each sample's gradient in a loop; or merge the adapter first."
-        )
-
-
 def _itself(source: RowSource) -> RowSource:
     return source
 
@@ -121,38 +91,13 @@ def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapter
             raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
 
 
-def _adapters(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[int]) -> list[Adapter]:
-    return [
-        Adapter(Factors(*factors[4 * k : 4 * k + 4]), scale, Form.from_code(form))
-        for k, (scale, form) in enumerate(zip(scales, forms, strict=True))
-    ]
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-@functools.cache
-def _triton() -> ModuleType | None:
-    """The Triton path, or None without Triton 3.3 or later (older ones do not take tuples of tensors)."""
-    try:
-        import triton
-
-        from . import triton_linear
-    except ImportError:
-        return None
-    return triton_linear if [int(part) for part in triton.__version__.split(".")[:2]] >= [3, 3] else None
 
 
 def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
     """The weight, or the one that a ticket's number stands for."""
     return weight if weight is None or weight.ndim else source_of(weight)
-
-
-def _implementation(x: Tensor, weight: Tensor | RowSource | None, adapters: list[Adapter]) -> ModuleType:
-    """Who computes: the Triton kernels on a GPU that they are right on, the blocks everywhere else."""
-    triton = _triton() if x.is_cuda and (weight is None or isinstance(weight, Tensor)) else None
-    return triton if triton is not None and triton.takes(x, weight, adapters) else blocked
 
 
 # Forward and backward for every device; "default" takes in those that this package has no kernels for (mps, xpu …) and
@@ -162,8 +107,8 @@ def _implementation(x: Tensor, weight: Tensor | RowSource | None, adapters: list
 @torch.library.impl("dual_lora::linear", "default")
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
     with without_autocast(x.device):
-        adapters, weight = _adapters(factors, scales, forms), _opened(weight)
-        y = _implementation(x, weight, adapters).forward(_rows(x), weight, adapters)
+        adapters, weight = adapters_of(factors, scales, forms), _opened(weight)
+        y = implementation(x.device, x.dtype, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -171,12 +116,12 @@ def _linear(x, weight, bias, factors, scales, forms, loss_scale):
 
 @torch.library.impl("dual_lora::linear_backward", "default")
 def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
-    adapters = _adapters(factors, scales, forms)
+    adapters = adapters_of(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
     with without_autocast(x.device):
         source = _opened(weight)
-        implementation = _implementation(x, source, adapters)
-        grads = implementation.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
+        computes = implementation(x.device, x.dtype, source, adapters)
+        grads = computes.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
     out = []
     if grads.x is not None:
         out.append(grads.x.view(x.shape))
@@ -229,11 +174,4 @@ def _backward(ctx, dy):
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "Dual LoRA has no second derivative: Sign and ReLU are trained by straight-through estimators, whose gradient"
-        " is not the derivative of anything. Call backward without create_graph=True."
-    )
-
-
-torch.library.register_autograd("dual_lora::linear_backward", _refuse_double_backward)
+torch.library.register_autograd("dual_lora::linear_backward", refuse_double_backward)

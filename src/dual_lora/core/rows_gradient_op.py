@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .op import _refuse_double_backward, _rows
+from .dispatch import refuse_double_backward
+from .op import _rows
 from .ticket import Ticket, source_of
 
 # Entries of W that are read at a time.
@@ -63,4 +64,4 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("dual_lora::through_rows", _backward, setup_context=_setup)
-torch.library.register_autograd("dual_lora::through_rows_backward", _refuse_double_backward)
+torch.library.register_autograd("dual_lora::through_rows_backward", refuse_double_backward)

@@ -2,15 +2,14 @@
 
     out = round(W + Σ s_n · ReLU(B_n A_n) ⊙ Sign(D_n C_n))
 
-The sum is made in fp32 and rounded once, to the output's dtype. W may be dense (any float dtype, any strides), NF4
-as bitsandbytes packs it, int8 with a scale for each row, or absent (ΔW alone). Several adapters go in one launch; a
-leading batch dimension [E, O, I] composes all experts in one launch. On the CPU this runs in Triton's interpreter only.
+The sum is made in fp32 and rounded once, to the output's dtype. W is dense (any float dtype, any strides) or absent (ΔW
+alone). Several adapters go in one launch; a leading batch dimension [E, O, I] composes all experts, or the routed ones,
+in one launch. On the CPU this runs in Triton's interpreter only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,52 +19,31 @@ from torch import Tensor
 from . import triton_launch
 from .blocked import Adapter
 from .triton_launch import RANK_CHUNK, Tile
-from .triton_product import displacement, product
+from .triton_product import displacement, expert, product
 
-# 64 × 64 on four warps is the largest tile that needs at most 128 registers on sm_80 and sm_90 at every rank, which
-# lets 16 warps share a multiprocessor: one program's loads then hide under another's products.
-TILES = {
-    "sm_80": Tile(rows=64, cols=64, tokens=0, warps=4, stages=1),
-    "sm_90": Tile(rows=64, cols=64, tokens=0, warps=4, stages=1),
-    "gfx942": Tile(rows=64, cols=64, tokens=0, warps=4, stages=1),
-    "interpreter": Tile(rows=64, cols=64, tokens=0, warps=4, stages=1),
-}
-
-
-class Nf4(NamedTuple):
-    """A weight in 4 bits as bitsandbytes stores it: row-major, two entries a byte, the first in the high half."""
-
-    packed: Tensor  # uint8, O·I/2 in any shape
-    absmax: Tensor  # fp32, one for each block of `blocksize` entries (nested quantisation already undone)
-    code: Tensor  # fp32, the sixteen values of the code book
-    blocksize: int
-    shape: torch.Size  # [O, I]
-
-
-class Int8(NamedTuple):
-    """A weight in int8 with one scale for each row: W = values · scale[:, None]."""
-
-    values: Tensor  # int8, [O, I]
-    scale: Tensor  # fp32, [O]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.values.shape
+# 64 × 64 on four warps needs 128 to 188 registers and spills none, by the compiler's version: 8 to 16 warps then share a
+# multiprocessor, and one program's loads hide under another's products.
+TILE = Tile(rows=64, cols=64, tokens=0, warps=4, stages=1)
+TILES = {"sm_80": TILE, "sm_90": TILE, "gfx942": TILE, "interpreter": TILE}
 
 
 def compose(
-    weight: Tensor | Nf4 | Int8 | None,
+    weight: Tensor | None,
     adapters: Sequence[Adapter],
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    routed: Tensor | None = None,
+    products: str | None = None,
 ) -> Tensor:
     """W + Σ ΔW_n, [O, I] or [E, O, I].
 
-    weight: the base, or None for ΔW alone. A quantised weight is a matrix.
+    weight: the base, or None for ΔW alone.
     adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each. In a
         batch the factors have a leading dimension E and share the scale.
-    out_dtype: of the result; by default the dense weight's, else fp32.
+    out_dtype: of the result; by default the weight's, else fp32.
     out: where to write. It may be `weight` itself: each entry is read once, before it is written.
+    routed: int64 [N], the experts to write; the others of `out` are left as they are.
+    products: precision of P and Q; by default `triton_launch.PRODUCTS`.
 
     Raises ValueError for shapes that do not fit together, factors or scales that are not fp32 and unknown forms.
     """
@@ -73,22 +51,19 @@ def compose(
     if weight is not None and weight.shape != s.shape:
         raise ValueError(f"The weight has shape {tuple(weight.shape)}, the factors make {tuple(s.shape)}.")
     if out is None:
-        if out_dtype is None:
-            out_dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+        out_dtype = out_dtype or (torch.float32 if weight is None else weight.dtype)
         out = torch.empty(s.shape, dtype=out_dtype, device=s.A[0].device)
     elif out.shape != s.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, the factors make {tuple(s.shape)}.")
-    if out.numel() == 0:
+    batch = s.batch if routed is None else routed.numel()
+    if out.numel() * batch == 0:
         return out
-    base = _base(weight)
     tile = TILES[triton_launch.target(out.device)]
-    grid = (triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols), s.batch)
     with triton_launch.on(out.device):
-        compose_kernel[grid](
+        compose_kernel[(triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols), batch)](
             out,
-            base.data,
-            base.scales,
-            base.code,
+            weight,
+            routed,
             s.A,
             s.B,
             s.C,
@@ -97,58 +72,25 @@ def compose(
             s.O,
             s.I,
             *triton_launch.strides(out),
-            *base.strides,
-            KIND=base.kind,
-            BLOCKSIZE=base.blocksize,
+            *triton_launch.strides(out if weight is None else weight),
             R1=s.r1,
             R2=s.r2,
             FORMS=s.forms,
             ROWS=tile.rows,
             COLS=tile.cols,
             CHUNK=RANK_CHUNK,
+            PRODUCTS=products or triton_launch.PRODUCTS,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
     return out
 
 
-NONE, DENSE, NF4, INT8 = (tl.constexpr(kind) for kind in range(4))
-
-
-class _Base(NamedTuple):
-    """A base weight as the kernel takes it."""
-
-    kind: int
-    data: Tensor | None = None
-    strides: tuple[int, int, int] = (0, 0, 0)
-    scales: Tensor | None = None
-    code: Tensor | None = None
-    blocksize: int = 1
-
-
-def _base(weight: Tensor | Nf4 | Int8 | None) -> _Base:
-    if weight is None:
-        return _Base(NONE.value)
-    if isinstance(weight, Tensor):
-        return _Base(DENSE.value, weight, triton_launch.strides(weight))
-    O, I = weight.shape
-    if isinstance(weight, Int8):
-        return _Base(INT8.value, weight.values, triton_launch.strides(weight.values), weight.scale.contiguous())
-    packed, absmax, code, blocksize, _ = weight
-    if packed.numel() != (O * I + 1) // 2 or absmax.numel() != triton.cdiv(O * I, blocksize):
-        raise ValueError(
-            f"An NF4 weight [{O}, {I}] in blocks of {blocksize} has {(O * I + 1) // 2} bytes and"
-            f" {triton.cdiv(O * I, blocksize)} scales; got {packed.numel()} and {absmax.numel()}."
-        )
-    return _Base(NF4.value, packed.contiguous(), (0, I, 1), absmax.contiguous(), code.contiguous(), blocksize)
-
-
 @triton.jit
 def compose_kernel(
     out,  # [E, O, I]
-    weight,  # dense [E, O, I], packed NF4, int8 [O, I], or None
-    weight_scales,  # NF4: of each block; int8: of each row
-    code,  # NF4: sixteen values
+    weight,  # [E, O, I] or None
+    routed,  # [N] or None
     As,  # tuples, one entry for each adapter; [E, r1, I] contiguous
     Bs,  # [E, O, r1]
     Cs,  # [E, r2, I]
@@ -162,39 +104,27 @@ def compose_kernel(
     weight_e,
     weight_o,
     weight_i,
-    KIND: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
     R1: tl.constexpr,
     R2: tl.constexpr,
     FORMS: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PRODUCTS: tl.constexpr,
 ):
     across = tl.cdiv(I, COLS)
     rows = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(0) % across * COLS + tl.arange(0, COLS)
-    e = tl.program_id(1).to(tl.int64)
+    e = expert(routed)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for n in tl.static_range(len(R1)):
-        P = product(Bs[n] + e * O * R1[n], As[n] + e * I * R1[n], rows, cols, O, I, R1[n], CHUNK)
-        Q = product(Ds[n] + e * O * R2[n], Cs[n] + e * I * R2[n], rows, cols, O, I, R2[n], CHUNK)
+        P = product(Bs[n] + e * O * R1[n], As[n] + e * I * R1[n], rows, cols, O, I, R1[n], CHUNK, PRODUCTS)
+        Q = product(Ds[n] + e * O * R2[n], Cs[n] + e * I * R2[n], rows, cols, O, I, R2[n], CHUNK, PRODUCTS)
         total += tl.load(scales[n]) * displacement(P, Q, FORMS[n])
     inside = (rows < O)[:, None] & (cols < I)[None, :]
     # The weight is read after the products: read before them it would sit in registers that they need.
-    i64 = rows.to(tl.int64)[:, None]
-    if KIND != NONE:
-        at = e * weight_e + i64 * weight_o + cols.to(tl.int64)[None, :] * weight_i
-        if KIND == DENSE:
-            base = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        elif KIND == NF4:
-            byte = tl.load(weight + at // 2, mask=inside, other=0).to(tl.int32)
-            nibble = tl.where(at % 2 == 0, byte >> 4, byte & 15)
-            absmax = tl.load(weight_scales + at // BLOCKSIZE, mask=inside, other=0.0)
-            base = tl.load(code + nibble) * absmax
-        else:
-            row_scale = tl.load(weight_scales + rows, mask=rows < O, other=0.0)
-            base = tl.load(weight + at, mask=inside, other=0).to(tl.float32) * row_scale[:, None]
-        total += base
-    at_out = out + e * out_e + i64 * out_o + cols.to(tl.int64)[None, :] * out_i
-    tl.store(at_out, total.to(out.dtype.element_ty), mask=inside)
+    i64, j64 = rows.to(tl.int64)[:, None], cols.to(tl.int64)[None, :]
+    if weight is not None:
+        at = weight + e * weight_e + i64 * weight_o + j64 * weight_i
+        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + e * out_e + i64 * out_o + j64 * out_i, total.to(out.dtype.element_ty), mask=inside)

@@ -11,14 +11,14 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * deterministic: each program writes its share, one sum afterwards. The shares take about
   4 (r1 + r2) O I (1/rows + 1/cols) bytes for a tile of rows × cols, 33 MiB for 4096 × 4096 at rank 32.
 
-Several adapters share one G. With a batch dimension (experts) each weight has its own dy and x: batches of equal
-length [E, T, ·], or one run of tokens sorted by expert with `offsets`. On the CPU: Triton's interpreter only.
+Several adapters share one G. Where G is there already (of a composed weight) its tiles are read instead; it may carry
+a leading dimension of experts, of which only the routed ones are read. On the CPU: Triton's interpreter only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,15 +30,11 @@ from .blocked import Adapter
 from .ieee import wants_tf32
 from .reference import Factors
 from .triton_launch import RANK_CHUNK, Tile
-from .triton_product import product, product_gradients
+from .triton_product import expert, product, product_gradients
 
-Precision = Literal["ieee", "tf32", "bf16"]
-
-PRECISIONS: dict[torch.dtype, Precision] = {
-    torch.float32: "ieee",
-    torch.float16: "tf32",
-    torch.bfloat16: "bf16",
-}
+# Of the four small products: what the inputs themselves carry. With "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
+# to 11 or 8 bits on their way into the matrix units, sums stay fp32. Signs and masks do not depend on it.
+PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
 BAND = tl.constexpr(8)
 """Rows of tiles that are walked through together, so that a strip of x is read from cache."""
@@ -47,10 +43,10 @@ RANKS = 16
 """Ranks of the factor gradients made at a time: the least that the matrix units take without padding."""
 
 # (device, bytes of an input's element): tiles, the largest first. The first that fills the device is taken.
-# 128 × 256 spills some 200 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
+# 128 × 256 spills up to 480 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
 # for their turn. It stays because it reads each of dy and x half as often as 128 × 128 does, which spills nothing.
 TILES = {
-    ("sm_80", 2): (Tile(128, 128, 32, 8, 4, strips=2), Tile(64, 64, 32, 4, 4)),
+    ("sm_80", 2): (Tile(128, 128, 32, 8, 4, strips=4), Tile(64, 64, 32, 4, 4)),
     ("sm_80", 4): (Tile(64, 64, 16, 4, 3, strips=2), Tile(32, 64, 16, 4, 3)),
     ("sm_90", 2): (Tile(128, 256, 64, 8, 3, strips=4), Tile(128, 128, 64, 8, 3, strips=2), Tile(64, 64, 64, 4, 4)),
     ("sm_90", 4): (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3)),
@@ -62,47 +58,38 @@ TILES = {
 
 
 def factor_gradients(
-    dy: Tensor,
+    dy: Tensor | None,
     x: Tensor,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None = None,
     deterministic: bool | None = None,
-    offsets: Tensor | None = None,
-    precision: Precision | None = None,
+    routed: Tensor | None = None,
 ) -> list[Factors]:
     """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
 
-    dy [T, O] and x [T, I]: one floating dtype, any strides. In a batch: [E, T, O] and [E, T, I].
+    dy [T, O] and x [T, I]: one floating dtype, any strides. Or no dy, and x is G: [O, I] or [E, O, I].
     adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each.
     loss_scale: one fp32 number on the device; the "clip" estimator acts on H / loss_scale.
     deterministic: the same bits in every run. By default torch.are_deterministic_algorithms_enabled().
-    offsets: int [E + 1] on the device; then dy [T, O] and x [T, I] hold the tokens of expert e in rows
-        offsets[e]…offsets[e + 1].
-    precision: of the four small products. "ieee": fp32. "tf32", "bf16": ∂P, ∂Q and the factors are rounded to 11 or
-        8 bits on their way into the matrix units, sums stay fp32. By default what the inputs themselves carry: "ieee"
-        for fp32, "tf32" for fp16, "bf16" for bf16. Signs and masks do not depend on it: P and Q are always fp32.
+    routed: int64 [N], the experts whose G is read; the gradients of the others are zero.
 
     Raises ValueError for shapes or dtypes that do not fit together.
     """
     s = triton_launch.stack(adapters)
-    _check(dy, x, s, offsets)
+    _check(dy, x, s)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    if precision is None:
-        precision = PRECISIONS[x.dtype]
-    elif precision not in get_args(Precision):
-        raise ValueError(f"Unknown precision {precision!r}: choose one of {', '.join(map(repr, get_args(Precision)))}.")
-    tile = _tile(s, x)
-    down, across = triton.cdiv(s.O, tile.rows), triton.cdiv(s.I, tile.cols)
-    if s.batch * s.O * s.I * x.shape[-2] == 0:
+    batch = s.batch if routed is None else routed.numel()
+    if batch * s.O * s.I * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
+    tile = _tile(s, batch, x)
+    down, across = triton.cdiv(s.O, tile.rows), triton.cdiv(s.I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
-    fp32 = "tf32" if wants_tf32() else "ieee"
     with triton_launch.on(x.device):
-        gradient_kernel[(down * across, s.batch)](
+        gradient_kernel[(down * across, batch)](
             dy,
             x,
-            offsets,
+            routed,
             s.A,
             s.B,
             s.C,
@@ -113,7 +100,8 @@ def factor_gradients(
             x.shape[-2],
             s.O,
             s.I,
-            *triton_launch.strides(dy),
+            s.batch,
+            *((0, 0) if dy is None else dy.stride()),
             *triton_launch.strides(x),
             R1=s.r1,
             R2=s.r2,
@@ -124,8 +112,9 @@ def factor_gradients(
             STRIPS=tile.strips,
             CHUNK=RANK_CHUNK,
             RANKS=RANKS,
-            INPUT_PRECISION=fp32,
-            PRECISION=precision,
+            PRODUCTS=triton_launch.PRODUCTS,
+            INPUT_PRECISION="tf32" if wants_tf32() else "ieee",
+            PRECISION=PRECISIONS[x.dtype],
             ATOMIC=not deterministic,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -143,7 +132,9 @@ class _Result(NamedTuple):
     def make(cls, factors: Factors, down: int, across: int, deterministic: bool) -> _Result:
         if deterministic:
             shares = down, across, down, across
-            targets = [f.new_empty((n, *f.shape)) for f, n in zip(factors, shares, strict=True)]
+            # In a batch there may be experts that no token was routed to, whose shares nobody writes.
+            new = factors.A.new_empty if factors.A.ndim == 2 else factors.A.new_zeros
+            targets = [new((n, *f.shape)) for f, n in zip(factors, shares, strict=True)]
         else:
             sizes = [f.numel() for f in factors]
             flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
@@ -154,25 +145,23 @@ class _Result(NamedTuple):
         return Factors(*(t.sum(0) for t in self.targets)) if self.deterministic else self.targets
 
 
-def _check(dy: Tensor, x: Tensor, s: triton_launch.Stack, offsets: Tensor | None) -> None:
-    lead = s.shape[:-2] if offsets is None else ()
-    expected = (*lead, x.shape[-2], s.O), (*lead, x.shape[-2], s.I)
-    if (dy.shape, x.shape) != expected:
-        raise ValueError(
-            f"dy and x have shapes {tuple(dy.shape)} and {tuple(x.shape)}, expected {expected[0]} and {expected[1]}."
-        )
-    if dy.dtype != x.dtype or x.dtype not in PRECISIONS:
+def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
+    named = {"G": x} if dy is None else {"dy": dy, "x": x}
+    received = [tuple(t.shape) for t in named.values()]
+    expected = [tuple(s.shape)] if dy is None else [(x.shape[-2], s.O), (x.shape[-2], s.I)]
+    if received != expected:
+        raise ValueError(f"{' and '.join(named)} of shape {received}: expected {expected}.")
+    dtypes = {t.dtype for t in named.values()}
+    if dtypes != {x.dtype} or x.dtype not in PRECISIONS:
         known = ", ".join(map(str, PRECISIONS))
-        raise ValueError(f"dy is {dy.dtype} and x is {x.dtype}: cast them to the same, one of {known}.")
-    if offsets is not None and offsets.shape != (s.batch + 1,):
-        raise ValueError(f"offsets has shape {tuple(offsets.shape)}, expected ({s.batch + 1},) for {s.batch} experts.")
+        raise ValueError(f"{' and '.join(named)} of {dtypes}: cast them to the same, one of {known}.")
 
 
-def _tile(s: triton_launch.Stack, x: Tensor) -> Tile:
+def _tile(s: triton_launch.Stack, batch: int, x: Tensor) -> Tile:
     """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest."""
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
     for tile in tiles:
-        programs = s.batch * triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
+        programs = batch * triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
         if 4 * programs >= 3 * triton_launch.processors(x.device):
             return tile
     return tiles[-1]
@@ -180,9 +169,9 @@ def _tile(s: triton_launch.Stack, x: Tensor) -> Tile:
 
 @triton.jit
 def gradient_kernel(
-    dy,  # [E, T, O]
-    x,  # [E, T, I]
-    offsets,  # [E + 1] or None
+    dy,  # [T, O], or None
+    x,  # [T, I], or G [E, O, I]
+    routed,  # [N] or None
     As,  # tuples, one entry for each adapter; [E, r1, I] contiguous
     Bs,  # [E, O, r1]
     Cs,  # [E, r2, I]
@@ -196,11 +185,11 @@ def gradient_kernel(
     T,
     O,
     I,
-    dy_e,
+    E,
     dy_t,
     dy_o,
     x_e,
-    x_t,
+    x_t,  # G: rows
     x_i,
     R1: tl.constexpr,
     R2: tl.constexpr,
@@ -211,6 +200,7 @@ def gradient_kernel(
     STRIPS: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
     ATOMIC: tl.constexpr,
@@ -219,26 +209,25 @@ def gradient_kernel(
     block_o, block_i = tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, BAND)
     rows = block_o * ROWS + tl.arange(0, ROWS)
     cols = block_i * COLS + tl.arange(0, COLS)
-    e = tl.program_id(1).to(tl.int64)
-    first, last = 0, T
-    if offsets is not None:
-        first, last = tl.load(offsets + e).to(tl.int64), tl.load(offsets + e + 1).to(tl.int64)
-    G = _tile_of_G(dy + e * dy_e, x + e * x_e, first, last, rows, cols, O, I,
-                   dy_t, dy_o, x_t, x_i, TOKENS, INPUT_PRECISION)  # fmt: skip
+    e = expert(routed)
+    if dy is None:
+        at = x + e * x_e + rows.to(tl.int64)[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
+        G = tl.load(at, mask=(rows < O)[:, None] & (cols < I)[None, :], other=0.0).to(tl.float32)
+    else:
+        G = _tile_of_G(dy, x, T, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS, INPUT_PRECISION)
     strips = _strips(G, STRIPS)
     for j in tl.static_range(STRIPS):
         part = block_i * COLS + j * (COLS // STRIPS) + tl.arange(0, COLS // STRIPS)
         if ATOMIC:
             share_o, share_i = e, e
         else:
-            experts = tl.num_programs(1)
-            share_o = block_o.to(tl.int64) * experts + e
-            share_i = (block_i * STRIPS + j).to(tl.int64) * experts + e
+            share_o = block_o.to(tl.int64) * E + e
+            share_i = (block_i * STRIPS + j).to(tl.int64) * E + e
         for n in tl.static_range(len(R1)):
             A, B = As[n] + e * I * R1[n], Bs[n] + e * O * R1[n]
             C, D = Cs[n] + e * I * R2[n], Ds[n] + e * O * R2[n]
-            P = product(B, A, rows, part, O, I, R1[n], CHUNK)
-            Q = product(D, C, rows, part, O, I, R2[n], CHUNK)
+            P = product(B, A, rows, part, O, I, R1[n], CHUNK, PRODUCTS)
+            Q = product(D, C, rows, part, O, I, R2[n], CHUNK, PRODUCTS)
             dP, dQ = product_gradients(strips[j] * tl.load(scales[n]), P, Q, loss_scale, FORMS[n])
             if PRECISION == "bf16":  # at once: it halves what waits in registers
                 dP, dQ = dP.to(tl.bfloat16), dQ.to(tl.bfloat16)
@@ -253,30 +242,32 @@ def _strips(G, STRIPS: tl.constexpr):
     """G's columns in 1, 2 or 4 equal strips, in order; registers are renamed, nothing moves."""
     if STRIPS == 1:
         parts = (G,)
+    elif STRIPS == 2:
+        parts = _halves(G)
     else:
-        tl.static_assert(STRIPS == 2 or STRIPS == 4)
-        halves = tl.split(tl.permute(tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2)), (0, 2, 1)))
-        if STRIPS == 2:
-            parts = halves
-        else:
-            parts = _strips(halves[0], 2) + _strips(halves[1], 2)
+        tl.static_assert(STRIPS == 4)
+        left, right = _halves(G)
+        parts = _halves(left) + _halves(right)  # Triton 3.4 knows no recursion
     return parts
 
 
 @triton.jit
-def _tile_of_G(
-    dy, x, first, last, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """dy[first:last, rows]ᵀ @ x[first:last, cols], fp32."""
+def _halves(G):
+    return tl.split(tl.permute(tl.reshape(G, (G.shape[0], 2, G.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _tile_of_G(dy, x, T, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
+    """dy[:, rows]ᵀ @ x[:, cols], fp32. dy is read as it is multiplied, transposed, which makes its copy asynchronous."""
     G = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     t = tl.arange(0, TOKENS)
-    at_dy = dy + (first + t.to(tl.int64))[:, None] * dy_t + rows.to(tl.int64)[None, :] * dy_o
-    at_x = x + (first + t.to(tl.int64))[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
-    for start in range(first, last, TOKENS):
-        left = (start + t < last)[:, None]
-        a = tl.load(at_dy, mask=left & (rows < O)[None, :], other=0.0)
-        b = tl.load(at_x, mask=left & (cols < I)[None, :], other=0.0)
-        G = tl.dot(tl.trans(a), b, G, input_precision=PRECISION)
+    at_dy = dy + rows.to(tl.int64)[:, None] * dy_o + t.to(tl.int64)[None, :] * dy_t
+    at_x = x + t.to(tl.int64)[:, None] * x_t + cols.to(tl.int64)[None, :] * x_i
+    for start in range(0, T, TOKENS):
+        left = start + t < T
+        a = tl.load(at_dy, mask=(rows < O)[:, None] & left[None, :], other=0.0)
+        b = tl.load(at_x, mask=left[:, None] & (cols < I)[None, :], other=0.0)
+        G = tl.dot(a, b, G, input_precision=PRECISION)
         at_dy += TOKENS * dy_t
         at_x += TOKENS * x_t
     return G

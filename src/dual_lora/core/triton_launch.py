@@ -1,11 +1,11 @@
 """Launch constants of the Triton kernels, and the one place that asks what device they run on.
 
 How they were chosen: no GPU was at hand. Each row was compiled ahead of time and its registers, spills and shared
-memory read off the machine code (`tests/core/test_triton_compile.py` repeats that and holds the rows to it); none
+memory read off the machine code (`python -m benchmarks.compile_table` repeats that for every Triton and target and holds the rows to it); none
 has been timed. A sweep on a card may move every number here.
 
 The factor products run on plain fp32 units, whose operands want registers: that, not the matrix units, bounds the
-tiles. A rank chunk of 8 is the least that `tl.dot` takes for fp32, so a rank of 8 is not padded to 16.
+tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA before Triton 3.8.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from .blocked import Adapter
 
-RANK_CHUNK = 8
+RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
+
+PRODUCTS = "ieee"
+"""Precision of P and Q in every kernel: "ieee" is fp32 on plain units. "tf32x3" is three products on the matrix units,
+and may be set here for a card on which `triton_signs.sign_flips` finds no more wrong signs than with "ieee"."""
 
 
 class Tile(NamedTuple):
@@ -54,13 +58,22 @@ class Stack(NamedTuple):
 def target(device: torch.device) -> str:
     """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU.
 
-    Consumer cards of every generation take "sm_80": its tiles fit into their shared memory.
+    Consumer cards take "sm_80", whose tiles fit into their shared memory. Raises NotImplementedError for a card that no
+    row was made for: on older ones the kernels would keep kilobytes of each thread's registers in memory.
     """
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+        card = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if card == "gfx942":
+            return card
+        expected = "gfx942 (MI300)"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return "sm_90" if major in (9, 10) else "sm_80"
+        card, expected = f"sm_{major}{minor}", "sm_80 (Ampere) or later"
+    raise NotImplementedError(f"it is {card}, and they have tiles for {expected}")
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -1,8 +1,8 @@
-"""Forward and backward of the operator by the Triton kernels, with the same signatures as `blocked`.
+"""Forward and backward of the operators by the Triton kernels, with the same signatures as `blocked`.
 
 Forward composes W + ΣΔW of one layer in x's dtype and leaves the product to the library; the composed weight is gone
 when the call returns. In backward it is composed again for dx, and the factors' gradients come from one kernel that
-keeps G = dyᵀx in registers.
+keeps G = dyᵀx in registers. A quantised weight is dequantised into a temporary first.
 
 The kernels were judged in Triton's interpreter and compiled ahead for several cards. A card that is met for the first
 time has to show that they agree with `blocked` there, before anything is computed with them.
@@ -11,60 +11,58 @@ time has to show that they agree with `blocked` there, before anything is comput
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import blocked, triton_compose, triton_gradient, triton_group
-from .blocked import Adapter, Gradients, Needs
-from .composing import Job
+from . import blocked, triton_compose, triton_gradient
+from .blocked import Adapter, Gradients, Needs, RowSource
 from .reference import Factors, Form
 
-SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_RANK = 256
 
-
-def takes(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> bool:
-    """Whether the kernels compute this call: a GPU on which they proved right, dtypes and ranks that they know."""
-    return knows(x.device, x.dtype, weight, adapters)
-
-
-def knows(device: torch.device, dtype: torch.dtype, weight: Tensor | None, adapters: Sequence[Adapter]) -> bool:
-    """The same for x, or a composed weight, of that dtype."""
-    return (
-        device.type == "cuda"
-        and dtype in DTYPES
-        and (weight is None or weight.dtype in DTYPES)
-        and all(a.factors.A.dtype != torch.float64 for a in adapters)
-        and all(max(a.factors.A.shape[0], a.factors.C.shape[0]) <= LARGEST_RANK for a in adapters)
-        and os.environ.get(SWITCH) != "plain"
-        and agrees_with_blocked(device, dtype)
-    )
-
-
-def forward(x: Tensor, weight: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
+def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
     """y = x (W + ΣΔW)ᵀ for x [T, I], in x's dtype."""
-    return x @ triton_compose.compose(weight, [a.working() for a in adapters], out_dtype=x.dtype).t()
+    return x @ compose(weight, adapters, x.dtype).t()
+
+
+def compose(
+    weight: Tensor | RowSource | None,
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    routed: Tensor | None = None,
+) -> Tensor:
+    """W + ΣΔW, [O, I] or [E, O, I], the rounding to `dtype` of the fp32 sum; of experts the routed ones, into `out`."""
+    if not (weight is None or isinstance(weight, Tensor)):
+        weight = weight.rows(0, weight.shape[0])
+    return triton_compose.compose(weight, [a.working() for a in adapters], dtype, out, routed)
 
 
 def backward(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor | RowSource | None,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
 ) -> Gradients:
     """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
-    working = [a.working() for a in adapters]
-    dx = dy @ triton_compose.compose(weight, working, out_dtype=x.dtype) if needs.x else None
+    dx = dy @ compose(weight, adapters, x.dtype) if needs.x else None
     dW = dy.t() @ x if needs.weight else None
-    grads = triton_gradient.factor_gradients(dy, x, working, loss_scale) if needs.factors else None
+    grads = None
+    if needs.factors:
+        grads = triton_gradient.factor_gradients(dy, x, [a.working() for a in adapters], loss_scale)
     return Gradients(dx, dW, grads)
+
+
+def factor_gradients(
+    G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor | None, routed: Tensor | None = None
+) -> list[Factors]:
+    """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I] or [E, O, I] that is already there."""
+    working = [a.working() for a in adapters]
+    return triton_gradient.factor_gradients(None, G, working, loss_scale, routed=routed)
 
 
 @functools.cache
@@ -89,8 +87,7 @@ def agrees_with_blocked(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def disagreement(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference from `blocked` in y, dx, the factors' gradients and the composed weight of a group,
-    relative to each one's largest entry.
+    """The largest difference from `blocked` in y, dx and the factors' gradients, relative to each one's largest entry.
 
     P and Q are integers here, so that no sign hangs on a rounding.
     """
@@ -111,7 +108,6 @@ def disagreement(device: torch.device, dtype: torch.dtype) -> float:
     ours, theirs = ([grads.x, *grads.factors[0]] for grads in (got, judge))  # type: ignore[index]
     pairs = [
         (forward(x, weight, adapters), blocked.forward(x, weight, adapters)),
-        (triton_group.compose_group([Job(weight, adapters, dtype)])[0], blocked.compose(weight, adapters, dtype)),
         *zip(ours, theirs, strict=True),
     ]
     return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """One tile of P = B A and Q = D C, and of the two rules made of them, for every Triton kernel.
 
 The formula of `reference.py` in the language of tiles: `displacement` is ΔW / s, `product_gradients` its namesake.
-P and Q are IEEE fp32 sums over the rank in ascending order whatever the tile, so that all kernels agree on signs.
+P and Q are fp32 sums over the rank in ascending order whatever the tile, so that all kernels agree on signs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
 
 
 @triton.jit
-def product(left, right, rows, cols, O, I, R: tl.constexpr, CHUNK: tl.constexpr):
+def expert(routed):
+    """The expert that this program works for, int64: its second number in the grid, or the routed one of that number."""
+    e = tl.program_id(1).to(tl.int64)
+    if routed is not None:
+        e = tl.load(routed + e)
+    return e
+
+
+@triton.jit
+def product(left, right, rows, cols, O, I, R: tl.constexpr, CHUNK: tl.constexpr, PRODUCTS: tl.constexpr):
     """left[rows] @ right[:, cols], fp32; left [O, R], right [R, I], contiguous. Zero beyond O and I."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for start in range(0, R, CHUNK):
@@ -30,7 +39,7 @@ def product(left, right, rows, cols, O, I, R: tl.constexpr, CHUNK: tl.constexpr)
         at_right = right + k.to(tl.int64)[:, None] * I + cols[None, :]
         a = tl.load(at_left, mask=(rows < O)[:, None] & (k < R)[None, :], other=0.0)
         b = tl.load(at_right, mask=(k < R)[:, None] & (cols < I)[None, :], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision=PRODUCTS)
     return acc
 
 

@@ -69,14 +69,14 @@ def _plain() -> str:
 def _on_gpu(device: object) -> str:
     import torch
 
-    from dual_lora.core.op import _triton
+    from dual_lora.core import dispatch
 
-    triton_linear = _triton()
-    if triton_linear is None:
-        return f"{_plain()} (Triton 3.3 or later is not installed)"
-    if os.environ.get(triton_linear.SWITCH) == "plain":
-        return f"{_plain()} ({triton_linear.SWITCH}=plain)"
-    right = [d for d in triton_linear.DTYPES if triton_linear.agrees_with_blocked(torch.device(str(device)), d)]
+    if os.environ.get(dispatch.SWITCH) == "plain":
+        return f"{_plain()} ({dispatch.SWITCH}=plain)"
+    kernels = dispatch.triton(torch.device(str(device)))
+    if kernels is None:
+        return f"{_plain()} (no Triton that this card's kernels can be made with; the warning says why)"
+    right = [d for d in dispatch.DTYPES if kernels.agrees_with_blocked(torch.device(str(device)), d)]
     if not right:
         return f"{_plain()} (the Triton kernels disagree with them on this card)"
     return f"Triton kernels for {', '.join(str(d).removeprefix('torch.') for d in right)}; blocks elsewhere"

@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core import blocked
+from ..core import composing
 from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.op import autocast_dtype
@@ -116,7 +116,7 @@ class MultiheadAttention(DualLoraLayer):
         start = 0
         with torch.no_grad():
             for part in self._parts(self.adapter(adapter)).values():
-                delta = blocked.compose(None, [part], torch.float32)
+                delta = composing.compose(None, [part], torch.float32)
                 out[start : start + delta.shape[0], : delta.shape[1]] = delta
                 start += delta.shape[0]
         return out
@@ -150,7 +150,7 @@ class MultiheadAttention(DualLoraLayer):
             adapters = [self._parts(self.adapter(name)) for name in self.scaling if name in names]
             with torch.no_grad():
                 merged = {
-                    name: blocked.compose(W, [parts[name] for parts in adapters], W.dtype)
+                    name: composing.compose(W, [parts[name] for parts in adapters], W.dtype)
                     for name, W in originals.items()
                 }
             if safe_merge:

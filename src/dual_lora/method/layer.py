@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from ..core import blocked, composing
+from ..core import composing
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
@@ -77,7 +77,6 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.shares_factors = False  # with the embedding that this layer is tied to …
         self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
-        self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(leave_out_counts)
@@ -181,7 +180,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
         with torch.no_grad():
-            return self._from_matrix(self._compose(None, [self.adapter(adapter)], torch.float32))
+            return self._from_matrix(composing.compose(None, [self.adapter(adapter)], torch.float32))
 
     # Warm-up.
 
@@ -401,16 +400,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
         """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
-        if self._ahead is not None:
-            return self._ahead
         adapters = [self.adapter(name) for name in self.scaling if name in names]
         with torch.no_grad():
-            merged = self._compose(self._matrix(original), adapters, original.dtype)
+            merged = composing.compose(self._matrix(original), adapters, original.dtype)
             return self._from_matrix(merged).contiguous()
-
-    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        """W + ΣΔW [O, I], by whom forward is computed as well: they have to agree on every sign."""
-        return blocked.compose(weight, adapters, dtype)
 
     def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
         """The same of a sharded weight, for the part of it that is here."""
@@ -559,9 +552,6 @@ class Linear(MapLayer):
 
     _from_matrix = _matrix  # type: ignore[assignment]
 
-    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        return composing.compose(weight, adapters, dtype)
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
         return True
@@ -604,7 +594,7 @@ class Linear(MapLayer):
             self,
             self._sources(names, adapters),
             (tuple(names), dtype),
-            lambda: self._compose(self._matrix(base.weight), adapters, dtype),
+            lambda: composing.compose(self._matrix(base.weight), adapters, dtype),
         )
         return nn.functional.linear(x, weight, base.bias)
 

@@ -22,7 +22,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
-from . import saved, together
+from . import saved
 from .attention import dispatch_attention
 from .config import DualLoraConfig
 from .conv import dispatch_conv
@@ -295,8 +295,7 @@ class DualLoraModel(BaseTuner):
         self._refuse_shared_weights(adapter_names)
         before = [(m, list(m.merged_adapters)) for m in self.modules() if isinstance(m, DualLoraLayer)]
         try:
-            with together.merging(self.model, adapter_names):
-                super().merge_adapter(adapter_names, safe_merge)
+            super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
             for layer, names in before:
                 added = [name for name in layer.merged_adapters if name not in names]
@@ -304,12 +303,6 @@ class DualLoraModel(BaseTuner):
                     layer.unmerge(added)
             raise
         self._tell_merge_errors()
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters; on a GPU, weights kept for generation are composed anew at once."""
-        before = together.cached(self.model)
-        super().set_adapter(adapter_name, inference_mode)
-        together.cache_again(before)
 
     def add_weighted_adapter(
         self,

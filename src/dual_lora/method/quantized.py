@@ -27,8 +27,8 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from ..core import blocked
-from ..core.blocked import RowSource
+from ..core import composing
+from ..core.blocked import Adapter, RowSource
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.rows_gradient_op import through_rows
 from ..core.ticket import Ticket, ticket
@@ -113,12 +113,12 @@ class QuantizedLinear(Linear):
             self,
             [stored, *(t for a in adapters for t in (*a.factors, a.scale))],
             (tuple(names), dtype),
-            lambda: blocked.compose(row_source(base, self.quantization_backend), adapters, dtype),
+            lambda: composing.compose(row_source(base, self.quantization_backend), adapters, dtype),
         )
         bias = None if base.bias is None else base.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), weight, bias)
 
-    def _adapters(self, names: list[str]) -> list[blocked.Adapter]:
+    def _adapters(self, names: list[str]) -> list[Adapter]:
         return [self.adapter(name) for name in names]
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,7 +151,7 @@ class QuantizedLinear(Linear):
             with torch.no_grad():
                 weight = backend.get_base_weight(self.get_base_layer())
                 adapters = [self.adapter(name) for name in self.scaling if name in names]
-                exact = blocked.compose(weight, adapters, torch.float32)
+                exact = composing.compose(weight, adapters, torch.float32)
                 if safe_merge:
                     try:
                         self._refuse_broken([exact], names)

@@ -1,0 +1,119 @@
+"""Every kernel, compiled with every Triton that a torch brings, for every card: `python -m benchmarks.compile_table`.
+
+No GPU is needed. Each Triton is a folder of its own that is put before the installed one (its wheel alone, without
+dependencies; downloaded once into the temporary folder). Writes `compile-table.md`, and fails where a kernel does not
+compile, spills in a loop of products, or needs more than the smallest card of its row has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TABLE = HERE / "compile-table.md"
+VERSIONS = {"3.4.0": "2.8", "3.5.1": "2.9", "3.6.0": "2.10, 2.11", "3.7.1": "2.12, 2.13", "3.9.0": "CPU builds of 2.13"}
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# Bytes of shared memory of the smallest card in a row, registers of a thread.
+SHARED_MEMORY = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10}
+REGISTERS = 512
+# Bytes that a thread may spill outside of loops: 480 are the largest tile's columns that wait for their turn.
+SPILL = 512
+
+INTRODUCTION = """# What the GPU kernels need
+
+Written by `make compile-table`; nothing here was run on a card. Each cell: registers of a thread · bytes that a thread
+spills · KiB of shared memory. No kernel spills within a loop over matrix products. Weights are 4096 × 4096; ranks r1 = r2.
+"""
+
+
+def compile_ahead(
+    target: str, *wanted: str, version: str | None = None, cache: Path | None = None
+) -> list[dict[str, Any]]:
+    """What each kernel needs on a target, compiled with the installed Triton or one from `wheel`."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if version is not None:
+        paths = [str(wheel(version)), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with tempfile.TemporaryDirectory() as folder:
+        environment["TRITON_CACHE_DIR"] = str(cache or folder)
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compile_ahead", target, *wanted]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def wheel(version: str) -> Path:
+    """The folder of a Triton, downloaded if it is not there."""
+    folder = Path(tempfile.gettempdir()) / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        install = ["install", "--quiet", "--no-deps", "--target", str(folder), f"triton=={version}"]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    return folder
+
+
+def fault(target: str, kernel: Mapping[str, Any]) -> str | None:
+    """What is wrong with a kernel, in words."""
+    if "error" in kernel:
+        return f"does not compile: {kernel['error']}"
+    limits = {"shared": SHARED_MEMORY[target], "registers": REGISTERS, "in_loops": 0, "spill": SPILL}
+    over = [f"{name} is {kernel[name]}, more than {limit}" for name, limit in limits.items() if kernel[name] > limit]
+    return "; ".join(over) or None
+
+
+def name_of(kernel: Mapping[str, Any]) -> str:
+    """A kernel in a few words."""
+    if kernel["kernel"] == "compose":
+        return f"compose, {kernel['base']}, rank {kernel['rank']}" + (", tf32x3" if "products" in kernel else "")
+    rows, cols, *_ = kernel["tile"]
+    name = f"{kernel['kernel']}, {kernel['inputs'].removeprefix('torch.')}, {rows} × {cols}"
+    return name + (", deterministic" if kernel["deterministic"] else "") + (", every form" if "forms" in kernel else "")
+
+
+def markdown(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> str:
+    """One table a target; `results` by version and target."""
+    parts = [INTRODUCTION]
+    for target in TARGETS:
+        versions = [version for version in VERSIONS if (version, target) in results]
+        lines: dict[str, list[str]] = {}
+        for kernel in (k for version in versions for k in results[version, target]):
+            cell = "–" if "error" in kernel else "{registers} · {spill} · {kib}".format(
+                **kernel, kib=round(kernel["shared"] / 1024, 1))  # fmt: skip
+            lines.setdefault(name_of(kernel), []).append(cell)
+        head = " | ".join(f"{version} (torch {VERSIONS[version]})" for version in versions)
+        parts.append(f"\n## {target}\n\n| | {head} |\n|---|" + "---|" * len(versions) + "\n")
+        parts += [f"| {name} | {' | '.join(cells)} |\n" for name, cells in lines.items()]
+    return "".join(parts)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: every kernel compiles and stays within its limits."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_table", description=__doc__)
+    parser.add_argument("--jobs", type=int, default=2, help="compilations at a time")
+    jobs = parser.parse_args(arguments).jobs
+    for version in VERSIONS:
+        wheel(version)
+    pairs = [(version, target) for version in VERSIONS for target in TARGETS]
+    results, faults = {}, 0
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda pair: compile_ahead(pair[1], version=pair[0]), pairs)
+        for (version, target), kernels in zip(pairs, found, strict=True):
+            results[version, target] = kernels
+            wrong = [f"{name_of(k)}: {fault(target, k)}" for k in kernels if fault(target, k)]
+            faults += len(wrong)
+            print(f"Triton {version}, {target}: {len(kernels)} kernels", *wrong, sep="\n  ✗ ", flush=True)
+            TABLE.write_text(markdown(results))
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

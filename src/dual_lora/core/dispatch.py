@@ -1,0 +1,117 @@
+"""Who computes, the Triton kernels or the blocks, and what every operator does before it computes.
+
+The kernels compute on a GPU that they proved right on, for the dtypes and ranks that they know; the blocks everywhere
+else. Forward, backward, merge and cache all ask here, so that they agree on every sign: other products might find
+another one where Q is within rounding of zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from . import blocked
+from .blocked import Adapter, RowSource
+from .reference import Factors, Form
+
+SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
+OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_RANK = 256
+
+
+def implementation(
+    device: torch.device, dtype: torch.dtype, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]
+) -> ModuleType:
+    """`triton_linear` or `blocked`, for x, G or a composed weight of that dtype on that device."""
+    known = (
+        device.type == "cuda"
+        and dtype in DTYPES
+        and (not isinstance(weight, Tensor) or (weight.dtype in DTYPES and weight.device == device))
+        and all(a.factors.A.dtype != torch.float64 for a in adapters)
+        and all(max(a.factors.A.shape[-2], a.factors.C.shape[-2]) <= LARGEST_RANK for a in adapters)
+        and os.environ.get(SWITCH) != "plain"
+    )
+    kernels = triton(device) if known else None
+    return kernels if kernels is not None and kernels.agrees_with_blocked(device, dtype) else blocked
+
+
+@functools.cache
+def triton(device: torch.device) -> ModuleType | None:
+    """The Triton path for a GPU; None, with one warning that says why, where it cannot be taken."""
+    try:
+        import triton as installed
+
+        if tuple(int(part) for part in installed.__version__.split(".")[:2]) < OLDEST_TRITON:
+            oldest = ".".join(map(str, OLDEST_TRITON))
+            raise NotImplementedError(f"Triton is {installed.__version__}, and they need {oldest} or later")
+        from . import triton_launch, triton_linear
+
+        triton_launch.target(device)
+        return triton_linear
+    except (ImportError, NotImplementedError) as reason:
+        warnings.warn(
+            f"Dual LoRA's Triton kernels are not used on {torch.cuda.get_device_name(device)}: {reason}. PyTorch's own "
+            f"operations compute the same, slower; {SWITCH}=plain chooses them without this warning.",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
+    # Tracing torch 2.6 breaks the graph at the second question; what can be traced has an autocast.
+    known = device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type))
+    if not known or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
+    """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
+    inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    forward = forward_ad._current_level >= 0
+    if not (inside or forward):
+        return
+    tensors = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
+    transformed = inside and any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+    if transformed or (forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)):
+        raise NotImplementedError(
+            "Dual LoRA has no forward mode and no rule for torch.func's transforms (grad, vjp, jvp, vmap): its "
+            "gradients are those of straight-through estimators, in backward. Use backward() or torch.autograd.grad, "
+            "for each sample's gradient in a loop; or merge the adapter first."
+        )
+
+
+def refuse_double_backward(ctx: Any, *grads: Any) -> None:
+    """The backward of every operator's backward: raises RuntimeError."""
+    raise RuntimeError(
+        "Dual LoRA has no second derivative: Sign and ReLU are trained by straight-through estimators, whose gradient"
+        " is not the derivative of anything. Call backward without create_graph=True."
+    )
+
+
+def adapters_of(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[int]) -> list[Adapter]:
+    """The adapters that an operator got as flat lists, four factors for each scale and form."""
+    return [
+        Adapter(Factors(*factors[4 * k : 4 * k + 4]), scale, Form.from_code(form))
+        for k, (scale, form) in enumerate(zip(scales, forms, strict=True))
+    ]
