@@ -31,7 +31,7 @@ SPILL = 512
 INTRODUCTION = """# What the GPU kernels need
 
 Written by `make compile-table`; nothing here was run on a card. Each cell: registers of a thread · bytes that a thread
-spills · KiB of shared memory. No kernel spills within a loop over matrix products. Weights are 4096 × 4096; ranks r1 = r2.
+spills · KiB of shared memory. No kernel spills within a loop over matrix products. Weights are 4096 × 4096, r1 = r2.
 """
 
 

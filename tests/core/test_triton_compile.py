@@ -29,7 +29,7 @@ def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel(target, tmp_path):
     kernels = compile_ahead(target, cache=tmp_path)
-    assert len(kernels) >= 15
+    assert len(kernels) >= 12
     assert [fault(target, kernel) for kernel in kernels] == [None] * len(kernels)
 
 

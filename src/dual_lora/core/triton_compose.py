@@ -21,7 +21,7 @@ from .blocked import Adapter
 from .triton_launch import RANK_CHUNK, Tile
 from .triton_product import displacement, expert, product
 
-# 64 × 64 on four warps needs 128 to 188 registers and spills none, by the compiler's version: 8 to 16 warps then share a
+# 64 × 64 on four warps spills nothing and needs 128 to 188 registers, by the compiler's version: 8 to 16 warps share a
 # multiprocessor, and one program's loads hide under another's products.
 TILE = Tile(rows=64, cols=64, tokens=0, warps=4, stages=1)
 TILES = {"sm_80": TILE, "sm_90": TILE, "gfx942": TILE, "interpreter": TILE}

@@ -32,7 +32,7 @@ from .reference import Factors
 from .triton_launch import RANK_CHUNK, Tile
 from .triton_product import expert, product, product_gradients
 
-# Of the four small products: what the inputs themselves carry. With "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
+# Of the four small products: what the inputs themselves carry. By "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
 # to 11 or 8 bits on their way into the matrix units, sums stay fp32. Signs and masks do not depend on it.
 PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
@@ -258,7 +258,7 @@ def _halves(G):
 
 @triton.jit
 def _tile_of_G(dy, x, T, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS: tl.constexpr, PRECISION: tl.constexpr):
-    """dy[:, rows]ᵀ @ x[:, cols], fp32. dy is read as it is multiplied, transposed, which makes its copy asynchronous."""
+    """dy[:, rows]ᵀ @ x[:, cols], fp32. Tiles are read as they are multiplied: then both copies are asynchronous."""
     G = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     t = tl.arange(0, TOKENS)
     at_dy = dy + rows.to(tl.int64)[:, None] * dy_o + t.to(tl.int64)[None, :] * dy_t

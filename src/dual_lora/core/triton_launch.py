@@ -1,8 +1,8 @@
 """Launch constants of the Triton kernels, and the one place that asks what device they run on.
 
 How they were chosen: no GPU was at hand. Each row was compiled ahead of time and its registers, spills and shared
-memory read off the machine code (`python -m benchmarks.compile_table` repeats that for every Triton and target and holds the rows to it); none
-has been timed. A sweep on a card may move every number here.
+memory read off the machine code (`benchmarks/compile-table.md`, for every Triton and card; the tests hold the rows to
+it); none has been timed. A sweep on a card may move every number here.
 
 The factor products run on plain fp32 units, whose operands want registers: that, not the matrix units, bounds the
 tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA before Triton 3.8.

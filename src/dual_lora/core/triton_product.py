@@ -22,7 +22,7 @@ LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
 
 @triton.jit
 def expert(routed):
-    """The expert that this program works for, int64: its second number in the grid, or the routed one of that number."""
+    """The expert that this program works for, int64: its second number in the grid, or that entry of `routed`."""
     e = tl.program_id(1).to(tl.int64)
     if routed is not None:
         e = tl.load(routed + e)

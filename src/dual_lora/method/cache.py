@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 
@@ -83,11 +82,6 @@ class ComposedWeights:
                 self._entries[layer] = _Entry(
                     [(weakref.ref(t), t._version, t.data_ptr()) for t in sources], extra, weight
                 )
-
-    def dtype_of(self, layer: nn.Module) -> torch.dtype | None:
-        """Of the layer's kept weight, None if there is none."""
-        entry = self._entries.get(layer)
-        return None if entry is None else entry.weight.dtype
 
     def drop(self, layer: nn.Module) -> None:
         """Forget the composed weight of one layer."""

@@ -1,0 +1,24 @@
+"""How often the kernels' Sign(D C) is wrong, by the precision of their products.
+
+P and Q could be made on the matrix units, which are free while plain fp32 units work (`triton_launch.PRODUCTS`). What
+would be lost is signs: rounded operands flip 90 (TF32) or 670 (bf16) in a million and move ΔW by 1.7 % or 5.2 %; three
+TF32 products, whose sum has nearly fp32's bits, should flip as few as fp32 does. A card has to show that first.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .blocked import Adapter
+from .reference import Factors, Form, direction
+from .triton_compose import compose
+
+
+def sign_flips(device: torch.device, products: str, size: int = 2048, r: int = 16, sigma: float = 0.02) -> int:
+    """Entries of Sign(D C), [size, size], in which the compose kernel differs from fp64; factors from N(0, σ²)."""
+    generator = torch.Generator().manual_seed(0)
+    C, D = (torch.randn(shape, generator=generator).mul(sigma).to(device) for shape in ((r, size), (size, r)))
+    ones = torch.ones(1, size, device=device), torch.ones(size, 1, device=device)  # P = 1: ΔW is the sign itself
+    adapter = Adapter(Factors(*ones, C, D), torch.ones((), device=device), Form())
+    truth = direction(D.double() @ C.double(), adapter.form)
+    return int((compose(None, [adapter], products=products) != truth).sum())

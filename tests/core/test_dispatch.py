@@ -1,0 +1,174 @@
+"""Who computes: what the kernels are asked for, and what every operator gives with them, in Triton's interpreter."""
+
+import warnings
+
+import pytest
+import torch
+from formula import make_case, truth
+from numerics import assert_close
+
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
+
+import triton
+
+from dual_lora.core import blocked, compose_op, dispatch, op, triton_launch, triton_linear, triton_signs
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.compose_op import dual_lora_weight
+from dual_lora.core.op import dual_lora_linear
+from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.core.triton_signs import sign_flips
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels compute on the CPU as well, and the blocks nothing."""
+    for module in (dispatch, op, compose_op):
+        monkeypatch.setattr(module, "implementation", lambda *args: triton_linear)
+    for name in ("forward", "backward", "compose", "factor_gradients"):
+        monkeypatch.delattr(blocked, name)
+
+
+class Rows:
+    """A weight that is read by rows; counts how often."""
+
+    def __init__(self, weight):
+        self.weight, self.shape, self.reads = weight, tuple(weight.shape), 0
+
+    def rows(self, start, stop):
+        self.reads += 1
+        return self.weight[start:stop]
+
+
+def test_a_quantised_weight_is_dequantised_for_the_kernels(kernels):
+    case = make_case(T=20, O=63, I=100, bias=False)
+    source = Rows(case.weight)
+    leaves = [t.requires_grad_() for t in (case.x, *case.factors[0])]
+    adapter = Adapter(Factors(*leaves[1:]), torch.tensor(case.scales[0]), Form())
+    y = dual_lora_linear(leaves[0], source, None, [adapter])
+    y.backward(case.dy)
+    got = {"y": y.detach(), **{n: t.grad for n, t in zip(("x", "A0", "B0", "C0", "D0"), leaves, strict=True)}}
+    want = {name: t for name, t in truth(case).items() if name in got}
+    assert_close(got, want, torch.float32)
+    assert source.reads == 2  # once for each pass
+
+
+@pytest.mark.parametrize("routed", [None, [2, 0]], ids=["all", "routed"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["[E, O, I]", "[E, I, O]"])
+@pytest.mark.parametrize("E", [None, 3], ids=["matrix", "experts"])
+def test_composed_weights_and_their_gradients(E, transposed, routed, kernels):
+    if E is None and routed is not None:
+        pytest.skip("a matrix has no experts")
+    cases = [make_case(T=20, O=63, I=100, seed=seed) for seed in range(E or 1)]
+    if E is None:
+        weight, factors = cases[0].weight, cases[0].factors[0]
+    else:
+        weight = torch.stack([c.weight for c in cases])
+        factors = [torch.stack(f) for f in zip(*(c.factors[0] for c in cases), strict=True)]
+    if transposed:
+        weight = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+    leaves = [t.clone().requires_grad_() for t in factors]
+    index = None if routed is None else torch.tensor(routed)
+    got = dual_lora_weight(weight, [Adapter(Factors(*leaves), torch.tensor(0.25), Form())], routed=index)
+    assert got.stride() == weight.stride()
+    G = torch.randn_like(got)
+    got.backward(G)
+    doubles = [t.detach().double().requires_grad_() for t in factors]
+    each = [tuple(doubles)] if E is None else list(zip(*doubles, strict=True))
+    deltas = [delta_weight(Factors(*four), torch.tensor(0.25, dtype=torch.float64)) for four in each]
+    deltas = [d if routed is None or e in routed else 0 * d for e, d in enumerate(deltas)]
+    want = weight.double() + (deltas[0] if E is None else torch.stack(deltas))
+    want.backward(G.double())
+    assert_close({"W": got.detach()}, {"W": want.detach()}, torch.float32)
+    assert_close({n: t.grad for n, t in zip("ABCD", leaves, strict=True)},
+                 {n: t.grad for n, t in zip("ABCD", doubles, strict=True)}, torch.float32)  # fmt: skip
+
+
+def of_rank(*shape):
+    *batch, r = shape
+    A, B = torch.empty(*batch, r, 8), torch.empty(*batch, 8, r)
+    return [Adapter(Factors(A, B, A, B), torch.tensor(1.0), Form())]
+
+
+class Right:
+    """Kernels that have proved right."""
+
+    @staticmethod
+    def agrees_with_blocked(device, dtype):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("weight", "adapters", "dtype", "taken"),
+    [
+        (None, of_rank(16), torch.bfloat16, True),
+        (Rows(torch.empty(8, 8)), of_rank(16), torch.float16, True),
+        (None, of_rank(300, 4), torch.bfloat16, True),  # 300 experts, not rank 300
+        (None, of_rank(300), torch.bfloat16, False),
+        (None, of_rank(16), torch.float64, False),
+        (torch.empty(8, 8), of_rank(16), torch.bfloat16, False),  # on another device
+    ],
+)
+def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
+    monkeypatch.setattr(dispatch, "triton", lambda device: Right)
+    assert dispatch.implementation(CUDA, dtype, weight, adapters) is (Right if taken else blocked)
+    assert dispatch.implementation(torch.device("cpu"), dtype, weight, adapters) is blocked
+    monkeypatch.setenv(dispatch.SWITCH, "plain")
+    assert dispatch.implementation(CUDA, dtype, weight, adapters) is blocked
+
+
+def card(monkeypatch, capability=None, gfx=None):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some Card")
+    monkeypatch.setattr(torch.version, "hip", None if gfx is None else "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = type("Properties", (), {"gcnArchName": gfx})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    dispatch.triton.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_90"), ((12, 0), "sm_80")],
+)
+def test_cards_of_nvidia(capability, row, monkeypatch):
+    card(monkeypatch, capability)
+    assert triton_launch.target(CUDA) == row
+
+
+def test_a_card_of_amd(monkeypatch):
+    card(monkeypatch, gfx="gfx942:sramecc+:xnack-")
+    assert triton_launch.target(CUDA) == "gfx942"
+
+
+@pytest.mark.parametrize(
+    ("found", "version", "words"),
+    [
+        ({"capability": (7, 5)}, "3.9.0", "it is sm_75, and they have tiles for sm_80"),
+        ({"gfx": "gfx1100"}, "3.9.0", "it is gfx1100, and they have tiles for gfx942"),
+        ({"capability": (9, 0)}, "3.3.1", r"Triton is 3\.3\.1, and they need 3\.4 or later"),
+    ],
+)
+def test_what_cannot_be_is_said_once(found, version, words, monkeypatch):
+    card(monkeypatch, **found)
+    monkeypatch.setattr(triton, "__version__", version)
+    with pytest.warns(UserWarning, match=f"not used on Some Card: {words}"):
+        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is blocked
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is blocked
+    dispatch.triton.cache_clear()
+
+
+def test_wrong_signs_are_counted(monkeypatch):
+    device = torch.device("cpu")
+    assert sign_flips(device, "ieee", size=128) <= 1
+    compose = triton_signs.compose
+
+    def from_bf16(weight, adapters, **options):
+        ((factors, *rest),) = adapters
+        low = factors._replace(C=factors.C.bfloat16().float(), D=factors.D.bfloat16().float())
+        return compose(weight, [Adapter(low, *rest)], **options)
+
+    monkeypatch.setattr(triton_signs, "compose", from_bf16)
+    assert 3 <= sign_flips(device, "ieee", size=128) <= 50  # of 16,384; 670 in a million are expected
