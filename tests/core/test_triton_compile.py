@@ -38,4 +38,4 @@ def test_the_table_has_every_version_and_target():
     assert [line for line in text.splitlines() if line.startswith("## ")] == [f"## {target}" for target in TARGETS]
     heads = [line for line in text.splitlines() if line.startswith("| | ")]
     assert all(f"{version} (torch" in head for version in VERSIONS for head in heads)
-    assert "–" not in text, "a kernel did not compile"
+    assert "does not compile" not in text
