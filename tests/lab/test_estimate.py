@@ -149,6 +149,18 @@ def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype):
     assert live.peaks["forward"].total == pytest.approx(expected, rel=0.15)
 
 
+def test_a_quantised_weight_is_there_twice_while_a_gpu_composes_it():
+    register_own()
+    factors = [torch.empty(s) for s in ((2, 64), (96, 2), (2, 64), (96, 2))]
+    x, weight, number = torch.empty(5, 64), torch.empty(96, 64), torch.tensor(0)
+    for on, times in (("cpu", 1), ("gpu", 2)):
+        dense, quantised = (
+            inner_bytes(torch.ops.dual_lora.linear.default, (x, W, None, factors, [], [0], None), None, on)
+            for W in (weight, number)
+        )
+        assert quantised == times * dense > 0
+
+
 def test_batched_product_copies_a_shared_matrix():
     """bf16 on a CPU; measured with /proc/self/status, for want of an operator that would show it."""
     weight, rows = torch.zeros(40, 8, dtype=torch.bfloat16), torch.zeros(4, 9, 8, dtype=torch.bfloat16)

@@ -27,13 +27,19 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
         return 0
     name = func._schema.name
     if name == "dual_lora::linear":
-        x, factors = args[0], args[3]
-        return forward_bytes(*_shape(x, factors), x.dtype.itemsize, on)
+        x, weight, factors = args[0], args[1], args[3]
+        return forward_bytes(*_shape(x, factors), x.dtype.itemsize, on) * _copies(weight, on)
     if name == "dual_lora::linear_backward":
-        x, factors, need_x, need_factors = args[1], args[3], args[7], args[9]
+        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[7], args[9]
         scaled = sum(f.numel() for f in factors) * 4 * need_factors
-        return backward_bytes(*_shape(x, factors), x.dtype.itemsize, on, need_x, need_factors) + scaled
+        inside = backward_bytes(*_shape(x, factors), x.dtype.itemsize, on, need_x, need_factors)
+        return inside * _copies(weight, on) + scaled
     return 0
+
+
+def _copies(weight: Any, on: str) -> int:
+    """Of the weight, while it is composed: the kernels have a quantised one (its number stands for it) dequantised."""
+    return 2 if on == "gpu" and weight is not None and weight.ndim == 0 else 1
 
 
 def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
