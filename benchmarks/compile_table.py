@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,8 @@ def compile_ahead(
 ) -> list[dict[str, Any]]:
     """What each kernel needs on a target, compiled with the installed Triton or one from `wheel`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Triton 3.4 brings no linker for AMD. Nothing is run, so that nothing has to be linked.
+    environment.setdefault("TRITON_HIP_LLD_PATH", shutil.which("true") or "")
     if version is not None:
         paths = [str(wheel(version)), *filter(None, [environment.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
