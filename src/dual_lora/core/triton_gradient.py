@@ -9,7 +9,7 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * atomic (the default): fp32 atomic additions into the results; nothing beside them is allocated, and the order of
   the additions, so the last bits, change from run to run;
 * deterministic: each program writes its share, one sum afterwards. The shares take about
-  4 (r1 + r2) O I (1/rows + 1/cols) bytes for a tile of rows × cols, 33 MiB for 4096 × 4096 at rank 32.
+  4 (r1 + r2) O I (1/rows + strips/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
 
 Several adapters share one G. Where G is there already (of a composed weight) its tiles are read instead; it may carry
 a leading dimension of experts, of which only the routed ones are read. On the CPU: Triton's interpreter only.
@@ -64,6 +64,7 @@ def factor_gradients(
     loss_scale: Tensor | None = None,
     deterministic: bool | None = None,
     routed: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> list[Factors]:
     """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
 
@@ -72,53 +73,59 @@ def factor_gradients(
     loss_scale: one fp32 number on the device; the "clip" estimator acts on H / loss_scale.
     deterministic: the same bits in every run. By default torch.are_deterministic_algorithms_enabled().
     routed: int64 [N], the experts whose G is read; the gradients of the others are zero.
+    tile: by default what `tile_for` chooses.
 
     Raises ValueError for shapes or dtypes that do not fit together.
     """
-    s = triton_launch.stack(adapters)
-    _check(dy, x, s)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    fp32 = "tf32" if wants_tf32() else "ieee"
+    key = None
+    if routed is None and adapters:
+        given = (dy, x, loss_scale, *(t for a in adapters for t in (*a.factors, a.scale)))
+        settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
+        key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
+        plan = triton_launch.plans.get(key)
+        if plan is not None:
+            down, across = plan.result
+            results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
+            letters = zip(*(a.factors for a in adapters), strict=True)
+            targets = zip(*(r.targets for r in results), strict=True)
+            plan.launch(dy, x, None, *letters, *targets, tuple(a.scale for a in adapters), loss_scale)
+            return [r.total() for r in results]
+    s = triton_launch.stack(adapters)
+    _check(dy, x, s)
     batch = s.batch if routed is None else routed.numel()
     if batch * s.O * s.I * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
-    tile = _tile(s, batch, x)
-    down, across = triton.cdiv(s.O, tile.rows), triton.cdiv(s.I, tile.cols)
+    tile = tile or tile_for(s.O, s.I, batch, x)
+    down, across = triton_launch.count(s.O, tile.rows), triton_launch.count(s.I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
-    with triton_launch.on(x.device):
-        gradient_kernel[(down * across, batch)](
-            dy,
-            x,
-            routed,
-            s.A,
-            s.B,
-            s.C,
-            s.D,
-            *zip(*(r.targets for r in results), strict=True),
-            s.scales,
-            loss_scale,
-            x.shape[-2],
-            s.O,
-            s.I,
-            s.batch,
-            *((0, 0) if dy is None else dy.stride()),
-            *triton_launch.strides(x),
-            R1=s.r1,
-            R2=s.r2,
-            FORMS=s.forms,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            TOKENS=tile.tokens,
-            STRIPS=tile.strips,
-            CHUNK=RANK_CHUNK,
-            RANKS=RANKS,
-            PRODUCTS=triton_launch.PRODUCTS,
-            INPUT_PRECISION="tf32" if wants_tf32() else "ieee",
-            PRECISION=PRECISIONS[x.dtype],
-            ATOMIC=not deterministic,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    targets = zip(*(r.targets for r in results), strict=True)
+    triton_launch.first_launch(
+        key if s.as_given else None,
+        x.device,
+        gradient_kernel,
+        (down * across, batch, 1),
+        (dy, x, routed, s.A, s.B, s.C, s.D, *targets, s.scales, loss_scale),
+        (x.shape[-2], s.O, s.I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
+        result=(down, across * tile.strips),
+        R1=s.r1,
+        R2=s.r2,
+        FORMS=s.forms,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        TOKENS=tile.tokens,
+        STRIPS=tile.strips,
+        CHUNK=RANK_CHUNK,
+        RANKS=RANKS,
+        PRODUCTS=triton_launch.PRODUCTS,
+        INPUT_PRECISION=fp32,
+        PRECISION=PRECISIONS[x.dtype],
+        ATOMIC=not deterministic,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return [r.total() for r in results]
 
 
@@ -138,7 +145,7 @@ class _Result(NamedTuple):
         else:
             sizes = [f.numel() for f in factors]
             flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
-            targets = [part.view(f.shape) for part, f in zip(flat.split(sizes), factors, strict=True)]
+            targets = [part.view(f.shape) for part, f in zip(flat.split_with_sizes(sizes), factors, strict=True)]
         return cls(Factors(*targets), deterministic)
 
     def total(self) -> Factors:
@@ -157,11 +164,11 @@ def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
         raise ValueError(f"{' and '.join(named)} of {dtypes}: cast them to the same, one of {known}.")
 
 
-def _tile(s: triton_launch.Stack, batch: int, x: Tensor) -> Tile:
+def tile_for(O: int, I: int, batch: int, x: Tensor) -> Tile:
     """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest."""
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
     for tile in tiles:
-        programs = batch * triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
+        programs = batch * triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols)
         if 4 * programs >= 3 * triton_launch.processors(x.device):
             return tile
     return tiles[-1]

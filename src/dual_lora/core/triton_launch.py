@@ -10,14 +10,16 @@ tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blocked import Adapter
+from .reference import Form
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
@@ -53,26 +55,35 @@ class Stack(NamedTuple):
     batch: int  # E, or 1
     O: int
     I: int
+    as_given: bool  # no factor was copied to make it contiguous
 
 
+@functools.cache
 def target(device: torch.device) -> str:
-    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU.
+    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU; see `row`."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return row(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return row(f"sm_{major}{minor}")
+
+
+def row(card: str) -> str:
+    """The same for a card by its architecture, as in "sm_89" or "gfx942".
 
     Consumer cards take "sm_80", whose tiles fit into their shared memory. Raises NotImplementedError for a card that no
     row was made for: on older ones the kernels would keep kilobytes of each thread's registers in memory.
     """
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        card = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    if card.startswith("gfx"):
         if card == "gfx942":
             return card
         expected = "gfx942 (MI300)"
     else:
-        major, minor = torch.cuda.get_device_capability(device)
+        major = int(card.removeprefix("sm_")[:-1])
         if major >= 8:
             return "sm_90" if major in (9, 10) else "sm_80"
-        card, expected = f"sm_{major}{minor}", "sm_80 (Ampere) or later"
+        expected = "sm_80 (Ampere) or later"
     raise NotImplementedError(f"it is {card}, and they have tiles for {expected}")
 
 
@@ -81,6 +92,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Number of multiprocessors, of which a grid should fill each at least once."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,15 +110,17 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     *E, O, I = shape
-    for factors, scale, _ in adapters:
-        r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
+    for (a, b, c, d), scale, _ in adapters:
+        received = a.shape, b.shape, c.shape, d.shape
+        r1, r2 = received[0][-2], received[2][-2]
         expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
-        received = tuple(tuple(f.shape) for f in factors)
         if received != expected:
-            raise ValueError(f"Factors A, B, C, D of shapes {received} do not fit together: expected {expected}.")
-        for name, tensor in (*factors._asdict().items(), ("scale", scale)):
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"{name} is {tensor.dtype}: the kernels take torch.float32 alone (Adapter.working).")
+            shapes = tuple(map(tuple, received))
+            raise ValueError(f"Factors A, B, C, D of shapes {shapes} do not fit together: expected {expected}.")
+        if not a.dtype == b.dtype == c.dtype == d.dtype == scale.dtype == torch.float32:
+            dtypes = dict(zip(("A", "B", "C", "D", "scale"), (t.dtype for t in (a, b, c, d, scale)), strict=True))
+            name, wrong = next((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
+            raise ValueError(f"{name} is {wrong}: the kernels take torch.float32 alone (Adapter.working).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
     A, B, C, D = (tuple(f.contiguous() for f in letter) for letter in zip(*(a.factors for a in adapters), strict=True))
@@ -118,12 +132,71 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         scales=tuple(a.scale for a in adapters),
         r1=tuple(f.shape[-2] for f in A),
         r2=tuple(f.shape[-2] for f in C),
-        forms=tuple(a.form.check().code for a in adapters),
+        forms=tuple(_code(a.form) for a in adapters),
         shape=shape,
         batch=E[0] if E else 1,
         O=O,
         I=I,
+        as_given=all(f.is_contiguous() for a in adapters for f in a.factors),
     )
+
+
+class Plan(NamedTuple):
+    """A launch without its tensors: all that is the same when tensors of the same kinds are launched again."""
+
+    program: Any  # what Triton compiled
+    grid: tuple[int, int, int]
+    tail: tuple[Any, ...]  # numbers and constants, in the order of the kernel
+    device: torch.device
+    result: tuple[int, ...]  # for the caller, to make the results with
+
+    def launch(self, *tensors: Any) -> None:
+        """The kernel on these tensors."""
+        with on(self.device):
+            self.program[self.grid](*tensors, *self.tail)
+
+
+MOST_PLANS = 4096  # of batches whose length varies there is one for each length
+plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What a plan depends on in tensors: all that shows in shapes, strides and dtypes, and alignment to 16 bytes.
+
+    (The size of a storage is not in it, by which Triton chooses instructions on AMD's cards: these have no plans.)
+    """
+    return tuple([None if t is None else (t.data_ptr() % 16, t.dtype, t.shape, t.stride()) for t in tensors])
+
+
+def first_launch(
+    key: tuple[Any, ...] | None,
+    device: torch.device,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Any],
+    numbers: Sequence[int],
+    result: tuple[int, ...],
+    **constants: Any,
+) -> None:
+    """kernel[grid](*tensors, *numbers, **constants), and the plan for further launches of that key, if there is one."""
+    with on(device):
+        program = kernel[grid](*tensors, *numbers, **constants)
+    if key is None or program is None or torch.version.hip is not None:  # None: by the interpreter
+        return
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    names = kernel.arg_names[len(tensors) + len(numbers) :]
+    plans[key] = Plan(program, grid, (*numbers, *(constants[name] for name in names)), device, result)
+
+
+@functools.cache
+def _code(form: Form) -> int:
+    return form.check().code
+
+
+def count(size: int, tile: int) -> int:
+    """How many tiles cover `size`. (Triton's `cdiv` takes 5 µs of Python a call.)"""
+    return -(-size // tile)
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:
