@@ -166,7 +166,7 @@ def _linear(x, weight, bias, factors, scales, forms, loss_scale):
         y = _implementation(x, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: nn.ReLU(inplace=True) may follow
 
 
 @torch.library.impl("dual_lora::linear_backward", "default")
