@@ -58,7 +58,7 @@ def dual_lora_linear(
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     _check_shapes(x, weight, adapters)
     refuse_transforms(x, adapters)
-    autocast = autocast_dtype(x.device)
+    autocast = autocast_dtype(x.device, x.dtype)
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(x.dtype)
@@ -72,11 +72,14 @@ def dual_lora_linear(
     return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
+def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist).
+
+    dtype: of the tensor that is asked for; autocast leaves fp64 as it is.
+    """
     # Tracing torch 2.6 breaks the graph at the second question; what can be traced has an autocast.
     known = device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type))
-    if not known or not torch.is_autocast_enabled(device.type):
+    if dtype == torch.float64 or not known or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

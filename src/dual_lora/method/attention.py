@@ -217,12 +217,12 @@ class MultiheadAttention(DualLoraLayer):
         self, owner: nn.Module | None, weight: Tensor, adapters: list[Adapter], scale: Tensor | None
     ) -> Composed:
         """A composed weight, kept under `owner` in inference."""
-        dtype = autocast_dtype(weight.device) or weight.dtype
+        dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
 
         def make() -> Tensor:
             return dual_lora_weight(weight, adapters, scale, dtype=dtype)
 
-        if owner is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if owner is None or not self._may_keep():
             return Composed(make(), weight, adapters)
         # Parts of a factor are new views at every call; the tensor that they look at tells whether it is the same.
         factors = [f if f._base is None else f._base for a in adapters for f in a.factors]
