@@ -1,4 +1,4 @@
-"""Operations in place on what a layer returns, as `nn.ReLU(inplace=True)` after a linear layer: same value and gradients."""
+"""Operations in place on what a layer returns (`nn.ReLU(inplace=True)` after a linear layer): value and gradients."""
 
 import copy
 

@@ -74,6 +74,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.shares_factors = False  # with the embedding that this layer is tied to …
+        self._tied_to: dict[str, DualLoraLayer] = {}
         self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
@@ -108,9 +109,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     # Factors.
 
-    @torch.inference_mode(
-        False
-    )  # whoever makes or loads a model in inference mode may train it, or move it, afterwards
+    @torch.inference_mode(False)  # who makes or loads a model in inference mode may move or train it afterwards
     def update_layer(
         self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
     ) -> None:
@@ -136,10 +135,17 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def tie(self, adapter_name: str, other: DualLoraLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares."""
-        for name in self.adapter_layer_names:
-            getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
+        self._tied_to[adapter_name] = other
+        self._tie_again(adapter_name)
         self.shares_factors = True
         self._left_alone = getattr(other.get_base_layer(), "padding_idx", None)
+
+    def _tie_again(self, adapter_name: str) -> None:
+        other = self._tied_to[adapter_name]
+        for name in self.adapter_layer_names:
+            # Not registered, as PEFT's loading with low memory would make another parameter of it.
+            getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
+        self._set_steps_left(adapter_name, other.steps_left(adapter_name))
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
@@ -283,6 +289,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter."""
         composed_weights.drop(self)
         self._read.pop(adapter_name, None)
+        self._tied_to.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> DualLoraLayer:
@@ -486,6 +493,8 @@ def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     for adapter in layer.adapter_names():
         claim(layer._stored(adapter))
         layer.steps_left(adapter)
+        if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
+            layer._tie_again(adapter)
         layer._make_scale(adapter)
 
 
