@@ -145,6 +145,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
             getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
+        self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
         self._set_steps_left(adapter_name, other.steps_left(adapter_name))
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
