@@ -387,5 +387,5 @@ def test_the_embedding_of_tied_layers_may_not_be_missing(tmp_path):
     adapted(llama(tie_word_embeddings=True), **options).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({n: t for n, t in load_file(file).items() if "embed_tokens" not in n}, file)
-    with pytest.raises(ValueError, match="lacks the factors of model.embed_tokens"):
+    with pytest.raises(ValueError, match=r"lacks the factors of model\.embed_tokens"):
         PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)

@@ -24,7 +24,6 @@ from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
-from .precision import warn_once
 from .swapped import swapped
 
 PACKED = ("in_proj_weight",)
@@ -62,7 +61,7 @@ class MultiheadAttention(DualLoraLayer):
     ) -> None:
         super().__init__(base_layer, **kwargs)
         base_layer.out_proj = OutProjection(  # type: ignore[assignment]
-            base_layer.out_proj, adapter_name, config=config, r1=r1, r2=r2, alpha=alpha
+            base_layer.out_proj, adapter_name, config=config, r1=r1, r2=r2, alpha=alpha, told=self.told
         )
         self._active_adapter = adapter_name
         self._update_projections(adapter_name, r1, r2, alpha, config=config)
@@ -74,7 +73,7 @@ class MultiheadAttention(DualLoraLayer):
 
     def _update_projections(self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: Any) -> None:
         if config.dropout:
-            warn_once(
+            self.told.once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )

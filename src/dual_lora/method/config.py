@@ -24,8 +24,8 @@ class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
 
     `r` is the total budget: `DualLoraConfig(r=16)` trains as many parameters as `LoraConfig(r=16)`, with
-    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are other names of `alpha` and `dropout`. The defaults suit a learning rate
-    that suits LoRA.
+    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are other names of `alpha` and `dropout`. The defaults suit a learning
+    rate that suits LoRA.
 
     Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
     """

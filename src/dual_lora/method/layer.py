@@ -27,7 +27,7 @@ from . import sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig
 from .emptied import leave_out_counts, put_counts_in
-from .precision import FACTOR_DTYPES, claim, in_fp32
+from .precision import FACTOR_DTYPES, Told, claim, in_fp32
 from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
@@ -53,7 +53,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
     # before the ones below.
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}  # r1 + r2
@@ -78,6 +78,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
+        self.told = Told() if told is None else told  # the model's own, of all its layers
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(leave_out_counts)
@@ -165,7 +166,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        return in_fp32(self._stored(adapter))
+        return in_fp32(self._stored(adapter), self.told)
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
@@ -468,7 +469,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         )
         if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(device, self.training)
+        check_clip_is_safe(device, self.training, self.told)
         return loss_scale(device)
 
 
