@@ -241,7 +241,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the adapter's strength to `scale` times its configured α/√(r1 r2)."""
+        """Set the adapter's strength to `scale` times its configured α/√(r1 r2).
+
+        A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
+        """
         if adapter not in self.scaling:
             return
         self.scaling[adapter] = scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
