@@ -136,3 +136,17 @@ def test_a_bias_in_fp64_beside_an_input_in_fp32_under_autocast():
     model.base_model.model.double()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert model.base_model.model.first(points()).dtype == torch.bfloat16
+
+
+def test_a_cast_that_exchanges_tensors_leaves_the_factors_their_bits():
+    """`torch.__future__.set_swap_module_params_on_conversion(True)`, as for tensor subclasses."""
+    model = adapted(init_weights=False).eval()
+    before = [f.clone() for f in layer(model).factors("default")]
+    with torch.no_grad():
+        model(points())
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(torch.equal(f, b) for f, b in zip(layer(model).factors("default"), before, strict=True))
