@@ -92,6 +92,11 @@ def _connect_transformers() -> None:
     import_module("._transformers", __name__).connect()
 
 
+def _connect_inductor() -> None:
+    import_module(".core.decompositions", __name__).keep_in_inductor()
+
+
 when_imported("peft", _register)
 when_imported("transformers.integrations.peft", _connect_transformers)
 when_imported("deepspeed.runtime.engine", _connect_deepspeed)
+when_imported("torch._inductor.lowering", _connect_inductor)

@@ -8,6 +8,10 @@ import torch
 
 LIMIT = {torch.float32: 5e-6, torch.float64: 1e-12}
 
+# What the order of fp32 sums alone does to one formula: the shapes and ranks of test_triton_gradient in 120 orders each
+# (terms shuffled, whole or in chunks of 1 to 32) had errors of 2e-8 to 9.8e-7. Every processor has an order of its own.
+ORDER = 1e-6
+
 
 def error(got, truth):
     """max |got - truth| / max |truth|."""
@@ -28,8 +32,8 @@ def assert_close(got, truth, dtype, context=""):
 
 
 def assert_relative_rule(ours, plain, truth, context=""):
-    """Our error is at most twice plain PyTorch's (and one fp32 rounding, where plain PyTorch is exact)."""
+    """Our error is at most twice plain PyTorch's, or twice what another order of its sums may give."""
     assert ours.keys() == plain.keys() == truth.keys()
     for name in truth:
-        e, limit = error(ours[name], truth[name]), 2 * error(plain[name], truth[name]) + 1.2e-7
+        e, limit = error(ours[name], truth[name]), 2 * max(error(plain[name], truth[name]), ORDER)
         assert e <= limit, f"{context} {name}: error {e:.2e}, plain PyTorch allows {limit:.2e}"

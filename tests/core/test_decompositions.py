@@ -124,8 +124,9 @@ def test_shapes_come_from_the_operators_own_fake(monkeypatch):
 
 
 IN_CI = """
-import torch
+import os, torch
 from test_decompositions import I, T, Linear, O
+os.environ["CI"] = "true"
 module = Linear(torch.randn(I, O).T, torch.ones(O))
 x = torch.randn(I, T).T
 compiled = torch.compile(lambda x: module(2 * x), fullgraph=True)
@@ -134,10 +135,11 @@ torch.testing.assert_close(compiled(x), module(2 * x))
 
 
 @pytest.mark.slow
-def test_where_ci_is_set_inductor_takes_the_operator_all_the_same(tmp_path):
+@pytest.mark.parametrize("ci", ["", "true"], ids=["set later", "set before"])
+def test_where_ci_is_set_inductor_takes_the_operator_all_the_same(ci, tmp_path):
     """PyTorch refuses there what has a decomposition; with an empty cache, so that Inductor is asked."""
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "CI": "true", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
+    environment = {**os.environ, "CI": ci, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", IN_CI], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -76,16 +76,27 @@ def test_no_operand_reaches_onednn_with_gaps():
 @needs_onednn
 @pytest.mark.parametrize("rank", [1, 16, 48, 128, 256, 512])
 def test_signs_depend_neither_on_the_tile_nor_on_the_library(monkeypatch, rank):
-    """Forward and backward cut the weight differently, the judge does not: all have to find the same bits."""
+    """Forward and backward cut the weight differently, the judge does not: all have to find the same bits.
+
+    With AVX2 kernels alone (MKL_ENABLE_INSTRUCTIONS=AVX2) torch.mm itself rounds some entries otherwise in other tiles,
+    and a sign may then differ where Q is within rounding of zero, and there alone.
+    """
     monkeypatch.setattr(product, "_is_faster", lambda: True)
     g = torch.Generator().manual_seed(rank)
     D, C = torch.randn(300, rank, generator=g), torch.randn(rank, 500, generator=g)
     whole = D @ C
+    rounding = rank * torch.finfo(torch.float32).eps * (D.abs() @ C.abs())  # the bound for a sum of `rank` terms, twice
     parts = (slice(0, 300), slice(0, 500)), (slice(64, 128), slice(0, 500)), (slice(0, 300), slice(9, 77))
-    for rows, cols in parts if rank <= product.SAME_BITS else parts[:1]:
-        for layout in ("rows", "columns"):
-            out = LAYOUTS[layout](torch.empty(300, 500)[rows, cols])
-            assert torch.equal(product.factors_mm(D[rows], C[:, cols], out), whole[rows, cols])
+    cases = [(*part, LAYOUTS[layout]) for part in parts for layout in ("rows", "columns")]
+
+    def tiles(mm):
+        for rows, cols, layout in cases if rank <= product.SAME_BITS else cases[:2]:
+            out = layout(torch.empty(300, 500)[rows, cols])
+            yield mm(D[rows], C[:, cols], out=out), whole[rows, cols], rounding[rows, cols]
+
+    same_bits = all(torch.equal(tile, want) for tile, want, _ in tiles(torch.mm))
+    for tile, want, bound in tiles(product.factors_mm):
+        assert torch.equal(tile, want) if same_bits else bool(((tile - want).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

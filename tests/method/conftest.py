@@ -1,7 +1,5 @@
 """Global state of the method starts afresh in every test: told warnings, the clock's list, the cache, the scaler."""
 
-import sys
-
 import pytest
 
 from dual_lora import composed_weights
@@ -16,10 +14,6 @@ def _fresh_state():
     warmup._layers.clear()
     warmup._warned.clear()
     warmup._foreign_steps = 0
-    for module in list(sys.modules.values()):
-        told = getattr(module, "_warned", None)
-        if getattr(module, "__name__", "").startswith("dual_lora.method") and isinstance(told, set):
-            told.clear()
     yield
     composed_weights.clear()
     scaler.set_grad_scaler(None)

@@ -382,3 +382,29 @@ def test_custom_layer():
 def test_mixed_model_is_refused_in_words():
     with pytest.raises(ValueError, match="'DUAL_LORA' is not compatible with the `PeftMixedModel`"):
         PeftMixedModel(llama(), config(), "default")
+
+
+def test_transformers_own_functions(monkeypatch, tmp_path):
+    """They ask for a newer PEFT than there is, of every method; but for that they work."""
+    from transformers.integrations import peft as integration
+
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.21.0")
+    model = llama()
+    before = logits(model)
+    model.add_adapter(config(target_modules=["q_proj"], init_weights=False))
+    one = logits(model)
+    assert not torch.equal(one, before)
+    model.disable_adapters()
+    assert torch.equal(logits(model), before)
+    model.enable_adapters()
+    model.add_adapter(config(target_modules=["q_proj"], init_weights=False), "other")
+    assert model.active_adapters() == ["other"]
+    assert not torch.equal(logits(model), one)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), one)
+    model.save_pretrained(tmp_path)
+    again = llama()
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again), one)
+    model.delete_adapter("other")
+    assert list(model.peft_config) == ["default"]

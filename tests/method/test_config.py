@@ -1,5 +1,7 @@
 """What a configuration accepts, what it makes of it, and what it says about everything else."""
 
+import copy
+import dataclasses
 import json
 import re
 
@@ -12,7 +14,7 @@ from dual_lora import DualLoraConfig
 
 
 def test_help_describes_every_field():
-    own = set(DualLoraConfig.__annotations__) - {"lora_alpha", "lora_dropout", "format_version"}
+    own = set(DualLoraConfig.__annotations__) - {"format_version"}
     for name in own:
         assert re.search(rf"^    {name} \(`.+`, default .+\): \S+", DualLoraConfig.__doc__, flags=re.MULTILINE), name
     assert "warmup_steps (`int`, default 50): Optimizer steps over which" in DualLoraConfig.__doc__
@@ -177,3 +179,24 @@ def test_no_matching_module_and_unsupported_layer():
         get_peft_model(llama(), DualLoraConfig(target_modules=["nothing"]))
     with pytest.raises(ValueError, match=r"(?s)Target module .*is not supported.*torch.nn.Linear.*exclude_modules"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), DualLoraConfig(target_modules=["1"]))
+
+
+def test_loras_names_can_be_read_written_and_copied():
+    """Code that LoRA and this method share reads them: None would stop it, or be taken for a value."""
+    config = DualLoraConfig(r=8, lora_alpha=32, lora_dropout=0.1)
+    assert (config.lora_alpha, config.lora_dropout) == (config.alpha, config.dropout) == (32, 0.1)
+    assert DualLoraConfig(r=8).lora_alpha == 16  # what every layer of rank 8 gets
+    assert DualLoraConfig(r=8).alpha is None
+    config.lora_alpha, config.lora_dropout = 64, 0.2
+    assert (config.alpha, config.dropout) == (64, 0.2)
+    assert dataclasses.replace(config, alpha=8.0).lora_alpha == 8
+    assert copy.deepcopy(config).lora_alpha == 64
+    assert not {"lora_alpha", "lora_dropout"} & set(config.to_dict())
+
+
+def test_a_saved_configuration_may_have_loras_names(tmp_path):
+    DualLoraConfig(r=8).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"lora_alpha": 32}))
+    assert DualLoraConfig.from_pretrained(tmp_path).alpha == 32

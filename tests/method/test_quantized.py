@@ -447,3 +447,16 @@ def test_torchao_through_transformers_merges(tmp_path):
         assert (model(ids).logits - before).norm() < 0.05 * before.norm()
         model.unmerge_adapter()
         assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["torchao", "torchao int4"])
+def test_a_torchao_model_can_be_moved_after_inference(kind):
+    """PyTorch moves such a weight by exchanging tensors, and refuses one that somebody else looks at."""
+    base = torchao() if kind == "torchao" else torchao_int4()
+    model, _ = adapted(base)
+    model.eval()
+    x = torch.randn(3, I)
+    with torch.no_grad():
+        before = model(x)
+        model.to("cpu")
+        assert torch.equal(model(x), before)

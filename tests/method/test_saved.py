@@ -358,3 +358,34 @@ def test_shards_that_were_not_gathered_are_told(tmp_path):
     layers(model)["base_model.model.first"].dual_lora_A["default"].data = torch.zeros(0)
     with pytest.warns(PeftWarning, match=r"first\.dual_lora_A\.default are empty or flat(.|\n)*were not gathered"):
         model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("left_out", [None, "lm_head"])
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"]], ids=str)
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_tied_layers_are_loaded_and_stay_tied(targets, low, left_out, tmp_path):
+    """With both names of the shared factors in the file, as PEFT saves them, or with the embedding's alone."""
+    base = llama(tie_word_embeddings=True)
+    model = adapted(base, target_modules=targets, ensure_weight_tying=True, warmup_steps=4)
+    train_llama(model, 3).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert any("lm_head.dual_lora_A" in name for name in tensors)
+    save_file({n: t for n, t in tensors.items() if left_out is None or left_out not in n}, file)
+    again = PeftModel.from_pretrained(
+        llama(tie_word_embeddings=True), tmp_path, is_trainable=True, low_cpu_mem_usage=low
+    )
+    assert factor(again) == 0.75
+    assert torch.equal(logits(again), logits(model))
+    head, embedding = again.get_output_embeddings(), again.get_input_embeddings()
+    assert all(h is e for h, e in zip(head.factors("default"), embedding.factors("default"), strict=True))
+
+
+def test_the_embedding_of_tied_layers_may_not_be_missing(tmp_path):
+    options = dict(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    adapted(llama(tie_word_embeddings=True), **options).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "embed_tokens" not in n}, file)
+    with pytest.raises(ValueError, match=r"lacks the factors of model\.embed_tokens"):
+        PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)

@@ -94,7 +94,8 @@ def recomposing(*composed: Composed) -> Iterator[None]:
     during the backward of one checkpoint alone.
     """
     nested = getattr(_active, "recipes", None) is not None
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or (not nested and _hooks_are_set()):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if traced or not torch.is_grad_enabled() or (not nested and _hooks_are_set()):
         yield
     elif nested:
         _add(composed)

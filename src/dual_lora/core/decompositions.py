@@ -9,7 +9,6 @@ torch.export have tables of their own and keep the operators.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,11 +44,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _keep_in_inductor() -> None:
-    """Inductor's refusal of an operator that has a decomposition, which it makes where CI is set, is not meant for us.
+def keep_in_inductor() -> None:
+    """Let Inductor call the operators as they are, with inputs in the strides that they were traced with.
 
-    It guards PyTorch's own operators (`make_fallback` in torch/_inductor/lowering.py); elsewhere it calls ours as they
-    are, with inputs in the strides that they were traced with, and so here.
+    It would do so by itself, but where the environment has CI set: there it raises an error for every operator that has
+    a decomposition (`make_fallback` in torch/_inductor/lowering.py), which is meant for PyTorch's own.
     """
     from torch._inductor import lowering
 
@@ -128,7 +127,3 @@ def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.d
             total = delta if total is None else total + delta
     assert total is not None
     return total.to(dtype)
-
-
-if os.environ.get("CI"):
-    _keep_in_inductor()

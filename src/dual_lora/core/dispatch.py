@@ -77,14 +77,17 @@ def triton(device: torch.device) -> ModuleType | None:
         return None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
+def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:
+    """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist).
+
+    dtype: of the tensor that is asked for; autocast leaves fp64 as it is.
+    """
     # Tracing torch 2.6 breaks the graph at the other questions; what can be traced has an autocast.
     compiling = torch.compiler.is_compiling()
     if not (compiling or torch._C._is_any_autocast_enabled()):
         return None
     known = device.type != "meta" and (compiling or torch.amp.is_autocast_available(device.type))
-    if not known or not torch.is_autocast_enabled(device.type):
+    if dtype == torch.float64 or not known or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

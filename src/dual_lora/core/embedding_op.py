@@ -84,7 +84,8 @@ def _embedding(
     adapters = _rows_of(adapters_of(factors, scales, forms), rows, padding_idx)
     with without_autocast(indices.device):
         out = blocked.compose(None if weight is None else weight.index_select(0, rows), adapters, dtype)
-    return torch.nn.functional.embedding(inverse, out, max_norm=max_norm, norm_type=norm_type)
+    y = torch.nn.functional.embedding(inverse.view(-1), out, max_norm=max_norm, norm_type=norm_type)
+    return y.resize_(*indices.shape, y.shape[-1])  # no view: an operation in place may follow
 
 
 @torch.library.impl("dual_lora::embedding_backward", "default")

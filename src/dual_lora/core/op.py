@@ -67,7 +67,7 @@ def dual_lora_linear(
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     _check_shapes(x, weight, adapters)
     refuse_transforms(x, adapters)
-    autocast = autocast_dtype(x.device)
+    autocast = autocast_dtype(x.device, x.dtype)
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(x.dtype)

@@ -35,10 +35,11 @@ def mm_columns(whole: Tensor, cols: slice, a: Tensor, b: Tensor) -> Tensor:
     """`whole` with a @ b in those columns; where that is all of them, the product itself."""
     part = whole[:, cols]
     product = mm(a, b, part)
+    if product is part:
+        return whole
     if product.shape == whole.shape:
         return product
-    if product is not part:
-        part.copy_(product)
+    part.copy_(product)
     return whole
 
 

@@ -24,7 +24,6 @@ from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
-from .precision import warn_once
 from .swapped import swapped
 
 PACKED = ("in_proj_weight",)
@@ -62,7 +61,7 @@ class MultiheadAttention(DualLoraLayer):
     ) -> None:
         super().__init__(base_layer, **kwargs)
         base_layer.out_proj = OutProjection(  # type: ignore[assignment]
-            base_layer.out_proj, adapter_name, config=config, r1=r1, r2=r2, alpha=alpha
+            base_layer.out_proj, adapter_name, config=config, r1=r1, r2=r2, alpha=alpha, told=self.told
         )
         self._active_adapter = adapter_name
         self._update_projections(adapter_name, r1, r2, alpha, config=config)
@@ -74,7 +73,7 @@ class MultiheadAttention(DualLoraLayer):
 
     def _update_projections(self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: Any) -> None:
         if config.dropout:
-            warn_once(
+            self.told.once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )
@@ -217,12 +216,12 @@ class MultiheadAttention(DualLoraLayer):
         self, owner: nn.Module | None, weight: Tensor, adapters: list[Adapter], scale: Tensor | None
     ) -> Composed:
         """A composed weight, kept under `owner` in inference."""
-        dtype = autocast_dtype(weight.device) or weight.dtype
+        dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
 
         def make() -> Tensor:
             return dual_lora_weight(weight, adapters, scale, dtype=dtype)
 
-        if owner is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if owner is None or not self._may_keep():
             return Composed(make(), weight, adapters)
         # Parts of a factor are new views at every call; the tensor that they look at tells whether it is the same.
         factors = [f if f._base is None else f._base for a in adapters for f in a.factors]

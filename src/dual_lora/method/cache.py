@@ -20,6 +20,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None if it was made in inference mode, where nobody counts."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
+
+
 class _Entry(NamedTuple):
     sources: list[tuple[weakref.ref[Tensor], int, int]]  # tensor, version, address
     extra: tuple[Any, ...]
@@ -55,8 +63,8 @@ class ComposedWeights:
         self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
     ) -> Tensor:
         """The layer's composed weight, made now if the kept one has other sources. [O, I]"""
-        if any(t.is_inference() for t in sources):
-            return make()  # inference tensors have no version counter to rely on
+        if any(version_of(t) is None for t in sources):
+            return make()
         kept = self._entries.get(layer)
         if kept is not None and kept.is_made_from(sources, extra):
             return kept.weight
@@ -78,7 +86,7 @@ class ComposedWeights:
         """Keep a weight that was made already, where `get` would have kept it."""
         with self._lock:
             self.drop(layer)
-            if self.bytes_held + weight.nbytes <= self.limit_bytes and not any(t.is_inference() for t in sources):
+            if self.bytes_held + weight.nbytes <= self.limit_bytes and all(version_of(t) is not None for t in sources):
                 self._entries[layer] = _Entry(
                     [(weakref.ref(t), t._version, t.data_ptr()) for t in sources], extra, weight
                 )

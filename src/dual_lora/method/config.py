@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import MISSING, InitVar, dataclass, field, fields
 from typing import Any, Literal
@@ -23,8 +24,8 @@ class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
 
     `r` is the total budget: `DualLoraConfig(r=16)` trains as many parameters as `LoraConfig(r=16)`, with
-    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are taken for `alpha` and `dropout`. The defaults suit a learning rate
-    that suits LoRA.
+    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are other names of `alpha` and `dropout`. The defaults suit a learning
+    rate that suits LoRA.
 
     Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
     """
@@ -104,11 +105,9 @@ class DualLoraConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Keep tied embeddings tied when one of them is trained, as in LoraConfig."}
     )
-    lora_alpha: InitVar[float | None] = None
-    lora_dropout: InitVar[float | None] = None
     format_version: InitVar[int] = FORMAT_VERSION  # of a saved adapter; written once there is a second one
 
-    def __post_init__(self, lora_alpha: float | None, lora_dropout: float | None, format_version: int) -> None:
+    def __post_init__(self, format_version: int) -> None:
         if format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This adapter is saved in format {format_version}; this version of dual-lora reads formats up to "
@@ -117,8 +116,6 @@ class DualLoraConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.DUAL_LORA  # type: ignore[attr-defined]
         self._custom_modules: dict[type, type] | None = None
-        self.alpha = _one_of("alpha", self.alpha, "lora_alpha", lora_alpha, unset=None)
-        self.dropout = _one_of("dropout", self.dropout, "lora_dropout", lora_dropout, unset=0.0)
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
         self.r = self.r1 + self.r2
         for key, rank in self.rank_pattern.items():
@@ -183,6 +180,24 @@ class DualLoraConfig(PeftConfig):
         return config
 
     @property
+    def lora_alpha(self) -> float:
+        """`alpha` for code that knows LoRA; where each layer has its own default, that of `r`."""
+        return 2.0 * self.r if self.alpha is None else self.alpha  # type: ignore[operator]
+
+    @lora_alpha.setter
+    def lora_alpha(self, value: float) -> None:
+        self.alpha = value
+
+    @property
+    def lora_dropout(self) -> float:
+        """`dropout` for code that knows LoRA."""
+        return self.dropout
+
+    @lora_dropout.setter
+    def lora_dropout(self, value: float) -> None:
+        self.dropout = value
+
+    @property
     def form(self) -> Form:
         """The member of the family that this configuration trains."""
         return Form(
@@ -204,6 +219,24 @@ class DualLoraConfig(PeftConfig):
         return split_rank(rank, None, None, where=where)
 
 
+def _by_loras_names(init: Any) -> Any:
+    """The generated `__init__`, which takes LoRA's names as well. (As fields of the class they would be saved.)"""
+    named = {"alpha": ("lora_alpha", None), "dropout": ("lora_dropout", 0.0)}
+
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **options: Any) -> None:
+        for ours, (theirs, unset) in named.items():
+            value = _one_of(ours, options.pop(ours, unset), theirs, options.pop(theirs, None), unset)
+            if value != unset:
+                options[ours] = value
+        init(self, *args, **options)
+
+    signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
+    theirs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name, _ in named.values()]
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
+    return wrapped
+
+
 def _described(config: type) -> str:
     """The class's text and, as PEFT's own classes have it, its fields: from their help, which is written once."""
     lines = [
@@ -215,6 +248,7 @@ def _described(config: type) -> str:
     return "\n".join([inspect.cleandoc(config.__doc__ or ""), "", "Args:", *lines])
 
 
+DualLoraConfig.__init__ = _by_loras_names(DualLoraConfig.__init__)  # type: ignore[method-assign]
 DualLoraConfig.__doc__ = _described(DualLoraConfig)
 
 

@@ -7,13 +7,13 @@ composed weight.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.op import autocast_dtype
 from .cache import composed_weights
@@ -41,7 +41,7 @@ class _Conv(MapLayer):
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
-        dtype = autocast_dtype(x.device)
+        dtype = autocast_dtype(x.device, x.dtype)
         if dtype is None:
             x = x.to(base.weight.dtype)
         return self._convolve(x, base.weight, base.bias, names, dtype or base.weight.dtype)
@@ -49,7 +49,7 @@ class _Conv(MapLayer):
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         x = self.dual_lora_dropout[name](x)
         base: Any = self.get_base_layer()
-        dtype = autocast_dtype(x.device)
+        dtype = autocast_dtype(x.device, x.dtype)
         if dtype is None:
             x = x.to(base.weight.dtype)
         return self._convolve(x, None, None, [name], dtype or base.weight.dtype)
@@ -60,23 +60,14 @@ class _Conv(MapLayer):
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
         base: Any = self.get_base_layer()
-        if weight is not None and not self.training and not torch.is_grad_enabled():
-            W = self._cached(weight, matrix, adapters, names, dtype)
+        if weight is not None and self._may_keep():
+            sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
+            make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
+            W = composed_weights.get(self, sources, (tuple(names), dtype), make)
             return base._conv_forward(x, self._from_matrix(W), bias)
         W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x.device), dtype=dtype)
         with recomposing(Composed(W, matrix, adapters)):
             return base._conv_forward(x, self._from_matrix(W), bias)
-
-    def _cached(
-        self, weight: Tensor, matrix: Tensor | None, adapters: list[Adapter], names: list[str], dtype: torch.dtype
-    ) -> Tensor:
-        def make() -> Tensor:
-            return dual_lora_weight(matrix, adapters, dtype=dtype)
-
-        if torch.compiler.is_compiling():
-            return make()
-        sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
-        return composed_weights.get(self, sources, (tuple(names), dtype), make)
 
 
 class Conv1d(_Conv):

@@ -26,5 +26,5 @@ def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> No
     for adapter in layer.adapter_names():
         left, factor = layer.dual_lora_left[adapter], state.get(f"{prefix}dual_lora_A.{adapter}")
         if left.is_meta and factor is not None and is_sharded(factor):
-            known = torch.tensor(layer._left[adapter], dtype=left.dtype, device=factor.device)
+            known = torch.tensor(layer._read[adapter].left, dtype=left.dtype, device=factor.device)
             state.setdefault(f"{prefix}dual_lora_left.{adapter}", known)

@@ -22,7 +22,7 @@ from ..core.compose_op import Composed, also_recompose, dual_lora_weight, recomp
 from ..core.reference import Factors
 from . import sharded
 from .config import DualLoraConfig
-from .layer import DualLoraLayer, is_exporting
+from .layer import DualLoraLayer, is_exporting, is_traced
 from .swapped import swapped
 
 # How transformers calls the experts that the router chose for every token.
@@ -168,7 +168,7 @@ class ParamWrapper(DualLoraLayer):
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """The experts of every token, where the module is told them; None if all have to be composed."""
-        if len(self._shape()) == 2 or torch.compiler.is_compiling():
+        if len(self._shape()) == 2 or is_traced():
             return None
         arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
         for name in ROUTING_ARGUMENTS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -24,10 +24,10 @@ from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
 from . import sharded, warmup
-from .cache import composed_weights
+from .cache import composed_weights, version_of
 from .config import DualLoraConfig
 from .emptied import leave_out_counts, put_counts_in
-from .precision import FACTOR_DTYPES, claim, in_fp32
+from .precision import FACTOR_DTYPES, Told, claim, in_fp32
 from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
@@ -53,7 +53,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
     # before the ones below.
-    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}  # r1 + r2
@@ -68,15 +68,16 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_B = nn.ParameterDict()
         self.dual_lora_C = nn.ParameterDict()
         self.dual_lora_D = nn.ParameterDict()
-        self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength; saved
-        self.dual_lora_scale = BufferDict(persistent=False)  # λ α/√(r1 r2), derived from the line above
-        self._left: dict[str, int] = {}  # the same count without a device synchronisation …
-        self._left_read: dict[str, tuple[int, int]] = {}  # … and the tensor and version that it was read from
+        self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength: λ, kept here alone
+        self._read: dict[str, _Read] = {}  # what was read there last, so that a device is not waited for
+        self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.shares_factors = False  # with the embedding that this layer is tied to …
+        self._tied_to: dict[str, DualLoraLayer] = {}
         self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
+        self.told = Told() if told is None else told  # the model's own, of all its layers
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(leave_out_counts)
@@ -108,6 +109,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     # Factors.
 
+    @torch.inference_mode(False)  # who makes or loads a model in inference mode may move or train it afterwards
     def update_layer(
         self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
     ) -> None:
@@ -126,18 +128,25 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         # With low_cpu_mem_usage everything that is saved waits on the meta device to be loaded.
         device = "meta" if self.dual_lora_A[adapter_name].device.type == "meta" else None
         self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32, device=device)
-        self.dual_lora_scale[adapter_name] = torch.tensor(0.0, dtype=torch.float32)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self._set_steps_left(adapter_name, config.steps_at_start)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         claim(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def tie(self, adapter_name: str, other: DualLoraLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares."""
-        for name in self.adapter_layer_names:
-            getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
+        self._tied_to[adapter_name] = other
+        self._tie_again(adapter_name)
         self.shares_factors = True
         self._left_alone = getattr(other.get_base_layer(), "padding_idx", None)
+
+    def _tie_again(self, adapter_name: str) -> None:
+        other = self._tied_to[adapter_name]
+        for name in self.adapter_layer_names:
+            # Not registered, as PEFT's loading with low memory would make another parameter of it.
+            getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
+        self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
+        self._set_steps_left(adapter_name, other.steps_left(adapter_name))
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
@@ -156,17 +165,17 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        return in_fp32(self._stored(adapter))
+        return in_fp32(self._stored(adapter), self.told)
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
-        self._read_left(name)
         factors = self.factors(name)
+        scale = self._scale(name, factors.A)
         if self._left_alone is not None:
             B = factors.B
             padding = torch.arange(B.shape[0], device=B.device) == self._left_alone
             factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
-        return Adapter(factors, self.dual_lora_scale[name], self.forms[name])
+        return Adapter(factors, scale, self.forms[name])
 
     def adapter_names(self) -> list[str]:
         """All adapters of this layer."""
@@ -186,8 +195,12 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before the adapter acts at full strength."""
-        self._read_left(adapter)
-        return self._left[adapter]
+        stored, read = self.dual_lora_left[adapter], self._read[adapter]
+        if not (stored.is_meta or read.is_of(stored)):  # a loader that runs no hook of ours (transformers' own)
+            self._set_steps_left(adapter, int(stored))
+            # It has put other factors in place as well; those of a low precision may be FSDP2's working copies.
+            claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
+        return self._read[adapter].left
 
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""
@@ -196,42 +209,52 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def step(self, adapter: str) -> None:
         """Count one optimizer step."""
-        if self.steps_left(adapter) > 0:
-            self._set_steps_left(adapter, self._left[adapter] - 1)
-
-    def _read_left(self, adapter: str) -> None:
-        """Follow a loader that has put another count in place without a hook of ours running (transformers' own)."""
-        if torch.compiler.is_compiling():
-            return
-        stored = self.dual_lora_left[adapter]
-        if stored.device.type != "meta" and self._left_read.get(adapter) != _version(stored):
-            self._set_steps_left(adapter, int(stored))
-            # Such a loader replaces the factors as well; those of a low precision may be FSDP2's working copies.
-            claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
+        left, scale = self.steps_left(adapter), self.dual_lora_scale[adapter]
+        if left > 0:
+            self._set_steps_left(adapter, left - 1)
+            if not scale.is_inference():  # in the same memory, for CUDA graphs that were captured before
+                self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
 
     def _set_steps_left(self, adapter: str, left: int) -> None:
         left = min(left, self.warmup_steps[adapter])
-        self._left[adapter] = left
-        with torch.no_grad():
-            self.dual_lora_left[adapter].fill_(left)
-            self._left_read[adapter] = _version(self.dual_lora_left[adapter])
-            self.dual_lora_scale[adapter].fill_(self.scaling[adapter] * self.warmup_factor(adapter))
+        # Another tensor, as the present one may be an inference tensor, which cannot be written to.
+        stored = self.dual_lora_left[adapter] = torch.full_like(self.dual_lora_left[adapter], left)
+        self._read[adapter] = _Read.of(stored, left)
+        self._make_scale(adapter)
         if left or self.training:
             warmup.watch(self)
 
+    def _scale(self, adapter: str, A: Tensor) -> Tensor:
+        """λ α/√(r1 r2) as a 0-dim tensor where the factors are."""
+        if not torch.compiler.is_compiling():
+            self.steps_left(adapter)
+            if self.dual_lora_scale[adapter].device != A.device:
+                self._make_scale(adapter)
+        return self.dual_lora_scale[adapter].to(A.device)
+
+    def _make_scale(self, adapter: str) -> None:
+        """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
+        A = self.dual_lora_A[adapter]
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        value = self.scaling[adapter] * self.warmup_factor(adapter)
+        self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
+
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the adapter's strength to `scale` times its configured α/√(r1 r2)."""
+        """Set the adapter's strength to `scale` times its configured α/√(r1 r2).
+
+        A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
+        """
         if adapter not in self.scaling:
             return
         self.scaling[adapter] = scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
-        self._set_steps_left(adapter, self._left[adapter])
+        self._make_scale(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
         for adapter in self.active_adapters:
             if scale != 1 and adapter in self.scaling:
                 self.scaling[adapter] *= scale
-                self._set_steps_left(adapter, self._left[adapter])
+                self._make_scale(adapter)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
@@ -242,7 +265,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
                 self.set_scale(adapter, 1.0)
             else:
                 self.scaling[adapter] /= scale
-                self._set_steps_left(adapter, self._left[adapter])
+                self._make_scale(adapter)
 
     # Life cycle: what drops the cached weight, what restores derived state.
 
@@ -269,8 +292,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         composed_weights.drop(self)
-        self._left.pop(adapter_name, None)
-        self._left_read.pop(adapter_name, None)
+        self._read.pop(adapter_name, None)
+        self._tied_to.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> DualLoraLayer:
@@ -280,19 +303,18 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        before = {adapter: [f.data for f in self._stored(adapter)] for adapter in self.adapter_names()}
+        composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
+        before = {a: (self.steps_left(a), [f.data for f in self._stored(a)]) for a in self.adapter_names()}
         result = super()._apply(fn, recurse)
-        composed_weights.drop(self)
-        for adapter in self.adapter_names():
-            for factor, old in zip(self._stored(adapter), before[adapter], strict=True):
+        for adapter, (left, old_factors) in before.items():
+            for factor, old in zip(self._stored(adapter), old_factors, strict=True):
                 # `.to(bfloat16)` and the like move the factors and leave their bits alone.
                 if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
                     factor.data = old.to(factor.device)
-            dtype = self.factors(adapter).A.dtype
-            if self.dual_lora_scale[adapter].dtype != dtype:
-                self.dual_lora_scale[adapter] = self.dual_lora_scale[adapter].to(dtype)
-            if self.dual_lora_scale[adapter].device.type != "meta":
-                self._set_steps_left(adapter, self._left[adapter])
+            self.factors(adapter)
+            if not self.dual_lora_left[adapter].is_meta:
+                self._set_steps_left(adapter, left)  # `to_empty` has emptied it
+            self._make_scale(adapter)
         if self._original is not None:
             self._original = tree_map(fn, self._original)
         return result
@@ -301,7 +323,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         for adapter in self.adapter_names():
             claim(self._stored(adapter))  # a copied parameter has lost what was written on it
-        if any(self._left.values()):
+        if any(read.left for read in self._read.values()):
             warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -316,9 +338,9 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
-        for buffers in (self.dual_lora_left, self.dual_lora_scale):
-            if buffers[adapter_name].device.type != "meta":
-                buffers[adapter_name] = buffers[adapter_name].to(device)
+        if not self.dual_lora_left[adapter_name].is_meta:
+            self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
+        self._make_scale(adapter_name)
         claim(self._stored(adapter_name))
 
     # Merge: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back.
@@ -431,6 +453,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]
 
+    def _may_keep(self) -> bool:
+        """Whether a composed weight may be kept: in inference, and not in a graph."""
+        return not (self.training or torch.is_grad_enabled() or is_traced())
+
     def _loss_scale(self, names: list[str], device: torch.device) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         clips = any(
@@ -439,13 +465,24 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         )
         if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(device, self.training)
+        check_clip_is_safe(device, self.training, self.told)
         return loss_scale(device)
 
 
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Tells a tensor that was replaced or written to. (Inference tensors have no version; replacing is seen.)"""
-    return id(tensor), 0 if tensor.is_inference() else tensor._version
+class _Read(NamedTuple):
+    """A count, and the tensor and version that it was read from."""
+
+    stored: Tensor
+    version: int | None
+    left: int
+
+    @classmethod
+    def of(cls, stored: Tensor, left: int) -> _Read:
+        return cls(stored, version_of(stored), left)
+
+    def is_of(self, stored: Tensor) -> bool:
+        """Whether this is still what the tensor says."""
+        return stored is self.stored and version_of(stored) == self.version
 
 
 def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
@@ -453,9 +490,10 @@ def _after_load(layer: DualLoraLayer, incompatible_keys: Any) -> None:
     composed_weights.drop(layer)
     for adapter in layer.adapter_names():
         claim(layer._stored(adapter))
-        left = layer.dual_lora_left[adapter]
-        if left.device.type != "meta":
-            layer._set_steps_left(adapter, int(left))
+        layer.steps_left(adapter)
+        if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
+            layer._tie_again(adapter)
+        layer._make_scale(adapter)
 
 
 class MapLayer(DualLoraLayer):
@@ -571,7 +609,7 @@ class Linear(MapLayer):
         if sharded.is_sharded(base.weight):
             return sharded.product(self, x, names)
         weight = self._matrix(base.weight)
-        if autocast_dtype(x.device) is None:
+        if autocast_dtype(x.device, x.dtype) is None:
             x = x.to(weight.dtype)
         if self._may_cache(x):
             return self._cached_product(x, names)
@@ -579,24 +617,20 @@ class Linear(MapLayer):
         return dual_lora_linear(x, weight, base.bias, [self.adapter(n) for n in names], scale)
 
     def _may_cache(self, x: Tensor) -> bool:
-        return (
-            not self.training
-            and not torch.is_grad_enabled()
-            and x.numel() <= CACHED_ROWS * self.in_features
-            and not torch.compiler.is_compiling()
-        )
+        return self._may_keep() and x.numel() <= CACHED_ROWS * self.in_features
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
         adapters = [self.adapter(n) for n in names]
-        dtype = autocast_dtype(x.device) or x.dtype
+        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         weight = composed_weights.get(
             self,
             self._sources(names, adapters),
             (tuple(names), dtype),
             lambda: composing.compose(self._matrix(base.weight), adapters, dtype),
         )
-        return nn.functional.linear(x, weight, base.bias)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight, bias)
 
     def _sources(self, names: Sequence[str], adapters: Sequence[Adapter]) -> list[Tensor]:
         """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
@@ -611,12 +645,17 @@ class Linear(MapLayer):
         x = self.dual_lora_dropout[name](x)
         if sharded.is_sharded(getattr(self.get_base_layer(), "weight", None)):
             return sharded.product(self, x, [name], with_base=False)
-        if autocast_dtype(x.device) is None:
+        if autocast_dtype(x.device, x.dtype) is None:
             # In the base's precision; a quantised base has none, and takes that of x.
             weight: Any = self.get_base_layer().weight
             dtype = weight.dtype
             x = x.to(dtype) if dtype.is_floating_point else x
         return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+
+
+def is_traced() -> bool:
+    """Whether what runs becomes a graph, of torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_exporting() -> bool:

@@ -29,7 +29,7 @@ from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper, dispatch_parameter
 from .layer import DualLoraLayer, MapLayer, dispatch_default
-from .precision import warn_once
+from .precision import Told
 from .quantized import QuantizedLinear, dispatch_quantized
 
 DISPATCHERS = [
@@ -131,7 +131,9 @@ class DualLoraModel(BaseTuner):
             if is_tied:
                 target.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
             return
-        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, **get_quantization_kwargs(self.model)}
+        told = vars(self).setdefault("_told", Told())
+        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "told": told}
+        options |= get_quantization_kwargs(self.model)
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
         new = self._create_new_module(config, adapter_name, target, **options)
@@ -167,9 +169,11 @@ class DualLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
-            warn_once(
+            warnings.warn(
                 "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's "
-                "dtype, because bf16 factors flip signs and change ΔW by 4.6 %."
+                "dtype, because bf16 factors flip signs and change ΔW by 4.6 %.",
+                UserWarning,
+                stacklevel=3,
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 

@@ -94,20 +94,20 @@ class QuantizedLinear(Linear):
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
-        given = x.dtype
-        if autocast_dtype(x.device) is None:
+        given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
+        if autocast is None:
             x = x.to(_compute_dtype(base) or x.dtype)
         if self._may_cache(x):
             return self._cached_product(x, names).to(given)
-        bias = None if base.bias is None else base.bias.to(autocast_dtype(x.device) or x.dtype)
+        bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         scale = self._loss_scale(names, x.device)
         y = dual_lora_linear(x, self._ticket, bias, self._adapters(names), scale)
-        return y if autocast_dtype(x.device) is not None else y.to(given)
+        return y if autocast is not None else y.to(given)
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
         adapters = self._adapters(names)
-        dtype = autocast_dtype(x.device) or x.dtype
+        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
         weight = composed_weights.get(
             self,

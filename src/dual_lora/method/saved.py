@@ -82,12 +82,17 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
     A single factor that is missing gets a warning, as in PEFT; other shapes PEFT refuses itself, unless told to ignore
     them. Sharded and flattened models, whose parameters go by other names, are left to PEFT altogether.
     """
-    own = [n for n, _ in model.named_parameters() if ".dual_lora_" in n and n.endswith(f".{adapter_name}")]
+    # Tied layers share their factors: those of the first suffice, and a file may have both.
+    own, known = (
+        [n for n, _ in named if ".dual_lora_" in n and n.endswith(f".{adapter_name}")]
+        for named in (model.named_parameters(), model.named_parameters(remove_duplicate=False))
+    )
     wanted = {_layer(name) for name in own}
     given = {_layer(name) for name in state if ".dual_lora_" in name}
     if not wanted:
         return
-    if wanted == given:
+    missing, extra = sorted(wanted - given), sorted(given - {_layer(name) for name in known})
+    if not (missing or extra):
         bare = {name.removeprefix(PEFT_PREFIX) for name in state}
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
         if absent:
@@ -99,7 +104,6 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         return
     if not given:
         raise ValueError(_foreign("This file", list(state)))
-    missing, extra = sorted(wanted - given), sorted(given - wanted)
     lacks = f"it lacks the factors of {_some(missing)}, which this model adapts" if missing else ""
     has = f"it has factors of {_some(extra)}, which this model does not adapt" if extra else ""
     raise ValueError(

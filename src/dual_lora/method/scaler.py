@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.op import autocast_dtype
-from .precision import warn_once
+from .precision import Told
 
 _current: torch.amp.GradScaler | None = None
 
@@ -66,7 +66,7 @@ def loss_scale(device: torch.device) -> Tensor | None:
     return present.to(device=device, dtype=torch.float32, copy=True)
 
 
-def check_clip_is_safe(device: torch.device, training: bool) -> None:
+def check_clip_is_safe(device: torch.device, training: bool, told: Told) -> None:
     """Refuse `clip` under fp16 autocast with an unknown scaler, in words; in eval mode, mostly evaluation, warn."""
     if _current is not None or autocast_dtype(device) != torch.float16:
         return
@@ -79,7 +79,7 @@ def check_clip_is_safe(device: torch.device, training: bool) -> None:
             "which are indifferent to scale."
         )
     if not torch.compiler.is_compiling():
-        warn_once(
+        told.once(
             "A Dual LoRA model in eval mode runs under fp16 autocast with gradients. To evaluate, use torch.no_grad(). "
             "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
             "'clip' estimator would otherwise clip scaled gradients."

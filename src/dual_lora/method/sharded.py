@@ -171,7 +171,7 @@ class _StandIn:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
         layer, names = self.layer, self.names
         weight = self.weight.to_local()
-        autocast = autocast_dtype(x.device)
+        autocast = autocast_dtype(x.device, x.dtype)
         if autocast is None:
             x = x.to(weight.dtype)
         whole = [layer.adapter(name) for name in names]
