@@ -14,8 +14,6 @@ def _fresh_state():
     composed_weights._warned = False
     scaler.set_grad_scaler(None)
     warmup._layers.clear()
-    warmup._warned.clear()
-    warmup._foreign_steps = 0
     for module in list(sys.modules.values()):
         told = getattr(module, "_warned", None)
         if getattr(module, "__name__", "").startswith("dual_lora.method") and isinstance(told, set):

@@ -252,8 +252,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
             composed_weights.drop(self)
-        warmup.watch(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        warmup.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
