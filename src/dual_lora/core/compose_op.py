@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .op import _adapters, _refuse_double_backward, refuse_transforms, without_autocast
+from .op import _adapters, _refuse_double_backward, refuse_meta, refuse_transforms, without_autocast
 from .reference import Factors
 
 torch.library.define(
@@ -189,6 +189,7 @@ def _weight_backward(G, factors, scales, forms, loss_scale, routed):
 
 @torch.library.register_fake("dual_lora::weight")
 def _(weight, factors, scales, forms, loss_scale, routed, dtype):
+    refuse_meta(weight, *factors)
     return _result(weight, factors, dtype)
 
 

@@ -187,8 +187,21 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     return out
 
 
+def refuse_meta(*operands: Tensor | None) -> None:
+    """Raise RuntimeError if some operands are on the meta device and others not: the result would be no number."""
+    devices = {t.device for t in operands if t is not None and t.ndim}  # a ticket's number is on the CPU
+    if len(devices) > 1 and torch.device("meta") in devices:
+        raise RuntimeError(
+            "Dual LoRA got weights or factors on the meta device, which hold no numbers, together with others on "
+            f"{', '.join(sorted(str(d) for d in devices if d.type != 'meta'))}. If accelerate offloads this model, "
+            "keep this layer on a device (`device_map`), or leave it out of `target_modules`; if it was loaded with "
+            "`low_cpu_mem_usage`, load its weights first."
+        )
+
+
 @torch.library.register_fake("dual_lora::linear")
 def _(x, weight, bias, factors, scales, forms, loss_scale):
+    refuse_meta(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], factors[1].shape[0])
 
 

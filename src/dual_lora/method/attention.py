@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import blocked
 from ..core.blocked import Adapter
@@ -45,6 +46,26 @@ class OutProjection(Linear):
         """Unmerge, without a word about what the attention has unmerged already."""
         if self.merged:
             super().unmerge(adapter_names)
+
+
+class ReadProjection(Linear):
+    """An output projection that is adapted without its attention, which reads `weight` and calls no forward."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As for every layer, without dropout."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.dual_lora_dropout[adapter_name] = nn.Identity()
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΣΔW over the active adapters."""
+        weight: Any = self.get_base_layer().weight
+        names = self._present(self.active_adapters)
+        if self.merged or self.disable_adapters or not names:
+            return weight
+        dtype = autocast_dtype(weight.device) or weight.dtype
+        scale = self._loss_scale(names, weight.device)
+        return dual_lora_weight(weight, [self.adapter(n) for n in names], scale, dtype=dtype)
 
 
 class MultiheadAttention(DualLoraLayer):
@@ -248,10 +269,7 @@ class MultiheadAttention(DualLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # PyTorch's encoder layers, in inference, read the weights off a packed attention and leave its forward out.
-        # That would be the base without a word; they call forward for any other attention.
-        acts = not self.merged and not self.disable_adapters and self._present(self.active_adapters)
-        return self._base._qkv_same_embed_dim and not acts
+        return self._base._qkv_same_embed_dim
 
     @property
     def num_heads(self) -> int:
@@ -312,8 +330,10 @@ class MultiheadAttention(DualLoraLayer):
 
 
 def dispatch_attention(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.MultiheadAttention, or None."""
+    """The adapted layer for nn.MultiheadAttention, or for its output projection alone, or None."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if type(base) is NonDynamicallyQuantizableLinear:
+        return ReadProjection(target, adapter_name, config=config, **kwargs)
     if not isinstance(base, nn.MultiheadAttention):
         return None
     return MultiheadAttention(target, adapter_name, config=config, **kwargs)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from ..core import blocked, composing
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
-from . import sharded, warmup
+from . import offloaded, sharded, warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .emptied import leave_out_counts, put_counts_in
@@ -157,7 +157,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        return in_fp32(self._stored(adapter))
+        return in_fp32(Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names)))
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""

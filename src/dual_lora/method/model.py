@@ -28,6 +28,7 @@ from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper, dispatch_parameter
+from .fast_paths import set_fast_paths
 from .layer import DualLoraLayer, MapLayer, dispatch_default
 from .precision import warn_once
 from .quantized import QuantizedLinear, dispatch_quantized
@@ -95,6 +96,7 @@ class DualLoraModel(BaseTuner):
         configs: dict[str, Any] = self.peft_config
         is_reference = adapter_name == "ref" and configs["ref"] is configs.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        set_fast_paths(model)
         if is_reference:
             for layer in self._layers_with("default"):
                 _copy_factors(layer, "default", adapter_name)
@@ -184,9 +186,10 @@ class DualLoraModel(BaseTuner):
             self._refuse_shared_weights(adapter_names)
             self._tell_unfinished(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self._tell_merge_errors(layers)
+        set_fast_paths(model)
         return model
 
     def _tell_unfinished(self, adapter_names: list[str] | None) -> None:
