@@ -19,14 +19,8 @@ BASES = {
     "transformer": lambda: Both(nn.Transformer(8, 2, 2, 2, 16, batch_first=True)),
     "attention": lambda: Attention(nn.MultiheadAttention(8, 2, batch_first=True)),
 }
-TARGETS = [
-    ["linear1", "linear2"],
-    ["linear2"],
-    ["out_proj"],
-    ["self_attn", "linear1"],
-    "all-linear",
-    r".*layers\.1\..*",
-]
+SECOND = r".*layers\.1\.(linear1|linear2|self_attn)"
+TARGETS = [["linear1", "linear2"], ["linear2"], ["out_proj"], ["self_attn", "linear1"], "all-linear", SECOND]
 
 
 class Decoder(nn.Module):

@@ -64,7 +64,7 @@ class ReadProjection(Linear):
         if self.merged or self.disable_adapters or not names:
             return weight
         dtype = autocast_dtype(weight.device) or weight.dtype
-        scale = self._loss_scale(names, weight.device)
+        scale = self._loss_scale(names, weight)
         return dual_lora_weight(weight, [self.adapter(n) for n in names], scale, dtype=dtype)
 
 
@@ -219,7 +219,7 @@ class MultiheadAttention(DualLoraLayer):
         out: Any = self._out.get_base_layer()
         for weight in (*self._parameters_in().values(), out.weight):
             sharded.refuse(self._base, weight)
-        scale = self._loss_scale(names, query.device)
+        scale = self._loss_scale(names, query)
         parts = [self._parts(self.adapter(n)) for n in names]
         owner = self if self._base._qkv_same_embed_dim else None
         ins = {

@@ -63,7 +63,7 @@ class _Conv(MapLayer):
         if weight is not None and not self.training and not torch.is_grad_enabled():
             W = self._cached(weight, matrix, adapters, names, dtype)
             return base._conv_forward(x, self._from_matrix(W), bias)
-        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x.device), dtype=dtype)
+        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x), dtype=dtype)
         with recomposing(Composed(W, matrix, adapters)):
             return base._conv_forward(x, self._from_matrix(W), bias)
 

@@ -438,7 +438,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]
 
-    def _loss_scale(self, names: list[str], device: torch.device) -> Tensor | None:
+    def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         clips = any(
             self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
@@ -446,8 +446,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         )
         if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(device, self.training)
-        return loss_scale(device)
+        check_clip_is_safe(operand, self.training)
+        return loss_scale(operand.device)
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
@@ -585,7 +585,7 @@ class Linear(MapLayer):
             x = x.to(weight.dtype)
         if self._may_cache(x):
             return self._cached_product(x, names)
-        scale = self._loss_scale(names, x.device)
+        scale = self._loss_scale(names, x)
         return dual_lora_linear(x, weight, base.bias, [self.adapter(n) for n in names], scale)
 
     def _may_cache(self, x: Tensor) -> bool:
@@ -626,7 +626,7 @@ class Linear(MapLayer):
             weight: Any = self.get_base_layer().weight
             dtype = weight.dtype
             x = x.to(dtype) if dtype.is_floating_point else x
-        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
 
 
 def is_exporting() -> bool:
