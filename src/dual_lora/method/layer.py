@@ -46,6 +46,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "forms",
         "warmup_steps",
+        "tied",
         "dual_lora_dropout",
         "dual_lora_left",
         "dual_lora_scale",
@@ -74,8 +75,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self._left_read: dict[str, tuple[int, int]] = {}  # … and the tensor and version that it was read from
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.shares_factors = False  # with the embedding that this layer is tied to …
-        self._left_alone: int | None = None  # … and whose padding has no update
+        self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self._ahead: Tensor | None = None  # what the merge under way will give, see `together`
         self.kwargs = kwargs
@@ -114,6 +114,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, or make one of that name anew."""
         sharded.refuse_bare_parts(self.get_base_layer())
+        self.tied.pop(adapter_name, None)
         alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
         self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
         self.alpha[adapter_name] = alpha
@@ -137,8 +138,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Use the factors of another layer, whose weight this layer's base shares."""
         for name in self.adapter_layer_names:
             getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
-        self.shares_factors = True
-        self._left_alone = getattr(other.get_base_layer(), "padding_idx", None)
+        self.tied[adapter_name] = getattr(other.get_base_layer(), "padding_idx", None)
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
@@ -163,9 +163,10 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         self._read_left(name)
         factors = self.factors(name)
-        if self._left_alone is not None:
+        alone = self.tied.get(name)
+        if alone is not None:
             B = factors.B
-            padding = torch.arange(B.shape[0], device=B.device) == self._left_alone
+            padding = torch.arange(B.shape[0], device=B.device) == alone
             factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
         return Adapter(factors, self.dual_lora_scale[name], self.forms[name])
 
@@ -347,7 +348,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
-        if self.shares_factors:  # and the weight, into which the layer that owns both merges
+        if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
             self.merged_adapters = names
             return
         parameter = self._merge_parameter()
@@ -612,7 +613,7 @@ class Linear(MapLayer):
         """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
         base: Any = self.base_layer
         factors = [
-            a.factors if self._left_alone is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
+            a.factors if self.tied.get(n) is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
         ]
         return [base.weight, *(t for four in factors for t in four), *(a.scale for a in adapters)]
 

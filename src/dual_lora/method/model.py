@@ -234,24 +234,28 @@ class DualLoraModel(BaseTuner):
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError where two layers that learn apart would merge into one weight."""
+        """Raise ValueError where a merge would change a module that holds the same weight without the same update."""
         if self._replicates_layers:
             return  # refused in words of its own
-        owners: dict[int, DualLoraLayer] = {}
-        for layer in self.model.modules():
-            if not isinstance(layer, MapLayer) or isinstance(layer, QuantizedLinear) or layer.shares_factors:
-                continue
+        holders: dict[int, list[nn.Module]] = {}
+        layers: dict[nn.Module, DualLoraLayer] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                holders.setdefault(id(parameter), []).append(module)
+            if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
+                layers[module.get_base_layer()] = module
+        for base, layer in layers.items():
             asked = layer.active_adapters if adapter_names is None else adapter_names
-            if not (layer.merged or layer._present(asked)):
-                continue
-            other = owners.setdefault(id(layer._merge_parameter()), layer)
-            if other is not layer:
-                raise ValueError(
-                    f"Cannot merge: {other.get_base_layer()} and {layer.get_base_layer()} share one weight, and each "
-                    "has an update of its own, so that no one weight gives what the unmerged model gives. Untie them "
-                    "first (`layer.weight = nn.Parameter(layer.weight.clone())` and `tie_word_embeddings=False`), or "
-                    "train with `ensure_weight_tying=True`, which gives both one update."
-                )
+            own = {*layer._present(asked), *layer.merged_adapters} - layer.tied.keys()
+            for other in holders.get(id(layer._merge_parameter()), ()) if own else ():
+                if other is not base and not (other in layers and own <= layers[other].tied.keys()):
+                    raise ValueError(
+                        f"Cannot merge: {base} and {other} share one weight, and the update of adapter "
+                        f"{', '.join(sorted(own))} is not the same in both, so that no one weight gives what the "
+                        "unmerged model gives. Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` "
+                        "and `tie_word_embeddings=False`), or train with `ensure_weight_tying=True`, which gives both "
+                        "one update."
+                    )
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 

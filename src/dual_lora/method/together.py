@@ -24,7 +24,7 @@ def merging(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]
     jobs: dict[Linear, Job] = {}
     for layer in _linears(model):
         asked = layer._present(layer.active_adapters if adapter_names is None else adapter_names)
-        if asked and not layer.shares_factors:
+        if asked and not layer.tied:
             names = {*layer.merged_adapters, *asked}
             original = _weight(layer).data if layer._original is None else layer._original
             adapters = [layer.adapter(name) for name in layer.scaling if name in names]
