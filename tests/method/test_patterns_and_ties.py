@@ -116,3 +116,20 @@ def test_untied_as_the_error_says_each_merges_its_own():
     torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model), want)
+
+
+def test_a_second_tied_adapter_is_tied_as_the_first():
+    model = tied_and(["lm_head"])
+    options = dict(target_modules=["embed_tokens"], ensure_weight_tying=True, init_weights=False, warmup_steps=0)
+    model.add_adapter("c", DualLoraConfig(r=2, **options))
+    model.base_model.add_weighted_adapter(["a"], [-0.5], "minus")
+    head, embedding = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
+    model.eval()
+    for name in ("c", "minus"):
+        assert name in head.tied
+        model.set_adapter(name)
+        want = logits(model)
+        model.merge_adapter()
+        torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
+        model.unmerge_adapter()
+    torch.testing.assert_close(embedding.get_delta_weight("minus"), -0.5 * embedding.get_delta_weight("a"))

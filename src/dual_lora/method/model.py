@@ -63,6 +63,10 @@ class DualLoraModel(BaseTuner):
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
+        return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
+
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -364,6 +368,8 @@ class DualLoraModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers_with(source):
             _copy_factors(layer, source, adapter_name)
+            if adapter_name in layer.tied:
+                continue  # the factors are the embedding's
             # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
             strength = weights[0] * layer.scaling[source] / layer.scaling[adapter_name]
             layer.factors(adapter_name).B.data.mul_(abs(strength))
@@ -392,8 +398,9 @@ class DualLoraModel(BaseTuner):
 
 def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
     """Factors and warm-up of one adapter to another one of the same ranks."""
-    for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
-        new.data.copy_(old.data)
+    if adapter_name not in layer.tied:
+        for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
+            new.data.copy_(old.data)
     layer._set_steps_left(adapter_name, layer.steps_left(source))
 
 
