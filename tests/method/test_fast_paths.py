@@ -129,6 +129,30 @@ def test_an_output_projection_alone_trains():
     assert not torch.allclose(off, before, atol=1e-2)
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has no nn.LinearCrossEntropyLoss")
+def test_the_linear_layer_inside_a_loss():
+    torch.manual_seed(0)
+    base = Decoder(nn.LinearCrossEntropyLoss(8, 3, bias=True))
+    model = get_peft_model(
+        copy.deepcopy(base), DualLoraConfig(target_modules=["linear"], init_weights=False, r=4)
+    ).base_model.model.train()
+    x, target = torch.randn(6, 8), torch.randint(0, 3, (6,))
+    expected = copy.deepcopy(base).double()
+    module = model.layer.linear
+    four = [f.detach().double().requires_grad_() for f in module.factors("default")]
+    A, B, C, D = four
+    delta = module.scaling["default"] * (B @ A).clamp(min=0) * torch.where(D @ C > 0, 1.0, -1.0)
+    linear = expected.layer.linear
+    want = nn.functional.cross_entropy(x.double() @ (linear.weight + delta).t() + linear.bias, target)
+    loss = model.layer(x, target)
+    torch.testing.assert_close(loss.double(), want)
+    loss.backward()
+    want.backward()
+    for ours, theirs in zip(module.factors("default")[:2], four[:2], strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
+    assert module.factors("default").C.grad.any()
+
+
 def test_no_word_about_fast_paths():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -189,7 +189,7 @@ def _weight_backward(G, factors, scales, forms, loss_scale, routed):
 
 @torch.library.register_fake("dual_lora::weight")
 def _(weight, factors, scales, forms, loss_scale, routed, dtype):
-    refuse_meta(weight, *factors)
+    refuse_meta(factors[0] if weight is None else weight, *factors)
     return _result(weight, factors, dtype)
 
 

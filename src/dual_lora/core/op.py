@@ -187,15 +187,15 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     return out
 
 
-def refuse_meta(*operands: Tensor | None) -> None:
-    """Raise RuntimeError if some operands are on the meta device and others not: the result would be no number."""
-    devices = {t.device for t in operands if t is not None and t.ndim}  # a ticket's number is on the CPU
-    if len(devices) > 1 and torch.device("meta") in devices:
+def refuse_meta(leading: Tensor, *operands: Tensor | None) -> None:
+    """Raise RuntimeError for operands on the meta device beside a leading one that is not: there is no result."""
+    # A ticket's number is on the CPU, whatever the weight's device.
+    on_meta = any(t is not None and t.ndim and t.device.type == "meta" for t in operands)
+    if on_meta and leading.device.type != "meta":
         raise RuntimeError(
             "Dual LoRA got weights or factors on the meta device, which hold no numbers, together with others on "
-            f"{', '.join(sorted(str(d) for d in devices if d.type != 'meta'))}. If accelerate offloads this model, "
-            "keep this layer on a device (`device_map`), or leave it out of `target_modules`; if it was loaded with "
-            "`low_cpu_mem_usage`, load its weights first."
+            f"{leading.device}. If accelerate offloads this model, keep this layer on a device (`device_map`), or "
+            "leave it out of `target_modules`; if it was loaded with `low_cpu_mem_usage`, load its weights first."
         )
 
 

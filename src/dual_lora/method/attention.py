@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core import blocked
 from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.op import autocast_dtype
+from ..core.op import autocast_dtype, refuse_meta
 from ..core.reference import Factors
 from . import sharded
 from .cache import composed_weights
@@ -46,26 +45,6 @@ class OutProjection(Linear):
         """Unmerge, without a word about what the attention has unmerged already."""
         if self.merged:
             super().unmerge(adapter_names)
-
-
-class ReadProjection(Linear):
-    """An output projection that is adapted without its attention, which reads `weight` and calls no forward."""
-
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As for every layer, without dropout."""
-        super().update_layer(adapter_name, *args, **kwargs)
-        self.dual_lora_dropout[adapter_name] = nn.Identity()
-
-    @property
-    def weight(self) -> Tensor:
-        """W + ΣΔW over the active adapters."""
-        weight: Any = self.get_base_layer().weight
-        names = self._present(self.active_adapters)
-        if self.merged or self.disable_adapters or not names:
-            return weight
-        dtype = autocast_dtype(weight.device) or weight.dtype
-        scale = self._loss_scale(names, weight)
-        return dual_lora_weight(weight, [self.adapter(n) for n in names], scale, dtype=dtype)
 
 
 class MultiheadAttention(DualLoraLayer):
@@ -219,6 +198,7 @@ class MultiheadAttention(DualLoraLayer):
         out: Any = self._out.get_base_layer()
         for weight in (*self._parameters_in().values(), out.weight):
             sharded.refuse(self._base, weight)
+            refuse_meta(query, weight)
         scale = self._loss_scale(names, query)
         parts = [self._parts(self.adapter(n)) for n in names]
         owner = self if self._base._qkv_same_embed_dim else None
@@ -330,10 +310,8 @@ class MultiheadAttention(DualLoraLayer):
 
 
 def dispatch_attention(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.MultiheadAttention, or for its output projection alone, or None."""
+    """The adapted layer for nn.MultiheadAttention, or None."""
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if type(base) is NonDynamicallyQuantizableLinear:
-        return ReadProjection(target, adapter_name, config=config, **kwargs)
     if not isinstance(base, nn.MultiheadAttention):
         return None
     return MultiheadAttention(target, adapter_name, config=config, **kwargs)  # type: ignore[arg-type]

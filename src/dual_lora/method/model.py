@@ -28,7 +28,7 @@ from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper, dispatch_parameter
-from .fast_paths import set_fast_paths
+from .fast_paths import ReadLinear, is_read, set_fast_paths
 from .layer import DualLoraLayer, MapLayer, dispatch_default
 from .precision import warn_once
 from .quantized import QuantizedLinear, dispatch_quantized
@@ -140,7 +140,10 @@ class DualLoraModel(BaseTuner):
         options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, **get_quantization_kwargs(self.model)}
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
-        new = self._create_new_module(config, adapter_name, target, **options)
+        if is_read(parent, target):
+            new: nn.Module = ReadLinear(target, adapter_name, config=config, **options)
+        else:
+            new = self._create_new_module(config, adapter_name, target, **options)
         if is_tied:
             cast(DualLoraLayer, new).tie(adapter_name, cast(Any, self.model).get_input_embeddings())
         if adapter_name not in self.active_adapters:
