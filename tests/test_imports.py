@@ -168,6 +168,7 @@ def test_public_names():
         "composed_weights",
         "convert_to_dual_lora",
         "convert_to_lora",
+        "count_step",
         "decompositions",
         "delta_weight",
         "dual_lora_linear",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
+    from .method.warmup import count_step
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _HOMES = {
     "DualLoraCallback": ".method.callback",
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
+    "count_step": ".method.warmup",
     "convert_to_lora": ".method.conversion",
     "save_as_lora": ".method.conversion",
     "convert_to_dual_lora": ".method.from_lora",
@@ -60,6 +62,7 @@ __all__ = [
     "composed_weights",
     "convert_to_dual_lora",
     "convert_to_lora",
+    "count_step",
     "decompositions",
     "delta_weight",
     "dual_lora_linear",

@@ -12,8 +12,6 @@ def _fresh_state():
     composed_weights._warned = False
     scaler.set_grad_scaler(None)
     warmup._layers.clear()
-    warmup._warned.clear()
-    warmup._foreign_steps = 0
     yield
     composed_weights.clear()
     scaler.set_grad_scaler(None)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from judged import adapted as judged
 from tiny import adapted, points, trainable
 from torch import nn
 
@@ -46,6 +47,64 @@ def test_clip_under_fp16_autocast_is_refused_in_words(model):
         model(points())
     for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'"):
         assert way_out in str(caught.value)
+
+
+def layers_of_every_kind():
+    """(module, input, how it is called)."""
+    expert = nn.Module()
+    expert.weight = nn.Parameter(torch.randn(4, 6))
+    expert.forward = lambda x: x @ expert.weight.t()
+    return {
+        "linear": (nn.Linear(6, 4), torch.randn(2, 6), {}),
+        "dropout": (nn.Linear(6, 4), torch.randn(2, 6), {"dropout": 0.1}),
+        "convolution": (nn.Conv1d(3, 4, 2), torch.randn(2, 3, 5), {}),
+        "embedding": (nn.Embedding(9, 6), torch.arange(5), {}),
+        "attention": (Attention(), torch.randn(2, 3, 8), {"target_modules": ["it.self_attn"]}),
+        "parameter": (expert, torch.randn(2, 6), {"target_modules": [], "target_parameters": ["it.weight"]}),
+    }
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.self_attn(x, x, x)[0]
+
+
+@pytest.mark.parametrize("kind", layers_of_every_kind())
+def test_clip_with_a_base_in_fp16_is_refused_too(kind):
+    """A scaler is as unknown there as under autocast: C's gradient would be wrong by nine tenths."""
+    base, x, options = layers_of_every_kind()[kind]
+    model, _ = judged(base.half(), **options)
+    x = x.half() if x.is_floating_point() else x
+    with pytest.raises(RuntimeError, match=r"in fp16 a gradient scaler.*GradScaler\(enabled=False\)"):
+        model.train()(x)
+    with grad_scaler(torch.amp.GradScaler("cpu", enabled=False)):
+        assert model(x).dtype == torch.float16
+    with torch.no_grad():
+        model(x)
+    with pytest.warns(UserWarning, match="runs in fp16 with gradients"):
+        model.eval()(x)
+
+
+def test_a_scaler_over_a_base_in_fp16():
+    """Known, it changes nothing but rounding."""
+    model = adapted(init_weights=False)
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            m.half()
+    x = points(64).half()
+    grads = []
+    for scale in (1.0, 256.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        with grad_scaler(scaler):
+            scaler.scale(loss_of(model, x)).backward()
+        grads.append({n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    for n, g in grads[0].items():
+        torch.testing.assert_close(grads[1][n], g, rtol=0.02, atol=0.02 * g.abs().max().item(), msg=n)
 
 
 @pytest.mark.parametrize("options", [dict(ste="identity"), dict(ste="hardtanh"), dict(direction_activation="identity")])

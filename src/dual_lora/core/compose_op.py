@@ -21,7 +21,14 @@ from torch import Tensor
 from . import blocked
 from .blocked import Adapter
 from .composing import compose
-from .dispatch import adapters_of, implementation, refuse_double_backward, refuse_transforms, without_autocast
+from .dispatch import (
+    adapters_of,
+    implementation,
+    refuse_double_backward,
+    refuse_meta,
+    refuse_transforms,
+    without_autocast,
+)
 from .reference import Factors
 
 torch.library.define(
@@ -192,6 +199,7 @@ def _weight_backward(G, factors, scales, forms, loss_scale, routed):
 
 @torch.library.register_fake("dual_lora::weight")
 def _(weight, factors, scales, forms, loss_scale, routed, dtype):
+    refuse_meta(factors[0] if weight is None else weight, *factors)
     return _result(weight, factors, dtype)
 
 

@@ -115,6 +115,18 @@ def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
         )
 
 
+def refuse_meta(leading: Tensor, *operands: Tensor | None) -> None:
+    """Raise RuntimeError for operands on the meta device beside a leading one that is not: there is no result."""
+    # A ticket's number is on the CPU, whatever the weight's device.
+    on_meta = any(t is not None and t.ndim and t.device.type == "meta" for t in operands)
+    if on_meta and leading.device.type != "meta":
+        raise RuntimeError(
+            "Dual LoRA got weights or factors on the meta device, which hold no numbers, together with others on "
+            f"{leading.device}. If accelerate offloads this model, keep this layer on a device (`device_map`), or "
+            "leave it out of `target_modules`; if it was loaded with `low_cpu_mem_usage`, load its weights first."
+        )
+
+
 def refuse_double_backward(ctx: Any, *grads: Any) -> None:
     """The backward of every operator's backward: raises RuntimeError."""
     raise RuntimeError(

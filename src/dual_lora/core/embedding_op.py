@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .dispatch import adapters_of, refuse_double_backward, refuse_transforms, without_autocast
+from .dispatch import adapters_of, refuse_double_backward, refuse_meta, refuse_transforms, without_autocast
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -109,6 +109,7 @@ def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding
 
 @torch.library.register_fake("dual_lora::embedding")
 def _(indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype):
+    refuse_meta(indices, weight, *factors)
     return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=dtype)
 
 

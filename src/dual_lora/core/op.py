@@ -23,6 +23,7 @@ from .dispatch import (
     autocast_dtype,
     implementation,
     refuse_double_backward,
+    refuse_meta,
     refuse_transforms,
     without_autocast,
 )
@@ -165,6 +166,7 @@ torch.library.impl("dual_lora::linear_backward", "default", _linear_backward)
 
 @torch.library.register_fake("dual_lora::linear")
 def _(x, weight, bias, factors, scales, forms, loss_scale):
+    refuse_meta(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], factors[1].shape[0])
 
 

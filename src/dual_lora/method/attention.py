@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import composing
 from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.op import autocast_dtype
+from ..core.dispatch import autocast_dtype, refuse_meta
 from ..core.reference import Factors
 from . import sharded
 from .cache import composed_weights
@@ -197,7 +197,8 @@ class MultiheadAttention(DualLoraLayer):
         out: Any = self._out.get_base_layer()
         for weight in (*self._parameters_in().values(), out.weight):
             sharded.refuse(self._base, weight)
-        scale = self._loss_scale(names, query.device)
+            refuse_meta(query, weight)
+        scale = self._loss_scale(names, query)
         parts = [self._parts(self.adapter(n)) for n in names]
         owner = self if self._base._qkv_same_embed_dim else None
         ins = {
@@ -247,10 +248,7 @@ class MultiheadAttention(DualLoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # PyTorch's encoder layers, in inference, read the weights off a packed attention and leave its forward out.
-        # That would be the base without a word; they call forward for any other attention.
-        acts = not self.merged and not self.disable_adapters and self._present(self.active_adapters)
-        return self._base._qkv_same_embed_dim and not acts
+        return self._base._qkv_same_embed_dim
 
     @property
     def num_heads(self) -> int:

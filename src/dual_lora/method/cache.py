@@ -3,10 +3,10 @@
 Without them every decoding step would compose every weight anew: 2 (r1 + r2) flops an entry for one multiply-add.
 
 The one rule: an entry is used only while the factors, λ, the base weight and the active adapters are those that it was
-made from, told by the tensors' version counters and addresses; and it lives only without gradients in eval mode. Writes
+made from, told by the tensors' version counters and storages; and it lives only without gradients in eval mode. Writes
 through `.data` (`param.data.mul_()`) raise no version counter and are not seen: call `composed_weights.clear()` after
-them. (`param.data = other` is seen.)
-Entries are also dropped on `train()`, loading, merging and adapter changes.
+them. (`param.data = other` is seen.) Fused optimizers raise none either: every optimizer step clears the cache.
+Entries are also dropped on backward into their factors, `train()`, loading, merging and adapter changes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Tells a tensor that was replaced or written to, as long as its storage's address cannot be another's."""
+    return id(tensor), tensor._version, tensor.untyped_storage()._cdata, tensor.data_ptr()
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -29,19 +37,14 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 class _Entry(NamedTuple):
-    sources: list[tuple[weakref.ref[Tensor], int, int]]  # tensor, version, address
+    states: list[tuple[int, int, int, int]]
+    storages: list[StorageWeakRef]  # weakly held, a freed storage's address does not come back
     extra: tuple[Any, ...]
     weight: Tensor
+    hooks: list[RemovableHandle]
 
     def is_made_from(self, sources: list[Tensor], extra: tuple[Any, ...]) -> bool:
-        return (
-            self.extra == extra
-            and len(self.sources) == len(sources)
-            and all(
-                ref() is t and version == t._version and address == t.data_ptr()
-                for (ref, version, address), t in zip(self.sources, sources, strict=True)
-            )
-        )
+        return self.extra == extra and self.states == [_state(t) for t in sources]
 
 
 class ComposedWeights:
@@ -87,19 +90,33 @@ class ComposedWeights:
         with self._lock:
             self.drop(layer)
             if self.bytes_held + weight.nbytes <= self.limit_bytes and all(version_of(t) is not None for t in sources):
+                forget = partial(self._forget, weakref.ref(layer))
                 self._entries[layer] = _Entry(
-                    [(weakref.ref(t), t._version, t.data_ptr()) for t in sources], extra, weight
+                    [_state(t) for t in sources],
+                    [StorageWeakRef(t.untyped_storage()) for t in sources],
+                    extra,
+                    weight,
+                    [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
                 )
+
+    def _forget(self, layer: weakref.ref[nn.Module], factor: Tensor) -> None:
+        """After a backward into a factor: what comes next will write to it."""
+        alive = layer()
+        if alive is not None:
+            self.drop(alive)
 
     def drop(self, layer: nn.Module) -> None:
         """Forget the composed weight of one layer."""
         with self._lock:
-            self._entries.pop(layer, None)
+            entry = self._entries.pop(layer, None)
+            for hook in () if entry is None else entry.hooks:
+                hook.remove()
 
     def clear(self) -> None:
         """Forget all composed weights, e.g. after writing to parameters through `.data`."""
         with self._lock:
-            self._entries.clear()
+            for layer in list(self._entries):
+                self.drop(layer)
 
 
 composed_weights = ComposedWeights()

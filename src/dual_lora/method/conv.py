@@ -65,7 +65,7 @@ class _Conv(MapLayer):
             make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
             W = composed_weights.get(self, sources, (tuple(names), dtype), make)
             return base._conv_forward(x, self._from_matrix(W), bias)
-        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x.device), dtype=dtype)
+        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x), dtype=dtype)
         with recomposing(Composed(W, matrix, adapters)):
             return base._conv_forward(x, self._from_matrix(W), bias)
 

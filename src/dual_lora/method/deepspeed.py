@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .cache import composed_weights
 from .layer import DualLoraLayer
 from .scaler import forget_with, set_grad_scaler
 
@@ -57,6 +58,7 @@ def _counted(take_model_step: Any) -> Any:
     def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
         before = [(layer, a, layer.steps_left(a)) for layer in _layers(engine.module) for a in layer.adapter_names()]
         result = take_model_step(engine, *args, **kwargs)
+        composed_weights.clear()  # ZeRO writes to the factors through what it has flattened
         if engine.was_step_applied():
             for layer, adapter, left in before:
                 # Without ZeRO, torch's optimizer holds the factors and the step has been counted already.

@@ -73,7 +73,7 @@ class Embedding(MapLayer):
             x,
             weight,
             [self.adapter(n) for n in names],
-            self._loss_scale(names, x.device),
+            self._loss_scale(names, base.weight),
             padding_idx=base.padding_idx,
             max_norm=base.max_norm,
             norm_type=base.norm_type,

@@ -151,7 +151,7 @@ class ParamWrapper(DualLoraLayer):
         sharded.refuse(self.get_base_layer(), parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
-        scale = self._loss_scale(names, parameter.device)
+        scale = self._loss_scale(names, parameter)
         base = self.get_base_layer()
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):

@@ -15,11 +15,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..core.reference import scaling
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .experts import ParamWrapper
 from .layer import DualLoraLayer
 from .precision import claim
 
@@ -56,8 +58,10 @@ def hotswap_from_state_dict(
     with torch.no_grad():
         for key, value in others.items():
             attrgetter(key)(model).copy_(value)
+        tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
+        root = next(tuners, "")
         for name, layer in layers.items():
-            _swap(layer, name, new, adapter_name, config)
+            _swap(layer, name, new, adapter_name, config, _key(name.removeprefix(root), layer))
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
@@ -86,13 +90,21 @@ def _find(model: nn.Module, key: str) -> bool:
     return True
 
 
-def _swap(layer: DualLoraLayer, name: str, new: dict[str, Tensor], adapter: str, config: DualLoraConfig) -> None:
+def _key(name: str, layer: DualLoraLayer) -> str:
+    """What the layer was called when it was made, by which the patterns of a configuration know it."""
+    name = name.split(".base_layer")[0]  # inside other parameters' wrappers, or inside an attention
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def _swap(
+    layer: DualLoraLayer, name: str, new: dict[str, Tensor], adapter: str, config: DualLoraConfig, key: str
+) -> None:
     from .model import layer_options
 
     composed_weights.drop(layer)
     for letter in LETTERS:
         _write(getattr(layer, f"dual_lora_{letter}")[adapter], new.get(f"{name}.dual_lora_{letter}"))
-    r1, r2, alpha = layer_options(config, name)
+    r1, r2, alpha = layer_options(config, key)
     layer.r[adapter], layer.r1[adapter], layer.r2[adapter] = r1 + r2, r1, r2
     layer.alpha[adapter] = 2.0 * (r1 + r2) if alpha is None else float(alpha)
     layer.scaling[adapter] = scaling(layer.alpha[adapter], r1, r2)

@@ -23,7 +23,7 @@ from ..core import composing
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors, Form, scaling
-from . import sharded, warmup
+from . import offloaded, sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig
 from .emptied import leave_out_counts, put_counts_in
@@ -46,6 +46,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         "scaling",
         "forms",
         "warmup_steps",
+        "tied",
         "dual_lora_dropout",
         "dual_lora_left",
         "dual_lora_scale",
@@ -73,9 +74,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.shares_factors = False  # with the embedding that this layer is tied to …
+        self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
         self._tied_to: dict[str, DualLoraLayer] = {}
-        self._left_alone: int | None = None  # … and whose padding has no update
         self._original: Tensor | None = None  # the base weight's data while something is merged
         self.told = Told() if told is None else told  # the model's own, of all its layers
         self.kwargs = kwargs
@@ -115,6 +115,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Add an adapter, or make one of that name anew."""
         sharded.refuse_bare_parts(self.get_base_layer())
+        self.tied.pop(adapter_name, None)
         alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
         self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
         self.alpha[adapter_name] = alpha
@@ -137,8 +138,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Use the factors of another layer, whose weight this layer's base shares."""
         self._tied_to[adapter_name] = other
         self._tie_again(adapter_name)
-        self.shares_factors = True
-        self._left_alone = getattr(other.get_base_layer(), "padding_idx", None)
+        self.tied[adapter_name] = getattr(other.get_base_layer(), "padding_idx", None)
 
     def _tie_again(self, adapter_name: str) -> None:
         other = self._tied_to[adapter_name]
@@ -165,15 +165,16 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
-        return in_fp32(self._stored(adapter), self.told)
+        stored = Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names))
+        return in_fp32(stored, self.told)
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors = self.factors(name)
-        scale = self._scale(name, factors.A)
-        if self._left_alone is not None:
+        scale, alone = self._scale(name, factors.A), self.tied.get(name)
+        if alone is not None:
             B = factors.B
-            padding = torch.arange(B.shape[0], device=B.device) == self._left_alone
+            padding = torch.arange(B.shape[0], device=B.device) == alone
             factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
         return Adapter(factors, scale, self.forms[name])
 
@@ -274,8 +275,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
             composed_weights.drop(self)
-        warmup.watch(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        warmup.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
@@ -368,7 +369,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
-        if self.shares_factors:  # and the weight, into which the layer that owns both merges
+        if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
             self.merged_adapters = names
             return
         parameter = self._merge_parameter()
@@ -457,7 +458,7 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         """Whether a composed weight may be kept: in inference, and not in a graph."""
         return not (self.training or torch.is_grad_enabled() or is_traced())
 
-    def _loss_scale(self, names: list[str], device: torch.device) -> Tensor | None:
+    def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         clips = any(
             self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
@@ -465,8 +466,8 @@ class DualLoraLayer(nn.Module, BaseTunerLayer):
         )
         if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(device, self.training, self.told)
-        return loss_scale(device)
+        check_clip_is_safe(operand, self.training, self.told)
+        return loss_scale(operand.device)
 
 
 class _Read(NamedTuple):
@@ -613,7 +614,7 @@ class Linear(MapLayer):
             x = x.to(weight.dtype)
         if self._may_cache(x):
             return self._cached_product(x, names)
-        scale = self._loss_scale(names, x.device)
+        scale = self._loss_scale(names, x)
         return dual_lora_linear(x, weight, base.bias, [self.adapter(n) for n in names], scale)
 
     def _may_cache(self, x: Tensor) -> bool:
@@ -636,7 +637,7 @@ class Linear(MapLayer):
         """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
         base: Any = self.base_layer
         factors = [
-            a.factors if self._left_alone is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
+            a.factors if self.tied.get(n) is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
         ]
         return [base.weight, *(t for four in factors for t in four), *(a.scale for a in adapters)]
 
@@ -650,7 +651,7 @@ class Linear(MapLayer):
             weight: Any = self.get_base_layer().weight
             dtype = weight.dtype
             x = x.to(dtype) if dtype.is_floating_point else x
-        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
 
 
 def is_traced() -> bool:

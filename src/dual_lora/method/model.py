@@ -28,6 +28,7 @@ from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper, dispatch_parameter
+from .fast_paths import ReadLinear, is_read, set_fast_paths
 from .layer import DualLoraLayer, MapLayer, dispatch_default
 from .precision import Told
 from .quantized import QuantizedLinear, dispatch_quantized
@@ -62,6 +63,10 @@ class DualLoraModel(BaseTuner):
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
+        return [name.removesuffix(".base_layer") for name in super()._get_module_names_tied_with_embedding()]
+
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -95,6 +100,7 @@ class DualLoraModel(BaseTuner):
         configs: dict[str, Any] = self.peft_config
         is_reference = adapter_name == "ref" and configs["ref"] is configs.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        set_fast_paths(model)
         if is_reference:
             for layer in self._layers_with("default"):
                 _copy_factors(layer, "default", adapter_name)
@@ -136,7 +142,10 @@ class DualLoraModel(BaseTuner):
         options |= get_quantization_kwargs(self.model)
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
-        new = self._create_new_module(config, adapter_name, target, **options)
+        if is_read(parent, target):
+            new: nn.Module = ReadLinear(target, adapter_name, config=config, **options)
+        else:
+            new = self._create_new_module(config, adapter_name, target, **options)
         if is_tied:
             cast(DualLoraLayer, new).tie(adapter_name, cast(Any, self.model).get_input_embeddings())
         if adapter_name not in self.active_adapters:
@@ -188,9 +197,10 @@ class DualLoraModel(BaseTuner):
             self._refuse_shared_weights(adapter_names)
             self._tell_unfinished(adapter_names)
         layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self._tell_merge_errors(layers)
+        set_fast_paths(model)
         return model
 
     def _tell_unfinished(self, adapter_names: list[str] | None) -> None:
@@ -235,24 +245,28 @@ class DualLoraModel(BaseTuner):
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError where two layers that learn apart would merge into one weight."""
+        """Raise ValueError where a merge would change a module that holds the same weight without the same update."""
         if self._replicates_layers:
             return  # refused in words of its own
-        owners: dict[int, DualLoraLayer] = {}
-        for layer in self.model.modules():
-            if not isinstance(layer, MapLayer) or isinstance(layer, QuantizedLinear) or layer.shares_factors:
-                continue
+        holders: dict[int, list[nn.Module]] = {}
+        layers: dict[nn.Module, DualLoraLayer] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                holders.setdefault(id(parameter), []).append(module)
+            if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
+                layers[module.get_base_layer()] = module
+        for base, layer in layers.items():
             asked = layer.active_adapters if adapter_names is None else adapter_names
-            if not (layer.merged or layer._present(asked)):
-                continue
-            other = owners.setdefault(id(layer._merge_parameter()), layer)
-            if other is not layer:
-                raise ValueError(
-                    f"Cannot merge: {other.get_base_layer()} and {layer.get_base_layer()} share one weight, and each "
-                    "has an update of its own, so that no one weight gives what the unmerged model gives. Untie them "
-                    "first (`layer.weight = nn.Parameter(layer.weight.clone())` and `tie_word_embeddings=False`), or "
-                    "train with `ensure_weight_tying=True`, which gives both one update."
-                )
+            own = {*layer._present(asked), *layer.merged_adapters} - layer.tied.keys()
+            for other in holders.get(id(layer._merge_parameter()), ()) if own else ():
+                if other is not base and not (other in layers and own <= layers[other].tied.keys()):
+                    raise ValueError(
+                        f"Cannot merge: {base} and {other} share one weight, and the update of adapter "
+                        f"{', '.join(sorted(own))} is not the same in both, so that no one weight gives what the "
+                        "unmerged model gives. Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` "
+                        "and `tie_word_embeddings=False`), or train with `ensure_weight_tying=True`, which gives both "
+                        "one update."
+                    )
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -354,6 +368,8 @@ class DualLoraModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers_with(source):
             _copy_factors(layer, source, adapter_name)
+            if adapter_name in layer.tied:
+                continue  # the factors are the embedding's
             # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
             strength = weights[0] * layer.scaling[source] / layer.scaling[adapter_name]
             layer.factors(adapter_name).B.data.mul_(abs(strength))
@@ -382,8 +398,9 @@ class DualLoraModel(BaseTuner):
 
 def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
     """Factors and warm-up of one adapter to another one of the same ranks."""
-    for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
-        new.data.copy_(old.data)
+    if adapter_name not in layer.tied:
+        for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
+            new.data.copy_(old.data)
     layer._set_steps_left(adapter_name, layer.steps_left(source))
 
 

@@ -100,7 +100,7 @@ class QuantizedLinear(Linear):
         if self._may_cache(x):
             return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
-        scale = self._loss_scale(names, x.device)
+        scale = self._loss_scale(names, x)
         y = dual_lora_linear(x, self._ticket, bias, self._adapters(names), scale)
         return y if autocast is not None else y.to(given)
 
@@ -131,7 +131,7 @@ class QuantizedLinear(Linear):
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         x = self.dual_lora_dropout[name](x)
-        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x.device))
+        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
 
     # Merge.
 

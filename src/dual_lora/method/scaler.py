@@ -1,7 +1,8 @@
 """The fp16 gradient scaler, made known to the `clip` estimator.
 
 The clip looks at gradient values. Under a scaler of 65,536 it would clip 12.7 % of entries that are untouched without
-one (measured), and a layer cannot see the scaler. So `clip` under fp16 autocast is refused until the scaler is known.
+one (measured), and a layer cannot see the scaler. So `clip` in fp16, by autocast or by the base's dtype, is refused
+until the scaler is known.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _forget(scaler: torch.amp.GradScaler) -> None:
 
 @contextmanager
 def grad_scaler(scaler: torch.amp.GradScaler) -> Iterator[None]:
-    """Train `clip` under fp16 autocast: H is divided by the scaler's factor before the clip and multiplied after.
+    """Train `clip` in fp16: H is divided by the scaler's factor before the clip and multiplied after.
 
     >>> scaler = torch.amp.GradScaler("cuda")                           # doctest: +SKIP
     >>> with dual_lora.grad_scaler(scaler):                             # doctest: +SKIP
@@ -66,21 +67,24 @@ def loss_scale(device: torch.device) -> Tensor | None:
     return present.to(device=device, dtype=torch.float32, copy=True)
 
 
-def check_clip_is_safe(device: torch.device, training: bool, told: Told) -> None:
-    """Refuse `clip` under fp16 autocast with an unknown scaler, in words; in eval mode, mostly evaluation, warn."""
-    if _current is not None or autocast_dtype(device) != torch.float16:
+def check_clip_is_safe(operand: Tensor, training: bool, told: Told) -> None:
+    """Refuse `clip` in fp16 with an unknown scaler, in words; in eval mode, mostly evaluation, warn.
+
+    operand: what the layer computes with where autocast is off.
+    """
+    if _current is not None or (autocast_dtype(operand.device, operand.dtype) or operand.dtype) != torch.float16:
         return
     if training:
         raise RuntimeError(
-            "Dual LoRA's 'clip' estimator looks at gradient values, and under fp16 autocast a gradient scaler "
-            "multiplies them by up to 65,536 without a layer being able to see it: training would silently be "
-            "another method. Make the scaler known (`with dual_lora.grad_scaler(scaler): …`, or "
-            "`dual_lora.DualLoraCallback()` in a Trainer), train in bf16, or choose ste='identity' or 'hardtanh', "
-            "which are indifferent to scale."
+            "Dual LoRA's 'clip' estimator looks at gradient values, and in fp16 a gradient scaler multiplies them by "
+            "up to 65,536 without a layer being able to see it: training would silently be another method. Make the "
+            "scaler known (`with dual_lora.grad_scaler(scaler): …`, or `dual_lora.DualLoraCallback()` in a Trainer; "
+            "without a scaler, `torch.amp.GradScaler(enabled=False)`), train in bf16, or choose ste='identity' or "
+            "'hardtanh', which are indifferent to scale."
         )
     if not torch.compiler.is_compiling():
         told.once(
-            "A Dual LoRA model in eval mode runs under fp16 autocast with gradients. To evaluate, use torch.no_grad(). "
+            "A Dual LoRA model in eval mode runs in fp16 with gradients. To evaluate, use torch.no_grad(). "
             "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
             "'clip' estimator would otherwise clip scaled gradients."
         )

@@ -189,7 +189,7 @@ class _StandIn:
             self.part.of(a._replace(factors=Factors(next(summed), next(summed), next(summed), next(summed))))
             for a in whole
         ]
-        scale = layer._loss_scale(names, x.device)
+        scale = layer._loss_scale(names, x)
         return dual_lora_linear(x, weight if self.with_base else None, bias, mine, scale)
 
 

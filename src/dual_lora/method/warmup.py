@@ -1,8 +1,10 @@
 """The clock of the warm-up: λ rises with the optimizer's steps, without a call by the user.
 
 One global hook runs after every optimizer step. A layer's adapter is counted by the optimizer that holds its first
-trainable factor in the order B, A, D, C; a wrapper around an optimizer does not count (its inner one does), nor does a
-step that a gradient scaler has skipped. Layers that are past their warm-up, and seen to train, leave the hook's list.
+trainable factor in the order B, A, D, C. Of steps inside a step (a wrapper's, ZeroRedundancyOptimizer's, a subclass's)
+the outermost counts, for all that any of them holds; two optimizers that step on the same gradient count once; a step
+that a gradient scaler has skipped does not count. Layers that are past their warm-up, and seen to train, leave the
+hook's list. Updates without a torch.optim.Optimizer are counted by `count_step`.
 
 The hook also notices the worst failure of such methods, the silent no-op: factors that no optimizer holds, that get no
 gradient, or whose gradient stays zero.
@@ -10,18 +12,26 @@ gradient, or whose gradient stays zero.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from .cache import composed_weights
 
 # Steps after which a suspicion is spoken out. The first step has λ = 0 and gradients of zero by definition.
 OWN_STEPS_WATCHED = 4
 FOREIGN_STEPS_BORNE = 10
+BACKWARDS_BORNE = 100
+
+# What runs an optimizer's `step` between its hooks; the local variable `self` is the optimizer.
+_STEP = Optimizer.profile_hook_step(Optimizer.step).__code__  # type: ignore[attr-defined]
 
 
 class Clocked(Protocol):
@@ -33,24 +43,82 @@ class Clocked(Protocol):
     def step(self, adapter: str) -> None: ...
 
 
+class _Record:
+    """What was seen of one adapter of a layer."""
+
+    def __init__(self) -> None:
+        self.steps = 0  # counted
+        self.foreign = 0  # of optimizers without its factors, since the last counted one
+        self.backwards = 0  # since then, too
+        self.last: tuple[Any, Any, int] | None = None  # optimizer, gradient and its version at the last counted step
+
+    def is_same_step(self, optimizer: Optimizer, grad: Tensor | None) -> bool:
+        """Whether another optimizer has counted this gradient already; if not, it is counted now."""
+        version = 0 if grad is None else grad._version
+        if self.last is not None:
+            other, counted = self.last[0](), self.last[1]()
+            if other is not None and other is not optimizer and counted is grad and self.last[2] == version:
+                return True
+        self.last = weakref.ref(optimizer), (lambda: None) if grad is None else weakref.ref(grad), version
+        return False
+
+
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
-_own_steps: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
-_foreign_steps = 0
-_warned: set[str] = set()
+_records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDictionary()
+_inside: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()  # held by optimizers inside it
+_told: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 
 def watch(layer: Clocked) -> None:
     """Put a layer on the clock's list; it leaves by itself."""
     _layers.add(layer)
+    for adapter in layer.adapter_names():
+        factors = layer.trainable_factors(adapter)
+        if factors and factors[0].is_leaf and layer.steps_left(adapter):
+            hooks: Any = factors[0]._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            if not any(isinstance(hook, _Backward) for hook in (hooks or {}).values()):
+                _Backward(layer, adapter, factors[0])
+
+
+def count_step(model: nn.Module) -> None:
+    """Count one update of the adapters that train, where no torch.optim.Optimizer makes it.
+
+    The warm-up counts the steps of optimizers by itself. Call this after every update that is written by hand
+    (`p -= lr * p.grad`), made by an optimizer that is no torch.optim.Optimizer, or replayed from a CUDA graph.
+    """
+    composed_weights.clear()
+    layers: list[Any] = [module for module in model.modules() if module in _layers]
+    for layer in layers:
+        for adapter in layer.adapter_names():
+            if layer.trainable_factors(adapter):
+                _count(layer, adapter)
+
+
+def _count(layer: Clocked, adapter: str) -> _Record:
+    record = _record(layer, adapter)
+    record.steps, record.foreign, record.backwards = record.steps + 1, 0, 0
+    layer.step(adapter)
+    return record
+
+
+def _record(layer: Clocked, adapter: str) -> _Record:
+    return _records.setdefault(layer, {}).setdefault(adapter, _Record())
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    global _foreign_steps
-    if not _layers or _wraps_another(optimizer) or _was_skipped(optimizer):
+    composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
+    if not _layers or _was_skipped(optimizer):
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = False
-    orphans: list[str] = []
+    outermost = _outermost()
+    if outermost is not None:
+        _inside.setdefault(outermost, set()).update(held)
+        return
+    if optimizer in _inside:
+        if not _inside[optimizer]:
+            return  # what it wraps made no step: a gradient scaler inside it has skipped this one
+        held |= _inside[optimizer]
+        _inside[optimizer] = set()
     for layer in list(_layers):
         done = True
         for adapter in layer.adapter_names():
@@ -58,38 +126,36 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if not factors:
                 done = done and layer.steps_left(adapter) == 0  # it may be chosen to train later
                 continue
-            steps = _own_steps.setdefault(layer, {})
+            record = _record(layer, adapter)
             if id(factors[0]) in held:
-                own = True
-                steps[adapter] = steps.get(adapter, 0) + 1
-                if steps[adapter] <= OWN_STEPS_WATCHED:
-                    _check_gradients(adapter, factors, steps[adapter])
-                layer.step(adapter)
+                if not record.is_same_step(optimizer, factors[0].grad):
+                    _count(layer, adapter)
+                    if record.steps == OWN_STEPS_WATCHED:
+                        _check_gradients(optimizer, adapter, factors, record.steps)
             elif factors[0].grad is not None:
-                orphans.append(adapter)
-            done = done and layer.steps_left(adapter) == 0 and steps.get(adapter, 0) >= OWN_STEPS_WATCHED
+                record.foreign += 1
+                if record.foreign == FOREIGN_STEPS_BORNE:
+                    _tell_foreign(optimizer, adapter, record.foreign)
+            done = done and layer.steps_left(adapter) == 0 and record.steps >= OWN_STEPS_WATCHED
         if done and layer.adapter_names():
             _layers.discard(layer)
-    _foreign_steps = 0 if own or not orphans else _foreign_steps + 1
-    if _foreign_steps == FOREIGN_STEPS_BORNE:
-        _warn(
-            f"The factors of the Dual LoRA adapter {orphans[0]!r} get gradients, but in {_foreign_steps} optimizer "
-            "steps no optimizer held them: they do not move and their warm-up does not advance. Build the optimizer "
-            "from the model's trainable parameters after the adapter was added (and after moving or sharding the "
-            "model)."
-        )
 
 
 register_optimizer_step_post_hook(torch._dynamo.disable(_after_step))
 
 
-def _wraps_another(optimizer: Optimizer) -> bool:
-    """accelerate's, and most other, wrappers are optimizers that keep the real one, or several, in an attribute."""
-    for value in vars(optimizer).values():
-        several = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(one, Optimizer) for one in several):
-            return True
-    return False
+def _outermost() -> Optimizer | None:
+    """The optimizer in whose step the present one is made, by the call stack; None if that is the outermost itself.
+
+    A list kept by hooks before and after a step would be wrong for ever after a step that raised an error.
+    """
+    running = []
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP:
+            running.append(frame.f_locals["self"])
+        frame = frame.f_back  # type: ignore[assignment]
+    return running[-1] if len(running) > 1 else None
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
@@ -98,25 +164,64 @@ def _was_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def _check_gradients(adapter: str, factors: list[Tensor], steps: int) -> None:
-    if steps < OWN_STEPS_WATCHED:
-        return
+class _Backward:
+    """Counts, during the warm-up, the backward passes into an adapter's first factor."""
+
+    def __init__(self, layer: Clocked, adapter: str, factor: Tensor):
+        self._layer, self._adapter = weakref.ref(layer), adapter
+        self._handle: RemovableHandle = factor.register_post_accumulate_grad_hook(self)
+
+    def __call__(self, factor: Tensor) -> None:
+        layer = self._layer()
+        if layer is None or self._adapter not in layer.adapter_names() or not layer.steps_left(self._adapter):
+            self._handle.remove()
+            return
+        record = _record(layer, self._adapter)
+        record.backwards += 1
+        if record.backwards == BACKWARDS_BORNE:
+            for other in _layers:
+                for seen in _records.get(other, {}).values():
+                    seen.backwards = BACKWARDS_BORNE  # told for all of them
+            warnings.warn(
+                f"Gradients of the Dual LoRA adapter {self._adapter!r} were computed {BACKWARDS_BORNE} times without "
+                f"an optimizer step, and its warm-up waits for {layer.steps_left(self._adapter)} more. If you write to "
+                "the parameters yourself, or by an optimizer that is no torch.optim.Optimizer, call "
+                "`dual_lora.count_step(model)` after every update, or set warmup_steps=0. If you accumulate as many "
+                "gradients, all is well.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], steps: int) -> None:
     grads = [f.grad for f in factors if f.grad is not None]
     if not grads:
-        _warn(
+        _tell(
+            optimizer,
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
-            "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?"
+            "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
     elif not any(bool(g.any()) for g in grads):
-        _warn(
+        _tell(
+            optimizer,
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
-            f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?"
+            f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
         )
 
 
-def _warn(message: str) -> None:
-    key = message[:60]
-    if key not in _warned:
-        _warned.add(key)
+def _tell_foreign(optimizer: Optimizer, adapter: str, steps: int) -> None:
+    _tell(
+        optimizer,
+        f"The factors of the Dual LoRA adapter {adapter!r} get gradients, but in {steps} optimizer steps no optimizer "
+        "held them: they do not move and their warm-up does not advance. Build the optimizer from the model's "
+        "trainable parameters after the adapter was added (and after moving or sharding the model).",
+    )
+
+
+def _tell(optimizer: Optimizer, message: str) -> None:
+    """Warn once a run, which is an optimizer, and not once a layer."""
+    told = _told.setdefault(optimizer, set())
+    if message not in told:
+        told.add(message)
         warnings.warn(message, UserWarning, stacklevel=3)

@@ -1,0 +1,56 @@
+"""Modules of PyTorch that read the weights off their children and leave the children's forward out.
+
+An adapter below them would be the base without a word. Encoder layers do so in inference alone: that is switched off
+while an adapter is below them. The others are given the composed weight to read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..core.compose_op import dual_lora_weight
+from ..core.op import autocast_dtype
+from .layer import DualLoraLayer, Linear
+
+# What each module looks at before it takes its fast path, and nowhere else.
+_SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+_READERS = tuple(getattr(nn, name) for name in ("MultiheadAttention", "LinearCrossEntropyLoss") if hasattr(nn, name))
+
+
+def set_fast_paths(model: nn.Module) -> None:
+    """Switch fast paths off above adapted layers, and on again where there is none any more."""
+    for module in model.modules():
+        for kind, switch in _SWITCHES.items():
+            if isinstance(module, kind):
+                kept = vars(module)
+                kept.setdefault("_dual_lora_switch", kept.get(switch, False))
+                adapted = any(isinstance(m, DualLoraLayer) for m in module.modules())
+                setattr(module, switch, False if adapted else kept["_dual_lora_switch"])
+
+
+def is_read(parent: nn.Module, layer: nn.Module) -> bool:
+    """Whether this linear layer is one whose weight its parent reads in place of calling it."""
+    return isinstance(parent, _READERS) and type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+
+
+class ReadLinear(Linear):
+    """Dual LoRA on a linear layer whose weight is read."""
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As for every layer, without dropout."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.dual_lora_dropout[adapter_name] = nn.Identity()
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΣΔW over the active adapters."""
+        weight: Any = self.get_base_layer().weight
+        names = self._present(self.active_adapters)
+        if self.merged or self.disable_adapters or not names:
+            return weight
+        dtype = autocast_dtype(weight.device) or weight.dtype
+        scale = self._loss_scale(names, weight)
+        return dual_lora_weight(weight, [self.adapter(n) for n in names], scale, dtype=dtype)
