@@ -28,6 +28,7 @@ SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_RANK = 256
+_NOTHING = nullcontext()
 
 
 def implementation(
@@ -71,8 +72,11 @@ def triton(device: torch.device) -> ModuleType | None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on this device, or None where it is off (or, as on "meta", does not exist)."""
-    # Tracing torch 2.6 breaks the graph at the second question; what can be traced has an autocast.
-    known = device.type != "meta" and (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type))
+    # Tracing torch 2.6 breaks the graph at the other questions; what can be traced has an autocast.
+    compiling = torch.compiler.is_compiling()
+    if not (compiling or torch._C._is_any_autocast_enabled()):
+        return None
+    known = device.type != "meta" and (compiling or torch.amp.is_autocast_available(device.type))
     if not known or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
@@ -80,8 +84,8 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
+    if not (torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type)):
+        return _NOTHING
     return torch.autocast(device.type, enabled=False)
 
 

@@ -2,6 +2,9 @@
 
 `torch.ops.dual_lora.linear` keeps x, W and the factors for backward and nothing of the weight's size. It is opaque to
 torch.compile, which is meant: its blocks are the optimisation.
+
+Eager mode calls the same two functions from a plain `torch.autograd.Function`: a registered operator with lists of
+tensors costs some 200 µs of Python a layer, which is longer than a layer takes on a GPU below T = 2048.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.nn import Parameter
 
 from .blocked import Adapter, Needs, RowSource
 from .dispatch import (
@@ -24,6 +29,8 @@ from .dispatch import (
 from .ticket import Ticket, source_of, ticket
 
 __all__ = ["autocast_dtype", "dual_lora_linear"]
+
+_PLAIN = Tensor, Parameter
 
 # `weight` is a matrix, or a ticket's number: then nothing dequantised is kept.
 torch.library.define(
@@ -71,7 +78,27 @@ def dual_lora_linear(
         if not isinstance(weight, Ticket):
             weight = ticket(partial(_itself, weight), weight.shape)
         weight = weight.number
+    if nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors):
+        if torch.is_grad_enabled():
+            return _Linear.apply(x, weight, bias, loss_scale, forms, *factors, *scales)
+        return _linear(x, weight, bias, factors, scales, forms, loss_scale)
     return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
+
+
+def nobody_watches() -> bool:
+    """Whether nothing wants to see the operator itself: no compiler, no tracer, no mode (fake tensors, selective
+    checkpointing, counters of flops), no transform."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or _functorch.peek_interpreter_stack()
+    )
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all of these are tensors with values, and of no class that sees operators (DTensor, fake tensors)."""
+    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
 
 
 def _itself(source: RowSource) -> RowSource:
@@ -82,17 +109,18 @@ def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapter
     first = adapters[0].factors
     O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
     for (A, B, C, D), _, _ in adapters:
-        r1, r2 = A.shape[0], C.shape[0]
-        expected = {"A": (r1, I), "B": (O, r1), "C": (r2, I), "D": (O, r2)}
-        received = {name: tuple(f.shape) for name, f in zip("ABCD", (A, B, C, D), strict=True)}
+        received = A.shape, B.shape, C.shape, D.shape
+        r1, r2 = received[0][0], received[2][0]
+        expected = (r1, I), (O, r1), (r2, I), (O, r2)
         if received != expected:
-            raise ValueError(f"Factors of shapes {received} do not fit a weight [{O}, {I}]: expected {expected}.")
-        if x.shape[-1] != I:
-            raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
+            got, wanted = (dict(zip("ABCD", map(tuple, shapes), strict=True)) for shapes in (received, expected))
+            raise ValueError(f"Factors of shapes {got} do not fit a weight [{O}, {I}]: expected {wanted}.")
+    if x.shape[-1] != I:
+        raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
@@ -104,17 +132,15 @@ def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
 # that take the blocks. Autocast is off inside, so that P and Q stay fp32.
 
 
-@torch.library.impl("dual_lora::linear", "default")
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
     with without_autocast(x.device):
         adapters, weight = adapters_of(factors, scales, forms), _opened(weight)
         y = implementation(x.device, x.dtype, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: nn.ReLU(inplace=True) may follow
 
 
-@torch.library.impl("dual_lora::linear_backward", "default")
 def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
     adapters = adapters_of(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
@@ -130,6 +156,10 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     if grads.factors is not None:
         out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
     return out
+
+
+torch.library.impl("dual_lora::linear", "default", _linear)
+torch.library.impl("dual_lora::linear_backward", "default", _linear_backward)
 
 
 @torch.library.register_fake("dual_lora::linear")
@@ -149,29 +179,57 @@ def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, ne
 
 def _setup(ctx, inputs, output):
     x, weight, bias, factors, scales, forms, loss_scale = inputs
-    ctx.save_for_backward(x, weight, loss_scale, *factors, *scales)
+    _keep(ctx, x, weight, bias, loss_scale, forms, (*factors, *scales))
+
+
+def _keep(ctx, x, weight, bias, loss_scale, forms, tensors):
+    # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
+    ctx.save_for_backward(x, weight, loss_scale, *tensors)
     ctx.forms, ctx.bias_dtype = forms, None if bias is None else bias.dtype
 
 
 def _backward(ctx, dy):
     need_x, need_weight, need_bias, need_factors, *_ = ctx.needs_input_grad
+    dx, dW, db, *dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors)
+    return dx, dW, db, dF, [None] * len(ctx.forms), None, None
+
+
+def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
+    """dx, dW, dbias and the factors' gradients in a row; None where no gradient is wanted."""
     x, weight, loss_scale, *rest = ctx.saved_tensors
-    n = len(ctx.forms)
-    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
+    n = 4 * len(ctx.forms)
     needs = bool(need_x), bool(need_weight), any(need_factors)
-    out = iter(
-        torch.ops.dual_lora.linear_backward(dy, x, weight, factors, scales, ctx.forms, loss_scale, *needs)
-        if any(needs)
-        else ()
-    )
+    out = iter(())
+    if any(needs):
+        # With create_graph=True the operator's own backward raises the error for a second derivative.
+        direct = nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight)
+        function = _linear_backward if direct else torch.ops.dual_lora.linear_backward
+        out = iter(function(dy, x, weight, rest[:n], rest[n:], ctx.forms, loss_scale, *needs))
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[2] else [None] * 4 * n
-    return dx, dW, db, dF, [None] * n, None, None
+    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[2] else [None] * n
+    return dx, dW, db, *dF
 
 
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
+
+
+class _Linear(torch.autograd.Function):
+    """The operator without the dispatcher: the same computation, the same saved tensors, the same gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, loss_scale, forms, *tensors):
+        _keep(ctx, x, weight, bias, loss_scale, forms, tensors)
+        n = 4 * len(forms)
+        return _linear(x, weight, bias, tensors[:n], tensors[n:], forms, loss_scale)
+
+    @staticmethod
+    def backward(ctx, dy):
+        need_x, need_weight, need_bias, _, _, *need = ctx.needs_input_grad
+        n = len(ctx.forms)
+        dx, dW, db, *dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need[: 4 * n])
+        return dx, dW, db, None, None, *dF, *[None] * n
 
 
 torch.library.register_autograd("dual_lora::linear_backward", refuse_double_backward)

@@ -21,6 +21,7 @@ from .ieee import ieee_fp32
 Ste = Literal["clip", "identity", "hardtanh"]
 Magnitude = Literal["relu", "identity"]
 Direction = Literal["sign", "identity"]
+_STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(Direction)
 
 
 class Factors(NamedTuple):
@@ -53,32 +54,25 @@ class Form(NamedTuple):
 
     def check(self) -> Form:
         """Return self, or raise ValueError naming the unknown choice and the known ones."""
-        for field, kind in (("ste", Ste), ("magnitude", Magnitude), ("direction", Direction)):
-            value, known = getattr(self, field), get_args(kind)
-            if value not in known:
+        for field, known in zip(self._fields, (_STES, _MAGNITUDES, _DIRECTIONS), strict=False):
+            if (value := getattr(self, field)) not in known:
                 raise ValueError(f"Unknown {field} {value!r}: choose one of {', '.join(map(repr, known))}.")
         return self
 
     @property
     def code(self) -> int:
         """This form as one integer, the shape in which operators take it."""
-        ste, magnitude, direction = (get_args(kind) for kind in (Ste, Magnitude, Direction))
         return (
-            ste.index(self.ste)
-            | magnitude.index(self.magnitude) << 2
-            | direction.index(self.direction) << 3
+            _STES.index(self.ste)
+            | _MAGNITUDES.index(self.magnitude) << 2
+            | _DIRECTIONS.index(self.direction) << 3
             | int(self.live_zero) << 4
         )
 
     @classmethod
     def from_code(cls, code: int) -> Form:
         """The inverse of `code`."""
-        return cls(
-            get_args(Ste)[code & 3],
-            get_args(Magnitude)[code >> 2 & 1],
-            get_args(Direction)[code >> 3 & 1],
-            bool(code >> 4 & 1),
-        )
+        return cls(_STES[code & 3], _MAGNITUDES[code >> 2 & 1], _DIRECTIONS[code >> 3 & 1], bool(code >> 4 & 1))
 
 
 def scaling(alpha: float, r1: int, r2: int) -> float:
