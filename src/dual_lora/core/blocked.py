@@ -62,6 +62,8 @@ class Adapter(NamedTuple):
     def working(self) -> Adapter:
         """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
+        if all(t.dtype == dtype for t in (*self.factors, self.scale)):
+            return self
         return Adapter(Factors(*(f.to(dtype) for f in self.factors)), self.scale.to(dtype), self.form)
 
 

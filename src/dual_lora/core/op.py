@@ -9,7 +9,7 @@ tensors costs some 200 µs of Python a layer, which is longer than a layer takes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -199,7 +199,7 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     x, weight, loss_scale, *rest = ctx.saved_tensors
     n = 4 * len(ctx.forms)
     needs = bool(need_x), bool(need_weight), any(need_factors)
-    out = iter(())
+    out: Iterator[Tensor] = iter(())
     if any(needs):
         # With create_graph=True the operator's own backward raises the error for a second derivative.
         direct = nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight)
@@ -208,7 +208,9 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)] if needs[2] else [None] * n
+    dF = [None] * n
+    if needs[2]:
+        dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)]
     return dx, dW, db, *dF
 
 
