@@ -173,7 +173,7 @@ def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
 @torch.library.impl("dual_lora::weight_backward", "default")
 def _weight_backward(G, factors, scales, forms, loss_scale, routed):
     adapters = adapters_of(factors, scales, forms)
-    computes = implementation(G.device, G.dtype, None, adapters)
+    computes = implementation(G.device, G.dtype, None, adapters, (None, G, loss_scale))
     with without_autocast(G.device):
         if computes is not blocked:
             grads = computes.factor_gradients(G, adapters, loss_scale, routed)

@@ -32,9 +32,16 @@ _NOTHING = nullcontext()
 
 
 def implementation(
-    device: torch.device, dtype: torch.dtype, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]
+    device: torch.device,
+    dtype: torch.dtype,
+    weight: Tensor | RowSource | None,
+    adapters: Sequence[Adapter],
+    gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None = None,
 ) -> ModuleType:
-    """`triton_linear` or `blocked`, for x, G or a composed weight of that dtype on that device."""
+    """`triton_linear` or `blocked`, for x, G or a composed weight of that dtype on that device.
+
+    gradient_of: dy and x, or None and G, and the gradient scaler's factor, where the factors' gradients are wanted.
+    """
     known = (
         device.type == "cuda"
         and dtype in DTYPES
@@ -44,7 +51,7 @@ def implementation(
         and os.environ.get(SWITCH) != "plain"
     )
     kernels = triton(device) if known else None
-    return kernels if kernels is not None and kernels.agrees_with_blocked(device, dtype) else blocked
+    return kernels if kernels is not None and kernels.are_right(dtype, weight, adapters, gradient_of) else blocked
 
 
 @functools.cache

@@ -145,9 +145,10 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     adapters = adapters_of(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
     with without_autocast(x.device):
-        source = _opened(weight)
-        computes = implementation(x.device, x.dtype, source, adapters)
-        grads = computes.backward(_rows(dy), _rows(x), source, adapters, loss_scale, needs)
+        source, dy, rows = _opened(weight), _rows(dy), _rows(x)
+        of = (dy, rows, loss_scale) if need_factors else None
+        computes = implementation(x.device, x.dtype, source, adapters, of)
+        grads = computes.backward(dy, rows, source, adapters, loss_scale, needs)
     out = []
     if grads.x is not None:
         out.append(grads.x.view(x.shape))
@@ -208,7 +209,7 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    dF = [None] * n
+    dF: list[Tensor | None] = [None] * n
     if needs[2]:
         dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)]
     return dx, dW, db, *dF

@@ -60,7 +60,7 @@ def compose(
         return out
     tile = TILES[triton_launch.target(out.device)]
     with triton_launch.on(out.device):
-        compose_kernel[(triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols), batch)](
+        compose_kernel[(triton_launch.count(s.O, tile.rows) * triton_launch.count(s.I, tile.cols), batch)](
             out,
             weight,
             routed,

@@ -64,6 +64,7 @@ def factor_gradients(
     loss_scale: Tensor | None = None,
     deterministic: bool | None = None,
     routed: Tensor | None = None,
+    tile: Tile | None = None,
 ) -> list[Factors]:
     """dA, dB, dC, dD of each adapter, fp32, in the shapes of its factors.
 
@@ -72,6 +73,7 @@ def factor_gradients(
     loss_scale: one fp32 number on the device; the "clip" estimator acts on H / loss_scale.
     deterministic: the same bits in every run. By default torch.are_deterministic_algorithms_enabled().
     routed: int64 [N], the experts whose G is read; the gradients of the others are zero.
+    tile: by default what `tile_for` chooses.
 
     Raises ValueError for shapes or dtypes that do not fit together.
     """
@@ -82,8 +84,8 @@ def factor_gradients(
     batch = s.batch if routed is None else routed.numel()
     if batch * s.O * s.I * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
-    tile = _tile(s, batch, x)
-    down, across = triton.cdiv(s.O, tile.rows), triton.cdiv(s.I, tile.cols)
+    tile = tile or tile_for(s.O, s.I, batch, x)
+    down, across = triton_launch.count(s.O, tile.rows), triton_launch.count(s.I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
     with triton_launch.on(x.device):
         gradient_kernel[(down * across, batch)](
@@ -157,11 +159,11 @@ def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
         raise ValueError(f"{' and '.join(named)} of {dtypes}: cast them to the same, one of {known}.")
 
 
-def _tile(s: triton_launch.Stack, batch: int, x: Tensor) -> Tile:
+def tile_for(O: int, I: int, batch: int, x: Tensor) -> Tile:
     """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest."""
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
     for tile in tiles:
-        programs = batch * triton.cdiv(s.O, tile.rows) * triton.cdiv(s.I, tile.cols)
+        programs = batch * triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols)
         if 4 * programs >= 3 * triton_launch.processors(x.device):
             return tile
     return tiles[-1]

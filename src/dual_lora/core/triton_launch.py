@@ -10,6 +10,7 @@ tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA be
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .blocked import Adapter
+from .reference import Form
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
@@ -55,6 +57,7 @@ class Stack(NamedTuple):
     I: int
 
 
+@functools.cache
 def target(device: torch.device) -> str:
     """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU.
 
@@ -81,6 +84,7 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Number of multiprocessors, of which a grid should fill each at least once."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
@@ -98,15 +102,17 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     *E, O, I = shape
-    for factors, scale, _ in adapters:
-        r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
+    for (a, b, c, d), scale, _ in adapters:
+        received = a.shape, b.shape, c.shape, d.shape
+        r1, r2 = received[0][-2], received[2][-2]
         expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
-        received = tuple(tuple(f.shape) for f in factors)
         if received != expected:
-            raise ValueError(f"Factors A, B, C, D of shapes {received} do not fit together: expected {expected}.")
-        for name, tensor in (*factors._asdict().items(), ("scale", scale)):
-            if tensor.dtype != torch.float32:
-                raise ValueError(f"{name} is {tensor.dtype}: the kernels take torch.float32 alone (Adapter.working).")
+            shapes = tuple(map(tuple, received))
+            raise ValueError(f"Factors A, B, C, D of shapes {shapes} do not fit together: expected {expected}.")
+        if not a.dtype == b.dtype == c.dtype == d.dtype == scale.dtype == torch.float32:
+            dtypes = dict(zip(("A", "B", "C", "D", "scale"), (t.dtype for t in (a, b, c, d, scale)), strict=True))
+            name, wrong = next((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
+            raise ValueError(f"{name} is {wrong}: the kernels take torch.float32 alone (Adapter.working).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
     A, B, C, D = (tuple(f.contiguous() for f in letter) for letter in zip(*(a.factors for a in adapters), strict=True))
@@ -118,12 +124,22 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         scales=tuple(a.scale for a in adapters),
         r1=tuple(f.shape[-2] for f in A),
         r2=tuple(f.shape[-2] for f in C),
-        forms=tuple(a.form.check().code for a in adapters),
+        forms=tuple(_code(a.form) for a in adapters),
         shape=shape,
         batch=E[0] if E else 1,
         O=O,
         I=I,
     )
+
+
+@functools.cache
+def _code(form: Form) -> int:
+    return form.check().code
+
+
+def count(size: int, tile: int) -> int:
+    """How many tiles cover `size`. (Triton's `cdiv` takes 5 µs of Python a call.)"""
+    return -(-size // tile)
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:

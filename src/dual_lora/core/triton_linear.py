@@ -4,22 +4,20 @@ Forward composes W + ΣΔW of one layer in x's dtype and leaves the product to t
 when the call returns. In backward it is composed again for dx, and the factors' gradients come from one kernel that
 keeps G = dyᵀx in registers. A quantised weight is dequantised into a temporary first.
 
-The kernels were judged in Triton's interpreter and compiled ahead for several cards. A card that is met for the first
-time has to show that they agree with `blocked` there, before anything is computed with them.
+The kernels were judged in Triton's interpreter and compiled ahead for several cards. `triton_check` tries each way of
+launching them on the card before anything is computed with it.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import blocked, triton_compose, triton_gradient
+from . import triton_check, triton_compose, triton_gradient
 from .blocked import Adapter, Gradients, Needs, RowSource
-from .reference import Factors, Form
+from .reference import Factors
 
 
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:
@@ -65,49 +63,16 @@ def factor_gradients(
     return triton_gradient.factor_gradients(None, G, working, loss_scale, routed=routed)
 
 
-@functools.cache
-def agrees_with_blocked(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether value and all gradients of a small case agree on this device; warns, and stays with `blocked`, if not."""
-    try:
-        worst = disagreement(device, dtype)
-    except Exception as error:  # whatever a compiler or driver may say: training goes on without the kernels
-        worst, reason = float("inf"), f"{type(error).__name__}: {error}"
-    else:
-        reason = f"they differ from PyTorch's result by {worst:.2g} of its largest entry"
-    tolerance = 1e-3 if dtype == torch.float32 else 4e-2
-    if worst <= tolerance:
+def are_right(
+    dtype: torch.dtype,
+    weight: Tensor | RowSource | None,
+    adapters: Sequence[Adapter],
+    gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None,
+) -> bool:
+    """Whether the kernels compute right on this card, launched as this call would launch them."""
+    if not triton_check.is_right(triton_check.composing(weight, adapters, dtype)):
+        return False
+    if gradient_of is None:
         return True
-    warnings.warn(
-        f"Dual LoRA's Triton kernels are not used on {torch.cuda.get_device_name(device)} in {dtype}: {reason}. The "
-        "plain path computes the same, slower. Please report this card.",
-        UserWarning,
-        stacklevel=2,
-    )
-    return False
-
-
-def disagreement(device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference from `blocked` in y, dx and the factors' gradients, relative to each one's largest entry.
-
-    P and Q are integers here, so that no sign hangs on a rounding.
-    """
-    T, O, I, r = 48, 100, 72, 8
-    generator = torch.Generator().manual_seed(0)
-
-    def integers(*shape: int) -> Tensor:
-        return torch.randint(-2, 3, shape, generator=generator).float().to(device)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    factors = Factors(integers(r, I), integers(O, r), integers(r, I), integers(O, r))
-    adapters = [Adapter(factors, torch.tensor(0.01, device=device), Form())]
-    x, dy, weight = normal(T, I), normal(T, O), normal(O, I)
-    needs = Needs(True, False, True)
-    got, judge = backward(dy, x, weight, adapters, None, needs), blocked.backward(dy, x, weight, adapters, None, needs)
-    ours, theirs = ([grads.x, *grads.factors[0]] for grads in (got, judge))  # type: ignore[index]
-    pairs = [
-        (forward(x, weight, adapters), blocked.forward(x, weight, adapters)),
-        *zip(ours, theirs, strict=True),
-    ]
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)  # type: ignore[union-attr]
+    dy, x, loss_scale = gradient_of
+    return triton_check.is_right(triton_check.differentiating(dy, x, adapters, loss_scale is not None))

@@ -1,0 +1,230 @@
+"""Whether this card computes right by the kernels: each way of launching them is first tried on a small problem.
+
+A compiler makes another program of a kernel for every tile, dtype, rank, form and alignment, and one of them may be
+wrong where the others are right. So before a kernel is launched in a way that it was not launched in before, the same
+program runs on a weight of one whole and one cut tile in each direction, and has to agree with fp64. P, Q and G are
+small integers there: no sign depends on a rounding, and no sum on TF32 or on the order of atomic additions.
+
+Verdicts are kept, in this process: a trial takes a millisecond once Triton has compiled, which the launch itself needs
+(and Triton keeps what it compiled on disk), while a verdict on disk would outlive the driver that it was found with. An
+error is no verdict. Out of memory, or a CUDA graph that is being captured, says nothing about a kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import triton_compose, triton_gradient, triton_launch
+from .blocked import Adapter, RowSource
+from .reference import Factors, Form, delta_weight, product_gradients
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Largest error against fp64, relative to the largest entry: some roundings of the dtype."""
+
+TRIES = 3  # errors of one launch, of which a compiler's come again and a driver's may not, before it is given up
+
+_verdicts: dict[Launch, bool] = {}
+_errors: Counter[Launch] = Counter()
+
+
+class Layout(NamedTuple):
+    """What the compiler knows of a matrix, or of a batch of them."""
+
+    dtype: torch.dtype
+    aligned: bool  # its first entry, to 16 bytes
+    strides: tuple[int, ...]  # each as `kind` has it
+
+
+class Launch(NamedTuple):
+    """All that makes another program of a kernel."""
+
+    kernel: str  # "compose", or "gradient"
+    device: torch.device
+    deterministic: bool
+    tile: triton_launch.Tile
+    sizes: tuple[int, ...]  # T, O, I (and experts), each as `kind` has it; 0 for a T that there is not
+    ranks: tuple[tuple[int, int, Form], ...]
+    tensors: tuple[Layout | None, ...]  # compose: the weight and the result; gradient: dy and x, or None and G
+    scaled: bool = False  # the loss, by a gradient scaler
+
+
+def kind(n: int) -> int:
+    """What the compiler knows of a number: that it is 1, that 16 divides it (16), or nothing (0)."""
+    return 1 if n == 1 else 0 if n % 16 else 16
+
+
+def layout(t: Tensor | None) -> Layout | None:
+    """What the compiler knows of a tensor."""
+    return None if t is None else Layout(t.dtype, t.data_ptr() % 16 == 0, tuple(map(kind, t.stride())))
+
+
+def composing(weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Launch:
+    """The launch that composes W + ΣΔW. A quantised weight is dequantised row by row, most likely to that dtype."""
+    B, A = adapters[0].factors.B, adapters[0].factors.A
+    sizes = 0, kind(B.shape[-2]), kind(A.shape[-1]), *map(kind, B.shape[:-2])
+    fresh = Layout(dtype, True, (kind(A.shape[-1]), 1))
+    tile = triton_compose.TILES[triton_launch.target(B.device)]
+    tensors = layout(weight) if weight is None or isinstance(weight, Tensor) else fresh, fresh
+    return Launch("compose", B.device, False, tile, sizes, _ranks(adapters), tensors)
+
+
+def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], scaled: bool) -> Launch:
+    """The launch that makes the factors' gradients from dy and x, or from G in the place of x."""
+    B, A = adapters[0].factors.B, adapters[0].factors.A
+    O, I, experts = B.shape[-2], A.shape[-1], B.shape[:-2]
+    sizes = 0 if dy is None else kind(x.shape[0]), kind(O), kind(I), *map(kind, experts)
+    tile = triton_gradient.tile_for(O, I, experts[0] if experts else 1, x)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    ranks, tensors = _ranks(adapters), (layout(dy), layout(x))
+    return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled)
+
+
+def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, int, Form]]) -> Iterator[Launch]:
+    """Every way in which the kernels are launched with these ranks and that dtype: tile, alignment, order of sums."""
+    target = triton_launch.target(device)
+    for n, strides in ((16, (16, 1)), (0, (0, 1))):  # aligned, and shifted by one entry with rows of odd length
+        place = Layout(dtype, n == 16, strides)
+        size = n, n, n
+        tile = triton_compose.TILES[target]
+        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (place, Layout(dtype, True, strides)))
+        for tile in triton_gradient.TILES[target, dtype.itemsize]:
+            for deterministic in (False, True):
+                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (place, place))
+            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, place))
+
+
+def _ranks(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, Form], ...]:
+    return tuple((f.A.shape[-2], f.C.shape[-2], form) for f, _, form in adapters)
+
+
+def is_right(launch: Launch) -> bool:
+    """Whether the kernel computes right when it is launched so. Warns, once, where it does not."""
+    verdict = _verdicts.get(launch)
+    return _find(launch) if verdict is None else verdict
+
+
+def _find(launch: Launch) -> bool:
+    if launch.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False  # nothing can be read back now; the capture's warm-up finds the verdict
+    try:
+        worst = error(launch)
+    except torch.OutOfMemoryError:
+        return False
+    except Exception as broken:  # whatever a compiler or driver may say: training goes on without the kernel
+        _errors[launch] += 1
+        if _errors[launch] < TRIES:
+            return False
+        reason = f"{type(broken).__name__}: {broken}"
+    else:
+        if worst <= TOLERANCE[_input(launch)]:
+            _verdicts[launch] = True
+            return True
+        reason = f"it differs from fp64 by {worst:.2g} of the largest entry"
+    _verdicts[launch] = False
+    warnings.warn(
+        f"Dual LoRA's {launch.kernel} kernel is not used with {_input(launch)} and tiles of {launch.tile.rows} × "
+        f"{launch.tile.cols} on {_name(launch.device)}: {reason}. PyTorch's own operations compute the same, slower. "
+        "`dual-lora gpu-check` tries every way of launching it; please report what it says.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def _input(launch: Launch) -> torch.dtype:
+    """The dtype that the kernel computes for: that of the composed weight, of x or of G."""
+    last = launch.tensors[-1]
+    assert last is not None
+    return last.dtype
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
+
+
+def error(launch: Launch) -> float:
+    """The largest error of this launch on a small problem, against fp64 and relative to each result's largest entry."""
+    generator = torch.Generator().manual_seed(0)
+    tile = launch.tile
+    edges = {1: 0, 16: 48, 0: 37}  # beside a whole tile, a part of one
+    T, O, I = (
+        1 if k == 1 else n + edges[k] for n, k in zip((tile.tokens, tile.rows, tile.cols), launch.sizes, strict=False)
+    )
+    lead = tuple(2 if k == 0 else k for k in launch.sizes[3:])
+
+    def integers(*shape: int, most: int = 1) -> Tensor:
+        return torch.randint(-most, most + 1, shape, generator=generator).double().to(launch.device)
+
+    adapters = []
+    for r1, r2, form in launch.ranks:
+        shapes = (*lead, r1, I), (*lead, O, r1), (*lead, r2, I), (*lead, O, r2)
+        factors = Factors(*(integers(*shape).float() for shape in shapes))
+        adapters.append(Adapter(factors, torch.tensor(2.0**-6, device=launch.device), form))
+    loss_scale = torch.tensor(8.0, device=launch.device) if launch.scaled else None
+    if launch.kernel == "compose":
+        weight, result = launch.tensors
+        assert result is not None
+        W = None if weight is None else _placed(integers(*lead, O, I, most=100) / 64, weight)
+        got = [triton_compose.compose(W, adapters, result.dtype).double()]
+        truth = [sum((_delta(a) for a in adapters), torch.zeros_like(got[0]) if W is None else W.double())]
+    else:
+        dy_layout, x_layout = launch.tensors
+        assert x_layout is not None
+        dy = None if dy_layout is None else _placed(integers(T, O), dy_layout)
+        x = _placed(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
+        found = triton_gradient.factor_gradients(
+            dy, x, adapters, loss_scale, deterministic=launch.deterministic, tile=tile
+        )
+        got = [g.double() for four in found for g in four]
+        G = x.double() if dy is None else dy.double().t() @ x.double()
+        truth = [g for a in adapters for g in _gradients(G, a, loss_scale)]
+    return max(_relative(g, t) for g, t in zip(got, truth, strict=True))
+
+
+def _delta(adapter: Adapter) -> Tensor:
+    """ΔW in fp64."""
+    factors, scale, form = adapter
+    return delta_weight(Factors(*(f.double() for f in factors)), scale.double(), form)
+
+
+def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None) -> list[Tensor]:
+    """dA, dB, dC, dD in fp64 from G = ∂L/∂W."""
+    A, B, C, D = (f.double() for f in adapter.factors)
+    L = None if loss_scale is None else loss_scale.double()
+    dP, dQ = product_gradients(G, B @ A, D @ C, adapter.scale.double(), adapter.form, L)
+    return [B.mT @ dP, dP @ A.mT, D.mT @ dQ, dQ @ C.mT]
+
+
+def _relative(got: Tensor, truth: Tensor) -> float:
+    """max |got − truth| / max |truth|; infinite where something is not finite."""
+    worst = ((got - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
+    return worst if worst == worst else float("inf")
+
+
+def _placed(values: Tensor, place: Layout) -> Tensor:
+    """These values in a tensor of that dtype and alignment, and of strides of those kinds."""
+    *lead, rows, cols = values.shape
+    kinds = place.strides[-2:]
+
+    def at_least(n: int, k: int) -> int:
+        return -(-n // 16) * 16 if k == 16 else n | 1 if n > 1 else 3
+
+    if kinds[1] == 1:
+        strides = at_least(cols, kinds[0]), 1
+    elif kinds[0] == 1:
+        strides = 1, at_least(rows, kinds[1])
+    else:
+        across = at_least(2, kinds[1])
+        strides = at_least(across * cols, kinds[0]), across
+    each = -(-(strides[0] * rows + strides[1] * cols) // 16) * 16
+    count = lead[0] if lead else 1
+    start = 0 if place.aligned else 1
+    memory = torch.zeros(start + each * count, dtype=place.dtype, device=values.device)
+    whole = memory[start:].as_strided(values.shape, (*([each] if lead else []), *strides))
+    return whole.copy_(values)
