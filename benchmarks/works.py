@@ -96,6 +96,12 @@ def _merge(dtype: str) -> Callable[[int, float], dict[str, Measured]]:
     return run
 
 
+def _host(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import host
+
+    return {"host time of a layer": host.measure(seconds / 2)}
+
+
 def _child(task: str, name: str, rounds: int) -> Work:
     def run(threads: int, seconds: float) -> dict[str, Measured]:
         from .child import compare
@@ -110,6 +116,7 @@ WITH_FLOOR = ("dual", "lora", "full", "floor")
 # In the order of the run: what is quick comes first.
 WORKS: tuple[Work, ...] = (
     Work(("kept for backward",), _kept, 1, {"O": 512, "I": 768, "T": 64}),
+    Work(("host time of a layer",), _host, 1, {"O": 16, "I": 16, "T": 2}),
     Work(("decode 4096 T1 bf16", "decode 4096 T1 bf16 merged"), _decode, 1, {"O": 4096, "I": 4096, "T": 1}),
     Work(("merge 4096 bf16", "unmerge 4096 bf16"), _merge("bfloat16"), 1, {"O": 4096, "I": 4096}),
     Work(("merge 4096 fp32", "unmerge 4096 fp32"), _merge("float32"), 1, {"O": 4096, "I": 4096}),

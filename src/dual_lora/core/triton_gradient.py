@@ -140,7 +140,7 @@ class _Result(NamedTuple):
         else:
             sizes = [f.numel() for f in factors]
             flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
-            targets = [part.view(f.shape) for part, f in zip(flat.split(sizes), factors, strict=True)]
+            targets = [part.view(f.shape) for part, f in zip(flat.split_with_sizes(sizes), factors, strict=True)]
         return cls(Factors(*targets), deterministic)
 
     def total(self) -> Factors:
