@@ -59,23 +59,30 @@ class Stack(NamedTuple):
 
 @functools.cache
 def target(device: torch.device) -> str:
-    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU.
+    """The row of the tables for a device: "sm_80", "sm_90", "gfx942", or "interpreter" for the CPU; see `row`."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return row(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return row(f"sm_{major}{minor}")
+
+
+def row(card: str) -> str:
+    """The same for a card by its architecture, as in "sm_89" or "gfx942".
 
     Consumer cards take "sm_80", whose tiles fit into their shared memory. Raises NotImplementedError for a card that no
     row was made for: on older ones the kernels would keep kilobytes of each thread's registers in memory.
     """
-    if device.type == "cpu":
-        return "interpreter"
-    if torch.version.hip is not None:
-        card = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    if card.startswith("gfx"):
         if card == "gfx942":
             return card
         expected = "gfx942 (MI300)"
     else:
-        major, minor = torch.cuda.get_device_capability(device)
+        major = int(card.removeprefix("sm_")[:-1])
         if major >= 8:
             return "sm_90" if major in (9, 10) else "sm_80"
-        card, expected = f"sm_{major}{minor}", "sm_80 (Ampere) or later"
+        expected = "sm_80 (Ampere) or later"
     raise NotImplementedError(f"it is {card}, and they have tiles for {expected}")
 
 

@@ -33,6 +33,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
     ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
+    ("gpu-check", "dual_lora.lab.commands.gpu_check:gpu_check", "Try the GPU kernels, with or without a card."),
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
 
