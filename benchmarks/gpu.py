@@ -1,9 +1,10 @@
 """What Dual LoRA costs on a GPU, against limits: `python -m benchmarks.gpu`.
 
 First the kernels and the operator are judged, value and every gradient; a wrong one is not timed. Then, interleaved in
-one process and paired by round: the operator against PEFT's LoRA and against naive autograd on Llama-3-8B's linear
-layers in bf16, forward and backward; peak memory; the compose kernel against a copy of the same bytes; and a training
-step of an 8B model. Rows go to ledger.jsonl with the card's name.
+one process and paired by round: the operator against PEFT's LoRA with factors in fp32 (what PEFT does by itself) and
+in bf16, and against naive autograd, on Llama-3-8B's linear layers in bf16, forward and backward; peak memory; the
+compose kernel against a copy of the same bytes; and a training step of an 8B model. Rows go to ledger.jsonl with the
+card's name. Where the kernels do not run, that is said, and the operator is measured by PyTorch's own operations.
 
 The limits are an H100's. On another card the ratios are shown and recorded, and only a wrong result fails.
 """
@@ -15,7 +16,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ class Size(NamedTuple):
 FULL = Size(
     layers={"q/o 4096x4096": (4096, 4096), "k/v 1024x4096": (1024, 4096), "gate/up 14336x4096": (14336, 4096),
             "down 4096x14336": (4096, 14336)},
-    tokens=(2048, 8192),
+    tokens=(512, 2048, 8192),
     model=dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                num_key_value_heads=8, vocab_size=128256),
 )  # fmt: skip
@@ -130,11 +131,26 @@ class Card:
         return torch.cuda.max_memory_allocated() - before
 
 
-def correct(card: Card, shapes: Sequence[tuple[int, int, int]]) -> None:
-    """Judge the operator and both kernels by value and every gradient; raise judge.WrongResult. Shapes: T, O, I."""
-    from dual_lora.core.triton_compose import compose
-    from dual_lora.core.triton_gradient import factor_gradients
+def why_no_kernels(card: Card) -> str:
+    """Empty if the kernels run here, right or wrong; else why they do not, as no Triton or one that refuses them."""
+    try:
+        from dual_lora.core import triton_launch
+        from dual_lora.core.triton_compose import compose
+        from dual_lora.core.triton_gradient import factor_gradients
 
+        triton_launch.target(card.device)
+        factors = Factors(*(f.to(card.device) for f in judge.exact_factors(64, 64, 16, 16)))
+        adapter = Adapter(factors, torch.tensor(1.0, device=card.device), Form())
+        for dtype in (torch.float32, torch.bfloat16) if card.is_gpu else (torch.float32,):
+            W = compose(None, [adapter], dtype)
+            factor_gradients(W, W, [adapter])
+    except Exception as error:  # whatever a compiler may say
+        return (f"{type(error).__name__}: {error}".strip() or "no message").splitlines()[0]
+    return ""
+
+
+def correct(card: Card, shapes: Sequence[tuple[int, int, int]], kernels: bool) -> None:
+    """Judge the operator and both kernels by value and every gradient; raise judge.WrongResult. Shapes: T, O, I."""
     # The interpreter's bf16 is wrong, a GPU's is not.
     dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if card.is_gpu else [])
     for T, O, I in shapes:
@@ -150,6 +166,11 @@ def correct(card: Card, shapes: Sequence[tuple[int, int, int]]) -> None:
             y.backward(dy)
             ours = {"y": y, **{name: t.grad for name, t in zip(("dx", "dA", "dB", "dC", "dD"), leaves, strict=True)}}
             judge.check({name: t.detach() for name, t in ours.items() if t is not None}, plain, truth)
+            if not kernels:
+                continue
+            from dual_lora.core.triton_compose import compose
+            from dual_lora.core.triton_gradient import factor_gradients
+
             for deterministic in (False, True):
                 [gradients] = factor_gradients(dy, x, [adapter], deterministic=deterministic)
                 judge.check({f"d{k}": g for k, g in gradients._asdict().items()}, plain, truth)
@@ -173,7 +194,7 @@ def step(
 
 
 def layer_rows(card: Card, name: str, O: int, I: int, T: int) -> Iterator[Row]:
-    """One linear layer in bf16: ours against PEFT's LoRA and naive autograd, time and memory."""
+    """One linear layer in bf16: ours against PEFT's LoRA, factors in fp32 and in bf16, and naive autograd."""
     low = torch.bfloat16
     W = torch.randn(O, I, device=card.device).mul_(I**-0.5).to(low)
     x = torch.randn(T, I, device=card.device).to(low).requires_grad_()
@@ -182,11 +203,14 @@ def layer_rows(card: Card, name: str, O: int, I: int, T: int) -> Iterator[Row]:
     factors = Factors(*(f.to(card.device).requires_grad_() for f in judge.exact_factors(O, I, half, half)))
     adapter = Adapter(factors, torch.tensor(scaling(2 * RANK, half, half), device=card.device), Form())
     runs = {"dual": step(lambda x: dual_lora_linear(x, W, None, [adapter]), x, dy, factors)}
-    for method in ("lora", "naive"):
-        layer = layers.linear(method, W).to(card.device)
-        runs[method] = step(layer, x, dy, [p for p in layer.parameters() if p.requires_grad])
+    for method in ("lora", "lora bf16", "naive"):
+        layer = layers.linear(method.removesuffix(" bf16"), W).to(card.device)
+        moving = [p for p in layer.parameters() if p.requires_grad]
+        for p in moving if method == "lora bf16" else ():
+            p.data = p.data.to(low)
+        runs[method] = step(layer, x, dy, moving)
     measured, shape = card.times(runs), {"layer": name, "O": O, "I": I, "T": T}
-    for method, limit in (("lora", LIMIT_LORA.get(T)), ("naive", LIMIT_NAIVE)):
+    for method, limit in (("lora", LIMIT_LORA.get(T)), ("lora bf16", None), ("naive", LIMIT_NAIVE)):
         yield Row("forward + backward", shape, measured, "dual", method, limit)
     peaks = Measured({method: [card.peak(run)] for method, run in runs.items()}, "bytes", threads=1)
     yield Row("peak memory", shape, peaks, "dual", "lora", LIMIT_MEMORY)
@@ -239,15 +263,23 @@ def model_row(card: Card, tokens: int, shape: Mapping[str, int]) -> Row:
     return Row("8B model, one step", {"T": tokens, **shape}, measured, "dual", "card", 1.0)
 
 
-def rows(card: Card, size: Size) -> Iterator[Row]:
+def rows(card: Card, size: Size, kernels: bool) -> Iterator[Row]:
     for name, (O, I) in size.layers.items():
-        yield compose_row(card, name, O, I)
+        if kernels:
+            yield compose_row(card, name, O, I)
         for T in size.tokens:
             yield from layer_rows(card, name, O, I, T)
     if card.is_gpu and torch.cuda.get_device_properties(card.device).total_memory < 0.9 * CARD_BYTES:
         print("8B model: left out, the card has less than 80 GB.")
     else:
         yield model_row(card, size.tokens[0], size.model)
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -260,20 +292,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     card, size = (Card("cpu"), REHEARSAL) if rehearse else (Card("cuda"), FULL)
     shapes = [(33, 63, 100), (32, 48, 64)] if rehearse else [(63, 100, 577), (2048, 1024, 4096)]
+    reason = why_no_kernels(card)
+    if reason:
+        print(f"The kernels do not run on {card.name}: {reason}. What follows is PyTorch's own operations.")
     try:
-        correct(card, shapes)
+        correct(card, shapes, not reason)
         print(f"{card.name}: value and every gradient are right.")
-        return report(card, size)
+        return report(card, size, not reason)
     except judge.WrongResult as wrong:
         print(f"✗ {wrong}")
         return 1
 
 
-def report(card: Card, size: Size) -> int:
+def report(card: Card, size: Size, kernels: bool) -> int:
     """Measure, print and record everything; 1 if a gate of this card is missed."""
-    source = ledger.provenance() | {"device": card.name, "triton": version("triton"), "rank": RANK}
+    source = ledger.provenance() | {"device": card.name, "triton": _triton(), "kernels": kernels, "rank": RANK}
     gated, missed = GATED_CARD in card.name, 0
-    for row in rows(card, size):
+    for row in rows(card, size, kernels):
         ratio = row.ratio
         met = ratio.median <= row.limit if gated and row.limit is not None else None
         missed += met is False
@@ -281,7 +316,7 @@ def report(card: Card, size: Size) -> int:
         limit = "" if row.limit is None else f"≤ {row.limit:.2f}"
         where = f"{row.shape.get('layer', 'Llama-3-8B')}, T {row.shape.get('T', '–')}"
         print(
-            f"{mark} {row.gate:20} {row.against:6} {where:28} {ratio.median:6.2f} ± {ratio.uncertainty:4.0%} {limit}",
+            f"{mark} {row.gate:20} {row.against:9} {where:28} {ratio.median:6.2f} ± {ratio.uncertainty:4.0%} {limit}",
             flush=True,
         )
         if card.is_gpu:

@@ -32,6 +32,26 @@ def test_rehearsal_reaches_the_end_and_records_nothing():
     before = ledger.read_bytes() if ledger.exists() else None
     done = benchmark("--rehearse")
     assert done.returncode == 0, done.stderr[-4000:]
-    for gate in ("are right", "compose kernel", "forward + backward", "peak memory", "8B model"):
+    for gate in ("are right", "compose kernel", "forward + backward", "lora bf16", "peak memory", "8B model"):
         assert gate in done.stdout
     assert (ledger.read_bytes() if ledger.exists() else None) == before
+
+
+def test_where_no_kernel_compiles_the_operator_is_measured_and_the_reason_said():
+    code = """
+import sys
+from dual_lora.core import triton_compose
+
+def refused(*args, **kwargs):
+    raise RuntimeError("Input shapes should have M >= 1, N >= 1 and K >= 16")
+
+triton_compose.compose = refused
+from benchmarks import gpu
+sys.exit(gpu.main(["--rehearse"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "The kernels do not run on CPU (rehearsal): RuntimeError: Input shapes" in done.stdout
+    assert "are right" in done.stdout
+    assert "lora bf16" in done.stdout
+    assert "compose kernel" not in done.stdout
