@@ -9,7 +9,7 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * atomic (the default): fp32 atomic additions into the results; nothing beside them is allocated, and the order of
   the additions, so the last bits, change from run to run;
 * deterministic: each program writes its share, one sum afterwards. The shares take about
-  4 (r1 + r2) O I (1/rows + 1/cols) bytes for a tile of rows × cols, 33 MiB for 4096 × 4096 at rank 32.
+  4 (r1 + r2) O I (1/rows + strips/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
 
 Several adapters share one G. Where G is there already (of a composed weight) its tiles are read instead; it may carry
 a leading dimension of experts, of which only the routed ones are read. On the CPU: Triton's interpreter only.
