@@ -170,22 +170,11 @@ def _case(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, 
     return W, Adapter(Factors(*factors), torch.tensor(2.0, device=device), Form())
 
 
-def signs(device: torch.device, size: int) -> dict[str, Any]:
-    """Signs of Q that differ from fp64, in a million: the kernel's, with products on matrix units (off), PyTorch's."""
-    from dual_lora.core import triton_compose
+def signs(device: torch.device, size: int) -> dict[str, int]:
+    """Signs of Q [size, size] that differ from fp64: by the kernel, and by its products on matrix units (off)."""
+    from dual_lora.core.triton_signs import sign_flips
 
-    _, (factors, _, form) = _case(device, size, torch.float32)
-    with torch.no_grad():
-        # With P = 1 everywhere the composed weight is Sign(Q).
-        one = Factors(torch.ones(1, size, device=device), torch.ones(size, 1, device=device), factors.C, factors.D)
-        adapter = Adapter(one, torch.tensor(1.0, device=device), form)
-        truth = factors.D.double() @ factors.C.double() > 0
-        found = {
-            products: triton_compose.compose(None, [adapter], torch.float32, products=products) > 0
-            for products in ("ieee", "tf32x3")
-        }
-        found["PyTorch"] = factors.D @ factors.C > 0
-        return {name: (sign != truth).double().mean().item() * 1e6 for name, sign in found.items()}
+    return {products: sign_flips(device, products, size, RANK) for products in ("ieee", "tf32x3")}
 
 
 def same_bits(device: torch.device, size: int) -> dict[str, bool]:
