@@ -47,7 +47,7 @@ GATES: tuple[Gate, ...] = (
     _one("linear 4096 T512 nf4", "lora", 1.50),
     _one("linear 4096 T2048 nf4", "lora", 1.50),
     _one("kept for backward", "inputs", 1.00, None, "nothing beyond x, W and factors", threads=1),
-    _one("host time of a layer", "lora", 3.30, 2.25, "", threads=1),
+    _one("host time of a layer", "lora", 2.60, 2.25, "", threads=1),
     _one("decode 4096 T1 bf16", "base", 1.10, None, "1", threads=1),
     _one("decode 4096 T1 bf16 merged", "base", 1.00, None, "1", subject="merged", threads=1),
     _one("merge 4096 bf16", "lora", 1.00, 0.50, threads=1),

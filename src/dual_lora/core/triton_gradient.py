@@ -77,50 +77,55 @@ def factor_gradients(
 
     Raises ValueError for shapes or dtypes that do not fit together.
     """
-    s = triton_launch.stack(adapters)
-    _check(dy, x, s)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    fp32 = "tf32" if wants_tf32() else "ieee"
+    key = None
+    if routed is None and adapters:
+        given = (dy, x, loss_scale, *(t for a in adapters for t in (*a.factors, a.scale)))
+        settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
+        key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
+        plan = triton_launch.plans.get(key)
+        if plan is not None:
+            down, across = plan.result
+            results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
+            letters = zip(*(a.factors for a in adapters), strict=True)
+            targets = zip(*(r.targets for r in results), strict=True)
+            plan.launch(dy, x, None, *letters, *targets, tuple(a.scale for a in adapters), loss_scale)
+            return [r.total() for r in results]
+    s = triton_launch.stack(adapters)
+    _check(dy, x, s)
     batch = s.batch if routed is None else routed.numel()
     if batch * s.O * s.I * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
     tile = tile or tile_for(s.O, s.I, batch, x)
     down, across = triton_launch.count(s.O, tile.rows), triton_launch.count(s.I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
-    with triton_launch.on(x.device):
-        gradient_kernel[(down * across, batch)](
-            dy,
-            x,
-            routed,
-            s.A,
-            s.B,
-            s.C,
-            s.D,
-            *zip(*(r.targets for r in results), strict=True),
-            s.scales,
-            loss_scale,
-            x.shape[-2],
-            s.O,
-            s.I,
-            s.batch,
-            *((0, 0) if dy is None else dy.stride()),
-            *triton_launch.strides(x),
-            R1=s.r1,
-            R2=s.r2,
-            FORMS=s.forms,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            TOKENS=tile.tokens,
-            STRIPS=tile.strips,
-            CHUNK=RANK_CHUNK,
-            RANKS=RANKS,
-            PRODUCTS=triton_launch.PRODUCTS,
-            INPUT_PRECISION="tf32" if wants_tf32() else "ieee",
-            PRECISION=PRECISIONS[x.dtype],
-            ATOMIC=not deterministic,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+    targets = zip(*(r.targets for r in results), strict=True)
+    triton_launch.first_launch(
+        key if s.as_given else None,
+        x.device,
+        gradient_kernel,
+        (down * across, batch, 1),
+        (dy, x, routed, s.A, s.B, s.C, s.D, *targets, s.scales, loss_scale),
+        (x.shape[-2], s.O, s.I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
+        result=(down, across * tile.strips),
+        R1=s.r1,
+        R2=s.r2,
+        FORMS=s.forms,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        TOKENS=tile.tokens,
+        STRIPS=tile.strips,
+        CHUNK=RANK_CHUNK,
+        RANKS=RANKS,
+        PRODUCTS=triton_launch.PRODUCTS,
+        INPUT_PRECISION=fp32,
+        PRECISION=PRECISIONS[x.dtype],
+        ATOMIC=not deterministic,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     return [r.total() for r in results]
 
 

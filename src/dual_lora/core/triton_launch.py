@@ -11,9 +11,9 @@ tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA be
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Stack(NamedTuple):
     batch: int  # E, or 1
     O: int
     I: int
+    as_given: bool  # no factor was copied to make it contiguous
 
 
 @functools.cache
@@ -136,7 +137,56 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         batch=E[0] if E else 1,
         O=O,
         I=I,
+        as_given=all(f.is_contiguous() for a in adapters for f in a.factors),
     )
+
+
+class Plan(NamedTuple):
+    """A launch without its tensors: all that is the same when tensors of the same kinds are launched again."""
+
+    program: Any  # what Triton compiled
+    grid: tuple[int, int, int]
+    tail: tuple[Any, ...]  # numbers and constants, in the order of the kernel
+    device: torch.device
+    result: tuple[int, ...]  # for the caller, to make the results with
+
+    def launch(self, *tensors: Any) -> None:
+        """The kernel on these tensors."""
+        with on(self.device):
+            self.program[self.grid](*tensors, *self.tail)
+
+
+MOST_PLANS = 4096  # of batches whose length varies there is one for each length
+plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def signature(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """What a plan depends on in tensors: all that shows in shapes, strides and dtypes, and alignment to 16 bytes.
+
+    (The size of a storage is not in it, by which Triton chooses instructions on AMD's cards: these have no plans.)
+    """
+    return tuple([None if t is None else (t.data_ptr() % 16, t.dtype, t.shape, t.stride()) for t in tensors])
+
+
+def first_launch(
+    key: tuple[Any, ...] | None,
+    device: torch.device,
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[Any],
+    numbers: Sequence[int],
+    result: tuple[int, ...],
+    **constants: Any,
+) -> None:
+    """kernel[grid](*tensors, *numbers, **constants), and the plan for further launches of that key, if there is one."""
+    with on(device):
+        program = kernel[grid](*tensors, *numbers, **constants)
+    if key is None or program is None or torch.version.hip is not None:  # None: by the interpreter
+        return
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    names = kernel.arg_names[len(tensors) + len(numbers) :]
+    plans[key] = Plan(program, grid, (*numbers, *(constants[name] for name in names)), device, result)
 
 
 @functools.cache

@@ -1,0 +1,105 @@
+"""A plan launches what Triton itself would launch. Everything runs but the last step, which is recorded: no card."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, whose driver would be asked")
+
+CODE = """
+import torch
+from benchmarks import host
+host.without_launches()
+from triton.compiler import CompiledKernel
+from dual_lora.core import triton_gradient, triton_launch
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Factors, Form
+from dual_lora.core.triton_compose import compose
+
+launched, plans = [], triton_launch.plans
+
+
+def record(x, y, z, stream, function, packed, metadata, enter, leave, *args):
+    launched.append((x, y, z, *args))
+
+CompiledKernel.run = property(lambda self: record)
+
+def adapter(O=48, I=32, r=4, form=Form()):
+    return Adapter(Factors(*(torch.ones(s) for s in ((r, I), (O, r), (r, I), (O, r)))), torch.ones(()), form)
+
+def flat(value):
+    if isinstance(value, (tuple, list)):
+        return [each for item in value for each in flat(item)]
+    return [(value.shape, value.stride(), value.dtype) if isinstance(value, torch.Tensor) else value]
+
+def pointers(value):
+    if isinstance(value, (tuple, list)):
+        return [each for item in value for each in pointers(item)]
+    return [value.data_ptr()] if isinstance(value, torch.Tensor) else []
+
+def check(run, inputs):
+    run()
+    known = len(plans)
+    for _ in range(2):  # by the plan
+        run()
+    assert len(plans) == known
+    first, *rest = launched[-3:]
+    for other in rest:
+        assert flat(other) == flat(first), (flat(other), flat(first))
+        assert set(pointers(inputs)) <= set(pointers(other))
+    return known
+
+a, b = adapter(), adapter()
+W = torch.ones(48, 32, dtype=torch.bfloat16)
+assert check(lambda: compose(W, [a]), [W, *a.factors, a.scale]) == 1
+compose(W.clone(), [b])  # other tensors of the same kinds: the same plan, and their own pointers
+assert len(plans) == 1 and set(pointers([*b.factors, b.scale])) <= set(pointers(launched[-1]))
+assert check(lambda: compose(W, [a, b]), [*a.factors, *b.factors]) == 2
+for k, run in enumerate([
+    lambda: compose(torch.ones(48 * 32 + 1, dtype=torch.bfloat16)[1:].view(48, 32), [a]),
+    lambda: compose(W.t().contiguous().t(), [a]),
+    lambda: compose(W, [a], torch.float32),
+    lambda: compose(W, [adapter(r=5)]),
+    lambda: compose(W, [adapter(form=Form("identity"))]),
+    lambda: compose(None, [a]),
+    lambda: compose(W, [a], products="tf32x3"),
+]):
+    assert check(run, []) == 3 + k, k
+plans.clear()
+dy, x = torch.ones(16, 48).bfloat16(), torch.ones(16, 32).bfloat16()
+gradients = triton_gradient.factor_gradients
+assert check(lambda: gradients(dy, x, [a]), [dy, x, *a.factors, a.scale]) == 1
+scaler = torch.ones(())
+for k, run in enumerate([
+    lambda: gradients(dy, x, [a], scaler),
+    lambda: gradients(dy, x, [a], deterministic=True),
+    lambda: gradients(dy[:7], x[:7], [a]),
+    lambda: gradients(dy[:1].expand(16, -1), x, [a]),
+    lambda: gradients(None, W, [a]),
+    lambda: gradients(dy.float(), x.float(), [a]),
+]):
+    assert check(run, []) == 2 + k, k
+known = len(plans)
+compose(W, [Adapter(Factors(*(f.t().contiguous().t() for f in a.factors)), a.scale, a.form)])  # copied: no plan
+assert len(plans) == known
+for run in (lambda: compose(W[:5], [a]), lambda: gradients(dy, x.float(), [a]), lambda: compose(W, [])):
+    try:
+        run()
+    except ValueError:
+        continue
+    raise AssertionError("a plan was taken for what does not fit")
+print("right")
+"""
+
+
+def test_a_plan_launches_what_triton_would():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "right"
