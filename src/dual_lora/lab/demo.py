@@ -138,6 +138,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
         raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+    recipe = read_recipe(out / "run")  # with the precision that was chosen
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
     files = {name: recipe.data.model_copy(update={"test": str(out / "data" / f"{name}.jsonl")}) for name in TEST_SETS}
