@@ -167,7 +167,7 @@ class _Course:
         self.state.plan(jobs)
         self._adopt(jobs)
         left = {job["key"]: job for job in jobs if self._outcome(job) is None}  # the folders are the truth
-        with Bar(what, len(jobs), self.way.progress, start=len(jobs) - len(left)) as bar:
+        with Bar(what, len(jobs), self.way.progress, len(jobs) - len(left), timed=False) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(
                 self.way.executor,

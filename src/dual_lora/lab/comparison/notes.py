@@ -130,7 +130,9 @@ def precisions(finished: Sequence[Finished]) -> list[str]:
         )
     if len(groups) < 2:
         return [f"All runs: {words}." for words in groups]
-    return ["Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."]
+    return [
+        "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
+    ]
 
 
 def single_seed(study: Study) -> list[str]:
