@@ -75,7 +75,7 @@ def measured() -> dict[str, float]:
     """
     import torch
 
-    T, I, O = SHAPE  # noqa: E741
+    T, I, O = SHAPE
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     operands = {name: (torch.ones(T, I, dtype=dtype), torch.ones(O, I, dtype=dtype)) for name, dtype in dtypes.items()}
     spent: dict[str, list[float]] = {name: [] for name in dtypes}

@@ -37,8 +37,8 @@ class ModelPart(Part):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this device "
-        "is faster with it, float32 elsewhere; chosen once, when the run starts.",
+        description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
+        "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
     )
     attention: str | None = Field(
         None, description="Attention implementation of transformers, for example sdpa or eager."
@@ -113,7 +113,8 @@ class TrainPart(Part):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     autocast: Literal["auto", "none", "bf16", "fp16"] = Field(
         "none",
-        description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none elsewhere.",
+        description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none "
+        "elsewhere.",
     )
     seed: int = Field(0, ge=0, description="Seed of the factors, the data order and dropout.")
     optimizer: str = Field(

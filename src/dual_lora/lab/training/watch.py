@@ -79,8 +79,8 @@ class Watch(TrainerCallback):
         self._looked = True
         if threads > 1 and busy < FULL_SHARE * threads * wall and self.bar.shown and best_device() == "cpu":
             console.print(
-                f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait for "
-                f"each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
+                f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait "
+                f"for each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
                 markup=False,
                 soft_wrap=True,
             )
