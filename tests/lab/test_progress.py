@@ -90,7 +90,8 @@ def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_
         return {"on": "cpu", "date": "2026-01-01", "costs": costs}
 
     monkeypatch.setattr(calibrate, "calibrate", calibrating)
-    main(["estimate", "--calibrate"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["estimate", "--calibrate"])
 
 
 @pytest.mark.parametrize(("busy", "said"), [(0.5, True), (0.95, False)], ids=["waiting", "working"])
