@@ -78,12 +78,12 @@ def run(
     asked = recipe
     try:
         if resume and folder.is_run:
-            recipe = precision.settled_as(recipe, recipe_of_run(folder.path))
+            recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
             _same_recipe(recipe, folder)
             if folder.result is not None and (finished := _finished(folder)):
                 return finished
         recipe = precision.settled_here(recipe)
-        if precision.leaves_open(asked) and not folder.is_run and progress and main:
+        if precision.leaves_open(asked) and progress and main:
             console.print(str(precision.fast_precision()), markup=False)
         with clear_failures(folder):
             return _train(recipe, asked, folder, main, progress, callbacks)
