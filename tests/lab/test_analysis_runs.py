@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dual_lora.lab.analysis.analyze import Options, analyze, save
 from dual_lora.lab.analysis.live import AnalysisCallback
@@ -132,6 +133,18 @@ def test_rebuilt_batches_are_those_of_all_processes(runs, tmp_path):
     batches = open_setting(tmp_path / "run").step_batches
     assert [len(b["input_ids"]) for b in batches] == [4, 4, 4, 4]
     assert {b["items"] for b in batches} == {sum(int((b["labels"] != -100).sum()) for b in batches)}
+
+
+def test_a_start_from_gradients_is_made_again(lm_values, tmp_path):
+    """LoRA-GA's start follows from the first rows, and sits in the base weights as well."""
+    lm_values["method"] = {"name": "lora_ga", "r": 4}
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    setting = open_setting(tmp_path / "run")
+    assert len(setting.origin) == LAYERS
+    parameters = dict(setting.model.named_parameters())
+    saved = load_file(tmp_path / "run" / "start" / "adapter_model.safetensors")
+    for name, tensor in saved.items():
+        torch.testing.assert_close(parameters[name.replace(".weight", ".default.weight")], tensor)
 
 
 def test_states_of_a_run(runs):

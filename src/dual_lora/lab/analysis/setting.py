@@ -23,6 +23,7 @@ from dual_lora.lab.evaluation.evaluate import evaluate
 from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.methods import apply_method, method_config
 from dual_lora.lab.recipe import EvaluatePart, Recipe
+from dual_lora.lab.training.gradient_start import show_gradients, wants_gradients
 from dual_lora.lab.training.loop import mean_loss
 from dual_lora.lab.training.prepare import classes_of, collator, in_order
 from dual_lora.lab.training.train import recipe_of_run
@@ -59,8 +60,7 @@ class Setting:
     def step_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
         part, examples = self.recipe.train, load_split(self.recipe.data, "train")
-        processes = int(self.record.get("processes", 1))
-        ready = in_order(self.recipe, examples, self.tokenizer, self.classes, processes)
+        ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
         collate = collator(self.tokenizer, self.classes, self.model)
         wanted = ready.order[: ready.rows_a_step]
         spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
@@ -134,10 +134,19 @@ def open_setting(path: str | Path, device: str | None = None) -> Setting:
     if config is None:
         return Setting(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
     before = _sizes(loaded.model)
+    if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
+        ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
+        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, classes, loaded.model)
+        show_gradients(loaded.model, config, rows, recipe.train.batch_size, collate, mean_loss)
     model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
     origin = {name: found for name, found in snapshot(model).items() if name in changed}
     return Setting(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
+
+
+def _processes(record: dict[str, Any]) -> int:
+    """How many processes trained together."""
+    return int(record.get("processes", 1))
 
 
 def _sizes(model: Any) -> dict[str, float]:
