@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dual_lora.lab.models import best_device
 from dual_lora.lab.recipe import Recipe
@@ -19,7 +19,7 @@ from dual_lora.lab.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-AUTO = "auto"
+AUTO: Final = "auto"
 Short = Literal["bf16", "fp32"]
 DTYPES: dict[Short, str] = {"bf16": "bfloat16", "fp32": "float32"}
 # A recipe's field, and what stands there for each of the two.
