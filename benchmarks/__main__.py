@@ -71,7 +71,7 @@ def run_gates(only: list[str], threads: list[int], seconds: float, write: bool, 
                     results = dict.fromkeys(work.names, str(reason))
                 print(f" ({time.perf_counter() - start:.0f} s)", file=sys.stderr)
                 found = [
-                    verdict.judge(gate, n, results[gate.work])
+                    verdict.judge(gate, n, results[gate.work], source["bf16_units"])
                     for gate in gates.GATES
                     if gate.work in results and gate.threads in (None, n)
                 ]

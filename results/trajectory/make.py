@@ -31,7 +31,7 @@ RECIPE = {
 TRAIN = {
     "steps": 120,
     "batch_size": 16,
-    "autocast": "bf16",
+    "autocast": "auto",
     "lr_warmup": 0.1,
     "checkpoint_every": 15,
     "keep_checkpoints": 20,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dual_lora.lab.analysis.analyze import Options, analyze, save
 from dual_lora.lab.analysis.live import AnalysisCallback
@@ -77,6 +78,73 @@ def test_rebuilt_batches_are_training_s(runs):
         loss = sum(float(setting.loss_of_batch(setting.model, b)) for b in batches)
     logged = json.loads((runs / "dual" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0.5 * logged["loss"] < loss < 2 * logged["loss"]
+
+
+def first_loss(folder):
+    """What training logged of its first step, and the same from the rebuilt batches and model."""
+    setting = open_setting(folder)
+    with torch.no_grad():
+        rebuilt = sum(float(setting.loss_of_batch(setting.model, b)) for b in setting.step_batches)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"], rebuilt
+
+
+ONE_STEP = {"steps": 1, "batch_size": 4, "accumulate": 2, "log_every": 1}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"data": {"learn_prompt": True}}, {"train": {"label_smoothing": 0.2}}],
+    ids=["plain", "prompt", "smooth"],
+)
+def test_the_rebuilt_loss_is_training_s(more, tiny_lm, questions, tmp_path):
+    values = {
+        "model": {"path": str(tiny_lm)},
+        "data": {"train": str(questions / "train.json"), **more.get("data", {})},
+        "train": {**ONE_STEP, **more.get("train", {})},
+    }
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    logged, rebuilt = first_loss(tmp_path / "run")
+    assert rebuilt == pytest.approx(logged, rel=1e-4)
+
+
+def test_the_rebuilt_loss_of_a_regression_is_training_s(tiny_encoder, tmp_path):
+    lines = [f"the sky is blue\t{i / 4}" if i % 2 else f"fire is red ?\t{i / 8}" for i in range(16)]
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "\n".join(lines) + "\n")
+    values = {
+        "model": {"path": str(tiny_encoder), "head": "regression"},
+        "data": {"train": str(tmp_path / "train.tsv"), "validation": str(tmp_path / "train.tsv"), "format": "text"},
+        "train": ONE_STEP,
+    }
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    logged, rebuilt = first_loss(tmp_path / "run")
+    assert rebuilt == pytest.approx(logged, rel=1e-4)
+    setting = open_setting(tmp_path / "run")
+    truth = torch.tensor([float(line.split("\t")[1]) for line in lines])
+    assert setting.held_out_loss(16)(None) < float((truth**2).mean()) * 10
+
+
+def test_rebuilt_batches_are_those_of_all_processes(runs, tmp_path):
+    """Two processes take twice as many rows in a step, and rows of like length are then put together in other ways."""
+    import shutil
+
+    shutil.copytree(runs / "dual", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    (tmp_path / "run" / "record.json").write_text(json.dumps(record | {"processes": 2}))
+    batches = open_setting(tmp_path / "run").step_batches
+    assert [len(b["input_ids"]) for b in batches] == [4, 4, 4, 4]
+    assert {b["items"] for b in batches} == {sum(int((b["labels"] != -100).sum()) for b in batches)}
+
+
+def test_a_start_from_gradients_is_made_again(lm_values, tmp_path):
+    """LoRA-GA's start follows from the first rows, and sits in the base weights as well."""
+    lm_values["method"] = {"name": "lora_ga", "r": 4}
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    setting = open_setting(tmp_path / "run")
+    assert len(setting.origin) == LAYERS
+    parameters = dict(setting.model.named_parameters())
+    saved = load_file(tmp_path / "run" / "start" / "adapter_model.safetensors")
+    for name, tensor in saved.items():
+        torch.testing.assert_close(parameters[name.replace(".weight", ".default.weight")], tensor)
 
 
 def test_states_of_a_run(runs):

@@ -200,10 +200,10 @@ def test_written_sets_are_chats_one_a_line(tmp_path):
 
 
 def test_the_package_carries_what_seed_0_gives(tmp_path):
-    generate(0).write(tmp_path)
+    generate(0, train=600).write(tmp_path)
     for name in ("train", *TEST_SETS):
         assert (tool_calls_data.FOLDER / f"{name}.jsonl").read_text() == (tmp_path / f"{name}.jsonl").read_text()
-    assert [len(tool_calls_data.chats(name)) for name in ("train", *TEST_SETS)] == [1000, 100, 100, 100]
+    assert [len(tool_calls_data.chats(name)) for name in ("train", *TEST_SETS)] == [600, 100, 100, 100]
 
 
 def test_a_part_is_the_first_records_and_holds_most_tools(tmp_path):

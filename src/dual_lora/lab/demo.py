@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from dual_lora.lab.training.train import RunResult
 
 RECIPE = "tool-calls"
-EXAMPLES = 1_000  # to train on
+EXAMPLES = 600  # to train on
 TEST_EXAMPLES = 100  # in each test set
+BASE_EXAMPLES = 25  # of each test set, for the base model, which knows no tool, and for the check of the merged one
 SHOWN = 2  # of each test set, before and after
 
 
@@ -138,17 +139,22 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
         raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+    recipe = read_recipe(out / "run")  # with the precision that was chosen
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
     files = {name: recipe.data.model_copy(update={"test": str(out / "data" / f"{name}.jsonl")}) for name in TEST_SETS}
     sets = {name: load_split(data, "test") for name, data in files.items()}
-    results: dict[str, EvalResult] = {}
+    results: dict[str, dict[str, EvalResult]] = {"base": {}, "tuned": {}}
     with _stage("evaluation", seconds, progress):
         tuned = replace(trained.tuned or open_tuned(out / "run"), run=None)  # its results belong to the demo
         trained.tuned = None
-        for name, examples in sets.items():
-            results[name] = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, progress=progress)
-            write_result(results[name], out / "evaluation" / name)
+        for variant, of_variant in results.items():
+            for name, examples in sets.items():
+                asked = examples[:BASE_EXAMPLES] if variant == "base" else examples
+                of_variant[name] = evaluate(
+                    tuned, recipe.data, recipe.evaluate, examples=asked, variants=[variant], progress=progress
+                )
+                write_result(of_variant[name], out / "evaluation" / variant / name)
         del tuned  # room for the merged model; layers and their model refer to each other
         gc.collect()
 
@@ -157,10 +163,10 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
             merge(out / "run", out / "merged")
         last = TEST_SETS[-1]
         plain = _open_merged(out, recipe)
-        checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last], progress=progress)
+        checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last][:BASE_EXAMPLES], progress=progress)
 
     result = _result(out, seed, trained, sets, results)
-    same = [a == b for a, b in zip(_answers(checked, "base"), _answers(results[last], "tuned"), strict=True)]
+    same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last]), strict=False)]
     result.merged_same = [sum(same), len(same)]
     result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
     write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
@@ -168,7 +174,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
 
 
 def _result(
-    out: Path, seed: int, trained: RunResult, sets: dict[str, list[Any]], results: dict[str, EvalResult]
+    out: Path, seed: int, trained: RunResult, sets: dict[str, list[Any]], results: dict[str, dict[str, EvalResult]]
 ) -> DemoResult:
     from dual_lora.lab.record import peak_memory
 
@@ -181,16 +187,16 @@ def _result(
         exact_match={
             variant: {
                 name: [int(sum(result.scores(variant, "exact_match"))), result.examples]
-                for name, result in results.items()
+                for name, result in of_variant.items()
             }
-            for variant in ("base", "tuned")
+            for variant, of_variant in results.items()
         },
         shown=[
             {
                 "set": name,
                 "request": str(example.messages[-2]["content"]),
-                "before": _answers(results[name], "base")[i],
-                "after": _answers(results[name], "tuned")[i],
+                "before": _answers(results["base"][name])[i],
+                "after": _answers(results["tuned"][name])[i],
                 "expected": example.answer,
             }
             for name, examples in sets.items()
@@ -202,9 +208,9 @@ def _result(
     )
 
 
-def _answers(result: EvalResult, variant: str) -> list[str]:
-    """The generated texts in the order of the examples; a plain model, such as the merged one, is a "base"."""
-    return [row["predicted"] for row in result.items if row["variant"] == variant]
+def _answers(result: EvalResult) -> list[str]:
+    """The generated texts in the order of the examples."""
+    return [row["predicted"] for row in result.items]
 
 
 def _open_merged(out: Path, recipe: Recipe) -> Any:

@@ -103,7 +103,7 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
 
     place = locate(part.path)
     tokenizer = load_tokenizer(part.path)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, part.dtype), **place.arguments()}
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **place.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention
     factory: Any = AutoModelForCausalLM
@@ -123,6 +123,15 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
+
+
+def dtype_of(part: ModelPart, device: str | None = None) -> str:
+    """The precision of a recipe's ``model`` part, what `auto` stands for on the device in its place."""
+    if part.dtype != "auto":
+        return part.dtype
+    from dual_lora.lab.precision import DTYPES, fast_precision
+
+    return DTYPES[fast_precision(device).precision]
 
 
 def gather_for_head(model: Any) -> None:

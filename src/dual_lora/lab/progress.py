@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True)
+EVERY = 30.0  # seconds between two lines of a log
+
+
+@contextlib.contextmanager
+def lines(said: Callable[[], str], shown: bool = True) -> Iterator[None]:
+    """Without a terminal: a line of what is `said` every 30 seconds, whether or not anything has moved since."""
+    if not shown or console.is_terminal:
+        yield
+        return
+    ended = threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(EVERY):
+            print(said(), file=sys.stderr, flush=True)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
 
 
 class Bar:
-    """A progress display over ``total`` units with a changing note. Use as a context manager."""
+    """A progress display over ``total`` units with a changing note. Use as a context manager.
 
-    def __init__(self, what: str, total: int, shown: bool = True, start: int = 0):
-        self.what, self.total, self.done, self.shown = what, total, start, shown
-        self._lines = shown and not console.is_terminal
-        self._next_line = 0.0
+    timed: say how much time is left, by the units done so far; False where the note says it better.
+    """
+
+    def __init__(self, what: str, total: int, shown: bool = True, start: int = 0, timed: bool = True):
+        self.what, self.total, self.done, self.shown, self.timed = what, total, start, shown, timed
+        self._first, self._note, self._began, self._moved = start, "", time.monotonic(), time.monotonic()
+        self._lines = lines(self._line, shown)
         self._bar = Progress(
             TextColumn("{task.description}", style="bold", markup=False),  # a folder's name may look like markup
             BarColumn(),
@@ -26,31 +55,38 @@ class Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not shown or self._lines,
+            disable=not shown or not console.is_terminal,
             transient=True,
         )
         self._task = self._bar.add_task(what, total=total, completed=start, note="")
 
     def __enter__(self) -> Bar:
+        self._began = time.monotonic()
         self._bar.start()
+        self._lines.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._lines.__exit__(*error)
         self._bar.stop()
 
     def to(self, done: int, note: str | None = None) -> None:
         """Set the number of finished units and, if given, the note beside it."""
-        self.done = done
-        if note is None:
-            self._bar.update(self._task, completed=done)
-        else:
-            self._bar.update(self._task, completed=done, note=note)
-        if self._lines and note and done >= self._next_line:
-            self._next_line = done + self.total / 10
-            print(f"{self.what} {done}/{self.total} {note}", file=sys.stderr, flush=True)
+        self.done, self._moved = done, time.monotonic()
+        if note is not None:
+            self._note = note
+        self._bar.update(self._task, completed=done, note=self._note)
 
     def advance(self, units: int = 1) -> None:
         self.to(self.done + units)
+
+    def _line(self) -> str:
+        parts = [f"{self.what} {self.done}/{self.total}", *filter(None, [self._note])]
+        if self.timed and (units := self.done - self._first):
+            pace = (self._moved - self._began) / units  # seconds a unit
+            left = pace * (self.total - self.done) - (time.monotonic() - self._moved)
+            parts.append(f"about {in_words(max(left, 0.0))} left")
+        return " · ".join(parts)
 
 
 def in_words(seconds: float | None) -> str:

@@ -35,8 +35,10 @@ class ModelPart(Part):
     head: Literal["causal", "classification", "regression"] = Field(
         "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )
-    dtype: Precision = Field(
-        "float32", description="Precision of the base weights (factors of Dual LoRA stay float32)."
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
+        "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
     )
     attention: str | None = Field(
         None, description="Attention implementation of transformers, for example sdpa or eager."
@@ -109,7 +111,11 @@ class TrainPart(Part):
     lr_warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
-    autocast: Literal["none", "bf16", "fp16"] = Field("none", description="Mixed precision of the training loop.")
+    autocast: Literal["auto", "none", "bf16", "fp16"] = Field(
+        "none",
+        description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none "
+        "elsewhere.",
+    )
     seed: int = Field(0, ge=0, description="Seed of the factors, the data order and dropout.")
     optimizer: str = Field(
         "adamw_torch", description="An optim name of transformers (adamw_torch, galore_adamw, ...) or loraplus."

@@ -8,22 +8,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
-from dual_lora.lab.data.batches import Collator, accepted_arguments, training_order
-from dual_lora.lab.data.encode import IGNORED, Prompter, class_names, encode_all, encode_texts
+from dual_lora.lab.data.encode import IGNORED
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.evaluation.evaluate import evaluate
 from dual_lora.lab.folder import RunFolder
 from dual_lora.lab.methods import apply_method, method_config
 from dual_lora.lab.recipe import EvaluatePart, Recipe
+from dual_lora.lab.training.gradient_start import show_gradients, wants_gradients
+from dual_lora.lab.training.loop import mean_loss
+from dual_lora.lab.training.prepare import classes_of, collator, in_order
 from dual_lora.lab.training.train import recipe_of_run
 from dual_lora.lab.tuned import Tuned, load_base
 
@@ -57,33 +59,22 @@ class Setting:
     @cached_property
     def step_batches(self) -> list[dict[str, Any]]:
         """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
-        part = self.recipe.train
-        examples = load_split(self.recipe.data, "train")
-        if self.classes:
-            rows, _ = encode_texts(examples, self.tokenizer, self.recipe.data.max_length, self.classes)
-        else:
-            prompter = Prompter(self.tokenizer, self.recipe.data.template)
-            rows, _ = encode_all(examples, prompter, self.recipe.data.max_length)
-        wanted = part.batch_size * part.accumulate
-        steps = int(self.record.get("total_steps", 1))
-        order = training_order([len(r.input_ids) for r in rows], steps * wanted, part.batch_size, part.seed)[:wanted]
-        collate = Collator(self.tokenizer.pad_token_id, bool(self.classes), accepted_arguments(self.model))
-        spans = [order[i : i + part.batch_size] for i in range(0, len(order), part.batch_size)]
-        batches = [collate([rows[i] for i in span]) for span in spans]
-        items = sum(int((b["labels"] != IGNORED).sum()) for b in batches)
+        part, examples = self.recipe.train, load_split(self.recipe.data, "train")
+        ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
+        collate = collator(self.tokenizer, self.classes, self.model)
+        wanted = ready.order[: ready.rows_a_step]
+        spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
+        batches = [collate([ready.rows[i] for i in span]) for span in spans]
+        causal = self.recipe.model.head == "causal"  # nothing predicts the first token: Trainer does not count it
+        items = sum(int(((b["labels"][:, 1:] if causal else b["labels"]) != IGNORED).sum()) for b in batches)
         return [{**batch, "items": items} for batch in batches]
 
     def loss_of_batch(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        """Training's loss: cross-entropy summed over the micro-batch, divided by the step's number of labels."""
+        """Training's loss of a micro-batch, divided by the step's number of labels."""
         device = next(model.parameters()).device
         inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
         items, labels = inputs.pop("items"), inputs.pop("labels")
-        logits = model(**inputs).logits
-        if labels.dim() == 2:
-            labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
-            logits = logits[:, :-1]
-        total = cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total / items
+        return mean_loss(model(**inputs), labels, items, self.recipe.train.label_smoothing)
 
     @property
     def names_held_out(self) -> bool:
@@ -95,12 +86,16 @@ class Setting:
         """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
         split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"
         examples = load_split(self.recipe.data, split)[:limit]
-        task = "classification" if self.classes else "loss"
+        heads = {"causal": "loss", "classification": "classification", "regression": "regression"}
+        task = heads[self.recipe.model.head]
         spec = EvaluatePart.model_validate({"tasks": [task], "split": split, "batch_size": 8})
         tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
 
         def loss(_: Any) -> float:
             result = evaluate(tuned, self.recipe.data, spec, examples=examples, variants=["tuned"], progress=False)
+            if task == "regression":
+                pairs = zip(result.items, examples, strict=True)
+                return fmean((row["predicted"] - float(example.label)) ** 2 for row, example in pairs)
             return result.metrics["tuned"]["loss"]
 
         return loss
@@ -131,18 +126,27 @@ def open_setting(path: str | Path, device: str | None = None) -> Setting:
         raise UserError(f"{path} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
     recipe = recipe_of_run(folder.path)
     record = _record(folder)
-    classes: list[str] = []
-    if recipe.model.head == "classification":
-        classes = list(record.get("classes") or class_names(load_split(recipe.data, "train")))
+    classes = list(record.get("classes") or [])
+    if recipe.model.head != "causal" and not classes:
+        classes = classes_of(recipe, load_split(recipe.data, "train"))
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
     config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
     if config is None:
         return Setting(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
     before = _sizes(loaded.model)
+    if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
+        ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
+        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, classes, loaded.model)
+        show_gradients(loaded.model, config, rows, recipe.train.batch_size, collate, mean_loss)
     model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
     origin = {name: found for name, found in snapshot(model).items() if name in changed}
     return Setting(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
+
+
+def _processes(record: dict[str, Any]) -> int:
+    """How many processes trained together."""
+    return int(record.get("processes", 1))
 
 
 def _sizes(model: Any) -> dict[str, float]:

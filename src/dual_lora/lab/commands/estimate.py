@@ -91,11 +91,14 @@ def estimate(
     if what is None and not calibrate:
         raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
     from dual_lora.lab.estimate import calibrate as speed
-    from dual_lora.lab.progress import console
+    from dual_lora.lab.progress import console, lines
 
-    with console.status("") as status:
+    doing = ""
+    with console.status("") as status, lines(lambda: doing):
 
         def say(text: str) -> None:
+            nonlocal doing
+            doing = text
             status.update(text)
 
         rates = speed.calibrate(lambda text: say(f"calibrating: {text}")) if calibrate else speed.known_rates()

@@ -22,11 +22,13 @@ from dual_lora.lab.comparison.executors import check_executor, run_jobs, runs_si
 from dual_lora.lab.comparison.forecast import Clock, estimates, learn_from, measured_speed
 from dual_lora.lab.comparison.jobs import base_jobs, choose, final_jobs, fingerprint, settings_in_words, trial_jobs
 from dual_lora.lab.comparison.perform import KEPT, read_outcome
+from dual_lora.lab.comparison.precision import settled_study
 from dual_lora.lab.comparison.probes import match_by_probes
 from dual_lora.lab.comparison.state import FINISHED, State, write_json
 from dual_lora.lab.comparison.study import Study, read_study
 from dual_lora.lab.comparison.verdicts import build_results
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
 
 WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
@@ -71,6 +73,10 @@ def compare(
     folder = Path(out) if out is not None else Path("studies") / study.name
     way = Way(executor, runs_side_by_side(executor, workers), keep, progress)
     check_executor(executor)
+    begun = (folder / "study.yaml").is_file()
+    study, chosen = settled_study(study, folder)
+    if progress and not begun and chosen.get("asked") == AUTO:
+        console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
     with State(folder) as state:
         if state.notice:
@@ -79,6 +85,8 @@ def compare(
         _notice_change(state, folder, update, "recipes", _recipes(study))
         if runs is not None:
             state.put("runs", os.path.relpath(runs, folder))  # relative: a folder of studies may be moved as a whole
+        if chosen and (state.get("precision") is None or not begun or update):
+            state.put("precision", json.dumps(chosen))
         place = folder / (state.get("runs") or "runs")
         return _Course(study, folder, place, state, way, cells).run()
 
@@ -101,6 +109,8 @@ def _notice_change(
     if before is None and known and known.is_file():  # the state was lost: the folder still says which study it holds
         before = json.dumps(read_study(known)[0].model_dump(mode="json"))
     old = json.loads(before) if before else {}
+    if what == "study" and old:
+        old.setdefault("precision", now["precision"])  # begun before studies named theirs
     changed = [name for name in now if old and old.get(name) != now[name]]
     if changed and not update:
         subject = "study has" if what == "study" else "study's recipes or data have"
@@ -157,7 +167,7 @@ class _Course:
         self.state.plan(jobs)
         self._adopt(jobs)
         left = {job["key"]: job for job in jobs if self._outcome(job) is None}  # the folders are the truth
-        with Bar(what, len(jobs), self.way.progress, start=len(jobs) - len(left)) as bar:
+        with Bar(what, len(jobs), self.way.progress, len(jobs) - len(left), timed=False) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(
                 self.way.executor,
@@ -231,6 +241,7 @@ class _Course:
         ]
         results = build_results(self.study, finished, self.runs, untrained)
         results["untrained"] = untrained
+        results["precision"] = json.loads(self.state.get("precision") or "null")
         results["failed"] = sorted(self.failed.values())
         results["provenance"] = surroundings() | {
             "executor": self.way.executor,

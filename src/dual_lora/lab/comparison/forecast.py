@@ -14,6 +14,7 @@ from dual_lora.lab.comparison.executors import runs_side_by_side
 from dual_lora.lab.comparison.jobs import PROBE_STEPS, UNTRAINED, base_jobs, choose, final_jobs, trial_jobs
 from dual_lora.lab.comparison.perform import read_outcome
 from dual_lora.lab.comparison.plan import lay_out, planned_steps
+from dual_lora.lab.comparison.precision import settled_study
 from dual_lora.lab.comparison.probes import match_by_probes
 from dual_lora.lab.comparison.state import Entry, remembered
 from dual_lora.lab.comparison.study import Study, read_study
@@ -171,6 +172,7 @@ def forecast(
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
     study, _ = read_study(source)
     folder = Path(out) if out is not None else Path("studies") / study.name
+    study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
     runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")

@@ -119,6 +119,22 @@ def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
     ]
 
 
+def precisions(finished: Sequence[Finished]) -> list[str]:
+    """In which precision the runs were done: figures of two do not compare."""
+    groups: dict[str, list[str]] = {}
+    for f in finished:
+        recipe = f.cell.recipe
+        mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
+        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(
+            f"{f.cell.method} on {place_name(*f.cell.place)}"
+        )
+    if len(groups) < 2:
+        return [f"All runs: {words}." for words in groups]
+    return [
+        "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
+    ]
+
+
 def single_seed(study: Study) -> list[str]:
     """Why a study with one seed calls no winner."""
     if len(study.seeds) > 1:

@@ -16,6 +16,7 @@ from dual_lora.lab.comparison.cell import Cell, fields_at
 from dual_lora.lab.comparison.jobs import trial_jobs
 from dual_lora.lab.comparison.study import PRESETS, MethodEntry, Study, rank_denominator
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.precision import AUTO, settled, settled_here
 from dual_lora.lab.recipe import Recipe, build_recipe, merged, read_recipe
 
 
@@ -37,7 +38,13 @@ def lay_out(study: Study) -> list[Cell]:
 
 
 def places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
-    """Every model with every task, as a recipe that has no method yet."""
+    """Every model with every task, as a recipe that has no method yet, in the study's precision."""
+    for model, task, recipe in written_places(study):
+        yield model, task, settled_here(recipe) if study.precision == AUTO else settled(recipe, study.precision)
+
+
+def written_places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+    """The same as they are written, with `auto` where a recipe says so."""
     for model, over_model in (study.models or {"": {}}).items():
         for task, entry in study.tasks.items():
             over_task = {k: v for k, v in entry.model_dump(exclude={"recipe", "metric"}).items() if v}

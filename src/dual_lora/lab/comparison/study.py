@@ -135,6 +135,10 @@ class Study(Part):
         description="Name: what is laid over the recipe ({model: {path: ...}}); empty: the recipe's own.",
     )
     overrides: dict[str, Any] = Field(default_factory=dict, description="Laid over every recipe.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="What `auto` stands for in its recipes. auto: what is faster on the device that begins the study.",
+    )
     methods: dict[str, MethodEntry] = Field(description="Name: the method and its fields.")
     sweep: dict[str, list[Any]] = Field(
         default_factory=dict, description="train.X or method.X: values; every method is run with each of them."

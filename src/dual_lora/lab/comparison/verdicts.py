@@ -64,7 +64,8 @@ def build_results(
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
         + notes.unmeasured(finished)
         + notes.warned(finished)
-        + notes.shared_machine(methods),
+        + notes.shared_machine(methods)
+        + notes.precisions(finished),
     }
 
 

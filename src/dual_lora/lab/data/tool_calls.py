@@ -2,7 +2,7 @@
 
 | set | records | sentences | values |
 |---|---|---|---|
-| `train` | 1,000 | seen | seen |
+| `train` | 600 | seen | seen |
 | `combinations` | 100 | seen, word by word | seen, but never together in one call |
 | `values` | 100 | seen, word by word | every string and number is new |
 | `phrasings` | 100 | new | seen |

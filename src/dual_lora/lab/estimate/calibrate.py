@@ -79,9 +79,10 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
     on = "gpu" if torch.cuda.is_available() else "cpu"
     works = [(d, m, w) for d in DTYPES for w in WIDTHS[on] for m in METHODS]
     costs: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
-    for dtype, method, width in works:
+    for number, (dtype, method, width) in enumerate(works):
         if say:
-            say(f"{method}, {dtype}, width {width}")
+            left = f"about {seconds * (1 - number / len(works)):.0f} s left"
+            say(f"{method}, {dtype}, width {width} ({number + 1} of {len(works)}, {left})")
         costs[dtype][method].append([*_cost(dtype, method, width, on, seconds / len(works))])
     entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "costs": costs}
     _keep(entry)

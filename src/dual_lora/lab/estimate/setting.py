@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dual_lora.lab import precision
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class Setting:
 
 def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
     """The training step of a recipe, with every row as long as data.max_length. changes: fields of Setting."""
+    if precision.leaves_open(recipe):
+        gpu = changes.get("on") == "gpu"
+        recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
     part = recipe.train
     known = {
         "head": recipe.model.head,

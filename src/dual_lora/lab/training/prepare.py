@@ -20,17 +20,23 @@ from dual_lora.lab.tuned import load_base
 
 
 @dataclass
-class Prepared:
-    """left_out: examples longer than data.max_length. order: indices into rows, for the whole run."""
+class InOrder:
+    """Training rows. left_out: examples longer than data.max_length. order: indices into rows, for the whole run."""
 
-    loaded: Loaded
     rows: list[Encoded]
-    validation: list[Encoded]
-    classes: list[str]
     left_out: int
     steps: int
     order: list[int]
     rows_a_step: int
+
+
+@dataclass
+class Prepared(InOrder):
+    """The rows with the model, before it has its method."""
+
+    loaded: Loaded
+    validation: list[Encoded]
+    classes: list[str]
 
     @property
     def tokens(self) -> list[int]:
@@ -40,35 +46,51 @@ class Prepared:
         return [0, *itertools.accumulate(steps)]
 
     def collator(self, model: Any) -> Collator:
-        return Collator(self.loaded.tokenizer.pad_token_id, bool(self.classes), accepted_arguments(model))
+        return collator(self.loaded.tokenizer, self.classes, model)
+
+
+def collator(tokenizer: Any, classes: list[str], model: Any) -> Collator:
+    """Rows to tensors, for this model."""
+    return Collator(tokenizer.pad_token_id, bool(classes), accepted_arguments(model))
 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read the data, load the model, fix the order. Raises UserError for records that do not fit the head."""
     part = recipe.train
     examples = load_split(recipe.data, "train")
-    head = recipe.model.head
-    _fits_head(examples[0], head)
-    classes = class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
-    if head == "classification" and len(classes) < 2:
+    classes = classes_of(recipe, examples)
+    if recipe.model.head == "classification" and len(classes) < 2:
         raise UserError(f"The training records hold one class only ({classes[0]}); a classifier needs two.")
     held = load_split(recipe.data, "validation") if part.validate_every else []
     set_seed(part.seed)
     loaded = load_base(recipe.model, part.seed, len(classes) or None)
-    rows, left_out = _encoded(recipe, examples, loaded, classes)
-    validation = _encoded(recipe, held, loaded, classes)[0] if held else []
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    rows_a_step = part.batch_size * part.accumulate * world
+    ordered = in_order(recipe, examples, loaded.tokenizer, classes, int(os.environ.get("WORLD_SIZE", "1")))
+    validation = _encoded(recipe, held, loaded.tokenizer, classes)[0] if held else []
+    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
+
+
+def classes_of(recipe: Recipe, examples: list[Any]) -> list[str]:
+    """What the head tells apart: names of classes, the one value of a regression, [] for a language model."""
+    head = recipe.model.head
+    _fits_head(examples[0], head)
+    return class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
+
+
+def in_order(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str], processes: int) -> InOrder:
+    """The rows of a run and the order in which so many processes together take them."""
+    part = recipe.train
+    rows, left_out = _encoded(recipe, examples, tokenizer, classes)
+    rows_a_step = part.batch_size * part.accumulate * processes
     steps = part.steps or math.ceil(len(rows) * part.epochs / rows_a_step)
     lengths = [len(row.input_ids) for row in rows]
-    order = training_order(lengths, steps * rows_a_step, part.batch_size * world, part.seed)
-    return Prepared(loaded, rows, validation, classes, left_out, steps, order, rows_a_step)
+    order = training_order(lengths, steps * rows_a_step, part.batch_size * processes, part.seed)
+    return InOrder(rows, left_out, steps, order, rows_a_step)
 
 
-def _encoded(recipe: Recipe, examples: list[Any], loaded: Loaded, classes: list[str]) -> tuple[list[Encoded], int]:
+def _encoded(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
     if classes:
-        return encode_texts(examples, loaded.tokenizer, recipe.data.max_length, classes)
-    prompter = Prompter(loaded.tokenizer, recipe.data.template, recipe.data.learn_prompt)
+        return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
+    prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
     return encode_all(examples, prompter, recipe.data.max_length)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from dual_lora.lab import precision
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import RunFolder, write_atomically, write_folder_atomically
 from dual_lora.lab.methods import apply_method, is_kind, method_config
 from dual_lora.lab.models import quiet
-from dual_lora.lab.progress import Bar
+from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.recipe import Recipe, build_recipe
 from dual_lora.lab.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.training.failures import Diverged as Diverged
@@ -74,13 +75,18 @@ def run(
     if main:
         folder.open(resume, overwrite)
     reset_peak()
+    asked = recipe
     try:
         if resume and folder.is_run:
+            recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
             _same_recipe(recipe, folder)
             if folder.result is not None and (finished := _finished(folder)):
                 return finished
+        recipe = precision.settled_here(recipe)
+        if precision.leaves_open(asked) and progress and main:
+            console.print(str(precision.fast_precision()), markup=False)
         with clear_failures(folder):
-            return _train(recipe, folder, main, progress, callbacks)
+            return _train(recipe, asked, folder, main, progress, callbacks)
     except BaseException as error:
         if main:
             note_failure(folder, error)
@@ -101,7 +107,7 @@ def recipe_of_run(out: str | Path) -> Recipe:
 
 
 def _train(
-    recipe: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
+    recipe: Recipe, asked: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
 ) -> RunResult:
     part = recipe.train
     # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
@@ -133,6 +139,7 @@ def _train(
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
+    record["precision"] = _precision_before(folder) or precision.record_of(asked, recipe)
     record |= {"total_steps": steps, **counts, **surroundings()}
     earlier = _seconds_before(folder, start)
     if main:
@@ -174,6 +181,14 @@ def _train(
         record |= {"state": result.state, "result": result.summary()}
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
     return result
+
+
+def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
+    """What an earlier session of this run has recorded of the choice that it made."""
+    try:
+        return json.loads(folder.record.read_text(encoding="utf-8")).get("precision") if folder.is_run else None
+    except (OSError, ValueError):
+        return None
 
 
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:

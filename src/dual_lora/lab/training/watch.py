@@ -15,8 +15,12 @@ import torch
 from transformers import TrainerCallback
 
 from dual_lora.lab.folder import RunFolder, mark_whole
-from dual_lora.lab.progress import Bar
+from dual_lora.lab.models import best_device
+from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.training.failures import NotFinite, check_finite
+
+LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
+FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
 
 class Watch(TrainerCallback):
@@ -34,6 +38,8 @@ class Watch(TrainerCallback):
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
+        self._looked = False
+        self._second: tuple[float, float] | None = None  # the clocks after the first step, which also warms up
 
     def seconds(self) -> float:
         """Training time of this session."""
@@ -53,12 +59,31 @@ class Watch(TrainerCallback):
             raise NotFinite(f"The loss became {loss} at step {step}.")
         rate = (self.tokens[step] - self.tokens[self._first]) / self.seconds()
         self.bar.to(step, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
+        self._look_at_threads()
         if step >= state.max_steps:
             control.should_log = True  # the loss of the end is known however rarely it is logged
         if self.stop:
             control.should_save = control.should_training_stop = True
         if control.should_save:
             check_finite(model, step)
+
+    def _look_at_threads(self) -> None:
+        """Say once if the threads got far less processor time than there was: then fewer of them may be faster."""
+        now = time.perf_counter(), time.process_time()
+        if self._second is None:
+            self._second = now
+        wall, busy = now[0] - self._second[0], now[1] - self._second[1]
+        threads = torch.get_num_threads()
+        if self._looked or wall < LOOK_AFTER:
+            return
+        self._looked = True
+        if threads > 1 and busy < FULL_SHARE * threads * wall and self.bar.shown and best_device() == "cpu":
+            console.print(
+                f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait "
+                f"for each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
+                markup=False,
+                soft_wrap=True,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not self.main or not logs or "train_runtime" in logs:
