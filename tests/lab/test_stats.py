@@ -17,15 +17,27 @@ NOISES = {
 }
 
 
-def draw(random, seeds, items, noise, shift=0.0):
-    """Differences [seeds, items] of the crossed model with a known true difference."""
+def draw(random, seeds, items, noise, shift=0.0, studies=()):
+    """Differences [*studies, seeds, items] of the crossed model with a known true difference."""
     by_seed, by_item, rest = noise
     return (
         shift
-        + by_seed * random.standard_normal((seeds, 1))
-        + by_item * random.standard_normal((1, items))
-        + rest * random.standard_normal((seeds, items))
+        + by_seed * random.standard_normal((*studies, seeds, 1))
+        + by_item * random.standard_normal((*studies, 1, items))
+        + rest * random.standard_normal((*studies, seeds, items))
     )
+
+
+def halves(d, level):
+    """Means of the tables d [studies, S, N] and the half-widths of their intervals."""
+    mean, error, seed_error = stats.error_parts(d)
+    return mean, stats.half_width(level, seed_error, np.sqrt(error**2 - seed_error**2), *d.shape[1:])
+
+
+def significant(d, level=0.05):
+    """Which of the tables d [studies, S, N] are significantly more or less than 0."""
+    mean, half = halves(d, level)
+    return np.abs(mean) > half
 
 
 def rate(hits):
@@ -37,8 +49,7 @@ def rate(hits):
 @pytest.mark.parametrize("noise", NOISES)
 def test_false_alarms_stay_at_the_level(noise, seeds):
     random = np.random.default_rng(seeds)
-    hits = [stats.difference_p(stats.spread(draw(random, seeds, 60, NOISES[noise]))) < 0.05 for _ in range(2000)]
-    share, slack = rate(hits)
+    share, slack = rate(significant(draw(random, seeds, 60, NOISES[noise], studies=(4000,))))
     assert share < 0.05 + slack, f"{share:.3f} false alarms at a level of 0.05"
     assert noise in ("rest", "mixed") or seeds == 2 or share > 0.05 - 2 * slack, f"{share:.3f}: needlessly timid"
 
@@ -47,13 +58,10 @@ def test_false_alarms_stay_at_the_level(noise, seeds):
 def test_false_alarms_with_right_and_wrong_answers(seeds):
     """Items are 0 or 1, items differ in difficulty, and training runs differ in luck."""
     random = np.random.default_rng(seeds)
-    hits = []
-    for _ in range(1500):
-        ease = random.normal(1.0, 1.5, (1, 1, 120))
-        luck = random.normal(0.0, 0.3, (2, seeds, 1))
-        right = random.random((2, seeds, 120)) < 1 / (1 + np.exp(-(ease + luck)))
-        hits.append(stats.difference_p(stats.spread(right[0].astype(float) - right[1])) < 0.05)
-    share, slack = rate(hits)
+    ease = random.normal(1.0, 1.5, (1, 3000, 1, 120))
+    luck = random.normal(0.0, 0.3, (2, 3000, seeds, 1))
+    right = random.random((2, 3000, seeds, 120)) < 1 / (1 + np.exp(-(ease + luck)))
+    share, slack = rate(significant(right[0].astype(float) - right[1]))
     assert share < 0.05 + slack
 
 
@@ -71,17 +79,15 @@ def test_false_alarms_stay_at_the_level_of_ten_comparisons(seeds, seed_square, i
     """One pooled error takes the items' degrees of freedom where few seeds agree, and has up to 19 times this level."""
     random = np.random.default_rng(21)
     d = crossed(random, 20_000, seeds, 30, seed_square, item_square)
-    mean, error, seed_error = stats.error_parts(d)
-    item_error = np.sqrt(error**2 - seed_error**2)
     for level in (0.05, 0.005):
-        share = np.mean(np.abs(mean) > stats.half_width(level, seed_error, item_error, seeds, 30))
+        share = np.mean(significant(d, level))
         assert share < level + 3 * np.sqrt(level / len(d)), f"{share:.4f} false alarms at a level of {level}"
 
 
 def test_verdict_of_a_crossed_null_with_three_seeds():
     random = np.random.default_rng(22)
-    p = [stats.difference_p(stats.spread(d)) for d in crossed(random, 2000, 3, 40, 4, 1)]
-    assert np.mean(np.array(p) < 0.005) < 0.005 + 3 * np.sqrt(0.005 / 2000)
+    p = [stats.difference_p(stats.spread(d)) for d in crossed(random, 500, 3, 40, 4, 1)]
+    assert np.mean(np.array(p) < 0.005) < 0.005 + 3 * np.sqrt(0.005 / 500)
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
@@ -106,11 +112,8 @@ def test_seeds_with_the_same_mean_are_no_proof_of_little_noise():
 @pytest.mark.parametrize("noise", NOISES)
 def test_intervals_cover_the_truth(noise):
     random = np.random.default_rng(1)
-    inside = []
-    for _ in range(250):
-        low, high = stats.interval(stats.spread(draw(random, 4, 40, NOISES[noise], 0.7)))
-        inside.append(low <= 0.7 <= high)
-    assert np.mean(inside) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 250)
+    mean, half = halves(draw(random, 4, 40, NOISES[noise], 0.7, (3000,)), 0.05)
+    assert np.mean(np.abs(mean - 0.7) <= half) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 3000)
 
 
 @pytest.mark.parametrize(("seeds", "noise"), [(3, "items"), (5, "seeds"), (5, "mixed"), (8, "seeds")])
@@ -122,10 +125,8 @@ def test_power_is_as_stated(seeds, noise):
     seed_error = np.sqrt(by_seed**2 / seeds + rest**2 / (seeds * items))
     error = np.sqrt(seed_error**2 + by_item**2 / items)
     size = stats.smallest_visible(stats.Spread(0.0, error, seed_error, seeds, items), 0.05, 0.8)
-    hits = [
-        stats.difference_p(stats.spread(draw(random, seeds, items, NOISES[noise], size))) < 0.05 for _ in range(1500)
-    ]
-    assert 0.76 < np.mean(hits) < 0.84
+    mean, half = halves(draw(random, seeds, items, NOISES[noise], size, (3000,)), 0.05)
+    assert 0.77 < np.mean(mean > half) < 0.83
 
 
 def test_power_matches_simulated_t_test():
@@ -150,8 +151,8 @@ def test_the_level_that_a_study_really_has():
 def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
     """The true difference sits exactly at the margin."""
     random = np.random.default_rng(4)
-    hits = [stats.same_p(stats.spread(draw(random, 5, 60, NOISES["mixed"], 0.2)), 0.2) < 0.05 for _ in range(2000)]
-    share, slack = rate(hits)
+    mean, half = halves(draw(random, 5, 60, NOISES["mixed"], 0.2, (4000,)), 0.1)
+    share, slack = rate(np.abs(mean) + half < 0.2)
     assert share < 0.05 + slack
 
 

@@ -107,6 +107,15 @@ def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
     ]
 
 
+def amended(results: dict[str, Any]) -> list[str]:
+    """When and why a study was judged again, and which verdicts changed by it."""
+    said = []
+    for a in results.get("amendments", []):
+        changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a["changed"])
+        said.append(f"Amended {a['date']}. {a['what']} Verdicts changed: {changed or 'none'}.")
+    return said
+
+
 def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
     """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
     notes = []

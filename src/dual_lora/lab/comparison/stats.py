@@ -26,6 +26,7 @@ Holm 1979.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -165,10 +166,15 @@ def error_parts(d: Table) -> tuple[Table, Table, Table]:
     seeds, items = N * rows.var(-1, ddof=1), S * columns.var(-1, ddof=1)
     left = d - rows[..., :, None] - columns[..., None, :] + mean[..., None, None]
     rest = (left**2).sum((-2, -1)) / ((S - 1) * (N - 1))
-    # Means of seeds that are all the same are no sign of noise below that of single answers.
-    seeds = np.where(seeds <= 1e-20 * np.abs(d).max((-2, -1)) ** 2, rest, seeds)
+    return mean, *errors(seeds, items, rest, S, N)
+
+
+def errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Table, Table]:
+    """The standard error and the seeds' part of it, from mean squares."""
+    # Seeds whose means are all the same are no sign of less noise than single answers have.
+    seeds = np.where(seeds <= 1e-20 * (items + rest), rest, seeds)
     total = np.maximum(seeds + items - rest, np.maximum(seeds, items))
-    return mean, np.sqrt(total / (S * N)), np.sqrt(seeds / (S * N))
+    return np.sqrt(total / (S * N)), np.sqrt(seeds / (S * N))
 
 
 def spread(d: ArrayLike) -> Spread:
@@ -253,12 +259,17 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
+@functools.cache
+def _luck(seeds: int) -> Table:
+    """What the seeds' part of the error is seen to be for a true part of 1: the quantiles over studies."""
+    points = (np.arange(1000) + 0.5) / 1000
+    return np.sqrt(stats.chi2.ppf(points, seeds - 1) / (seeds - 1))
+
+
 def power(difference: float, s: Spread, level: float) -> float:
     """Chance that a true difference of this size is significant, with the right sign, if the two parts of the error are
     in truth what they were seen to be. With a difference of 0 it is half of the chance of a false alarm."""
-    points = (np.arange(1000) + 0.5) / 1000
-    luck = stats.chi2.ppf(points, s.seeds - 1) / (s.seeds - 1)  # of the seeds' variance, over studies
-    half = half_width(level, s.seed_error * np.sqrt(luck), s.item_error, s.seeds, s.items)
+    half = half_width(level, s.seed_error * _luck(s.seeds), s.item_error, s.seeds, s.items)
     return float(stats.norm.cdf((abs(difference) - half) / s.error).mean())
 
 

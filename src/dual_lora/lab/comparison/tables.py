@@ -11,6 +11,7 @@ from rich.table import Table
 from dual_lora.lab.comparison.forecast import Forecast
 from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
+from dual_lora.lab.comparison.notes import amended
 from dual_lora.lab.progress import in_words
 
 _COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}
@@ -31,7 +32,7 @@ def show_results(results: dict[str, Any], console: Console | None = None) -> Non
         console.print(verdict_table(results))
     console.print(score_table(results))
     console.print(cost_table(results))
-    for note in [*results["notes"], *(f"failed: {text}" for text in results["failed"])]:
+    for note in [*amended(results), *results["notes"], *(f"failed: {text}" for text in results["failed"])]:
         console.print(f"• {escape(note)}")
     if not results["complete"]:
         console.print("[yellow]Not complete: start the same command again to do what is missing.[/yellow]")

@@ -9,6 +9,7 @@ from typing import Any
 from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
+from dual_lora.lab.comparison.notes import amended
 from dual_lora.lab.report.blocks import (
     Axis,
     Block,
@@ -49,7 +50,7 @@ def verdict_blocks(file: Path, results: dict[str, Any], folded: bool) -> list[Bl
         blocks.append(_forest(metric, here, source, study))
     if comparisons:
         blocks.append(_verdict_table(study, comparisons, source, folded))
-    blocks += [Text(note, "note") for note in results.get("notes", [])]
+    blocks += [Text(note, "note") for note in [*amended(results), *results.get("notes", [])]]
     blocks += [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
     return blocks
 
