@@ -137,9 +137,9 @@ def correlations(random: np.random.Generator, shape: tuple[int, int, int], luck:
 
 
 Draw = Callable[[np.random.Generator, tuple[int, int, int], float, float], Array]
-KINDS: dict[str, tuple[Draw, int]] = {  # name -> (how it is drawn, table entries of a cell; 0: 15 studies)
-    "right answers": (right_answers, 200_000),
-    "losses": (losses, 200_000),
+KINDS: dict[str, tuple[Draw, int]] = {  # name -> (how it is drawn, table entries of a cell; 0: 3 studies)
+    "right answers": (right_answers, 40_000),
+    "losses": (losses, 40_000),
     "Matthews": (correlations, 0),
 }
 
@@ -151,7 +151,7 @@ def tables(work: int, random: np.random.Generator) -> Iterator[tuple[str, int, i
             for items in ITEMS[:2] if kind == "Matthews" else ITEMS:
                 for luck in (0.0, 0.3, 2.0):
                     for taste in (0.0, 1.0):
-                        studies = work * min(entries // (seeds * items), 1000) if entries else 15 * work
+                        studies = work * min(entries // (seeds * items), 1000) if entries else 3 * work
                         parts = []
                         chunk = max(1, 2_000_000 // (seeds * items))
                         for start in range(0, studies, chunk):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.comparison import metrics, stats
 from dual_lora.lab.comparison.cell import Finished, place_name
+from dual_lora.lab.comparison.jobs import mean_scores
 from dual_lora.lab.comparison.load import loads
 from dual_lora.lab.comparison.study import Study
 
@@ -40,16 +41,17 @@ def level(false_alarm: float | None, allowed: float) -> list[str]:
 
 
 def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[str]:
-    """Methods whose search was decided by less than the noise of a run. metric: of the search; None for the task's."""
+    """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
     for m in methods:
         judged = metric or m["metric"]
         figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
         noise = np.array([v for v in figures if v is not None])
-        scores = np.array([t["score"] for t in m["trials"] if t["status"] == "done"])
+        scores = np.array([mean for _, mean in mean_scores(m["trials"])])
         if len(scores) < 2 or len(noise) < 2:
             continue
-        chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)))
+        repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
+        chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
         if chance > 0.05:
             near.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({chance:.0%})")
     if not near:

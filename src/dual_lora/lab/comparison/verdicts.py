@@ -246,7 +246,9 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "mismatch": cell.mismatch,
         "notes": cell.notes,
         "settings": f.chosen,
-        "trials": [{"settings": j["settings"], "key": j["key"], **_outcome(o)} for j, o in f.trials],
+        "trials": [
+            {"settings": j["settings"], "seed": j.get("seed"), "key": j["key"], **_outcome(o)} for j, o in f.trials
+        ],
         "seeds": seeds,
         "score": None if means is None else float(means.mean()),
         "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
