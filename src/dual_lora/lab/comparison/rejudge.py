@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import metrics, stats
+from dual_lora.lab.comparison import judging, metrics, stats
+from dual_lora.lab.comparison.conclude import about_pairs, conclude, placed
 from dual_lora.lab.comparison.state import write_json
 from dual_lora.lab.comparison.study import build_study
-from dual_lora.lab.comparison.verdicts import RESULTS_FORMAT, about_pairs, conclude, placed
+from dual_lora.lab.comparison.verdicts import RESULTS_FORMAT
 from dual_lora.lab.errors import UserError
 
 WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
@@ -55,7 +56,7 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> stats.Comparison:
+def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> judging.Comparison:
     place = (c["model"], c["task"])
     two = [at[(*place, c[side])] for side in ("candidate", "reference")]
     spread, sign = c["spread"], metrics.sign(c["metric"])
@@ -67,7 +68,7 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
         figures = *figures[:2], _seed_error(two, at, place, spread["error"])
     s = stats.Spread(*figures, spread["seeds"], spread["items"])
     about = about_pairs(study, place, c["metric"])
-    return placed(stats.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
+    return placed(judging.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
 
 
 def _seed_error(two: list[dict[str, Any]], at: Any, place: tuple[str, str], error: float) -> float:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import metrics, notes, stats
+from dual_lora.lab.comparison import judging, metrics, notes, stats
 from dual_lora.lab.comparison.cell import Cell, Finished, place_name
-from dual_lora.lab.comparison.jobs import settings_in_words
+from dual_lora.lab.comparison.conclude import about_pairs, conclude, placed
 from dual_lora.lab.comparison.perform import read_scores
 from dual_lora.lab.comparison.study import Study
-
-Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
 
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
@@ -60,38 +57,6 @@ def build_results(
         + notes.warned(finished)
         + notes.shared_machine(methods),
     }
-
-
-class Said(NamedTuple):
-    """What follows from pairs and methods alone, and so from a results.json as well as from runs."""
-
-    comparisons: list[dict[str, Any]]
-    false_alarm: float | None  # chance of any, with the noise of these runs
-    notes: list[str]
-
-
-def conclude(
-    study: Study,
-    pairs: Sequence[stats.Comparison],
-    methods: Sequence[dict[str, Any]],
-    untrained: Sequence[dict[str, Any]],
-) -> Said:
-    """Judge the pairs together, each as far as its methods' runs allow."""
-    at = {(m["model"], m["task"], m["method"]): m for m in methods}
-    ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
-    unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
-    judged = stats.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
-    comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
-    false_alarm = stats.false_alarm(judged, study.level)
-    return Said(
-        [_plain(c) for c in comparisons],
-        false_alarm,
-        notes.level(false_alarm, study.level)
-        + notes.near_choices(methods, study.search.metric if study.search else None)
-        + notes.ends_of_searches(ends)
-        + notes.level_searches(methods)
-        + notes.unlearned_notes(unlearned),
-    )
 
 
 def _at(f: Finished) -> tuple[str, str, str]:
@@ -147,7 +112,7 @@ def _features(job: dict[str, Any], outcome: dict[str, Any] | None, runs: Path) -
 
 def _pairs(
     study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[stats.Comparison]:
+) -> list[judging.Comparison]:
     pairs = []
     for place in dict.fromkeys(f.cell.place for f in finished):
         here = [f.cell for f in finished if f.cell.place == place and _at(f) in tables]
@@ -158,67 +123,9 @@ def _pairs(
             wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
         about = about_pairs(study, place, here[0].metric) if here else {}
         for a, b in wanted:
-            pair = stats.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
+            pair = judging.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
             pairs.append(placed(pair, place))
     return pairs
-
-
-def about_pairs(study: Study, place: tuple[str, str], metric: str) -> dict[str, Any]:
-    """What all comparisons of one place are judged by."""
-    return {
-        "task": place_name(*place),
-        "metric": metric,
-        "margin": study.margin.get(metric),
-        "confidence": 1 - study.level,
-        "wanted_power": study.power,
-        "counted": metrics.counted(metric),
-    }
-
-
-def placed(pair: stats.Comparison, place: tuple[str, str]) -> stats.Comparison:
-    """The comparison with its model and task, and which way its metric is better."""
-    return dataclasses.replace(pair, place=place, better=metrics.better(pair.metric))
-
-
-def _lost(method: dict[str, Any]) -> int | None:
-    """How many final runs diverged; None if all did."""
-    everything = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
-    return None if everything else method["diverged"]
-
-
-def _as_far_as_it_goes(c: stats.Comparison, at: Methods) -> stats.Comparison:
-    """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
-
-    The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
-    """
-    lost = {name: _lost(at[(*c.place, name)]) for name in (c.candidate, c.reference)}
-    silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
-    gone = [name for name, n in lost.items() if n is None]
-    if gone:
-        note = f"No run of {' or '.join(gone)} came to an end with a score."
-        return dataclasses.replace(c, verdict=stats.Verdict.DIVERGED, note=note, **silent)
-    if c.items == 1 and c.seeds > 1:
-        return dataclasses.replace(c, verdict=stats.Verdict.ONE_ITEM, **silent)
-    some = [f"{n} of {name}" for name, n in lost.items() if n]
-    if some and c.seeds > 1:
-        note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
-            ": equivalence is not claimed." if c.margin is not None else "."
-        )
-        return dataclasses.replace(c, p_same=None, note=note)
-    return c
-
-
-def _plain(c: stats.Comparison) -> dict[str, Any]:
-    sign = metrics.sign(c.metric)
-    scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
-    model, task = c.place
-    values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
-    del values["place"]
-    if c.verdict is stats.Verdict.DIVERGED:  # figures of a method that has none
-        absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
-        figures = dict.fromkeys(("difference", "error", "seed_error"))
-        values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
-    return values
 
 
 def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
@@ -321,42 +228,3 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return fronts
-
-
-def _learned(c: stats.Comparison, unlearned: dict[tuple[str, str, str], str]) -> stats.Comparison:
-    """A method that did not learn the task is like another in nothing that anybody asked about."""
-    why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned}
-    if not why:
-        return c
-    alike = c.verdict is stats.Verdict.EQUIVALENT
-    if len(why) == 1:
-        ((name, reason),) = why.items()
-        note = f"{name} has not learned the task: {reason}"
-        if not alike:
-            return dataclasses.replace(c, note=f"{c.note} {note}.".strip())
-        return dataclasses.replace(
-            c, verdict=stats.Verdict.INCONCLUSIVE, note=f"{note}. Equivalence is not claimed.".strip()
-        )
-    first, second = why.values()
-    reason = f"Of both, {first}." if first == second else f"Of {c.candidate}, {first}; of {c.reference}, {second}."
-    if alike:
-        return dataclasses.replace(c, verdict=stats.Verdict.UNLEARNED, note=reason)
-    return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
-
-
-def _as_tuned(c: stats.Comparison, at: Methods) -> stats.Comparison:
-    """A verdict holds for the settings that one search chose, so it names them: another might choose others."""
-    mine, other = (settings_in_words(at[(*c.place, name)]["settings"]) for name in (c.candidate, c.reference))
-    if not (mine or other):
-        return c
-    settings = (
-        f"Both at {mine}." if mine == other else f"At {mine or 'its settings'} against {other or 'its settings'}."
-    )
-    return dataclasses.replace(c, note=f"{settings} {c.note}".strip())
-
-
-def _with_doubt(c: stats.Comparison, ends: dict[tuple[str, str, str], str]) -> stats.Comparison:
-    """A verdict on a method that was not searched to its best says so."""
-    loser = {stats.Verdict.WORSE: c.candidate, stats.Verdict.BETTER: c.reference}.get(c.verdict)
-    end = ends.get((*c.place, loser)) if loser else None
-    return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c
