@@ -16,8 +16,8 @@ HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</
 
 def study(hostile: str = "lora|x") -> dict[str, Any]:
     """Results of a study of four methods on two tasks, three seeds."""
-    from dual_lora.lab.comparison import stats
-    from dual_lora.lab.comparison.ranking import rank_methods
+
+    from dual_lora.lab.comparison import judging
 
     draw = np.random.default_rng(0)
     means = {"dual_lora": 0.74, "lora": 0.70, "dora": 0.705, hostile: 0.62}
@@ -25,7 +25,7 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
     for task in ("boolq", "arc"):
         scores = {m: (draw.random((3, 60)) < mean).astype(float) for m, mean in means.items()}
         comparisons += [
-            stats.compare_pair(scores[m], scores["lora"], names=(m, "lora"), task=task, metric="choice", margin=0.05)
+            judging.compare_pair(scores[m], scores["lora"], names=(m, "lora"), task=task, metric="choice", margin=0.05)
             for m in means
             if m != "lora"
         ]
@@ -40,8 +40,7 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
                 ],
             }
         )  # fmt: skip
-    judged = stats.judge(comparisons)
-    ranking = rank_methods({m: [0.1 * i, 0.2 * i] for i, m in enumerate(means)})
+    judged = judging.judge(comparisons)
     return {
         "format": 1,
         "study": {"name": f"activations {hostile}", "question": f"Is it {hostile}?", "level": 0.05},
@@ -50,11 +49,6 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
         "comparisons": [
             dataclasses.asdict(c) | {"sentence": c.sentence, "model": "", "verdict": str(c.verdict)} for c in judged
         ],
-        "overall": [
-            {"model": "", "candidate": "dual_lora", "reference": "lora", "metric": "choice", "tasks": ["boolq", "arc"],
-             "difference": 0.0123, "low": -0.01, "high": 0.03, "p": 0.2},
-        ],
-        "ranking": [{**dataclasses.asdict(ranking), "model": "", "tasks": ["boolq", "arc"]}],
         "pareto": pareto,
         "notes": [f"A note on {hostile}."],
         "untrained": [{"model": "", "task": "boolq", "metric": "choice", "score": 0.5}],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dual_lora.lab.comparison import stats
+from dual_lora.lab.comparison import judging, stats
 
 # Where the noise sits: (seed, item, rest). The last is what accuracies of two good models look like.
 NOISES = {
@@ -17,15 +17,27 @@ NOISES = {
 }
 
 
-def draw(random, seeds, items, noise, shift=0.0):
-    """Differences [seeds, items] of the crossed model with a known true difference."""
+def draw(random, seeds, items, noise, shift=0.0, studies=()):
+    """Differences [*studies, seeds, items] of the crossed model with a known true difference."""
     by_seed, by_item, rest = noise
     return (
         shift
-        + by_seed * random.standard_normal((seeds, 1))
-        + by_item * random.standard_normal((1, items))
-        + rest * random.standard_normal((seeds, items))
+        + by_seed * random.standard_normal((*studies, seeds, 1))
+        + by_item * random.standard_normal((*studies, 1, items))
+        + rest * random.standard_normal((*studies, seeds, items))
     )
+
+
+def halves(d, level):
+    """Means of the tables d [studies, S, N] and the half-widths of their intervals."""
+    mean, error, seed_error = stats.error_parts(d)
+    return mean, stats.half_width(level, seed_error, np.sqrt(error**2 - seed_error**2), *d.shape[1:])
+
+
+def significant(d, level=0.05):
+    """Which of the tables d [studies, S, N] are significantly more or less than 0."""
+    mean, half = halves(d, level)
+    return np.abs(mean) > half
 
 
 def rate(hits):
@@ -37,8 +49,7 @@ def rate(hits):
 @pytest.mark.parametrize("noise", NOISES)
 def test_false_alarms_stay_at_the_level(noise, seeds):
     random = np.random.default_rng(seeds)
-    hits = [stats.difference_p(stats.spread(draw(random, seeds, 60, NOISES[noise]))) < 0.05 for _ in range(2000)]
-    share, slack = rate(hits)
+    share, slack = rate(significant(draw(random, seeds, 60, NOISES[noise], studies=(4000,))))
     assert share < 0.05 + slack, f"{share:.3f} false alarms at a level of 0.05"
     assert noise in ("rest", "mixed") or seeds == 2 or share > 0.05 - 2 * slack, f"{share:.3f}: needlessly timid"
 
@@ -47,63 +58,101 @@ def test_false_alarms_stay_at_the_level(noise, seeds):
 def test_false_alarms_with_right_and_wrong_answers(seeds):
     """Items are 0 or 1, items differ in difficulty, and training runs differ in luck."""
     random = np.random.default_rng(seeds)
-    hits = []
-    for _ in range(1500):
-        ease = random.normal(1.0, 1.5, (1, 1, 120))
-        luck = random.normal(0.0, 0.3, (2, seeds, 1))
-        right = random.random((2, seeds, 120)) < 1 / (1 + np.exp(-(ease + luck)))
-        hits.append(stats.difference_p(stats.spread(right[0].astype(float) - right[1])) < 0.05)
-    share, slack = rate(hits)
+    ease = random.normal(1.0, 1.5, (1, 3000, 1, 120))
+    luck = random.normal(0.0, 0.3, (2, 3000, seeds, 1))
+    right = random.random((2, 3000, seeds, 120)) < 1 / (1 + np.exp(-(ease + luck)))
+    share, slack = rate(significant(right[0].astype(float) - right[1]))
     assert share < 0.05 + slack
 
 
-def test_items_alone_would_raise_false_alarms():
-    """Why the verdict does not use the test over items: it takes the luck of the seeds for skill."""
-    random = np.random.default_rng(0)
-    hits = [stats.sign_flip_p(draw(random, 3, 60, NOISES["seeds"]).mean(0), 199) < 0.05 for _ in range(200)]
-    assert np.mean(hits) > 0.3
+def crossed(random, studies, seeds, items, seed_square, item_square):
+    """Tables [studies, seeds, items] whose mean squares are in these ratios to the rest's, without any difference."""
+    by_seed, by_item = np.sqrt((seed_square - 1) / items), np.sqrt((item_square - 1) / seeds)
+    d = random.standard_normal((studies, seeds, items))
+    d += by_seed * random.standard_normal((studies, seeds, 1))
+    return d + by_item * random.standard_normal((studies, 1, items))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+@pytest.mark.parametrize(("seed_square", "item_square"), [(1, 1), (4, 1), (4, 4), (20, 10), (700, 1)])
+def test_false_alarms_stay_at_the_level_of_ten_comparisons(seeds, seed_square, item_square):
+    """One pooled error takes the items' degrees of freedom where few seeds agree, and has up to 19 times this level."""
+    random = np.random.default_rng(21)
+    d = crossed(random, 20_000, seeds, 30, seed_square, item_square)
+    for level in (0.05, 0.005):
+        share = np.mean(significant(d, level))
+        assert share < level + 3 * np.sqrt(level / len(d)), f"{share:.4f} false alarms at a level of {level}"
+
+
+def test_verdict_of_a_crossed_null_with_three_seeds():
+    random = np.random.default_rng(22)
+    p = [stats.difference_p(stats.spread(d)) for d in crossed(random, 500, 3, 40, 4, 1)]
+    assert np.mean(np.array(p) < 0.005) < 0.005 + 3 * np.sqrt(0.005 / 500)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_p_interval_and_equivalence_are_one_rule(seeds):
+    s = stats.spread(draw(np.random.default_rng(seeds), seeds, 30, NOISES["mixed"], 0.3))
+    p = stats.difference_p(s)
+    assert stats.interval(s, 1 - p)[0] == pytest.approx(0, abs=1e-9)
+    same = stats.same_p(s, 3.0)
+    low, high = stats.interval(s, 1 - 2 * same)
+    assert max(abs(low), abs(high)) == pytest.approx(3.0)
+    many = stats.error_parts(np.stack([draw(np.random.default_rng(seeds), seeds, 30, NOISES["mixed"], 0.3)] * 2))
+    assert [float(v[1]) for v in many] == pytest.approx([s.difference, s.error, s.seed_error])
+
+
+def test_seeds_with_the_same_mean_are_no_proof_of_little_noise():
+    """Two runs that get 7 of 20 right each, other ones each time."""
+    d = np.zeros((2, 20))
+    d[0, :7] = d[1, 10:17] = 1.0
+    assert stats.difference_p(stats.spread(d)) > 0.1
 
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_intervals_cover_the_truth(noise):
     random = np.random.default_rng(1)
-    inside = []
-    for _ in range(250):
-        low, high = stats.bootstrap_interval(draw(random, 4, 40, NOISES[noise], 0.7), resamples=600)
-        inside.append(low <= 0.7 <= high)
-    assert np.mean(inside) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 250)
+    mean, half = halves(draw(random, 4, 40, NOISES[noise], 0.7, (3000,)), 0.05)
+    assert np.mean(np.abs(mean - 0.7) <= half) > 0.95 - 3 * np.sqrt(0.05 * 0.95 / 3000)
 
 
 @pytest.mark.parametrize(("seeds", "noise"), [(3, "items"), (5, "seeds"), (5, "mixed"), (8, "seeds")])
 def test_power_is_as_stated(seeds, noise):
-    """A difference of the visible size, computed from the true noise, is found about as often as promised.
-
-    A little less often, because the noise, too, has to be estimated from few runs."""
+    """A difference of the visible size, computed from the true noise, is found as often as promised."""
     random = np.random.default_rng(2)
     by_seed, by_item, rest = NOISES[noise]
     items = 80
-    error = np.sqrt(by_seed**2 / seeds + by_item**2 / items + rest**2 / (seeds * items))
-    by_seeds_only = by_seed**2 / seeds
-    freedom = error**4 / (by_seeds_only**2 / (seeds - 1) + (error**2 - by_seeds_only) ** 2 / (items - 1))
-    size = stats.smallest_visible(stats.Spread(0.0, error, freedom, seeds, items), 0.05, 0.8)
-    hits = [
-        stats.difference_p(stats.spread(draw(random, seeds, items, NOISES[noise], size))) < 0.05 for _ in range(1500)
-    ]
-    assert 0.70 < np.mean(hits) < 0.85
+    seed_error = np.sqrt(by_seed**2 / seeds + rest**2 / (seeds * items))
+    error = np.sqrt(seed_error**2 + by_item**2 / items)
+    size = stats.smallest_visible(stats.Spread(0.0, error, seed_error, seeds, items), 0.05, 0.8)
+    mean, half = halves(draw(random, seeds, items, NOISES[noise], size, (3000,)), 0.05)
+    assert 0.77 < np.mean(mean > half) < 0.83
 
 
 def test_power_matches_simulated_t_test():
     random = np.random.default_rng(3)
     x = random.normal(1.2, 1.0, (20000, 6))
-    found = np.mean(scipy_stats.ttest_1samp(x, 0, axis=1).pvalue < 0.05)
-    assert stats.power(1.2, 1 / np.sqrt(6), 5, 0.05) == pytest.approx(found, abs=0.012)
+    found = np.mean((scipy_stats.ttest_1samp(x, 0, axis=1).pvalue < 0.05) & (x.mean(1) > 0))
+    error = 1 / np.sqrt(6)
+    assert stats.power(1.2, stats.Spread(0.0, error, error, 6, 1), 0.05) == pytest.approx(found, abs=0.012)
+
+
+def test_the_level_that_a_study_really_has():
+    """Where seeds are all the noise it is the nominal one; where both parts matter some of it is given away."""
+    pairs = [judging.compare_pair(np.zeros((5, 2)), np.ones((5, 2))) for _ in range(4)]
+    assert judging.false_alarm([dataclasses.replace(c, spread=stats.Spread(0, 1, 1, 5, 50)) for c in pairs], 0.05) == (
+        pytest.approx(1 - (1 - 0.05 / 4) ** 4, rel=0.02)
+    )
+    both = [dataclasses.replace(c, spread=stats.Spread(0, 1, np.sqrt(0.5), 5, 50)) for c in pairs]
+    assert 0.01 < judging.false_alarm(both, 0.05) < 0.03
+    assert judging.false_alarm([], 0.05) is None
 
 
 def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
     """The true difference sits exactly at the margin."""
     random = np.random.default_rng(4)
-    hits = [stats.same_p(stats.spread(draw(random, 5, 60, NOISES["mixed"], 0.2)), 0.2) < 0.05 for _ in range(2000)]
-    share, slack = rate(hits)
+    mean, half = halves(draw(random, 5, 60, NOISES["mixed"], 0.2, (4000,)), 0.1)
+    share, slack = rate(np.abs(mean) + half < 0.2)
     assert share < 0.05 + slack
 
 
@@ -112,8 +161,8 @@ def test_family_of_comparisons_keeps_the_level():
     random = np.random.default_rng(5)
     any_hit, any_plain = [], []
     for _ in range(150):
-        reference = draw(random, 4, 40, NOISES["mixed"])
-        p = [stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["mixed"]) - reference)) for _ in range(8)]
+        reference = draw(random, 4, 40, NOISES["seeds"])
+        p = [stats.difference_p(stats.spread(draw(random, 4, 40, NOISES["seeds"]) - reference)) for _ in range(8)]
         any_hit.append(min(stats.holm(p)) < 0.05)
         any_plain.append(min(p) < 0.05)
     assert np.mean(any_hit) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
@@ -133,32 +182,24 @@ def test_spread_with_one_item_is_the_paired_t_test():
     assert ours == pytest.approx(scipy_stats.ttest_rel(a, b).pvalue)
 
 
-def test_sign_flip_is_exact_for_few_seeds():
-    assert stats.sign_flip_p([1.0, 2.0, 3.0]) == 2 / 2**3
-    assert stats.sign_flip_p([1.0, -1.0, 0.0]) == 1.0
-    assert stats.sign_flip_p([0.0, 0.0]) == 1.0
-    assert stats.sign_flip_p([0.5, 0.0]) == 1.0
-    assert stats.sign_flip_p([1.0, -1.0] * 1000, 99) > 0.5  # more items than a power of two can count
-
-
 def run_family(shift=0.0, seeds=5, margin=None, items=200):
     random = np.random.default_rng(7)
     base = random.random((seeds, items))
     noise = 0.05 * random.standard_normal((seeds, items))
-    pair = stats.compare_pair(
+    pair = judging.compare_pair(
         base + shift + noise, base, names=("dual", "lora"), task="cola", metric="accuracy", margin=margin
     )
-    return stats.judge([pair])[0]
+    return judging.judge([pair])[0]
 
 
 @pytest.mark.parametrize(
     ("shift", "margin", "verdict"),
     [
-        (0.1, None, stats.Verdict.BETTER),
-        (-0.1, 0.02, stats.Verdict.WORSE),
-        (0.0, 0.02, stats.Verdict.EQUIVALENT),
-        (0.0, None, stats.Verdict.OPEN),
-        (0.01, 0.05, stats.Verdict.EQUIVALENT),
+        (0.1, None, judging.Verdict.BETTER),
+        (-0.1, 0.02, judging.Verdict.WORSE),
+        (0.0, 0.02, judging.Verdict.EQUIVALENT),
+        (0.0, None, judging.Verdict.NOT_SIGNIFICANT),
+        (0.01, 0.05, judging.Verdict.EQUIVALENT),
     ],
 )
 def test_verdicts(shift, margin, verdict):
@@ -169,13 +210,30 @@ def test_verdicts(shift, margin, verdict):
     assert judged.low <= judged.difference <= judged.high
 
 
-def test_sure_sign_inside_the_margin_is_said():
-    assert "the size does not matter" in run_family(0.01, margin=0.05).sentence
+def test_a_significant_difference_inside_the_margin_is_said():
+    assert "Significantly better, but by less than the margin." in run_family(0.01, margin=0.05).sentence
+
+
+def test_a_significant_difference_that_may_be_larger_than_the_margin_has_no_size():
+    judged = run_family(-0.0095, margin=0.01)
+    assert judged.low < -0.01 < judged.high < 0
+    assert judged.verdict is judging.Verdict.UNCLEAR
+    assert judged.note == "The estimate is worse by less than the margin of ±0.01."
+    assert run_family(-0.0095, margin=0.009).verdict is judging.Verdict.WORSE
+
+
+def test_equivalence_shows_the_interval_that_it_is_judged_by():
+    judged = run_family(0.0, margin=0.02)
+    low, high = stats.interval(judged.spread, 0.9)
+    assert (judged.same_low, judged.same_high) == pytest.approx((low, high))
+    assert judged.low < low < high < judged.high
+    assert f"90% interval {low:+.4g} to {high:+.4g}" in judged.sentence
+    assert "95%" not in judged.sentence
 
 
 def test_one_seed_never_has_a_winner():
     judged = run_family(shift=10.0, seeds=1, margin=0.5)
-    assert judged.verdict is stats.Verdict.ONE_SEED
+    assert judged.verdict is judging.Verdict.ONE_SEED
     assert judged.p is None
     assert judged.visible is None
     assert "Give at least two seeds" in judged.sentence
@@ -183,16 +241,18 @@ def test_one_seed_never_has_a_winner():
 
 def test_more_comparisons_make_smaller_things_invisible():
     random = np.random.default_rng(8)
-    pairs = [stats.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x")) for i in range(4)]
-    alone = stats.judge(pairs[:1])[0]
-    family = stats.judge(pairs)[0]
+    pairs = [
+        judging.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x")) for i in range(4)
+    ]
+    alone = judging.judge(pairs[:1])[0]
+    family = judging.judge(pairs)[0]
     assert family.visible > alone.visible
 
 
 def test_identical_runs():
     scores = np.ones((3, 10))
-    judged = stats.judge([stats.compare_pair(scores, scores, margin=0.01)])[0]
-    assert judged.verdict is stats.Verdict.EQUIVALENT
+    judged = judging.judge([judging.compare_pair(scores, scores, margin=0.01)])[0]
+    assert judged.verdict is judging.Verdict.EQUIVALENT
     assert judged.p == 1.0
     assert judged.low == judged.high == 0.0
     assert judged.visible is None, "nothing varied: there is no noise to judge by"
@@ -202,31 +262,31 @@ def test_identical_runs():
 def test_a_few_answers_that_all_agree_prove_nothing(seeds, items):
     """No spread was seen, but it was looked for in hardly anything."""
     right, wrong = np.ones((seeds, items)), np.zeros((seeds, items))
-    apart = stats.judge([stats.compare_pair(right, wrong, margin=0.02, counted=True)])[0]
-    assert apart.verdict is stats.Verdict.OPEN
+    apart = judging.judge([judging.compare_pair(right, wrong, margin=0.02, counted=True)])[0]
+    assert apart.verdict is judging.Verdict.INCONCLUSIVE
     assert apart.low < 0 < 1 < apart.high
-    alike = stats.judge([stats.compare_pair(wrong, wrong, margin=0.02, counted=True)])[0]
-    assert alike.verdict is stats.Verdict.OPEN
+    alike = judging.judge([judging.compare_pair(wrong, wrong, margin=0.02, counted=True)])[0]
+    assert alike.verdict is judging.Verdict.INCONCLUSIVE
     assert alike.p_same == pytest.approx(0.98**items)
 
 
 def test_many_answers_that_all_agree_are_a_verdict():
     right, wrong = np.ones((3, 200)), np.zeros((3, 200))
-    apart, alike = stats.judge(
+    apart, alike = judging.judge(
         [
-            stats.compare_pair(right, b, margin=0.02, counted=True, names=(n, "b"))
+            judging.compare_pair(right, b, margin=0.02, counted=True, names=(n, "b"))
             for n, b in (("x", wrong), ("y", right))
         ]
     )
-    assert apart.verdict is stats.Verdict.BETTER
-    assert alike.verdict is stats.Verdict.EQUIVALENT
+    assert apart.verdict is judging.Verdict.BETTER
+    assert alike.verdict is judging.Verdict.EQUIVALENT
 
 
 def test_rounding_is_no_difference():
     a, b = np.full((3, 10), 0.1 + 0.2), np.full((3, 10), 0.3)
-    judged = stats.judge([stats.compare_pair(a, b, margin=0.01)])[0]
-    assert (judged.difference, judged.p, judged.p_seeds) == (0.0, 1.0, 1.0)
-    assert "sign is sure" not in judged.sentence
+    judged = judging.judge([judging.compare_pair(a, b, margin=0.01)])[0]
+    assert (judged.difference, judged.p) == (0.0, 1.0)
+    assert "ignificantly" not in judged.sentence
 
 
 @pytest.mark.filterwarnings("error")
@@ -235,17 +295,16 @@ def test_rounding_is_no_difference():
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.3, 0.1), (70.123, 12.3)])
 def test_constant_scores_always_give_finite_figures(seeds, items, values):
     a, b = (np.full((seeds, items), v) for v in values)
-    judged = stats.judge([stats.compare_pair(a, b, margin=0.02)])[0]
+    judged = judging.judge([judging.compare_pair(a, b, margin=0.02)])[0]
     assert np.isfinite([judged.low, judged.high, judged.difference]).all()
     assert judged.low <= judged.difference <= judged.high
     assert "nan" not in judged.sentence
-    assert stats.over_tasks([judged, judged]).error >= 0
 
 
 def test_differences_that_cancel_are_not_taken_for_none():
     swapped = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    judged = stats.judge([stats.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
-    assert judged.verdict is stats.Verdict.OPEN
+    judged = judging.judge([judging.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
+    assert judged.verdict is judging.Verdict.INCONCLUSIVE
     assert judged.low < -0.5
     assert judged.high > 0.5
 
@@ -253,22 +312,22 @@ def test_differences_that_cancel_are_not_taken_for_none():
 def test_one_seed_differs_from_all_others():
     d = np.zeros((5, 30))
     d[3] = 0.1
-    judged = stats.judge([stats.compare_pair(d, 0 * d, margin=0.2)])[0]
+    judged = judging.judge([judging.compare_pair(d, 0 * d, margin=0.2)])[0]
     assert judged.p == pytest.approx(scipy_stats.ttest_1samp(d.mean(1), 0).pvalue)
 
 
 def test_what_came_without_a_p_keeps_its_reason_and_costs_the_others_nothing():
     random = np.random.default_rng(13)
-    pair = stats.compare_pair(random.random((3, 50)), random.random((3, 50)))
-    silent = dataclasses.replace(pair, p=None, p_same=None, verdict=stats.Verdict.DIVERGED, note="Why.")
-    judged, still = stats.judge([pair, silent])
+    pair = judging.compare_pair(random.random((3, 50)), random.random((3, 50)))
+    silent = dataclasses.replace(pair, p=None, p_same=None, verdict=judging.Verdict.DIVERGED, note="Why.")
+    judged, still = judging.judge([pair, silent])
     assert judged.p_holm == pair.p
     assert still.sentence == "candidate against reference on task: no verdict, every run diverged. Why."
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="same seeds and items"):
-        stats.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
+        judging.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
     with pytest.raises(ValueError, match="not finite"):
         stats.spread([[1.0, np.nan], [1.0, 2.0]])
     with pytest.raises(ValueError, match="positive margin"):

@@ -343,6 +343,23 @@ def test_choosing():
     assert jobs.choose([], []) == {}
 
 
+def test_the_mean_over_the_seeds_of_a_search_decides():
+    """One lucky run of a point does not."""
+    trials = [{"settings": {"a": a}, "metric": "loss"} for a in (0, 1) for _ in range(3)]
+    done = [{"status": "done", "score": score} for score in (0.1, 0.9, 0.9, 0.5, 0.5, 0.5)]
+    assert jobs.choose(trials, done) == {"a": 1}
+    assert jobs.choose(trials, [*done[:5], {"status": "diverged"}]) == {"a": 0}
+    assert jobs.choose(trials, [*done[:5], None]) is None
+
+
+def test_a_search_with_several_seeds_keeps_them_apart_from_the_final_ones():
+    values = {"name": "s", "tasks": ["t"], "methods": {"a": {}}, "seeds": [1, 1002]}
+    space = {"space": {"learning_rate": [1e-3, 1e-2]}, "seeds": 3}
+    with pytest.raises(UserError, match="1002 is one of the final seeds"):
+        build_study(values | {"search": space})
+    assert build_study(values | {"search": space | {"seeds": 2}}).search.seeds == 2
+
+
 def test_recipes_are_sought_beside_the_study(tiny, tmp_path):
     file = write_study(tiny)
     values = yaml.safe_load(file.read_text())

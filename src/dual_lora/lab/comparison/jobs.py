@@ -33,7 +33,7 @@ def trial_jobs(study: Study, cell: Cell) -> list[dict[str, Any]]:
         _job(
             cell,
             "trial",
-            search.seed,
+            search.seed + again,
             _override(cell, {f"train.{k}": v for k, v in search.train.items()} | point),
             metric,
             "validation",
@@ -41,23 +41,34 @@ def trial_jobs(study: Study, cell: Cell) -> list[dict[str, Any]]:
             trial=number,
         )
         for number, point in enumerate(search.points(cell.entry.search or None))
+        for again in range(search.seeds)
     ]
 
 
 def choose(trials: Sequence[dict[str, Any]], outcomes: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The settings of the best trial ({} without a search).
+    """The settings of the best trial ({} without a search), by the mean over the search's seeds.
 
     None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
+    Settings with which one seed diverged are not chosen.
     """
     if not trials:
         return {}
     if any(outcome is None for outcome in outcomes):
         return None
-    scored = [(o["score"], job) for o, job in zip(outcomes, trials, strict=True) if o and o["status"] == "done"]
-    if not scored:
-        return None
+    means = mean_scores([{"settings": job["settings"], **(o or {})} for job, o in zip(trials, outcomes, strict=True)])
     better = metrics.sign(trials[0]["metric"])
-    return max(scored, key=lambda pair: better * pair[0])[1]["settings"]
+    return max(means, key=lambda pair: better * pair[1])[0] if means else None
+
+
+def mean_scores(trials: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
+    """Settings that were tried, with the mean score over their seeds; without those with which one seed diverged."""
+    found: list[tuple[dict[str, Any], list[Any]]] = []
+    for t in trials:
+        scores = next((scores for settings, scores in found if settings == t["settings"]), None)
+        if scores is None:
+            found.append((t["settings"], scores := []))
+        scores.append(t["score"] if t["status"] == "done" else None)
+    return [(settings, sum(scores) / len(scores)) for settings, scores in found if None not in scores]
 
 
 def final_jobs(study: Study, cell: Cell, settings: dict[str, Any]) -> list[dict[str, Any]]:

@@ -146,19 +146,22 @@ def pseudo_values(features: ArrayLike, metric: Callable[[Table], float]) -> Tabl
     """Items' shares [S, N] of a metric that is a function of item means, such as Matthews' correlation or F1.
 
     features: [S, N, K] what each item adds (for Matthews: the one-hot cell of the confusion matrix). metric
-    takes the K means of one seed. The result's mean over items is that seed's metric exactly, and its spread
-    over items is the metric's by the delta method, so all else here treats it like an accuracy.
+    takes the K means of one seed. The result's mean over items is that seed's metric exactly. An item's share is what
+    the metric loses without it, times N - 1 (the jackknife), so all else here treats it like an accuracy. The slope at
+    the mean (the infinitesimal jackknife) is too short for few items: 6 % false alarms for 5 % with 20.
     """
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 3:
         raise ValueError(f"Features of shape {x.shape}: expected [seeds, items, K].")
+    N = x.shape[1]
     out = np.empty(x.shape[:2])
-    step = 1e-6
     for s, rows in enumerate(x):
         mean = rows.mean(0)
-        moves = step * np.eye(x.shape[2])
-        slope = np.array([(metric(mean + m) - metric(mean - m)) / (2 * step) for m in moves])
-        out[s] = metric(mean) + (rows - mean) @ slope
+        out[s] = metric(mean)
+        if N > 1:
+            kinds, which = np.unique(rows, axis=0, return_inverse=True)
+            without = np.array([metric((N * mean - kind) / (N - 1)) for kind in kinds])[which.ravel()]
+            out[s] += (N - 1) * (without.mean() - without)
     return out
 
 

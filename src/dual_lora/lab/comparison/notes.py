@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dual_lora.lab.comparison import metrics, stats
 from dual_lora.lab.comparison.cell import Finished, place_name
+from dual_lora.lab.comparison.jobs import mean_scores
 from dual_lora.lab.comparison.load import loads
 from dual_lora.lab.comparison.study import Study
 
@@ -23,6 +28,45 @@ def end_of_search(method: dict[str, Any]) -> str:
             continue  # as good as one inside
         return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
     return ""
+
+
+def level(false_alarm: float | None, allowed: float) -> list[str]:
+    """The level that the study really has."""
+    if false_alarm is None:
+        return []
+    return [
+        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {allowed:.0%} at "
+        "most. It holds for the methods with the settings named here, not for what another search would choose."
+    ]
+
+
+def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[str]:
+    """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
+    near = []
+    for m in methods:
+        judged = metric or m["metric"]
+        figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
+        noise = np.array([v for v in figures if v is not None])
+        scores = np.array([mean for _, mean in mean_scores(m["trials"])])
+        if len(scores) < 2 or len(noise) < 2:
+            continue
+        repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
+        chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
+        if chance > 0.05:
+            near.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({chance:.0%})")
+    if not near:
+        return []
+    return [
+        "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
+        f"between seeds as much as the final runs do): {', '.join(near)}."
+    ]
+
+
+def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
+    """Chance that a search with another seed has another best trial. Both searches have the noise of a run."""
+    drawn = np.random.default_rng(0).standard_normal((4000, len(scores)))
+    again = scores + math.sqrt(2) * deviation * drawn
+    return float((again.argmax(1) != scores.argmax()).mean())
 
 
 def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
@@ -50,9 +94,9 @@ def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -
     for base in untrained:
         if (base["model"], base["task"]) != (method["model"], method["task"]):
             continue
-        if sign * (score - base["score"]) <= 0:
+        if sign * (score - base["score"]) <= 1e-12:  # a mean over seeds may be an ulp above each of them
             return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
-        if score <= base.get("constant", -1.0) + 1e-12:  # a mean over seeds may be an ulp above each of them
+        if score <= base.get("constant", -1.0) + 1e-12:
             return f"it is right no more often than one answer to everything ({base['constant']:.4g})"
     return ""
 
@@ -63,6 +107,15 @@ def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
         f"{method} has not learned {place_name(model, task)}: {why}."
         for (model, task, method), why in unlearned.items()
     ]
+
+
+def amended(results: dict[str, Any]) -> list[str]:
+    """When and why a study was judged again, and which verdicts changed by it."""
+    said = []
+    for a in results.get("amendments", []):
+        changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a["changed"])
+        said.append(f"Amended {a['date']}. {a['what']} Verdicts changed: {changed or 'none'}.")
+    return said
 
 
 def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:

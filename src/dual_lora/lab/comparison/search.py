@@ -51,6 +51,7 @@ class Search(Part):
     )
     train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
     seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
+    seeds: int = Field(1, ge=1, description="Each trial is run with so many seeds, from `seed` on; their mean decides.")
 
     @field_validator("metric")
     @classmethod

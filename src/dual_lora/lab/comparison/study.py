@@ -197,10 +197,9 @@ class Study(Part):
             raise ValueError("a study needs at least one task and one method")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds {self.seeds}: expected at least one, all different, none negative")
-        if self.search and self.search.seed in self.seeds:
-            raise ValueError(
-                f"search.seed {self.search.seed} is one of the final seeds, and those must be new to the tuning"
-            )
+        tuned_with = range(self.search.seed, self.search.seed + self.search.seeds) if self.search else ()
+        if known := sorted(set(tuned_with) & set(self.seeds)):
+            raise ValueError(f"search.seed {known[0]} is one of the final seeds, and those must be new to the tuning")
         for metric, margin in self.margin.items():
             if metric not in METRICS:
                 raise ValueError(f"margin for the unknown metric {metric!r}.{suggest(metric, METRICS)}")

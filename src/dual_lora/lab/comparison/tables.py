@@ -11,9 +11,10 @@ from rich.table import Table
 from dual_lora.lab.comparison.forecast import Forecast
 from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
+from dual_lora.lab.comparison.notes import amended
 from dual_lora.lab.progress import in_words
 
-_COLOURS = {"better": "green", "worse": "red", "equivalent within the margin": "cyan"}
+_COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}
 
 
 def wide_console() -> Console:
@@ -31,9 +32,7 @@ def show_results(results: dict[str, Any], console: Console | None = None) -> Non
         console.print(verdict_table(results))
     console.print(score_table(results))
     console.print(cost_table(results))
-    for ranking in results["ranking"]:
-        console.print(rank_table(ranking))
-    for note in [*results["notes"], *(f"failed: {text}" for text in results["failed"])]:
+    for note in [*amended(results), *results["notes"], *(f"failed: {text}" for text in results["failed"])]:
         console.print(f"• {escape(note)}")
     if not results["complete"]:
         console.print("[yellow]Not complete: start the same command again to do what is missing.[/yellow]")
@@ -115,19 +114,6 @@ def cost_table(results: dict[str, Any]) -> Table:
             _number(c["decode_slowdown"], ".2f"),
             *([company(m)] if beside else []),
         )
-    return table
-
-
-def rank_table(ranking: dict[str, Any]) -> Table:
-    """Average ranks over the tasks and which of them cannot be told apart."""
-    title = f"Average rank over {len(ranking['tasks'])} tasks"
-    if ranking["critical"] is not None:
-        title += f" (critical difference {ranking['critical']:.2f}, Friedman p {ranking['p']:.3g})"
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column("method")
-    table.add_column("rank", justify="right")
-    for name, rank in ranking["ranks"].items():
-        table.add_row(escape(name), f"{rank:.2f}")
     return table
 
 

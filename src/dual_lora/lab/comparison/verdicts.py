@@ -1,9 +1,7 @@
-"""From finished runs to what may be said: scores, comparisons, ranks, costs and Pareto fronts, as plain values."""
+"""From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import metrics, notes, stats
+from dual_lora.lab.comparison import judging, metrics, notes, stats
 from dual_lora.lab.comparison.cell import Cell, Finished, place_name
+from dual_lora.lab.comparison.conclude import about_pairs, conclude, placed
 from dual_lora.lab.comparison.perform import read_scores
-from dual_lora.lab.comparison.ranking import rank_methods
 from dual_lora.lab.comparison.study import Study
 
-RESULTS_FORMAT = 1
+RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
 # Cost -> (its name for people, whether less is better).
 COSTS: dict[str, tuple[str, bool]] = {
@@ -40,25 +38,18 @@ def build_results(
     lost: list[str] = []
     tables = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(f, tables.get(_at(f))) for f in finished]
-    ends = {_at(f): end for f, method in zip(finished, methods, strict=True) if (end := notes.end_of_search(method))}
-    whys = [notes.why_unlearned(method, untrained) for method in methods]
-    unlearned = {_at(f): why for f, why in zip(finished, whys, strict=True) if why}
-    judged = _comparisons(study, finished, tables)
-    comparisons = [_with_doubt(_nothing_learned(c, unlearned), ends) for c in judged]
+    said = conclude(study, _pairs(study, finished, tables), methods, untrained)
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
         "complete": all(f.complete for f in finished),
         "methods": methods,
-        "comparisons": [_plain(c) for c in comparisons],
-        "overall": _overall(comparisons),
-        "ranking": _rankings(study, finished, tables),
+        "comparisons": said.comparisons,
+        "false_alarm": said.false_alarm,
         "pareto": _pareto(methods),
         "notes": notes.unfinished(study, finished)
         + lost
-        + notes.ends_of_searches(ends)
-        + notes.level_searches(methods)
-        + notes.unlearned_notes(unlearned)
+        + said.notes
         + notes.single_items(tables)
         + notes.single_seed(study)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
@@ -120,9 +111,9 @@ def _features(job: dict[str, Any], outcome: dict[str, Any] | None, runs: Path) -
     return read_scores(runs, job["key"])
 
 
-def _comparisons(
+def _pairs(
     study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[stats.Comparison]:
+) -> list[judging.Comparison]:
     pairs = []
     for place in dict.fromkeys(f.cell.place for f in finished):
         here = [f.cell for f in finished if f.cell.place == place and _at(f) in tables]
@@ -131,62 +122,11 @@ def _comparisons(
             wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         else:
             wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
-        lost = {f.cell.method: _lost(f) for f in finished if f.cell.place == place}
+        about = about_pairs(study, place, here[0].metric) if here else {}
         for a, b in wanted:
-            metric = here[0].metric
-            pair = stats.compare_pair(
-                tables[(*place, a)],
-                tables[(*place, b)],
-                names=(a, b),
-                task=place_name(*place),
-                metric=metric,
-                margin=study.margin.get(metric),
-                confidence=1 - study.level,
-                wanted_power=study.power,
-                counted=metrics.counted(metric),
-            )
-            pair = dataclasses.replace(pair, place=place, better=metrics.better(metric))
-            pairs.append(_as_far_as_it_goes(pair, lost))
-    return stats.judge(pairs, study.level)
-
-
-def _lost(f: Finished) -> int | None:
-    """How many final runs diverged; None if all did."""
-    lost = sum(outcome is not None and outcome["status"] == "diverged" for _, outcome in f.finals)
-    return None if f.doomed or lost == len(f.finals) else lost
-
-
-def _as_far_as_it_goes(c: stats.Comparison, lost: dict[str, int | None]) -> stats.Comparison:
-    """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
-
-    The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
-    """
-    silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
-    gone = [name for name in (c.candidate, c.reference) if lost[name] is None]
-    if gone:
-        note = f"No run of {' or '.join(gone)} came to an end with a score."
-        return dataclasses.replace(c, verdict=stats.Verdict.DIVERGED, note=note, **silent)
-    if c.items == 1 and c.seeds > 1:
-        return dataclasses.replace(c, verdict=stats.Verdict.ONE_ITEM, **silent)
-    some = [f"{n} of {name}" for name in (c.candidate, c.reference) if (n := lost[name])]
-    if some and c.seeds > 1:
-        note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
-            ": equivalence is not claimed." if c.margin is not None else "."
-        )
-        return dataclasses.replace(c, p_same=None, note=note)
-    return c
-
-
-def _plain(c: stats.Comparison) -> dict[str, Any]:
-    sign = metrics.sign(c.metric)
-    scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
-    model, task = c.place
-    values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
-    del values["place"]
-    if c.verdict is stats.Verdict.DIVERGED:  # figures of a method that has none
-        absent = ("candidate_score", "reference_score", "difference", "low", "high", "p_seeds", "p_items")
-        values |= dict.fromkeys(absent) | {"spread": values["spread"] | dict.fromkeys(("difference", "error"))}
-    return values
+            pair = judging.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
+            pairs.append(placed(pair, place))
+    return pairs
 
 
 def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
@@ -197,7 +137,8 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         {"seed": job["seed"], "key": job["key"], **_outcome(outcome), "figures": (outcome or {}).get("figures")}
         for job, outcome in f.finals
     ]
-    scored = table is not None and _lost(f) is not None
+    diverged = sum(s["status"] == "diverged" for s in seeds)
+    scored = not f.doomed and diverged < len(seeds)
     means = sign * table.mean(1) if table is not None and scored else None
     return {
         "model": cell.model,
@@ -213,12 +154,14 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "mismatch": cell.mismatch,
         "notes": cell.notes,
         "settings": f.chosen,
-        "trials": [{"settings": j["settings"], "key": j["key"], **_outcome(o)} for j, o in f.trials],
+        "trials": [
+            {"settings": j["settings"], "seed": j.get("seed"), "key": j["key"], **_outcome(o)} for j, o in f.trials
+        ],
         "seeds": seeds,
         "score": None if means is None else float(means.mean()),
         "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
         "items": None if table is None else table.shape[1],
-        "diverged": sum(s["status"] == "diverged" for s in seeds),
+        "diverged": diverged,
         "diverged_in_search": f.doomed,
         "cost": _cost(cell, [o for _, o in f.finals if o and o["status"] == "done"]),
         "measured_beside": _beside(o for _, o in f.finals if o and o["status"] == "done"),
@@ -256,54 +199,6 @@ def _beside(outcomes: Iterable[dict[str, Any]]) -> list[int | None]:
     return sorted({o.get("runs_at_a_time") for o in outcomes}, key=lambda n: n or 0)
 
 
-def _overall(comparisons: Sequence[stats.Comparison]) -> list[dict[str, Any]]:
-    """The mean difference over the tasks of one model that share a metric."""
-    groups: dict[tuple[str, str, str, str], list[stats.Comparison]] = {}
-    for c in comparisons:
-        groups.setdefault((c.place[0], c.candidate, c.reference, c.metric), []).append(c)
-    rows = []
-    for (model, candidate, reference, metric), members in groups.items():
-        if len(members) < 2 or any(c.p is None for c in members):
-            continue
-        s = stats.over_tasks(members)
-        low, high = stats.student_interval(s, members[0].confidence)
-        rows.append(
-            {
-                "model": model,
-                "candidate": candidate,
-                "reference": reference,
-                "metric": metric,
-                "tasks": [c.place[1] for c in members],
-                "difference": s.difference,
-                "low": low,
-                "high": high,
-                "p": stats.difference_p(s),
-            }
-        )
-    return rows
-
-
-def _rankings(
-    study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[dict[str, Any]]:
-    rankings = []
-    lost = {_at(f) for f in finished if _lost(f) is None}
-    for model in dict.fromkeys(f.cell.model for f in finished):
-        tasks = list(dict.fromkeys(f.cell.task for f in finished if f.cell.model == model))
-        names = dict.fromkeys(f.cell.method for f in finished if f.cell.model == model)
-        scores = {
-            name: [
-                -math.inf if (model, task, name) in lost else float(tables[(model, task, name)].mean())
-                for task in tasks
-            ]
-            for name in names
-            if all((model, task, name) in tables for task in tasks)
-        }
-        if len(scores) >= 2 and len(tasks) >= 2:
-            rankings.append({**dataclasses.asdict(rank_methods(scores, study.level)), "model": model, "tasks": tasks})
-    return rankings
-
-
 def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every task and cost: each method's quality and cost, and whether no other is better in both."""
     fronts = []
@@ -334,21 +229,3 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return fronts
-
-
-def _nothing_learned(c: stats.Comparison, unlearned: dict[tuple[str, str, str], str]) -> stats.Comparison:
-    """Two methods that did not learn the task are alike in nothing that anybody asked about."""
-    why = [unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned]
-    if len(why) < 2:
-        return c
-    reason = f"Of both, {why[0]}." if why[0] == why[1] else f"Of {c.candidate}, {why[0]}; of {c.reference}, {why[1]}."
-    if c.verdict is stats.Verdict.EQUIVALENT:
-        return dataclasses.replace(c, verdict=stats.Verdict.UNLEARNED, note=reason)
-    return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
-
-
-def _with_doubt(c: stats.Comparison, ends: dict[tuple[str, str, str], str]) -> stats.Comparison:
-    """A verdict on a method that was not searched to its best says so."""
-    loser = {stats.Verdict.WORSE: c.candidate, stats.Verdict.BETTER: c.reference}.get(c.verdict)
-    end = ends.get((*c.place, loser)) if loser else None
-    return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c

@@ -8,6 +8,7 @@ from typing import Any
 from dual_lora.lab.report.blocks import Answer, Axis, Block, Chart, Column, Row, Section, Table, Text, View, slug
 from dual_lora.lab.report.studies import MOODS, place, verdict_title
 
+BETTER, WORSE, *_ = MOODS
 Studies = list[tuple[str, dict[str, Any]]]  # (its name on this page, results)
 
 
@@ -34,7 +35,8 @@ def _main_pair(studies: Studies) -> list[Block]:
     words = _counted([c["verdict"] for _, c in turned])
     sure = [c["difference"] > 0 for _, c in turned if MOODS.get(c["verdict"]) == "same" and _sign_is_sure(c)]
     if sure:
-        each = {f"{n} surely {word}, by little" for word in ("better", "worse") if (n := sure.count(word == "better"))}
+        counts = {"better": sure.count(True), "worse": sure.count(False)}
+        each = {f"{n} significantly {word}, by little" for word, n in counts.items() if n}
         words += f" (of those equivalent, {' and '.join(sorted(each))})"
     lead = Text(f"{candidate} against {reference}, compared in {spread[pair]} studies: {words}.", "lead")
     points = [
@@ -64,7 +66,7 @@ def _main_pair(studies: Studies) -> list[Block]:
 
 def _turned(c: Row) -> Row:
     """The same comparison seen from its reference."""
-    verdict = {"better": "worse", "worse": "better"}.get(c["verdict"], c["verdict"])
+    verdict = {BETTER: WORSE, WORSE: BETTER}.get(c["verdict"], c["verdict"])
     figures = {
         key: None if c[other] is None else -c[other]
         for key, other in (("difference", "difference"), ("low", "high"), ("high", "low"))

@@ -1,4 +1,4 @@
-"""A study's results as blocks: verdicts first, then scores, tuning, cost and ranks; and one that is still running."""
+"""A study's results as blocks: verdicts first, then scores, tuning and cost; and one that is still running."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
+from dual_lora.lab.comparison.notes import amended
 from dual_lora.lab.report.blocks import (
     Axis,
     Block,
@@ -26,7 +27,11 @@ from dual_lora.lab.report.blocks import (
 )  # fmt: skip
 from dual_lora.lab.report.gather import source_of
 
-MOODS: dict[str, Mood] = {"better": "good", "worse": "bad", "equivalent within the margin": "same"}
+MOODS: dict[str, Mood] = {
+    "significantly better": "good",
+    "significantly worse": "bad",
+    "equivalent within the margin": "same",
+}
 
 
 def verdict_blocks(file: Path, results: dict[str, Any], folded: bool) -> list[Block]:
@@ -45,9 +50,7 @@ def verdict_blocks(file: Path, results: dict[str, Any], folded: bool) -> list[Bl
         blocks.append(_forest(metric, here, source, study))
     if comparisons:
         blocks.append(_verdict_table(study, comparisons, source, folded))
-    if results.get("overall"):
-        blocks.append(_overall_table(study, results["overall"], source))
-    blocks += [Text(note, "note") for note in results.get("notes", [])]
+    blocks += [Text(note, "note") for note in [*amended(results), *results.get("notes", [])]]
     blocks += [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
     return blocks
 
@@ -55,6 +58,10 @@ def verdict_blocks(file: Path, results: dict[str, Any], folded: bool) -> list[Bl
 def _verdict(c: Row) -> Verdict:
     subject = f"{c['candidate']} against {c['reference']} on {place(c)}"
     return Verdict(c["verdict"], subject, c["sentence"], MOODS.get(c["verdict"], "open"))
+
+
+def _decided(c: Row) -> bool:
+    return MOODS.get(c["verdict"]) in ("good", "bad")
 
 
 def _counted(comparisons: list[Row]) -> Text:
@@ -78,7 +85,7 @@ def _forest(metric: str, comparisons: list[Row], source: Source, study: Row) -> 
             "low": c["low"],
             "high": c["high"],
             "mood": MOODS.get(c["verdict"], "open"),
-            "note": f"{c['verdict']} than {c['reference']}" if c["verdict"] in ("better", "worse") else c["verdict"],
+            "note": f"{c['verdict']} than {c['reference']}" if _decided(c) else c["verdict"],
         }
         for c in comparisons
         if c["difference"] is not None
@@ -122,29 +129,12 @@ def _verdict_table(study: Row, comparisons: list[Row], source: Source, folded: b
         Column("seeds", "seeds", "number"),
         Column("items", "items", "number"),
     ]
-    note = f"Chance of any false alarm in the study: {study['level']:g}."
+    note = f"Chance of any false alarm in the study: {study['level']:g} at most."
     return Table(f"{study['name']}: verdicts", columns, rows, source, note, folded)
 
 
-def _overall_table(study: Row, overall: list[Row], source: Source) -> Table:
-    columns = [
-        Column("candidate", "method"),
-        Column("reference", "against"),
-        Column("model", "model"),
-        Column("metric", "metric"),
-        Column("over", "over the tasks"),
-        Column("difference", "mean difference", "number", 4, signed=True),
-        Column("low", "from", "number", 4, signed=True),
-        Column("high", "to", "number", 4, signed=True),
-        Column("p", "p", "number"),
-    ]
-    rows = [{**row, "over": ", ".join(row["tasks"])} for row in overall]
-    note = "Over these tasks, not over a sample of others; p is not corrected."
-    return Table(f"{study['name']}: mean over tasks", columns, rows, source, note).without_empty_columns()
-
-
 def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
-    """Scores, tuning, cost and ranks of one study."""
+    """Scores, tuning and cost of one study."""
     source, name = source_of(file, results.get("provenance", {})), results["study"]["name"]
     methods = results["methods"]
     blocks: list[Block] = [_scores_chart(name, results, source)] if any(m["score"] is not None for m in methods) else []
@@ -153,7 +143,6 @@ def detail_blocks(file: Path, results: dict[str, Any]) -> list[Block]:
     blocks.append(_cost(name, methods, source))
     better = {m["metric"]: m["better"] for m in methods}
     blocks += _pareto(name, results.get("pareto", []), better, source, _mixed_company(methods))
-    blocks += [_ranking(name, ranking, source) for ranking in results.get("ranking", [])]
     blocks.append(_runs(name, methods, source))
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
@@ -303,24 +292,6 @@ def _pareto(name: str, fronts: list[Row], better: dict[str, str], source: Source
     return blocks
 
 
-def _ranking(name: str, ranking: Row, source: Source) -> Table:
-    groups = ranking["groups"]
-    rows = [
-        {"method": method, "rank": rank, "like": ", ".join(m for m in _companions(method, groups))}
-        for method, rank in ranking["ranks"].items()
-    ]
-    critical = ranking.get("critical")
-    note = f"Critical difference {critical:.2f}, Friedman p {ranking['p']:.3g}. " if critical is not None else ""
-    model = f" ({ranking['model']})" if ranking.get("model") else ""
-    columns = [
-        Column("method", "method"),
-        Column("rank", "average rank", "number", 2),
-        Column("like", "not distinguishable from"),
-    ]
-    title = f"{name}: ranks over {len(ranking['tasks'])} tasks{model}"
-    return Table(title, columns, rows, source, note + ranking.get("note", ""))
-
-
 def _runs(name: str, methods: list[Row], source: Source) -> Table:
     """Every run that the figures come from, by the name of its folder."""
     rows = [
@@ -348,10 +319,6 @@ def _runs(name: str, methods: list[Row], source: Source) -> Table:
     ]
     note = "A run's recipe, record and scores lie in the study's folder of runs under this name."
     return Table(f"{name}: runs", columns, rows, source, note, folded=True).without_empty_columns()
-
-
-def _companions(method: str, groups: list[list[str]]) -> list[str]:
-    return list(dict.fromkeys(m for group in groups if method in group for m in group if m != method))
 
 
 def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:

@@ -1,0 +1,76 @@
+"""The calibration in small: levels hold in every cell, tuning adds what the page says, and results and page agree."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydantic")
+
+from benchmarks import calibration
+
+FEW = 20_000
+
+
+def assert_level(share, level, drawn, what):
+    assert share < level + 4.5 * np.sqrt(level / drawn), f"{share:.4f} for {level} at {what}"
+
+
+def test_the_level_holds_on_the_whole_grid():
+    cells = list(calibration.crossed(FEW, np.random.default_rng(0)))
+    assert {c[0] for c in cells} == {2, 3, 5, 8}
+    assert {c[1] for c in cells} >= {0, 1, 700}
+    for *what, shares in cells:
+        for key, level in (("one", 0.05), ("same", 0.05)):
+            assert_level(shares[key], level, FEW, what)
+        assert_level(shares["ten"] / calibration.FAMILY, 0.05 / calibration.FAMILY, FEW, what)
+
+
+@pytest.mark.parametrize("kind", calibration.KINDS)
+@pytest.mark.parametrize("luck", [0.0, 2.0])
+def test_the_level_holds_for_every_kind_of_score(kind, luck):
+    drawn, _ = calibration.KINDS[kind]
+    for seeds, items in ((2, 20), (3, 60), (8, 20)):
+        d = drawn(np.random.default_rng(seeds), (300, seeds, items), luck, 1.0)
+        mean, error, seed_error = calibration.stats.error_parts(d)
+        tally = calibration.Tally()
+        tally.add(mean, error, seed_error, seeds, items, float(mean.std()))
+        assert_level(tally.shares()["one"], 0.05, 300, (seeds, items))
+
+
+def test_a_single_search_makes_more_of_two_equal_methods_than_their_settings_do():
+    rows = list(calibration.tuning(4000, calibration.committed(), np.random.default_rng(0)))
+    at = {row[:3]: row[3:] for row in rows}
+    other, alarm, alike = at["dual_lora", "one search, one seed", 5]
+    assert 0.10 < other < 0.22
+    assert alarm > 0.09
+    assert alike < 0.05 + 0.012
+    assert at["dual_lora", "one search, mean of five seeds", 5][1] < 0.05 + 0.012
+    assert at["dual_lora", "a search for every final seed", 8][1] < 0.05 + 0.012
+
+
+def test_runs_drawn_from_the_published_ones_keep_the_level():
+    for *what, shares in calibration.real(FEW, calibration.committed(), np.random.default_rng(0)):
+        assert_level(shares["one"], 0.05, FEW, what)
+
+
+def test_the_page_is_filled_and_its_levels_hold():
+    text = calibration.PAGE.read_text(encoding="utf-8")
+    crossed = text.partition("<!-- crossed -->")[2].partition("<!-- end -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in crossed.strip().splitlines()[2:]]
+    assert len(rows) == 4 * len(calibration.SEED_SQUARES)
+    assert all(float(row[2]) <= 0.055 and float(row[3]) <= 0.055 for row in rows)
+    studies = text.partition("<!-- studies -->")[2]
+    for results in calibration.committed():
+        if results["false_alarm"] is not None:
+            assert re.search(rf"\| {results['study']['name']} \|.* {results['false_alarm']:.3f} \|", studies)
+
+
+def test_a_page_without_a_place_for_a_table_is_named():
+    assert calibration.filled("a\n<!-- x -->\nold\n<!-- end -->\nb", {"x": "| new |"}) == (
+        "a\n<!-- x -->\n| new |\n<!-- end -->\nb"
+    )
+    with pytest.raises(ValueError, match="no place for the table y"):
+        calibration.filled("", {"y": ""})
