@@ -397,3 +397,37 @@ def test_shipped_studies_can_be_planned(name):
     study, _ = read_study(name)
     cells = plan.lay_out(study)
     assert len(cells) == len(study.tasks) * len(study.variants()) * max(1, len(study.models))
+
+
+def test_a_study_extends_another(tiny, tmp_path):
+    """A field replaces the other study's, but for the methods, which are merged entry by entry."""
+    base = write_study(tiny, seeds=3)
+    beside = base.with_name("longer.yaml")
+    beside.write_text(
+        "extends: study.yaml\nname: longer\nseeds: 5\nmethods: {dual_lora: {alpha: 2r}, dora: {r: 4}}\n"
+        "search: {space: {learning_rate: [1.0e-3]}}\n"
+    )
+    study, plain = read_study(beside)[0], read_study(base)[0]
+    assert (study.name, len(study.seeds), study.question) == ("longer", 5, plain.question)
+    assert list(study.methods) == ["lora", "dual_lora", "dora"]
+    assert study.methods["lora"] == plain.methods["lora"]
+    assert study.methods["dual_lora"].fields == {"alpha": "2r"}
+    assert study.search.space == {"learning_rate": [1e-3]}
+    shipped = tmp_path / "own.yaml"
+    shipped.write_text("extends: activations\nname: own\nseeds: 2\n")
+    assert list(read_study(shipped)[0].methods) == list(read_study("activations")[0].methods)
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("activation", r"no study 'activation'.* Did you mean 'activations'"),
+        ("two.yaml", r"two\.yaml extends one\.yaml, which extends two\.yaml in turn"),
+        ("sst2-minilm", "sst2-minilm is a recipe, not a study"),
+    ],
+)
+def test_what_cannot_be_extended(extends, said, tmp_path):
+    (tmp_path / "one.yaml").write_text(f"extends: {extends}\nname: one\n")
+    (tmp_path / "two.yaml").write_text("extends: one.yaml\nname: two\n")
+    with pytest.raises(UserError, match=said):
+        read_study(tmp_path / "one.yaml")
