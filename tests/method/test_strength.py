@@ -81,7 +81,7 @@ def test_a_count_put_in_place_before_a_move_is_kept():
 def test_an_adapter_made_in_inference_mode_is_like_any_other(cast):
     base = Mlp()
     with torch.inference_mode():
-        model = adapted(base, target_modules=["first", "second"], warmup_steps=4)
+        model = adapted(base, target_modules=["first", "second"], warmup_steps=4, ste="identity")
     getattr(model, cast)()
     dtype = base.first.weight.dtype
     layer(model).set_scale("default", 0.5)
