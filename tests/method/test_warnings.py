@@ -35,7 +35,7 @@ def under_fp16_autocast():
 
 CASES = {
     "cast down": (cast_by_foreign_code, "were cast to"),
-    "no scaler": (under_fp16_autocast, "eval mode runs under fp16 autocast"),
+    "no scaler": (under_fp16_autocast, "eval mode runs in fp16 with gradients"),
     "dropout of attention": (
         lambda: adapted(Attentions(), target_modules=["one", "two"], dropout=0.1),
         "has no effect on nn.MultiheadAttention",

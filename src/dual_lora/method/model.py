@@ -245,7 +245,7 @@ class DualLoraModel(BaseTuner):
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError where a merge would change a module that holds the same weight without the same update."""
+        """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
         if self._replicates_layers:
             return  # refused in words of its own
         holders: dict[int, list[nn.Module]] = {}
@@ -255,18 +255,31 @@ class DualLoraModel(BaseTuner):
                 holders.setdefault(id(parameter), []).append(module)
             if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
                 layers[module.get_base_layer()] = module
-        for base, layer in layers.items():
+
+        def updates(layer: DualLoraLayer) -> set[str]:
             asked = layer.active_adapters if adapter_names is None else adapter_names
-            own = {*layer._present(asked), *layer.merged_adapters} - layer.tied.keys()
+            return {*layer._present(asked), *layer.merged_adapters}
+
+        for base, layer in layers.items():
+            own = updates(layer) - layer.tied.keys()
             for other in holders.get(id(layer._merge_parameter()), ()) if own else ():
-                if other is not base and not (other in layers and own <= layers[other].tied.keys()):
+                theirs = updates(layers[other]) if other in layers else set()
+                if other is base or (other in layers and own <= layers[other].tied.keys()):
+                    continue
+                way_out = (
+                    "Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` and "
+                    "`tie_word_embeddings=False`), or train with `ensure_weight_tying=True`: both get one update."
+                )
+                if theirs:
                     raise ValueError(
-                        f"Cannot merge: {base} and {other} share one weight, and the update of adapter "
-                        f"{', '.join(sorted(own))} is not the same in both, so that no one weight gives what the "
-                        "unmerged model gives. Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` "
-                        "and `tie_word_embeddings=False`), or train with `ensure_weight_tying=True`, which gives both "
-                        "one update."
+                        f"Cannot merge: {base} and {other} share one weight, and their updates "
+                        f"({', '.join(sorted(own))} and {', '.join(sorted(theirs))}) differ: no one weight gives what "
+                        "the unmerged model gives. " + way_out
                     )
+                layer.told.once(
+                    f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "
+                    "weight and has no update of its own: the merged model differs from the unmerged one. " + way_out
+                )
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
