@@ -69,6 +69,8 @@ class Bar:
     def __exit__(self, *error: Any) -> None:
         self._lines.__exit__(*error)
         self._bar.stop()
+        if self.shown and not console.is_terminal and error[0] is None:
+            print(self._line(), file=sys.stderr, flush=True)
 
     def to(self, done: int, note: str | None = None) -> None:
         """Set the number of finished units and, if given, the note beside it."""
@@ -82,7 +84,7 @@ class Bar:
 
     def _line(self) -> str:
         parts = [f"{self.what} {self.done}/{self.total}", *filter(None, [self._note])]
-        if self.timed and (units := self.done - self._first):
+        if self.timed and self.done < self.total and (units := self.done - self._first):
             pace = (self._moved - self._began) / units  # seconds a unit
             left = pace * (self.total - self.done) - (time.monotonic() - self._moved)
             parts.append(f"about {in_words(max(left, 0.0))} left")

@@ -126,7 +126,8 @@ def _run(setting: Setting, model: Any) -> Step:
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
     batch = batch_of(setting, model)
-    live = Live([*parameters, *buffers, *batch.values()], setting.on)
+    scales = [s for module in model.modules() for s in getattr(module, "dual_lora_scale", {}).values()]
+    live = Live([*parameters, *buffers, *scales, *batch.values()], setting.on)
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
     if blocks:
