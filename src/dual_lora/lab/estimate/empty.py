@@ -91,7 +91,7 @@ def _fresh(model: Any) -> list[str]:
 
 
 def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn every parameter and buffer into a fake CPU tensor, in place; tied ones stay tied.
+    """Turn every parameter, buffer and strength into a fake CPU tensor, in place; tied ones stay tied.
 
     The count of warm-up steps stays on the meta device: a layer reads it where it can, and no product uses it.
     """
@@ -111,7 +111,7 @@ def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
     kept = []  # the replaced tensors, so that no identity is used twice
     for name, module in model.named_modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (module._parameters, module._buffers, getattr(module, "dual_lora_scale", {})):
             for key, tensor in list(tensors.items()):
                 if tensor is not None and not name.endswith("dual_lora_left"):
                     kept.append(tensor)
