@@ -137,7 +137,11 @@ def test_several_studies_open_with_the_pair_that_most_of_them_compare(tmp_path):
     assert "dual_lora against lora, compared in 2 studies: " in page
     assert "1 × equivalent within the margin" in page
     assert "(of those equivalent, 1 surely better, by little)" in page
-    (chart,) = [chart for name, chart in material.data_of(page)["charts"].items() if name.startswith("plot-every-study-of-dual-lora")]
+    (chart,) = [
+        chart
+        for name, chart in material.data_of(page)["charts"].items()
+        if name.startswith("plot-every-study-of-dual-lora")
+    ]
     first, second, *turned = material.points_of(chart[0])
     figures = [[p[k] for k in ("x", "low", "high")] for p in (first, second)]
     assert [[p[k] for k in ("x", "low", "high")] for p in turned] == figures, "seen from the same side"

@@ -76,7 +76,9 @@ def test_markdown_has_no_links_and_no_pictures(hostile):
     assert html.count("<td") == html.count("<th>") == 1, html
     assert "<a" not in html
     assert "<img" not in html
-    assert not re.search(r"(?<!\\)(:|@|www\.)", written(Table("t", [Column("a", hostile)], []), "md").partition("\n")[0])
+    assert not re.search(
+        r"(?<!\\)(:|@|www\.)", written(Table("t", [Column("a", hostile)], []), "md").partition("\n")[0]
+    )
 
 
 def test_latex_is_escaped(table):
@@ -139,5 +141,3 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
             exec("".join(cell["source"]), names)
             assert cell["outputs"] == []  # outputs are not committed: they would be of somebody's machine
     assert (tmp_path / "docs" / "report.html").stat().st_size > 10_000
-
-

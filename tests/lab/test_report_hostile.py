@@ -77,7 +77,9 @@ def test_an_endless_view_ends(tmp_path, monkeypatch):
             "i AS job, i AS started, i AS finished, i AS outcome, i AS error, i AS rowid FROM n"
         )
     db.close()
-    assert any("state.sqlite could not be read" in problem for problem in report([folder], tmp_path / "r.html").problems)
+    assert any(
+        "state.sqlite could not be read" in problem for problem in report([folder], tmp_path / "r.html").problems
+    )
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="an administrator reads everything")

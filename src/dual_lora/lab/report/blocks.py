@@ -126,19 +126,8 @@ class Verdict(NamedTuple):
     rest: str
 
 
-@dataclass
-class Verdicts:
-    """Cards, sure ones first."""
-
-    items: list[Verdict]
-    id: str = ""
-    title = "more verdicts"
-    kind = "verdicts"
-
-
 class Answer(NamedTuple):
-    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with its mood and whom
-    it was passed on."""
+    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with whom it is on."""
 
     question: str
     anchor: str
@@ -147,14 +136,16 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Answers:
-    """The questions of a page."""
+class Cards:
+    """Judgements (sure ones first) or answers, side by side."""
 
-    items: list[Answer]
-    kind = "answers"
+    items: list[Verdict] | list[Answer]
+    kind: Literal["verdicts", "answers"]
+    title = "more verdicts"
+    id: str = ""
 
 
-Block = Table | Chart | Text | Verdicts | Answers
+Block = Table | Chart | Text | Cards
 
 
 @dataclass
@@ -184,7 +175,7 @@ class Page:
     def __post_init__(self) -> None:
         """Every table, chart and list of verdicts gets a name of its own, for anchors and files."""
         used = {section.id for section in self.sections}
-        for block in (b for s in self.sections for b in s.blocks if isinstance(b, Table | Chart | Verdicts)):
+        for block in (b for s in self.sections for b in s.blocks if isinstance(b, Table | Chart | Cards)):
             base = slug(f"plot-{block.title}" if isinstance(block, Chart) else block.title)
             block.id = next(n for i in range(1, len(used) + 2) if (n := f"{base}-{i}" if i > 1 else base) not in used)
             used.add(block.id)

@@ -79,7 +79,10 @@ def _said(chart: Chart, view: View, points: list[Row]) -> Row:
     """Headings and rows of text, one a point: the tooltip, what a screen reader says, the values as a table."""
     x, y = view.x, view.y
     if chart.form == "heat":
-        return {"head": ["layer", x.label, y.label], "rows": [[p["label"], str(p["x"]), y.text(p["y"])] for p in points]}
+        return {
+            "head": ["layer", x.label, y.label],
+            "rows": [[p["label"], str(p["x"]), y.text(p["y"])] for p in points],
+        }
     around = x if chart.form == "intervals" else y
     head, rows = ["series", x.label, y.label, "from", "to", "note"], []
     for p in points:
@@ -102,7 +105,7 @@ def _values(points: list[Row]) -> Spec:
 def _axis(axis: Axis, field: str, values: list[Any], zero: bool = False) -> Spec:
     finite = [v for v in values if _finite(v)]
     log = axis.log and min(finite) > 0 and max(finite) / min(finite) >= 1.5 if finite else False
-    shown: Spec = {"title": axis.label, "titleLimit": 900}
+    shown: Spec = {"title": axis.label, "grid": True}
     if axis.form == "%":
         shown["format"] = ".3~p"
     if axis.form == "B":
@@ -197,7 +200,10 @@ def _heat(view: View, points: list[Row]) -> Spec:
     return {
         "data": _values(points),
         "height": 24 * len({p["label"] for p in points}),
-        "encoding": {"x": x, "y": {"field": "label", "type": "nominal", "sort": None, "axis": NAMES | {"labelLimit": 160}}},
+        "encoding": {
+            "x": x,
+            "y": {"field": "label", "type": "nominal", "sort": None, "axis": NAMES | {"labelLimit": 160}},
+        },
         "layer": [
             {"mark": {"type": "rect", "color": "var(--low)"}},
             {"name": "spot", "mark": {"type": "rect", "color": "var(--high)"}, "encoding": {"fillOpacity": strength}},

@@ -26,7 +26,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "md": {
         "type": "text/markdown", "exact": False, "line": ["| ", " | ", " |\n"], "marks": ["---|", "---:|"],
         "layout": ["HEAD", "|", "MARKS", "\n", "ROWS"],
-        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""], ["[\\\\`*_\\[\\]<>|!~:@&]|www(?=\\.)", {"www": "www\\"}, "\\"]],
+        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""],
+                  ["[\\\\`*_\\[\\]<>|!~:@&]|www(?=\\.)", {"www": "www\\"}, "\\"]],
     },
     "tex": {
         "type": "text/x-tex", "exact": False, "line": ["  ", " & ", " \\\\\n"], "marks": ["l", "r"],
@@ -43,7 +44,7 @@ def written(table: Table, kind: str) -> str:
 
     def safe(text: str) -> str:
         for pattern, other, before in form["rules"]:
-            text = re.sub(pattern, lambda m, o=other, b=before: o.get(m[0], b + m[0]), text)
+            text = "".join(other.get(s, before + s) if i % 2 else s for i, s in enumerate(re.split(f"({pattern})", text)))
         return text
 
     def line(cells: list[str]) -> str:
@@ -54,7 +55,12 @@ def written(table: Table, kind: str) -> str:
         "HEAD": line([safe(c.label) for c in table.columns]),
         "MARKS": "".join(form["marks"][c.is_number] for c in table.columns),
         "ROWS": "".join(
-            line([cell.exact.replace("Infinity", "inf") if cell.exact and form["exact"] else safe(cell.text) for cell in r])
+            line(
+                [
+                    cell.exact.replace("Infinity", "inf") if cell.exact and form["exact"] else safe(cell.text)
+                    for cell in r
+                ]
+            )
             for r in table.cells
         ),
     }

@@ -165,9 +165,9 @@ def _add_state(material: Material, file: Path) -> None:
 
 def source_of(file: Path, made: dict[str, Any]) -> Source:
     """Where figures come from: `made` is a study's "provenance" or an analysis's "made"."""
-    known = (None if made.get(k) is None else str(made[k]) for k in ("command", "commit", "device", "finished"))
+    known = {key: str(made[key]) for key in ("command", "commit", "device", "finished") if made.get(key) is not None}
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-    return Source(short_path(file), *known, versions)
+    return Source(short_path(file), **known, versions=versions)
 
 
 def short_path(file: Path) -> str:

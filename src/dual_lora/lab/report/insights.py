@@ -21,9 +21,7 @@ GRADIENTS = "share_direction share_magnitude rms_direction rms_magnitude cut cut
 LIKENESS = (
     "cosine learned_cosine agreement_1 agreement_10 rest_1 overlap_left overlap_right learned_agreement_1 norm_relative"
 )
-LIVE = (
-    "step_flipped step_direction_flipped step_switched_on step_switched_off zero share_direction strength norm_ratio"
-)
+LIVE = "step_flipped step_direction_flipped step_switched_on step_switched_off zero share_direction strength norm_ratio"
 BY_LAYER = "zero positive start_direction_flipped start_flipped start_switched_on norm_ratio rank_effective rank_stable"
 LOGARITHMIC = {"share_direction", "rms_direction", "rms_magnitude", "largest_H", "norm_relative"}
 RANKS = ("rank_effective", "rank_stable", "rank_numerical", "rank_90", "rank_99")
@@ -121,7 +119,12 @@ def _means(rows: list[Row]) -> Row:
 def _glance(title: str, runs: list[Row], source: Source) -> Table:
     rows = []
     for run in runs:
-        row = {"run": run["name"], "method": run["method"]["name"], "seed": run["seed"], "magdir": run["magnitude_direction"]}
+        row = {
+            "run": run["name"],
+            "method": run["method"]["name"],
+            "seed": run["seed"],
+            "magdir": run["magnitude_direction"],
+        }
         for table in ("layers", "gradients", "likeness"):
             row |= _means(last_state(run[table]))
         rows.append(row | _means(run["first_step"]))
@@ -142,7 +145,9 @@ def _lines(title: str, runs: list[Row], table: str, keys: str, source: Source) -
             for step in dict.fromkeys(row["step"] for row in run[table]):
                 if rows := [r for r in run[table] if r["step"] == step and r.get(key) is not None]:
                     low, high = spread_over_layers(rows, key)
-                    points.append({"series": run["name"], "x": step, "y": mean_over_layers(rows, key), "low": low, "high": high})
+                    points.append(
+                        {"series": run["name"], "x": step, "y": mean_over_layers(rows, key), "low": low, "high": high}
+                    )
         if points:
             views.append(View(_axis(key).label, Axis("optimizer step"), _axis(key), points))
     note = "Lines are means over layers, weighted by entries; bands hold the middle 80 % of the layers."
@@ -191,7 +196,7 @@ def _ranks(title: str, runs: list[Row], examples: list[Row], source: Source) -> 
     table = Table(f"{title}: ranks", columns(keys), rows, source, "Means over layers, weighted by entries.")
     chart = Chart(f"{title}: ranks by layer", "dots", views, source, "At the last state.")
     named = columns("what size before operation after", what="matrix")
-    bound = [Text(BOUND), Table(f"{title}: what ReLU and Sign do to a rank", named, examples, source)]
+    bound: list[Block] = [Text(BOUND), Table(f"{title}: what ReLU and Sign do to a rank", named, examples, source)]
     return [*([table, chart] if rows else []), *(bound if examples else [])]
 
 
@@ -215,7 +220,9 @@ def _dora(title: str, runs: list[Row], source: Source) -> Chart:
         for r in run["layers"]
         if r.get("direction_change") and r.get("magnitude_change")
     ]
-    words = [f"{r['name']} {number(r['magnitude_direction'], '+.2f')}" for r in runs if r["magnitude_direction"] is not None]
+    words = [
+        f"{r['name']} {number(r['magnitude_direction'], '+.2f')}" for r in runs if r["magnitude_direction"] is not None
+    ]
     view = View("", Axis("direction change, mean of 1 − cos", log=True), Axis("magnitude change", log=True), points)
     note = "One mark a layer and state, as in the DoRA paper (figure 2). Correlation: " + "; ".join(words) + "."
     return Chart(f"{title}: magnitude against direction", "dots", [view] if points else [], source, note)
@@ -223,7 +230,12 @@ def _dora(title: str, runs: list[Row], source: Source) -> Chart:
 
 def _contribution(title: str, runs: list[Row], source: Source) -> list[Block]:
     views = [
-        View(run["name"], Axis("held-out loss (less is better)"), Axis(""), [_contributed(r) for r in run["contribution"]])
+        View(
+            run["name"],
+            Axis("held-out loss (less is better)"),
+            Axis(""),
+            [_contributed(r) for r in run["contribution"]],
+        )
         for run in runs
         if run["contribution"]
     ]

@@ -20,7 +20,9 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     for row in rows:
         kinds.setdefault(str(row.get("kind") or row.get("suite") or "rows"), []).append(row)
     known = {"gate": _gates, "curve": _curves}
-    blocks = [b for kind, members in kinds.items() for b in known.get(kind, _plain)(f"{title}: {kind}", members, source)]
+    blocks = [
+        b for kind, members in kinds.items() for b in known.get(kind, _plain)(f"{title}: {kind}", members, source)
+    ]
     return [Section(title, blocks, "Benchmarks")]
 
 
@@ -51,9 +53,7 @@ def _gates(title: str, rows: list[Row], source: Source) -> list[Block]:
         if row.get("at_most")
     ]
     view = View("", Axis("measured ratio over the gate's limit (1 or less is met)"), Axis(""), points)
-    keys = (
-        "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit device"
-    )
+    keys = "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit device"
     shown = [row | {"scatter": row.get("spread")} for row in newest]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
@@ -90,8 +90,12 @@ def _curves(title: str, rows: list[Row], source: Source) -> list[Block]:
     views = []
     for (work, device), members in curves.items():
         members.sort(key=lambda row: row["at"])
-        points = [{"series": "measured", "x": r["at"], "y": r["ratio"], "low": r["low"], "high": r["high"]} for r in members]
-        points += [{"series": "limit by flops", "x": r["at"], "y": r["limit"]} for r in members if r.get("limit") is not None]
+        points = [
+            {"series": "measured", "x": r["at"], "y": r["ratio"], "low": r["low"], "high": r["high"]} for r in members
+        ]
+        points += [
+            {"series": "limit by flops", "x": r["at"], "y": r["limit"]} for r in members if r.get("limit") is not None
+        ]
         grows, cost = GROWS_WITH.get(work, work), Axis(f"cost against {members[0]['against']}")
         views.append(View(grows + f" · {device}" * several, Axis(grows, log=True), cost, points))
     note = "Forward and backward, newest rows; bands are 95 % intervals of the median ratio."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dual_lora.lab.report.blocks import MOODS, Answer, Answers, Axis, Block, Chart, Section, Table, Text, View, slug
+from dual_lora.lab.report.blocks import MOODS, Answer, Axis, Block, Cards, Chart, Section, Table, Text, View, slug
 from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.studies import place, verdict_title
 
@@ -26,7 +26,7 @@ def overview_sections(studies: Studies) -> list[Section]:
         for (name, _), answer in zip(studies, answers, strict=True)
     ]
     table = Table("All studies", columns("study question compared answer"), rows, folded=True)
-    return [Section("Questions and answers", [*_main_pair(studies), Answers(answers), table], "Overview")]
+    return [Section("Questions and answers", [*_main_pair(studies), Cards(answers, "answers"), table], "Overview")]
 
 
 def _main_pair(studies: Studies) -> list[Block]:
@@ -49,7 +49,10 @@ def _main_pair(studies: Studies) -> list[Block]:
         words += f" (of those equivalent, {' and '.join(each)})"
     lead = Text(f"{candidate} against {reference}, compared in {spread[pair]} studies: {words}.", "lead")
     points = [
-        {k: None if c[of] is None else c[of] / c["margin"] for k, of in (("x", "difference"), ("low", "low"), ("high", "high"))}
+        {
+            k: None if c[of] is None else c[of] / c["margin"]
+            for k, of in (("x", "difference"), ("low", "low"), ("high", "high"))
+        }
         | {"label": f"{name} · {place(c)}, {c['metric']}", "mood": MOODS.get(c["verdict"], "open")}
         | {"note": f"{c['verdict']}; {c['metric']} {c['difference']:+.4g}, margin {c['margin']:g}"}
         for name, c in turned

@@ -3,35 +3,33 @@
 (() => {
   const root = document.documentElement;
 
-  // ---------- what is chosen is remembered, for a reload and for a live page ----------
+  // ---------- what is chosen is remembered, for a reload and for a live page; not in a private window ----------
   const key = "dual-lora-report:" + location.pathname;
-  const stored = (store, name, other) => { try { return store.getItem(name) ?? other; } catch { return other; } }; // private window
-  const held = JSON.parse(stored(sessionStorage, key, "{}"));
+  const read = (store, name) => { try { return JSON.parse(store().getItem(name)); } catch { return null; } };
+  const write = (store, name, value) => { try { store().setItem(name, JSON.stringify(value)); } catch { /* as above */ } };
+  const page = () => sessionStorage, site = () => localStorage, held = read(page, key) ?? {};
   const recall = (name, other) => (name in held ? held[name] : other);
-  function keep(name, value, store = sessionStorage) {
-    held[name] = value;
-    try { store.setItem(store === sessionStorage ? key : name, store === sessionStorage ? JSON.stringify(held) : value); } catch { /* the same */ }
-  }
+  const keep = (name, value) => { held[name] = value; write(page, key, held); };
 
-  function make(tag, attributes = {}, text = "") {
+  function make(tag, attributes = {}, ...content) {
     const node = document.createElement(tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    node.textContent = text;
+    node.append(...content);
     return node;
   }
 
   // ---------- theme ----------
-  const themes = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" }, themeButton = document.getElementById("theme");
+  const themes = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" }, names = Object.keys(themes);
+  const themeButton = document.getElementById("theme");
   function setTheme(name) {
     root.dataset.theme = name in themes ? name : "auto";
     themeButton.textContent = themes[root.dataset.theme];
     themeButton.setAttribute("aria-label", "Colours: " + root.dataset.theme + ". Press to change.");
   }
-  setTheme(stored(localStorage, "dual-lora-theme", "auto"));
+  setTheme(read(site, "dual-lora-theme"));
   themeButton.addEventListener("click", () => {
-    const names = Object.keys(themes);
     setTheme(names[(names.indexOf(root.dataset.theme) + 1) % names.length]);
-    keep("dual-lora-theme", root.dataset.theme, localStorage);
+    write(site, "dual-lora-theme", root.dataset.theme);
   });
 
   // ---------- tables: sort, filter, save ----------
@@ -93,20 +91,20 @@
 
   // ---------- charts ----------
   const font = getComputedStyle(document.body).fontFamily;
-  const axis = { labelColor: "var(--soft)", titleColor: "var(--ink)", gridColor: "var(--grid)", domainColor: "var(--soft)", tickColor: "var(--grid)",
-    labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", titlePadding: 8, tickCount: 6, labelOverlap: "greedy" };
-  const config = { background: null, font, view: { stroke: null }, aria: false, axis, scale: { bandPaddingInner: 0.06 },
-    legend: { labelColor: "var(--soft)", titleColor: "var(--ink)", labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" } };
+  const axis = { labelColor: "var(--soft)", titleColor: "var(--ink)", gridColor: "var(--grid)", domainColor: "var(--soft)",
+    tickColor: "var(--grid)", labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", titlePadding: 8, tickCount: 6,
+    labelOverlap: "greedy" };
+  const config = { background: null, font, view: { stroke: null }, aria: false, scale: { bandPaddingInner: 0.06 } };
 
   class Plot {
     constructor(place, views) {
       Object.assign(this, { place, views, hidden: new Set(recall("hidden " + place.id, [])), width: 0 });
       this.chosen = Math.min(recall("view " + place.id, 0), views.length - 1);
-      this.canvas = make("div", { "aria-hidden": "true" });
-      this.ring = make("div", { class: "ring", hidden: "" });
-      this.tip = make("div", { class: "tip", hidden: "" });
-      this.said = make("div", { class: "visually-hidden", "aria-live": "polite" });
-      this.legend = make("ul", { class: "legend" });
+      const part = (name, more) => (this[name] = make(name === "legend" ? "ul" : "div", { class: name, ...more }));
+      for (const name of ["ring", "tip"]) part(name, { hidden: "" });
+      part("canvas", { "aria-hidden": "true" });
+      part("said", { class: "visually-hidden", "aria-live": "polite" });
+      part("legend");
       place.append(this.canvas, this.ring, this.tip, this.said);
       place.after(this.legend);
       const figure = place.closest("figure"), select = figure.querySelector("select.view");
@@ -127,51 +125,53 @@
     }
 
     get view() { return this.views[this.chosen]; }
+    get spots() { return [...this.canvas.querySelectorAll(".spot_marks > *")]; }
 
     fit() { if (this.place.clientWidth && Math.abs(this.place.clientWidth - this.width) > 1) this.draw(); }
 
     draw() {
       this.width = this.place.clientWidth;
       const { spec, narrow, legend } = this.view;
-      const shown = structuredClone(narrow && this.width < 560 ? narrow : spec);
-      shown.data.values = shown.data.values.filter((row) => !this.hidden.has(row.series));
-      const sized = { height: Math.max(200, Math.min(320, this.width * 0.45)), ...shown, width: this.width, autosize: { type: "fit-x", contains: "padding" } };
+      const height = Math.max(200, Math.min(320, this.width * 0.45)), autosize = { type: "fit-x", contains: "padding" };
+      const shown = { height, ...(narrow && this.width < 560 ? narrow : spec), width: this.width, autosize };
+      shown.data = { values: shown.data.values.filter((row) => !this.hidden.has(row.series)) };
+      const fitted = { ...config, axis: { ...axis, titleLimit: this.width - 70 } };
+      const runtime = vega.parse(vegaLite.compile(shown, { config: fitted }).spec, null, { ast: true });
       this.drawn?.finalize();
-      this.drawn = new vega.View(vega.parse(vegaLite.compile(sized, { config }).spec, null, { ast: true }),
-        { renderer: "svg", container: this.canvas, expr: window.vegaInterpreter, hover: false }).run();
-      this.spots = [...this.canvas.querySelectorAll(".spot_marks > *")];
+      this.drawn = new vega.View(runtime, { renderer: "svg", container: this.canvas, expr: window.vegaInterpreter }).run();
       this.point(-1);
       this.legend.replaceChildren(...(legend ?? []).map((series) => this.button(series)));
     }
 
     button({ name, colour, sign }) {
-      const item = make("li"), button = make("button", { type: "button", class: "button", "aria-pressed": String(!this.hidden.has(name)) });
-      const mark = make("span", { "aria-hidden": "true" }, sign + " ");
+      const mark = make("span", { "aria-hidden": "true" }, sign + " "), pressed = String(!this.hidden.has(name));
       mark.style.color = colour;
-      button.append(mark, name);
+      const button = make("button", { type: "button", class: "button", "aria-pressed": pressed }, mark, name);
       button.addEventListener("click", () => {
         if (!this.hidden.delete(name)) this.hidden.add(name);
         keep("hidden " + this.place.id, [...this.hidden]);
         this.draw();
       });
-      item.append(button);
-      return item;
+      return make("li", {}, button);
     }
 
     hover(event) {
-      // The nearest point: along a line's steps first, by rows for intervals, the cell that is pointed at.
+      // The nearest point: along a line's steps first, by rows for intervals.
       const [a, b] = this.view.narrow ? [0.2, 3] : this.view.legend ? [1, 0.5] : [1, 1];
-      const far = (spot) => { const box = spot.getBoundingClientRect(); return Math.hypot(a * (box.x + box.width / 2 - event.clientX), b * (box.y + box.height / 2 - event.clientY)); };
-      const all = this.spots.map(far), least = Math.min(...all);
+      const all = this.spots.map((spot) => {
+        const box = spot.getBoundingClientRect();
+        return Math.hypot(a * (box.x + box.width / 2 - event.clientX), b * (box.y + box.height / 2 - event.clientY));
+      });
+      const least = Math.min(...all);
       this.point(least < 120 ? all.indexOf(least) : -1);
     }
 
     walk(event) {
-      const move = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+      const move = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key], count = this.spots.length;
       if (event.key === "Escape") this.point(-1);
-      if (!move || !this.spots.length) return;
+      if (!move || !count) return;
       event.preventDefault();
-      this.point((Math.max(this.current, move < 0 ? 0 : -1) + move + this.spots.length) % this.spots.length);
+      this.point((Math.max(this.current, move < 0 ? 0 : -1) + move + count) % count);
       this.said.textContent = this.tip.textContent.replaceAll("\n", ", ");
     }
 
@@ -179,23 +179,21 @@
       this.current = at;
       this.ring.hidden = this.tip.hidden = at < 0;
       if (at < 0) return;
-      const spot = this.spots[at].getBoundingClientRect(), box = this.place.getBoundingClientRect(), x = spot.x - box.x, y = spot.y - box.y;
-      const { head, rows } = this.view, row = rows[this.spots[at].__data__.datum.i];
-      this.tip.textContent = head.map((name, i) => (["", "–"].includes(row[i]) ? "" : `${name}: ${row[i]}`)).filter(Boolean).join("\n");
-      Object.assign(this.ring.style, { left: x - 3 + "px", top: y - 3 + "px", width: spot.width + 6 + "px", height: spot.height + 6 + "px" });
-      const left = x + 14 + spot.width + this.tip.offsetWidth > box.width ? x - 10 - this.tip.offsetWidth : x + spot.width + 10;
-      Object.assign(this.tip.style, { left: Math.max(0, left) + "px", top: Math.max(-20, y - this.tip.offsetHeight - 4) + "px" });
+      const mark = this.spots[at], spot = mark.getBoundingClientRect(), box = this.place.getBoundingClientRect();
+      const { head, rows } = this.view, row = rows[mark.__data__.datum.i], x = spot.x - box.x, y = spot.y - box.y;
+      this.tip.textContent = head.map((name, i) => name + ": " + row[i]).filter((_, i) => !["", "–"].includes(row[i])).join("\n");
+      const place = (node, left, top, more = {}) => Object.assign(node.style, { left: left + "px", top: top + "px", ...more });
+      place(this.ring, x - 3, y - 3, { width: spot.width + 6 + "px", height: spot.height + 6 + "px" });
+      const wide = this.tip.offsetWidth, left = x + 14 + spot.width + wide > box.width ? x - 10 - wide : x + spot.width + 10;
+      place(this.tip, Math.max(0, left), Math.max(-20, y - this.tip.offsetHeight - 4));
     }
 
     fill() {
       // The same values as a table: for screen readers, and for those who want the figures.
       if (!this.values.open) return;
-      const line = (cells, kind) => { const row = make("tr"); row.append(...cells.map((cell) => make(kind, {}, cell))); return row; };
-      const table = make("table"), head = make("thead"), body = make("tbody");
-      head.append(line(this.view.head, "th"));
-      body.append(...this.view.rows.map((row) => line(row, "td")));
-      table.append(head, body);
-      this.values.querySelector(".scroll").replaceChildren(table);
+      const line = (cells, kind) => make("tr", {}, ...cells.map((cell) => make(kind, {}, cell)));
+      const head = make("thead", {}, line(this.view.head, "th")), rows = this.view.rows.map((row) => line(row, "td"));
+      this.values.querySelector(".scroll").replaceChildren(make("table", {}, head, make("tbody", {}, ...rows)));
     }
   }
 

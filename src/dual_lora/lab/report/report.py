@@ -84,53 +84,48 @@ def _free(file: Path) -> Path:
 
 def build_page(material: Material, title: str) -> tuple[Page, list[Source]]:
     """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks;
-    and where they come from."""
+    and where they come from. One file of another shape is named and must not cost the rest, whatever it raises."""
     sections: list[Section] = []
     sources: list[Source] = []
     whole: Studies = []
     names: list[str] = []
-    titles: list[str] = []
 
-    def add(file: Path, make: Callable[[], tuple[list[Section], Source]]) -> bool:
-        """Whether it could be shown: one file of another shape must not cost the rest of the page, whatever it raises."""
+    def study(file: Path, results: Any) -> tuple[list[Section], Source]:
+        name = str(results["study"].get("name") or file.parent.name)
+        again = sum(slug(name) == slug(known) for known, _ in whole)
+        names.append(name := f"{name} ({again + 1})" if again else name)
+        overview_sections([(name, results), (f"{name}_", results)])  # tried here; made below, of all of them
+        made = study_sections(file, results, name, len(material.studies) == 1)
+        return made, source_of(file, results.get("provenance", {}))
+
+    def running(file: Path, state: Any) -> tuple[list[Section], Source]:
+        return progress_sections(file, state), Source(short_path(file))
+
+    def analysis(file: Path, found: Any) -> tuple[list[Section], Source]:
+        names.append(analysis_title(found, names))
+        return analysis_sections(file, found, names[-1]), source_of(file, found.get("made", {}))
+
+    def ledger(file: Path, rows: Any) -> tuple[list[Section], Source]:
+        names.append("Benchmarks" if "Benchmarks" not in names else f"Benchmarks {len(names)}")
+        return ledger_sections(file, rows, names[-1]), source_of_ledger(file, rows)
+
+    kinds: list[tuple[Any, Any]] = [(study, material.studies), (running, material.running)]
+    kinds += [(analysis, material.analyses), (ledger, material.ledgers)]
+    for make, file, content in ((make, *each) for make, found in kinds for each in found):
         try:
-            made, source = make()
+            made, source = make(file, content)
             drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
         except Exception as error:
             said = " ".join(f"{type(error).__name__} {error}".split())[:200]
             material.problems.append(f"{short_path(file)} could not be shown: {said}.")
-            return False
-        sections.extend(made)
-        sources.append(source)
-        return True
-
-    def study(file: Path, results: dict[str, Any]) -> tuple[list[Section], Source]:
-        name = str(results["study"].get("name") or file.parent.name)
-        again = sum(slug(name) == slug(known) for known, _ in whole)
-        names.append(name := f"{name} ({again + 1})" if again else name)
-        made = study_sections(file, results, name, len(material.studies) == 1)
-        overview_sections([(name, results), (name + "_", results)])  # tried here; made below, of all of them
-        return made, source_of(file, results.get("provenance", {}))
-
-    def analysis(file: Path, found: dict[str, Any]) -> tuple[list[Section], Source]:
-        titles.append(analysis_title(found, titles))
-        return analysis_sections(file, found, titles[-1]), source_of(file, found.get("made", {}))
-
-    for file, results in material.studies:
-        if add(file, lambda file=file, results=results: study(file, results)):
-            whole.append((names[-1], results))
-    if len(whole) > 1:
-        sections += overview_sections(whole)
-    for file, state in material.running:
-        add(file, lambda file=file, state=state: (progress_sections(file, state), Source(short_path(file))))
-    for file, found in material.analyses:
-        add(file, lambda file=file, found=found: analysis(file, found))
-    for number, (file, rows) in enumerate(material.ledgers, 1):
-        name = "Benchmarks" if len(material.ledgers) == 1 else f"Benchmarks {number}"
-        add(file, lambda file=file, rows=rows, name=name: (ledger_sections(file, rows, name), source_of_ledger(file, rows)))
+        else:
+            sections += made
+            sources.append(source)
+            whole += [(names[-1], content)] if make is study else []
+    sections += overview_sections(whole) if len(whole) > 1 else []
     sections.sort(key=lambda section: ORDER.index(section.group))
-    made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
-    return Page(title, sections, material.problems, f"{made}{' from ' * bool(material)}{material.counted}."), sources
+    made_at = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
+    return Page(title, sections, material.problems, f"{made_at}{' from ' * bool(material)}{material.counted}."), sources
 
 
 def watch(

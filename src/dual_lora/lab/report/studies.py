@@ -9,7 +9,7 @@ from typing import Any
 from dual_lora.lab.comparison import metrics
 from dual_lora.lab.comparison.jobs import settings_in_words
 from dual_lora.lab.comparison.load import company, loads
-from dual_lora.lab.report.blocks import MOODS, Axis, Block, Chart, Section, Source, Table, Text, Verdict, Verdicts, View
+from dual_lora.lab.report.blocks import MOODS, Axis, Block, Cards, Chart, Section, Source, Table, Text, Verdict, View
 from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.gather import short_path, source_of
 
@@ -51,11 +51,13 @@ def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block
     else:
         blocks.append(Text("There is nothing to compare yet.", "note"))
     cards = [_verdict(c) for c in comparisons]
-    blocks.append(Verdicts(sorted(cards, key=lambda v: ("good", "bad", "same", "open").index(v.mood))))
+    blocks.append(Cards(sorted(cards, key=lambda v: ("good", "bad", "same", "open").index(v.mood)), "verdicts"))
     for metric in dict.fromkeys(c["metric"] for c in comparisons):
         blocks.append(_differences(study, metric, [c for c in comparisons if c["metric"] == metric], source))
     if comparisons:
-        spread = [{**c, "place": place(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]} for c in comparisons]
+        spread = [
+            {**c, "place": place(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]} for c in comparisons
+        ]
         named = columns(
             "candidate reference place metric verdict difference low high p_holm visible seeds items",
             low=f"{comparisons[0]['confidence']:.0%} from",
@@ -81,7 +83,7 @@ def _differences(study: Row, metric: str, comparisons: list[Row], source: Source
     points = [
         {
             "label": f"{c['candidate']} · {place(c)}",
-            **{"x": c["difference"], "low": c["low"], "high": c["high"], "mood": MOODS.get(c["verdict"], "open")},
+            "x": c["difference"], "low": c["low"], "high": c["high"], "mood": MOODS.get(c["verdict"], "open"),
             "note": f"{c['verdict']} than {c['reference']}" if c["verdict"] in ("better", "worse") else c["verdict"],
         }
         for c in comparisons
@@ -101,7 +103,9 @@ def _details(results: dict[str, Any], source: Source) -> list[Block]:
     search = (results["study"].get("search") or {}).get("metric")
     warning = "Times and speeds are not comparable: not all runs shared the machine alike."
     warning = warning if len(loads(methods)) > 1 else ""
-    cost = [{"place": place(m), "method": m["method"], "company": company(m), **m["cost"]} for m in methods if m.get("cost")]
+    cost = [
+        {"place": place(m), "method": m["method"], "company": company(m), **m["cost"]} for m in methods if m.get("cost")
+    ]
     beside = columns(COST + " company" * bool(warning))
     blocks: list[Block] = [
         _scores_chart(name, methods, untrained, source),
@@ -123,7 +127,11 @@ def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: S
         points: list[Row] = [{"label": "(untrained)", "x": u["score"]} for u in untrained if place(u) == where]
         points += [
             {
-                **{"label": m["method"], "x": m["score"], "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None]},
+
+                    "label": m["method"],
+                    "x": m["score"],
+                    "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None]
+                ,
                 "note": f"{len(m['seeds'])} seeds" + (f", {m['diverged']} diverged" if m["diverged"] else ""),
             }
             for m in here
@@ -137,7 +145,9 @@ def _scores(name: str, methods: list[Row], untrained: list[Row], source: Source)
     for m in methods:
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
-        rows.append(m | {"place": place(m), "settings": settings_in_words(m["settings"]), "share": share, "seeds": done})
+        rows.append(
+            m | {"place": place(m), "settings": settings_in_words(m["settings"]), "share": share, "seeds": done}
+        )
     keys = "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"
     return Table(f"{name}: scores table", columns(keys, settings="chosen settings"), rows, source)
 
@@ -188,7 +198,11 @@ def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: So
 
 def _ranking(name: str, ranking: Row, source: Source) -> Table:
     rows = [
-        {"method": m, "average": r, "like": ", ".join(dict.fromkeys(o for g in ranking["groups"] if m in g for o in g if o != m))}
+        {
+            "method": m,
+            "average": r,
+            "like": ", ".join(dict.fromkeys(o for g in ranking["groups"] if m in g for o in g if o != m)),
+        }
         for m, r in ranking["ranks"].items()
     ]
     critical, model = ranking.get("critical"), f" ({ranking['model']})" if ranking.get("model") else ""
@@ -217,7 +231,11 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
     name, counts = study.get("name", file.parent.name), Counter(run["status"] for run in runs)
     words = ", ".join(f"{n} {status}" for status, n in counts.items())
     rows = [
-        {**job, **{k: (run["outcome"] or {}).get(k) for k in ("metric", "score")}, **{k: run[k] for k in ("status", "seconds", "error")}}
+        {
+            **job,
+            **{k: (run["outcome"] or {}).get(k) for k in ("metric", "score")},
+            **{k: run[k] for k in ("status", "seconds", "error")},
+        }
         | {"place": place(job) if "task" in job else "", "settings": settings_in_words(job.get("settings"))}
         for run in reversed(runs)
         if run["status"] != "planned"
