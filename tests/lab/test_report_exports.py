@@ -66,7 +66,8 @@ def test_markdown_keeps_its_columns(table):
 
 @pytest.mark.parametrize(
     "hostile",
-    ["![](http://x/p.png)", "[a](//x)", "<http://x>", "http://x", "www.x.org", "a@x.org", "[a]: http://x", "`|`", "&#33;[a](b)",
+    ["![](http://x/p.png)",
+     "[a](//x)", "<http://x>", "http://x", "www.x.org", "a@x.org", "[a]: http://x", "`|`", "&#33;[a](b)",
      "![a][b]", "a\r\n\r\n![](x)"],
 )  # fmt: skip
 def test_markdown_has_no_links_and_no_pictures(hostile):

@@ -15,8 +15,7 @@ from dual_lora.lab.report.columns import Row
 
 Spec = dict[str, Any]
 COLOURS = 8
-DASHES = ([1, 0], [7, 3], [2, 3], [9, 3, 2, 3])
-SHAPES = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼"}
+SHAPES = (("circle", "●"), ("square", "■"), ("triangle-up", "▲"), ("diamond", "◆"), ("triangle-down", "▼"))
 MARKS = {"good": "triangle-up", "bad": "triangle-down"}
 SPOT = {"type": "point", "filled": True, "opacity": 1, "stroke": "var(--card)", "strokeWidth": 1}
 NAMES = {"title": None, "domain": False, "ticks": False, "labelColor": "var(--ink)", "labelLimit": 330}
@@ -24,7 +23,7 @@ NAMES = {"title": None, "domain": False, "ticks": False, "labelColor": "var(--in
 
 def drawings(charts: Sequence[Chart]) -> dict[str, list[Row]]:
     """What the page's script needs, by the chart's id: each view's name, specification, legend, and rows of text."""
-    names = Counter(name for chart in charts for name in _series(chart))
+    names = Counter(_same(name) for chart in charts for name in _series(chart))
     usual = {name: i % COLOURS for i, (name, _) in enumerate(names.most_common())}
     return {chart.id: _drawn(chart, _styles(chart, names, usual)) for chart in charts}
 
@@ -39,16 +38,14 @@ def _drawn(chart: Chart, styles: dict[str, Row]) -> list[Row]:
         elif chart.form == "heat":
             drawn["spec"] = _heat(view, points)
         else:
-            shown = [s for name, s in styles.items() if any(_same(p["series"]) == name for p in points)]
+            shown = [style for name, style in styles.items() if any(p["series"] == name for p in points)]
             drawn |= {"spec": _lines(chart, view, points, shown), "legend": shown}
         views.append(drawn)
     return views
 
 
 def _series(chart: Chart) -> list[str]:
-    if chart.form not in ("lines", "dots"):
-        return []
-    return list(dict.fromkeys(_same(p["series"]) for view in chart.views for p in view.points))
+    return list(dict.fromkeys(p["series"] for view in chart.views for p in view.points if "series" in p))
 
 
 def _same(name: str) -> str:
@@ -59,15 +56,13 @@ def _styles(chart: Chart, names: Counter[str], usual: dict[str, int]) -> dict[st
     """The same name has the same colour in all charts where that is free; no two names of one chart look alike."""
     styles: dict[str, Row] = {}
     taken: set[int] = set()
-    spelled = {_same(p["series"]): p["series"] for view in chart.views for p in view.points if "series" in p}
-    for name in sorted(_series(chart), key=lambda name: -names[name]):
-        number = usual[name]
+    for name in sorted(_series(chart), key=lambda name: -names[_same(name)]):
+        number = usual[_same(name)]
         while number in taken:
             number = (number + 1) % COLOURS if number < COLOURS and len(taken) < COLOURS else number + COLOURS
         taken.add(number)
-        shape, sign = list(SHAPES.items())[len(styles) % len(SHAPES)]
-        drawn = {"dash": DASHES[number // COLOURS % len(DASHES)], "shape": shape, "sign": sign}
-        styles[name] = {"name": spelled[name], "colour": f"var(--s{number % COLOURS})", **drawn}
+        shape, sign = SHAPES[len(styles) % len(SHAPES)]
+        styles[name] = {"name": name, "colour": f"var(--s{number % COLOURS})", "shape": shape, "sign": sign}
     return styles
 
 
@@ -120,8 +115,6 @@ def _lines(chart: Chart, view: View, points: list[Row], styles: list[Row]) -> Sp
         return {"field": "series", "type": "nominal", "scale": scale, "legend": None}
 
     joined, small = chart.form == "lines", len(points) > 40 * len(styles)
-    spelled = {_same(s["name"]): s["name"] for s in styles}
-    points = [p | {"series": spelled[_same(p["series"])]} for p in points]
     y = _axis(view.y, "y", [p.get(k) for p in points for k in ("y", "low", "high")], chart.zero)
     x = _axis(view.x, "x", [p["x"] for p in points])
     y["axis"] |= {"titleAngle": 0, "titleAlign": "left", "titleAnchor": "start", "titleY": -10, "titleX": 0}
@@ -132,7 +125,7 @@ def _lines(chart: Chart, view: View, points: list[Row], styles: list[Row]) -> Sp
         "mark": {"type": "area", "opacity": 0.13},
         "encoding": {"y": {**y, "field": "low"}, "y2": {"field": "high"}},
     }
-    line = {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"y": y, "strokeDash": by("dash")}}
+    line = {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"y": y}}
     front = {
         "transform": [{"filter": "datum.front"}],
         "mark": {"type": "line", "color": "var(--soft)", "strokeDash": [5, 4]},

@@ -44,7 +44,8 @@ def written(table: Table, kind: str) -> str:
 
     def safe(text: str) -> str:
         for pattern, other, before in form["rules"]:
-            text = "".join(other.get(s, before + s) if i % 2 else s for i, s in enumerate(re.split(f"({pattern})", text)))
+            parts = re.split(f"({pattern})", text)
+            text = "".join(other.get(part, before + part) if i % 2 else part for i, part in enumerate(parts))
         return text
 
     def line(cells: list[str]) -> str:

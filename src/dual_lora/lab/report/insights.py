@@ -31,12 +31,13 @@ GLANCE = (
     "norm_ratio rank_effective learned_share share_direction cut cosine agreement_1 gradient_cosine sign_cosine magdir"
 )
 LAYERS = (
-    "run layer O I zero positive negative start_direction_flipped start_flipped start_switched_on start_switched_off norm "
-    "norm_ratio rank_effective rank_stable rank_numerical rank_bound"
+    "run layer O I zero positive negative start_direction_flipped start_flipped start_switched_on "
+    "start_switched_off norm norm_ratio rank_effective rank_stable rank_numerical rank_bound"
 )
 LIKE_FULL = (
-    "run step cosine cosine_chance learned_cosine learned_agreement_1 norm_relative agree_1 disagree_1 rest_1 agreement_1 "
-    "agreement_10 overlap_left overlap_left_chance overlap_right overlap_right_chance angle_left angle_right"
+    "run step cosine cosine_chance learned_cosine learned_agreement_1 norm_relative agree_1 disagree_1 "
+    "rest_1 agreement_1 agreement_10 overlap_left overlap_left_chance overlap_right overlap_right_chance "
+    "angle_left angle_right"
 )
 BOUND = (
     "What can be said about rank in advance: BA has rank r1 and DC has rank r2, but ReLU and Sign act on single "
@@ -197,7 +198,8 @@ def _ranks(title: str, runs: list[Row], examples: list[Row], source: Source) -> 
     chart = Chart(f"{title}: ranks by layer", "dots", views, source, "At the last state.")
     named = columns("what size before operation after", what="matrix")
     bound: list[Block] = [Text(BOUND), Table(f"{title}: what ReLU and Sign do to a rank", named, examples, source)]
-    return [*([table, chart] if rows else []), *(bound if examples else [])]
+    shown: list[Block] = [table, chart] if rows else []
+    return shown + (bound if examples else [])
 
 
 def _likeness(title: str, runs: list[Row], source: Source) -> list[Block]:
@@ -205,7 +207,7 @@ def _likeness(title: str, runs: list[Row], source: Source) -> list[Block]:
         return []
     ends = [(run["name"], last_state(run["likeness"])) for run in runs]
     rows = [{"run": name, "step": last[0]["step"], **_means(last)} for name, last in ends]
-    note = f"To full fine-tuning ({runs[0]['reference']}) at the same step, from the same start and data; means over layers."
+    note = f"To full fine-tuning ({runs[0]['reference']}) at the same step, from the same start and data."
     return [
         Table(f"{title}: likeness to full fine-tuning", columns(LIKE_FULL), rows, source, note),
         _lines(f"{title}: likeness over training", runs, "likeness", LIKENESS, source),

@@ -10,6 +10,10 @@ from dual_lora.lab.report.columns import Column, Row, columns
 from dual_lora.lab.report.gather import short_path
 
 GROWS_WITH = {"tokens": "tokens T", "size": "size O = I", "rank": "rank r1 + r2", "adapters": "active adapters"}
+GATES = (
+    "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit "
+    "device"
+)
 MET = {"✓": True, "✗": False}
 
 
@@ -53,13 +57,12 @@ def _gates(title: str, rows: list[Row], source: Source) -> list[Block]:
         if row.get("at_most")
     ]
     view = View("", Axis("measured ratio over the gate's limit (1 or less is met)"), Axis(""), points)
-    keys = "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit device"
     shown = [row | {"scatter": row.get("spread")} for row in newest]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
         Text("A gate that is stated twice, against LoRA and the unavoidable products, is met when one is kept."),
         Chart(f"{title}s", "intervals", [view], source, "Shaded: met.", (0.0, 1.0)),
-        Table(f"{title} table", columns(keys, low="95% from"), shown, source),
+        Table(f"{title} table", columns(GATES, low="95% from"), shown, source),
         _history(title, rows, source),
     ]
 

@@ -13,11 +13,13 @@ from dual_lora.lab.report.blocks import MOODS, Axis, Block, Cards, Chart, Sectio
 from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.gather import short_path, source_of
 
+SCORES = (
+    "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"
+)
 COST = (
     "place method train_seconds steps_per_second tokens_per_second peak_memory adapter_bytes merge_seconds "
     "forward_slowdown decode_slowdown"
 )
-PERCENT_FROM = "{:.0%} from"
 
 
 def study_sections(file: Path, results: dict[str, Any], name: str, alone: bool) -> list[Section]:
@@ -81,11 +83,9 @@ def _verdict(c: Row) -> Verdict:
 def _differences(study: Row, metric: str, comparisons: list[Row], source: Source) -> Chart:
     margin = comparisons[0].get("margin")
     points = [
-        {
-            "label": f"{c['candidate']} · {place(c)}",
-            "x": c["difference"], "low": c["low"], "high": c["high"], "mood": MOODS.get(c["verdict"], "open"),
-            "note": f"{c['verdict']} than {c['reference']}" if c["verdict"] in ("better", "worse") else c["verdict"],
-        }
+        {"label": f"{c['candidate']} · {place(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
+        | {"note": c["verdict"] + f" than {c['reference']}" * (c["verdict"] in ("better", "worse"))}
+        | {"mood": MOODS.get(c["verdict"], "open")}
         for c in comparisons
     ]
     references = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
@@ -127,13 +127,11 @@ def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: S
         points: list[Row] = [{"label": "(untrained)", "x": u["score"]} for u in untrained if place(u) == where]
         points += [
             {
-
-                    "label": m["method"],
-                    "x": m["score"],
-                    "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None]
-                ,
-                "note": f"{len(m['seeds'])} seeds" + (f", {m['diverged']} diverged" if m["diverged"] else ""),
+                "label": m["method"],
+                "x": m["score"],
+                "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None],
             }
+            | {"note": f"{len(m['seeds'])} seeds" + (f", {m['diverged']} diverged" if m["diverged"] else "")}
             for m in here
         ]
         views.append(View(where, Axis(f"{here[0]['metric']} ({here[0]['better']} is better)"), Axis(""), points))
@@ -146,10 +144,9 @@ def _scores(name: str, methods: list[Row], untrained: list[Row], source: Source)
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
         rows.append(
-            m | {"place": place(m), "settings": settings_in_words(m["settings"]), "share": share, "seeds": done}
+            m | {"place": place(m), "share": share, "seeds": done, "settings": settings_in_words(m["settings"])}
         )
-    keys = "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"
-    return Table(f"{name}: scores table", columns(keys, settings="chosen settings"), rows, source)
+    return Table(f"{name}: scores table", columns(SCORES, settings="chosen settings"), rows, source)
 
 
 def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> Chart:
@@ -198,12 +195,9 @@ def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: So
 
 def _ranking(name: str, ranking: Row, source: Source) -> Table:
     rows = [
-        {
-            "method": m,
-            "average": r,
-            "like": ", ".join(dict.fromkeys(o for g in ranking["groups"] if m in g for o in g if o != m)),
-        }
-        for m, r in ranking["ranks"].items()
+        {"method": method, "average": rank}
+        | {"like": ", ".join(dict.fromkeys(o for g in ranking["groups"] if method in g for o in g if o != method))}
+        for method, rank in ranking["ranks"].items()
     ]
     critical, model = ranking.get("critical"), f" ({ranking['model']})" if ranking.get("model") else ""
     note = f"Critical difference {critical:.2f}, Friedman p {ranking['p']:.3g}. " if critical is not None else ""
@@ -231,11 +225,9 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
     name, counts = study.get("name", file.parent.name), Counter(run["status"] for run in runs)
     words = ", ".join(f"{n} {status}" for status, n in counts.items())
     rows = [
-        {
-            **job,
-            **{k: (run["outcome"] or {}).get(k) for k in ("metric", "score")},
-            **{k: run[k] for k in ("status", "seconds", "error")},
-        }
+        job
+        | {k: (run["outcome"] or {}).get(k) for k in ("metric", "score")}
+        | {k: run[k] for k in ("status", "seconds", "error")}
         | {"place": place(job) if "task" in job else "", "settings": settings_in_words(job.get("settings"))}
         for run in reversed(runs)
         if run["status"] != "planned"
