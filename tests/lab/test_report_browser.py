@@ -188,6 +188,10 @@ def test_parts_of_a_kind_unfold_in_the_bar(tmp_path, browser):
     paths = "return arguments[0].querySelectorAll('.plot svg path').length"
     wait(browser, lambda browser: browser.execute_script(paths, fold) > 4)
     assert fold.get_attribute("open") is not None, "a link into them unfolds them, and they are drawn"
+    top = "return arguments[0].getBoundingClientRect().top"
+    wait(
+        browser, lambda browser: 0 < browser.execute_script(top, fold) < 100
+    )  # though charts above were drawn meanwhile
 
 
 def test_sorting_by_mouse_and_by_keyboard(page):

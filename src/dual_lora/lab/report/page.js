@@ -120,27 +120,29 @@
       for (const name of ["pointermove", "pointerdown"]) place.addEventListener(name, (event) => this.hover(event));
       for (const name of ["pointerleave", "blur"]) place.addEventListener(name, () => this.point(-1));
       place.addEventListener("keydown", (event) => this.walk(event));
+      place.style.minHeight = this.height + 50 + "px"; // so that what a link leads to stays in its place
       new IntersectionObserver((seen) => seen.at(-1).isIntersecting && this.fit(), { rootMargin: "600px" }).observe(place);
       new ResizeObserver(() => this.width && this.fit()).observe(place);
     }
 
     get view() { return this.views[this.chosen]; }
+    get spec() { return (this.place.clientWidth < 560 && this.view.narrow) || this.view.spec; }
+    get height() { return this.spec.height ?? Math.max(200, Math.min(320, this.place.clientWidth * 0.45)); }
     get spots() { return [...this.canvas.querySelectorAll(".spot_marks > *")]; }
 
     fit() { if (this.place.clientWidth && Math.abs(this.place.clientWidth - this.width) > 1) this.draw(); }
 
     draw() {
       this.width = this.place.clientWidth;
-      const { spec, narrow, legend } = this.view;
-      const height = Math.max(200, Math.min(320, this.width * 0.45)), autosize = { type: "fit-x", contains: "padding" };
-      const shown = { height, ...(narrow && this.width < 560 ? narrow : spec), width: this.width, autosize };
-      shown.data = { values: shown.data.values.filter((row) => !this.hidden.has(row.series)) };
+      const values = this.spec.data.values.filter((row) => !this.hidden.has(row.series));
+      const size = { height: this.height, width: this.width, autosize: { type: "fit-x", contains: "padding" } };
+      const shown = { ...this.spec, ...size, data: { values } };
       const fitted = { ...config, axis: { ...axis, titleLimit: this.width - 70 } };
       const runtime = vega.parse(vegaLite.compile(shown, { config: fitted }).spec, null, { ast: true });
       this.drawn?.finalize();
       this.drawn = new vega.View(runtime, { renderer: "svg", container: this.canvas, expr: window.vegaInterpreter }).run();
       this.point(-1);
-      this.legend.replaceChildren(...(legend ?? []).map((series) => this.button(series)));
+      this.legend.replaceChildren(...(this.view.legend ?? []).map((series) => this.button(series)));
     }
 
     button({ name, colour, sign }) {
@@ -205,15 +207,15 @@
 
   // ---------- a link into a folded part unfolds it; what is open stays open ----------
   function unfold() {
-    const fold = document.getElementById(decodeURIComponent(location.hash.slice(1)))?.querySelector(":scope > details.fold");
+    const target = document.querySelector(":target"), fold = target?.querySelector(":scope > details.fold");
     if (fold) fold.open = true;
+    target?.scrollIntoView();
   }
   addEventListener("hashchange", unfold);
   for (const details of document.querySelectorAll("details[id]")) {
     details.open = recall("open " + details.id, details.open);
     details.addEventListener("toggle", () => keep("open " + details.id, details.open));
   }
-  unfold();
 
   // ---------- library and data are unpacked; then the page is ready ----------
   async function unpacked(id) {
@@ -226,6 +228,7 @@
     if (Object.keys(charts).length) document.head.append(make("script", {}, await unpacked("library")));
     const plots = [...document.querySelectorAll(".plot")].map((place) => new Plot(place, charts[place.id]));
     addEventListener("beforeprint", () => plots.forEach((plot) => plot.fit()));
+    unfold();
     const live = Number(document.getElementById("data").dataset.live);
     if (live) {
       addEventListener("pagehide", () => keep("scroll", scrollY));
