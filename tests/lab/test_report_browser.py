@@ -1,150 +1,17 @@
-"""The page in real headless Chromium: loads without errors, sorts, shows values on hover, tables are saved, no harm."""
-
-import json
-import shutil
+"""The page in real headless Chromium: loads without errors, sorts, filters, saves, leads to its parts, no harm."""
 
 import pytest
 import report_material as material
+from report_in_browser import a_table, column, opened, texts, wait
 
 from dual_lora.lab.report.report import report
 
-selenium = pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
-BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (BROWSER and DRIVER), reason="needs chromium and chromedriver on the PATH"),
-]
-
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=1280,900"
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(20)
-    yield driver
-    driver.quit()
-
-
-@pytest.fixture(scope="module")
-def page_file(tmp_path_factory):
-    folder = material.write(tmp_path_factory.mktemp("report") / "work", material.HOSTILE)
-    out = folder.parent / "report.html"
-    report([folder], out)
-    return out
-
-
-def opened(browser, file):
-    """The browser with the page, when its charts can be drawn; those in view are."""
-    browser.get(file if isinstance(file, str) else file.as_uri())
-    ready = "return document.documentElement.dataset.ready === 'yes'"
-    wait(browser, lambda browser: browser.execute_script(ready))
-    return browser
-
-
-def wait(browser, until):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(browser, 20).until(until)
-
-
-def drawn(browser, *, unfold=True):
-    """All charts, as for printing."""
-    if unfold:
-        browser.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
-    browser.execute_async_script("setTimeout(arguments[0], 300)")
-    return browser
-
-
-@pytest.fixture
-def page(browser, page_file):
-    browser.get(page_file.as_uri())
-    browser.execute_script("sessionStorage.clear()")  # a page remembers how its tables were sorted
-    browser.get_log("browser")  # what an earlier test may have left
-    return opened(browser, page_file)
-
-
-def texts(page, selector):
-    return page.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
-
-
-def column(page, table, index):
-    rows = (
-        "return [...document.querySelectorAll(`#${arguments[0]} tbody tr`)].map(r => r.cells[arguments[1]].textContent)"
-    )
-    return page.execute_script(rows, table, index)
-
-
-def a_table(page, ending):
-    ids = page.execute_script("return [...document.querySelectorAll('table[id]')].map(t => t.id)")
-    return next(name for name in ids if name.endswith(ending))
+pytestmark = pytest.mark.slow
 
 
 def test_loads_without_a_message_on_the_console(page):
     assert page.get_log("browser") == []
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
-
-
-def test_what_is_no_number_is_not_drawn_as_zero(page, tmp_path):
-    study = material.study()
-    study["methods"][2]["score"] = float("nan")
-    study["methods"][1]["seeds"][0]["score"] = float("nan")
-    study["methods"][3]["cost"]["merge_seconds"] = float("inf")
-    study["comparisons"][0] |= dict.fromkeys(("difference", "low", "high"))
-    (tmp_path / "results.json").write_text(json.dumps(study))
-    report([tmp_path / "results.json"], tmp_path / "r.html")
-    drawn(opened(page, tmp_path / "r.html"))
-    assert page.get_log("browser") == []
-    script = """
-        const figures = [...document.querySelectorAll('figure')];
-        const figure = figures.find((f) => f.querySelector('h3').textContent === arguments[0]);
-        return [[...figure.querySelectorAll('.role-axis-label text')].map((t) => t.textContent),
-                figure.querySelectorAll('svg .mark-symbol path[fill=transparent]').length];
-    """
-    names, dots = page.execute_script(script, "Scores")
-    assert {"dual_lora", "lora", "lora|x"} <= set(names)
-    assert "dora" not in names
-    assert dots == 8, "three methods with three seeds, one of which has no score"
-    names, _ = page.execute_script(script, "Differences in choice")
-    assert sum(name.startswith("dual_lora") for name in names) == 1
-    bad = "[...document.querySelectorAll('svg *')].filter(e => [...e.attributes].some(a => a.value.includes('NaN')))"
-    assert page.execute_script(f"return {bad}.length") == 0
-    table = a_table(page, "-cost")
-    heads = texts(page, f"#{table} thead th")
-    at = next(i for i, head in enumerate(heads) if "merge" in head)
-    page.execute_script(f"document.querySelectorAll('#{table} thead button')[{at}].click()")
-    assert column(page, table, at)[0] == "∞", "sorted as the largest"
-
-
-def test_every_chart_is_drawn(page):
-    marks = (
-        "return [...document.querySelectorAll('.plot')].map(p => [p.id, p.querySelectorAll('.spot_marks > *').length])"
-    )
-    counts = drawn(page).execute_script(marks)
-    assert len(counts) >= 9
-    assert all(count for _, count in counts), counts
-
-
-def test_no_value_is_drawn_as_nan(page):
-    markup = drawn(page).execute_script(
-        "return [...document.querySelectorAll('.plot svg')].map(s => s.outerHTML).join()"
-    )
-    assert "NaN" not in markup
-    assert "Infinity" not in markup
-    assert "undefined" not in markup
 
 
 def test_hostile_names_are_text(page):
@@ -220,15 +87,6 @@ def test_sorting_by_mouse_and_by_keyboard(page):
     assert head.get_attribute("aria-sort") is None
 
 
-def test_tables_of_values_have_headings(page):
-    """What a screen reader says before each cell."""
-    page.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
-    page.execute_async_script("setTimeout(arguments[0], 300)")
-    heads = texts(page, "details.values th")
-    assert len(heads) > 20
-    assert all(head.strip() for head in heads)
-
-
 def test_missing_values_sort_last(page):
     table = a_table(page, "-at-a-glance")
     heads = texts(page, f"#{table} th")
@@ -246,75 +104,6 @@ def test_filter(page):
     )
     hidden = page.execute_script(f"return [...document.querySelectorAll('#{table} tbody tr')].map(r => r.hidden)")
     assert hidden.count(False) == 2
-
-
-def wait_for_marks(page):
-    wait(page, lambda page: texts(page, ".plot .spot_marks > *"))
-
-
-def test_hover_shows_values_and_leaves(page):
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
-
-    plot = page.find_element(By.CSS_SELECTOR, ".plot")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
-    wait_for_marks(page)
-    mark = plot.find_element(By.CSS_SELECTOR, ".spot_marks path")
-    ActionChains(page).move_to_element(mark).perform()
-    tip = plot.find_element(By.CSS_SELECTOR, ".tip")
-    assert tip.is_displayed()
-    assert "difference in choice" in tip.text
-    assert "from: " in tip.text, "the interval"
-    ActionChains(page).move_to_element(page.find_element(By.TAG_NAME, "h1")).perform()
-    assert not tip.is_displayed()
-
-
-def test_keyboard_goes_from_point_to_point_and_says_them(page):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-
-    plot = page.find_element(By.CSS_SELECTOR, ".plot")
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
-    wait_for_marks(page)
-    said = []
-    for _ in range(2):
-        plot.send_keys(Keys.ARROW_RIGHT)
-        said.append(page.execute_script("return document.querySelector('.plot [aria-live]').textContent"))
-    assert said[0] != said[1]
-    plot.send_keys(Keys.ESCAPE)
-    assert not plot.find_element(By.CSS_SELECTOR, ".tip").is_displayed()
-
-
-def test_choice_of_measure_and_values_as_a_table(page):
-    script = """
-        const named = (f) => f.querySelector('h3').textContent === 'Over training';
-        const figure = [...document.querySelectorAll('figure')].find(named);
-        const values = figure.querySelector('details.values');
-        values.open = true;
-        const select = figure.querySelector('select');
-        const done = arguments[0];
-        setTimeout(() => {
-            const before = figure.querySelector('.scroll').textContent;
-            select.value = [...select.options].find(o => o.textContent === '‖ΔW‖ / ‖W₀‖').value;
-            select.dispatchEvent(new Event('change'));
-            setTimeout(() => done([before, figure.querySelector('.scroll').textContent]), 50);
-        }, 100);
-    """
-    before, after = page.execute_async_script(script)
-    assert "51.33 %" in before
-    assert "20.00 %" in after
-    assert "51.33 %" not in after
-
-
-def test_a_series_can_be_switched_off(page):
-    script = """
-        const named = (f) => f.querySelector('h3').textContent === 'Over training';
-        const figure = [...document.querySelectorAll('figure')].find(named), done = arguments[0];
-        const count = () => figure.querySelectorAll('.plot .mark-line path').length, before = count();
-        figure.querySelector('.legend button').click();
-        setTimeout(() => done([before, count(), figure.querySelector('.legend button').ariaPressed]), 300);
-    """
-    assert drawn(page).execute_async_script(script) == [2, 1, "false"]
 
 
 def test_saved_tables_are_what_the_command_exports(page):
@@ -385,18 +174,6 @@ def test_everything_that_can_be_used_has_a_name(page):
     )
     assert nameless == []
     assert page.execute_script("return document.documentElement.lang") == "en"
-
-
-@pytest.mark.parametrize("width", [360, 768])
-def test_nothing_is_wider_than_a_phone(page, width):
-    phone = {"width": width, "height": 800, "deviceScaleFactor": 2, "mobile": True}
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    try:
-        drawn(opened(page, page.current_url))
-        assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        assert page.execute_script("return [...document.querySelectorAll('.plot svg')].every(s => s.clientWidth > 200)")
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_bar_is_one_line_on_a_phone_and_its_menus_open_over_the_page(browser, tmp_path):
