@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.comparison import metrics, stats
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study import statistics as stats
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "calibration.md"

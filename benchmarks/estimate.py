@@ -4,7 +4,7 @@
 
 Memory. The runs are shipped recipes for two steps. Measured is what the resident memory has grown by at the highest
 moment of the second one, and the weights that stood before; estimated is the same step by
-`dual_lora.lab.estimate`. growth leaves the weights out of both. The gate: 15 % on the whole.
+`dual_lora.lab.cost`. growth leaves the weights out of both. The gate: 15 % on the whole.
 
 glibc keeps freed blocks in its heap when they are smaller than a threshold that grows with use, up to 32 MiB. The
 gated runs fix it (MALLOC_MMAP_THRESHOLD_), so that freed memory is returned, as a GPU's allocator would report it; a
@@ -105,7 +105,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def _rates() -> dict[str, Any]:
-    from dual_lora.lab.estimate.calibrate import calibrate
+    from dual_lora.lab.cost.calibrate import calibrate
 
     return calibrate()
 
@@ -125,8 +125,8 @@ class _Seen:
 
 def _train(name: str, steps: int, callback: Any) -> Any:
     """The recipe of a run, trained for so many steps."""
-    from dual_lora.lab.recipe import read_recipe
-    from dual_lora.lab.training.train import run as train
+    from dual_lora.lab.recipe.recipe import read_recipe
+    from dual_lora.lab.run.train import run as train
 
     shipped, changes = RUNS[name]
     dtype = "bfloat16" if "bf16" in name else "float32"  # as its name says, wherever it runs
@@ -141,7 +141,7 @@ def _train(name: str, steps: int, callback: Any) -> Any:
 def _measure_bytes(name: str) -> dict[str, Any]:
     from transformers import TrainerCallback
 
-    from dual_lora.lab.estimate.memory import memory_of
+    from dual_lora.lab.cost.memory import memory_of
 
     from .child import reset_peak, resident
 
@@ -181,7 +181,7 @@ def _measure_bytes(name: str) -> dict[str, Any]:
 def _measure_seconds(name: str) -> dict[str, Any]:
     from transformers import TrainerCallback
 
-    from dual_lora.lab.estimate.calibrate import known_rates, seconds_of
+    from dual_lora.lab.cost.calibrate import known_rates, seconds_of
 
     seen = _Seen()
     passed: list[float] = []
@@ -219,8 +219,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def _simulated(recipe: Any, length: int, logits: int | None) -> tuple[Any, Any]:
     """Setting and step of a batch."""
-    from dual_lora.lab.estimate.setting import from_recipe
-    from dual_lora.lab.estimate.simulate import simulate
+    from dual_lora.lab.cost.options import from_recipe
+    from dual_lora.lab.cost.simulate import simulate
 
     setting = from_recipe(recipe, length=length, logits=logits)
     return setting, simulate(setting)

@@ -20,7 +20,7 @@ PATH = Path(__file__).parent / "ledger.jsonl"
 def provenance() -> dict[str, Any]:
     """What a figure depends on beside the code measured."""
     from dual_lora.core.product import fp32_library
-    from dual_lora.lab.precision import fast_precision
+    from dual_lora.lab.model.precision import fast_precision
 
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,8 +11,8 @@ from lm_eval.tasks import TaskManager
 
 import dual_lora  # noqa: F401 - all that PEFT needs to know the adapter
 from dual_lora.lab.data import tool_calls
-from dual_lora.lab.models import locate
-from dual_lora.lab.precision import DTYPES, fast_precision
+from dual_lora.lab.model.load import locate
+from dual_lora.lab.model.precision import DTYPES, fast_precision
 
 # A task is a file of the harness; a folder of such files is given to TaskManager (or to `lm_eval --include_path`).
 TASK = """

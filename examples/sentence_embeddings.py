@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data.records import find
-from dual_lora.lab.models import locate
+from dual_lora.lab.model.load import locate
 
 
 def main(

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 from dual_lora.lab.analysis.analyze import Options, analyze, save
-from dual_lora.lab.analysis.live import AnalysisCallback
-from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.training.train import run
+from dual_lora.lab.analysis.callback import AnalysisCallback
+from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.run.train import run
 
 HERE = Path(__file__).parent
 RUNS = Path(sys.argv[1]) if len(sys.argv) > 1 else Path("runs/trajectory")

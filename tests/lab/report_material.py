@@ -19,7 +19,7 @@ HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</
 def study(hostile: str = "lora|x") -> dict[str, Any]:
     """Results of a study of four methods on two tasks, three seeds."""
 
-    from dual_lora.lab.comparison import judging
+    from dual_lora.lab.study import judging
 
     draw = np.random.default_rng(0)
     means = {"dual_lora": 0.74, "lora": 0.70, "dora": 0.705, hostile: 0.62}

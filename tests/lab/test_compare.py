@@ -21,14 +21,17 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab.comparison import cost, executors, jobs, perform, plan
-from dual_lora.lab.comparison.compare import compare
-from dual_lora.lab.comparison.forecast import forecast
-from dual_lora.lab.comparison.probes import match_by_probes
-from dual_lora.lab.comparison.state import State, write_json
-from dual_lora.lab.comparison.study import read_study
-from dual_lora.lab.comparison.tables import show_forecast, show_results
+from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.study import execute as executors
+from dual_lora.lab.study import job as jobs
+from dual_lora.lab.study import perform, plan
+from dual_lora.lab.study import use_cost as cost
+from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.state import State, write_json
+from dual_lora.lab.study.study import read_study
+from dual_lora.lab.study.tables import show_forecast, show_results
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_model, write_records, write_study
@@ -148,11 +151,11 @@ def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_wh
 
 
 POINTS = {
-    "before training": ("dual_lora.lab.training.train", "_train"),
-    "trained, outcome not written": ("dual_lora.lab.comparison.perform", "_scored"),
-    "scores written, outcome not": ("dual_lora.lab.comparison.perform", "write_json"),
-    "outcome written, not noted": ("dual_lora.lab.comparison.state:State", "finish"),
-    "run begun, nothing done": ("dual_lora.lab.comparison.state:State", "start"),
+    "before training": ("dual_lora.lab.run.train", "_train"),
+    "trained, outcome not written": ("dual_lora.lab.study.perform", "_scored"),
+    "scores written, outcome not": ("dual_lora.lab.study.perform", "write_json"),
+    "outcome written, not noted": ("dual_lora.lab.study.state:State", "finish"),
+    "run begun, nothing done": ("dual_lora.lab.study.state:State", "start"),
 }
 
 
@@ -186,7 +189,7 @@ def test_killed_at_a_point(point, tiny, short, tmp_path, monkeypatch):
 
 
 def test_killed_in_training_goes_on_from_the_checkpoint(tiny, short, tmp_path, monkeypatch):
-    from dual_lora.lab.training import train
+    from dual_lora.lab.run import train
 
     step_end, train_begin = train.Watch.on_step_end, train.Watch.on_train_begin
 
@@ -593,7 +596,7 @@ def test_time_budget_gives_the_slower_method_fewer_steps(tiny, tmp_path):
 
 def course(tiny, folder, state, peak, **budget):
     """A study under a memory budget whose probes are answered by `peak(rank)`, in bytes."""
-    from dual_lora.lab.comparison.compare import Way, _Course
+    from dual_lora.lab.study.compare import Way, _Course
 
     study, _ = read_study(
         write_study(
@@ -755,7 +758,7 @@ def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, 
     study = write_study(tiny)
     out = tmp_path / "out"
     program = (
-        "import sys; from dual_lora.lab.comparison.compare import compare\n"
+        "import sys; from dual_lora.lab.study.compare import compare\n"
         "if __name__ == '__main__':\n"
         f"    compare({str(study)!r}, {str(out)!r}, executor='process', workers=2, progress=False)\n"
     )

@@ -82,7 +82,7 @@ def test_a_demo_cut_short_goes_on_without_training_again(finished, tiny_lm, tmp_
     shutil.copytree(finished, out)
     (out / "demo.json").unlink()
     shutil.rmtree(out / "merged")
-    monkeypatch.setattr("dual_lora.lab.training.train._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("dual_lora.lab.run.train._train", lambda *_: pytest.fail("trained again"))
     # The copy lies elsewhere: its recipe still names the first folder's data, as an interrupted run's own would.
     recipe = (out / "run" / "recipe.yaml").read_text().replace(str(finished), str(out))
     (out / "run" / "recipe.yaml").write_text(recipe)
@@ -132,7 +132,7 @@ def test_a_demo_cut_short_before_its_data_goes_on(tmp_path, tiny_lm, monkeypatch
 
 
 def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatch):
-    from dual_lora.lab.training import train
+    from dual_lora.lab.run import train
 
     class Stopped:
         state, seconds = "interrupted", 1.0
@@ -144,7 +144,7 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatc
 
 
 def test_a_request_of_ones_own_is_answered_by_the_merged_model(finished):
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.opened import open_tuned
 
     answer = demo.ask(finished, "the sky is ?")
     model = open_tuned(str(finished / "merged"))
@@ -209,8 +209,8 @@ def test_the_demo_keeps_the_precision_that_its_run_chose(tiny_lm, tmp_path, monk
     """`auto` is settled once: evaluation and merged model have what training had, whatever is faster by then."""
     from safetensors import safe_open
 
-    from dual_lora.lab import precision
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model import precision
+    from dual_lora.lab.model.opened import open_tuned
 
     options = tiny(tiny_lm)
     options["overrides"]["model"]["dtype"] = "auto"

@@ -10,16 +10,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
 from dual_lora.core import blocked
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.cost import simulate as simulation
+from dual_lora.lab.cost.activations import Live
+from dual_lora.lab.cost.flops import linear, linear_backward, register_own
+from dual_lora.lab.cost.memory import memory_of
+from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.simulate import simulate
+from dual_lora.lab.cost.workspace import inner_bytes
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.estimate import simulate as simulation
-from dual_lora.lab.estimate.empty import empty_model
-from dual_lora.lab.estimate.flops import linear, linear_backward, register_own
-from dual_lora.lab.estimate.live import Live
-from dual_lora.lab.estimate.memory import memory_of
-from dual_lora.lab.estimate.setting import Setting
-from dual_lora.lab.estimate.simulate import simulate
-from dual_lora.lab.estimate.workspace import inner_bytes
-from dual_lora.lab.methods import method_config
+from dual_lora.lab.model.empty import empty_model
+from dual_lora.lab.model.methods import method_config
 
 METHODS = ("dual_lora", "lora", "dora", "full")
 
@@ -262,8 +262,8 @@ class TestSharding:
 
 
 def test_mixture_of_experts_and_other_families_can_be_simulated():
-    from dual_lora.lab.estimate.empty import shortened
-    from dual_lora.lab.published import published_config, published_family
+    from dual_lora.lab.model.empty import shortened
+    from dual_lora.lab.recipe.published import published_config, published_family
 
     for name in (
         "qwen3-30b-a3b",
@@ -282,8 +282,8 @@ def test_mixture_of_experts_and_other_families_can_be_simulated():
 
 def test_model_that_does_not_run_in_a_precision_says_so():
     """DeBERTa v1 mixes fp32 into its bf16 attention: the real step fails at the same place."""
-    from dual_lora.lab.estimate.empty import shortened
-    from dual_lora.lab.published import published_config
+    from dual_lora.lab.model.empty import shortened
+    from dual_lora.lab.recipe.published import published_config
 
     config = shortened(published_config("deberta-base"), 1)
     setting = Setting("deberta-base", config, head="classification", dtype="bfloat16", batch=1, length=16)

@@ -7,15 +7,15 @@ import pytest
 from transformers import AutoConfig, LlamaConfig
 
 from dual_lora.lab.cli import main
+from dual_lora.lab.cost import calibrate
+from dual_lora.lab.cost.fits import _last, largest, parse_size
+from dual_lora.lab.cost.memory import memory_of
+from dual_lora.lab.cost.options import Setting, from_model, from_recipe
+from dual_lora.lab.cost.side_by_side import counts
+from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.estimate import calibrate
-from dual_lora.lab.estimate.fits import _last, largest, parse_size
-from dual_lora.lab.estimate.memory import memory_of
-from dual_lora.lab.estimate.setting import Setting, from_model, from_recipe
-from dual_lora.lab.estimate.side_by_side import counts
-from dual_lora.lab.estimate.simulate import Step, simulate
-from dual_lora.lab.published import published_config
-from dual_lora.lab.recipe import read_recipe
+from dual_lora.lab.recipe.published import published_config
+from dual_lora.lab.recipe.recipe import read_recipe
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
 
@@ -224,7 +224,7 @@ class TestSeventyBillion:
         assert step.trained_parameters == 80 * 32 * sum(o + i for o, i in shapes)
 
     def test_every_linear_layer_of_a_block_is_adapted(self):
-        from dual_lora.lab.estimate.empty import empty_model
+        from dual_lora.lab.model.empty import empty_model
 
         model = empty_model(self.setting, 1)
         adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")}

@@ -9,12 +9,12 @@ import torch
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluation.evaluate import evaluate
-from dual_lora.lab.evaluation.scoring import generate_all, score_choice, score_loss, summary
-from dual_lora.lab.models import load_model
-from dual_lora.lab.recipe import EvaluatePart, build_recipe
-from dual_lora.lab.training.train import run
-from dual_lora.lab.tuned import open_tuned
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.recipe import EvaluatePart, build_recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.scoring import generate_all, score_choice, score_loss, summary
+from dual_lora.lab.run.train import run
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_bleu_counts_all_references_of_a_prompt(loaded):
 def test_extraction_and_json_comparison(lm_values, loaded, monkeypatch):
     from dataclasses import replace
 
-    from dual_lora.lab.evaluation import scoring
+    from dual_lora.lab.run import scoring
 
     model, tokenizer, examples, prompter = loaded
     texts = [f"well, it is {e.target} of course" for e in examples]

@@ -8,13 +8,13 @@ import sys
 import pytest
 from test_cli import call  # noqa: F401 - a fixture
 
-from dual_lora.lab import export_gguf
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluation.evaluate import evaluate
-from dual_lora.lab.export import REPORT, export_dual_lora, export_lora, in_words
-from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.training.train import run
-from dual_lora.lab.tuned import open_tuned
+from dual_lora.lab.model import gguf as export_gguf
+from dual_lora.lab.model.export import REPORT, export_dual_lora, export_lora, in_words
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.train import run
 
 
 @pytest.fixture

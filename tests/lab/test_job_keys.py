@@ -3,9 +3,9 @@
 import yaml
 from tiny_study import write_study
 
-from dual_lora.lab.comparison import plan
-from dual_lora.lab.comparison.jobs import base_jobs, final_jobs, trial_jobs
-from dual_lora.lab.comparison.study import read_study
+from dual_lora.lab.study import plan
+from dual_lora.lab.study.job import base_jobs, final_jobs, trial_jobs
+from dual_lora.lab.study.study import read_study
 
 METHODS = {
     "lora": {"r": 4, "lora_alpha": "2r"},

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import WHOLE
-from dual_lora.lab.merge import merge
-from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.training.train import run
+from dual_lora.lab.model.merge import merge
+from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.run.folder import WHOLE
+from dual_lora.lab.run.train import run
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")

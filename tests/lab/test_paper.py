@@ -10,14 +10,12 @@ import torch
 import yaml
 
 from dual_lora.lab.cli import main
+from dual_lora.lab.cost.fit import fit
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.evaluation.evaluate import evaluate
-from dual_lora.lab.evaluation.scoring import search_of
-from dual_lora.lab.families import KINDS, family, marked_yaml
-from dual_lora.lab.fit import fit
-from dual_lora.lab.recipe import (
+from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
+from dual_lora.lab.recipe.recipe import (
     DataPart,
     EvaluatePart,
     build_recipe,
@@ -26,8 +24,10 @@ from dual_lora.lab.recipe import (
     recipe_text,
     shipped_recipes,
 )
-from dual_lora.lab.training.loop import mean_loss
-from dual_lora.lab.training.train import run
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.loop import mean_loss
+from dual_lora.lab.run.scoring import search_of
+from dual_lora.lab.run.train import run
 
 
 def call(*arguments):

@@ -11,18 +11,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from dual_lora.lab import precision
-from dual_lora.lab.comparison import jobs, plan
-from dual_lora.lab.comparison.compare import compare
-from dual_lora.lab.comparison.forecast import forecast
-from dual_lora.lab.comparison.precision import settled_study
-from dual_lora.lab.comparison.state import State
-from dual_lora.lab.comparison.study import read_study, shipped_studies
+from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.merge import merge
-from dual_lora.lab.recipe import build_recipe, read_recipe, shipped_recipes
-from dual_lora.lab.training.train import recipe_of_run, run
-from dual_lora.lab.tuned import open_tuned
+from dual_lora.lab.model import precision
+from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.recipe import build_recipe, read_recipe, shipped_recipes
+from dual_lora.lab.run.train import recipe_of_run, run
+from dual_lora.lab.study import job as jobs
+from dual_lora.lab.study import plan
+from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.state import State
+from dual_lora.lab.study.study import read_study, shipped_studies
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_study
@@ -61,7 +62,7 @@ def test_the_faster_one_is_chosen(fp32, bf16, chosen):
     assert f"auto: {chosen}" in str(found)
 
 
-CHOICE = """from dual_lora.lab.precision import fast_precision
+CHOICE = """from dual_lora.lab.model.precision import fast_precision
 print(fast_precision("cpu").precision, fast_precision("cpu") is fast_precision("cpu"))"""
 
 
@@ -109,7 +110,7 @@ def test_a_run_writes_down_what_it_chose_and_keeps_it(short, dtype, autocast, de
 
 
 def test_a_run_that_goes_on_elsewhere_keeps_its_precision(device, lm_values, tmp_path, monkeypatch):
-    from dual_lora.lab.training.watch import Watch
+    from dual_lora.lab.run.watch import Watch
 
     device("bf16")
     step_end = Watch.on_step_end

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from dual_lora.lab import progress
-from dual_lora.lab.training import watch
+from dual_lora.lab.run import watch
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def test_a_terminal_and_what_is_not_shown_have_no_lines(shown, log, monkeypatch)
 
 def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_path):
     from dual_lora.lab.cli import main
-    from dual_lora.lab.estimate import calibrate
-    from dual_lora.lab.evaluation import evaluate as module
-    from dual_lora.lab.recipe import build_recipe
-    from dual_lora.lab.training.train import run
+    from dual_lora.lab.cost import calibrate
+    from dual_lora.lab.recipe.recipe import build_recipe
+    from dual_lora.lab.run import evaluate as module
+    from dual_lora.lab.run.train import run
 
     slow = module._GENERATION["loss"]
 

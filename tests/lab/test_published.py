@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.estimate.empty import shortened
-from dual_lora.lab.published import FAMILIES, known_name, published_config, published_family, published_names
+from dual_lora.lab.model.empty import shortened
+from dual_lora.lab.recipe.published import FAMILIES, known_name, published_config, published_family, published_names
 
 SIZES = {name: (family, size) for family in FAMILIES.values() for name, size in family.sizes.items()}
 UNITS = {"M": 10**6, "B": 10**9}

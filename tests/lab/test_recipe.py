@@ -3,7 +3,7 @@
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe import (
+from dual_lora.lab.recipe.recipe import (
     Recipe,
     build_recipe,
     flag_values,

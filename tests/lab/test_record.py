@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dual_lora.lab.record import peak_memory, reset_peak
+from dual_lora.lab.run.record import peak_memory, reset_peak
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets an earlier peak of the resident size")

@@ -12,9 +12,9 @@ pytest.importorskip("pydantic")
 
 from test_verdicts import made
 
-from dual_lora.lab.comparison import notes
-from dual_lora.lab.comparison.rejudge import main, rejudge
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.study import notes
+from dual_lora.lab.study.rejudge import main, rejudge
 
 STUDIES = Path(__file__).parents[2] / "results" / "studies"
 

@@ -218,7 +218,7 @@ def test_checkpoints_are_not_searched(folder):
 
 
 def test_a_study_under_way_is_shown_from_its_state(folder):
-    from dual_lora.lab.comparison.state import State
+    from dual_lora.lab.study.state import State
 
     (folder / "study" / "results.json").unlink()
     job = {"kind": "final", "method": "lora", "task": "boolq", "model": "", "settings": {"train.lr": 0.1}}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dual_lora.lab.comparison import judging, stats
+from dual_lora.lab.study import judging
+from dual_lora.lab.study import statistics as stats
 
 # Where the noise sits: (seed, item, rest). The last is what accuracies of two good models look like.
 NOISES = {

@@ -11,12 +11,13 @@ import yaml
 
 pytest.importorskip("peft")
 
-from dual_lora.lab.comparison import jobs, plan
-from dual_lora.lab.comparison.budget import Scale, solve_rank
-from dual_lora.lab.comparison.search import Search
-from dual_lora.lab.comparison.study import build_study, rank_rule, read_study, shipped_studies
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe import build_recipe, identity
+from dual_lora.lab.recipe.recipe import build_recipe, identity
+from dual_lora.lab.study import job as jobs
+from dual_lora.lab.study import plan
+from dual_lora.lab.study.budget import Scale, solve_rank
+from dual_lora.lab.study.search import Search
+from dual_lora.lab.study.study import build_study, rank_rule, read_study, shipped_studies
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_model, write_records, write_study
@@ -147,8 +148,8 @@ def test_rank_is_solved_for_rising_and_falling_sizes():
 
 def test_sizes_are_what_really_trains(tiny):
     """The count on the meta device against the method put on the real model."""
-    from dual_lora.lab.methods import apply_method, method_config
-    from dual_lora.lab.models import load_model
+    from dual_lora.lab.model.load import load_model
+    from dual_lora.lab.model.methods import apply_method, method_config
 
     for method in ({"name": "lora", "r": 3}, {"name": "dora", "r": 2}, {"name": "dual_lora", "r": 4}, {"name": "full"},
                    {"name": "pissa", "r": 2}, {"name": "vera", "r": 4}, {"name": "ia3"}, {"name": "hira", "r": 2},
@@ -298,7 +299,7 @@ def test_a_few_validation_records_that_are_test_records_are_counted(tiny):
 
 
 def test_a_smaller_adalora_keeps_pefts_ratio_of_ranks():
-    from dual_lora.lab.methods import method_config
+    from dual_lora.lab.model.methods import method_config
 
     for init, target in ((4, 2), (12, 8)):
         assert method_config({"name": "adalora", "init_r": init}, "causal", 100, []).target_r == target
@@ -376,7 +377,7 @@ def test_shipped_studies_are_complete(name):
     assert study.question.endswith("?")
     assert len(study.seeds) >= 3
     for entry in study.tasks.values():
-        from dual_lora.lab.recipe import read_recipe
+        from dual_lora.lab.recipe.recipe import read_recipe
 
         read_recipe(entry.recipe)
 

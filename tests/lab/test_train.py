@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import WHOLE, RunFolder
-from dual_lora.lab.recipe import build_recipe
-from dual_lora.lab.training.train import run
+from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.run.folder import WHOLE, RunFolder
+from dual_lora.lab.run.train import run
 
 
 def adapter_of(folder):
@@ -84,7 +84,7 @@ def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
 
 def test_a_start_from_gradients_is_saved_as_a_change_of_the_untouched_base(lm_values, tmp_path):
     """LoRA-GA's start sits in the base weights as well; the saved adapter has to fit the base that everybody has."""
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.opened import open_tuned
 
     lm_values["method"] = {"name": "lora_ga", "r": 4}
     trained = run(build_recipe(lm_values), tmp_path / "run", progress=False).tuned
@@ -104,7 +104,7 @@ class Stopped(Exception):
 
 
 def stop_after(step, patch):
-    from dual_lora.lab.training.watch import Watch
+    from dual_lora.lab.run.watch import Watch
 
     original = Watch.on_step_end
 
@@ -120,9 +120,9 @@ KILLED = """
 import sys, yaml
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from dual_lora.lab.recipe import read_recipe
-from dual_lora.lab.training import train
-from dual_lora.lab.training.watch import Watch
+from dual_lora.lab.recipe.recipe import read_recipe
+from dual_lora.lab.run import train
+from dual_lora.lab.run.watch import Watch
 import transformers, os, signal
 where, step = sys.argv[3], int(sys.argv[4])
 if where == "step":
@@ -237,7 +237,7 @@ def test_resume_on_another_number_of_processes_says_what_fits(lm_values, tmp_pat
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(lm_values, tmp_path, monkeypatch):
-    from dual_lora.lab.training import loop
+    from dual_lora.lab.run import loop
 
     original = loop._Loss.__call__
     calls = []
@@ -349,7 +349,7 @@ def test_examples_that_are_too_long_are_counted(lm_values, tmp_path, questions):
 
 
 def test_ramp_is_a_tenth_of_the_steps_when_left_out():
-    from dual_lora.lab.methods import method_config
+    from dual_lora.lab.model.methods import method_config
 
     assert method_config({"name": "dual_lora", "r": 4}, "causal", 200, []).warmup_steps == 20
     assert method_config({"name": "dual_lora", "r": 4, "warmup_steps": 7}, "causal", 200, []).warmup_steps == 7
@@ -396,9 +396,9 @@ def test_training_options(options, lm_values, tmp_path):
 
 
 def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
-    from dual_lora.lab.methods import apply_method, method_config
-    from dual_lora.lab.models import load_model
-    from dual_lora.lab.training.loop import _optimizer
+    from dual_lora.lab.model.load import load_model
+    from dual_lora.lab.model.methods import apply_method, method_config
+    from dual_lora.lab.run.loop import _optimizer
 
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     lm_values["train"] |= {"optimizer": "loraplus", "loraplus_ratio": 8.0, "learning_rate": 0.01}
@@ -412,8 +412,8 @@ def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
 
 def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
     """The first step of Adam moves an entry by its rate, whatever its gradient."""
-    from dual_lora.lab.methods import apply_method, method_config
-    from dual_lora.lab.models import load_model
+    from dual_lora.lab.model.load import load_model
+    from dual_lora.lab.model.methods import apply_method, method_config
 
     lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 0}
     lm_values["train"] |= {"steps": 1, "learning_rate": 0.01, "lr_warmup": 0.0, "arguments": {"adam_epsilon": 1e-30}}
@@ -446,7 +446,7 @@ def test_wrong_training_options(options, message, lm_values, tmp_path):
 
 
 def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
-    from dual_lora.lab.evaluation.evaluate import evaluate
+    from dual_lora.lab.run.evaluate import evaluate
 
     lm_values["data"]["holdout"] = 8
     lm_values["train"]["validate_every"] = 3

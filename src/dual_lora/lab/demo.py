@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import write_atomically, write_folder_atomically
-from dual_lora.lab.recipe import Recipe, read_recipe
+from dual_lora.lab.recipe.recipe import Recipe, read_recipe
+from dual_lora.lab.run.folder import write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
-    from dual_lora.lab.evaluation.evaluate import EvalResult
-    from dual_lora.lab.training.train import RunResult
+    from dual_lora.lab.run.evaluate import EvalResult
+    from dual_lora.lab.run.train import RunResult
 
 RECIPE = "tool-calls"
 EXAMPLES = 600  # to train on
@@ -112,7 +112,7 @@ def ask(out: Path, request: str) -> str:
     if not request.strip():
         raise UserError('The request is empty: ask for something, as in --ask "Set a timer for 5 minutes for the tea."')
     from dual_lora.lab.data.encode import Prompter
-    from dual_lora.lab.evaluation.scoring import generate_all
+    from dual_lora.lab.run.scoring import generate_all
 
     recipe = read_recipe(out / "run")
     tuned = _open_merged(out, recipe)
@@ -121,7 +121,7 @@ def ask(out: Path, request: str) -> str:
 
 
 def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
-    from dual_lora.lab.recipe import merged
+    from dual_lora.lab.recipe.recipe import merged
 
     data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
     return read_recipe(RECIPE, merged({"data": data, "train": {"seed": seed}}, overrides))
@@ -129,10 +129,10 @@ def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.evaluation.evaluate import evaluate, write_result
-    from dual_lora.lab.merge import merge
-    from dual_lora.lab.training.train import run as train
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.opened import open_tuned
+    from dual_lora.lab.run.evaluate import evaluate, write_result
+    from dual_lora.lab.run.train import run as train
 
     seconds: dict[str, float] = {}
     with _stage("training", seconds, progress):
@@ -176,7 +176,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
 def _result(
     out: Path, seed: int, trained: RunResult, sets: dict[str, list[Any]], results: dict[str, dict[str, EvalResult]]
 ) -> DemoResult:
-    from dual_lora.lab.record import peak_memory
+    from dual_lora.lab.run.record import peak_memory
 
     return DemoResult(
         folder=str(out),
@@ -215,7 +215,7 @@ def _answers(result: EvalResult) -> list[str]:
 
 def _open_merged(out: Path, recipe: Recipe) -> Any:
     """The merged model as a plain folder: nothing of the method is needed to load it."""
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.opened import open_tuned
 
     return open_tuned(str(out / "merged"), dtype=recipe.model.dtype)
 

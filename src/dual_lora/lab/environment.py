@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from typing import NamedTuple
 
-from dual_lora.lab.record import device_name
+from dual_lora.lab.run.record import device_name
 
 # Beside what the package needs: what it works with where it is there.
 FRIENDS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")

@@ -21,17 +21,17 @@ from dual_lora.lab.analysis.gradients import first_step, gradient_pass
 from dual_lora.lab.analysis.likeness import correlation, entry_likeness, likeness, magnitude_and_direction
 from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
 from dual_lora.lab.analysis.measures import changes, measure, squared_norm
+from dual_lora.lab.analysis.options import Setting, open_setting
 from dual_lora.lab.analysis.ranks import rank_bound, rank_examples, ranks
-from dual_lora.lab.analysis.setting import Setting, open_setting
 from dual_lora.lab.analysis.trajectory import Place, chosen_layers, full_updates, places, state
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import RunFolder, write_atomically
-from dual_lora.lab.models import check_device
+from dual_lora.lab.model.load import check_device
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe import Recipe
-from dual_lora.lab.record import read_metrics, surroundings
-from dual_lora.lab.training.train import recipe_of_run
+from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.run.folder import RunFolder, write_atomically
+from dual_lora.lab.run.record import read_metrics, surroundings
+from dual_lora.lab.run.train import recipe_of_run
 
 FORMAT = "dual-lora analysis"
 VERSION = 1

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dual_lora.lab.analysis.matrices import Difference, Matrix
-from dual_lora.lab.analysis.setting import Setting
+from dual_lora.lab.analysis.options import Setting
 from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import RunFolder, is_whole
-from dual_lora.lab.recipe import check_regex
+from dual_lora.lab.recipe.recipe import check_regex
+from dual_lora.lab.run.folder import RunFolder, is_whole
 
 
 class Place(NamedTuple):

@@ -47,7 +47,7 @@ def compare(
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
     from dual_lora.lab.commands.card import finish
-    from dual_lora.lab.comparison.study import read_study, shipped_studies
+    from dual_lora.lab.study.study import read_study, shipped_studies
 
     if list or study is None:
         questions = {name: read_study(name)[0].question for name in shipped_studies()}
@@ -56,8 +56,8 @@ def compare(
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
     if dry_run:
-        from dual_lora.lab.comparison.forecast import forecast
-        from dual_lora.lab.comparison.tables import show_forecast
+        from dual_lora.lab.cost.forecast import forecast
+        from dual_lora.lab.study.tables import show_forecast
 
         expected = forecast(study, out, runs=runs, executor=executor, workers=workers)
         if json:
@@ -65,8 +65,8 @@ def compare(
         else:
             show_forecast(expected)
         return
-    from dual_lora.lab.comparison.compare import compare as run
-    from dual_lora.lab.comparison.tables import show_results
+    from dual_lora.lab.study.compare import compare as run
+    from dual_lora.lab.study.tables import show_results
 
     try:
         results = run(study, out, runs=runs, executor=executor, workers=workers, update=update, keep=keep)

@@ -13,8 +13,8 @@ from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from dual_lora.lab.estimate.setting import Setting
-    from dual_lora.lab.estimate.side_by_side import Column
+    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.cost.side_by_side import Column
 
 _METHODS = ["dual_lora", "lora", "dora", "full"]
 
@@ -90,7 +90,7 @@ def estimate(
         return
     if what is None and not calibrate:
         raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
-    from dual_lora.lab.estimate import calibrate as speed
+    from dual_lora.lab.cost import calibrate as speed
     from dual_lora.lab.progress import console, lines
 
     doing = ""
@@ -111,7 +111,7 @@ def estimate(
             "quantisation": quantisation, "on": on or _this_device(),
         }  # fmt: skip
         setting = _setting(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
-        from dual_lora.lab.estimate.side_by_side import side_by_side
+        from dual_lora.lab.cost.side_by_side import side_by_side
 
         chosen = _chosen(methods, setting)
         columns, refused = side_by_side(setting, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
@@ -119,7 +119,7 @@ def estimate(
             raise UserError(next(iter(refused.values())))
         proposals = {}
         if fits:
-            from dual_lora.lab.estimate.fits import largest, parse_size
+            from dual_lora.lab.cost.fits import largest, parse_size
 
             limit = parse_size(fits)
             for column in columns:
@@ -151,9 +151,9 @@ def _ask(say: Callable[[str], None], method: str, what: str) -> None:
 def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> Setting:
     from dataclasses import replace
 
-    from dual_lora.lab.estimate.setting import from_model, from_recipe
-    from dual_lora.lab.published import known_name, published_names
-    from dual_lora.lab.recipe import read_recipe, shipped_recipes
+    from dual_lora.lab.cost.options import from_model, from_recipe
+    from dual_lora.lab.recipe.published import known_name, published_names
+    from dual_lora.lab.recipe.recipe import read_recipe, shipped_recipes
 
     is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
     if is_recipe:
@@ -177,7 +177,7 @@ def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | 
 
 def _chosen(methods: list[str] | None, setting: Setting) -> list[str]:
     """The methods asked for, or the recipe's own and those that it is compared with."""
-    from dual_lora.lab.methods import method_names
+    from dual_lora.lab.model.methods import method_names
 
     own = str(setting.method["name"]).lower().replace("-", "_")
     if methods is None:
@@ -196,7 +196,7 @@ def _this_device() -> str:
 
 
 def _list_models(as_json: bool) -> None:
-    from dual_lora.lab.published import FAMILIES
+    from dual_lora.lab.recipe.published import FAMILIES
 
     found = {name: size.stated for family in FAMILIES.values() for name, size in family.sizes.items()}
     rows = [[", ".join(family.sizes), family.source] for family in FAMILIES.values()]
@@ -275,7 +275,7 @@ def _fits_table(columns: list[Column], proposals: dict[str, dict[str, Any]], fit
 
 
 def _rates_table(machine: str, entry: dict[str, Any]) -> Any:
-    from dual_lora.lab.estimate.calibrate import Cost
+    from dual_lora.lab.cost.calibrate import Cost
 
     rows = []
     for dtype, methods in entry["costs"].items():

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.recipe import (
+from dual_lora.lab.recipe.recipe import (
     DataPart,
     EvaluatePart,
     Precision,
@@ -45,9 +45,9 @@ def evaluate(
 
     An adapter from elsewhere: `dual-lora evaluate my-adapter --recipe boolq-smollm2 --data.test-limit 200`
     """
-    from dual_lora.lab.evaluation.evaluate import evaluate as run_evaluation
-    from dual_lora.lab.evaluation.evaluate import write_result
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.opened import open_tuned
+    from dual_lora.lab.run.evaluate import evaluate as run_evaluation
+    from dual_lora.lab.run.evaluate import write_result
 
     # A wrong value or recipe shows before the model is loaded.
     overrides = flag_values(given)

@@ -10,10 +10,10 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe import Precision
+from dual_lora.lab.recipe.recipe import Precision
 
 if TYPE_CHECKING:
-    from dual_lora.lab.export import Exported
+    from dual_lora.lab.model.export import Exported
 
 Target = Literal["merged", "gguf", "lora", "dual-lora"]
 # Which options belong to which target; the others are refused, so that none is silently without effect.
@@ -58,7 +58,7 @@ def export(
 
         merge(source, out, json=json, **shared)
     elif to == "gguf":
-        from dual_lora.lab.export_gguf import export_gguf
+        from dual_lora.lab.model.gguf import export_gguf
 
         result = export_gguf(source, out, outtype=outtype or "auto", converter=converter, **shared)
         facts = {
@@ -68,7 +68,7 @@ def export(
         }
         finish(asdict(result), facts_card("GGUF", facts), json)
     else:
-        from dual_lora.lab.export import export_dual_lora, export_lora
+        from dual_lora.lab.model.export import export_dual_lora, export_lora
 
         shared |= {"data": data, "limit": 200 if limit is None else limit}
         if to == "dual-lora":

@@ -38,8 +38,8 @@ def generate(
     assert prompt is not None
     if not prompt.strip():
         raise UserError("The prompt is empty.")
-    from dual_lora.lab.generate import generate as answer
-    from dual_lora.lab.tuned import open_tuned
+    from dual_lora.lab.model.generate import generate as answer
+    from dual_lora.lab.model.opened import open_tuned
 
     tuned = open_tuned(source, base)
     pieces = answer(

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, finish, size
-from dual_lora.lab.recipe import Precision
+from dual_lora.lab.recipe.recipe import Precision
 
 
 def merge(
@@ -25,7 +25,7 @@ def merge(
 
     Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
     """
-    from dual_lora.lab.merge import merge as run_merge
+    from dual_lora.lab.model.merge import merge as run_merge
 
     result = run_merge(source, out, base=base, dtype=dtype)
     facts = {

@@ -10,8 +10,8 @@ from cyclopts import App, Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.families import family, marked_yaml, marks_of
-from dual_lora.lab.recipe import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
+from dual_lora.lab.recipe.recipe import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 
 app = App(
     name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"
@@ -94,10 +94,10 @@ def check(
 
     Example: `dual-lora recipes check commonsense-llama-7b-170k`
     """
-    from dual_lora.lab.estimate.memory import memory_of
-    from dual_lora.lab.estimate.setting import from_recipe
-    from dual_lora.lab.estimate.simulate import simulate
-    from dual_lora.lab.fit import fit
+    from dual_lora.lab.cost.fit import fit
+    from dual_lora.lab.cost.memory import memory_of
+    from dual_lora.lab.cost.options import from_recipe
+    from dual_lora.lab.cost.simulate import simulate
 
     recipe = read_recipe(name)
     classes = 1 if recipe.model.head == "regression" else classes

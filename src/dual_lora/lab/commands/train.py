@@ -10,8 +10,8 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.folder import RunFolder
-from dual_lora.lab.recipe import Recipe, build_recipe, flag_values, flags, merged, read_recipe
+from dual_lora.lab.recipe.recipe import Recipe, build_recipe, flag_values, flags, merged, read_recipe
+from dual_lora.lab.run.folder import RunFolder
 
 RecipeFlags: Any = flags(Recipe)
 
@@ -50,7 +50,7 @@ def train(
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
-    from dual_lora.lab.training.train import run
+    from dual_lora.lab.run.train import run
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks)
@@ -91,7 +91,7 @@ def _looks(recipe: Recipe, folder: Path, every: int | None) -> list[Any]:
         raise UserError(f"--analyze-every is {every}, expected at least 1 optimizer step.")
     if recipe.method["name"] == "full":
         raise UserError("--analyze-every looks at an adapter, and full fine-tuning has none: compare its checkpoints.")
-    from dual_lora.lab.analysis.live import AnalysisCallback
+    from dual_lora.lab.analysis.callback import AnalysisCallback
 
     return [AnalysisCallback(folder / "analysis" / "live.jsonl", every)]
 

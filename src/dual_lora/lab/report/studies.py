@@ -6,13 +6,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.comparison import metrics
-from dual_lora.lab.comparison.jobs import settings_in_words
-from dual_lora.lab.comparison.load import company, loads
-from dual_lora.lab.comparison.notes import amended
 from dual_lora.lab.report.blocks import MOODS, Axis, Block, Cards, Chart, Section, Source, Table, Text, Verdict, View
 from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.gather import short_path, source_of
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study.job import settings_in_words
+from dual_lora.lab.study.load import company, loads
+from dual_lora.lab.study.notes import amended
 
 SCORES = (
     "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"

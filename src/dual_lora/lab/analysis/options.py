@@ -1,0 +1,165 @@
+"""A run's surroundings, made again from its recipe: the model as it started, its first batches, held-out records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dual_lora.lab.analysis.measures import squared_norm
+from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
+from dual_lora.lab.data.encode import IGNORED
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.methods import apply_method, method_config
+from dual_lora.lab.model.opened import Tuned, load_base
+from dual_lora.lab.recipe.recipe import EvaluatePart, Recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.gradient_start import show_gradients, wants_gradients
+from dual_lora.lab.run.loop import mean_loss
+from dual_lora.lab.run.prepare import classes_of, collator, in_order
+from dual_lora.lab.run.train import recipe_of_run
+
+
+@dataclass
+class Setting:
+    """One run as it stood before its first step.
+
+    origin: the effect at the start of layers whose base weight the method changed there (PiSSA, OLoRA); an update is
+    what came since.
+    """
+
+    path: Path
+    recipe: Recipe
+    record: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    classes: list[str]
+    origin: dict[str, LayerUpdate] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the run trained all weights."""
+        return self.recipe.method["name"] == "full"
+
+    @property
+    def method(self) -> str:
+        """The method's name, with its setting that an alias stands for."""
+        return str(self.recipe.method["name"])
+
+    @cached_property
+    def step_batches(self) -> list[dict[str, Any]]:
+        """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
+        part, examples = self.recipe.train, load_split(self.recipe.data, "train")
+        ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
+        collate = collator(self.tokenizer, self.classes, self.model)
+        wanted = ready.order[: ready.rows_a_step]
+        spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
+        batches = [collate([ready.rows[i] for i in span]) for span in spans]
+        causal = self.recipe.model.head == "causal"  # nothing predicts the first token: Trainer does not count it
+        items = sum(int(((b["labels"][:, 1:] if causal else b["labels"]) != IGNORED).sum()) for b in batches)
+        return [{**batch, "items": items} for batch in batches]
+
+    def loss_of_batch(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """Training's loss of a micro-batch, divided by the step's number of labels."""
+        device = next(model.parameters()).device
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        items, labels = inputs.pop("items"), inputs.pop("labels")
+        return mean_loss(model(**inputs), labels, items, self.recipe.train.label_smoothing)
+
+    @property
+    def names_held_out(self) -> bool:
+        """Whether the recipe has validation or test records."""
+        data = self.recipe.data
+        return bool(data.validation or data.holdout or data.test or data.tests)
+
+    def held_out_loss(self, limit: int) -> Any:
+        """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
+        split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"
+        examples = load_split(self.recipe.data, split)[:limit]
+        heads = {"causal": "loss", "classification": "classification", "regression": "regression"}
+        task = heads[self.recipe.model.head]
+        spec = EvaluatePart.model_validate({"tasks": [task], "split": split, "batch_size": 8})
+        tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
+
+        def loss(_: Any) -> float:
+            result = evaluate(tuned, self.recipe.data, spec, examples=examples, variants=["tuned"], progress=False)
+            if task == "regression":
+                pairs = zip(result.items, examples, strict=True)
+                return fmean((row["predicted"] - float(example.label)) ** 2 for row, example in pairs)
+            return result.metrics["tuned"]["loss"]
+
+        return loss
+
+    @contextmanager
+    def at_full_strength(self) -> Iterator[None]:
+        """Dual LoRA's layers with λ = 1, as after the warm-up."""
+        from dual_lora.method.layer import DualLoraLayer
+
+        layers = [m for m in adapted_layers(self.model).values() if isinstance(m, DualLoraLayer)]
+        left = [m.steps_left("default") for m in layers]
+        for layer in layers:
+            layer._set_steps_left("default", 0)
+        try:
+            yield
+        finally:
+            for layer, count in zip(layers, left, strict=True):
+                layer._set_steps_left("default", count)
+
+
+def open_setting(path: str | Path, device: str | None = None) -> Setting:
+    """Build a run's model as it was before its first step. Raises UserError for folders that are no runs.
+
+    The same seed gives the same factors; the base model is read from where the recipe says.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.is_run:
+        raise UserError(f"{path} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
+    recipe = recipe_of_run(folder.path)
+    record = _record(folder)
+    classes = list(record.get("classes") or [])
+    if recipe.model.head != "causal" and not classes:
+        classes = classes_of(recipe, load_split(recipe.data, "train"))
+    loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
+    config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
+    if config is None:
+        return Setting(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
+    before = _sizes(loaded.model)
+    if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
+        ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
+        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, classes, loaded.model)
+        show_gradients(loaded.model, config, rows, recipe.train.batch_size, collate, mean_loss)
+    model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
+    changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
+    origin = {name: found for name, found in snapshot(model).items() if name in changed}
+    return Setting(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
+
+
+def _processes(record: dict[str, Any]) -> int:
+    """How many processes trained together."""
+    return int(record.get("processes", 1))
+
+
+def _sizes(model: Any) -> dict[str, float]:
+    """Sum of squares of each linear layer's base weight, to notice methods that change it."""
+    layers = adapted_layers(model) or {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    found = {name: base_matrix(layer) for name, layer in layers.items()}
+    return {name: squared_norm(matrix) for name, matrix in found.items() if matrix is not None}
+
+
+def _record(folder: RunFolder) -> dict[str, Any]:
+    try:
+        return json.loads(folder.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"The record {folder.record} could not be read ({error}); the run has to be made again."
+        ) from None

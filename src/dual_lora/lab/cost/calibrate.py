@@ -1,0 +1,203 @@
+"""How fast does this machine train? A minute of small training steps, kept in the user's cache folder.
+
+    seconds of a step = its simulated arithmetic / rate + its adapted and trained weights · cost
+
+Both numbers are measured for each method and precision apart, on two steps of few and of many tokens, so that they
+contain everything that is not a product as well. The second term is what does not grow with the tokens: composing
+ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both change with the width of a model;
+between the measured widths they are interpolated, beyond them the nearest one counts.
+
+One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
+anything else by the clock on the wall, so on a machine at rest. The fastest round counts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.simulate import Step, batch_of, simulate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+METHODS = ("dual_lora", "lora", "dora", "full")
+DTYPES = ("float32", "bfloat16")
+WIDTHS = {"cpu": (384, 1024), "gpu": (1024, 4096)}
+TOKENS = {"cpu": (128, 512), "gpu": (1024, 8192)}
+SECONDS = 50.0  # for all measurements together
+ROW = 64  # tokens; several rows, so that attention meets the padding mask that it meets in training
+BLOCKS = 2
+ROUNDS = 2  # at least
+
+
+class Cost(NamedTuple):
+    """What was measured at one width of a model."""
+
+    width: int
+    rate: float  # flops a second
+    weight: float  # seconds for each adapted or trained weight
+
+
+def cache_file() -> Path:
+    """Where rates are kept: $XDG_CACHE_HOME/dual-lora/calibration.json, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dual-lora" / "calibration.json"
+
+
+def machine() -> str:
+    """What rates depend on: the device, its threads and torch."""
+    import torch
+
+    from dual_lora.lab.run.record import device_name
+
+    return f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def known_rates() -> dict[str, Any] | None:
+    """What `calibrate` has found on this machine, or None before the first calibration."""
+    try:
+        entry = json.loads(cache_file().read_text(encoding="utf-8")).get(machine())
+    except (OSError, ValueError):
+        return None
+    return entry if entry and "costs" in entry else None
+
+
+def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS) -> dict[str, Any]:
+    """Measure the speed of this machine (about a minute) and keep it. say: called before each measurement.
+
+    Returns {"on", "date", "costs": {dtype: {method: [[width, flops a second, seconds a weight], ...]}}}.
+    """
+    import torch
+
+    on = "gpu" if torch.cuda.is_available() else "cpu"
+    works = [(d, m, w) for d in DTYPES for w in WIDTHS[on] for m in METHODS]
+    costs: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
+    for number, (dtype, method, width) in enumerate(works):
+        if say:
+            left = f"about {seconds * (1 - number / len(works)):.0f} s left"
+            say(f"{method}, {dtype}, width {width} ({number + 1} of {len(works)}, {left})")
+        costs[dtype][method].append([*_cost(dtype, method, width, on, seconds / len(works))])
+    entry = {"on": on, "date": time.strftime("%Y-%m-%d"), "costs": costs}
+    _keep(entry)
+    return entry
+
+
+def seconds_of(setting: Setting, step: Step, known: dict[str, Any]) -> float | None:
+    """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
+    name = str(setting.method["name"]).lower().replace("-", "_")
+    dtype = "bfloat16" if setting.autocast != "none" or setting.dtype == "float16" else setting.dtype
+    points = known["costs"].get(dtype, {}).get(name)
+    if not points or known["on"] != setting.on:
+        return None
+    cost = _at([Cost(*point) for point in points], setting.config.hidden_size)
+    return setting.accumulate * (step.flops / cost.rate + step.worked * cost.weight)
+
+
+def _at(points: list[Cost], width: float) -> Cost:
+    """The cost at a width, along a line over its logarithm."""
+    points = sorted(points)
+    for a, b in itertools.pairwise(points):
+        if a.width <= width <= b.width:
+            share = math.log(width / a.width) / math.log(b.width / a.width)
+            return Cost(*(x + (y - x) * share for x, y in zip(a, b, strict=True)))  # type: ignore[arg-type]
+    return points[0] if width < points[0].width else points[-1]
+
+
+def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: int) -> Setting:
+    """The step that is measured: a Llama of two blocks and a small vocabulary on padded rows of 64 tokens."""
+    from transformers import LlamaConfig
+
+    config: PreTrainedConfig = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 64 * 64,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=width // 64,
+        vocab_size=8192,
+    )
+    how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
+    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
+
+
+def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
+    few, many = (calibration_setting(dtype, method, width, on, tokens) for tokens in TOKENS[on])
+    times = [_fastest(setting, seconds * share) for setting, share in ((few, 0.2), (many, 0.5))]
+    steps = [simulate(setting) for setting in (few, many)]
+    return line(steps, times, width)
+
+
+def line(steps: Sequence[Step], seconds: Sequence[float], width: int) -> Cost:
+    """The cost that explains a step of few and one of many tokens; where noise leaves the weights less than nothing,
+    nothing.
+    """
+    few, many = steps
+    rate = (many.flops - few.flops) / max(seconds[1] - seconds[0], 1e-9)
+    weight = (seconds[0] - few.flops / rate) / few.worked
+    return Cost(width, rate, weight) if weight >= 0 else Cost(width, many.flops / seconds[1], 0.0)
+
+
+def _fastest(setting: Setting, seconds: float) -> float:
+    import torch
+
+    on_gpu = setting.on == "gpu"
+    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
+    step = training_step(setting, "cuda" if on_gpu else "cpu")
+    step()
+    passed: list[float] = []
+    start = clock()
+    while len(passed) < ROUNDS or clock() - start < seconds:
+        began = clock()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        passed.append(clock() - began)
+    return min(passed)
+
+
+def training_step(setting: Setting, device: str) -> Callable[[], None]:
+    """One real optimizer step of a setting's model with random weights."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dual_lora.lab.model.methods import method_config
+    from dual_lora.lab.run.loop import mean_loss
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(setting.config, dtype=getattr(torch, setting.dtype))
+    adapter = method_config(setting.method, setting.head, 100, [])
+    if adapter is not None:
+        model = get_peft_model(model, adapter)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    batch = {name: tensor.to(device) for name, tensor in batch_of(setting, model).items()}
+    labels = batch.pop("labels")
+    batch["input_ids"].random_(setting.config.vocab_size)
+
+    def step() -> None:
+        mean_loss(model(**batch), labels).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _keep(entry: dict[str, Any]) -> None:
+    from dual_lora.lab.run.folder import write_atomically
+
+    file = cache_file()
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({**known, machine(): entry}, indent=1))

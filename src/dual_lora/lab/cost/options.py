@@ -1,0 +1,170 @@
+"""What an estimate is about: a model, a method and the shape of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.model import precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from dual_lora.lab.recipe.recipe import Recipe
+
+Quantisation = Literal["none", "nf4", "fp4", "int8"]
+Device = Literal["cpu", "gpu"]
+Head = Literal["causal", "classification"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training step. length: tokens of a row; logits: positions whose logits are computed (None: all).
+
+    method: as in a recipe, {"name": "dual_lora", "r": 16, ...}. on: the kind of device that the step runs on.
+    """
+
+    name: str
+    config: PreTrainedConfig = field(repr=False, compare=False)
+    head: Head = "causal"
+    classes: int = 2
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "dual_lora", "r": 16})
+    dtype: str = "bfloat16"
+    batch: int = 8
+    length: int = 512
+    logits: int | None = None
+    accumulate: int = 1
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    quantisation: Quantisation = "none"
+    autocast: str = "none"
+    attention: str | None = None
+    on: Device = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "accumulate", "classes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest and self.length > longest:
+            raise UserError(f"length is {self.length}, but {self.name} takes at most {longest} tokens.")
+        _known("dtype", self.dtype, DTYPES)
+        _known("optimizer", self.optimizer, OPTIMIZERS)
+        _known("quantisation", self.quantisation, get_args(Quantisation))
+
+    @property
+    def layers(self) -> int:
+        """Number of the model's blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def rank(self) -> int:
+        """The method's total rank, 0 for full fine-tuning."""
+        if self.method["name"] == "full":
+            return 0
+        return int(self.method.get("r") or self.method.get("r1", 0) + self.method.get("r2", 0) or 8)
+
+    def with_method(self, name: str) -> Setting:
+        """The same step with another method of the same rank on the same modules."""
+        own = str(self.method["name"]).lower().replace("-", "_")
+        if name == own:
+            return self
+        if name == "full":
+            return replace(self, method={"name": "full"})
+        shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
+        return replace(self, method={"name": name, "r": self.rank or 16, **shared})
+
+
+def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
+    """The training step of a recipe, with every row as long as data.max_length. changes: fields of Setting."""
+    if precision.leaves_open(recipe):
+        gpu = changes.get("on") == "gpu"
+        recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
+    part = recipe.train
+    known = {
+        "head": recipe.model.head,
+        "method": dict(recipe.method),
+        "dtype": recipe.model.dtype,
+        "attention": recipe.model.attention,
+        "batch": part.batch_size,
+        "length": recipe.data.max_length,
+        "accumulate": part.accumulate,
+        "checkpointing": part.gradient_checkpointing,
+        "optimizer": _optimizer(part.optimizer),
+        "autocast": part.autocast,
+    }
+    config, _ = model_config(recipe.model.path)
+    return Setting(recipe.model.path, config, **{**known, **changes})
+
+
+def from_model(path: str, **changes: Any) -> Setting:
+    """A step of the model at `path` (folder, package:NAME, GGUF file, or a published name such as llama-3-8b)."""
+    config, head = model_config(path)
+    values: dict[str, Any] = {"head": head, **changes}
+    longest = getattr(config, "max_position_embeddings", None)
+    if "length" not in changes and longest:
+        values["length"] = min(512, longest)
+    return Setting(path, config, **values)
+
+
+def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
+    """The configuration of a model and the head that it is usually trained with; nothing is downloaded.
+
+    Raises UserError for what is neither a folder, nor a package's model, nor a published name.
+    """
+    from dual_lora.lab.recipe.published import known_name, published_config, published_family, published_names
+
+    if not Path(path).expanduser().exists() and not path.startswith("package:"):
+        if known_name(path) is None:
+            raise UserError(
+                f"{path!r} is neither a model folder, a recipe nor a published name."
+                f"{suggest(path.rsplit('/', 1)[-1].lower(), published_names())}"
+            )
+        return published_config(path), published_family(path).head
+    config = _local_config(path)
+    names = " ".join(getattr(config, "architectures", None) or [])
+    causal = "CausalLM" in names or "LMHead" in names or not names
+    return config, "causal" if causal else "classification"
+
+
+def _local_config(path: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    from dual_lora.lab.model.load import locate, quiet
+
+    here = Path(path).expanduser()
+    if (here.is_dir() and (here / "config.json").is_file()) or here.name == "config.json":
+        name, arguments = str(here), {}
+    else:
+        place = locate(path)
+        name, arguments = place.name, place.arguments()
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(name, **arguments)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
+
+
+def _optimizer(name: str) -> str:
+    """The optimizer of an estimate that takes as much memory as that of a recipe."""
+    for start, known in (
+        ("adamw_8bit", "adamw_8bit"),
+        ("adamw_bnb", "adamw_8bit"),
+        ("paged_adamw_8bit", "adamw_8bit"),
+        ("adafactor", "adafactor"),
+        ("sgd", "sgd"),
+        ("lion", "lion"),
+    ):
+        if name.startswith(start):
+            return known
+    return "adamw"
+
+
+def _known(field_name: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise UserError(f"{field_name} is {value!r}.{suggest(str(value), known)}")

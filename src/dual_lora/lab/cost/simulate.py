@@ -1,0 +1,281 @@
+"""One training step of the empty model: what lives at every moment of it, and its arithmetic.
+
+The step runs operator by operator as the real one would, on tensors without data, so that what autograd keeps is not a
+formula of ours but what autograd keeps. Every block of a transformer adds the same bytes and the same arithmetic:
+deep models are simulated with a few blocks and one more, and each figure goes on along that line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, Live, bytes_of
+from dual_lora.lab.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dual_lora.lab.cost.options import Setting
+
+# Settings that treat blocks differently, so that one block does not stand for all.
+_UNEVEN = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "layers_pattern")
+_FORWARD, _HEAD, _LOSS, _BACKWARD = "forward", "logits", "loss", "backward"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step needs on one device; in bytes, but for the numbers of parameters and flops.
+
+    weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
+    trained tensor; block_weights, block_trained, block_linear: the share of one block; largest_layer: the largest
+    adapted weight; linear: weights that a quantised load would pack, in the base's dtype; worked: the number of adapted
+    and trained weights, which a step goes over however few tokens it has; saved: a file of the result.
+    kept: what autograd holds when the forward pass ends. peaks: the fullest moment of each part of the step.
+    """
+
+    weights: float
+    trained: float
+    widest: float
+    block_weights: float
+    block_trained: float
+    block_linear: float
+    largest_layer: float
+    widest_input: float
+    linear: float
+    worked: float
+    saved: float
+    kept: Bytes
+    peaks: dict[str, Bytes]
+    base_parameters: float
+    trained_parameters: float
+    flops: float
+
+    def line(self, other: Step, times: float) -> Step:
+        """self + times · (other − self), figure by figure."""
+
+        def along(a: Any, b: Any) -> Any:
+            if isinstance(a, dict):
+                return {k: along(a[k], b[k]) for k in a}
+            if isinstance(a, Bytes):
+                return Bytes(*(along(x, y) for x, y in zip(a, b, strict=True)))
+            return a + times * (b - a)
+
+        fixed = {"widest", "largest_layer", "widest_input", "block_weights", "block_trained", "block_linear"}
+        return replace(
+            other,
+            **{
+                f.name: along(getattr(self, f.name), getattr(other, f.name))
+                for f in fields(self)
+                if f.name not in fixed
+            },
+        )
+
+
+def simulate(setting: Setting, say: Callable[[str], None] | None = None) -> Step:
+    """The step of a setting. say: called with a sentence before every simulation.
+
+    Raises UserError for a method that does not fit, or a model whose computation depends on its data.
+    """
+    say = say or (lambda _: None)
+    total = setting.layers
+    few = len(set(getattr(setting.config, "layer_types", None) or [""])) + 2
+    kinds = getattr(setting.config, "layer_types", None) or []
+    while kinds and len(set(kinds[:few])) < len(set(kinds)):
+        few += 1
+    if total <= few + 1 or any(setting.method.get(key) for key in _UNEVEN):
+        say(f"{setting.method['name']}: {total} blocks")
+        return _simulate(setting, None)
+    say(f"{setting.method['name']}: {few} blocks")
+    shallow = _simulate(setting, few)
+    say(f"{setting.method['name']}: {few + 1} blocks")
+    return shallow.line(_simulate(setting, few + 1), total - few)
+
+
+def _simulate(setting: Setting, layers: int | None) -> Step:
+    from torch._subclasses import FakeTensorMode
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    from dual_lora.lab.model.empty import become_fake, empty_model
+
+    model = empty_model(setting, layers)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what it then raises
+    try:
+        with mode:
+            become_fake(model, mode)
+            return _run(setting, model)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"{setting.name} computes by the values of its data ({error.func}), which an estimate does not have."
+        ) from error
+    except RuntimeError as error:  # what the real step would raise as well: DeBERTa v1 in bf16, say
+        raise UserError(
+            f"{setting.name} does not run in {setting.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
+        ) from error
+
+
+def _run(setting: Setting, model: Any) -> Step:
+    from dual_lora.lab.cost.flops import register_own
+    from dual_lora.lab.model.load import quiet
+
+    register_own()
+    blocks = blocks_of(model)
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    trained = [p for p in parameters if p.requires_grad]
+    batch = batch_of(setting, model)
+    scales = [s for module in model.modules() for s in getattr(module, "dual_lora_scale", {}).values()]
+    live = Live([*parameters, *buffers, *scales, *batch.values()], setting.on)
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
+    if blocks:
+        _mark(blocks, live)
+    with quiet():
+        if setting.checkpointing:
+            _checkpoint(model)
+        kept = _step(setting, model, batch, live)
+    sizes = _sizes(model, blocks, trained)
+    return Step(kept=kept, peaks=live.peaks, flops=live.flops, **sizes)
+
+
+def _step(setting: Setting, model: Any, batch: dict[str, Tensor], live: Live) -> Bytes:
+    import contextlib
+
+    import torch
+
+    from dual_lora.lab.run.loop import mean_loss
+
+    labels = batch.pop("labels")
+    cast = (
+        torch.autocast("cpu", dtype=torch.float16 if setting.autocast == "fp16" else torch.bfloat16)
+        if setting.autocast != "none"
+        else contextlib.nullcontext()
+    )
+    more = {"logits_to_keep": setting.logits} if setting.logits and setting.head == "causal" else {}
+    if setting.checkpointing and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    with live:
+        with cast:
+            outputs = model(**batch, **more)
+        kept = live.now()
+        live.kind, live.segment = WORKSPACE, _LOSS
+        loss = mean_loss(outputs, labels)
+        del outputs  # Trainer holds them no longer either
+        live.segment = _BACKWARD
+        loss.backward()
+    return kept
+
+
+def _checkpoint(model: Any) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def batch_of(setting: Setting, model: Any) -> dict[str, Tensor]:
+    """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
+    transformers leaves the mask out.
+    """
+    import torch
+
+    from dual_lora.lab.data.batches import accepted_arguments
+
+    rows, length = setting.batch, setting.length
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    batch = {"input_ids": ids}
+    if rows > 1:
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][0, 0] = 0
+    if setting.head == "classification":
+        return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
+    if "position_ids" in accepted_arguments(model):
+        batch["position_ids"] = torch.zeros_like(ids)
+    return batch | {"labels": torch.zeros_like(ids)}
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The transformer's blocks: its longest list of modules of one kind."""
+    from torch import nn
+
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
+    return list(max(lists, key=len, default=[]))
+
+
+def _mark(blocks: list[nn.Module], live: Live) -> None:
+    """Name the parts of the step: before, first, inner and last block, and after, each forward and backward."""
+
+    def part(k: int) -> str:
+        return "first block" if k == 0 else "last block" if k == len(blocks) - 1 else "inner blocks"
+
+    def before(k: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if live.kind == ACTIVATIONS:
+                live.segment = f"{_FORWARD}, {part(k)}"
+
+        return hook
+
+    def after(k: int) -> Callable[..., None]:
+        def reached(_: Any) -> None:
+            live.segment = f"{_BACKWARD}, {part(k)}"
+
+        def hook(_: Any, __: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if live.kind != ACTIVATIONS:
+                return  # a checkpointed block that is computed again
+            if tensor.requires_grad:
+                tensor.register_hook(reached)
+            if k == len(blocks) - 1:
+                live.segment = _HEAD
+
+        return hook
+
+    for k, block in enumerate(blocks):
+        block.register_forward_pre_hook(before(k))
+        block.register_forward_hook(after(k))
+
+
+def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> dict[str, float]:
+    frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
+    block = blocks[len(blocks) // 2] if blocks else None
+    adapted = {n.removesuffix(".base_layer") for n, _ in model.named_modules() if n.endswith(".base_layer")}
+    base_layers = [
+        m.get_base_layer().weight for n, m in model.named_modules() if n in adapted and hasattr(m, "get_base_layer")
+    ]
+    return {
+        "weights": bytes_of(frozen),
+        "trained": bytes_of(trained),
+        "widest": max((t.numel() * t.element_size() for t in trained), default=0),
+        "block_weights": bytes_of(t for t in block.parameters() if not t.requires_grad) if block else 0,
+        "block_trained": bytes_of(t for t in block.parameters() if t.requires_grad) if block else 0,
+        "block_linear": bytes_of(_packable(block)) if block else 0,
+        "largest_layer": max((w.numel() * w.element_size() for w in base_layers), default=0),
+        "widest_input": max((w.shape[-1] for w in base_layers), default=0),
+        "linear": bytes_of(_packable(model)),
+        "worked": _count([*base_layers, *trained]),
+        "saved": bytes_of(trained if hasattr(model, "peft_config") else model.parameters()),
+        "base_parameters": _count(_base_parameters(model)),
+        "trained_parameters": _count(trained),
+    }
+
+
+def _packable(model: Any) -> Iterable[Tensor]:
+    """Weights that a quantised load packs: linear layers but the output head."""
+    from torch import nn
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) and not module.weight.requires_grad
+        if linear and module is not head and ".modules_to_save." not in name and ".original_module" not in name:
+            yield module.weight
+
+
+def _base_parameters(model: Any) -> Iterable[Tensor]:
+    if not hasattr(model, "peft_config"):
+        return model.parameters()
+    prefix = next(iter(model.peft_config.values())).peft_type.value.lower() + "_"
+    return [p for n, p in model.named_parameters() if prefix not in n and ".modules_to_save." not in n]
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    return sum({id(t): t.numel() for t in tensors}.values())

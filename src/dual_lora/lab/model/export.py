@@ -1,0 +1,238 @@
+"""Convert an adapter to LoRA, or a LoRA to a Dual LoRA start, and say what that loses on the user's records.
+
+A conversion is written as an adapter folder that PEFT loads, with conversion.json beside it: every layer's figures, the
+losses and the verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.recipe.recipe import DataPart, EvaluatePart, Task
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import write_folder_atomically
+
+REPORT = "conversion.json"
+# Shares of the adapter's improvement in loss that a conversion keeps.
+KEEPS, LOSES_SOME = 0.95, 0.8
+
+
+@dataclass
+class Exported:
+    """A converted adapter, what each layer lost, and what that means."""
+
+    folder: str
+    method: str  # "lora" or "dual-lora"
+    layers: list[dict[str, Any]] = field(repr=False)
+    parameters: int  # numbers in the factors that were written
+    weights: int  # numbers in the adapted weights, for comparison
+    loss: dict[str, float]  # "base", "adapter", "converted"; empty without records
+    examples: int
+    verdict: str
+    advice: str
+
+
+def export_lora(
+    source: str | Path,
+    out: str | Path,
+    rank: int | float,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    limit: int = 200,
+    progress: bool = True,
+) -> Exported:
+    """Write the LoRA adapter nearest to a Dual LoRA run or adapter, of a fixed rank (int) or share of energy (float).
+
+    data: file of records on which the loss is measured before and after; left out: the run's own test records. limit:
+    at most so many of them, 0 for no measurement. Raises UserError for what cannot be converted.
+    """
+    from dual_lora.method.conversion import convert_to_lora, write_adapter
+
+    tuned = _open(source, out, base, dtype, kind="DUAL_LORA")
+    records = _records(tuned, data, limit)
+    conversion: Any = _converted(convert_to_lora, tuned, rank, progress)
+    layers = [loss._asdict() for loss in conversion.losses]
+    _write(tuned, Path(out), lambda folder: write_adapter(folder, conversion.config, conversion.state_dict))
+    return _judged("lora", tuned, out, layers, conversion.median, records, base, dtype, progress)
+
+
+def export_dual_lora(
+    source: str | Path,
+    out: str | Path,
+    r1: int | None = None,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    limit: int = 200,
+    progress: bool = True,
+) -> Exported:
+    """Write a Dual LoRA adapter that starts near a LoRA run or adapter; the arguments are those of `export_lora`.
+
+    r1: rank of the magnitude; left out: LoRA's rank.
+    """
+    from dual_lora.method.conversion import write_adapter
+    from dual_lora.method.from_lora import convert_to_dual_lora
+
+    tuned = _open(source, out, base, dtype, kind="LORA")
+    records = _records(tuned, data, limit)
+    start: Any = _converted(convert_to_dual_lora, tuned, r1, progress)
+    layers = [kept._asdict() for kept in start.kept]
+    _write(tuned, Path(out), lambda folder: write_adapter(folder, start.config, start.state_dict))
+    lost = (1 - start.median**2) ** 0.5
+    return _judged("dual-lora", tuned, out, layers, lost, records, base, dtype, progress)
+
+
+def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
+    """(verdict, advice) from the losses, or without them from what the median layer lost of its update (0 to 1).
+
+    size: numbers in the written factors for each number in the weights that they change.
+    """
+    way_out = {
+        "lora": "ΔW is of high rank, so that a LoRA holds it only at a high rank. Give a larger --rank or --energy, or "
+        "serve the merged model, which loses nothing: `dual-lora export … --to merged` (or gguf).",
+        "dual-lora": "All signs are kept, the magnitudes are fitted. Give a larger --rank (of the magnitude), train on "
+        "from here, or merge the LoRA into its base, which loses nothing, and begin Dual LoRA on that model.",
+    }[method]
+    if loss:
+        gain = loss["base"] - loss["adapter"]
+        if gain <= 0:
+            return (
+                f"cannot be told: the adapter itself does not improve on its base on these records ({loss['base']:.4f} "
+                f"→ {loss['adapter']:.4f})",
+                "Give records of the kind that the adapter was trained for: --data FILE.",
+            )
+        kept = (loss["base"] - loss["converted"]) / gain
+        bad = kept < KEEPS
+        word = "good" if not bad else "loses some" if kept >= LOSES_SOME else "loses too much"
+        verdict = f"{word}: {max(kept, 0):.1%} of the adapter's improvement in loss is kept"
+    else:
+        from dual_lora.method.conversion import TOO_MUCH
+
+        bad = lost > TOO_MUCH
+        word = "may lose too much" if bad else "good by the weights"
+        verdict = f"{word}: the median layer loses {lost:.0%} of its update; the loss was not measured (--data FILE)"
+    if bad:
+        return verdict, way_out
+    if size >= 1:
+        return verdict, (
+            f"The LoRA is {size:.1f} times as large as the weights that it changes: the merged model is smaller and "
+            "loses nothing (`dual-lora export … --to merged`)."
+        )
+    return verdict, ""
+
+
+def _open(source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str) -> Tuned:
+    target = Path(out)
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"The output folder {target} is not empty: give another one.")
+    tuned = open_tuned(source, base, dtype)
+    name = {"DUAL_LORA": "Dual LoRA", "LORA": "LoRA"}[kind]
+    config = tuned.model.peft_config.get("default") if tuned.adapted else None
+    found = getattr(config, "peft_type", None)
+    if getattr(found, "value", found) != kind:
+        what = f"a {getattr(found, 'value', found)} adapter" if tuned.adapted else "no adapter"
+        other = {"DUAL_LORA": "--to dual-lora", "LORA": "--to lora"}[kind]
+        hint = f" (The other way round is {other}.)" if tuned.adapted else ""
+        raise UserError(f"{source} holds {what}, expected a {name} adapter.{hint}")
+    return tuned
+
+
+def _converted(convert: Callable[..., Any], tuned: Tuned, rank: Any, progress: bool) -> Any:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
+    with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
+        try:
+            return convert(tuned.model, rank, advance=bar.advance)
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+
+
+def _write(tuned: Tuned, target: Path, write_adapter: Callable[[Path], None]) -> None:
+    def write(folder: Path) -> None:
+        write_adapter(folder)
+        tuned.tokenizer.save_pretrained(str(folder))
+        if tuned.recipe is not None:
+            write_note(folder, tuned.recipe, tuned.classes)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_folder_atomically(target, write)
+
+
+def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
+    """The examples on which the loss is measured; none without records or with a limit of 0."""
+    part = _data(tuned).model_copy(update={"test": data} if data is not None else {})
+    if not limit or part.test is None:
+        return []
+    part = part.model_copy(update={"test_limit": limit if part.test_limit is None else min(limit, part.test_limit)})
+    try:
+        return load_split(part, "test")
+    except UserError as error:
+        raise UserError(f"{error} Give records by --data FILE, or --limit 0 to measure nothing.") from error
+
+
+def _data(tuned: Tuned) -> DataPart:
+    return tuned.recipe.data if tuned.recipe else DataPart()
+
+
+def _judged(
+    method: str,
+    tuned: Tuned,
+    out: str | Path,
+    layers: list[dict[str, Any]],
+    lost: float,
+    records: list[Example],
+    base: str | None,
+    dtype: str | None,
+    progress: bool,
+) -> Exported:
+    parameters, weights = _sizes(Path(out))
+    loss = _losses(tuned, out, records, base, dtype, progress) if records else {}
+    verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
+    result = Exported(str(out), method, layers, parameters, weights, loss, len(records), verdict, advice)
+    (Path(out) / REPORT).write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return result
+
+
+def _sizes(folder: Path) -> tuple[int, int]:
+    """Numbers in the factors, and in the weights that they change: a layer's two factors A [r, I] and B [O, r]."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    factors = {key: s for key, s in shapes.items() if "lora_" in key and len(s) == 2}
+    weights = sum(s[0] * factors[key.replace("lora_B", "lora_A")][1] for key, s in factors.items() if "lora_B" in key)
+    return sum(s[0] * s[1] for s in factors.values()), weights
+
+
+def _losses(
+    tuned: Tuned, out: str | Path, records: list[Example], base: str | None, dtype: str | None, progress: bool
+) -> dict[str, float]:
+    """Mean loss of the base, of the adapter and of what was written."""
+    task: Task = "classification" if tuned.classes else "loss"
+    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
+    spec = EvaluatePart(tasks=[task], batch_size=batch)
+    unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
+    before = evaluate(unfiled, _data(tuned), spec, examples=records, progress=progress)
+    with quiet():
+        converted = open_tuned(out, base, dtype)
+    after = evaluate(converted, _data(tuned), spec, examples=records, variants=["tuned"], progress=progress)
+    return {
+        "base": before.metrics["base"]["loss"],
+        "adapter": before.metrics["tuned"]["loss"],
+        "converted": after.metrics["tuned"]["loss"],
+    }

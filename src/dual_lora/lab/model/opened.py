@@ -1,0 +1,160 @@
+"""Open what was trained: a run folder, an adapter folder or any plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import Loaded, load_model
+from dual_lora.lab.model.methods import plain_name
+from dual_lora.lab.recipe.recipe import ModelPart, Recipe, build_recipe
+from dual_lora.lab.run.folder import RunFolder
+
+NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names
+
+
+@dataclass
+class Tuned:
+    """A model ready for evaluation.
+
+    variants: "base" and "tuned", or one of them. ``as_variant`` switches between the two.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    recipe: Recipe | None = None
+    classes: list[str] = field(default_factory=list)
+    base_model: Any = None  # full fine-tuning: the model as it was before
+    run: Path | None = None
+
+    @property
+    def adapted(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def variants(self) -> list[str]:
+        if self.adapted or self.base_model is not None:
+            return ["base", "tuned"]
+        return ["base"] if self.run is None else ["tuned"]
+
+    @contextlib.contextmanager
+    def as_variant(self, variant: str) -> Iterator[Any]:
+        """The model in evaluation mode, without its adapter for "base"."""
+        model = self.base_model if variant == "base" and self.base_model is not None else self.model
+        was_training = model.training
+        model.eval()
+        with model.disable_adapter() if variant == "base" and self.adapted else contextlib.nullcontext():
+            yield model
+        model.train(was_training)
+
+
+def open_tuned(
+    source: str | Path, base: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Tuned:
+    """Load a run folder, an adapter folder, or a model by folder, name, GGUF file or package.
+
+    base: the base model, where the adapter's own note of it does not hold any more. dtype: precision of the base.
+    Raises UserError for folders that are neither, and runs that are not finished.
+    """
+    path = Path(source)
+    folder = RunFolder(path)
+    if folder.is_run:
+        if folder.result is None:
+            raise UserError(f"The run {path} is not finished: `{folder.resume_command}` goes on with it.")
+        if folder.result == folder.full_model:
+            return _open_full(folder, dtype, device)
+        return _open_adapter(folder.result, base, dtype, device, run=path)
+    if (path / "adapter_config.json").is_file():
+        return _open_adapter(path, base, dtype, device)
+    part = ModelPart(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
+    loaded = load_model(part, device=device)
+    return Tuned(loaded.model, loaded.tokenizer, str(source))
+
+
+def read_note(adapter: Path) -> dict[str, Any]:
+    """The laboratory's note in an adapter folder, {} in one from elsewhere."""
+    file = adapter / NOTE
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}, the note of the recipe, is damaged ({error}): remove it and give --recipe.") from None
+
+
+def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:
+    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "classes": classes}, indent=1, ensure_ascii=False)
+    (adapter / NOTE).write_text(text + "\n", encoding="utf-8")
+
+
+def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:
+    note = read_note(folder.full_model)
+    recipe, classes = build_recipe(note["recipe"]), note["classes"]
+    part = recipe.model.model_copy(update={"dtype": dtype or recipe.model.dtype})
+    loaded = load_model(part.model_copy(update={"path": str(folder.full_model)}), len(classes) or None, device)
+    base = load_base(part, recipe.train.seed, len(classes) or None, device).model
+    return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
+
+
+def load_base(part: ModelPart, seed: int, num_labels: int | None, device: str | None = None) -> Loaded:
+    """The untrained model; the seed gives a new head the same weights as at the start of its training."""
+    import torch
+
+    torch.manual_seed(seed)
+    return load_model(part, num_labels, device)
+
+
+def _open_adapter(
+    adapter: Path, base: str | None, dtype: str | None, device: str | None, run: Path | None = None
+) -> Tuned:
+    from peft import PeftConfig, PeftModel
+
+    import dual_lora  # noqa: F401  (registers its method with PEFT)
+
+    note = read_note(adapter)
+    recipe = build_recipe(note["recipe"], f"{adapter / NOTE}") if note else None
+    classes = note.get("classes", [])
+    if recipe and run:  # never for an adapter alone: what somebody else made does not say what is imported here
+        plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"The adapter {adapter} could not be read: {' '.join(str(error).split())}") from error
+    part = recipe.model if recipe else _part_of(config, adapter)
+    part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
+    labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
+    loaded = load_base(part, recipe.train.seed if recipe else 0, labels, device)
+    try:
+        model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
+    except (ValueError, RuntimeError, OSError) as error:
+        first = str(error).strip().splitlines()[0:2]
+        raise UserError(
+            f"The adapter {adapter} does not fit {part.path}: {' '.join(' '.join(first).split())}"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
+    return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run)
+
+
+def _part_of(config: Any, adapter: Path) -> ModelPart:
+    if not config.base_model_name_or_path:
+        raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
+    head = "classification" if config.task_type == "SEQ_CLS" else "causal"
+    return ModelPart(path=config.base_model_name_or_path, head=head)  # type: ignore[arg-type]
+
+
+def _labels_in(adapter: Path) -> int:
+    """Number of classes of a saved classification head: its number of rows."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        heads = [k for k in file.keys() if k.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]  # noqa: SIM118
+        if len(heads) != 1:
+            raise UserError(f"The adapter {adapter} holds no classification head.")
+        return file.get_slice(heads[0]).get_shape()[0]

@@ -1,0 +1,182 @@
+"""Families of recipes: what many runs share is written once, and every setting stands under the one who gave it.
+
+    family: commonsense            names begin with it
+    about: "{model} on {data}"     filled in with the values of the axes
+    sources:                       the names under which settings stand: their kind and what they are
+      dora: "predecessor: ..."
+    common:                        settings of all recipes: source -> part of a recipe
+      dora: {train: {epochs: 3}}
+    axes:                          one recipe for every combination, named family-value-value
+      model: {llama-7b: {dora: {...}}}
+      data: {170k: {...}, 15k: {...}}
+    cells:                         more settings for single combinations
+      llama-7b-170k: {...}
+    twins:                         recipes outside the combinations: common settings and their own
+      twin: {...}
+
+Later settings lie over earlier ones. `reported` beside the settings of a source are figures that it reports.
+"""
+
+from __future__ import annotations
+
+import itertools
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dual_lora.lab.errors import UserError
+
+KINDS = ("paper", "predecessor", "ours")  # who a setting can come from; a source's text begins with one of them
+_KEYS = {"family", "about", "sources", "common", "axes", "cells", "twins"}
+
+
+@dataclass
+class Member:
+    """One recipe of a family. values: as in a recipe file, `origin` included; text: that file, every setting marked."""
+
+    values: dict[str, Any]
+    text: str
+
+
+@dataclass
+class _Draft:
+    """Settings laid over each other, and the source of each."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)  # dotted setting -> source
+    reported: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def lay(self, blocks: dict[str, Any] | None, known: dict[str, str], where: str) -> None:
+        for name, part in (blocks or {}).items():
+            if name not in known:
+                raise UserError(f"{where}: {name!r} is none of the sources {', '.join(known)}.")
+            given = dict(part)
+            self.reported.setdefault(name, {}).update(given.pop("reported", {}))
+            self._lay(self.values, given, name, "")
+
+    def _lay(self, values: dict[str, Any], over: dict[str, Any], source: str, prefix: str) -> None:
+        for key, value in over.items():
+            place = f"{prefix}{key}"
+            if isinstance(value, dict) and value:
+                self._lay(values.setdefault(key, {}), value, source, f"{place}.")
+            else:
+                values[key] = value
+                self.source[place] = source
+
+
+def family(path: Path) -> dict[str, Member]:
+    """The recipes of a family's file by name. Raises UserError for a file that is not of the form above."""
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache
+def _read(path: Path, _changed: int) -> dict[str, Member]:
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(written, dict) or set(written) - _KEYS or "family" not in written:
+        raise UserError(f"{path} is no family of recipes: expected a mapping with {', '.join(sorted(_KEYS))}.")
+    sources = written.get("sources", {})
+    for name, text in sources.items():
+        if text.partition(":")[0] not in KINDS:
+            raise UserError(
+                f"{path}: source {name!r} has to begin with {' or '.join(KINDS)} and a colon, found {text!r}."
+            )
+    cells = dict(written.get("cells") or {})
+    members = {}
+    for chosen in _combinations(written.get("axes") or {}):
+        own = "-".join(chosen.values())
+        blocks = [written["axes"][axis][value] for axis, value in chosen.items()]
+        members[own] = ([*blocks, cells.pop(own, None)], chosen)
+    members |= {own: ([blocks], {}) for own, blocks in (written.get("twins") or {}).items()}
+    if cells:
+        raise UserError(f"{path}: cells {', '.join(cells)} are no combinations of the axes.")
+    return {
+        name: _member(written, name, blocks, chosen, str(path))
+        for own, (blocks, chosen) in members.items()
+        for name in [f"{written['family']}-{own}"]
+    }
+
+
+def _combinations(axes: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]:
+    if axes:
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, map(str, values), strict=True))
+
+
+def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[str, str], where: str) -> Member:
+    draft = _Draft()
+    sources = written.get("sources", {})
+    for part in [written.get("common"), *blocks]:
+        draft.lay(part, sources, f"{where} ({name})")
+    used = [s for s in sources if s in draft.source.values() or draft.reported.get(s)]
+    about = draft.values.pop("about", None) or str(written.get("about", "")).format(**chosen)
+    draft.source.pop("about", None)
+    origin = {
+        "sources": {s: sources[s] for s in used},
+        "settings": {s: [place for place, by in draft.source.items() if by == s] for s in used},
+        "reported": {s: figures for s, figures in draft.reported.items() if figures},
+    }
+    values = {"name": name, "about": about, **_ordered(draft.values), "origin": origin}
+    return Member(values, _text(values))
+
+
+def _ordered(values: dict[str, Any]) -> dict[str, Any]:
+    """The parts and their settings in the order in which a recipe has them."""
+    from dual_lora.lab.recipe.recipe import Recipe
+
+    parts = {}
+    for part, about in Recipe.model_fields.items():
+        fields = list(getattr(about.annotation, "model_fields", {}))
+        if part in values:
+            given = values[part]
+            known = sorted(given, key=lambda key: fields.index(key) if key in fields else len(fields))
+            parts[part] = {key: given[key] for key in known}
+    return parts | {part: given for part, given in values.items() if part not in parts}
+
+
+def marks_of(origin: dict[str, Any]) -> dict[str, str]:
+    """Setting -> "paper", "ours", or "predecessor (dora)"."""
+    kinds = {name: text.partition(":")[0] for name, text in origin["sources"].items()}
+    shown = {name: kind if name == kind else f"{kind} ({name})" for name, kind in kinds.items()}
+    return {place: shown[name] for name, places in origin["settings"].items() for place in places}
+
+
+def marked_yaml(values: dict[str, Any], marks: dict[str, str], default: str = "") -> str:
+    """YAML with a comment behind every setting: its mark, or ``default`` where it has none."""
+    rows = list(_rows(values, ""))
+    width = min(max((len(line) for line, place in rows if place), default=0), 70)
+    lines = []
+    for line, place in rows:
+        mark = marks.get(place, default) if place else ""
+        lines.append(f"{line:<{width}}  # {mark}" if mark else line)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Lines of YAML with the settings that they hold ("" for the line of a mapping)."""
+    pad = "  " * prefix.count(".")
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield f"{pad}{_flow(key)}:", ""
+            yield from _rows(value, f"{prefix}{key}.")
+        else:
+            yield f"{pad}{_flow(key)}: {_flow(value)}", f"{prefix}{key}"
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _text(values: dict[str, Any]) -> str:
+    shown = {key: value for key, value in values.items() if key != "origin"}
+    head = "Every setting says who gave it. What is not written is the laboratory's default: `recipes show --full`."
+    origin = values["origin"]
+    sources = yaml.safe_dump({"origin": {"sources": origin["sources"]}}, sort_keys=False, width=110)
+    rest = {key: origin[key] for key in ("settings", "reported")}
+    lists = textwrap.indent(yaml.safe_dump(rest, sort_keys=False, default_flow_style=None, width=110), "  ")
+    return f"# {head}\n{marked_yaml(shown, marks_of(origin))}{sources}{lists}"

@@ -1,0 +1,175 @@
+"""Evaluate a model, base and adapter side by side, and keep the result of every item."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.encode import VALUE, Prompter
+from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.opened import Tuned, open_tuned
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.recipe.recipe import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.run.folder import write_atomically
+from dual_lora.lab.run.scoring import (
+    Rows,
+    figures,
+    score_choice,
+    score_classification,
+    score_exact_match,
+    score_loss,
+    score_regression,
+    score_texts,
+)
+
+_GENERATION = {
+    "loss": score_loss,
+    "choice": score_choice,
+    "exact_match": score_exact_match,
+    "bleu": score_texts,
+    "nlg": score_texts,
+}
+_ENCODER = {"classification": score_classification, "regression": score_regression}
+
+
+@dataclass
+class EvalResult:
+    """Figures by variant ("base", "tuned") and metric; ``items`` holds one row an example, task and variant."""
+
+    source: str
+    split: str
+    examples: int
+    cut: int  # examples whose text had to be cut or is longer than data.max_length
+    metrics: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    items: list[dict[str, Any]] = field(repr=False)
+    file: str | None = None
+    reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        names = ("source", "split", "examples", "cut", "metrics", "seconds", "file")
+        reported = {"reported": self.reported} if self.reported else {}
+        return {k: getattr(self, k) for k in names} | reported
+
+    def scores(self, variant: str, task: str) -> list[float]:
+        """One number an item, in the order of the records: 1/0 for correct, mean nats for loss."""
+        rows = [i for i in self.items if i["variant"] == variant and i["task"] == task]
+        return [float(r["correct"]) if "correct" in r else r["nats"] / r.get("tokens", 1) for r in rows]
+
+
+def evaluate(
+    source: str | Path | Tuned,
+    data: DataPart | None = None,
+    spec: EvaluatePart | None = None,
+    *,
+    examples: list[Example] | None = None,
+    variants: list[str] | None = None,
+    progress: bool = True,
+) -> EvalResult:
+    """Evaluate a run, an adapter, a model, or one that is open already (``RunResult.tuned``, ``open_tuned``).
+
+    data, spec: taken from the run's recipe where left out. examples: evaluate these instead of a split of ``data``.
+    variants: "base" and "tuned"; left out, what ``spec.base`` says. Raises UserError for tasks that do not fit.
+    """
+    tuned = source if isinstance(source, Tuned) else open_tuned(source)
+    data, spec = _settings(tuned.recipe, data, spec)
+    examples = load_split(data, spec.split) if examples is None else examples
+    if not examples:
+        raise UserError("There are no examples to evaluate.")
+    tasks: list[Task] = list(spec.tasks) or _usual(tuned, examples)
+    _fit(tasks, examples, tuned)
+    chosen = variants or [v for v in tuned.variants if spec.base or v != "base" or tuned.variants == ["base"]]
+    prompter = Prompter(tuned.tokenizer, data.template)
+    metrics: dict[str, dict[str, float]] = {v: {} for v in chosen}
+    seconds: dict[str, float] = dict.fromkeys(chosen, 0.0)
+    items: list[dict[str, Any]] = []
+    for variant in chosen:
+        with tuned.as_variant(variant) as model, quiet():
+            for task in tasks:
+                start = time.perf_counter()
+                with Bar(f"{task} · {variant}", len(examples), progress) as bar:
+                    if task in _ENCODER:
+                        rows: Rows = _ENCODER[task](
+                            model, tuned.tokenizer, examples, tuned.classes, spec, data.max_length, bar.advance
+                        )
+                    else:
+                        rows = _GENERATION[task](model, tuned.tokenizer, examples, prompter, spec, bar.advance)
+                seconds[variant] += round(time.perf_counter() - start, 3)
+                metrics[variant] |= _named(task, figures(task, rows, examples), metrics[variant])
+                items += [
+                    {
+                        "variant": variant,
+                        "task": task,
+                        "item": i,
+                        "where": examples[i].where if task not in ("bleu", "nlg") else "",
+                        **row,
+                    }
+                    for i, row in enumerate(rows)
+                ]
+    result = EvalResult(
+        tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
+    )
+    if tuned.recipe is not None and tuned.recipe.origin is not None:
+        result.reported = tuned.recipe.origin.reported
+    if tuned.run is not None:
+        result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks])))
+    return result
+
+
+def write_result(result: EvalResult, folder: Path) -> Path:
+    """items.jsonl with every item and result.json with the figures; returns the latter's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in result.items)
+    write_atomically(folder / "items.jsonl", lines)
+    result.file = str(folder / "result.json")
+    write_atomically(folder / "result.json", json.dumps(result.summary(), indent=1, ensure_ascii=False) + "\n")
+    return folder / "result.json"
+
+
+def _settings(recipe: Recipe | None, data: DataPart | None, spec: EvaluatePart | None) -> tuple[DataPart, EvaluatePart]:
+    if data is None:
+        if recipe is None:
+            raise UserError(
+                "This model was not trained by a recipe, so say what to evaluate it on: give --recipe or --data.test."
+            )
+        data = recipe.data
+    return data, spec or (recipe.evaluate if recipe else EvaluatePart())
+
+
+def _usual(tuned: Tuned, examples: list[Example]) -> list[Task]:
+    if not examples[0].text:
+        return ["loss"]
+    return ["regression" if tuned.classes == [VALUE] else "classification"]
+
+
+def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
+    for task in tasks:
+        if (task in _ENCODER) != bool(examples[0].text):
+            found = "text and label" if examples[0].text else "prompt and answer"
+            raise UserError(f"The task {task} does not fit the records, which hold {found}.")
+    for task, value in (("classification", False), ("regression", True)):
+        if task in tasks and tuned.classes and (tuned.classes == [VALUE]) != value:
+            head = "regression" if tuned.classes == [VALUE] else "classification"
+            raise UserError(f"The task {task} does not fit {tuned.source}, whose head is for {head}.")
+    if set(_ENCODER) & set(tasks) and not tuned.classes:
+        raise UserError(
+            f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
+        )
+
+
+def _named(task: str, found: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
+    """The figures under their names, with the task before a name that is taken."""
+    return {f"{task}_{name}" if name in taken else name: value for name, value in found.items()}
+
+
+def _long(examples: list[Example], prompter: Prompter, data: DataPart, tuned: Tuned) -> int:
+    """Examples longer than data.max_length: texts were cut to it, prompts were not."""
+    if examples[0].text:
+        return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
+    return sum(len(prompter.encode(e).input_ids) > data.max_length for e in examples)

@@ -1,0 +1,75 @@
+"""What stops a run, in one sentence, with what is left to go on from."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.folder import RunFolder, write_atomically
+
+
+class Diverged(UserError):
+    """Training stopped because the loss or a weight was no number any more."""
+
+
+class NotFinite(Exception):
+    """What was seen; ``clear_failures`` makes a Diverged of it."""
+
+
+def check_finite(model: Any, step: int) -> None:
+    """Raise NotFinite if a trained weight holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise NotFinite(f"The weight {name} holds NaN or infinity after step {step}.")
+
+
+@contextmanager
+def clear_failures(folder: RunFolder) -> Iterator[None]:
+    """Failures of training in one sentence, with what is left to go on from."""
+    try:
+        yield
+    except UserError:
+        raise
+    except NotFinite as error:
+        way_out = "Lower train.learning_rate, or use bfloat16 or float32 instead of float16."
+        raise Diverged(f"{error} Training stopped. {_kept_checkpoint(folder)} {way_out}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Interrupted. {_kept_checkpoint(folder)}") from None
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The device's memory is full: lower train.batch_size (and raise train.accumulate), "
+            "or set train.gradient_checkpointing."
+        ) from error
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise UserError(f"The disk is full, writing {folder.path} failed. {_kept_checkpoint(folder)}") from error
+
+
+def _kept_checkpoint(folder: RunFolder) -> str:
+    last = folder.last_checkpoint()
+    if last is None:
+        return "There is no checkpoint yet."
+    return f"The last good checkpoint is {last}; `{folder.resume_command}` goes on from it."
+
+
+def note_failure(folder: RunFolder, error: BaseException) -> None:
+    """Let record.json say that the run stopped, and why."""
+    with suppress(OSError, ValueError):
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+        if record["state"] == "running":
+            record |= {"state": "stopped", "error": str(error) or type(error).__name__}
+            write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """torch and safetensors wrap the system's error into their own kinds, the text survives."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    wrapped = ("No space left on device", "unexpected pos", "PytorchStreamWriter")  # the latter two: torch.save
+    return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)

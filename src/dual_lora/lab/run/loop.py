@@ -1,0 +1,200 @@
+"""A recipe's training loop: transformers' Trainer with our loss, our order of rows and our optimizers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, mse_loss
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.training_args import OptimizerNames
+
+from dual_lora.lab.data.batches import Collator, Ordered
+from dual_lora.lab.data.encode import IGNORED, Encoded
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.model.load import best_device
+from dual_lora.lab.recipe.recipe import Recipe, TrainPart
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.watch import Watch
+
+LORAPLUS = "loraplus"  # the one optimizer that is not transformers'
+
+
+def build_trainer(
+    model: Any,
+    recipe: Recipe,
+    folder: RunFolder,
+    rows: Ordered,
+    validation: list[Encoded],
+    steps: int,
+    collator: Collator,
+    watch: Watch,
+    callbacks: Sequence[TrainerCallback],
+) -> Trainer:
+    """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
+    trainer = _Trainer(
+        recipe.train.rates,
+        model=model,
+        args=_arguments(recipe, folder, steps, bool(validation)),
+        train_dataset=rows,  # type: ignore[arg-type]
+        eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
+        data_collator=collator,
+        compute_loss_func=_Loss(watch, recipe.train.label_smoothing),
+        callbacks=[watch, *callbacks],
+        optimizers=(_optimizer(model, recipe), None),
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+class _Trainer(Trainer):
+    """Trainer with rows in the order that was fixed for the run, and a learning rate of its own for some parameters."""
+
+    def __init__(self, rates: dict[str, float], **options: Any):
+        self.rates = {re.compile(pattern): factor for pattern, factor in rates.items()}
+        super().__init__(**options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.rates:
+            _set_rates(optimizer, self.model if model is None else model, self.rates)
+        return optimizer
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Pattern[str], float]) -> None:
+    """Move the parameters that a pattern fits (the first one counts) to groups with that multiple of their rate."""
+    factors = {
+        id(parameter): next((factor for pattern, factor in rates.items() if pattern.search(name)), 1.0)
+        for name, parameter in model.named_parameters()
+    }
+    for group in list(optimizer.param_groups):
+        held = group["params"]
+        group["params"] = [p for p in held if factors[id(p)] == 1.0]
+        for factor in sorted(set(rates.values()) - {1.0}):
+            if moved := [p for p in held if factors[id(p)] == factor]:
+                optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+
+
+def check_patterns(field: str, patterns: Iterable[str | re.Pattern[str]], model: Any) -> None:
+    """Raise UserError for a pattern of parameter names that fits no trainable parameter of the model."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for pattern in [re.compile(pattern) for pattern in patterns]:
+        if not any(pattern.search(name) for name in names):
+            raise UserError(f"{field}: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number; of values the squared
+    error.
+
+    smoothing: share of each target that is spread evenly over the vocabulary.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if labels.is_floating_point():
+        total = mse_loss(logits.flatten().float(), labels, reduction="sum")
+        return total / (count if count is not None else labels.numel())
+    if labels.dim() == 2:
+        labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
+        logits = logits[:, :-1]
+    total = cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return total / (count if count is not None else (labels != IGNORED).sum())
+
+
+class _Loss:
+    """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step."""
+
+    def __init__(self, watch: Watch, smoothing: float):
+        self.watch, self.smoothing = watch, smoothing
+
+    def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        training = torch.is_grad_enabled()
+        loss = mean_loss(outputs, labels, num_items_in_batch, self.smoothing if training else 0.0)
+        if training:
+            self.watch.losses.append(loss.detach())
+        return loss
+
+
+def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) -> TrainingArguments:
+    part = recipe.train
+    values: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": steps,
+        "per_device_train_batch_size": part.batch_size,
+        "per_device_eval_batch_size": recipe.evaluate.batch_size,
+        "gradient_accumulation_steps": part.accumulate,
+        "learning_rate": part.learning_rate,
+        "weight_decay": part.weight_decay,
+        "lr_scheduler_type": part.schedule,
+        "warmup_steps": round(part.lr_warmup * steps),
+        "max_grad_norm": part.max_grad_norm,
+        "bf16": part.autocast == "bf16",
+        "fp16": part.autocast == "fp16",
+        "seed": part.seed,
+        "optim": "adamw_torch" if part.optimizer == LORAPLUS else part.optimizer,
+        "logging_steps": part.log_every,
+        "logging_nan_inf_filter": False,
+        "save_steps": part.checkpoint_every,
+        "save_total_limit": None,  # old checkpoints go when the new one is known to be whole, see Watch.on_save
+        "eval_strategy": "steps" if validating else "no",
+        "eval_steps": part.validate_every,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "use_cpu": best_device() == "cpu",  # else Trainer refuses bf16 there
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "report_to": [],
+    }
+    known = TrainingArguments.__dataclass_fields__
+    if part.gradient_checkpointing:  # renamed within transformers 5
+        values["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
+    try:
+        return TrainingArguments(**{**values, **part.arguments})
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"train: {' '.join(str(error).split())}") from error
+
+
+def check_names(part: TrainPart) -> None:
+    """Raise UserError for an optimizer or a further argument that transformers does not know."""
+    for key in part.arguments:
+        if key not in TrainingArguments.__dataclass_fields__:
+            raise UserError(
+                f"train.arguments has no field {key!r}.{suggest(key, TrainingArguments.__dataclass_fields__)}"
+            )
+    optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
+    if part.optimizer not in optimizers:
+        raise UserError(f"train.optimizer is {part.optimizer!r}.{suggest(part.optimizer, optimizers)}")
+
+
+def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
+    """LoRA+'s optimizer, which PEFT builds; None leaves the choice to Trainer's ``optim``."""
+    part = recipe.train
+    if part.optimizer != LORAPLUS:
+        return None
+    from peft.optimizers import create_loraplus_optimizer
+
+    optimizer = create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=part.learning_rate,
+        loraplus_lr_ratio=part.loraplus_ratio,
+        weight_decay=part.weight_decay,
+    )
+    # PEFT finds the factors on the output's side by "lora_B" in their names; D is one too.
+    slow, _, fast, _ = optimizer.param_groups
+    outer = {id(p) for name, p in model.named_parameters() if ".dual_lora_D." in name}
+    fast["params"] += [p for p in slow["params"] if id(p) in outer]
+    slow["params"] = [p for p in slow["params"] if id(p) not in outer]
+    return optimizer

@@ -1,0 +1,101 @@
+"""What a run starts from: the loaded model, the encoded rows and their order."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import set_seed
+
+from dual_lora.lab.data.batches import Collator, accepted_arguments, training_order
+from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import Loaded
+from dual_lora.lab.model.opened import load_base
+from dual_lora.lab.recipe.recipe import Recipe
+
+
+@dataclass
+class InOrder:
+    """Training rows. left_out: examples longer than data.max_length. order: indices into rows, for the whole run."""
+
+    rows: list[Encoded]
+    left_out: int
+    steps: int
+    order: list[int]
+    rows_a_step: int
+
+
+@dataclass
+class Prepared(InOrder):
+    """The rows with the model, before it has its method."""
+
+    loaded: Loaded
+    validation: list[Encoded]
+    classes: list[str]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens seen after each number of steps, padding left out."""
+        lengths = [len(self.rows[i].input_ids) for i in self.order]
+        steps = (sum(lengths[i : i + self.rows_a_step]) for i in range(0, len(lengths), self.rows_a_step))
+        return [0, *itertools.accumulate(steps)]
+
+    def collator(self, model: Any) -> Collator:
+        return collator(self.loaded.tokenizer, self.classes, model)
+
+
+def collator(tokenizer: Any, classes: list[str], model: Any) -> Collator:
+    """Rows to tensors, for this model."""
+    return Collator(tokenizer.pad_token_id, bool(classes), accepted_arguments(model))
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read the data, load the model, fix the order. Raises UserError for records that do not fit the head."""
+    part = recipe.train
+    examples = load_split(recipe.data, "train")
+    classes = classes_of(recipe, examples)
+    if recipe.model.head == "classification" and len(classes) < 2:
+        raise UserError(f"The training records hold one class only ({classes[0]}); a classifier needs two.")
+    held = load_split(recipe.data, "validation") if part.validate_every else []
+    set_seed(part.seed)
+    loaded = load_base(recipe.model, part.seed, len(classes) or None)
+    ordered = in_order(recipe, examples, loaded.tokenizer, classes, int(os.environ.get("WORLD_SIZE", "1")))
+    validation = _encoded(recipe, held, loaded.tokenizer, classes)[0] if held else []
+    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
+
+
+def classes_of(recipe: Recipe, examples: list[Any]) -> list[str]:
+    """What the head tells apart: names of classes, the one value of a regression, [] for a language model."""
+    head = recipe.model.head
+    _fits_head(examples[0], head)
+    return class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
+
+
+def in_order(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str], processes: int) -> InOrder:
+    """The rows of a run and the order in which so many processes together take them."""
+    part = recipe.train
+    rows, left_out = _encoded(recipe, examples, tokenizer, classes)
+    rows_a_step = part.batch_size * part.accumulate * processes
+    steps = part.steps or math.ceil(len(rows) * part.epochs / rows_a_step)
+    lengths = [len(row.input_ids) for row in rows]
+    order = training_order(lengths, steps * rows_a_step, part.batch_size * processes, part.seed)
+    return InOrder(rows, left_out, steps, order, rows_a_step)
+
+
+def _encoded(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
+    if classes:
+        return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
+    prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
+    return encode_all(examples, prompter, recipe.data.max_length)
+
+
+def _fits_head(example: Any, head: str) -> None:
+    if head != "causal" and not example.text:
+        raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
+    if head == "causal" and not example.messages:
+        raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")

@@ -1,0 +1,305 @@
+"""One function a task: model + examples → one row an example, in their order. Batched, longest rows first."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
+from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
+from dual_lora.lab.data.examples import Example
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.recipe import EvaluatePart
+from dual_lora.lab.run.extraction import answer_in
+
+Rows = list[dict[str, Any]]
+Advance = Callable[[int], None]
+
+
+def score_loss(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
+    encoded = [prompter.encode(example) for example in examples]
+    collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits[:, :-1].float()
+        targets = labels[:, labels.shape[1] - logits.shape[1] :]
+        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        sums, counts = nats.view_as(targets).double().sum(1).tolist(), (targets != IGNORED).sum(1).tolist()
+        for i, total, count in zip(part, sums, counts, strict=True):
+            rows[i] = {"nats": total, "tokens": count}
+        advance(len(part))
+    return rows
+
+
+def score_choice(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """The choice with the largest log-likelihood, and all of them. A prompt is read once for all of its choices."""
+    prompts: list[list[int]] = []
+    answers: list[list[list[int]]] = []
+    for example in examples:
+        if example.target not in example.choices:
+            raise UserError(
+                f"{example.where}: the answer {example.target!r} is not among the choices "
+                f"{', '.join(example.choices) or '(none)'}: set data.choices, or give the records a field choices."
+            )
+        prompts.append(prompter.prompt_ids(example.prompt, example.tools))
+        answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
+
+    rows: Rows = [{}] * len(examples)
+    at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
+    for part in _batches([len(prompt) for prompt in prompts], at_a_time):
+        scores = _log_likelihoods(model, [prompts[i] for i in part], [answers[i] for i in part], tokenizer.pad_token_id)
+        for i, sums in zip(part, scores, strict=True):
+            values = [x / len(a) if spec.per_token else x for x, a in zip(sums, answers[i], strict=True)]
+            chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
+            rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
+        advance(len(part))
+    return rows
+
+
+def _log_likelihoods(
+    model: Any, prompts: list[list[int]], answers: list[list[list[int]]], pad: int
+) -> list[list[float]]:
+    """The log-likelihood of each answer's tokens after its prompt. Answers that differ in their last token alone
+    stand in the same logits."""
+    contexts = [(i, context) for i, own in enumerate(answers) for context in _contexts(own)]
+    row_of = {context: row for row, context in enumerate(contexts)}
+    with torch.inference_mode():
+        logs = log_softmax(_logits_after(model, prompts, contexts, pad).float(), -1)
+    sums: list[list[float]] = []
+    for i, own in enumerate(answers):
+        sums.append([])
+        for answer in own:
+            index = torch.tensor(answer, device=logs.device)
+            places = torch.arange(len(answer), device=logs.device)
+            sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], places, index].sum()))
+    return sums
+
+
+def _contexts(answers: list[list[int]]) -> list[tuple[int, ...]]:
+    """The different beginnings of a prompt's answers, each without the last token, which nothing follows."""
+    return list(dict.fromkeys(tuple(answer[:-1]) for answer in answers))
+
+
+def _logits_after(
+    model: Any, prompts: list[list[int]], contexts: list[tuple[int, tuple[int, ...]]], pad: int
+) -> torch.Tensor:
+    """Logits [contexts, 1 + longest, vocabulary] after a prompt and after each further token of a context.
+
+    contexts: (the prompt's index, tokens). Without a cache that can be taken apart, prompts are read with each context.
+    """
+    accepts = accepted_arguments(model)
+    owners = torch.tensor([i for i, _ in contexts], device=model.device)
+    longest = max(len(tokens) for _, tokens in contexts)
+    padded = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for _, tokens in contexts], device=model.device)
+
+    def read(batch: dict[str, Any], keep: int, **more: Any) -> Any:
+        known = {k: v for k, v in batch.items() if k != "position_ids" or k in accepts}
+        return model(**known, **({"logits_to_keep": keep} if "logits_to_keep" in accepts else {}), **more)
+
+    batch = _to(model, left_padded(prompts, pad))
+    alone = read(batch, 1, use_cache=True)
+    first = alone.logits[owners, -1:]
+    if longest == 0:
+        return first
+    name = "cache" if "cache" in accepts else "past_key_values"
+    cache: Any = alone.get(name)
+    if not hasattr(cache, "batch_select_indices"):
+        whole = [prompts[i] + tokens for i, tokens in zip(owners.tolist(), padded.tolist(), strict=True)]
+        return read(_to(model, left_padded(whole, pad)), longest + 1).logits[:, -longest - 1 :]
+    cache.batch_select_indices(owners)
+    follow = {
+        "input_ids": padded,
+        "attention_mask": torch.cat([batch["attention_mask"][owners], torch.ones_like(padded)], 1),
+        "position_ids": batch["position_ids"][owners, -1:] + torch.arange(1, longest + 1, device=model.device),
+    }
+    return torch.cat([first, read(follow, longest, **{name: cache}).logits], 1)
+
+
+def score_exact_match(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """Greedy answers, and whether each one is the expected one."""
+    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in examples]
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
+    rows: Rows = []
+    for example, text in zip(examples, texts, strict=True):
+        found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
+        expected = example.target if spec.extract else example.answer
+        row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
+        rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
+    return rows
+
+
+def score_texts(
+    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
+) -> Rows:
+    """One greedy text for each different prompt, with all answers to this prompt as references."""
+    references: dict[str, list[Example]] = {}
+    for example in examples:
+        references.setdefault(prompter.prompt_text(example.prompt, example.tools), []).append(example)
+    firsts = [group[0] for group in references.values()]
+    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in firsts]
+    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
+    return [
+        {"predicted": text.strip(), "references": [e.answer for e in group]}
+        for text, group in zip(texts, references.values(), strict=True)
+    ]
+
+
+def score_classification(
+    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
+    advance: Advance,
+) -> Rows:  # fmt: skip
+    """The most probable class of each text and its cross-entropy (nats)."""
+    encoded: list[Encoded]
+    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
+    collate = Collator(tokenizer.pad_token_id, classification=True)
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits.float()
+        nats, best = cross_entropy(logits, labels, reduction="none").tolist(), logits.argmax(1).tolist()
+        for i, loss, number in zip(part, nats, best, strict=True):
+            name = classes[number]
+            rows[i] = {"correct": name == examples[i].label, "predicted": name, "nats": loss}
+        advance(len(part))
+    return rows
+
+
+def score_regression(
+    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
+    advance: Advance,
+) -> Rows:  # fmt: skip
+    """The value of each text."""
+    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
+    collate = Collator(tokenizer.pad_token_id, classification=True)
+    rows: Rows = [{}] * len(encoded)
+    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        batch.pop("labels")
+        with torch.inference_mode():
+            values = model(**batch).logits.float().flatten().tolist()
+        for i, value in zip(part, values, strict=True):
+            rows[i] = {"predicted": value}
+        advance(len(part))
+    return rows
+
+
+def generate_all(
+    model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
+    advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
+    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
+    texts = [""] * len(prompts)
+    for part in _batches([len(p) for p in prompts], batch_size):
+        batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
+        batch.pop("position_ids")  # generate counts positions itself
+        width = batch["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = model.generate(
+                **_to(model, batch),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **(search or {}),
+            )
+        for i, text in zip(part, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+            texts[i] = text
+        advance(len(part))
+    return texts
+
+
+def search_of(spec: EvaluatePart) -> dict[str, Any]:
+    """The search for an answer in the terms of ``generate``; empty for a greedy one."""
+    given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
+    return given | ({"no_repeat_ngram_size": spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
+
+
+def figures(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
+    """The figures of a task over its rows; of several test sets (`Example.part`) each, and their mean first."""
+    parts = list(dict.fromkeys(example.part for example in examples))
+    if len(parts) < 2 or len(rows) != len(examples):
+        return summary(task, rows, examples)
+    each = {}
+    for part in parts:
+        own = [i for i, example in enumerate(examples) if example.part == part]
+        each[part] = summary(task, [rows[i] for i in own], [examples[i] for i in own])
+    names = list(each[parts[0]])
+    means = {name: sum(own[name] for own in each.values()) / len(parts) for name in names}
+    return means | {f"{name}/{part}": own[name] for part, own in each.items() for name in names}
+
+
+def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
+    """The figures of a task over its rows, all taken together."""
+    if task == "loss":
+        nats, tokens = sum(r["nats"] for r in rows), sum(r["tokens"] for r in rows)
+        loss = nats / tokens
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    if task == "nlg":
+        from dual_lora.lab.run.nlg import nlg_figures
+
+        return nlg_figures([r["predicted"] for r in rows], [r["references"] for r in rows])
+    if task == "bleu":
+        try:
+            from sacrebleu import corpus_bleu
+        except ImportError:
+            raise UserError("The task bleu needs sacrebleu: `pip install sacrebleu`.") from None
+        most = max(len(r["references"]) for r in rows)
+        columns: Any = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
+        return {"bleu": corpus_bleu([r["predicted"] for r in rows], columns).score}
+    if task == "regression":
+        from scipy.stats import pearsonr, spearmanr
+
+        values = [r["predicted"] for r in rows], [float(e.label) for e in examples]
+        return {"pearson": float(pearsonr(*values).statistic), "spearman": float(spearmanr(*values).statistic)}
+    accuracy = sum(r["correct"] for r in rows) / len(rows)
+    if task != "classification":
+        return {task: accuracy}
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    truth, guess = [e.label for e in examples], [r["predicted"] for r in rows]
+    return {
+        "accuracy": accuracy,
+        "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
+        "matthews": float(matthews_corrcoef(truth, guess)),
+        "loss": sum(r["nats"] for r in rows) / len(rows),
+    }
+
+
+def _same(found: str, expected: str, compare: str) -> bool:
+    if compare == "text":
+        return found == expected
+    try:
+        return json.loads(found) == json.loads(expected)
+    except json.JSONDecodeError:
+        return False
+
+
+def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of rows of like length, the longest first: too little memory then shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _to(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

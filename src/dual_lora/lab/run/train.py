@@ -1,0 +1,292 @@
+"""Fine-tune by a recipe: transformers' Trainer with a fixed order of rows, whole checkpoints and a full record."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from dual_lora.lab.data.batches import Ordered
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model import precision
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.methods import apply_method, is_kind, method_config
+from dual_lora.lab.model.opened import Tuned, write_note
+from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.recipe.recipe import Recipe, build_recipe
+from dual_lora.lab.run.failures import Diverged as Diverged
+from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
+from dual_lora.lab.run.folder import RunFolder, write_atomically, write_folder_atomically
+from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
+from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
+from dual_lora.lab.run.prepare import prepare
+from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
+from dual_lora.lab.run.watch import RankAllocation, Watch
+
+
+@dataclass
+class RunResult:
+    """What a run came to. Sizes in bytes, times in seconds of training proper (all sessions of a resumed run)."""
+
+    folder: str
+    state: str  # "finished", or "interrupted" with a checkpoint to resume from
+    steps: int
+    loss: float | None  # of the last log line
+    validation_loss: float | None
+    seconds: float
+    tokens: int  # seen in training, padding left out
+    tokens_per_second: float
+    peak_memory: int
+    trainable_parameters: int
+    all_parameters: int
+    adapter_bytes: int
+    examples: int
+    left_out: int  # examples longer than data.max_length
+    tuned: Tuned | None = field(default=None, repr=False, compare=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, for record.json and ``--json``."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tuned"}
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RunResult:
+    """Train by ``recipe`` into the folder ``out``.
+
+    resume: go on from the last whole checkpoint of ``out``, or from the start if there is none; the adapter comes out
+    as if the run had never stopped. A finished run is left as it is. overwrite: remove the run that is in ``out``.
+    callbacks: further callbacks of transformers' Trainer, after ours (the recipe does not record them).
+    Raises UserError for everything that a person can put right; the last checkpoint stays in any case.
+    """
+    folder = RunFolder(Path(out))
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        folder.open(resume, overwrite)
+    reset_peak()
+    asked = recipe
+    try:
+        if resume and folder.is_run:
+            recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
+            _same_recipe(recipe, folder)
+            if folder.result is not None and (finished := _finished(folder)):
+                return finished
+        recipe = precision.settled_here(recipe)
+        if precision.leaves_open(asked) and progress and main:
+            console.print(str(precision.fast_precision()), markup=False)
+        with clear_failures(folder):
+            return _train(recipe, asked, folder, main, progress, callbacks)
+    except BaseException as error:
+        if main:
+            note_failure(folder, error)
+        raise
+    finally:
+        if main:
+            folder.close()
+
+
+def recipe_of_run(out: str | Path) -> Recipe:
+    """The recipe that a run folder was made with."""
+    import yaml
+
+    folder = RunFolder(Path(out))
+    if not folder.is_run:
+        raise UserError(f"{out} is not a run: it holds no recipe.yaml.")
+    return build_recipe(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), str(folder.recipe))
+
+
+def _train(
+    recipe: Recipe, asked: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
+) -> RunResult:
+    part = recipe.train
+    # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
+    method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])
+    check_names(part)
+    ready = prepare(recipe)
+    loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
+    config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
+    if wants_gradients(config):
+        ordered = [ready.rows[i] for i in ready.order]
+        show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
+    model = apply_method(loaded, config, recipe.model.path, part.seed)
+    check_patterns("train.rates", part.rates, model)
+    if wants_gradients(config) and main:
+        model.save_pretrained(str(folder.start))
+
+    checkpoint = folder.last_checkpoint()
+    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    counts = {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "all_parameters": sum(p.numel() for p in model.parameters()),
+        "examples": len(ready.rows),
+        "left_out": ready.left_out,
+    }
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if checkpoint:
+        _same_rows_at_once(folder, part.batch_size, processes)
+    record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
+    record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
+    if recipe.origin is not None:
+        record["origin"] = recipe.origin.model_dump(mode="json")
+    record["precision"] = _precision_before(folder) or precision.record_of(asked, recipe)
+    record |= {"total_steps": steps, **counts, **surroundings()}
+    earlier = _seconds_before(folder, start)
+    if main:
+        _begin(recipe, folder, record, start)
+
+    with Bar("training", steps, progress and main, start) as bar, quiet():
+        watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
+        callbacks = [*_callbacks_of(config), *more]
+        rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
+        trainer = build_trainer(model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks)
+        if checkpoint:
+            _same_sharding(checkpoint, trainer)
+        with watch.interruptible():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    done = trainer.state.global_step
+    seconds = earlier + watch.seconds()
+    lines = read_metrics(folder.metrics)
+    result = RunResult(
+        folder=str(folder.path),
+        state="finished" if done >= steps else "interrupted",
+        steps=done,
+        loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+        validation_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
+        seconds=round(seconds, 3),
+        tokens=tokens[done],
+        tokens_per_second=round(tokens[done] / seconds, 1) if seconds else 0.0,
+        peak_memory=peak_memory(),
+        adapter_bytes=0,
+        **counts,
+    )
+    if result.state == "finished":
+        check_finite(model, done)
+        target = folder.full_model if config is None else folder.adapter
+        _save(trainer, loaded.tokenizer, recipe, ready.classes, target, main)
+        result.adapter_bytes = sum(f.stat().st_size for f in target.glob("*.safetensors")) if main else 0
+        result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
+    if main:
+        record |= {"state": result.state, "result": result.summary()}
+        write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+    return result
+
+
+def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
+    """What an earlier session of this run has recorded of the choice that it made."""
+    try:
+        return json.loads(folder.record.read_text(encoding="utf-8")).get("precision") if folder.is_run else None
+    except (OSError, ValueError):
+        return None
+
+
+def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
+    """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
+    if not folder.is_run:
+        write_atomically(folder.recipe, recipe.to_yaml())
+    write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+    kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
+    write_atomically(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _callbacks_of(config: Any) -> list[TrainerCallback]:
+    """What a method needs to be told while it trains."""
+    if is_kind(config, "DUAL_LORA"):
+        from dual_lora import DualLoraCallback
+
+        return [DualLoraCallback()]
+    return [RankAllocation()] if is_kind(config, "ADALORA") else []
+
+
+def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], target: Path, main: bool) -> None:
+    def write(folder: Path) -> None:
+        with quiet():
+            if (start := target.with_name("start")).is_dir():
+                save_as_change(trainer.model, start, folder)
+            else:
+                trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
+            tokenizer.save_pretrained(str(folder))
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
+        write_note(folder, recipe, classes)
+
+    if main:
+        write_folder_atomically(target, write)
+    else:
+        trainer.save_model(str(target.with_name(target.name + ".part")))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The method's configuration, every default included, in plain values."""
+    if config is None:
+        return {"name": "full"}
+    return json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+
+
+def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [
+        f"{part}.{key}" if isinstance(old[part], dict) else part
+        for part in old
+        if part not in ("evaluate", "about", "name", "origin")
+        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
+        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
+        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
+    ]
+    if changed:
+        raise UserError(
+            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
+            "resume it without changes, or give another --out."
+        )
+
+
+def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
+    """The order of the examples hangs on how many are taken at once, over all processes."""
+    record = json.loads(folder.record.read_text(encoding="utf-8"))
+    before, now = record.get("rows_at_once", batch_size * processes), batch_size * processes
+    if before == now:
+        return
+    fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
+    raise UserError(
+        f"The run {folder.path} took {before} examples at once, on {record['processes']} process(es); here it would "
+        f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
+        f"{fitting}on {record['processes']} process(es), or give another --out."
+    )
+
+
+def _same_sharding(checkpoint: Path, trainer: Trainer) -> None:
+    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
+    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
+    if before == now:
+        return
+    if before:
+        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
+    else:
+        advice = "Start it without FSDP, as before"
+    raise UserError(
+        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
+        f"{'with' if now else 'without'} it. {advice}."
+    )
+
+
+def _finished(folder: RunFolder) -> RunResult | None:
+    try:
+        record = json.loads(folder.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return RunResult(**record["result"]) if record.get("state") == "finished" else None
+
+
+def _seconds_before(folder: RunFolder, step: int) -> float:
+    """Training time up to ``step`` in earlier sessions, as far as metrics.jsonl tells."""
+    return max((line["seconds"] for line in read_metrics(folder.metrics) if line["step"] <= step), default=0.0)

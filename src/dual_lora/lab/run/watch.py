@@ -1,0 +1,125 @@
+"""Trainer callbacks: what is seen and written while a run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dual_lora.lab.model.load import best_device
+from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.run.failures import NotFinite, check_finite
+from dual_lora.lab.run.folder import RunFolder, mark_whole
+
+LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
+FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
+
+
+class Watch(TrainerCallback):
+    """Shows progress, writes metrics, declares checkpoints whole, stops at NaN and at Ctrl-C.
+
+    tokens: how many have been seen after each step, from 0 on. earlier: seconds of the sessions before this one.
+    keep: how many checkpoints stay. losses: filled by the loss function, one entry a micro-batch.
+    """
+
+    def __init__(self, folder: RunFolder, bar: Bar, tokens: list[int], earlier: float, keep: int, main: bool):
+        self.folder, self.bar, self.tokens, self.earlier = folder, bar, tokens, earlier
+        self.keep, self.main = keep, main
+        self.losses: list[torch.Tensor] = []
+        self.stop = False
+        self._start: float | None = None
+        self._first = 0
+        self._end: float | None = None
+        self._looked = False
+        self._second: tuple[float, float] | None = None  # the clocks after the first step, which also warms up
+
+    def seconds(self) -> float:
+        """Training time of this session."""
+        return (self._end or time.perf_counter()) - self._start if self._start is not None else 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start, self._first = time.perf_counter(), state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._end = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        step = state.global_step
+        loss = float(sum(self.losses)) if self.losses else math.nan  # one wait for the device a step
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise NotFinite(f"The loss became {loss} at step {step}.")
+        rate = (self.tokens[step] - self.tokens[self._first]) / self.seconds()
+        self.bar.to(step, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
+        self._look_at_threads()
+        if step >= state.max_steps:
+            control.should_log = True  # the loss of the end is known however rarely it is logged
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+        if control.should_save:
+            check_finite(model, step)
+
+    def _look_at_threads(self) -> None:
+        """Say once if the threads got far less processor time than there was: then fewer of them may be faster."""
+        now = time.perf_counter(), time.process_time()
+        if self._second is None:
+            self._second = now
+        wall, busy = now[0] - self._second[0], now[1] - self._second[1]
+        threads = torch.get_num_threads()
+        if self._looked or wall < LOOK_AFTER:
+            return
+        self._looked = True
+        if threads > 1 and busy < FULL_SHARE * threads * wall and self.bar.shown and best_device() == "cpu":
+            console.print(
+                f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait "
+                f"for each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not self.main or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "epoch"}}
+        line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.earlier + self.seconds(), 3)}
+        with self.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its part
+        if self.main:
+            mark_whole(self.folder.checkpoints / f"checkpoint-{state.global_step}")
+            self.folder.keep_newest(self.keep)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def finish_step(*_: Any) -> None:
+            self.stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = signal.signal(signal.SIGINT, finish_step)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class RankAllocation(TrainerCallback):
+    """AdaLoRA gives its ranks away only if it is told of every step; without this it is LoRA, silently."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)

@@ -1,0 +1,143 @@
+"""From pairs and methods, as a results.json has them, to what may be said of them; no run is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dual_lora.lab.study import judging, metrics, notes
+from dual_lora.lab.study.cell import place_name
+from dual_lora.lab.study.job import settings_in_words
+from dual_lora.lab.study.study import Study
+
+Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
+
+
+class Said(NamedTuple):
+    """What follows from pairs and methods alone, and so from a results.json as well as from runs."""
+
+    comparisons: list[dict[str, Any]]
+    false_alarm: float | None  # chance of any, with the noise of these runs
+    notes: list[str]
+
+
+def conclude(
+    study: Study,
+    pairs: Sequence[judging.Comparison],
+    methods: Sequence[dict[str, Any]],
+    untrained: Sequence[dict[str, Any]],
+) -> Said:
+    """Judge the pairs together, each as far as its methods' runs allow."""
+    at = {(m["model"], m["task"], m["method"]): m for m in methods}
+    ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
+    unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
+    judged = judging.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
+    comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
+    false_alarm = judging.false_alarm(judged, study.level)
+    return Said(
+        [_plain(c) for c in comparisons],
+        false_alarm,
+        notes.level(false_alarm, study.level)
+        + notes.near_choices(methods, study.search.metric if study.search else None)
+        + notes.ends_of_searches(ends)
+        + notes.level_searches(methods)
+        + notes.unlearned_notes(unlearned),
+    )
+
+
+def about_pairs(study: Study, place: tuple[str, str], metric: str) -> dict[str, Any]:
+    """What all comparisons of one place are judged by."""
+    return {
+        "task": place_name(*place),
+        "metric": metric,
+        "margin": study.margin.get(metric),
+        "confidence": 1 - study.level,
+        "wanted_power": study.power,
+        "counted": metrics.counted(metric),
+    }
+
+
+def placed(pair: judging.Comparison, place: tuple[str, str]) -> judging.Comparison:
+    """The comparison with its model and task, and which way its metric is better."""
+    return dataclasses.replace(pair, place=place, better=metrics.better(pair.metric))
+
+
+def _lost(method: dict[str, Any]) -> int | None:
+    """How many final runs diverged; None if all did."""
+    everything = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
+    return None if everything else method["diverged"]
+
+
+def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison:
+    """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
+
+    The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
+    """
+    lost = {name: _lost(at[(*c.place, name)]) for name in (c.candidate, c.reference)}
+    silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
+    gone = [name for name, n in lost.items() if n is None]
+    if gone:
+        note = f"No run of {' or '.join(gone)} came to an end with a score."
+        return dataclasses.replace(c, verdict=judging.Verdict.DIVERGED, note=note, **silent)
+    if c.items == 1 and c.seeds > 1:
+        return dataclasses.replace(c, verdict=judging.Verdict.ONE_ITEM, **silent)
+    some = [f"{n} of {name}" for name, n in lost.items() if n]
+    if some and c.seeds > 1:
+        note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
+            ": equivalence is not claimed." if c.margin is not None else "."
+        )
+        return dataclasses.replace(c, p_same=None, note=note)
+    return c
+
+
+def _plain(c: judging.Comparison) -> dict[str, Any]:
+    sign = metrics.sign(c.metric)
+    scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
+    model, task = c.place
+    values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
+    del values["place"]
+    if c.verdict is judging.Verdict.DIVERGED:  # figures of a method that has none
+        absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
+        figures = dict.fromkeys(("difference", "error", "seed_error"))
+        values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
+    return values
+
+
+def _learned(c: judging.Comparison, unlearned: dict[tuple[str, str, str], str]) -> judging.Comparison:
+    """A method that did not learn the task is like another in nothing that anybody asked about."""
+    why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned}
+    if not why:
+        return c
+    alike = c.verdict is judging.Verdict.EQUIVALENT
+    if len(why) == 1:
+        ((name, reason),) = why.items()
+        note = f"{name} has not learned the task: {reason}"
+        if not alike:
+            return dataclasses.replace(c, note=f"{c.note} {note}.".strip())
+        return dataclasses.replace(
+            c, verdict=judging.Verdict.INCONCLUSIVE, note=f"{note}. Equivalence is not claimed.".strip()
+        )
+    first, second = why.values()
+    reason = f"Of both, {first}." if first == second else f"Of {c.candidate}, {first}; of {c.reference}, {second}."
+    if alike:
+        return dataclasses.replace(c, verdict=judging.Verdict.UNLEARNED, note=reason)
+    return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
+
+
+def _as_tuned(c: judging.Comparison, at: Methods) -> judging.Comparison:
+    """A verdict holds for the settings that one search chose, so it names them: another might choose others."""
+    mine, other = (settings_in_words(at[(*c.place, name)]["settings"]) for name in (c.candidate, c.reference))
+    if not (mine or other):
+        return c
+    settings = (
+        f"Both at {mine}." if mine == other else f"At {mine or 'its settings'} against {other or 'its settings'}."
+    )
+    return dataclasses.replace(c, note=f"{settings} {c.note}".strip())
+
+
+def _with_doubt(c: judging.Comparison, ends: dict[tuple[str, str, str], str]) -> judging.Comparison:
+    """A verdict on a method that was not searched to its best says so."""
+    loser = {judging.Verdict.WORSE: c.candidate, judging.Verdict.BETTER: c.reference}.get(c.verdict)
+    end = ends.get((*c.place, loser)) if loser else None
+    return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c

@@ -1,0 +1,204 @@
+"""What may be said about one method against another: comparisons, corrected for their number, and their verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from dual_lora.lab.study import statistics as stats
+
+NAMES = ("candidate", "reference")
+
+
+class Verdict(StrEnum):
+    """What may be said about a candidate against its reference."""
+
+    BETTER = "significantly better"
+    WORSE = "significantly worse"
+    UNCLEAR = "significantly different, size unclear"
+    EQUIVALENT = "equivalent within the margin"
+    INCONCLUSIVE = "inconclusive"
+    NOT_SIGNIFICANT = "not significant"
+    ONE_SEED = "no verdict from one seed"
+    ONE_ITEM = "no verdict from one test item"
+    DIVERGED = "no verdict, every run diverged"
+    UNLEARNED = "neither learned the task"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One candidate against one reference on one task; differences in the metric's unit, positive is better.
+
+    p: chance of a difference this large if there were none (seeds and items both random); `p_holm` after
+        Holm's correction over all comparisons made together. p_same: chance of looking this alike if the true
+        difference were as large as the margin; same_low, same_high: the interval which that test holds against the
+        margin (90 % at a level of 5 %).
+    visible: the smallest true difference that a study of this size finds with `power`, at the corrected
+    level; None where nothing varied, and noise can't be judged.
+    """
+
+    candidate: str
+    reference: str
+    task: str
+    metric: str
+    candidate_score: float
+    reference_score: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    p: float | None
+    p_holm: float | None
+    p_same: float | None
+    p_same_holm: float | None
+    same_low: float
+    same_high: float
+    visible: float | None
+    power: float
+    margin: float | None
+    spread: stats.Spread
+    verdict: Verdict
+    note: str = ""
+    place: tuple[str, str] = ("", "")  # model and task, for programs
+    better: str = "more"  # or "less", of the metric; the difference is positive where it is better in both cases
+
+    @property
+    def seeds(self) -> int:
+        """How many paired seeds there were."""
+        return self.spread.seeds
+
+    @property
+    def items(self) -> int:
+        """How many paired test items there were (1 where the metric has none)."""
+        return self.spread.items
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words, with the figure, its interval and what the study could have seen."""
+        head = f"{self.candidate} against {self.reference} on {self.task}: {self.verdict}"
+        figure = f"{'' if self.better == 'more' else 'reduction of '}{self.metric} {self.difference:+.4g}"
+        if self.verdict is Verdict.DIVERGED:
+            return f"{head}. {self.note}".rstrip()
+        if self.verdict is Verdict.ONE_ITEM:
+            return f"{head} ({figure} there, {self.seeds} seeds). Give more test items. {self.note}".rstrip()
+        if self.verdict is Verdict.ONE_SEED:
+            return (
+                f"{head} ({figure}, for these two trained models on {self.items} items only). "
+                f"Give at least two seeds, better five. {self.note}"
+            ).rstrip()
+        if self.verdict is Verdict.EQUIVALENT:
+            share, low, high, p = 2 * self.confidence - 1, self.same_low, self.same_high, self.p_same_holm
+            head += f" of ±{self.margin:.3g}"
+            end = f"p of a difference as large as the margin {p:.3g} corrected, {self.seeds} seeds"
+        else:
+            share, low, high = self.confidence, self.low, self.high
+            seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
+            end = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
+        figure += f", {share:.0%} interval {low:+.4g} to {high:+.4g}"
+        return f"{head} ({figure}, {end}). {self.note}".rstrip()
+
+
+def false_alarm(comparisons: Sequence[Comparison], level: float) -> float | None:
+    """Chance of any false alarm among these comparisons, if there were no difference anywhere and the noise were what
+    it was seen to be; None where no noise was seen. It is `level` at most: the interval holds its level everywhere, and
+    gives away some of it where seeds and items both matter."""
+    many = [c.spread for c in comparisons if c.p is not None]
+    chances = [2 * stats.power(0.0, s, level / len(many)) for s in many if s.error > 0]
+    return 1 - math.prod(1 - chance for chance in chances) if chances else None
+
+
+def compare_pair(candidate: ArrayLike, reference: ArrayLike, *, task: str = "task", **about: Any) -> Comparison:
+    """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`."""
+    a, b = stats.table(candidate), stats.table(reference)
+    if a.shape != b.shape:
+        names = about.get("names", NAMES)
+        raise ValueError(
+            f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {task}: pairing needs the same "
+            "seeds and items."
+        )
+    return compare_spread(stats.spread(a - b), (float(a.mean()), float(b.mean())), task=task, **about)
+
+
+def compare_spread(
+    s: stats.Spread,
+    scores: tuple[float, float],
+    *,
+    names: tuple[str, str] = NAMES,
+    task: str = "task",
+    metric: str = "score",
+    margin: float | None = None,
+    confidence: float = 0.95,
+    wanted_power: float = 0.8,
+    counted: bool = False,
+) -> Comparison:
+    """One comparison before correction, from the spread of its differences; pass all of them to `judge`.
+
+    counted: see `same_p`.
+    """
+    low, high = stats.interval(s, confidence)
+    same_low, same_high = stats.interval(s, 2 * confidence - 1)
+    many = s.seeds > 1
+    return Comparison(
+        candidate=names[0],
+        reference=names[1],
+        task=task,
+        metric=metric,
+        candidate_score=scores[0],
+        reference_score=scores[1],
+        difference=s.difference,
+        low=low,
+        high=high,
+        confidence=confidence,
+        p=stats.difference_p(s) if many else None,
+        p_holm=None,
+        p_same=stats.same_p(s, margin, counted) if many and margin is not None else None,
+        p_same_holm=None,
+        same_low=same_low,
+        same_high=same_high,
+        visible=stats.smallest_visible(s, 1 - confidence, wanted_power),
+        power=wanted_power,
+        margin=margin,
+        spread=s,
+        verdict=Verdict.INCONCLUSIVE if many else Verdict.ONE_SEED,
+    )
+
+
+def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Comparison]:
+    """Verdicts for comparisons that are made together, corrected for their number.
+
+    Equivalence comes first: the margin is the user's word for what is too small to matter, so a difference
+    that is surely inside it is no victory, however sure its sign. Nor is a significant difference whose estimate lies
+    inside the margin, though it may be larger. A comparison without a p gets no verdict, and is not corrected for: it
+    keeps the reason that it came with.
+    """
+    many = [c for c in comparisons if c.p is not None]
+    apart = dict(zip(map(id, many), stats.holm([c.p for c in many if c.p is not None]), strict=True))
+    margins = [c for c in many if c.p_same is not None]
+    alike = dict(zip(map(id, margins), stats.holm([c.p_same for c in margins if c.p_same is not None]), strict=True))
+    judged = []
+    for c in comparisons:
+        if id(c) not in apart:
+            judged.append(c)
+            continue
+        p, same = apart[id(c)], alike.get(id(c))
+        verdict, note = _verdict(c, p < level, same is not None and same < level)
+        note = f"{note} {c.note}".strip()
+        visible = stats.smallest_visible(c.spread, level / len(many), c.power)
+        judged.append(replace(c, p_holm=p, p_same_holm=same, verdict=verdict, note=note, visible=visible))
+    return judged
+
+
+def _verdict(c: Comparison, significant: bool, same: bool) -> tuple[Verdict, str]:
+    sign = "better" if c.difference > 0 else "worse"
+    if same:
+        return Verdict.EQUIVALENT, f"Significantly {sign}, but by less than the margin." if significant else ""
+    if not significant:
+        return (Verdict.NOT_SIGNIFICANT if c.margin is None else Verdict.INCONCLUSIVE), ""
+    if c.margin is not None and abs(c.difference) < c.margin:
+        return Verdict.UNCLEAR, f"The estimate is {sign} by less than the margin of ±{c.margin:.3g}."
+    return (Verdict.BETTER if c.difference > 0 else Verdict.WORSE), ""

@@ -1,0 +1,212 @@
+"""What has to be said beside the verdicts: of searches, of methods that learned nothing, of what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.cell import Finished, place_name
+from dual_lora.lab.study.job import mean_scores
+from dual_lora.lab.study.load import loads
+from dual_lora.lab.study.study import Study
+
+
+def end_of_search(method: dict[str, Any]) -> str:
+    """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    for name, value in (method["settings"] or {}).items():
+        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
+        tried = [t["settings"][name] for t in trials]
+        if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
+            continue
+        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
+        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
+            continue  # as good as one inside
+        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+    return ""
+
+
+def level(false_alarm: float | None, allowed: float) -> list[str]:
+    """The level that the study really has."""
+    if false_alarm is None:
+        return []
+    return [
+        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {allowed:.0%} at "
+        "most. It holds for the methods with the settings named here, not for what another search would choose."
+    ]
+
+
+def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[str]:
+    """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
+    near = []
+    for m in methods:
+        judged = metric or m["metric"]
+        figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
+        noise = np.array([v for v in figures if v is not None])
+        scores = np.array([mean for _, mean in mean_scores(m["trials"])])
+        if len(scores) < 2 or len(noise) < 2:
+            continue
+        repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
+        chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
+        if chance > 0.05:
+            near.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({chance:.0%})")
+    if not near:
+        return []
+    return [
+        "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
+        f"between seeds as much as the final runs do): {', '.join(near)}."
+    ]
+
+
+def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
+    """Chance that a search with another seed has another best trial. Both searches have the noise of a run."""
+    drawn = np.random.default_rng(0).standard_normal((4000, len(scores)))
+    again = scores + math.sqrt(2) * deviation * drawn
+    return float((again.argmax(1) != scores.argmax()).mean())
+
+
+def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Searches whose trials all scored alike."""
+    notes = []
+    for m in methods:
+        scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
+        if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
+            (score,) = scores
+            notes.append(
+                f"Every trial of {m['method']} on {place_name(m['model'], m['task'])} that did not diverge scored "
+                f"{score:.4g}: the search could not choose, and the first of them was taken."
+            )
+    return notes
+
+
+def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> str:
+    """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
+    score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
+    if score is None:
+        return ""
+    if figures and all(f.get("matthews") == 0 for f in figures):
+        return "every run is right as often as one that gives every item the same answer (Matthews 0)"
+    sign = metrics.sign(method["metric"])
+    for base in untrained:
+        if (base["model"], base["task"]) != (method["model"], method["task"]):
+            continue
+        if sign * (score - base["score"]) <= 1e-12:  # a mean over seeds may be an ulp above each of them
+            return f"its mean score is not better than the untrained model's ({base['score']:.4g})"
+        if score <= base.get("constant", -1.0) + 1e-12:
+            return f"it is right no more often than one answer to everything ({base['constant']:.4g})"
+    return ""
+
+
+def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
+    """Methods that have not learned their task; unlearned: (model, task, method) -> why."""
+    return [
+        f"{method} has not learned {place_name(model, task)}: {why}."
+        for (model, task, method), why in unlearned.items()
+    ]
+
+
+def amended(results: dict[str, Any]) -> list[str]:
+    """When and why a study was judged again, and which verdicts changed by it."""
+    said = []
+    for a in results.get("amendments", []):
+        changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a["changed"])
+        said.append(f"Amended {a['date']}. {a['what']} Verdicts changed: {changed or 'none'}.")
+    return said
+
+
+def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
+    """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
+    notes = []
+    for f in finished:
+        if f.complete:
+            continue
+        done = sum(outcome is not None for _, outcome in f.finals)
+        where = f"{f.cell.method} on {place_name(*f.cell.place)}"
+        state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
+        alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
+        notes.append(f"{where} is not compared with anything{alone}: {state}.")
+    return notes
+
+
+def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
+    """Tasks with one test item."""
+    places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+
+
+def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Times of runs that shared the machine differ from times of runs that had it for themselves."""
+    groups: dict[tuple[int | None, ...], list[str]] = {}
+    for m in methods:
+        if m["measured_beside"]:
+            groups.setdefault(tuple(m["measured_beside"]), []).append(
+                f"{m['method']} on {place_name(m['model'], m['task'])}"
+            )
+    found = loads(methods)
+    if found <= {1}:
+        return []
+    if len(found) == 1:
+        (load,) = found
+        if load is None:
+            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
+        return [f"{load} runs went side by side: times and speeds are comparable with each other only."]
+    parts = "; ".join(
+        f"{' and '.join('unknown' if n is None else str(n) for n in load)}: {', '.join(names)}"
+        for load, names in groups.items()
+    )
+    return [
+        "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
+        f"another study or another call. Runs at a time: {parts}."
+    ]
+
+
+def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
+    """Methods that did best at an end of their search; ends: (model, task, method) -> which."""
+    return [
+        f"{method} on {place_name(model, task)} did best with {end}: it may do better beyond."
+        for (model, task, method), end in ends.items()
+    ]
+
+
+def precisions(finished: Sequence[Finished]) -> list[str]:
+    """In which precision the runs were done: figures of two do not compare."""
+    groups: dict[str, list[str]] = {}
+    for f in finished:
+        recipe = f.cell.recipe
+        mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
+        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(
+            f"{f.cell.method} on {place_name(*f.cell.place)}"
+        )
+    if len(groups) < 2:
+        return [f"All runs: {words}." for words in groups]
+    return [
+        "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
+    ]
+
+
+def single_seed(study: Study) -> list[str]:
+    """Why a study with one seed calls no winner."""
+    if len(study.seeds) > 1:
+        return []
+    return ["With one seed no winner can be called: give seeds: 5, or at least 2."]
+
+
+def unmeasured(finished: Sequence[Finished]) -> list[str]:
+    """Costs of use that a method would not be measured by, and why."""
+    return [
+        f"{name.replace('_', ' ')} of {f.cell.method} on {place_name(*f.cell.place)} could not be measured: {why}"
+        for f in finished
+        for _, outcome in f.finals
+        for name, why in ((outcome or {}).get("use_problems") or {}).items()
+    ]
+
+
+def warned(finished: Sequence[Finished]) -> list[str]:
+    """What the runs were warned of, each warning once."""
+    outcomes = [outcome for f in finished for _, outcome in [*f.trials, *f.finals] if outcome]
+    return list(dict.fromkeys(f"warning: {text}" for outcome in outcomes for text in outcome.get("warnings", [])))

@@ -1,0 +1,283 @@
+"""From a study to its runs: every method checked, its rank solved for, its validation kept apart from its test.
+
+`cell` says what a cell is, `jobs` which runs it has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.model.precision import AUTO, settled, settled_here
+from dual_lora.lab.recipe.recipe import Recipe, build_recipe, merged, read_recipe
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study.budget import Scale, Size, classes_of, rank_field, solve_rank
+from dual_lora.lab.study.cell import Cell, fields_at
+from dual_lora.lab.study.job import trial_jobs
+from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
+
+
+def lay_out(study: Study) -> list[Cell]:
+    """The study's cells, budgets in parameters matched. Raises UserError for everything that can be known now."""
+    scale = Scale()
+    cells = []
+    entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
+    for model, task, base in places(study):
+        metric, overlap = _metric(study, task, base), _keep_test_apart(study, task, base)
+        classes = classes_of(base)
+        target = _target(study, scale, base, classes)
+        for name, entry in entries.items():
+            recipe, size, rank, mismatch, notes = _sized(study, scale, base, classes, name, entry, target)
+            cell = Cell(model, task, name, entry, recipe, metric, size, classes, rank, mismatch, notes, overlap)
+            _check_training(study, scale, cell)
+            cells.append(cell)
+    return cells
+
+
+def places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+    """Every model with every task, as a recipe that has no method yet, in the study's precision."""
+    for model, task, recipe in written_places(study):
+        yield model, task, settled_here(recipe) if study.precision == AUTO else settled(recipe, study.precision)
+
+
+def written_places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+    """The same as they are written, with `auto` where a recipe says so."""
+    for model, over_model in (study.models or {"": {}}).items():
+        for task, entry in study.tasks.items():
+            over_task = {k: v for k, v in entry.model_dump(exclude={"recipe", "metric"}).items() if v}
+            over = merged(merged(study.overrides, over_task), over_model)
+            if study.search and study.search.holdout:
+                data = read_recipe(entry.recipe, over).data
+                if not data.validation and not data.holdout:
+                    over = merged(over, {"data": {"holdout": study.search.holdout}})
+            yield model, task, read_recipe(entry.recipe, over)
+
+
+def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
+    """The entry with its preset filled in and its fields known to PEFT."""
+    from dual_lora.lab.model.methods import method_fields, method_names, plain_name
+
+    written = entry.name or name
+    plain = plain_name(written).replace("+", "plus")
+    preset = PRESETS.get(plain, {"name": written if ":" in written else plain})
+    known = sorted({*method_names(), *PRESETS})
+    if plain not in known:
+        raise UserError(f"methods.{name}: there is no method {written!r}.{suggest(plain, known)}")
+    needed = {"galore": "galore_torch", "apollo": "apollo_torch"}.get(plain)
+    if needed and importlib.util.find_spec(needed) is None:
+        raise UserError(
+            f"methods.{name}: {plain} needs the package {needed}: `pip install {needed.replace('_', '-')}`."
+        )
+    values = entry.model_dump()
+    values |= {"name": preset["name"], "unmatched": entry.unmatched or preset.get("unmatched", False)}
+    values["train"] = merged(preset.get("train", {}), entry.train)
+    for key in entry.fields:
+        fields = method_fields(preset["name"])
+        if key not in fields:
+            own = [k for k in MethodEntry.model_fields if k != "name"]
+            hint = suggest(key, [*fields, *own])
+            raise UserError(f"methods.{name}: method {preset['name']} has no field {key!r}.{hint}")
+    return MethodEntry.model_validate(values)
+
+
+def _metric(study: Study, task: str, recipe: Recipe) -> str:
+    head = recipe.model.head
+    metric = study.tasks[task].metric or metrics.default_metric(recipe.evaluate.tasks, head)
+    for name in (metric, study.search.metric if study.search else None):
+        if name:
+            try:
+                metrics.evaluation(name, head)
+            except UserError as error:
+                raise UserError(f"tasks.{task}: {error}") from None
+    return metric
+
+
+def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> str:
+    """Refuse to tune on test records. Returns what has to be said of the few that are in both."""
+    from dual_lora.lab.data.examples import load_split
+    from dual_lora.lab.data.records import find
+
+    data = recipe.data
+    if data.tests:
+        raise UserError(
+            f"tasks.{task}: the recipe has several test sets ({', '.join(data.tests)}), and a task of a study has one: "
+            f"make each a task of its own, NAME: {{recipe: {study.tasks[task].recipe}, data: {{test: FILE}}}}."
+        )
+    if not data.test:
+        raise UserError(f"tasks.{task}: the recipe names no test records: set data.test.")
+
+    def files(source: str) -> set[str]:
+        names = (name.strip() for name in source.split(" + "))
+        return {name if name.startswith("hub:") else str(find(name).resolve()) for name in names}
+
+    def same(a: str, b: str) -> bool:
+        return bool(files(a) & files(b))
+
+    if data.train and same(data.train, data.test):
+        raise UserError(f"tasks.{task}: data.train and data.test are the same records, {data.test}.")
+    if study.search is None:
+        return ""
+    if not data.validation and not data.holdout:
+        raise UserError(
+            f"tasks.{task}: a search needs validation records: set search.holdout (or data.holdout) to the number of "
+            "records to take out of training, or name data.validation."
+        )
+    if data.validation and same(data.validation, data.test):
+        raise UserError(
+            f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records "
+            "makes every comparison worthless: use data.holdout to take validation records out of training."
+        )
+    if "hub:" in data.test:
+        return ""  # its splits are separate by name; reading them here would mean a download
+    everything = data.model_copy(update={"test_limit": None, "train_limit": None})
+    tested = {(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(everything, "test")}
+    tuned_on = [(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(data, "validation")]
+    shared = sum(example in tested for example in tuned_on)
+    if shared * 2 > len(tuned_on):
+        raise UserError(
+            f"tasks.{task}: {shared} of {len(tuned_on)} validation records are test records too. Tuning on test "
+            "records makes every comparison worthless: use data.holdout to take validation records out of training."
+        )
+    return f"Of {task}, {shared} of {len(tuned_on)} validation records are test records too." if shared else ""
+
+
+def _with_method(base: Recipe, entry: MethodEntry, fields: dict[str, Any]) -> Recipe:
+    values = base.model_dump(mode="json")
+    values["method"] = {"name": entry.name, **fields}
+    return build_recipe(merged(values, {"train": entry.train, "name": "run", "about": ""}), "the study's recipe")
+
+
+def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> float | None:
+    """The budget in parameters."""
+    budget = study.budget
+    if budget.match != "parameters":
+        return None
+    if budget.value is not None:
+        return budget.value
+    assert budget.like is not None
+    entry = _resolved(budget.like, study.methods[budget.like])
+    field_name = rank_field(entry.name)
+    rank = entry.fields.get(field_name) if field_name else None
+    return _size(scale, base, classes, entry, rank).trainable
+
+
+def _size(scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None) -> Size:
+    return _counted(scale, _with_method(base, entry, fields_at(entry, rank)), classes, entry)
+
+
+def _counted(scale: Scale, recipe: Recipe, classes: int | None, entry: MethodEntry) -> Size:
+    frozen = [pattern for pattern, share in entry.freeze.items() if share == 0]
+    return scale.size(recipe, classes, frozen)
+
+
+def _sized(
+    study: Study, scale: Scale, base: Recipe, classes: int | None, name: str, entry: MethodEntry, target: float | None
+) -> tuple[Recipe, Size, int | None, float | None, list[str]]:
+    """Recipe, size, rank, mismatch and notes of one method under the budget."""
+    field_name = rank_field(entry.name)
+    written = entry.fields.get(field_name) if field_name else None
+    if written is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
+        written = _sum_of(entry.fields)
+    anchor = study.budget.like is not None and study.origin(name) == study.budget.like
+    free = target is None or entry.unmatched
+    if free or anchor:
+        rank = written if isinstance(written, int) else None
+        size = _size(scale, base, classes, entry, rank)
+        notes = ["outside the budget"] if entry.unmatched and target else []
+        mismatch = size.trainable / target - 1 if target and anchor else None
+        return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, notes
+    assert target is not None
+    if written is not None and field_name in entry.fields:
+        raise UserError(
+            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
+            "unmatched: true to run this method outside the budget."
+        )
+    rank = written
+    if written is None and field_name:
+        step = rank_denominator(
+            entry.fields.values(), 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
+        )
+        top = max(study.budget.max_rank, step)
+        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top).rank
+    size = _size(scale, base, classes, entry, rank)
+    mismatch = size.trainable / target - 1
+    if abs(mismatch) > study.budget.tolerance:
+        nearest = (
+            f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
+        )
+        raise UserError(
+            f"methods.{name}: the budget of {target:,.0f} trainable parameters cannot be matched within "
+            f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
+            "budget, or raise budget.tolerance."
+        )
+    return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, []
+
+
+def _sum_of(fields: dict[str, Any]) -> int | None:
+    ranks = fields["r1"], fields["r2"]
+    return ranks[0] + ranks[1] if all(isinstance(r, int) for r in ranks) else None
+
+
+_LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
+
+
+def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
+    """Refuse what would only show in the middle of the study: settings that the method or the Trainer does not know,
+    and a search that undoes the budget."""
+    from dual_lora.lab.model.methods import method_fields
+    from dual_lora.lab.run.loop import check_names
+
+    where, match = f"methods.{cell.method}", study.budget.match
+    known = method_fields(cell.entry.name)
+    if not cell.size.trainable:
+        raise UserError(f"{where}: it would train no parameter; its settings name none.")
+    entry, rates = cell.entry, cell.recipe.train.rates
+    named: dict[str, Iterable[str]] = {"freeze": entry.freeze, "round": entry.round, "train.rates": rates}
+    if any(named.values()):
+        try:
+            scale.size(cell.recipe, cell.classes, named=named)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    for recipe, settings in [
+        (cell.recipe, {}),
+        *((build_recipe(job["recipe"]), job["settings"]) for job in trial_jobs(study, cell)),
+    ]:
+        try:
+            check_names(recipe.train)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        varied = [name for name in settings if name.startswith("method.")]
+        for name in varied:
+            if name.removeprefix("method.") not in known:
+                raise UserError(
+                    f"{where}: the search varies {name}, which {cell.entry.name} does not have. A method may bring a "
+                    "`search` of its own, with the same number of trials."
+                )
+        held = match != "none" and not cell.entry.unmatched
+        resized = held and varied and _counted(scale, recipe, cell.classes, cell.entry) != cell.size
+        relengthed = held and match == "time" and set(settings) & set(_LENGTH)
+        if resized or relengthed:
+            raise UserError(
+                f"{where}: the search varies {', '.join(settings)}, and with it what the budget of {match} holds "
+                "equal. Leave it out of the search, or set budget.match: none."
+            )
+
+
+def set_rank(cell: Cell, rank: int) -> None:
+    """Give the cell another rank, found by probes."""
+    cell.recipe = _with_method(cell.recipe, cell.entry, fields_at(cell.entry, rank))
+    cell.size = _counted(Scale(), cell.recipe, cell.classes, cell.entry)
+    cell.rank = rank
+
+
+def planned_steps(recipe: Recipe) -> int:
+    """Optimizer steps of a recipe, by the number of its training records."""
+    from dual_lora.lab.data.examples import load_split
+
+    if recipe.train.steps:
+        return recipe.train.steps
+    rows = len(load_split(recipe.data, "train"))
+    return math.ceil(rows * recipe.train.epochs / (recipe.train.batch_size * recipe.train.accumulate))

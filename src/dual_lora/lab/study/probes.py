@@ -1,0 +1,78 @@
+"""Budgets in time or peak memory: a few measured steps of every method tell how many it gets, or at which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.progress import in_words
+from dual_lora.lab.study.cell import Cell, cell_id
+from dual_lora.lab.study.job import probe_job
+from dual_lora.lab.study.plan import planned_steps, set_rank
+from dual_lora.lab.study.study import Study
+
+MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
+
+Training = dict[str, Any]  # what a probe's outcome says of its training
+Measure = Callable[[Sequence[dict[str, Any]]], Sequence[Training]]  # does the jobs
+
+
+def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> None:
+    """Give every cell the steps or the rank that its budget allows. Raises UserError where none does."""
+    like = [cell for cell in cells if study.origin(cell.method) == study.budget.like]
+    matched = [cell for cell in cells if not cell.entry.unmatched]
+    probed = {cell_id(cell): cell for cell in [*like, *matched]}
+    jobs = [probe_job(study, cell) for cell in probed.values()]
+    first = dict(zip(probed, measure(jobs), strict=True))
+    for cell in matched:
+        target = study.budget.value
+        if target is None:
+            model = next(c for c in like if c.place == cell.place)
+            target = _need(study, model, first[cell_id(model)])
+        if study.budget.match == "time":
+            _fit_steps(study, cell, first[cell_id(cell)], target)
+        else:
+            _fit_rank(study, cell, first[cell_id(cell)], target, measure)
+
+
+def _need(study: Study, model: Cell, training: Training) -> float:
+    if study.budget.match == "memory":
+        return float(training["peak_memory"])
+    return training["seconds"] / training["steps"] * planned_steps(model.recipe)
+
+
+def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> None:
+    a_step = training["seconds"] / training["steps"]
+    steps = max(1, round(seconds / a_step))
+    cell.mismatch = steps * a_step / seconds - 1
+    _check(study, cell, f"{in_words(seconds)} of training", f"{in_words(steps * a_step)} with {steps} steps")
+    cell.recipe = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": steps})})
+    cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
+
+
+def _fit_rank(study: Study, cell: Cell, training: Training, target: float, measure: Measure) -> None:
+    """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
+    peak = training["peak_memory"]
+    if abs(peak / target - 1) > 0.005 and cell.rank is not None:
+        (wide,) = measure([probe_job(study, cell, cell.rank * MEMORY_RANKS)])
+        slope = (wide["peak_memory"] - peak) / (cell.rank * (MEMORY_RANKS - 1))
+        rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
+        step = 2 if cell.entry.name == "dual_lora" else 1
+        rank = min(max(step, rank // step * step), study.budget.max_rank)
+        (check,) = measure([probe_job(study, cell, rank)])
+        set_rank(cell, rank)
+        peak = check["peak_memory"]
+    cell.mismatch = peak / target - 1
+    at = f"{peak / 2**20:,.0f} MiB" + (f" at rank {cell.rank}" if cell.rank is not None else "")
+    _check(study, cell, f"{target / 2**20:,.0f} MiB peak memory", at)
+
+
+def _check(study: Study, cell: Cell, budget: str, nearest: str) -> None:
+    assert cell.mismatch is not None
+    if abs(cell.mismatch) > study.budget.tolerance:
+        raise UserError(
+            f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: the "
+            f"nearest is {nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
+            "budget.tolerance."
+        )

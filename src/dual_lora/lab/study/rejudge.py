@@ -1,0 +1,101 @@
+"""Judge a finished study again from its results.json alone, by today's rule and without training.
+
+`python -m dual_lora.lab.study.rejudge results/studies/*/results.json` rewrites the files and prints what changed.
+
+Items' scores are not in results.json, and needn't be: the seeds' part of a difference's error follows from the stored
+scores of its seeds, and the whole error is stored. What changed is written into the file's list of amendments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.study import judging, metrics
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.conclude import about_pairs, conclude, placed
+from dual_lora.lab.study.state import write_json
+from dual_lora.lab.study.study import build_study
+from dual_lora.lab.study.verdicts import RESULTS_FORMAT
+
+WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
+GONE = ("overall", "ranking")  # of format 1
+NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "not distinguishable": "inconclusive"}
+
+
+def rejudge(results: dict[str, Any]) -> dict[str, Any]:
+    """The results with today's verdicts. Raises UserError for a file that does not hold what they need."""
+    try:
+        study = build_study(results["study"])
+        methods, before, untrained = results["methods"], results["comparisons"], results.get("untrained", [])
+        at = {(m["model"], m["task"], m["method"]): m for m in methods}
+        pairs = [_pair(study, c, at) for c in before]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
+    said = conclude(study, pairs, methods, untrained)
+    changed = [
+        {key: new[key] for key in ("candidate", "reference", "model", "task")}
+        | {"before": old["verdict"], "after": str(new["verdict"])}
+        for old, new in zip(before, said.comparisons, strict=True)
+        if NEW_WORDS.get(old["verdict"], old["verdict"]) != new["verdict"]
+    ]
+    amendment = {"date": time.strftime("%Y-%m-%d"), "what": WHY, "changed": changed}
+    kept = [note for note in results["notes"] if note not in said.notes and not note.startswith("Chance of any")]
+    return {key: value for key, value in results.items() if key not in GONE} | {
+        "format": RESULTS_FORMAT,
+        "comparisons": said.comparisons,
+        "false_alarm": said.false_alarm,
+        "notes": said.notes + kept,
+        "amendments": [*results.get("amendments", []), amendment],
+    }
+
+
+def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> judging.Comparison:
+    place = (c["model"], c["task"])
+    two = [at[(*place, c[side])] for side in ("candidate", "reference")]
+    spread, sign = c["spread"], metrics.sign(c["metric"])
+    scores = tuple(sign * (m["score"] if m["score"] is not None else math.nan) for m in two)
+    figures = spread["difference"], spread["error"], spread.get("seed_error")
+    if any(value is None for value in figures[:2]):  # every run diverged
+        figures = 0.0, 0.0, 0.0
+    elif figures[2] is None:
+        figures = *figures[:2], _seed_error(two, at, place, spread["error"])
+    s = stats.Spread(*figures, spread["seeds"], spread["items"])
+    about = about_pairs(study, place, c["metric"])
+    return placed(judging.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
+
+
+def _seed_error(two: list[dict[str, Any]], at: Any, place: tuple[str, str], error: float) -> float:
+    """The seeds' part of the error. A diverged run has the worst score of its place, as it had when it was judged."""
+    sign = metrics.sign(two[0]["metric"])
+    here = [m for key, m in at.items() if key[:2] == place]
+    worst = min((sign * s["score"] for m in here for s in m["seeds"] if s["score"] is not None), default=0.0)
+    a, b = ([worst if s["score"] is None else sign * s["score"] for s in m["seeds"]] for m in two)
+    if len(a) < 2:
+        return 0.0
+    found = float(np.std(np.subtract(a, b), ddof=1)) / math.sqrt(len(a))
+    return min(found, error) if found > 1e-12 else error  # seeds that agree to the last digit: all of it, to be safe
+
+
+def main(files: list[str]) -> int:
+    """Rewrite these files; print each verdict that changed."""
+    for name in files:
+        file = Path(name)
+        results = rejudge(json.loads(file.read_text(encoding="utf-8")))
+        write_json(file, results)
+        level = results["false_alarm"]
+        print(f"{results['study']['name']}: chance of any false alarm {'unknown' if level is None else f'{level:.1%}'}")
+        for c in results["amendments"][-1]["changed"]:
+            print(f"  {c['candidate']} against {c['reference']}: {c['before']} -> {c['after']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

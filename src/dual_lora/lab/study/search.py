@@ -1,0 +1,129 @@
+"""What is tried before the final runs: the same number of points for every method."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dual_lora.lab.errors import suggest
+from dual_lora.lab.recipe.recipe import Part, TrainPart
+from dual_lora.lab.study.metrics import METRICS
+
+SEARCH_SEED = 1000
+
+
+def known_metric(value: str | None) -> str | None:
+    """The name of a metric, or none. Raises ValueError for any other."""
+    if value is not None and value not in METRICS:
+        raise ValueError(f"unknown metric {value!r}.{suggest(value, METRICS)}")
+    return value
+
+
+class Range(Part):
+    """An interval that is searched."""
+
+    low: float
+    high: float
+    scale: Literal["log", "linear"] = "log"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high or (self.scale == "log" and self.low <= 0):
+            raise ValueError(f"low {self.low} and high {self.high}: low has to be smaller, and positive on a log scale")
+        return self
+
+
+Axis = list[Any] | Range
+
+
+class Search(Part):
+    """The same number of trials for every method, judged on validation records, never on test."""
+
+    space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
+    trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
+    metric: str | None = Field(None, description="Judged by this; left out: the task's metric.")
+    holdout: int | None = Field(
+        None, ge=1, description="Validation records taken out of training where a recipe has none."
+    )
+    train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
+    seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
+    seeds: int = Field(1, ge=1, description="Each trial is run with so many seeds, from `seed` on; their mean decides.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return known_metric(value)
+
+    @model_validator(mode="after")
+    def _enough_points(self) -> Search:
+        if not self.space:
+            raise ValueError("space is empty: name at least learning_rate")
+        self.points()
+        return self
+
+    @property
+    def count(self) -> int:
+        """Trials of each method: `trials`, or every point of the lists."""
+        axes = [_axis(axis) for axis in self.space.values()]
+        points = math.prod(len(axis) if isinstance(axis, list) else 0 for axis in axes)
+        if not self.trials and not points:
+            raise ValueError("a space with a range needs trials: NUMBER")
+        return self.trials or points
+
+    def points(self, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The trials' settings, {dotted name: value}; `own` is a method's own space."""
+        space = {dotted(name): _axis(axis) for name, axis in (own or self.space).items()}
+        lists = {name: axis for name, axis in space.items() if isinstance(axis, list)}
+        if len(lists) < len(space):
+            return _spread_points(space, self.count)
+        grid = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
+        if len(grid) < self.count:
+            raise ValueError(f"{self.count} trials wanted, but the space holds only {len(grid)} points")
+        chosen = random.Random(0).sample(range(len(grid)), self.count)
+        return [grid[i] for i in sorted(chosen)]
+
+
+def _axis(axis: Any) -> Axis:
+    if isinstance(axis, Range):
+        return axis
+    if isinstance(axis, dict):
+        return Range.model_validate(axis)
+    if not isinstance(axis, list) or not axis:
+        raise ValueError(f"{axis!r} is no search axis: expected a list of values or {{low: , high: }}")
+    return axis
+
+
+def _spread_points(space: dict[str, Axis], wanted: int) -> list[dict[str, Any]]:
+    """`wanted` points that fill the space evenly, the same at every call and for every method."""
+    import numpy as np
+    from scipy.stats import qmc
+
+    if len(space) == 1:
+        unit = np.linspace(0, 1, wanted)[:, None] if wanted > 1 else np.array([[0.5]])
+    else:
+        unit = qmc.Halton(len(space), rng=0).random(wanted)
+    return [{name: _at(axis, u) for (name, axis), u in zip(space.items(), row, strict=True)} for row in unit]
+
+
+def _at(axis: Axis, u: float) -> Any:
+    if isinstance(axis, list):
+        return axis[min(int(u * len(axis)), len(axis) - 1)]
+    if axis.scale == "linear":
+        return float(f"{axis.low + u * (axis.high - axis.low):.4g}")
+    return float(f"{axis.low * (axis.high / axis.low) ** u:.4g}")
+
+
+def dotted(name: str) -> str:
+    """`learning_rate` -> `train.learning_rate`. Raises ValueError for a name outside train and method."""
+    full = f"train.{name}" if name in TrainPart.model_fields else name
+    part, _, field = full.partition(".")
+    if part == "method" and field:
+        return full
+    if part != "train" or field not in TrainPart.model_fields:
+        hint = suggest(field or part, TrainPart.model_fields)
+        raise ValueError(f"{name!r} can not be varied: expected train.FIELD or method.FIELD.{hint}")
+    return full

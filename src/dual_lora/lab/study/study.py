@@ -1,0 +1,392 @@
+"""A study, written down: which methods are compared on what, at which budget, with how much search and how many seeds.
+
+    name: activations
+    question: Do ReLU and Sign each earn their place?
+    tasks: [boolq-smollm2]                  # recipes: shipped names or files
+    methods:
+      lora: {r: 16, lora_alpha: 32}
+      dual_lora: {}
+      no ReLU: {name: dual_lora, magnitude_activation: identity}
+    reference: dual_lora
+    budget: {match: parameters, like: lora} # ranks of all others are solved for
+    search: {trials: 3, space: {learning_rate: [3.0e-4, 1.0e-3, 3.0e-3]}}
+    seeds: 5
+
+A method is any that the installed PEFT offers, "full", or a preset below; every key that is not one of `MethodEntry`'s
+own is a field of the method's PEFT configuration. This file holds the typed fields and what can be checked without
+a model; `plan` turns a study into runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.recipe.recipe import Part, check_regex, shipped_recipes
+from dual_lora.lab.study.metrics import METRICS
+from dual_lora.lab.study.search import Search, dotted, known_metric
+
+# Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
+PRESETS: dict[str, dict[str, Any]] = {
+    "loraplus": {"name": "lora", "train": {"optimizer": "loraplus"}},
+    "galore": {
+        "name": "full",
+        "unmatched": True,
+        "train": {"optimizer": "galore_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "apollo": {
+        "name": "full",
+        "unmatched": True,
+        "train": {"optimizer": "apollo_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "full": {"name": "full", "unmatched": True},
+}
+
+
+class MethodEntry(BaseModel):
+    """One method of a study. Keys beyond these are fields of the method's PEFT configuration (`fields`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("", description="Method or preset; left out: the entry's own key.")
+    about: str = Field("", description="One sentence for tables and reports.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Fields of the recipe's train part.")
+    search: dict[str, Any] = Field(default_factory=dict, description="Its own search space, same number of trials.")
+    unmatched: bool = Field(False, description="Runs outside the budget (shown as such), e.g. full fine-tuning.")
+    freeze: dict[str, float] = Field(
+        default_factory=dict,
+        description="Regular expression of parameter names: share of the steps after which they stand still.",
+    )
+    round: dict[str, Literal["bfloat16", "float16", "int8"]] = Field(
+        default_factory=dict,
+        description="Regular expression of parameter names: precision that they are rounded to after every step.",
+    )
+
+    @field_validator("freeze", "round")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern, what in value.items():
+            check_regex(pattern)
+            if isinstance(what, float) and not 0 <= what <= 1:
+                raise ValueError(f"{pattern!r}: {what:g} is no share of the steps, expected 0 to 1")
+        return value
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of the PEFT configuration."""
+        return dict(self.model_extra or {})
+
+
+class TaskEntry(Part):
+    """One task: a recipe and what is laid over it."""
+
+    recipe: str = Field(description="Shipped recipe or recipe file.")
+    metric: str | None = Field(
+        None, description=f"One of {', '.join(METRICS)}; left out: the recipe's first evaluation."
+    )
+    model: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's model part.")
+    data: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's data part.")
+    train: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's train part.")
+    evaluate: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's evaluate part.")
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return known_metric(value)
+
+
+class Budget(Part):
+    """What all methods get the same of."""
+
+    match: Literal["parameters", "time", "memory", "none"] = Field(
+        "none",
+        description="parameters and memory: the rank is solved for; time: the number of steps; none: as written.",
+    )
+    like: str | None = Field(None, description="The method whose need is the budget; it keeps its rank and steps.")
+    value: float | None = Field(
+        None, gt=0, description="Instead of `like`: trainable parameters, seconds of training, or bytes of peak memory."
+    )
+    tolerance: float = Field(0.05, gt=0, lt=1, description="Largest relative mismatch that still counts as matched.")
+    max_rank: int = Field(2048, ge=2, description="Ranks above this are not tried.")
+
+    @model_validator(mode="after")
+    def _has_a_measure(self) -> Budget:
+        if self.match != "none" and (self.like is None) == (self.value is None):
+            raise ValueError(f"match: {self.match} needs either like: METHOD or value: NUMBER, and not both")
+        return self
+
+
+class Study(Part):
+    """A complete comparison."""
+
+    name: str = Field(pattern=r"^[\w.\-]+$", description="Name of the study and of its default output folder.")
+    question: str = Field("", description="What the study is to answer, in one sentence.")
+    tasks: dict[str, TaskEntry] = Field(description="Recipes: a list of names, or name: {recipe: , metric: , ...}.")
+    models: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Name: what is laid over the recipe ({model: {path: ...}}); empty: the recipe's own.",
+    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Laid over every recipe.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="What `auto` stands for in its recipes. auto: what is faster on the device that begins the study.",
+    )
+    methods: dict[str, MethodEntry] = Field(description="Name: the method and its fields.")
+    sweep: dict[str, list[Any]] = Field(
+        default_factory=dict, description="train.X or method.X: values; every method is run with each of them."
+    )
+    reference: str = Field("", description="The method that all others are compared with; left out: the first.")
+    pairs: Literal["reference", "all"] = Field("reference", description="Comparisons that are made and corrected for.")
+    budget: Budget = Field(default_factory=lambda: Budget.model_validate({}), description="What is held equal.")
+    seeds: list[int] = Field(default=[1, 2, 3, 4, 5], description="Seeds of the final runs: a list, or how many.")
+    search: Search | None = Field(None, description="Tuning before the final runs; left out: none.")
+    margin: dict[str, float] = Field(
+        default_factory=dict,
+        description="Metric: the difference that is too small to matter; one number for all metrics.",
+    )
+    level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
+    power: float = Field(0.8, gt=0.5, lt=1, description="Chance meant by the smallest visible difference.")
+    cost: bool = Field(True, description="Measure merge time and inference slow-down on each method's first seed.")
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names_are_tasks(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            names = [Path(str(name)).stem for name in value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(
+                    f"two tasks are called {twice[0]!r}: write them as NAME: RECIPE, each with its own name"
+                )
+            return {name: {"recipe": str(recipe)} for name, recipe in zip(names, value, strict=True)}
+        return (
+            {k: {"recipe": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _names_are_methods(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            value = {str(name): {} for name in value}
+        return {k: v or {} for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_is_seeds(cls, value: Any) -> Any:
+        return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("margin", mode="before")
+    @classmethod
+    def _one_margin(cls, value: Any) -> Any:
+        return dict.fromkeys(METRICS, value) if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _hangs_together(self) -> Study:
+        if not self.tasks or not self.methods:
+            raise ValueError("a study needs at least one task and one method")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds {self.seeds}: expected at least one, all different, none negative")
+        tuned_with = range(self.search.seed, self.search.seed + self.search.seeds) if self.search else ()
+        if known := sorted(set(tuned_with) & set(self.seeds)):
+            raise ValueError(f"search.seed {known[0]} is one of the final seeds, and those must be new to the tuning")
+        for metric, margin in self.margin.items():
+            if metric not in METRICS:
+                raise ValueError(f"margin for the unknown metric {metric!r}.{suggest(metric, METRICS)}")
+            if margin <= 0:
+                raise ValueError(f"margin {margin} for {metric}: expected a positive number, in the metric's unit")
+        if self.budget.like is not None and self.budget.like not in self.methods:
+            raise ValueError(f"budget.like is {self.budget.like!r}.{suggest(self.budget.like, self.methods)}")
+        variants = self.variants()
+        if self.reference and self.reference not in variants:
+            raise ValueError(
+                f"reference {self.reference!r} is no method of the study.{suggest(self.reference, variants)}"
+            )
+        if self.search:
+            for name, entry in self.methods.items():
+                try:
+                    self.search.points(entry.search or None)
+                except ValueError as error:
+                    raise ValueError(f"methods.{name}.search: {error}; every method gets the same number") from None
+        return self
+
+    @property
+    def recipes(self) -> set[str]:
+        """The recipes of the tasks."""
+        return {task.recipe for task in self.tasks.values()}
+
+    @property
+    def baseline(self) -> str:
+        """The method that the others are compared with."""
+        return self.reference or next(iter(self.variants()))
+
+    def variants(self) -> dict[str, MethodEntry]:
+        """The methods, each once for every point of the sweep."""
+        return {
+            variant: with_settings(self.methods[name], dict(zip(self.sweep, point, strict=True)), name)
+            for variant, (name, point) in self._expanded().items()
+        }
+
+    def origin(self, variant: str) -> str:
+        """The method that a variant comes from."""
+        return self._expanded()[variant][0]
+
+    def _expanded(self) -> dict[str, tuple[str, tuple[Any, ...]]]:
+        return {
+            " ".join([name, *(f"{_short(key)}={value}" for key, value in zip(self.sweep, point, strict=True))]): (
+                name,
+                point,
+            )
+            for name in self.methods
+            for point in itertools.product(*self.sweep.values())
+        }
+
+
+def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str = "") -> MethodEntry:
+    """The method with settings {train.X or method.X: value} laid over it (learning_rate is train.learning_rate)."""
+    values = entry.model_dump()
+    values["name"] = entry.name or key
+    for name, value in settings.items():
+        part, _, field = dotted(name).partition(".")
+        if part == "train":
+            values["train"] = {**values["train"], field: value}
+        else:
+            values[field] = value
+    return MethodEntry.model_validate(values)
+
+
+def _short(name: str) -> str:
+    return {"learning_rate": "lr"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
+
+
+_RANK_RULE = re.compile(
+    r"^\s*(?:(?P<times>[\d.]+)\s*\*?\s*)?(?:(?P<root>sqrt)\s*\(\s*r\s*\)|r)\s*(?:/\s*(?P<over>[\d.]+))?\s*$"
+)
+
+
+def rank_rule(value: Any, rank: int | None, where: str) -> Any:
+    """`2r`, `r/2` or `8 sqrt(r)` in a field becomes that function of the rank; anything else stays what it is."""
+    match = _RANK_RULE.match(value) if isinstance(value, str) else None
+    if not match:
+        return value
+    if rank is None:
+        raise UserError(f"{where} is {value!r}, but the method has no rank: give it one (r: 16), or write a number.")
+    base = math.sqrt(rank) if match["root"] else rank
+    result = base * float(match["times"] or 1) / float(match["over"] or 1)
+    return int(result) if result == int(result) else result
+
+
+def rank_denominator(values: Iterable[Any], least: int) -> int:
+    """The rank has to be a multiple of this, so that every rank rule among the values gives a whole number."""
+    rules = (_RANK_RULE.match(value) for value in values if isinstance(value, str))
+    return math.lcm(least, *(int(float(m["over"])) for m in rules if m and m["over"]))
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name → file of the studies that the package carries."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
+
+
+def read_study(source: str | Path) -> tuple[Study, str]:
+    """The study in a YAML file, or the shipped one of that name, and its text.
+
+    Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
+    """
+    path = _study_file(str(source), Path(source))
+    text = path.read_text(encoding="utf-8")
+    values = _values(path, text)
+    if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
+        raise UserError(_is_a_recipe(str(source)))
+    values = _extended(values, path, [path])
+    study = build_study(values, str(path))
+    for task in study.tasks.values():  # a recipe may lie beside its study
+        if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
+            task.recipe = str(beside.resolve())
+    return study, text
+
+
+def _study_file(name: str, path: Path) -> Path:
+    """The file itself, or the shipped study of that name."""
+    shipped = shipped_studies()
+    if path.is_file() or name in shipped:
+        return path if path.is_file() else shipped[name]
+    if name in shipped_recipes():
+        raise UserError(_is_a_recipe(name))
+    raise UserError(f"There is no study {name!r}, neither a file nor a shipped one.{suggest(name, shipped)}")
+
+
+def _values(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
+    return values
+
+
+def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str, Any]:
+    """The values over those of the study that `extends` names (a file beside it, or a shipped study).
+
+    A field replaces the other study's; only `methods` are merged, entry by entry and field by field.
+    """
+    if "extends" not in values:
+        return values
+    name = str(values["extends"])
+    base = _study_file(name, path.parent / name)
+    if base in seen:
+        raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
+    below = _extended(_values(base, base.read_text(encoding="utf-8")), base, [*seen, base])
+    over = {key: value for key, value in values.items() if key != "extends"}
+    theirs, ours = below.get("methods"), over.get("methods")
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        both = {key: (theirs[key], ours[key]) for key in theirs.keys() & ours.keys()}
+        pairs = {key: (a or {}) | (b or {}) for key, (a, b) in both.items() if isinstance(a or {}, dict)}
+        over["methods"] = theirs | ours | pairs
+    return below | over
+
+
+def _is_a_recipe(name: str) -> str:
+    """What to do with a recipe that was given for a study."""
+    using = [study for study in shipped_studies() if name in read_study(study)[0].recipes]
+    shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
+    return (
+        f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "
+        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {name}`."
+    )
+
+
+def build_study(values: dict[str, Any], where: str = "the study") -> Study:
+    """A validated study from plain values, or a UserError that names every problem."""
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {' '.join(_problem(item) for item in error.errors())}") from None
+
+
+def _problem(item: Any) -> str:
+    place = ".".join(str(p) for p in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown field {place!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"field {place!r} is missing."
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return (f"{place}: " if place else "") + message + ("" if message.endswith((".", "?")) else ".")
+
+
+def _known_at(loc: tuple[Any, ...]) -> list[str]:
+    part: type[BaseModel] = Study
+    nested: dict[str, type[BaseModel]] = {"budget": Budget, "search": Search, "tasks": TaskEntry}
+    if loc:
+        part = nested.get(str(loc[0]), Study)
+    return list(part.model_fields)
