@@ -296,3 +296,14 @@ def test_the_library_is_as_its_makers_published_it():
     assert len(said) == len(list(folder.glob("*.js"))) == 3
     for name, digest in said:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, name
+
+
+def test_rows_of_one_name_stay_apart(tmp_path):
+    """One method on one task against two references: two rows, which look as they are named."""
+    study = material.study()
+    study["comparisons"] = [c | {"candidate": "a", "task": "t"} for c in study["comparisons"]]
+    charts = material.data_of(page_of(material.write_studies(tmp_path / "work", study)))["charts"]
+    (differences,) = [chart for name, chart in charts.items() if name.endswith("differences-in-choice")]
+    points = material.points_of(differences[0])
+    assert len({p["row"] for p in points}) == len(points) == 6
+    assert {p["row"].rstrip("\u200b\u200c") for p in points} == {"a · t"}

@@ -34,8 +34,8 @@ def test_numbers_for_people():
 def table():
     columns = [Column("name", "na|me"), Column("x", "x_1", ".1%"), Column("v", "verdict", "verdict")]
     rows = [
-        {"name": "=cmd()", "x": 0.123456, "v": "better"},
-        {"name": 'a "b", c|d & 50% \\', "x": None, "v": "worse"},
+        {"name": "=cmd()", "x": 0.123456, "v": "significantly better"},
+        {"name": 'a "b", c|d & 50% \\', "x": None, "v": "significantly worse"},
         {"name": "<i>", "x": -0.5, "v": ""},
     ]
     return Table("t", columns, rows)

@@ -16,6 +16,7 @@ from dual_lora.lab.report.columns import Row
 Spec = dict[str, Any]
 COLOURS = 8
 SHAPES = (("circle", "●"), ("square", "■"), ("triangle-up", "▲"), ("diamond", "◆"), ("triangle-down", "▼"))
+UNSEEN = str.maketrans("01", "\u200b\u200c")
 MARKS = {"good": "triangle-up", "bad": "triangle-down"}
 SPOT = {"type": "point", "filled": True, "opacity": 1, "stroke": "var(--card)", "strokeWidth": 1}
 NAMES = {"title": None, "domain": False, "ticks": False, "labelColor": "var(--ink)", "labelLimit": 330}
@@ -74,10 +75,8 @@ def _said(chart: Chart, view: View, points: list[Row]) -> Row:
     """Headings and rows of text, one a point: the tooltip, what a screen reader says, the values as a table."""
     x, y = view.x, view.y
     if chart.form == "heat":
-        return {
-            "head": ["layer", x.label, y.label],
-            "rows": [[p["label"], str(p["x"]), y.text(p["y"])] for p in points],
-        }
+        cells = [[p["label"], str(p["x"]), y.text(p["y"])] for p in points]
+        return {"head": ["layer", x.label, y.label], "rows": cells}
     around = x if chart.form == "intervals" else y
     head, rows = ["series", x.label, y.label, "from", "to", "note"], []
     for p in points:
@@ -142,8 +141,10 @@ def _lines(chart: Chart, view: View, points: list[Row], styles: list[Row]) -> Sp
 
 def _intervals(chart: Chart, view: View, points: list[Row], stacked: bool = False) -> Spec:
     """One row a point. stacked: its name stands above it, for narrow screens."""
-    for number, p in enumerate(points):  # rows of one name stay rows of their own
-        p["row"] = p["label"] + "\u200b" * sum(p["label"] == other["label"] for other in points[:number])
+    seen: Counter[str] = Counter()
+    for p in points:  # rows of one name stay rows of their own, by a number in characters that are not seen
+        p["row"] = p["label"] + f"{seen[p['label']]:b}".translate(UNSEEN) * (p["label"] in seen)
+        seen[p["label"]] += 1
     values = [
         {"i": i, "row": p["row"], "x": p["x"], "label": p["label"], "shape": _shape(p), "colour": _colour(p)}
         | ({"low": p["low"], "high": p["high"]} if _finite(p.get("low")) and _finite(p.get("high")) else {})
@@ -158,8 +159,7 @@ def _intervals(chart: Chart, view: View, points: list[Row], stacked: bool = Fals
     if chart.band:
         low, high = ({"datum": end} for end in chart.band)
         marked = {"type": "rect", "color": "var(--same-soft)"}
-        layers.append({"data": {"values": [{}]}, "mark": marked, "encoding": {"x": {**x, **low}, "x2": high}})
-        del layers[0]["encoding"]["x"]["field"]
+        layers.append({"data": {"values": [{}]}, "mark": marked, "encoding": {"x": low, "x2": high}})
     if chart.zero:
         line = {"type": "rule", "color": "var(--ink)", "strokeDash": [4, 3], "opacity": 0.75}
         layers.append({"data": {"values": [{}]}, "mark": line, "encoding": {"x": {"datum": 0}}})
@@ -190,15 +190,8 @@ def _heat(view: View, points: list[Row]) -> Spec:
     ends = f"pale: {view.y.text(min(values))}, strong: {view.y.text(max(values))}" if values else ""
     x = {"field": "x", "type": "ordinal", "sort": None, "axis": {"title": [view.x.label, ends], "labelAngle": 0}}
     strength = {"field": "y", "type": "quantitative", "scale": {"zero": False, "range": [0, 1]}, "legend": None}
-    return {
-        "data": _values(points),
-        "height": 24 * len({p["label"] for p in points}),
-        "encoding": {
-            "x": x,
-            "y": {"field": "label", "type": "nominal", "sort": None, "axis": NAMES | {"labelLimit": 160}},
-        },
-        "layer": [
-            {"mark": {"type": "rect", "color": "var(--low)"}},
-            {"name": "spot", "mark": {"type": "rect", "color": "var(--high)"}, "encoding": {"fillOpacity": strength}},
-        ],
-    }
+    y = {"field": "label", "type": "nominal", "sort": None, "axis": NAMES | {"labelLimit": 160}}
+    under = {"mark": {"type": "rect", "color": "var(--low)"}}
+    over = {"name": "spot", "mark": {"type": "rect", "color": "var(--high)"}, "encoding": {"fillOpacity": strength}}
+    height = 24 * len({p["label"] for p in points})
+    return {"data": _values(points), "height": height, "encoding": {"x": x, "y": y}, "layer": [under, over]}

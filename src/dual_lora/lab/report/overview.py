@@ -46,11 +46,8 @@ def _main_pair(studies: Studies) -> list[Block]:
     words = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in sorted(counts, key=_sure))
     sure = [c["difference"] > 0 for _, c in turned if MOODS.get(c["verdict"]) == "same" and _sign_is_sure(c)]
     if sure:
-        each = [
-            f"{n} significantly {word}, by little"
-            for word in ("better", "worse")
-            if (n := sure.count(word == "better"))
-        ]
+        counted = {"better": sure.count(True), "worse": sure.count(False)}
+        each = [f"{n} significantly {word}, by little" for word, n in counted.items() if n]
         words += f" (of those equivalent, {' and '.join(each)})"
     lead = Text(f"{candidate} against {reference}, compared in {spread[pair]} studies: {words}.", "lead")
     points = [

@@ -1,4 +1,4 @@
-"""A study's results as blocks: verdicts first, then scores, tuning, cost and ranks; and one that is still running."""
+"""A study's results as blocks: verdicts first, then scores, tuning and cost; and one that is still running."""
 
 from __future__ import annotations
 
