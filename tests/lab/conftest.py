@@ -5,6 +5,7 @@ import random
 
 import pytest
 import yaml
+from report_in_browser import browser, page, page_file  # noqa: F401  (fixtures)
 
 WORDS = [
     "is",

@@ -3,7 +3,9 @@ name may come from elsewhere."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import gzip
 import json
 import math
 from pathlib import Path
@@ -181,6 +183,25 @@ def write(folder: Path, hostile: str = "lora|x") -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(_finite(value)))
     (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ledger()))
+    return folder
+
+
+def data_of(page: str) -> dict[str, Any]:
+    """What the page's script reads: charts with their views, and the forms of export."""
+    packed = page[page.index('id="data"') :].partition(">")[2].partition("<")[0]
+    return json.loads(gzip.decompress(base64.b64decode(packed)))
+
+
+def points_of(view: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of a chart's view, as they are drawn."""
+    return view["spec"]["data"]["values"]
+
+
+def write_studies(folder: Path, *studies: dict[str, Any]) -> Path:
+    """Several studies in a folder."""
+    for i, each in enumerate(studies):
+        (folder / f"s{i}").mkdir(parents=True)
+        (folder / f"s{i}" / "results.json").write_text(json.dumps(_finite(each)))
     return folder
 
 

@@ -1,15 +1,20 @@
-"""What a page is made of. Plain values with their sources; nothing here knows HTML."""
+"""What a page is made of. Plain values with their sources; every text is made here, so that a page only places it."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-Row = dict[str, Any]
+from dual_lora.lab.report.columns import Column, Row, number
+
 Mood = Literal["good", "bad", "same", "open"]
+MOODS: dict[str, Mood] = {
+    "significantly better": "good",
+    "significantly worse": "bad",
+    "equivalent within the margin": "same",
+}
 
 
 @dataclass(frozen=True)
@@ -20,81 +25,21 @@ class Source:
     command: str | None = None
     commit: str | None = None
     device: str | None = None
-    made: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def line(self) -> str:
-        """One line: file, command, commit."""
-        parts = [self.file, f"made by `{self.command}`" if self.command else "", self.commit and f"at {self.commit}"]
-        return ", ".join(p for p in parts if p)
+    finished: str | None = None
+    versions: str = ""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: how its values are written, and which end of the row they stand at.
+class Cell(NamedTuple):
+    """A value as it is shown. exact: the figure in full precision, "" for a text. mood: "" for one without."""
 
-    digits: decimals of numbers, None for significant ones. kind: "verdict" and "check" are shown with a sign as well as
-    a colour. help: what the figure means, shown on the heading.
-    """
-
-    key: str
-    label: str
-    kind: Literal["text", "number", "percent", "bytes", "verdict", "check"] = "text"
-    digits: int | None = None
-    signed: bool = False
-    help: str = ""
-
-    def text(self, row: Row) -> str:
-        """The value as people read it; "" for a value that is not there."""
-        value = row.get(self.key)
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return ""
-        if self.kind == "check" and isinstance(value, bool):
-            return "✓ met" if value else "✗ missed"
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return str(value)
-        return number(value, self.kind, self.digits, self.signed)
-
-    @property
-    def is_number(self) -> bool:
-        """Whether the column holds figures."""
-        return self.kind in ("number", "percent", "bytes")
-
-
-def number(value: float | None, kind: str = "number", digits: int | None = None, signed: bool = False) -> str:
-    """A figure for people, with a true minus sign; "" for none."""
-    if value is None:
-        return ""
-    sign = "+" if signed else ""
-    if math.isinf(value):
-        text = f"{value:{sign}}".replace("inf", "∞")
-    elif kind == "percent":
-        text = f"{100 * value:{sign}.{1 if digits is None else digits}f} %"
-    elif kind == "bytes":
-        text = _bytes(value)
-    elif digits is not None:
-        text = f"{value:{sign},.{digits}f}"
-    elif float(value).is_integer() and abs(value) < 1e15:
-        text = f"{int(value):{sign},}"
-    elif 1e-3 <= abs(value) < 1e5:
-        text = f"{value:{sign}.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-    else:
-        text = f"{value:{sign}.3g}"
-    return text.replace("-", "−") if text.startswith("-") else text
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(value) < 1000 or unit == "TB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    raise AssertionError
+    text: str
+    exact: str
+    mood: str
 
 
 @dataclass
 class Table:
-    """Rows under columns. folded: shown closed at first (long tables)."""
+    """Rows under columns; columns that hold nothing are left out. folded: shown closed at first (long tables)."""
 
     title: str
     columns: list[Column]
@@ -102,41 +47,49 @@ class Table:
     source: Source | None = None
     note: str = ""
     folded: bool = False
+    id: str = ""
 
-    @property
-    def slug(self) -> str:
-        """A name for files and anchors."""
-        return slug(self.title)
+    def __post_init__(self) -> None:
+        self.columns = [c for c in self.columns if not self.rows or any(c.text(row) for row in self.rows)]
+        self.cells = [[_cell(c, row) for c in self.columns] for row in self.rows]
 
-    def without_empty_columns(self) -> Table:
-        """The same without columns that hold nothing."""
-        kept = [c for c in self.columns if any(c.text(row) for row in self.rows)]
-        return Table(self.title, kept, self.rows, self.source, self.note, self.folded)
+    kind = "table"
+
+
+def _cell(column: Column, row: Row) -> Cell:
+    text, value = column.text(row), row.get(column.key)
+    mood = MOODS.get(text, "open") if column.form == "verdict" else ""
+    if column.form == "check" and isinstance(value, bool):
+        mood = "good" if value else "bad"
+    figure = column.is_number and isinstance(value, int | float) and text != ""
+    return Cell(text, repr(value).replace("inf", "Infinity") if figure else "", mood)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis of a chart. log: logarithmic, if all values are positive."""
+    """An axis of a chart. log: logarithmic, if all values are positive. form: "g", "%" (shares) or "B" (bytes)."""
 
     label: str
     log: bool = False
-    percent: bool = False
-    bytes: bool = False
+    form: str = "g"
+
+    def text(self, value: Any) -> str:
+        """A value as people read it; "–" for none."""
+        return number(value, ".4g" if self.form == "g" else {"%": ".2%"}.get(self.form, self.form)) or "–"
 
 
 @dataclass
 class View:
     """One picture of a chart; where a chart has several, the reader chooses.
 
-    series: [{"name", "points": [{"x", "y", "low", "high", "label", "note", "front", "dots"}]}], low and high around y
-    (lines) or around x (intervals); for heat, one series {"rows", "columns", "cells"}.
+    points: {"series", "x", "y", "low", "high", "label", "note", "front", "dots", "mood"}; low and high lie around y
+    (lines) or around x (intervals). A heat's x is the column, its label the row, its y the value.
     """
 
     name: str
     x: Axis
     y: Axis
-    series: list[Row]
-    note: str = ""
+    points: list[Row]
 
 
 @dataclass
@@ -145,50 +98,58 @@ class Chart:
 
     lines: points joined in order, with a band where they have low and high. dots: points not joined, but for those with
     "front". intervals: one row a point, x with its interval; "label" names the row. heat: cells.
-    band: an interval of x that is marked, such as the margin of equivalence. zero: whether the zero of the figures'
-    axis is always shown and marked.
+    band: an interval of x that is marked, such as the margin of equivalence. zero: whether zero is shown and marked.
     """
 
     title: str
-    kind: Literal["lines", "dots", "intervals", "heat"]
+    form: Literal["lines", "dots", "intervals", "heat"]
     views: list[View]
     source: Source | None = None
     note: str = ""
     band: tuple[float, float] | None = None
-    band_label: str = ""
     zero: bool = False
+    id: str = ""
+    kind = "chart"
 
 
 @dataclass
 class Text:
-    """A paragraph; kind "verdict" stands out."""
+    """A paragraph."""
 
     text: str
-    kind: Literal["plain", "lead", "note", "warning"] = "plain"
+    style: Literal["plain", "lead", "note", "warning"] = "plain"
+    kind = "text"
 
 
-@dataclass
-class Verdict:
-    """One judgement: the words, the figure, and how it is coloured. subject: what its sentence begins with."""
+class Verdict(NamedTuple):
+    """One judgement: the words, how they are coloured, what the sentence begins with, and the rest of it."""
 
     verdict: str
-    subject: str
-    sentence: str
     mood: Mood
+    subject: str
+    rest: str
 
 
-@dataclass
-class Answer:
-    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with its mood and whom
-    it was passed on."""
+class Answer(NamedTuple):
+    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with whom it is on."""
 
     question: str
     anchor: str
     about: str
-    verdicts: list[tuple[str, Mood, list[str]]]
+    verdicts: list[tuple[str, Mood, str]]
 
 
-Block = Table | Chart | Text | list[Verdict] | list[Answer]
+@dataclass
+class Cards:
+    """Judgements (sure ones first) or answers, side by side."""
+
+    items: list[Verdict] | list[Answer]
+    kind: Literal["verdicts", "answers"]
+    title = "more verdicts"
+    id: str = ""
+
+
+Block = Table | Chart | Text | Cards
 
 
 @dataclass
@@ -196,12 +157,12 @@ class Section:
     """A part of the page under a heading. folded: shown closed at first."""
 
     title: str
-    blocks: Sequence[Any]
+    blocks: Sequence[Block]
     group: str = ""
     folded: bool = False
 
     @property
-    def slug(self) -> str:
+    def id(self) -> str:
         """The anchor."""
         return slug(self.title)
 
@@ -212,13 +173,16 @@ class Page:
 
     title: str
     sections: list[Section]
-    sources: list[Source]
     problems: list[str] = field(default_factory=list)
     made: str = ""
 
-    def tables(self) -> list[Table]:
-        """All tables of the page."""
-        return [b for s in self.sections for b in s.blocks if isinstance(b, Table)]
+    def __post_init__(self) -> None:
+        """Every table, chart and list of verdicts gets a name of its own, for anchors and files."""
+        used = {section.id for section in self.sections}
+        for block in (b for s in self.sections for b in s.blocks if isinstance(b, Table | Chart | Cards)):
+            base = slug(f"plot-{block.title}" if isinstance(block, Chart) else block.title)
+            block.id = next(n for i in range(1, len(used) + 2) if (n := f"{base}-{i}" if i > 1 else base) not in used)
+            used.add(block.id)
 
 
 def slug(text: str) -> str:

@@ -1,12 +1,13 @@
-"""Tables as CSV (full precision), Markdown and LaTeX (as shown), for papers and spreadsheets."""
+"""Tables as CSV (full precision), Markdown and LaTeX (as shown), for papers and spreadsheets.
+
+The forms are data: the page's script writes the rows that a reader has filtered and sorted by the same rules.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dual_lora.lab.folder import write_atomically
 from dual_lora.lab.report.blocks import Page, Table
@@ -15,66 +16,64 @@ _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",
     "×": r"$\times$", "Δ": r"$\Delta$", "‖": r"$\|$", "λ": r"$\lambda$", "₀": "$_0$", "⊙": r"$\odot$", "✓": "", "✗": "",
 }  # fmt: skip
+# rules: (what in a text, by what else, before anything else), in order. exact: figures are written in full precision.
+# A spreadsheet takes a text that begins like a formula for one; Markdown makes links and pictures of addresses.
+FORMS: dict[str, dict[str, Any]] = {
+    "csv": {
+        "type": "text/csv", "exact": True, "line": ['"', '","', '"\r\n'], "marks": ["", ""], "layout": ["HEAD", "ROWS"],
+        "rules": [["^[ \\n]*[=+\\-@\\t\\r＝＋－＠]", {}, "'"], ['"', {'"': '""'}, ""]],
+    },
+    "md": {
+        "type": "text/markdown", "exact": False, "line": ["| ", " | ", " |\n"], "marks": ["---|", "---:|"],
+        "layout": ["HEAD", "|", "MARKS", "\n", "ROWS"],
+        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""],
+                  ["[\\\\`*_\\[\\]<>|!~:@&]|www(?=\\.)", {"www": "www\\"}, "\\"]],
+    },
+    "tex": {
+        "type": "text/x-tex", "exact": False, "line": ["  ", " & ", " \\\\\n"], "marks": ["l", "r"],
+        "layout": ["\\begin{tabular}{", "MARKS", "}\n  \\toprule\n", "HEAD", "  \\midrule\n", "ROWS",
+                   "  \\bottomrule\n\\end{tabular}\n"],
+        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""], ["[\\\\~^−±×Δ‖λ₀⊙✓✗&%$#_{}]", _LATEX, "\\"]],
+    },
+}  # fmt: skip
 
 
-def to_csv(table: Table) -> str:
-    """Values in full precision. A text that a spreadsheet would take for a formula gets an apostrophe."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(c.label for c in table.columns)
-    for row in table.rows:
-        writer.writerow(
-            "" if c.text(row) == "" else row[c.key] if c.is_number else _harmless(c.text(row)) for c in table.columns
-        )
-    return out.getvalue()
+def written(table: Table, kind: str) -> str:
+    """A table as "csv", "md" or "tex"."""
+    form = FORMS[kind]
 
-
-def _harmless(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def to_markdown(table: Table) -> str:
-    """A pipe table with figures on the right."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |\n"
-
-    def clean(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-    ruler = "|" + "".join("---:|" if c.is_number else "---|" for c in table.columns) + "\n"
-    rows = "".join(line([clean(c.text(row)) for c in table.columns]) for row in table.rows)
-    return line([clean(c.label) for c in table.columns]) + ruler + rows
-
-
-def to_latex(table: Table) -> str:
-    """A tabular with booktabs' rules; figures on the right, signs as mathematics."""
-
-    def clean(text: str) -> str:
-        return re.sub(r"[\\~^−±×Δ‖λ₀⊙✓✗]|[&%$#_{}]", lambda m: _LATEX.get(m[0], "\\" + m[0]), text)
+    def safe(text: str) -> str:
+        for pattern, other, before in form["rules"]:
+            parts = re.split(f"({pattern})", text)
+            text = "".join(other.get(part, before + part) if i % 2 else part for i, part in enumerate(parts))
+        return text
 
     def line(cells: list[str]) -> str:
-        return "  " + " & ".join(map(clean, cells)) + " \\\\\n"
+        opens, between, closes = form["line"]
+        return opens + between.join(cells) + closes
 
-    kinds = "".join("r" if c.is_number else "l" for c in table.columns)
-    rows = "".join(line([c.text(row) for c in table.columns]) for row in table.rows)
-    head = line([c.label for c in table.columns])
-    return f"\\begin{{tabular}}{{{kinds}}}\n  \\toprule\n{head}  \\midrule\n{rows}  \\bottomrule\n\\end{{tabular}}\n"
-
-
-WRITERS: dict[str, Callable[[Table], str]] = {"csv": to_csv, "md": to_markdown, "tex": to_latex}
+    parts = {
+        "HEAD": line([safe(c.label) for c in table.columns]),
+        "MARKS": "".join(form["marks"][c.is_number] for c in table.columns),
+        "ROWS": "".join(
+            line(
+                [
+                    cell.exact.replace("Infinity", "inf") if cell.exact and form["exact"] else safe(cell.text)
+                    for cell in r
+                ]
+            )
+            for r in table.cells
+        ),
+    }
+    return "".join(parts.get(part, part) for part in form["layout"])
 
 
 def export(page: Page, folder: Path) -> list[Path]:
     """Write every table of the page in all three forms; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    written, used = [], set()
-    for table in page.tables():
-        name, number = table.slug, 2
-        while name in used:
-            name, number = f"{table.slug}-{number}", number + 1
-        used.add(name)
-        for kind, write in WRITERS.items():
-            written.append(folder / f"{name}.{kind}")
-            write_atomically(written[-1], write(table))
-    return written
+    files = []
+    for table in (b for s in page.sections for b in s.blocks if isinstance(b, Table)):
+        for kind in FORMS:
+            files.append(folder / f"{table.id}.{kind}")
+            write_atomically(files[-1], written(table, kind).encode("utf-8", "replace").decode())
+    return files

@@ -1,9 +1,15 @@
-"""Find and read what a report is made of. A file is known by what it holds, not by its name."""
+"""Find and read what a report is made of. A file is known by what it holds, not by its name.
+
+Files come from other people: one that cannot be read, is no regular file, is too large or too deep is named, not shown.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,10 @@ from dual_lora.lab.report.blocks import Source
 ANALYSIS = "dual-lora analysis"
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "state.sqlite")
 SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
+LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
+LONGEST = 10  # seconds that reading a state file may take
+# What reading a stranger's file may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, sqlite3.Error)
 
 
 @dataclass
@@ -21,9 +31,9 @@ class Material:
     """What was found, each with its file. problems: files that could not be read, in words."""
 
     studies: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    running: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     analyses: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     ledgers: list[tuple[Path, list[dict[str, Any]]]] = field(default_factory=list)
-    running: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -41,38 +51,43 @@ class Material:
         return bool(self.studies or self.analyses or self.ledgers or self.running)
 
 
-def find(paths: list[str | Path]) -> list[Path]:
+def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Path]:
     """The files that a report may be made of: those named, and those inside the folders named.
 
-    Raises UserError for a path that is not there.
+    problems: takes the folders that cannot be read. Raises UserError for a path that is not there.
     """
     files: dict[Path, None] = {}
     for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            for file in sorted(_walk(path)):
-                files[file] = None
-        elif path.exists():
-            files[path] = None
-        else:
+        if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
+        if Path(given).is_dir():
+            files |= dict.fromkeys(sorted(_inside(Path(given), problems if problems is not None else [])))
+        else:
+            files[Path(given)] = None
     return list(files)
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for item in folder.iterdir():
-        if item.is_dir() and item.name not in SKIPPED and not item.is_symlink():
-            found += _walk(item)
-        elif item.name in NAMES or (item.suffix == ".json" and item.parent.name in ("results", "analysis")):
-            found.append(item)
+def _inside(folder: Path, problems: list[str]) -> list[Path]:
+    found, folders = [], [folder]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    item = Path(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders += [item] if item.name not in SKIPPED else []
+                    elif item.name in NAMES or (item.suffix == ".json" and folder.name in ("results", "analysis")):
+                        found.append(item)
+        except OSError as error:
+            problems.append(f"The folder {short_path(folder)} could not be read: {error.strerror}.")
     return found
 
 
 def gather(paths: list[str | Path]) -> Material:
     """Read everything under the paths; what cannot be read is said in `problems`, and the rest is shown."""
     material = Material()
-    for file in find(paths):
+    for file in find(paths, material.problems):
         try:
             if file.suffix == ".sqlite":
                 _add_state(material, file)
@@ -80,20 +95,31 @@ def gather(paths: list[str | Path]) -> Material:
                 _add_ledger(material, file)
             else:
                 _add_json(material, file, file in map(Path, paths))
-        except (OSError, ValueError, KeyError, TypeError, sqlite3.Error) as error:
-            material.problems.append(f"{file} could not be read: {' '.join(str(error).split())[:200]}.")
+        except UNREADABLE as error:
+            said = " ".join(str(error).split())[:200] or type(error).__name__
+            material.problems.append(f"{short_path(file)} could not be read: {said}.")
     return material
+
+
+def _regular(file: Path) -> Path:
+    """The file, unless reading it might never end."""
+    state = file.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("it is no regular file")
+    if state.st_size > LARGEST:
+        raise ValueError(f"it has {state.st_size:,} bytes, and at most {LARGEST:,} are read")
+    return file
 
 
 def _add_ledger(material: Material, file: Path) -> None:
     if rows := read_lines(file):
         material.ledgers.append((file, rows))
     else:
-        material.problems.append(f"The ledger {file} holds no rows yet.")
+        material.problems.append(f"The ledger {short_path(file)} holds no rows yet.")
 
 
 def _add_json(material: Material, file: Path, named: bool) -> None:
-    value = json.loads(file.read_text(encoding="utf-8"))
+    value = json.loads(_regular(file).read_text(encoding="utf-8"))
     if isinstance(value, dict) and value.get("format") == ANALYSIS:
         if value["version"] > 1:
             raise ValueError(f"it is of version {value['version']}, made by a newer program; this one reads version 1")
@@ -101,65 +127,51 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
     elif isinstance(value, dict) and "study" in value and "comparisons" in value:
         material.studies.append((file, value))
     elif named:
-        material.problems.append(f"{file} is neither a study's results nor an analysis.")
+        material.problems.append(f"{short_path(file)} is neither a study's results nor an analysis.")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = _regular(file).read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line) if line.strip() else None)
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"line {number} is no JSON ({error.msg})") from None
+            if number < len(lines):
+                raise ValueError(f"line {number} is no JSON ({error.msg})") from None
     return [row for row in rows if isinstance(row, dict)]
 
 
 def _add_state(material: Material, file: Path) -> None:
     """A study that is not finished: what its state file says, read without disturbing its writer."""
-    db = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=2)
+    db = sqlite3.connect(f"{_regular(file).resolve().as_uri()}?mode=ro", uri=True, timeout=2)
+    end = time.monotonic() + LONGEST
+    db.set_progress_handler(lambda: time.monotonic() > end, 100_000)  # a view may go on for ever
     try:
         study = db.execute("SELECT value FROM meta WHERE name = 'study'").fetchone()
         rows = db.execute("SELECT status, job, started, finished, outcome, error FROM runs ORDER BY rowid").fetchall()
     finally:
         db.close()
     runs = [
-        {
-            "status": status,
-            "job": json.loads(job),
-            "seconds": finished - started if finished and started else None,
-            "outcome": json.loads(outcome) if outcome else None,
-            "error": error,
-        }
+        {"status": status, "job": json.loads(job), "outcome": json.loads(outcome) if outcome else None, "error": error}
+        | {"seconds": finished - started if finished and started else None}
         for status, job, started, finished, outcome, error in rows
     ]
-    if (
-        any(run["status"] in ("planned", "running", "failed") for run in runs)
-        or not (file.parent / "results.json").exists()
-    ):
+    under_way = any(run["status"] in ("planned", "running", "failed") for run in runs)
+    if under_way or not (file.parent / "results.json").exists():
         material.running.append((file, {"study": json.loads(study[0]) if study else {}, "runs": runs}))
 
 
 def source_of(file: Path, made: dict[str, Any]) -> Source:
     """Where figures come from: `made` is a study's "provenance" or an analysis's "made"."""
-    return Source(
-        short_path(file),
-        made.get("command"),
-        made.get("commit"),
-        made.get("device"),
-        made.get("finished"),
-        made.get("versions", {}),
-    )
+    known = {key: str(made[key]) for key in ("command", "commit", "device", "finished") if made.get(key) is not None}
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    return Source(short_path(file), **known, versions=versions)
 
 
 def short_path(file: Path) -> str:
-    """The path from the working folder, or as it was given."""
-    try:
-        return str(file.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)
+    """The path from the working folder, or as it was given; bytes that are no text are replaced."""
+    whole = file.parent.resolve() / file.name
+    shown = whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else file
+    return os.fsencode(shown).decode("utf-8", "replace")

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import Axis, Block, Chart, Column, Row, Section, Source, Table, Text, View
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
+from dual_lora.lab.report.columns import Column, Row, columns
 from dual_lora.lab.report.gather import short_path
 
 GROWS_WITH = {"tokens": "tokens T", "size": "size O = I", "rank": "rank r1 + r2", "adapters": "active adapters"}
+GATES = (
+    "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit "
+    "device"
+)
 MET = {"✓": True, "✗": False}
 
 
@@ -18,19 +23,17 @@ def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(str(row.get("kind") or row.get("suite") or "rows"), []).append(row)
-    blocks: list[Block] = []
-    for kind, members in kinds.items():
-        make = {"gate": _gates, "curve": _curves}.get(kind, _plain)
-        blocks += make(f"{title}: {kind}", members, source)
+    known = {"gate": _gates, "curve": _curves}
+    blocks = [
+        b for kind, members in kinds.items() for b in known.get(kind, _plain)(f"{title}: {kind}", members, source)
+    ]
     return [Section(title, blocks, "Benchmarks")]
 
 
 def source_of_ledger(file: Path, rows: list[Row]) -> Source:
     """Where a ledger's newest figures come from."""
-    last = rows[-1] if rows else {}
-    versions = last.get("versions") if isinstance(last.get("versions"), dict) else {}
-    device, made = _text(last.get("device")), _text(last.get("date"))
-    return Source(short_path(file), "python -m benchmarks", last.get("commit"), device, made, versions or {})
+    commit, device, date, versions = (_text(rows[-1].get(key)) for key in ("commit", "device", "date", "versions"))
+    return Source(short_path(file), "python -m benchmarks", commit, device, date, versions or "")
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -46,86 +49,58 @@ def _gates(title: str, rows: list[Row], source: Source) -> list[Block]:
     newest = [_with_interval(row) | {"met": MET.get(row.get("mark", ""), row.get("mark"))} for row in _newest(rows)]
     met = sum(row["met"] is True for row in newest)
     points = [
-        {
-            "label": f"{row['work']} · {row['against']}"
-            + (f" · {row['threads']} threads" if row["threads"] > 1 else ""),
-            "x": row["ratio"] / row["at_most"],
-            "low": row["low"] / row["at_most"],
-            "high": row["high"] / row["at_most"],
-            "mood": {True: "good", False: "bad"}.get(row["met"], "open"),
-            "note": f"ratio {row['ratio']:.3g}, at most {row['at_most']:.3g}",
-        }
+        {k: row[of] / row["at_most"] for k, of in (("x", "ratio"), ("low", "low"), ("high", "high"))}
+        | {"label": f"{row['work']} · {row['against']}" + f" · {row['threads']} threads" * (row["threads"] > 1)}
+        | {"mood": {True: "good", False: "bad"}.get(row["met"], "open")}
+        | {"note": f"ratio {row['ratio']:.3g}, at most {row['at_most']:.3g}"}
         for row in newest
         if row.get("at_most")
     ]
-    axis = Axis("measured ratio over the gate's limit (1 or less is met)")
-    columns = [
-        Column("work", "work"),
-        Column("subject", "of"),
-        Column("against", "against"),
-        Column("threads", "threads", "number"),
-        Column("met", "gate", "check"),
-        Column("ratio", "ratio", "number", 3),
-        Column("low", "95% from", "number", 3),
-        Column("high", "to", "number", 3),
-        Column("at_most", "at most", "number", 3),
-        Column("median", "median", "number"),
-        Column("unit", "unit"),
-        Column("spread", "spread", "percent", 1, help="Middle half of the measurements, relative to the median."),
-        Column("rounds", "rounds", "number"),
-        Column("share_of_cores", "share of cores", "percent", 0),
-        Column("date", "date"),
-        Column("commit", "commit"),
-        Column("device", "device"),
-    ]
+    view = View("", Axis("measured ratio over the gate's limit (1 or less is met)"), Axis(""), points)
+    shown = [row | {"scatter": row.get("spread")} for row in newest]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
         Text("A gate that is stated twice, against LoRA and the unavoidable products, is met when one is kept."),
-        Chart(f"{title}s", "intervals", [View("", axis, Axis(""), [{"name": "gates", "points": points}])], source,
-              band=(0.0, 1.0), band_label="met"),
-        Table(f"{title} table", columns, newest, source).without_empty_columns(),
-        *_history(title, rows, source),
-    ]  # fmt: skip
+        Chart(f"{title}s", "intervals", [view], source, "Shaded: met.", (0.0, 1.0)),
+        Table(f"{title} table", columns(GATES, low="95% from"), shown, source),
+        _history(title, rows, source),
+    ]
 
 
-def _history(title: str, rows: list[Row], source: Source) -> list[Block]:
+def _history(title: str, rows: list[Row], source: Source) -> Chart:
     """Ratios of gates that were measured more than once, in the order of measuring."""
     by_gate: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         by_gate.setdefault(_identity(row), []).append(_with_interval(row))
     views = []
-    for members in by_gate.values():
-        if len(members) < 2:
-            continue
-        first = members[0]
+    for members in (members for members in by_gate.values() if len(members) > 1):
         points = [
-            {"x": n, "y": r["ratio"], "low": r["low"], "high": r["high"], "note": f"{r.get('date')}, {r.get('commit')}"}
+            {"series": "measured", "x": n, "y": r["ratio"], "low": r["low"], "high": r["high"]}
+            | {"note": f"{r.get('date')}, {r.get('commit')}"}
             for n, r in enumerate(members, 1)
         ]
-        limit = [{"x": n, "y": r.get("at_most")} for n, r in enumerate(members, 1)]
-        name = f"{first['work']} · {first['against']} · {first['threads']} thr."
-        series = [{"name": "measured", "points": points}, {"name": "limit", "points": limit}]
-        views.append(View(name, Axis("measurement"), Axis("ratio"), series))
-    return [Chart(f"{title} history", "lines", views, source, "In the order of measuring.")] if views else []
+        points += [{"series": "limit", "x": n, "y": r.get("at_most")} for n, r in enumerate(members, 1)]
+        name = "{work} · {against} · {threads} thr.".format(**members[0])
+        views.append(View(name, Axis("measurement"), Axis("ratio"), points))
+    return Chart(f"{title} history", "lines", views, source, "In the order of measuring.")
 
 
 def _curves(title: str, rows: list[Row], source: Source) -> list[Block]:
     curves: dict[tuple[str, str], list[Row]] = {}
     for row in _newest(rows):
         curves.setdefault((str(row["work"]), _text(row.get("device")) or ""), []).append(_with_interval(row))
-    devices = {device for _, device in curves}
+    several = len({device for _, device in curves}) > 1
     views = []
     for (work, device), members in curves.items():
         members.sort(key=lambda row: row["at"])
-        measured = [{"x": r["at"], "y": r["ratio"], "low": r["low"], "high": r["high"]} for r in members]
-        limit = [{"x": r["at"], "y": r["limit"]} for r in members if r.get("limit") is not None]
-        series = [{"name": "measured", "points": measured}, {"name": "limit by flops", "points": limit}]
-        name = GROWS_WITH.get(work, work) + (f" · {device}" if len(devices) > 1 else "")
-        views.append(
-            View(
-                name, Axis(GROWS_WITH.get(work, work), log=True), Axis(f"cost against {members[0]['against']}"), series
-            )
-        )
+        points = [
+            {"series": "measured", "x": r["at"], "y": r["ratio"], "low": r["low"], "high": r["high"]} for r in members
+        ]
+        points += [
+            {"series": "limit by flops", "x": r["at"], "y": r["limit"]} for r in members if r.get("limit") is not None
+        ]
+        grows, cost = GROWS_WITH.get(work, work), Axis(f"cost against {members[0]['against']}")
+        views.append(View(grows + f" · {device}" * several, Axis(grows, log=True), cost, points))
     note = "Forward and backward, newest rows; bands are 95 % intervals of the median ratio."
     return [Chart(f"{title}s", "lines", views, source, note)]
 
@@ -133,8 +108,7 @@ def _curves(title: str, rows: list[Row], source: Source) -> list[Block]:
 def _plain(title: str, rows: list[Row], source: Source) -> list[Block]:
     newest = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in _newest(rows)]
     keys = [k for k in dict.fromkeys(k for row in newest for k in row) if k not in ("kind", "versions", "python")]
-    columns = [_column(key, newest) for key in keys]
-    return [Table(title, columns, newest, source, folded=len(newest) > 12).without_empty_columns()]
+    return [Table(title, [_column(key, newest) for key in keys], newest, source, folded=len(newest) > 12)]
 
 
 def _with_interval(row: Row) -> Row:
@@ -151,8 +125,7 @@ def _text(value: Any) -> str | None:
 
 
 def _column(key: str, rows: list[Row]) -> Column:
-    values = [row[key] for row in rows if row.get(key) is not None]
-    if values and all(isinstance(v, bool) for v in values):
-        return Column(key, key.replace("_", " "), "check")
-    numbers = bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    return Column(key, key.replace("_", " "), "number" if numbers else "text")
+    """A column for a key that is not known here, after what its values are."""
+    kinds = {type(row[key]) for row in rows if row.get(key) is not None}
+    form = "check" if kinds == {bool} else "g" if kinds and kinds <= {int, float} else ""
+    return Column(key, key.replace("_", " "), form)

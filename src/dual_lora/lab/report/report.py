@@ -14,16 +14,18 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.folder import write_atomically
-from dual_lora.lab.report.blocks import Page, Section, Source
+from dual_lora.lab.report.blocks import Chart, Page, Section, Source, slug
+from dual_lora.lab.report.charts import drawings
 from dual_lora.lab.report.exports import export
-from dual_lora.lab.report.gather import Material, find, gather, source_of
-from dual_lora.lab.report.insights import analysis_sections, titles
+from dual_lora.lab.report.gather import Material, find, gather, short_path, source_of
+from dual_lora.lab.report.insights import analysis_sections, analysis_title
 from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
 from dual_lora.lab.report.overview import Studies, overview_sections
-from dual_lora.lab.report.page import render
-from dual_lora.lab.report.studies import progress_sections, study_names, study_sections
+from dual_lora.lab.report.page import SIGN, render
+from dual_lora.lab.report.studies import progress_sections, study_sections
 
 LIVE_SECONDS = 5
+ORDER = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def report(
     """Write one self-contained HTML page from studies, analyses and ledgers.
 
     sources: files, or folders that are searched for them. tables: folder for every table as CSV, Markdown and LaTeX.
-    live: seconds after which the page loads itself anew. Raises UserError for paths that are not there, or if nothing
-    that can be shown lies under them; a file that cannot be read is named on the page.
+    live: seconds after which the page loads itself anew. Raises UserError for paths that are not there, if nothing that
+    can be shown lies under them, or if `out` is a file that is no report; a source that cannot be read is named on the
+    page.
     """
     material = gather(sources)
     if not material and not live:
@@ -60,61 +63,69 @@ def report(
             f"Nothing to report lies under {', '.join(map(str, sources))}: expected {expected} (benchmarks). "
             f"{' '.join(material.problems)}".strip()
         )
-    page = build_page(material, title)
-    file = Path(out)
+    file = _free(Path(out))
+    page, known = build_page(material, title)
+    text = render(page, known, live).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, text)
+    exported = [str(path) for path in export(page, Path(tables))] if tables is not None else []
+    counts = len(material.studies), len(material.analyses), len(material.ledgers)
+    return Report(str(file), len(text.encode()), material.counted, *counts, exported, material.problems)
+
+
+def _free(file: Path) -> Path:
+    """The output, unless something lies there that no report of ours would replace."""
     if file.is_dir():
         raise UserError(f"The output {file} is a folder: give a file, such as {file / 'report.html'}.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = render(page, live)
-    write_atomically(file, text)
-    exported = export(page, Path(tables)) if tables is not None else []
-    return Report(
-        str(file),
-        len(text.encode()),
-        material.counted,
-        len(material.studies),
-        len(material.analyses),
-        len(material.ledgers),
-        [str(path) for path in exported],
-        material.problems,
-    )
+    if file.exists() and not (file.is_file() and (file.stat().st_size == 0 or SIGN.encode() in file.read_bytes())):
+        raise UserError(f"The output {file} exists and is no report: give another --out, or remove that file first.")
+    return file
 
 
-def build_page(material: Material, title: str) -> Page:
-    """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks."""
+def build_page(material: Material, title: str) -> tuple[Page, list[Source]]:
+    """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks;
+    and where they come from. One file of another shape is named and must not cost the rest, whatever it raises."""
     sections: list[Section] = []
     sources: list[Source] = []
     whole: Studies = []
-    for (file, results), name in zip(material.studies, study_names(material.studies), strict=True):
-        made_of = _shown(material, file, study_sections, results, name, len(material.studies) == 1)
-        sections += made_of
-        whole += [(name, results)] if made_of else []
-        sources.append(source_of(file, results.get("provenance", {})))
-    if len(whole) > 1:
-        sections += overview_sections(whole)
-    for file, state in material.running:
-        sections += _shown(material, file, progress_sections, state)
-        sources.append(Source(str(file)))
-    for (file, analysis), name in zip(material.analyses, titles(material.analyses), strict=True):
-        sections += _shown(material, file, analysis_sections, analysis, name)
-        sources.append(source_of(file, analysis.get("made", {})))
-    for number, (file, rows) in enumerate(material.ledgers, 1):
-        name = "Benchmarks" if len(material.ledgers) == 1 else f"Benchmarks {number}"
-        sections += _shown(material, file, ledger_sections, rows, name)
-        sources.append(source_of_ledger(file, rows))
-    order = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
-    sections.sort(key=lambda section: order.index(section.group))
-    made = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
-    return Page(title, sections, sources, material.problems, f"{made}{' from ' * bool(material)}{material.counted}.")
+    names: list[str] = []
 
+    def study(file: Path, results: Any) -> tuple[list[Section], Source]:
+        name = str(results["study"].get("name") or file.parent.name)
+        again = sum(slug(name) == slug(known) for known, _ in whole)
+        names.append(name := f"{name} ({again + 1})" if again else name)
+        overview_sections([(name, results), (f"{name}_", results)])  # tried here; made below, of all of them
+        made = study_sections(file, results, name, len(material.studies) == 1)
+        return made, source_of(file, results.get("provenance", {}))
 
-def _shown(material: Material, file: Path, make: Callable[..., list[Section]], *args: Any) -> list[Section]:
-    """The sections, or a named problem: one file of another shape must not cost the rest of the page."""
-    try:
-        return make(file, *args)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        material.problems.append(f"{file} could not be shown: {type(error).__name__} {error}.")
-        return []
+    def running(file: Path, state: Any) -> tuple[list[Section], Source]:
+        return progress_sections(file, state), Source(short_path(file))
+
+    def analysis(file: Path, found: Any) -> tuple[list[Section], Source]:
+        names.append(analysis_title(found, names))
+        return analysis_sections(file, found, names[-1]), source_of(file, found.get("made", {}))
+
+    def ledger(file: Path, rows: Any) -> tuple[list[Section], Source]:
+        names.append("Benchmarks" if "Benchmarks" not in names else f"Benchmarks {len(names)}")
+        return ledger_sections(file, rows, names[-1]), source_of_ledger(file, rows)
+
+    kinds: list[tuple[Any, Any]] = [(study, material.studies), (running, material.running)]
+    kinds += [(analysis, material.analyses), (ledger, material.ledgers)]
+    for make, file, content in ((make, *each) for make, found in kinds for each in found):
+        try:
+            made, source = make(file, content)
+            drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+            material.problems.append(f"{short_path(file)} could not be shown: {said}.")
+        else:
+            sections += made
+            sources.append(source)
+            whole += [(names[-1], content)] if make is study else []
+    sections += overview_sections(whole) if len(whole) > 1 else []
+    sections.sort(key=lambda section: ORDER.index(section.group))
+    made_at = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
+    return Page(title, sections, material.problems, f"{made_at}{' from ' * bool(material)}{material.counted}."), sources
 
 
 def watch(
@@ -144,10 +155,5 @@ def watch(
 
 def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
     """Files with times and sizes. SQLite writes beside its file first."""
-    marks = []
-    for file in find(sources):
-        for each in (file, file.with_name(file.name + "-wal")):
-            if each.exists():
-                state = each.stat()
-                marks.append((each, state.st_mtime_ns, state.st_size))
-    return marks
+    files = (each for file in find(sources) for each in (file, file.with_name(file.name + "-wal")))
+    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in files if each.exists()]

@@ -1,0 +1,73 @@
+"""The columns of tables: what a row's key is called, how its values are written, and what they mean (columns.csv).
+
+A form is "" (text), "verdict", "check" (met or missed), "B" (bytes), "g" (about four digits) or a format such as "+.4f"
+or ".1%". A measure's meaning also names it where a reader chooses what a chart shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; see the module for form. help: what the values mean."""
+
+    key: str
+    label: str
+    form: str = ""
+    help: str = ""
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the column holds figures."""
+        return self.form not in ("", "verdict", "check")
+
+    def text(self, row: Row) -> str:
+        """The value as people read it; "" for a value that is not there."""
+        value = row.get(self.key)
+        if isinstance(value, bool):
+            return ("✓ met" if value else "✗ missed") if self.form == "check" else str(value)
+        if isinstance(value, int | float):
+            return number(value, self.form if self.is_number else "g")
+        return "" if value is None else str(value)
+
+
+def number(value: float | None, form: str = "g") -> str:
+    """A figure for people, with a true minus sign; "" for none and for what is no number."""
+    if value is None or value != value:
+        return ""
+    sign, form = "+" * form.startswith("+"), form.removeprefix("+")
+    if math.isinf(value):
+        text = f"{value:{sign}}".replace("inf", "∞")
+    elif form.endswith("%"):
+        text = f"{100 * value:{sign}{form[:-1]}f} %"
+    elif form == "B":
+        power = min(4, max(0, int(math.log10(max(abs(value), 1)) // 3)))
+        text = f"{value / 1000**power:.{int(power > 0)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    elif form != "g":
+        text = f"{value:{sign},{form}}"
+    elif float(value).is_integer() and abs(value) < 1e15:
+        text = f"{int(value):{sign},}"
+    elif 1e-3 <= abs(value) < 1e5:
+        text = f"{value:{sign}.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+    else:
+        text = f"{value:{sign}.3g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def columns(keys: str, **labels: str) -> list[Column]:
+    """The columns of these keys, in order. labels: of keys that are called otherwise here."""
+    return [replace(COLUMNS[key], label=labels.get(key, COLUMNS[key].label)) for key in keys.split()]
+
+
+COLUMNS = {
+    row["key"]: Column(**row)
+    for row in csv.DictReader(files(__package__).joinpath("columns.csv").read_text(encoding="utf-8").splitlines())
+}

@@ -1,0 +1,161 @@
+"""A stranger's file costs the report no more than itself, and the page overwrites nothing that is no report."""
+
+import json
+import os
+import sqlite3
+
+import pytest
+import report_material as material
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.report.report import report
+
+pytestmark = pytest.mark.timeout(60)  # what hangs is the failure
+
+
+def fifo(file):
+    os.mkfifo(file)
+
+
+def endless(file):
+    file.symlink_to("/dev/zero")
+
+
+def deep(file):
+    file.write_text("[" * 200_000)
+
+
+def deep_inside(file):
+    study = json.dumps(material._finite(material.study()))
+    file.write_text(study.replace('"about": ""', '"about": ' + "[" * 900 + "]" * 900))
+
+
+def binary(file):
+    file.write_bytes(b"\xff\xfe\x00")
+
+
+def gone(file):
+    file.symlink_to(file.parent / "nowhere")
+
+
+def itself(file):
+    file.symlink_to(file)
+
+
+def huge(file):
+    with file.open("wb") as sparse:
+        sparse.truncate(10**12)
+
+
+def long_number(file):
+    file.write_text("9" * 10_000)
+
+
+@pytest.mark.parametrize("name", ["results.json", "ledger.jsonl", "state.sqlite"])
+@pytest.mark.parametrize("make", [fifo, endless, deep, binary, gone, itself, huge, long_number])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, make, name):
+    folder = material.write(tmp_path / "work")
+    (folder / "bad").mkdir()
+    make(folder / "bad" / name)
+    said = report([folder], tmp_path / "r.html")
+    assert said.studies == said.analyses == 1
+    assert any(f"bad/{name} could not be read" in problem for problem in said.problems)
+    page = (tmp_path / "r.html").read_text()
+    assert f"bad/{name} could not be read" in page
+    assert "Analysis: dual" in page
+
+
+def test_an_endless_view_ends(tmp_path, monkeypatch):
+    from dual_lora.lab.report import gather
+
+    monkeypatch.setattr(gather, "LONGEST", 0.2)
+    folder = material.write(tmp_path / "work")
+    with sqlite3.connect(folder / "state.sqlite") as db:
+        db.execute("CREATE TABLE meta (name, value)")
+        db.execute(
+            "CREATE VIEW runs AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS status, "
+            "i AS job, i AS started, i AS finished, i AS outcome, i AS error, i AS rowid FROM n"
+        )
+    db.close()
+    assert any(
+        "state.sqlite could not be read" in problem for problem in report([folder], tmp_path / "r.html").problems
+    )
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="an administrator reads everything")
+def test_an_unreadable_file_and_folder_are_named(tmp_path):
+    folder = material.write(tmp_path / "work")
+    (folder / "ledger.jsonl").chmod(0)
+    (folder / "closed").mkdir(mode=0)
+    problems = " ".join(report([folder], tmp_path / "r.html").problems)
+    assert "ledger.jsonl could not be read" in problems
+    assert "closed could not be read" in problems
+
+
+def wrong(**parts):
+    return lambda study: study | parts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrong(study=[]),
+        wrong(study={"name": 5, "level": "x"}),
+        wrong(provenance="x"),
+        wrong(comparisons={"a": 1}),
+        wrong(methods=5),
+        wrong(untrained=[{"task": [], "metric": 1, "score": "x"}]),
+        lambda study: study | {"comparisons": [c | {"candidate": []} for c in study["comparisons"]]},
+        lambda study: study | {"comparisons": [c | {"difference": 10**400} for c in study["comparisons"]]},
+        lambda study: study | {"comparisons": [c | {"margin": "wide"} for c in study["comparisons"]]},
+        lambda study: study | {"methods": [m | {"score": "x"} for m in study["methods"]]},
+        lambda study: study | {"pareto": [p | {"label": 3} for p in study["pareto"]]},
+    ],
+)
+def test_a_study_of_another_shape_costs_only_itself(tmp_path, change):
+    bad = change(material._finite(material.study("bad")))
+    folder = material.write_studies(tmp_path / "work", bad, material.study("one"), material.study("two"))
+    said = report([folder], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert page.count('<p class="asked">') + len(said.problems) == 3, "shown, or named"
+    assert all("s0/results.json could not be shown" in problem for problem in said.problems)
+    assert "Verdicts: activations one</h2>" in page
+    assert "Verdicts: activations two</h2>" in page
+
+
+@pytest.mark.parametrize("runs", [5, [], [{}], [{"name": "a", "layers": "x"}]])
+def test_an_analysis_of_another_shape_costs_only_itself(tmp_path, runs):
+    folder = material.write(tmp_path / "work")
+    (folder / "runs" / "dual" / "analysis" / "other.json").write_text(json.dumps(material.analysis() | {"runs": runs}))
+    report([folder], tmp_path / "r.html")
+    assert "Analysis: dual, lora|x</h2>" in (tmp_path / "r.html").read_text()
+
+
+def test_what_is_no_text_is_replaced(tmp_path):
+    """Half of a surrogate pair, which JSON may hold and no file; a name of bytes that are no text."""
+    folder = material.write(tmp_path / "work", "half \ud800")
+    bad = os.fsdecode(os.fsencode(folder) + b"/\xff")
+    os.mkdir(bad)
+    (folder / "study" / "results.json").rename(os.path.join(bad, "results.json"))
+    report([folder], tmp_path / "r.html", tables=tmp_path / "tables")
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "half ?" in page
+    assert "�/results.json" in page
+    assert len(list((tmp_path / "tables").iterdir())) > 20
+
+
+def test_only_a_report_is_overwritten(tmp_path):
+    folder = material.write(tmp_path / "work")
+    out = tmp_path / "thesis.html"
+    out.write_text("<html>my thesis</html>")
+    with pytest.raises(UserError, match="exists and is no report: give another --out"):
+        report([folder], out)
+    assert out.read_text() == "<html>my thesis</html>"
+    page = tmp_path / "report.html"
+    for _ in range(2):
+        report([folder], page)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="exists and is no report"):
+        report([folder], tmp_path / "fifo")
+    with pytest.raises(UserError, match="exists and is no report"):
+        report([folder], folder / "study" / "results.json")
