@@ -17,7 +17,7 @@ def report(
     ] = None,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The page.", negative="")] = Path("report.html"),
+    out: Annotated[Path, Parameter(help="The page; only a report is overwritten.", negative="")] = Path("report.html"),
     title: Annotated[str, Parameter(help="Its heading.", negative="")] = "Dual LoRA: report",
     tables: Annotated[
         Path | None, Parameter(help="Folder for every table as CSV, Markdown and LaTeX.", negative="")
