@@ -1,0 +1,350 @@
+"""The factors of every adapter on one layer, and how strong they act: λ of the warm-up, α/√(r1 r2), a user's scale.
+
+Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32 (fp64 after `.double()`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..core.blocked import Adapter
+from ..core.reference import Factors, Form, scaling
+from . import offloaded, sharded, warmup
+from .cache import composed_weights, version_of
+from .config import DualLoraConfig
+from .emptied import leave_out_counts, put_counts_in
+from .precision import FACTOR_DTYPES, Told, claim, in_fp32
+
+
+class FactorsLayer(nn.Module, BaseTunerLayer):
+    """Factors, warm-up and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
+
+    adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "r1",
+        "r2",
+        "alpha",
+        "scaling",
+        "forms",
+        "warmup_steps",
+        "tied",
+        "dual_lora_dropout",
+        "dual_lora_left",
+        "dual_lora_scale",
+    )
+
+    # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
+    # before the ones below.
+    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}  # r1 + r2
+        self.r1: dict[str, int] = {}
+        self.r2: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.forms: dict[str, Form] = {}
+        self.warmup_steps: dict[str, int] = {}
+        self.dual_lora_dropout = nn.ModuleDict()
+        self.dual_lora_A = nn.ParameterDict()
+        self.dual_lora_B = nn.ParameterDict()
+        self.dual_lora_C = nn.ParameterDict()
+        self.dual_lora_D = nn.ParameterDict()
+        self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength: λ, kept here alone
+        self._read: dict[str, _Read] = {}  # what was read there last, so that a device is not waited for
+        self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
+        self._disable_adapters = False
+        self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
+        self._tied_to: dict[str, FactorsLayer] = {}
+        self.told = Told() if told is None else told  # the model's own, of all its layers
+        self.kwargs = kwargs
+        self.out_features, self.in_features = self._matrix_shape()
+        self.register_state_dict_post_hook(leave_out_counts)
+        self.register_load_state_dict_pre_hook(put_counts_in)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # The weight as a matrix. Override these three for other layouts.
+
+    def _matrix_shape(self) -> tuple[int, int]:
+        """(O, I) of the weight as a matrix."""
+        raise NotImplementedError
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as a view [O, I]."""
+        raise NotImplementedError
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        """A matrix [O, I] in the layout of the stored weight."""
+        raise NotImplementedError
+
+    def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
+        """Shapes of A, B, C and D."""
+        O, I = self.out_features, self.in_features
+        return [(r1, I), (O, r1), (r2, I), (O, r2)]
+
+    def extra_repr(self) -> str:
+        """The matrix's shape, which not every base layer prints."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    # Factors.
+
+    @torch.inference_mode(False)  # who makes or loads a model in inference mode may move or train it afterwards
+    def update_layer(
+        self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter, or make one of that name anew."""
+        sharded.refuse_bare_parts(self.get_base_layer())
+        self.tied.pop(adapter_name, None)
+        alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
+        self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
+        self.alpha[adapter_name] = alpha
+        self.scaling[adapter_name] = scaling(alpha, r1, r2)
+        self.forms[adapter_name] = config.form
+        self.warmup_steps[adapter_name] = config.warmup_steps
+        self.dual_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
+            getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.reset_dual_lora_parameters(adapter_name, config)
+        # With low_cpu_mem_usage everything that is saved waits on the meta device to be loaded.
+        device = "meta" if self.dual_lora_A[adapter_name].device.type == "meta" else None
+        self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32, device=device)
+        self._set_steps_left(adapter_name, config.steps_at_start)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        claim(self._stored(adapter_name))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def tie(self, adapter_name: str, other: FactorsLayer) -> None:
+        """Use the factors of another layer, whose weight this layer's base shares."""
+        self._tied_to[adapter_name] = other
+        self._tie_again(adapter_name)
+        self.tied[adapter_name] = getattr(other.get_base_layer(), "padding_idx", None)
+
+    def _tie_again(self, adapter_name: str) -> None:
+        other = self._tied_to[adapter_name]
+        for name in self.adapter_layer_names:
+            # Not registered, as PEFT's loading with low memory would make another parameter of it.
+            getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
+        self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
+        self._set_steps_left(adapter_name, other.steps_left(adapter_name))
+
+    def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
+        """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
+        # For tests: the update should show in a model of any width.
+        std = config.init_std if config.init_weights else 0.3
+        for factor in self._stored(adapter_name):
+            if factor.device.type != "meta":
+                nn.init.normal_(factor, std=std)
+        if config.init_weights == "zero":
+            nn.init.zeros_(self.dual_lora_B[adapter_name])
+
+    def _stored(self, adapter: str) -> Factors:
+        return Factors(
+            self.dual_lora_A[adapter], self.dual_lora_B[adapter], self.dual_lora_C[adapter], self.dual_lora_D[adapter]
+        )
+
+    def factors(self, adapter: str) -> Factors:
+        """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
+        stored = Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names))
+        return in_fp32(stored, self.told)
+
+    def adapter(self, name: str) -> Adapter:
+        """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
+        factors = self.factors(name)
+        scale, alone = self._scale(name, factors.A), self.tied.get(name)
+        if alone is not None:
+            B = factors.B
+            padding = torch.arange(B.shape[0], device=B.device) == alone
+            factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
+        return Adapter(factors, scale, self.forms[name])
+
+    def adapter_names(self) -> list[str]:
+        """All adapters of this layer."""
+        return list(self.scaling)
+
+    def trainable_factors(self, adapter: str) -> list[Tensor]:
+        """The trainable factors in the order B, A, D, C; the first one's optimizer is the adapter's clock."""
+        A, B, C, D = self._stored(adapter)
+        return [f for f in (B, A, D, C) if f.requires_grad]
+
+    # Warm-up.
+
+    def steps_left(self, adapter: str) -> int:
+        """Optimizer steps before the adapter acts at full strength."""
+        stored, read = self.dual_lora_left[adapter], self._read[adapter]
+        if not (stored.is_meta or read.is_of(stored)):  # a loader that runs no hook of ours (transformers' own)
+            self._set_steps_left(adapter, int(stored))
+            # It has put other factors in place as well; those of a low precision may be FSDP2's working copies.
+            claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
+        return self._read[adapter].left
+
+    def warmup_factor(self, adapter: str) -> float:
+        """λ: 0 at the start of the warm-up, 1 at its end."""
+        left = self.steps_left(adapter)
+        return 1.0 - left / self.warmup_steps[adapter] if left else 1.0
+
+    def step(self, adapter: str) -> None:
+        """Count one optimizer step."""
+        left, scale = self.steps_left(adapter), self.dual_lora_scale[adapter]
+        if left > 0:
+            self._set_steps_left(adapter, left - 1)
+            if not scale.is_inference():  # in the same memory, for CUDA graphs that were captured before
+                self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
+
+    def _set_steps_left(self, adapter: str, left: int) -> None:
+        left = min(left, self.warmup_steps[adapter])
+        # Another tensor, as the present one may be an inference tensor, which cannot be written to.
+        stored = self.dual_lora_left[adapter] = torch.full_like(self.dual_lora_left[adapter], left)
+        self._read[adapter] = _Read.of(stored, left)
+        self._make_scale(adapter)
+        if left or self.training:
+            warmup.watch(self)
+
+    def _scale(self, adapter: str, A: Tensor) -> Tensor:
+        """λ α/√(r1 r2) as a 0-dim tensor where the factors are."""
+        if not torch.compiler.is_compiling():
+            self.steps_left(adapter)
+            if self.dual_lora_scale[adapter].device != A.device:
+                self._make_scale(adapter)
+        return self.dual_lora_scale[adapter].to(A.device)
+
+    def _make_scale(self, adapter: str) -> None:
+        """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
+        A = self.dual_lora_A[adapter]
+        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        value = self.scaling[adapter] * self.warmup_factor(adapter)
+        self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's strength to `scale` times its configured α/√(r1 r2).
+
+        A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
+        """
+        if adapter not in self.scaling:
+            return
+        self.scaling[adapter] = scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
+        self._make_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters by `scale`."""
+        for adapter in self.active_adapters:
+            if scale != 1 and adapter in self.scaling:
+                self.scaling[adapter] *= scale
+                self._make_scale(adapter)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
+        for adapter in self.active_adapters:
+            if adapter not in self.scaling:
+                continue
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
+                self._make_scale(adapter)
+
+    # Life cycle: what drops the cached weight, what restores derived state.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters; they train unless `inference_mode`."""
+        chosen = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
+            composed_weights.drop(self)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        warmup.watch(self)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
+
+        A factor that is frozen as a shard and thawed as the whole that the forward pass has left in its place would
+        stay frozen as a shard, which is what the optimizer holds: a reference pass would end the training.
+        """
+        stored = (factor for name in self.adapter_names() for factor in self._stored(name))
+        if not enabled and any(map(sharded.is_sharded, stored)):
+            self._disable_adapters = True
+        else:
+            super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter."""
+        composed_weights.drop(self)
+        self._read.pop(adapter_name, None)
+        self._tied_to.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def train(self, mode: bool = True) -> FactorsLayer:
+        """As nn.Module; training drops the cached weight."""
+        if mode:
+            composed_weights.drop(self)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
+        before = {a: (self.steps_left(a), [f.data for f in self._stored(a)]) for a in self.adapter_names()}
+        result = super()._apply(fn, recurse)
+        for adapter, (left, old_factors) in before.items():
+            for factor, old in zip(self._stored(adapter), old_factors, strict=True):
+                # `.to(bfloat16)` and the like move the factors and leave their bits alone.
+                if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
+                    factor.data = old.to(factor.device)
+            self.factors(adapter)
+            if not self.dual_lora_left[adapter].is_meta:
+                self._set_steps_left(adapter, left)  # `to_empty` has emptied it
+            self._make_scale(adapter)
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self.adapter_names():
+            claim(self._stored(adapter))  # a copied parameter has lost what was written on it
+        if any(read.left for read in self._read.values()):
+            warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            return
+        for name in self.adapter_layer_names:
+            factors = getattr(self, name)
+            factor = factors[adapter_name]
+            moved = factor if factor.device.type == "meta" else factor.detach().to(device)
+            if moved.device != factor.device:
+                factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
+        if not self.dual_lora_left[adapter_name].is_meta:
+            self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
+        self._make_scale(adapter_name)
+        claim(self._stored(adapter_name))
+
+
+class _Read(NamedTuple):
+    """A count, and the tensor and version that it was read from."""
+
+    stored: Tensor
+    version: int | None
+    left: int
+
+    @classmethod
+    def of(cls, stored: Tensor, left: int) -> _Read:
+        return cls(stored, version_of(stored), left)
+
+    def is_of(self, stored: Tensor) -> bool:
+        """Whether this is still what the tensor says."""
+        return stored is self.stored and version_of(stored) == self.version
+
+
+def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
+    """After load_state_dict: the count on the device is the truth; the rest is derived from it."""
+    composed_weights.drop(layer)
+    for adapter in layer.adapter_names():
+        claim(layer._stored(adapter))
+        layer.steps_left(adapter)
+        if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
+            layer._tie_again(adapter)
+        layer._make_scale(adapter)

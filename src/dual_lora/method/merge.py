@@ -1,0 +1,127 @@
+"""Exact merging: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..core import composing
+from . import sharded
+from .cache import composed_weights
+from .factors import FactorsLayer
+from .precision import Told
+
+
+class MergeLayer(FactorsLayer):
+    """Adapters that merge into the base weight and come out of it again."""
+
+    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
+        super().__init__(base_layer, told, **kwargs)
+        self.merged_adapters: list[str] = []
+        self._original: Tensor | None = None  # the base weight's data while something is merged
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        result = super()._apply(fn, recurse)
+        if self._original is not None:
+            self._original = tree_map(fn, self._original)
+        return result
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
+        with torch.no_grad():
+            return self._from_matrix(composing.compose(None, [self.adapter(adapter)], torch.float32))
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight.
+
+        Batch and sequential merges give the same bits, in any order: the sum is always taken anew, in fp32, from the
+        original weight, which is kept until `unmerge` (so a merged model holds two copies of the adapted weights).
+
+        safe_merge: check the result for NaN and infinity first, and raise ValueError with the base untouched.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names or () if name in self.scaling]
+        if names:
+            self._write_merged([*self.merged_adapters, *names], safe_merge)
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Take adapters out of the base weight (default: all), bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        gone = self.merged_adapters if adapter_names is None else adapter_names
+        self._write_merged([name for name in self.merged_adapters if name not in gone], safe_merge=False)
+
+    def _write_merged(self, names: list[str], safe_merge: bool) -> None:
+        composed_weights.drop(self)
+        if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
+            self.merged_adapters = names
+            return
+        parameter = self._merge_parameter()
+        self._refuse_computed(parameter)
+        in_parts = sharded.is_sharded(parameter)
+        original = self._original
+        if original is None:
+            original = parameter.to_local().clone() if in_parts else parameter.data  # type: ignore[attr-defined]
+        if not names:
+            self._put(parameter, original)
+            self._original = None
+        else:
+            merged = self._merged_part(parameter, original, names) if in_parts else self._merged_weight(original, names)
+            if safe_merge:
+                self._refuse_broken([merged], names)
+            self._put(parameter, merged)
+            self._original = original
+        self._merge_bias(names)
+        self.merged_adapters = names
+
+    def _refuse_computed(self, weight: Tensor) -> None:
+        """Raise ValueError for a weight that is made anew at every call, into which a merge would vanish."""
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"Cannot merge Dual LoRA into this {type(self.get_base_layer()).__name__}: its weight is no parameter "
+                "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
+            )
+
+    def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
+        """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
+        # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
+        factors = [f for name in names for f in self._stored(name)]
+        if not all(bool(torch.isfinite(t).all()) for t in (*merged, *factors)):
+            added = ", ".join(name for name in names if name not in self.merged_adapters)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
+
+    def _put(self, parameter: nn.Parameter, data: Tensor) -> None:
+        """Let the parameter hold this data; of a sharded one, let this process's part hold it."""
+        if sharded.is_sharded(parameter):
+            with torch.no_grad():
+                parameter.to_local().copy_(data)  # type: ignore[attr-defined]
+        else:
+            parameter.data = data
+
+    def _merge_parameter(self) -> nn.Parameter:
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    def _merge_bias(self, names: list[str]) -> None:
+        """For layers whose merge changes more than the weight."""
+
+    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
+        """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
+        adapters = [self.adapter(name) for name in self.scaling if name in names]
+        with torch.no_grad():
+            merged = composing.compose(self._matrix(original), adapters, original.dtype)
+            return self._from_matrix(merged).contiguous()
+
+    def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
+        """The same of a sharded weight, for the part of it that is here."""
+        raise ValueError(
+            f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load it "
+            "on the base model in one process, and merge there."
+        )
