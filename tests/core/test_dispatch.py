@@ -11,12 +11,11 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 import triton
 
-from dual_lora.core import blocked, compose_op, dispatch, op, triton_launch, triton_linear, triton_signs
+from dual_lora.core import blocked, compose_op, dispatch, op, triton_launch, triton_linear
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form, delta_weight
-from dual_lora.core.triton_signs import sign_flips
 
 CUDA = torch.device("cuda", 0)
 
@@ -159,17 +158,3 @@ def test_what_cannot_be_is_said_once(found, version, words, monkeypatch):
         warnings.simplefilter("error")
         assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is blocked
     dispatch.triton.cache_clear()
-
-
-def test_wrong_signs_are_counted(monkeypatch):
-    device = torch.device("cpu")
-    assert sign_flips(device, "ieee", size=128) <= 1
-    compose = triton_signs.compose
-
-    def from_bf16(weight, adapters, **options):
-        ((factors, *rest),) = adapters
-        low = factors._replace(C=factors.C.bfloat16().float(), D=factors.D.bfloat16().float())
-        return compose(weight, [Adapter(low, *rest)], **options)
-
-    monkeypatch.setattr(triton_signs, "compose", from_bf16)
-    assert 3 <= sign_flips(device, "ieee", size=128) <= 50  # of 16,384; 670 in a million are expected

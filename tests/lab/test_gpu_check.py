@@ -13,8 +13,10 @@ import torch
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
 from dual_lora.core import dispatch, triton_check
-from dual_lora.lab import gpu_check
+from dual_lora.core.blocked import Adapter
+from dual_lora.lab import gpu_check, gpu_signs
 from dual_lora.lab.cli import main
+from dual_lora.lab.gpu_signs import sign_flips
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -165,3 +167,17 @@ gpu_check.main("compile", "sm_90")
     [line] = map(json.loads, done.stdout.splitlines())
     assert line["right"]
     assert line["shared"] > 0
+
+
+def test_wrong_signs_are_counted(monkeypatch):
+    device = torch.device("cpu")
+    assert sign_flips(device, "ieee", size=128) <= 1
+    compose = gpu_signs.compose
+
+    def from_bf16(weight, adapters, **options):
+        ((factors, *rest),) = adapters
+        low = factors._replace(C=factors.C.bfloat16().float(), D=factors.D.bfloat16().float())
+        return compose(weight, [Adapter(low, *rest)], **options)
+
+    monkeypatch.setattr(gpu_signs, "compose", from_bf16)
+    assert 3 <= sign_flips(device, "ieee", size=128) <= 50  # of 16,384; 670 in a million are expected

@@ -23,10 +23,13 @@ from .blocked import Adapter
 from .composing import compose
 from .dispatch import (
     adapters_of,
+    flat,
+    flat_gradients,
     implementation,
     refuse_double_backward,
     refuse_meta,
     refuse_transforms,
+    wanted,
     without_autocast,
 )
 from .reference import Factors
@@ -63,10 +66,7 @@ def dual_lora_weight(
     refuse_transforms(None, adapters)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
-    factors = [f for a in adapters for f in a.factors]
-    scales = [a.scale for a in adapters]
-    forms = [a.form.code for a in adapters]
-    return torch.ops.dual_lora.weight(weight, factors, scales, forms, loss_scale, routed, dtype)
+    return torch.ops.dual_lora.weight(weight, *flat(adapters), loss_scale, routed, dtype)
 
 
 class Composed(NamedTuple):
@@ -151,8 +151,9 @@ def _unpack(packed: Tensor | _Recipe) -> Tensor:
     return again.as_strided(packed.size, packed.stride, packed.offset)
 
 
-def _of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
-    return [Adapter(Factors(*(f[e] for f in a.factors)), a.scale, a.form) for a in adapters]
+def of_expert(adapters: Sequence[Adapter], e: int) -> list[Adapter]:
+    """The adapters of one expert's matrix."""
+    return [a._replace(factors=Factors(*(f[e] for f in a.factors))) for a in adapters]
 
 
 def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -174,7 +175,7 @@ def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
         if computes is not blocked:
             return computes.compose(weight, adapters, dtype, out, routed)
         for e in range(out.shape[0]) if routed is None else routed.tolist():
-            blocked.compose(None if weight is None else weight[e], _of_expert(adapters, e), dtype, out[e])
+            blocked.compose(None if weight is None else weight[e], of_expert(adapters, e), dtype, out[e])
     return out
 
 
@@ -190,11 +191,11 @@ def _weight_backward(G, factors, scales, forms, loss_scale, routed):
         else:
             grads = [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
             for e in range(G.shape[0]) if routed is None else routed.tolist():
-                of_expert = blocked.factor_gradients(G[e], _of_expert(adapters, e), loss_scale)
-                for whole, four in zip(grads, of_expert, strict=True):
+                found = blocked.factor_gradients(G[e], of_expert(adapters, e), loss_scale)
+                for whole, four in zip(grads, found, strict=True):
                     for grad, g in zip(whole, four, strict=True):
                         grad[e] = g
-    return [g.to(f.dtype) for g, f in zip((g for four in grads for g in four), factors, strict=True)]
+    return flat_gradients(grads, factors)
 
 
 @torch.library.register_fake("dual_lora::weight")
@@ -219,10 +220,10 @@ def _backward(ctx, G):
     loss_scale, routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
     factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
-    dF = [None] * 4 * n
+    dF: list[Tensor | None] = [None for _ in range(4 * n)]
     if any(need_factors):
         grads = torch.ops.dual_lora.weight_backward(G, factors, scales, ctx.forms, loss_scale, routed)
-        dF = [g if wanted else None for g, wanted in zip(grads, need_factors, strict=True)]
+        dF = wanted(grads, need_factors)
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, None, None, None, None
 
 

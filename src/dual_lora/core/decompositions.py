@@ -21,12 +21,15 @@ from .blocked import Adapter
 from .dispatch import adapters_of, without_autocast
 from .reference import Factors, direction, magnitude
 
+_ENTERED: dict[Any, Callable[..., Tensor]] = {}
+
 
 def _entered(operator: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Where sizes are symbolic, PyTorch takes shapes from a decomposition before it asks the operator's own fake,
         # unless there is a "meta" entry, which it does not call either.
         register_decomposition(operator, type="meta")(function)
+        _ENTERED[operator] = function
         return register_decomposition(operator)(function)
 
     return enter
@@ -37,11 +40,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     >>> program = torch.export.export(model, (x,)).run_decompositions(dual_lora.decompositions())  # doctest: +SKIP
     """
-    return {
-        torch.ops.dual_lora.linear.default: linear,
-        torch.ops.dual_lora.weight.default: weight,
-        torch.ops.dual_lora.embedding.default: embedding,
-    }
+    return dict(_ENTERED)
 
 
 def keep_in_inductor() -> None:
@@ -57,30 +56,14 @@ def keep_in_inductor() -> None:
 
 
 @_entered(torch.ops.dual_lora.linear.default)
-def linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    factors: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    forms: Sequence[int],
-    loss_scale: Tensor | None,
-) -> Tensor:
+def linear(x, weight, bias, factors, scales, forms, loss_scale):
     """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
     W = _composed(weight, adapters_of(factors, scales, forms), x.dtype)
     return torch.nn.functional.linear(x, W, bias)
 
 
 @_entered(torch.ops.dual_lora.weight.default)
-def weight(
-    weight: Tensor | None,
-    factors: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    forms: Sequence[int],
-    loss_scale: Tensor | None,
-    routed: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def weight(weight, factors, scales, forms, loss_scale, routed, dtype):
     """W + ΣΔW, [O, I] or [E, O, I]; with `routed`, ΔW of the other experts is zero."""
     adapters = adapters_of(factors, scales, forms)
     if routed is None:
@@ -91,18 +74,8 @@ def weight(
 
 @_entered(torch.ops.dual_lora.embedding.default)
 def embedding(
-    indices: Tensor,
-    weight: Tensor | None,
-    factors: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    forms: Sequence[int],
-    loss_scale: Tensor | None,
-    padding_idx: int,
-    max_norm: float | None,
-    norm_type: float,
-    scale_grad_by_freq: bool,
-    dtype: torch.dtype,
-) -> Tensor:
+    indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
+):
     """Rows of W + ΣΔW, indices [...] -> [..., I]; ΔW of the padding is zero."""
     used = (indices != padding_idx).unsqueeze(-1)
     adapters = [

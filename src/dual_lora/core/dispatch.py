@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -141,3 +141,18 @@ def adapters_of(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequ
         Adapter(Factors(*factors[4 * k : 4 * k + 4]), scale, Form.from_code(form))
         for k, (scale, form) in enumerate(zip(scales, forms, strict=True))
     ]
+
+
+def flat(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], list[int]]:
+    """Factors, scales and forms of adapters as an operator takes them; `adapters_of` is the inverse."""
+    return [f for a in adapters for f in a.factors], [a.scale for a in adapters], [a.form.code for a in adapters]
+
+
+def flat_gradients(grads: Sequence[Factors], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The adapters' gradients as an operator returns them, each in its factor's dtype."""
+    return [g.to(f.dtype) for g, f in zip((g for four in grads for g in four), factors, strict=True)]
+
+
+def wanted(grads: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients as autograd takes them: None where none is needed."""
+    return [g if need else None for g, need in zip(grads, needed, strict=True)]

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .dispatch import adapters_of, refuse_double_backward, refuse_meta, refuse_transforms, without_autocast
+from .dispatch import (
+    adapters_of,
+    flat,
+    flat_gradients,
+    refuse_double_backward,
+    refuse_meta,
+    refuse_transforms,
+    wanted,
+    without_autocast,
+)
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -55,9 +64,7 @@ def dual_lora_embedding(
     return torch.ops.dual_lora.embedding(
         indices,
         None if weight is None else weight.detach(),
-        [f for a in adapters for f in a.factors],
-        [a.scale for a in adapters],
-        [a.form.code for a in adapters],
+        *flat(adapters),
         loss_scale,
         -1 if padding_idx is None else padding_idx,
         max_norm,
@@ -96,15 +103,13 @@ def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
         G = torch.ops.aten.embedding_dense_backward(dy, inverse, len(rows), -1, scale_grad_by_freq)
+        used = (rows != padding_idx).unsqueeze(-1)
         out = []
-        for k, four in enumerate(blocked.factor_gradients(G, adapters, loss_scale)):
-            used = (rows != padding_idx).unsqueeze(-1)
-            _, B, _, D = factors[4 * k : 4 * k + 4]
-            dB, dD = torch.zeros_like(B), torch.zeros_like(D)
-            dB[rows] = (four.B * used).to(B.dtype)
-            dD[rows] = four.D.to(D.dtype)
-            out += [four.A, dB, four.C, dD]
-    return [g.to(f.dtype) for g, f in zip(out, factors, strict=True)]
+        for k, (dA, dB, dC, dD) in enumerate(blocked.factor_gradients(G, adapters, loss_scale)):
+            B, D = (torch.zeros_like(f) for f in factors[4 * k + 1 : 4 * k + 4 : 2])
+            B[rows], D[rows] = (dB * used).to(B.dtype), dD.to(D.dtype)
+            out.append(Factors(dA, B, dC, D))
+    return flat_gradients(out, factors)
 
 
 @torch.library.register_fake("dual_lora::embedding")
@@ -129,12 +134,12 @@ def _backward(ctx, dy):
     indices, loss_scale, *rest = ctx.saved_tensors
     forms, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
-    dF = [None] * 4 * n
+    dF: list[Tensor | None] = [None for _ in range(4 * n)]
     if any(need_factors):
         grads = torch.ops.dual_lora.embedding_backward(
             dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
         )
-        dF = [g if wanted else None for g, wanted in zip(grads, need_factors, strict=True)]
+        dF = wanted(grads, need_factors)
     return None, None, dF, [None] * n, None, None, None, None, None, None, None
 
 

@@ -21,10 +21,13 @@ from .blocked import Adapter, Needs, RowSource
 from .dispatch import (
     adapters_of,
     autocast_dtype,
+    flat,
+    flat_gradients,
     implementation,
     refuse_double_backward,
     refuse_meta,
     refuse_transforms,
+    wanted,
     without_autocast,
 )
 from .ticket import Ticket, source_of, ticket
@@ -72,9 +75,7 @@ def dual_lora_linear(
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(x.dtype)
-    factors = [f for a in adapters for f in a.factors]
-    scales = [a.scale for a in adapters]
-    forms = [a.form.code for a in adapters]
+    factors, scales, forms = flat(adapters)
     if not (weight is None or isinstance(weight, Tensor)):
         if not isinstance(weight, Ticket):
             weight = ticket(partial(_itself, weight), weight.shape)
@@ -156,7 +157,7 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     if grads.weight is not None:
         out.append(grads.weight.to(weight.dtype))
     if grads.factors is not None:
-        out += [g.to(f.dtype) for g, f in zip((g for four in grads.factors for g in four), factors, strict=True)]
+        out += flat_gradients(grads.factors, factors)
     return out
 
 
@@ -211,9 +212,7 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    dF: list[Tensor | None] = [None] * n
-    if needs[2]:
-        dF = [g if wanted else None for g, wanted in zip(out, need_factors, strict=True)]
+    dF = wanted(out, need_factors) if needs[2] else [None] * n
     return dx, dW, db, *dF
 
 

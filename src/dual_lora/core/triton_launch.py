@@ -26,7 +26,7 @@ RANK_CHUNK = 16
 
 PRODUCTS = "ieee"
 """Precision of P and Q in every kernel: "ieee" is fp32 on plain units. "tf32x3" is three products on the matrix units,
-and may be set here for a card on which `triton_signs.sign_flips` finds no more wrong signs than with "ieee"."""
+and may be set here for a card on which `dual-lora gpu-check` finds no more wrong signs than with "ieee"."""
 
 
 class Tile(NamedTuple):

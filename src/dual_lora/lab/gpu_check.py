@@ -172,7 +172,7 @@ def _case(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 def signs(device: torch.device, size: int) -> dict[str, int]:
     """Signs of Q [size, size] that differ from fp64: by the kernel, and by its products on matrix units (off)."""
-    from dual_lora.core.triton_signs import sign_flips
+    from dual_lora.lab.gpu_signs import sign_flips
 
     return {products: sign_flips(device, products, size, RANK) for products in ("ieee", "tf32x3")}
 

@@ -28,6 +28,11 @@ from .swapped import swapped
 
 PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+# What PyTorch's encoder layers read off an attention.
+READ_BY_ENCODERS = {
+    *("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "head_dim", "dropout", "batch_first"),
+    *("in_proj_weight", "in_proj_bias", "out_proj", "bias_k", "bias_v", "add_zero_attn", "merge_masks"),
+}
 
 
 class OutProjection(Linear):
@@ -49,36 +54,25 @@ class OutProjection(Linear):
 class MultiheadAttention(DualLoraLayer):
     """Dual LoRA on nn.MultiheadAttention."""
 
-    def __init__(
-        self,
-        base_layer: nn.MultiheadAttention,
-        adapter_name: str,
-        config: DualLoraConfig,
-        r1: int,
-        r2: int,
-        alpha: float | None,
-        **kwargs: Any,
+    takes_dropout = False
+
+    def update_layer(
+        self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
     ) -> None:
-        super().__init__(base_layer, **kwargs)
-        base_layer.out_proj = OutProjection(  # type: ignore[assignment]
-            base_layer.out_proj, adapter_name, config=config, r1=r1, r2=r2, alpha=alpha, told=self.told
-        )
-        self._active_adapter = adapter_name
-        self._update_projections(adapter_name, r1, r2, alpha, config=config)
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the input projections and the output projection."""
-        self._update_projections(*args, **kwargs)
-        self._out.update_layer(*args, **kwargs)
-
-    def _update_projections(self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: Any) -> None:
         if config.dropout:
             self.told.once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )
+        out = self._base.out_proj
+        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "config": config}
+        is_first = not isinstance(out, OutProjection)
+        if is_first:
+            self._base.out_proj = OutProjection(out, adapter_name, told=self.told, **options)
         super().update_layer(adapter_name, r1, r2, alpha, config)
-        self.dual_lora_dropout[adapter_name] = nn.Identity()
+        if not is_first:
+            out.update_layer(adapter_name, **options)
 
     @property
     def _base(self) -> Any:
@@ -88,11 +82,8 @@ class MultiheadAttention(DualLoraLayer):
     def _out(self) -> OutProjection:
         return self._base.out_proj
 
-    def _names(self) -> tuple[str, ...]:
-        return PACKED if self._base._qkv_same_embed_dim else SEPARATE
-
     def _parameters_in(self) -> dict[str, Tensor]:
-        return {name: getattr(self._base, name) for name in self._names()}
+        return {n: getattr(self._base, n) for n in (PACKED if self._base._qkv_same_embed_dim else SEPARATE)}
 
     def _matrix_shape(self) -> tuple[int, int]:
         shapes = [tuple(w.shape) for w in self._parameters_in().values()]
@@ -229,80 +220,11 @@ class MultiheadAttention(DualLoraLayer):
         sources = [weight, *factors, *(a.scale for a in adapters)]
         return Composed(composed_weights.get(owner, sources, (dtype,), make), weight, adapters)
 
-    # What PyTorch's encoder layers read off an attention.
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the attention."""
-        return self._base.embed_dim
-
-    @property
-    def kdim(self) -> int | None:
-        """Width of the keys."""
-        return self._base.kdim
-
-    @property
-    def vdim(self) -> int | None:
-        """Width of the values."""
-        return self._base.vdim
-
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        return self._base._qkv_same_embed_dim
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return self._base.num_heads
-
-    @property
-    def dropout(self) -> float:
-        """Dropout of the attention's weights."""
-        return self._base.dropout
-
-    @property
-    def batch_first(self) -> bool:
-        """Whether the batch is the first dimension."""
-        return self._base.batch_first
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self._base.head_dim
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """The base's packed input projections."""
-        return self._base.in_proj_weight
-
-    @property
-    def in_proj_bias(self) -> Tensor:
-        """The base's bias of the input projections."""
-        return self._base.in_proj_bias
-
-    @property
-    def out_proj(self) -> nn.Module:
-        """The base's output projection."""
-        return self._out.get_base_layer()
-
-    @property
-    def bias_k(self) -> Tensor | None:
-        """The base's bias of the keys."""
-        return self._base.bias_k
-
-    @property
-    def bias_v(self) -> Tensor | None:
-        """The base's bias of the values."""
-        return self._base.bias_v
-
-    @property
-    def add_zero_attn(self) -> bool:
-        """Whether a batch of zeros is added to keys and values."""
-        return self._base.add_zero_attn
-
-    def merge_masks(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's way to merge masks."""
-        return self._base.merge_masks(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        """As nn.Module; what encoder layers read off an attention is the base's."""
+        if name in READ_BY_ENCODERS:
+            return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
+        return super().__getattr__(name)
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()

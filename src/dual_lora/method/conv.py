@@ -10,7 +10,6 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -22,44 +21,34 @@ from .layer import MapLayer, is_plain
 
 
 class _Conv(MapLayer):
-    def _weight_shape(self) -> tuple[int, ...]:
-        weight: Any = self.get_base_layer().weight
-        return tuple(getattr(weight, "ds_shape", None) or weight.shape)
-
     def _matrix_shape(self) -> tuple[int, int]:
-        O, *rest = self._weight_shape()
+        O, *rest = self._stored_shape()
         return O, math.prod(rest)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.reshape(weight.shape[0], -1)
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
-        return matrix.view(self._weight_shape())
+        return matrix.view(self._stored_shape())
 
     def _is_plain(self) -> bool:
         return is_plain(self.base_layer, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
-        dtype = autocast_dtype(x.device, x.dtype)
-        if dtype is None:
-            x = x.to(base.weight.dtype)
-        return self._convolve(x, base.weight, base.bias, names, dtype or base.weight.dtype)
+        return self._convolve(x, base.weight, base.bias, names)
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        x = self.dual_lora_dropout[name](x)
-        base: Any = self.get_base_layer()
-        dtype = autocast_dtype(x.device, x.dtype)
-        if dtype is None:
-            x = x.to(base.weight.dtype)
-        return self._convolve(x, None, None, [name], dtype or base.weight.dtype)
+        return self._convolve(self.dual_lora_dropout[name](x), None, None, [name])
 
-    def _convolve(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str], dtype: torch.dtype
-    ) -> Tensor:
+    def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
+        base: Any = self.get_base_layer()
+        autocast = autocast_dtype(x.device, x.dtype)
+        dtype = autocast or base.weight.dtype
+        if autocast is None:
+            x = x.to(dtype)
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
-        base: Any = self.get_base_layer()
         if weight is not None and self._may_keep():
             sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
             make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)

@@ -24,22 +24,8 @@ from .quantized import find_backend
 class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
 
+    takes_dropout = False
     takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
-
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As for every layer, without dropout."""
-        super().update_layer(adapter_name, *args, **kwargs)
-        self.dual_lora_dropout[adapter_name] = nn.Identity()
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        weight: Any = self.get_base_layer().weight
-        shape = getattr(weight, "ds_shape", None) or weight.shape
-        return shape[0], shape[1]
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight
-
-    _from_matrix = _matrix  # type: ignore[assignment]
 
     def _is_plain(self) -> bool:
         # A scaled embedding (Gemma's) has a forward of its own: the base's rows times `embed_scale`.

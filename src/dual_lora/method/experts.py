@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.blocked import Adapter
-from ..core.compose_op import Composed, also_recompose, dual_lora_weight, recomposing
-from ..core.reference import Factors
+from ..core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
 from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, is_exporting, is_traced
@@ -33,15 +32,7 @@ class ParamWrapper(DualLoraLayer):
     """Dual LoRA on one parameter of a module. (PEFT looks for wrappers by this class name.)"""
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        parameter_name: str,
-        config: DualLoraConfig,
-        r1: int,
-        r2: int,
-        alpha: float | None,
-        **kwargs: Any,
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         self.parameter_name = parameter_name
         for field in ("dropout", "fan_in_fan_out"):
@@ -51,19 +42,16 @@ class ParamWrapper(DualLoraLayer):
                     f"its parameter {parameter_name!r} in ways that are its own. Set {field} to its default for an "
                     "adapter with target_parameters, and use a second adapter for the other layers."
                 )
-        super().__init__(base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r1, r2, alpha, config=config)
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def get_param(self) -> nn.Parameter:
         """The adapted parameter of the base layer."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
-    _merge_parameter = get_param
+    _parameter = get_param
 
     def _shape(self) -> tuple[int, ...]:
-        parameter: Any = self.get_param()
-        shape = tuple(getattr(parameter, "ds_shape", None) or parameter.shape)
+        shape = self._stored_shape()
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"dual_lora.ParamWrapper was initialized with {len(shape)} dimensional Parameter, but only 2d and 3d "
@@ -204,8 +192,7 @@ class _Experts:
 
     def __getitem__(self, expert: Any) -> Tensor:
         e = int(expert)
-        adapters = [Adapter(Factors(*(f[e] for f in a.factors)), a.scale, a.form) for a in self.adapters]
-        weight = self.weight[e]
+        adapters, weight = of_expert(self.adapters, e), self.weight[e]
         W = also_recompose(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
         return W.t() if self.transposed else W
 

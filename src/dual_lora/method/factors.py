@@ -5,7 +5,7 @@ Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -17,12 +17,13 @@ from ..core.reference import Factors, Form, scaling
 from . import offloaded, sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig
-from .emptied import leave_out_counts, put_counts_in
 from .precision import FACTOR_DTYPES, Told, claim, in_fp32
 
 
 class FactorsLayer(nn.Module, BaseTunerLayer):
     """Factors, warm-up and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
+
+    takes_dropout = True  # whether the adapter may see another input than the base
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
@@ -57,7 +58,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_C = nn.ParameterDict()
         self.dual_lora_D = nn.ParameterDict()
         self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength: λ, kept here alone
-        self._read: dict[str, _Read] = {}  # what was read there last, so that a device is not waited for
+        # The count as read last, with its tensor and that one's version: so that a device is not waited for.
+        self._read: dict[str, tuple[Tensor, int | None, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self._disable_adapters = False
         self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
@@ -65,23 +67,32 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.told = Told() if told is None else told  # the model's own, of all its layers
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
-        self.register_state_dict_post_hook(leave_out_counts)
-        self.register_load_state_dict_pre_hook(put_counts_in)
+        self.register_state_dict_post_hook(sharded.leave_out_counts)
+        self.register_load_state_dict_pre_hook(sharded.put_counts_in)
         self.register_load_state_dict_post_hook(_after_load)
 
     # The weight as a matrix. Override these three for other layouts.
 
     def _matrix_shape(self) -> tuple[int, int]:
         """(O, I) of the weight as a matrix."""
-        raise NotImplementedError
+        O, I = self._stored_shape()
+        return O, I
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The stored weight as a view [O, I]."""
-        raise NotImplementedError
+        return weight
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         """A matrix [O, I] in the layout of the stored weight."""
-        raise NotImplementedError
+        return matrix
+
+    def _parameter(self) -> nn.Parameter:
+        """The adapted parameter of the base layer."""
+        return self.get_base_layer().weight  # type: ignore[return-value]
+
+    def _stored_shape(self) -> tuple[int, ...]:
+        parameter: Any = self._parameter()
+        return tuple(getattr(parameter, "ds_shape", None) or parameter.shape)  # ZeRO-3 keeps an empty tensor here
 
     def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
         """Shapes of A, B, C and D."""
@@ -107,7 +118,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = scaling(alpha, r1, r2)
         self.forms[adapter_name] = config.form
         self.warmup_steps[adapter_name] = config.warmup_steps
-        self.dual_lora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dual_lora_dropout[adapter_name] = (
+            nn.Dropout(config.dropout) if config.dropout and self.takes_dropout else nn.Identity()
+        )
         for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
@@ -176,12 +189,14 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before the adapter acts at full strength."""
-        stored, read = self.dual_lora_left[adapter], self._read[adapter]
-        if not (stored.is_meta or read.is_of(stored)):  # a loader that runs no hook of ours (transformers' own)
-            self._set_steps_left(adapter, int(stored))
-            # It has put other factors in place as well; those of a low precision may be FSDP2's working copies.
-            claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
-        return self._read[adapter].left
+        stored, (read, version, left) = self.dual_lora_left[adapter], self._read[adapter]
+        if stored.is_meta or (stored is read and version_of(stored) == version):
+            return left
+        # A loader that runs no hook of ours (transformers' own) has put other factors in place as well; those of a low
+        # precision may be FSDP2's working copies.
+        self._set_steps_left(adapter, int(stored))
+        claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
+        return self._read[adapter][2]
 
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""
@@ -200,7 +215,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         left = min(left, self.warmup_steps[adapter])
         # Another tensor, as the present one may be an inference tensor, which cannot be written to.
         stored = self.dual_lora_left[adapter] = torch.full_like(self.dual_lora_left[adapter], left)
-        self._read[adapter] = _Read.of(stored, left)
+        self._read[adapter] = stored, version_of(stored), left
         self._make_scale(adapter)
         if left or self.training:
             warmup.watch(self)
@@ -302,7 +317,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         for adapter in self.adapter_names():
             claim(self._stored(adapter))  # a copied parameter has lost what was written on it
-        if any(read.left for read in self._read.values()):
+        if any(left for *_, left in self._read.values()):
             warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -321,22 +336,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
             self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
         self._make_scale(adapter_name)
         claim(self._stored(adapter_name))
-
-
-class _Read(NamedTuple):
-    """A count, and the tensor and version that it was read from."""
-
-    stored: Tensor
-    version: int | None
-    left: int
-
-    @classmethod
-    def of(cls, stored: Tensor, left: int) -> _Read:
-        return cls(stored, version_of(stored), left)
-
-    def is_of(self, stored: Tensor) -> bool:
-        """Whether this is still what the tensor says."""
-        return stored is self.stored and version_of(stored) == self.version
 
 
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:

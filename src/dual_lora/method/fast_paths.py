@@ -39,10 +39,7 @@ def is_read(parent: nn.Module, layer: nn.Module) -> bool:
 class ReadLinear(Linear):
     """Dual LoRA on a linear layer whose weight is read."""
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As for every layer, without dropout."""
-        super().update_layer(adapter_name, *args, **kwargs)
-        self.dual_lora_dropout[adapter_name] = nn.Identity()
+    takes_dropout = False
 
     @property
     def weight(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,20 @@ CACHED_ROWS = 256
 
 class DualLoraLayer(MergeLayer):
     """What every adapted layer has: factors, warm-up, merge, and what a forward asks of them."""
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: DualLoraConfig,
+        r1: int,
+        r2: int,
+        alpha: float | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, **kwargs)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r1, r2, alpha, config=config)
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         adapter_names = kwargs.get("adapter_names")
@@ -71,20 +86,6 @@ class MapLayer(DualLoraLayer):
     """
 
     takes_parts = False  # whether the weight may be sharded by tensor parallelism
-
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: DualLoraConfig,
-        r1: int,
-        r2: int,
-        alpha: float | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, **kwargs)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r1, r2, alpha, config=config)
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
@@ -149,9 +150,8 @@ class Linear(MapLayer):
         super().__init__(base_layer, *args, **kwargs)
 
     def _matrix_shape(self) -> tuple[int, int]:
-        weight: Any = self.get_base_layer().weight
-        shape = getattr(weight, "ds_shape", None) or weight.shape
-        return (shape[1], shape[0]) if self.fan_in_fan_out else (shape[0], shape[1])
+        O, I = self._stored_shape()
+        return (I, O) if self.fan_in_fan_out else (O, I)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         return weight.t() if self.fan_in_fan_out else weight
@@ -188,25 +188,27 @@ class Linear(MapLayer):
         return self._may_keep() and x.numel() <= CACHED_ROWS * self.in_features
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
-        base: Any = self.base_layer
+        bias: Any = self.base_layer.bias
         adapters = [self.adapter(n) for n in names]
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        weight = composed_weights.get(
-            self,
-            self._sources(names, adapters),
-            (tuple(names), dtype),
-            lambda: composing.compose(self._matrix(base.weight), adapters, dtype),
-        )
-        bias = None if base.bias is None else base.bias.to(dtype)
-        return nn.functional.linear(x.to(dtype), weight, bias)
+        make = partial(self._composed, adapters, dtype)
+        weight = composed_weights.get(self, self._sources(names, adapters), (tuple(names), dtype), make)
+        return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+    def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+        base: Any = self.base_layer
+        return composing.compose(self._matrix(base.weight), adapters, dtype)
+
+    def _base_tensor(self) -> Tensor:
+        """The base's own tensor, by which a changed weight is told."""
+        return self.base_layer.weight  # type: ignore[return-value]
 
     def _sources(self, names: Sequence[str], adapters: Sequence[Adapter]) -> list[Tensor]:
         """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
-        base: Any = self.base_layer
         factors = [
             a.factors if self.tied.get(n) is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
         ]
-        return [base.weight, *(t for four in factors for t in four), *(a.scale for a in adapters)]
+        return [self._base_tensor(), *(t for four in factors for t in four), *(a.scale for a in adapters)]
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""

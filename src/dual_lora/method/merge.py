@@ -63,21 +63,23 @@ class MergeLayer(FactorsLayer):
         if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
             self.merged_adapters = names
             return
-        parameter = self._merge_parameter()
+        parameter = self._parameter()
         self._refuse_computed(parameter)
         in_parts = sharded.is_sharded(parameter)
         original = self._original
         if original is None:
             original = parameter.to_local().clone() if in_parts else parameter.data  # type: ignore[attr-defined]
-        if not names:
-            self._put(parameter, original)
-            self._original = None
-        else:
+        merged = original
+        if names:
             merged = self._merged_part(parameter, original, names) if in_parts else self._merged_weight(original, names)
             if safe_merge:
                 self._refuse_broken([merged], names)
-            self._put(parameter, merged)
-            self._original = original
+        if in_parts:
+            with torch.no_grad():
+                parameter.to_local().copy_(merged)  # type: ignore[attr-defined]
+        else:
+            parameter.data = merged
+        self._original = original if names else None
         self._merge_bias(names)
         self.merged_adapters = names
 
@@ -97,17 +99,6 @@ class MergeLayer(FactorsLayer):
         if not all(bool(torch.isfinite(t).all()) for t in (*merged, *factors)):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
-
-    def _put(self, parameter: nn.Parameter, data: Tensor) -> None:
-        """Let the parameter hold this data; of a sharded one, let this process's part hold it."""
-        if sharded.is_sharded(parameter):
-            with torch.no_grad():
-                parameter.to_local().copy_(data)  # type: ignore[attr-defined]
-        else:
-            parameter.data = data
-
-    def _merge_parameter(self) -> nn.Parameter:
-        return self.get_base_layer().weight  # type: ignore[return-value]
 
     def _merge_bias(self, names: list[str]) -> None:
         """For layers whose merge changes more than the weight."""

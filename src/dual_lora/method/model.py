@@ -262,7 +262,7 @@ class DualLoraModel(BaseTuner):
 
         for base, layer in layers.items():
             own = updates(layer) - layer.tied.keys()
-            for other in holders.get(id(layer._merge_parameter()), ()) if own else ():
+            for other in holders.get(id(layer._parameter()), ()) if own else ():
                 theirs = updates(layers[other]) if other in layers else set()
                 if other is base or (other in layers and own <= layers[other].tied.keys()):
                     continue

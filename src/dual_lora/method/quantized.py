@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -96,30 +97,20 @@ class QuantizedLinear(Linear):
         base: Any = self.base_layer
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
-            x = x.to(_compute_dtype(base) or x.dtype)
+            x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # the library's own, where it says so
         if self._may_cache(x):
             return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
-        scale = self._loss_scale(names, x)
-        y = dual_lora_linear(x, self._ticket, bias, self._adapters(names), scale)
+        adapters = [self.adapter(name) for name in names]
+        y = dual_lora_linear(x, self._ticket, bias, adapters, self._loss_scale(names, x))
         return y if autocast is not None else y.to(given)
 
-    def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
-        base: Any = self.base_layer
-        adapters = self._adapters(names)
-        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
-        weight = composed_weights.get(
-            self,
-            [stored, *(t for a in adapters for t in (*a.factors, a.scale))],
-            (tuple(names), dtype),
-            lambda: composing.compose(row_source(base, self.quantization_backend), adapters, dtype),
-        )
-        bias = None if base.bias is None else base.bias.to(dtype)
-        return nn.functional.linear(x.to(dtype), weight, bias)
+    def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+        return composing.compose(row_source(self.base_layer, self.quantization_backend), adapters, dtype)
 
-    def _adapters(self, names: list[str]) -> list[Adapter]:
-        return [self.adapter(name) for name in names]
+    def _base_tensor(self) -> Tensor:
+        base: Any = self.base_layer
+        return base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward; with the dequantised weight's gradient where the library's own stops."""
@@ -346,11 +337,6 @@ class _WholeRows:
         if stop == self.shape[0]:
             self._whole = None
         return part
-
-
-def _compute_dtype(base: Any) -> torch.dtype | None:
-    """The precision that the library computes in, where it says so."""
-    return getattr(base, "compute_dtype", None)
 
 
 def _quantises_activations(weight: Any) -> bool:

@@ -13,6 +13,8 @@ replaced.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -177,18 +179,13 @@ class _StandIn:
         whole = [layer.adapter(name) for name in names]
         if self.with_base and layer._may_cache(x):
             dtype = autocast or x.dtype
-            composed = composed_weights.get(
-                layer,
-                [self.weight, *(t for a in whole for t in (*a.factors, a.scale))],
-                (tuple(names), dtype),
-                lambda: composing.compose(weight, [self.part.of(a) for a in whole], dtype),
-            )
+            sources = [self.weight, *(t for a in whole for t in (*a.factors, a.scale))]
+            parts = [self.part.of(a) for a in whole]
+            make = partial(composing.compose, weight, parts, dtype)
+            composed = composed_weights.get(layer, sources, (tuple(names), dtype), make)
             return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
         summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
-        mine = [
-            self.part.of(a._replace(factors=Factors(next(summed), next(summed), next(summed), next(summed))))
-            for a in whole
-        ]
+        mine = [self.part.of(a._replace(factors=Factors(*islice(summed, 4)))) for a in whole]
         scale = layer._loss_scale(names, x)
         return dual_lora_linear(x, weight if self.with_base else None, bias, mine, scale)
 
@@ -235,3 +232,24 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
 
 def _whole(factor: Tensor) -> Tensor:
     return factor.full_tensor() if isinstance(factor, DTensor) else factor
+
+
+# A model that FSDP2's preparation empties: its tensors go to the meta device, are sharded there and filled. accelerate
+# (`fsdp_cpu_ram_efficient_loading`) takes everything in the state for a shard. The warm-up's count is a whole number
+# that every process has: it stays out of the state, and comes back from what the layer knows by heart.
+
+
+def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """After state_dict() of a layer that was emptied and sharded: without its counts."""
+    for adapter in layer.adapter_names():
+        if layer.dual_lora_left[adapter].is_meta and is_sharded(layer.dual_lora_A[adapter]):
+            state.pop(f"{prefix}dual_lora_left.{adapter}", None)
+
+
+def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before load_state_dict() into such a layer: with the counts that it had."""
+    for adapter in layer.adapter_names():
+        left, factor = layer.dual_lora_left[adapter], state.get(f"{prefix}dual_lora_A.{adapter}")
+        if left.is_meta and factor is not None and is_sharded(factor):
+            known = torch.tensor(layer._read[adapter][2], dtype=left.dtype, device=factor.device)
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", known)

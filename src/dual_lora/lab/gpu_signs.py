@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from .blocked import Adapter
-from .reference import Factors, Form, direction
-from .triton_compose import compose
+from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Factors, Form, direction
+from dual_lora.core.triton_compose import compose
 
 
 def sign_flips(device: torch.device, products: str, size: int = 2048, r: int = 16, sigma: float = 0.02) -> int:
