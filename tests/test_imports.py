@@ -65,7 +65,7 @@ def imports(path):
 
 def test_the_walk_sees_the_imports():
     seen = set(imports(ROOT / "method" / "layer.py"))
-    assert {"torch", "dual_lora.core.composing", "dual_lora.core.op.dual_lora_linear"} <= seen
+    assert {"torch", "dual_lora.core.dispatch", "dual_lora.core.op.dual_lora_linear"} <= seen
     assert {ring(dotted(path)) for path in MODULES} == {*RINGS, ""}
 
 

@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_refused():
         compose(weight[1:], [adapter])
     with pytest.raises(ValueError, match="float16"):
         compose(weight, [adapter._replace(factors=Factors(*(f.half() for f in adapter.factors)))])
-    with pytest.raises(ValueError, match="do not fit together"):
+    with pytest.raises(ValueError, match="do not fit a weight"):
         compose(weight, [adapter._replace(factors=adapter.factors._replace(D=adapter.factors.D[:, 1:]))])
     with pytest.raises(ValueError, match="Unknown direction"):
         compose(weight, [adapter._replace(form=Form(direction="up"))])

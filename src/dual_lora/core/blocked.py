@@ -67,6 +67,18 @@ class Adapter(NamedTuple):
         return Adapter(Factors(*(f.to(dtype) for f in self.factors)), self.scale.to(dtype), self.form)
 
 
+def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:
+    """Raise ValueError for factors that do not make a weight of that shape, [O, I] or [E, O, I]."""
+    *E, O, I = shape
+    for (A, B, C, D), _, _ in adapters:
+        received = A.shape, B.shape, C.shape, D.shape
+        r1, r2 = received[0][-2], received[2][-2]
+        expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
+        if received != expected:
+            got, wanted = (dict(zip("ABCD", map(tuple, shapes), strict=True)) for shapes in (received, expected))
+            raise ValueError(f"Factors of shapes {got} do not fit a weight {[*shape]}: expected {wanted}.")
+
+
 class Gradients(NamedTuple):
     """What backward returns; None where it was not asked for."""
 

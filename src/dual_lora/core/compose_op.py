@@ -20,9 +20,9 @@ from torch import Tensor
 
 from . import blocked
 from .blocked import Adapter
-from .composing import compose
 from .dispatch import (
     adapters_of,
+    compose,
     flat,
     flat_gradients,
     implementation,

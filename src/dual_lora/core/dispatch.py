@@ -54,6 +54,18 @@ def implementation(
     return kernels if kernels is not None and kernels.are_right(dtype, weight, adapters, gradient_of) else blocked
 
 
+def compose(
+    weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """W + ΣΔW, [O, I]: the rounding to `dtype` of the fp32 sum, by whom the layer's forward is computed as well.
+
+    `out` may be the weight itself.
+    """
+    device = adapters[0].scale.device
+    with without_autocast(device):
+        return implementation(device, dtype, weight, adapters).compose(weight, adapters, dtype, out)
+
+
 @functools.cache
 def triton(device: torch.device) -> ModuleType | None:
     """The Triton path for a GPU; None, with one warning that says why, where it cannot be taken."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn import Parameter
 
-from .blocked import Adapter, Needs, RowSource
+from .blocked import Adapter, Needs, RowSource, check_factors
 from .dispatch import (
     adapters_of,
     autocast_dtype,
@@ -110,13 +110,7 @@ def _itself(source: RowSource) -> RowSource:
 def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapters: Sequence[Adapter]) -> None:
     first = adapters[0].factors
     O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
-    for (A, B, C, D), _, _ in adapters:
-        received = A.shape, B.shape, C.shape, D.shape
-        r1, r2 = received[0][0], received[2][0]
-        expected = (r1, I), (O, r1), (r2, I), (O, r2)
-        if received != expected:
-            got, wanted = (dict(zip("ABCD", map(tuple, shapes), strict=True)) for shapes in (received, expected))
-            raise ValueError(f"Factors of shapes {got} do not fit a weight [{O}, {I}]: expected {wanted}.")
+    check_factors(adapters, O, I)
     if x.shape[-1] != I:
         raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
 

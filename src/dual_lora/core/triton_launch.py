@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .blocked import Adapter
-from .reference import Form
+from .blocked import Adapter, check_factors
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""
@@ -110,13 +109,8 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     *E, O, I = shape
+    check_factors(adapters, *shape)
     for (a, b, c, d), scale, _ in adapters:
-        received = a.shape, b.shape, c.shape, d.shape
-        r1, r2 = received[0][-2], received[2][-2]
-        expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
-        if received != expected:
-            shapes = tuple(map(tuple, received))
-            raise ValueError(f"Factors A, B, C, D of shapes {shapes} do not fit together: expected {expected}.")
         if not a.dtype == b.dtype == c.dtype == d.dtype == scale.dtype == torch.float32:
             dtypes = dict(zip(("A", "B", "C", "D", "scale"), (t.dtype for t in (a, b, c, d, scale)), strict=True))
             name, wrong = next((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
@@ -132,7 +126,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         scales=tuple(a.scale for a in adapters),
         r1=tuple(f.shape[-2] for f in A),
         r2=tuple(f.shape[-2] for f in C),
-        forms=tuple(_code(a.form) for a in adapters),
+        forms=tuple(a.form.check().code for a in adapters),
         shape=shape,
         batch=E[0] if E else 1,
         O=O,
@@ -187,11 +181,6 @@ def first_launch(
         plans.clear()
     names = kernel.arg_names[len(tensors) + len(numbers) :]
     plans[key] = Plan(program, grid, (*numbers, *(constants[name] for name in names)), device, result)
-
-
-@functools.cache
-def _code(form: Form) -> int:
-    return form.check().code
 
 
 def count(size: int, tile: int) -> int:

@@ -12,10 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core import composing
+from ..core import dispatch
 from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.dispatch import autocast_dtype, refuse_meta
@@ -106,7 +105,7 @@ class MultiheadAttention(DualLoraLayer):
         start = 0
         with torch.no_grad():
             for part in self._parts(self.adapter(adapter)).values():
-                delta = composing.compose(None, [part], torch.float32)
+                delta = dispatch.compose(None, [part], torch.float32)
                 out[start : start + delta.shape[0], : delta.shape[1]] = delta
                 start += delta.shape[0]
         return out
@@ -140,7 +139,7 @@ class MultiheadAttention(DualLoraLayer):
             adapters = [self._parts(self.adapter(name)) for name in self.scaling if name in names]
             with torch.no_grad():
                 merged = {
-                    name: composing.compose(W, [parts[name] for parts in adapters], W.dtype)
+                    name: dispatch.compose(W, [parts[name] for parts in adapters], W.dtype)
                     for name, W in originals.items()
                 }
             if safe_merge:
@@ -230,9 +229,6 @@ class MultiheadAttention(DualLoraLayer):
         return "dual_lora." + super().__repr__()
 
 
-def dispatch_attention(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+def dispatch_attention(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.MultiheadAttention, or None."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, nn.MultiheadAttention):
-        return None
-    return MultiheadAttention(target, adapter_name, config=config, **kwargs)  # type: ignore[arg-type]
+    return MultiheadAttention(*args, **kwargs) if isinstance(base, nn.MultiheadAttention) else None

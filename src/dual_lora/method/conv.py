@@ -10,13 +10,11 @@ import math
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.op import autocast_dtype
 from .cache import composed_weights
-from .config import DualLoraConfig
 from .layer import MapLayer, is_plain
 
 
@@ -74,10 +72,9 @@ class Conv3d(_Conv):
 _LAYERS: dict[type[nn.Module], type[_Conv]] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
 
 
-def dispatch_conv(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+def dispatch_conv(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.Conv1d, Conv2d and Conv3d, or None."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     for kind, layer in _LAYERS.items():
         if isinstance(base, kind):
-            return layer(target, adapter_name, config=config, **kwargs)
+            return layer(*args, **kwargs)
     return None

@@ -92,11 +92,7 @@ def convert_to_lora(
     lora = LoraConfig(
         r=widest,
         lora_alpha=widest,
-        target_modules=target_names(model, layers),
-        modules_to_save=getattr(config, "modules_to_save", None),
-        task_type=getattr(config, "task_type", None),
-        base_model_name_or_path=getattr(config, "base_model_name_or_path", None),
-        inference_mode=True,
+        **what_stays(model, config, layers),
     )
     conversion = Conversion(lora, state | what_else_is_saved(model, adapter_name), losses)
     if conversion.median > TOO_MUCH:
@@ -135,6 +131,12 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
         B, A = U[:, :k] * S[:k].sqrt(), S[:k].sqrt().unsqueeze(1) * V[:k]
         norm = matrix.norm()
         return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0
+
+
+def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
+    """What the configurations of both methods say alike of a converted adapter."""
+    same = {k: getattr(config, k, None) for k in ("modules_to_save", "task_type", "base_model_name_or_path")}
+    return same | {"target_modules": target_names(model, layers), "inference_mode": True}
 
 
 def target_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core import blocked
 from ..core.blocked import Adapter
 from ..core.embedding_op import dual_lora_embedding
 from . import sharded
-from .config import DualLoraConfig
 from .layer import MapLayer, is_plain
 from .quantized import find_backend
 
@@ -90,9 +88,8 @@ class Embedding(MapLayer):
         return adapter._replace(factors=adapter.factors._replace(B=B))
 
 
-def dispatch_embedding(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+def dispatch_embedding(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.Embedding, or None; ValueError for a quantised one, whose rows take no sum."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, nn.Embedding):
         return None
     if not base.weight.is_floating_point() or find_backend(base) is not None:
@@ -100,4 +97,4 @@ def dispatch_embedding(target: nn.Module, adapter_name: str, config: DualLoraCon
             f"Dual LoRA cannot work on a quantised embedding ({type(base).__name__}, weight {base.weight.dtype}). "
             "Leave it out of `target_modules`, or out of the quantisation."
         )
-    return Embedding(target, adapter_name, config=config, **kwargs)
+    return Embedding(*args, **kwargs)

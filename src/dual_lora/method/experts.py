@@ -195,12 +195,3 @@ class _Experts:
         adapters, weight = of_expert(self.adapters, e), self.weight[e]
         W = also_recompose(Composed(dual_lora_weight(weight, adapters, self.scale), weight, adapters))
         return W.t() if self.transposed else W
-
-
-def dispatch_parameter(
-    target: nn.Module, adapter_name: str, config: DualLoraConfig, parameter_name: str | None = None, **kwargs: Any
-) -> nn.Module | None:
-    """The wrapper for a parameter that `target_parameters` names, or None."""
-    if parameter_name is None:
-        return None
-    return ParamWrapper(target, adapter_name, parameter_name, config=config, **kwargs)

@@ -112,10 +112,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Add an adapter, or make one of that name anew."""
         sharded.refuse_bare_parts(self.get_base_layer())
         self.tied.pop(adapter_name, None)
-        alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
-        self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
-        self.alpha[adapter_name] = alpha
-        self.scaling[adapter_name] = scaling(alpha, r1, r2)
+        self.set_ranks(adapter_name, r1, r2, alpha)
         self.forms[adapter_name] = config.form
         self.warmup_steps[adapter_name] = config.warmup_steps
         self.dual_lora_dropout[adapter_name] = (
@@ -131,6 +128,12 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         claim(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_ranks(self, adapter_name: str, r1: int, r2: int, alpha: float | None) -> None:
+        """Ranks, α and the scale that they make."""
+        alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
+        self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
+        self.alpha[adapter_name], self.scaling[adapter_name] = alpha, scaling(alpha, r1, r2)
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares."""

@@ -23,10 +23,7 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, target_names, truncated, what_else_is_saved, write_adapter
-
-# Below this cosine between the two updates, the start is likely to behave differently from the LoRA.
-TOO_LITTLE = 0.95
+from .conversion import PREFIX, truncated, what_else_is_saved, what_stays, write_adapter
 
 
 class LayerKept(NamedTuple):
@@ -98,12 +95,8 @@ def convert_to_dual_lora(
         r1=usual[0],
         r2=usual[1],
         rank_pattern={name: ranks for name, ranks in patterns.items() if ranks != usual},
-        target_modules=target_names(model, layers),
         warmup_steps=0,
-        modules_to_save=getattr(config, "modules_to_save", None),
-        task_type=getattr(config, "task_type", None),
-        base_model_name_or_path=getattr(config, "base_model_name_or_path", None),
-        inference_mode=True,
+        **what_stays(model, config, layers),
     )
     return Start(dual, state | what_else_is_saved(model, adapter_name), kept)
 

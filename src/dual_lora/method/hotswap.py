@@ -18,7 +18,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..core.reference import scaling
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
@@ -27,7 +26,6 @@ from .precision import claim
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
-LETTERS = ("A", "B", "C", "D")
 RANK_DIMENSION = {"A": -2, "B": -1, "C": -2, "D": -1}
 
 
@@ -41,7 +39,8 @@ def hotswap_from_state_dict(
     merged.
     """
     model = getattr(model, "_orig_mod", model)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and _has(m, adapter_name)}
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer)}
+    layers = {name: layer for name, layer in ours.items() if adapter_name in layer.scaling}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
@@ -49,7 +48,7 @@ def hotswap_from_state_dict(
             "weights would otherwise corrupt them."
         )
     new = {key.removesuffix(f".{adapter_name}"): value for key, value in state_dict.items()}
-    own = {f"{name}.dual_lora_{part}" for name in layers for part in (*LETTERS, "left")}
+    own = {f"{name}.dual_lora_{part}" for name in layers for part in ("A", "B", "C", "D", "left")}
     others = {key: value for key, value in state_dict.items() if key.removesuffix(f".{adapter_name}") not in own}
     unexpected = [key for key in others if not _find(model, key)]
     if unexpected:
@@ -78,10 +77,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                 )
 
 
-def _has(layer: DualLoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.scaling
-
-
 def _find(model: nn.Module, key: str) -> bool:
     try:
         attrgetter(key)(model)
@@ -102,12 +97,9 @@ def _swap(
     from .model import layer_options
 
     composed_weights.drop(layer)
-    for letter in LETTERS:
+    for letter in RANK_DIMENSION:
         _write(getattr(layer, f"dual_lora_{letter}")[adapter], new.get(f"{name}.dual_lora_{letter}"))
-    r1, r2, alpha = layer_options(config, key)
-    layer.r[adapter], layer.r1[adapter], layer.r2[adapter] = r1 + r2, r1, r2
-    layer.alpha[adapter] = 2.0 * (r1 + r2) if alpha is None else float(alpha)
-    layer.scaling[adapter] = scaling(layer.alpha[adapter], r1, r2)
+    layer.set_ranks(adapter, *layer_options(config, key))
     layer.warmup_steps[adapter] = config.warmup_steps
     left = new.get(f"{name}.dual_lora_left")
     layer._set_steps_left(adapter, 0 if left is None else int(left))

@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..core import composing
+from ..core import dispatch
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from . import sharded
@@ -197,7 +196,7 @@ class Linear(MapLayer):
 
     def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
         base: Any = self.base_layer
-        return composing.compose(self._matrix(base.weight), adapters, dtype)
+        return dispatch.compose(self._matrix(base.weight), adapters, dtype)
 
     def _base_tensor(self) -> Tensor:
         """The base's own tensor, by which a changed weight is told."""
@@ -242,9 +241,8 @@ def is_plain(layer: nn.Module, *forwards: Any) -> bool:
     )
 
 
-def dispatch_default(target: nn.Module, adapter_name: str, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
+def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.Linear and Conv1D, or None."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     fan_in_fan_out = config.fan_in_fan_out
     if isinstance(base, Conv1D):
         if not fan_in_fan_out:
@@ -263,4 +261,4 @@ def dispatch_default(target: nn.Module, adapter_name: str, config: DualLoraConfi
         fan_in_fan_out = False
     else:
         return None
-    return Linear(target, adapter_name, config=config, fan_in_fan_out=fan_in_fan_out, **kwargs)
+    return Linear(*args, config=config, fan_in_fan_out=fan_in_fan_out, **kwargs)

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..core import composing
+from ..core import dispatch
 from . import sharded
 from .cache import composed_weights
 from .factors import FactorsLayer
@@ -35,7 +35,7 @@ class MergeLayer(FactorsLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
         with torch.no_grad():
-            return self._from_matrix(composing.compose(None, [self.adapter(adapter)], torch.float32))
+            return self._from_matrix(dispatch.compose(None, [self.adapter(adapter)], torch.float32))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight.
@@ -107,7 +107,7 @@ class MergeLayer(FactorsLayer):
         """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
         adapters = [self.adapter(name) for name in self.scaling if name in names]
         with torch.no_grad():
-            merged = composing.compose(self._matrix(original), adapters, original.dtype)
+            merged = dispatch.compose(self._matrix(original), adapters, original.dtype)
             return self._from_matrix(merged).contiguous()
 
     def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:

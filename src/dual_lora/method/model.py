@@ -27,20 +27,13 @@ from .attention import dispatch_attention
 from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
-from .experts import ParamWrapper, dispatch_parameter
+from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
 from .layer import DualLoraLayer, MapLayer, dispatch_default
 from .precision import Told
 from .quantized import QuantizedLinear, dispatch_quantized
 
-DISPATCHERS = [
-    dispatch_parameter,
-    dispatch_embedding,
-    dispatch_conv,
-    dispatch_attention,
-    dispatch_quantized,
-    dispatch_default,
-]
+DISPATCHERS = [dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_quantized, dispatch_default]
 MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 MAMBA_FUSED = {"out_proj", "conv1d"}
 SUPPORTED = (
@@ -162,8 +155,10 @@ class DualLoraModel(BaseTuner):
                         f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=2
                     )
                 return layer(target, adapter_name, config=config, **kwargs)
+        if "parameter_name" in kwargs:
+            return ParamWrapper(target, adapter_name, config=config, **kwargs)
         for dispatch in DISPATCHERS:
-            new = dispatch(target, adapter_name, config=config, **kwargs)
+            new = dispatch(base, target, adapter_name, config=config, **kwargs)
             if new is not None:
                 return new
         raise ValueError(
@@ -196,7 +191,7 @@ class DualLoraModel(BaseTuner):
         if merge:
             self._refuse_shared_weights(adapter_names)
             self._tell_unfinished(adapter_names)
-        layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
+        layers = self._quantized()
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             self._tell_merge_errors(layers)
@@ -221,9 +216,11 @@ class DualLoraModel(BaseTuner):
                     stacklevel=4,
                 )
 
-    def _tell_merge_errors(self, layers: list[QuantizedLinear] | None = None) -> None:
-        if layers is None:
-            layers = [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
+    def _quantized(self) -> list[QuantizedLinear]:
+        return [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
+
+    @staticmethod
+    def _tell_merge_errors(layers: list[QuantizedLinear]) -> None:
         errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
         if errors:
             warnings.warn(
@@ -333,7 +330,7 @@ class DualLoraModel(BaseTuner):
                 if added:
                     layer.unmerge(added)
             raise
-        self._tell_merge_errors()
+        self._tell_merge_errors(self._quantized())
 
     def add_weighted_adapter(
         self,
@@ -435,6 +432,3 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | N
 def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
-
-
-__all__ = ["BaseTunerLayer", "DualLoraModel", "layer_options"]

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
     HqqBackend,
@@ -28,7 +27,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from ..core import composing
+from ..core import dispatch
 from ..core.blocked import Adapter, RowSource
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.rows_gradient_op import through_rows
@@ -106,7 +105,7 @@ class QuantizedLinear(Linear):
         return y if autocast is not None else y.to(given)
 
     def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-        return composing.compose(row_source(self.base_layer, self.quantization_backend), adapters, dtype)
+        return dispatch.compose(row_source(self.base_layer, self.quantization_backend), adapters, dtype)
 
     def _base_tensor(self) -> Tensor:
         base: Any = self.base_layer
@@ -142,7 +141,7 @@ class QuantizedLinear(Linear):
             with torch.no_grad():
                 weight = backend.get_base_weight(self.get_base_layer())
                 adapters = [self.adapter(name) for name in self.scaling if name in names]
-                exact = composing.compose(weight, adapters, torch.float32)
+                exact = dispatch.compose(weight, adapters, torch.float32)
                 if safe_merge:
                     try:
                         self._refuse_broken([exact], names)
@@ -352,10 +351,9 @@ def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> Quan
 
 
 def dispatch_quantized(
-    target: nn.Module, adapter_name: str, config: DualLoraConfig, get_apply_tensor_subclass: Any = None, **kwargs: Any
+    base: nn.Module, *args: Any, config: DualLoraConfig, get_apply_tensor_subclass: Any = None, **kwargs: Any
 ) -> nn.Module | None:
     """The adapted layer for a quantised linear layer, or None."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     backend = find_backend(base, get_apply_tensor_subclass)
     if backend is None or backend.layer_type != "linear":
         return None
@@ -365,6 +363,4 @@ def dispatch_quantized(
             f"({backend.backend_name}). Setting fan_in_fan_out to False.",
             stacklevel=2,
         )
-    return QuantizedLinear(
-        target, adapter_name, config=config, get_apply_tensor_subclass=get_apply_tensor_subclass, **kwargs
-    )
+    return QuantizedLinear(*args, config=config, get_apply_tensor_subclass=get_apply_tensor_subclass, **kwargs)

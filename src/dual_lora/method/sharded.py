@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core import composing
+from ..core import dispatch
 from ..core.blocked import Adapter
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.reference import Factors
@@ -181,7 +181,7 @@ class _StandIn:
             dtype = autocast or x.dtype
             sources = [self.weight, *(t for a in whole for t in (*a.factors, a.scale))]
             parts = [self.part.of(a) for a in whole]
-            make = partial(composing.compose, weight, parts, dtype)
+            make = partial(dispatch.compose, weight, parts, dtype)
             composed = composed_weights.get(layer, sources, (tuple(names), dtype), make)
             return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
         summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
@@ -227,7 +227,7 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
     whole = [a._replace(factors=Factors(*(_whole(f) for f in a.factors))) for a in adapters]
     for adapter in whole if not any(is_sharded(f) for a in adapters for f in a.factors) else ():
         agree(weight, adapter.factors)
-    return composing.compose(original, [part.of(a) for a in whole], original.dtype)
+    return dispatch.compose(original, [part.of(a) for a in whole], original.dtype)
 
 
 def _whole(factor: Tensor) -> Tensor:

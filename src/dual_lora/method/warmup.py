@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .cache import composed_weights
 
+if TYPE_CHECKING:
+    from .factors import FactorsLayer
+
 # Steps after which a suspicion is spoken out. The first step has λ = 0 and gradients of zero by definition.
 OWN_STEPS_WATCHED = 4
 FOREIGN_STEPS_BORNE = 10
@@ -32,15 +35,6 @@ BACKWARDS_BORNE = 100
 
 # What runs an optimizer's `step` between its hooks; the local variable `self` is the optimizer.
 _STEP = Optimizer.profile_hook_step(Optimizer.step).__code__  # type: ignore[attr-defined]
-
-
-class Clocked(Protocol):
-    """What the clock needs of a layer."""
-
-    def trainable_factors(self, adapter: str) -> list[Tensor]: ...
-    def adapter_names(self) -> list[str]: ...
-    def steps_left(self, adapter: str) -> int: ...
-    def step(self, adapter: str) -> None: ...
 
 
 class _Record:
@@ -69,7 +63,7 @@ _inside: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDiction
 _told: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 
-def watch(layer: Clocked) -> None:
+def watch(layer: FactorsLayer) -> None:
     """Put a layer on the clock's list; it leaves by itself."""
     _layers.add(layer)
     for adapter in layer.adapter_names():
@@ -94,14 +88,14 @@ def count_step(model: nn.Module) -> None:
                 _count(layer, adapter)
 
 
-def _count(layer: Clocked, adapter: str) -> _Record:
+def _count(layer: FactorsLayer, adapter: str) -> _Record:
     record = _record(layer, adapter)
     record.steps, record.foreign, record.backwards = record.steps + 1, 0, 0
     layer.step(adapter)
     return record
 
 
-def _record(layer: Clocked, adapter: str) -> _Record:
+def _record(layer: FactorsLayer, adapter: str) -> _Record:
     return _records.setdefault(layer, {}).setdefault(adapter, _Record())
 
 
@@ -167,7 +161,7 @@ def _was_skipped(optimizer: Optimizer) -> bool:
 class _Backward:
     """Counts, during the warm-up, the backward passes into an adapter's first factor."""
 
-    def __init__(self, layer: Clocked, adapter: str, factor: Tensor):
+    def __init__(self, layer: FactorsLayer, adapter: str, factor: Tensor):
         self._layer, self._adapter = weakref.ref(layer), adapter
         self._handle: RemovableHandle = factor.register_post_accumulate_grad_hook(self)
 
