@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from .core.op import dual_lora_linear
     from .core.reference import Factors, Form, delta_weight
     from .method.cache import composed_weights
+    from .method.callback import DualLoraCallback
     from .method.config import DualLoraConfig
     from .method.conversion import convert_to_lora, save_as_lora
     from .method.from_lora import convert_to_dual_lora, save_as_dual_lora
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
-    from .method.scaler import DualLoraCallback, grad_scaler
+    from .method.scaler import grad_scaler
     from .method.warmup import count_step
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {
     "DualLoraConfig": ".method.config",
     "DualLoraModel": ".method.model",
     "DualLoraLayer": ".method.layer",
-    "DualLoraCallback": ".method.scaler",
+    "DualLoraCallback": ".method.callback",
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
     "count_step": ".method.warmup",

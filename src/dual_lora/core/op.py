@@ -69,7 +69,11 @@ def dual_lora_linear(
     """
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
-    _check_shapes(x, weight, adapters)
+    first = adapters[0].factors
+    O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
+    check_factors(adapters, O, I)
+    if x.shape[-1] != I:
+        raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
     refuse_transforms(x, adapters)
     autocast = autocast_dtype(x.device, x.dtype)
     if autocast is not None:
@@ -105,14 +109,6 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 def _itself(source: RowSource) -> RowSource:
     return source
-
-
-def _check_shapes(x: Tensor, weight: Tensor | RowSource | Ticket | None, adapters: Sequence[Adapter]) -> None:
-    first = adapters[0].factors
-    O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
-    check_factors(adapters, O, I)
-    if x.shape[-1] != I:
-        raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
 
 
 def _rows(x: Tensor) -> Tensor:

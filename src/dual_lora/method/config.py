@@ -221,18 +221,23 @@ class DualLoraConfig(PeftConfig):
 
 def _by_loras_names(init: Any) -> Any:
     """The generated `__init__`, which takes LoRA's names as well. (As fields of the class they would be saved.)"""
-    named = {"alpha": ("lora_alpha", None), "dropout": ("lora_dropout", 0.0)}
+    named = ("alpha", "lora_alpha", None), ("dropout", "lora_dropout", 0.0)
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
-        for ours, (theirs, unset) in named.items():
-            value = _one_of(ours, options.pop(ours, unset), theirs, options.pop(theirs, None), unset)
-            if value != unset:
-                options[ours] = value
+        for ours, theirs, unset in named:
+            value, other = options.get(ours, unset), options.pop(theirs, None)
+            if other is None:
+                continue
+            if value not in (unset, other):
+                raise ValueError(
+                    f"Got both {ours}={value} and {theirs}={other}: keep `{ours}`, which is this method's name."
+                )
+            options[ours] = other
         init(self, *args, **options)
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
-    theirs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name, _ in named.values()]
+    theirs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for _, name, _ in named]
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
     return wrapped
 
@@ -287,14 +292,3 @@ def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") 
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _one_of(name: str, value: Any, other: str, other_value: Any, unset: Any) -> Any:
-    """A field that may also come under LoRA's name, as long as the two do not contradict each other."""
-    if other_value is None or value == other_value:
-        return value
-    if value != unset:
-        raise ValueError(
-            f"Got both {name}={value} and {other}={other_value}: keep `{name}`, which is this method's name."
-        )
-    return other_value

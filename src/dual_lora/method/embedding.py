@@ -69,15 +69,8 @@ class Embedding(MapLayer):
 
     # Merge and ΔW leave the row of the padding alone, as the forward does.
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter at its present λ, fp32, [num_embeddings, embedding_dim]."""
-        with torch.no_grad():
-            return blocked.compose(None, [self._without_padding(self.adapter(adapter))], torch.float32)
-
-    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
-        adapters = [self._without_padding(self.adapter(name)) for name in self.scaling if name in names]
-        with torch.no_grad():
-            return blocked.compose(original, adapters, original.dtype)
+    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        return blocked.compose(weight, [self._without_padding(a) for a in adapters], dtype)
 
     def _without_padding(self, adapter: Adapter) -> Adapter:
         base: Any = self.get_base_layer()

@@ -83,15 +83,8 @@ class ParamWrapper(DualLoraLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW of an adapter at its present λ, fp32, in the layout of the parameter."""
-        with torch.no_grad():
-            return self._from_matrix(dual_lora_weight(None, [self.adapter(adapter)]))
-
-    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
-        adapters = [self.adapter(name) for name in self.scaling if name in names]
-        with torch.no_grad():
-            return self._from_matrix(dual_lora_weight(self._matrix(original), adapters))
+    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        return dual_lora_weight(weight, adapters, dtype=dtype)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

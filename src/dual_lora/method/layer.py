@@ -243,22 +243,13 @@ def is_plain(layer: nn.Module, *forwards: Any) -> bool:
 
 def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.Linear and Conv1D, or None."""
-    fan_in_fan_out = config.fan_in_fan_out
-    if isinstance(base, Conv1D):
-        if not fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
-                stacklevel=2,
-            )
-        fan_in_fan_out = True
-    elif isinstance(base, nn.Linear):
-        if fan_in_fan_out:
-            warnings.warn(
-                "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to "
-                "False.",
-                stacklevel=2,
-            )
-        fan_in_fan_out = False
-    else:
+    if not isinstance(base, nn.Linear | Conv1D):
         return None
-    return Linear(*args, config=config, fan_in_fan_out=fan_in_fan_out, **kwargs)
+    transposed = isinstance(base, Conv1D)
+    if config.fan_in_fan_out != transposed:
+        warnings.warn(
+            f"fan_in_fan_out is set to {not transposed} but the target module is "
+            f"{'`Conv1D`' if transposed else '`torch.nn.Linear`'}. Setting fan_in_fan_out to {transposed}.",
+            stacklevel=2,
+        )
+    return Linear(*args, config=config, fan_in_fan_out=transposed, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..core import dispatch
+from ..core.blocked import Adapter
 from . import sharded
 from .cache import composed_weights
 from .factors import FactorsLayer
@@ -35,7 +36,7 @@ class MergeLayer(FactorsLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter at its present λ, fp32, in the layout of the stored weight."""
         with torch.no_grad():
-            return self._from_matrix(dispatch.compose(None, [self.adapter(adapter)], torch.float32))
+            return self._from_matrix(self._compose(None, [self.adapter(adapter)], torch.float32))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base weight.
@@ -103,11 +104,15 @@ class MergeLayer(FactorsLayer):
     def _merge_bias(self, names: list[str]) -> None:
         """For layers whose merge changes more than the weight."""
 
+    def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        """W + ΣΔW as matrices, by whom the forward is computed as well."""
+        return dispatch.compose(weight, adapters, dtype)
+
     def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
         """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
         adapters = [self.adapter(name) for name in self.scaling if name in names]
         with torch.no_grad():
-            merged = dispatch.compose(self._matrix(original), adapters, original.dtype)
+            merged = self._compose(self._matrix(original), adapters, original.dtype)
             return self._from_matrix(merged).contiguous()
 
     def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:

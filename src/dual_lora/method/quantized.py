@@ -14,7 +14,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.quantization_utils import (
@@ -83,14 +83,13 @@ class QuantizedLinear(Linear):
         return super().forward(x, *args, **kwargs)
 
     def _is_plain(self) -> bool:
-        base: Any = self.base_layer
-        return is_plain(base, type(base).forward) and self._computes_dequantised(base)
+        """As for every layer, where the base's forward is x times the dequantised weight."""
+        known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
+        return is_plain(self.base_layer, type(self.base_layer).forward) and known and not self._quantises_activations()
 
-    def _computes_dequantised(self, base: Any) -> bool:
-        """Whether the base's forward is x times the dequantised weight."""
-        if isinstance(self.quantization_backend, TorchaoBackend):
-            return not _quantises_activations(base.weight)
-        return isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend)
+    def _quantises_activations(self) -> bool:
+        weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None
+        return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
@@ -114,8 +113,7 @@ class QuantizedLinear(Linear):
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward; with the dequantised weight's gradient where the library's own stops."""
         base: Any = self.base_layer
-        stops = isinstance(self.quantization_backend, TorchaoBackend) and _quantises_activations(base.weight)
-        if stops and torch.is_grad_enabled() and x.requires_grad:
+        if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
             return through_rows(x, base(x.detach(), *args, **kwargs), self._ticket)
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
 
@@ -162,11 +160,13 @@ class QuantizedLinear(Linear):
         return ", ".join(part for part in (super().extra_repr(), kind) if part)
 
 
-class _Kept:
+class _Kept(NamedTuple):
     """What a merge overwrites: the quantised weight itself, never a copy that was quantised again."""
 
-    def __init__(self, base: nn.Module, weight: Any, attributes: dict[str, Any], state: Any):
-        self.base, self.weight, self.attributes, self.state = base, weight, attributes, state
+    base: nn.Module
+    weight: Any
+    attributes: dict[str, Any]
+    state: Any
 
     @classmethod
     def of(cls, layer: QuantizedLinear) -> _Kept:
@@ -336,10 +336,6 @@ class _WholeRows:
         if stop == self.shape[0]:
             self._whole = None
         return part
-
-
-def _quantises_activations(weight: Any) -> bool:
-    return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
 
 
 def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> QuantizationBackend | None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ..core.op import autocast_dtype
 from .precision import Told
@@ -90,23 +88,3 @@ def check_clip_is_safe(operand: Tensor, training: bool, told: Told) -> None:
             "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
             "'clip' estimator would otherwise clip scaled gradients."
         )
-
-
-class DualLoraCallback(TrainerCallback):
-    """Makes the Trainer's fp16 gradient scaler known to the `clip` estimator.
-
-    Only fp16 training with ste="clip" needs it: `Trainer(…, callbacks=[DualLoraCallback()])`. The warm-up needs no
-    callback.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look the scaler up in the Trainer's optimizer."""
-        optimizer = kwargs.get("optimizer")
-        scaler = getattr(optimizer, "scaler", None)
-        set_grad_scaler(scaler)
-        if scaler is not None:
-            forget_with(optimizer, scaler)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget it."""
-        set_grad_scaler(None)

@@ -47,9 +47,9 @@ def refuse(base: nn.Module, weight: Any) -> None:
     """Raise ValueError if the weight is sharded: for layers that cannot work with a part of theirs."""
     if is_sharded(weight):
         raise ValueError(
-            f"Dual LoRA cannot work on {_a(base)} whose weight is sharded ({tuple(weight.placements)}, "
-            "tensor parallelism): it takes nn.Linear. Leave this layer out of the adapter's targets, or out of the "
-            "tensor parallel plan."
+            f"Dual LoRA cannot work on this {type(base).__name__}, whose weight is sharded "
+            f"({tuple(weight.placements)}, tensor parallelism): it takes nn.Linear. Leave this layer out of the "
+            "adapter's targets, or out of the tensor parallel plan."
         )
 
 
@@ -66,11 +66,6 @@ def refuse_bare_parts(base: nn.Module) -> None:
             "transformers before 5.15): what the whole weight is cannot be told from it. Use transformers 5.17 or "
             "later, or load the base without `tp_plan`."
         )
-
-
-def _a(module: nn.Module) -> str:
-    name = type(module).__name__
-    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 class Part(NamedTuple):
