@@ -13,8 +13,6 @@ are rows in backward too, as are those of a very tall weight (an output head), a
 
 Sizes were chosen by `python -m benchmarks blocks`. Forms other than the paper's take the formula of `reference` tile
 by tile.
-
-Legend for shapes: T tokens, I in, O out, r1 magnitude rank, r2 direction rank.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ tensors costs some 200 µs of Python a layer, which is longer than a layer takes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,7 +81,8 @@ def dual_lora_linear(
     factors, scales, forms = flat(adapters)
     if not (weight is None or isinstance(weight, Tensor)):
         if not isinstance(weight, Ticket):
-            weight = ticket(partial(_itself, weight), weight.shape)
+            source = weight
+            weight = ticket(lambda: source, source.shape)
         weight = weight.number
     if nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors):
         if torch.is_grad_enabled():
@@ -105,10 +105,6 @@ def nobody_watches() -> bool:
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether all of these are tensors with values, and of no class that sees operators (DTensor, fake tensors)."""
     return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
-
-
-def _itself(source: RowSource) -> RowSource:
-    return source
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -163,12 +159,8 @@ def _(x, weight, bias, factors, scales, forms, loss_scale):
 
 @torch.library.register_fake("dual_lora::linear_backward")
 def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
-    out = [x.new_empty(x.shape)] if need_x else []
-    if need_weight:
-        out.append(weight.new_empty(weight.shape))
-    if need_factors:
-        out += [f.new_empty(f.shape) for f in factors]
-    return out
+    like = [x] * need_x + [weight] * need_weight + [*factors] * need_factors
+    return [t.new_empty(t.shape) for t in like]
 
 
 def _setup(ctx, inputs, output):

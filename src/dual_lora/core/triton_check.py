@@ -127,9 +127,10 @@ def _find(launch: Launch) -> bool:
             return True
         reason = f"it differs from fp64 by {worst:.2g} of the largest entry"
     _verdicts[launch] = False
+    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "the interpreter"
     warnings.warn(
         f"Dual LoRA's {launch.kernel} kernel is not used with {_input(launch)} and tiles of {launch.tile.rows} × "
-        f"{launch.tile.cols} on {_name(launch.device)}: {reason}. PyTorch's own operations compute the same, slower. "
+        f"{launch.tile.cols} on {device}: {reason}. PyTorch's own operations compute the same, slower. "
         "`dual-lora gpu-check` tries every way of launching it; please report what it says.",
         UserWarning,
         stacklevel=2,
@@ -142,10 +143,6 @@ def _input(launch: Launch) -> torch.dtype:
     last = launch.tensors[-1]
     assert last is not None
     return last.dtype
-
-
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the interpreter"
 
 
 def error(launch: Launch) -> float:

@@ -2,9 +2,8 @@
 
     out = round(W + Σ s_n · ReLU(B_n A_n) ⊙ Sign(D_n C_n))
 
-The sum is made in fp32 and rounded once, to the output's dtype. W is dense (any float dtype, any strides) or absent (ΔW
-alone). Several adapters go in one launch; a leading batch dimension [E, O, I] composes all experts, or the routed ones,
-in one launch. On the CPU this runs in Triton's interpreter only.
+The sum is made in fp32 and rounded once, to the output's dtype. Several adapters, and several experts [E, O, I], go in
+one launch. On the CPU this runs in Triton's interpreter only.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def compose(
 ) -> Tensor:
     """W + Σ ΔW_n, [O, I] or [E, O, I].
 
-    weight: the base, or None for ΔW alone.
+    weight: the base, of any float dtype and strides, or None for ΔW alone.
     adapters: fp32 factors, scale s as an fp32 tensor on the device (it is never read back) and form of each. In a
         batch the factors have a leading dimension E and share the scale.
     out_dtype: of the result; by default the weight's, else fp32.

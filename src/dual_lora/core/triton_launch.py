@@ -110,11 +110,10 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     *E, O, I = shape
     check_factors(adapters, *shape)
-    for (a, b, c, d), scale, _ in adapters:
-        if not a.dtype == b.dtype == c.dtype == d.dtype == scale.dtype == torch.float32:
-            dtypes = dict(zip(("A", "B", "C", "D", "scale"), (t.dtype for t in (a, b, c, d, scale)), strict=True))
-            name, wrong = next((name, dtype) for name, dtype in dtypes.items() if dtype != torch.float32)
-            raise ValueError(f"{name} is {wrong}: the kernels take torch.float32 alone (Adapter.working).")
+    for factors, scale, _ in adapters:
+        for name, t in zip(("A", "B", "C", "D", "scale"), (*factors, scale), strict=True):
+            if t.dtype != torch.float32:
+                raise ValueError(f"{name} is {t.dtype}: the kernels take torch.float32 alone (Adapter.working).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
     A, B, C, D = (tuple(f.contiguous() for f in letter) for letter in zip(*(a.factors for a in adapters), strict=True))

@@ -4,8 +4,7 @@ Forward composes W + ΣΔW of one layer in x's dtype and leaves the product to t
 when the call returns. In backward it is composed again for dx, and the factors' gradients come from one kernel that
 keeps G = dyᵀx in registers. A quantised weight is dequantised into a temporary first.
 
-The kernels were judged in Triton's interpreter and compiled ahead for several cards. `triton_check` tries each way of
-launching them on the card before anything is computed with it.
+`triton_check` tries each way of launching the kernels on the card before anything is computed with it.
 """
 
 from __future__ import annotations

@@ -81,18 +81,18 @@ class MultiheadAttention(DualLoraLayer):
     def _out(self) -> OutProjection:
         return self._base.out_proj
 
-    def _parameters_in(self) -> dict[str, Tensor]:
+    def _merge_parameters(self) -> dict[str, Any]:
         return {n: getattr(self._base, n) for n in (PACKED if self._base._qkv_same_embed_dim else SEPARATE)}
 
     def _matrix_shape(self) -> tuple[int, int]:
-        shapes = [tuple(w.shape) for w in self._parameters_in().values()]
+        shapes = [tuple(w.shape) for w in self._merge_parameters().values()]
         return sum(O for O, _ in shapes), max(I for _, I in shapes)
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """An adapter's share of every input projection."""
         parts, start = {}, 0
         A, B, C, D = adapter.factors
-        for name, weight in self._parameters_in().items():
+        for name, weight in self._merge_parameters().items():
             O, I = weight.shape
             rows = slice(start, start + O)
             parts[name] = adapter._replace(factors=Factors(A[:, :I], B[rows], C[:, :I], D[rows]))
@@ -127,27 +127,10 @@ class MultiheadAttention(DualLoraLayer):
         super().unmerge(adapter_names)
         self._out.unmerge(adapter_names)
 
-    def _write_merged(self, names: list[str], safe_merge: bool) -> None:
-        composed_weights.drop(self)
-        parameters = self._parameters_in()
-        for weight in parameters.values():
-            self._refuse_computed(weight)
-        kept: Any = self._original
-        originals = {name: p.data for name, p in parameters.items()} if kept is None else kept
-        merged = originals
-        if names:
-            adapters = [self._parts(self.adapter(name)) for name in self.scaling if name in names]
-            with torch.no_grad():
-                merged = {
-                    name: dispatch.compose(W, [parts[name] for parts in adapters], W.dtype)
-                    for name, W in originals.items()
-                }
-            if safe_merge:
-                self._refuse_broken(list(merged.values()), names)
-        for name, parameter in parameters.items():
-            parameter.data = merged[name]
-        self._original = originals if names else None  # type: ignore[assignment]
-        self.merged_adapters = names
+    def _merged(self, originals: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        adapters = [self._parts(self.adapter(name)) for name in self.scaling if name in names]
+        with torch.no_grad():
+            return {n: dispatch.compose(W, [parts[n] for parts in adapters], W.dtype) for n, W in originals.items()}
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -185,7 +168,7 @@ class MultiheadAttention(DualLoraLayer):
         if self.merged or not names:
             return self.base_layer(query, *args, **kwargs)
         out: Any = self._out.get_base_layer()
-        for weight in (*self._parameters_in().values(), out.weight):
+        for weight in (*self._merge_parameters().values(), out.weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
         scale = self._loss_scale(names, query)
@@ -193,7 +176,7 @@ class MultiheadAttention(DualLoraLayer):
         owner = self if self._base._qkv_same_embed_dim else None
         ins = {
             name: self._composed(owner, weight, [p[name] for p in parts], scale)
-            for name, weight in self._parameters_in().items()
+            for name, weight in self._merge_parameters().items()
         }
         outs = {"weight": self._composed(self._out, out.weight, [self._out.adapter(n) for n in names], scale)}
         with (

@@ -43,9 +43,6 @@ class _Entry(NamedTuple):
     weight: Tensor
     hooks: list[RemovableHandle]
 
-    def is_made_from(self, sources: list[Tensor], extra: tuple[Any, ...]) -> bool:
-        return self.extra == extra and self.states == [_state(t) for t in sources]
-
 
 class ComposedWeights:
     """W + ΔW of layers in inference, at most `limit_bytes` of them. `dual_lora.composed_weights` is the only one."""
@@ -69,7 +66,7 @@ class ComposedWeights:
         if any(version_of(t) is None for t in sources):
             return make()
         kept = self._entries.get(layer)
-        if kept is not None and kept.is_made_from(sources, extra):
+        if kept is not None and kept.extra == extra and kept.states == [_state(t) for t in sources]:
             return kept.weight
         self.drop(layer)
         weight = make()

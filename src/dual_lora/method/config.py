@@ -151,10 +151,9 @@ class DualLoraConfig(PeftConfig):
             self.modules_to_tie: set[str] | None = None
             self.target_modules_to_tie: set[str] | None = None
         self.form  # noqa: B018 - raises for unknown names
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:

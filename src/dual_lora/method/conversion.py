@@ -88,12 +88,10 @@ def convert_to_lora(
         losses.append(LayerLoss(name.removeprefix(PREFIX), A.shape[0], error))
         advance(1)
     widest = max(loss.rank for loss in losses)
-    state = {key: _filled_up(value, widest, dim=int("lora_B" in key)) for key, value in state.items()}
-    lora = LoraConfig(
-        r=widest,
-        lora_alpha=widest,
-        **what_stays(model, config, layers),
-    )
+    for key, factor in state.items():  # A [rank, I] or B [O, rank]
+        rows, columns = (0, widest - factor.shape[1]) if "lora_B" in key else (widest - factor.shape[0], 0)
+        state[key] = nn.functional.pad(factor, (0, columns, 0, rows))
+    lora = LoraConfig(r=widest, lora_alpha=widest, **what_stays(model, config, layers))
     conversion = Conversion(lora, state | what_else_is_saved(model, adapter_name), losses)
     if conversion.median > TOO_MUCH:
         what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
@@ -175,8 +173,3 @@ def _linear_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
             f"{others[0]!r} ({type(found[others[0]]).__name__}). Merge the adapter instead (`merge_and_unload()`)."
         )
     return found  # type: ignore[return-value]
-
-
-def _filled_up(factor: Tensor, rank: int, dim: int) -> Tensor:
-    missing = rank - factor.shape[dim]
-    return factor if not missing else nn.functional.pad(factor, (0, missing) if dim else (0, 0, 0, missing))

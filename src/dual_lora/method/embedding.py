@@ -34,8 +34,7 @@ class Embedding(MapLayer):
         return frozen and is_plain(base, type(base).forward if scaled else nn.Embedding.forward)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        base: Any = self.base_layer
-        return self._lookup(x, base.weight, names)
+        return self._lookup(x, self._parameter(), names)
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()

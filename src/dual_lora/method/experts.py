@@ -128,18 +128,19 @@ class ParamWrapper(DualLoraLayer):
         if self.merged or not names:
             return self.base_layer(*args, **kwargs)
 
-        parameter = self.get_param()
-        sharded.refuse(self.get_base_layer(), parameter)
+        base, parameter = self.get_base_layer(), self.get_param()
+        sharded.refuse(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
         scale = self._loss_scale(names, parameter)
-        base = self.get_base_layer()
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self._is_transposed())
             with recomposing(), swapped(base, {self.parameter_name: experts}):
                 return self.base_layer(*args, **kwargs)
-        routed = None if routing is None else _experts_in_use(routing, self.num_experts)
+        routed = None if routing is None else torch.unique(routing)
+        if routed is not None:
+            routed = routed[(routed >= 0) & (routed < self.num_experts)]
         composed = dual_lora_weight(weight, adapters, scale, routed=routed)
         with (
             recomposing(Composed(composed, weight, adapters, routed)),
@@ -162,11 +163,6 @@ class ParamWrapper(DualLoraLayer):
         text = super().__repr__()
         at = text.find("(") + 1
         return f"dual_lora.{text[:at]}\n  parameter_name='{self.parameter_name}',{text[at:]}"
-
-
-def _experts_in_use(routing: Tensor, num_experts: int) -> Tensor:
-    used = torch.unique(routing)
-    return used[(used >= 0) & (used < num_experts)]
 
 
 def _loops_over_experts(base: nn.Module) -> bool:

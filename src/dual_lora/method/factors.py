@@ -27,17 +27,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
-        "r",
-        "r1",
-        "r2",
-        "alpha",
-        "scaling",
-        "forms",
-        "warmup_steps",
-        "tied",
-        "dual_lora_dropout",
-        "dual_lora_left",
-        "dual_lora_scale",
+        *("r", "r1", "r2", "alpha", "scaling", "forms", "warmup_steps", "tied"),
+        *("dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
     )
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
@@ -258,11 +249,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
         for adapter in self.active_adapters:
-            if adapter not in self.scaling:
-                continue
             if scale is None:
                 self.set_scale(adapter, 1.0)
-            else:
+            elif adapter in self.scaling:
                 self.scaling[adapter] /= scale
                 self._make_scale(adapter)
 

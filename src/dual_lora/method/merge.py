@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..core import dispatch
 from ..core.blocked import Adapter
@@ -25,12 +24,12 @@ class MergeLayer(FactorsLayer):
     def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
         super().__init__(base_layer, told, **kwargs)
         self.merged_adapters: list[str] = []
-        self._original: Tensor | None = None  # the base weight's data while something is merged
+        self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         result = super()._apply(fn, recurse)
         if self._original is not None:
-            self._original = tree_map(fn, self._original)
+            self._original = {name: fn(data) for name, data in self._original.items()}
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -64,24 +63,24 @@ class MergeLayer(FactorsLayer):
         if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
             self.merged_adapters = names
             return
-        parameter = self._parameter()
-        self._refuse_computed(parameter)
-        in_parts = sharded.is_sharded(parameter)
-        original = self._original
-        if original is None:
-            original = parameter.to_local().clone() if in_parts else parameter.data  # type: ignore[attr-defined]
-        merged = original
+        parameters = self._merge_parameters()
+        for parameter in parameters.values():
+            self._refuse_computed(parameter)
+        originals = self._original
+        if originals is None:
+            originals = {n: p.to_local().clone() if sharded.is_sharded(p) else p.data for n, p in parameters.items()}
+        merged = originals
         if names:
-            merged = self._merged_part(parameter, original, names) if in_parts else self._merged_weight(original, names)
+            merged = self._merged(originals, names)
             if safe_merge:
-                self._refuse_broken([merged], names)
-        if in_parts:
-            with torch.no_grad():
-                parameter.to_local().copy_(merged)  # type: ignore[attr-defined]
-        else:
-            parameter.data = merged
-        self._original = original if names else None
-        self._merge_bias(names)
+                self._refuse_broken([*merged.values()], names)
+        for name, parameter in parameters.items():
+            if sharded.is_sharded(parameter):
+                with torch.no_grad():
+                    parameter.to_local().copy_(merged[name])
+            else:
+                parameter.data = merged[name]
+        self._original = originals if names else None
         self.merged_adapters = names
 
     def _refuse_computed(self, weight: Tensor) -> None:
@@ -101,19 +100,23 @@ class MergeLayer(FactorsLayer):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
-    def _merge_bias(self, names: list[str]) -> None:
-        """For layers whose merge changes more than the weight."""
+    def _merge_parameters(self) -> dict[str, Any]:
+        """What a merge writes to, by name."""
+        return {"weight": self._parameter()}
+
+    def _merged(self, originals: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """What a merge puts there: the rounding of W + ΣΔW, summed in the order in which the adapters were added."""
+        parameter, original = self._parameter(), originals["weight"]
+        if sharded.is_sharded(parameter):
+            return {"weight": self._merged_part(parameter, original, names)}
+        adapters = [self.adapter(name) for name in self.scaling if name in names]
+        with torch.no_grad():
+            merged = self._compose(self._matrix(original), adapters, original.dtype)
+            return {"weight": self._from_matrix(merged).contiguous()}
 
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         """W + ΣΔW as matrices, by whom the forward is computed as well."""
         return dispatch.compose(weight, adapters, dtype)
-
-    def _merged_weight(self, original: Tensor, names: list[str]) -> Tensor:
-        """The rounding of W + ΣΔW, summed in the order in which the adapters were added."""
-        adapters = [self.adapter(name) for name in self.scaling if name in names]
-        with torch.no_grad():
-            merged = self._compose(self._matrix(original), adapters, original.dtype)
-            return self._from_matrix(merged).contiguous()
 
     def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
         """The same of a sharded weight, for the part of it that is here."""

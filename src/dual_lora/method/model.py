@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook as with_adapter_names
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
 from peft.utils import (
@@ -303,7 +304,7 @@ class DualLoraModel(BaseTuner):
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
-                partial(_add_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
+                partial(with_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
                 with_kwargs=True,
             )
             for module in self.modules()
@@ -427,8 +428,3 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | N
     rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key))
     r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
     return r1, r2, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.alpha)
-
-
-def _add_adapter_names(module: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs

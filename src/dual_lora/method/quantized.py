@@ -156,8 +156,7 @@ class QuantizedLinear(Linear):
 
     def extra_repr(self) -> str:
         """Shape and kind of quantisation."""
-        kind = quantization_extra_repr(self)
-        return ", ".join(part for part in (super().extra_repr(), kind) if part)
+        return ", ".join(filter(None, (super().extra_repr(), quantization_extra_repr(self))))
 
 
 class _Kept(NamedTuple):
@@ -174,9 +173,8 @@ class _Kept(NamedTuple):
         if isinstance(layer.quantization_backend, Bnb4bitBackend):
             _undo_packing_for_cpu(base)
         weight = None if isinstance(layer.quantization_backend, HqqBackend) else base.weight
-        return cls(
-            base, weight, dict(vars(weight)) if weight is not None else {}, copy.copy(getattr(base, "state", None))
-        )
+        attributes = {} if weight is None else dict(vars(weight))
+        return cls(base, weight, attributes, copy.copy(getattr(base, "state", None)))
 
     def restore(self, layer: QuantizedLinear) -> None:
         """Put everything back as it was."""

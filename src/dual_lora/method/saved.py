@@ -47,7 +47,8 @@ def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
     """Say that what is about to be saved are shards and not the factors: the file would not load again."""
-    shards = [n for n, t in state.items() if _is_factor(n) and (t.ndim < 2 or 0 in t.shape)]
+    factors = {n: t for n, t in state.items() if ".dual_lora_" in n and ".dual_lora_left" not in n}
+    shards = [n for n, t in factors.items() if t.ndim < 2 or 0 in t.shape]
     if shards:
         warnings.warn(
             f"Adapter {adapter_name!r}: {_some(shards, 'factors')} are empty or flat, which means that DeepSpeed "
@@ -57,10 +58,6 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
             PeftWarning,
             stacklevel=3,
         )
-
-
-def _is_factor(name: str) -> bool:
-    return ".dual_lora_" in name and ".dual_lora_left" not in name
 
 
 def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:

@@ -13,6 +13,7 @@ replaced.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ def _group(weight: DTensor, part: Part) -> dist.ProcessGroup:
     return weight.device_mesh.get_group(part.mesh_dim)
 
 
-def agree(weight: DTensor, factors: Factors) -> None:
+def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
     """Give every process of the weight the first one's factors, once: each has drawn its own random start."""
     for factor in factors:
         if not getattr(factor, "_dual_lora_agreed", False):
@@ -218,10 +219,10 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
 
     FSDP2 shards the factors as well: they are gathered for the moment.
     """
-    part = part_of(weight)
-    whole = [a._replace(factors=Factors(*(_whole(f) for f in a.factors))) for a in adapters]
-    for adapter in whole if not any(is_sharded(f) for a in adapters for f in a.factors) else ():
-        agree(weight, adapter.factors)
+    part, factors = part_of(weight), [f for a in adapters for f in a.factors]
+    if not any(map(is_sharded, factors)):
+        agree(weight, factors)
+    whole = [a._replace(factors=Factors(*map(_whole, a.factors))) for a in adapters]
     return dispatch.compose(original, [part.of(a) for a in whole], original.dtype)
 
 

@@ -129,7 +129,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             elif factors[0].grad is not None:
                 record.foreign += 1
                 if record.foreign == FOREIGN_STEPS_BORNE:
-                    _tell_foreign(optimizer, adapter, record.foreign)
+                    _tell(
+                        optimizer,
+                        f"The factors of the Dual LoRA adapter {adapter!r} get gradients, but in {record.foreign} "
+                        "optimizer steps no optimizer held them: they do not move and their warm-up does not advance. "
+                        "Build the optimizer from the model's trainable parameters after the adapter was added (and "
+                        "after moving or sharding the model).",
+                    )
             done = done and layer.steps_left(adapter) == 0 and record.steps >= OWN_STEPS_WATCHED
         if done and layer.adapter_names():
             _layers.discard(layer)
@@ -202,15 +208,6 @@ def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], 
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
         )
-
-
-def _tell_foreign(optimizer: Optimizer, adapter: str, steps: int) -> None:
-    _tell(
-        optimizer,
-        f"The factors of the Dual LoRA adapter {adapter!r} get gradients, but in {steps} optimizer steps no optimizer "
-        "held them: they do not move and their warm-up does not advance. Build the optimizer from the model's "
-        "trainable parameters after the adapter was added (and after moving or sharding the model).",
-    )
 
 
 def _tell(optimizer: Optimizer, message: str) -> None:
