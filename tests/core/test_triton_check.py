@@ -21,6 +21,7 @@ from dual_lora.core import (
 )
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.gpu_trials import every
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMS = [
@@ -42,7 +43,7 @@ def nothing_known(monkeypatch):
 
 
 def launches(dtype=torch.float32, ranks=(R,)):
-    return list(triton_check.every(DEVICE, dtype, ranks))
+    return list(every(DEVICE, dtype, ranks))
 
 
 def gradients(dtype=torch.float32, ranks=(R,)):

@@ -14,9 +14,9 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 from dual_lora.core import dispatch, triton_check
 from dual_lora.core.blocked import Adapter
-from dual_lora.lab import gpu_check, gpu_signs
+from dual_lora.lab import gpu_check, gpu_trials
 from dual_lora.lab.cli import main
-from dual_lora.lab.gpu_signs import sign_flips
+from dual_lora.lab.gpu_trials import sign_flips
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,8 +24,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture
 def few(monkeypatch):
     """Two launches in the place of all of them."""
-    every = triton_check.every
-    monkeypatch.setattr(triton_check, "every", lambda *a: list(every(*a))[:2])
+    every = gpu_trials.every
+    monkeypatch.setattr(gpu_trials, "every", lambda *a: list(every(*a))[:2])
 
 
 def run(*options):
@@ -155,9 +155,9 @@ def test_with_a_card(changed, code, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, whose driver would be asked")
 def test_the_kernels_compile_for_a_card_that_is_not_there():
     code = """
-from dual_lora.core import triton_check
-every = triton_check.every
-triton_check.every = lambda *a: list(every(*a))[:1]
+from dual_lora.lab import gpu_trials
+every = gpu_trials.every
+gpu_trials.every = lambda *a: list(every(*a))[:1]
 from dual_lora.lab import gpu_check
 gpu_check.main("compile", "sm_90")
 """
@@ -172,12 +172,12 @@ gpu_check.main("compile", "sm_90")
 def test_wrong_signs_are_counted(monkeypatch):
     device = torch.device("cpu")
     assert sign_flips(device, "ieee", size=128) <= 1
-    compose = gpu_signs.compose
+    compose = gpu_trials.compose
 
     def from_bf16(weight, adapters, **options):
         ((factors, *rest),) = adapters
         low = factors._replace(C=factors.C.bfloat16().float(), D=factors.D.bfloat16().float())
         return compose(weight, [Adapter(low, *rest)], **options)
 
-    monkeypatch.setattr(gpu_signs, "compose", from_bf16)
+    monkeypatch.setattr(gpu_trials, "compose", from_bf16)
     assert 3 <= sign_flips(device, "ieee", size=128) <= 50  # of 16,384; 670 in a million are expected

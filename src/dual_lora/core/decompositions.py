@@ -21,26 +21,13 @@ from .blocked import Adapter
 from .dispatch import adapters_of, without_autocast
 from .reference import Factors, direction, magnitude
 
-_ENTERED: dict[Any, Callable[..., Tensor]] = {}
-
-
-def _entered(operator: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    def enter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        # Where sizes are symbolic, PyTorch takes shapes from a decomposition before it asks the operator's own fake,
-        # unless there is a "meta" entry, which it does not call either.
-        register_decomposition(operator, type="meta")(function)
-        _ENTERED[operator] = function
-        return register_decomposition(operator)(function)
-
-    return enter
-
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """For `ExportedProgram.run_decompositions`: afterwards the program needs this package no more.
 
     >>> program = torch.export.export(model, (x,)).run_decompositions(dual_lora.decompositions())  # doctest: +SKIP
     """
-    return dict(_ENTERED)
+    return dict(_DECOMPOSITIONS)
 
 
 def keep_in_inductor() -> None:
@@ -55,14 +42,12 @@ def keep_in_inductor() -> None:
         lowering.make_fallback(operator, lowering.constrain_to_fx_strides, warn=False)
 
 
-@_entered(torch.ops.dual_lora.linear.default)
 def linear(x, weight, bias, factors, scales, forms, loss_scale):
     """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
     W = _composed(weight, adapters_of(factors, scales, forms), x.dtype)
     return torch.nn.functional.linear(x, W, bias)
 
 
-@_entered(torch.ops.dual_lora.weight.default)
 def weight(weight, factors, scales, forms, loss_scale, routed, dtype):
     """W + ΣΔW, [O, I] or [E, O, I]; with `routed`, ΔW of the other experts is zero."""
     adapters = adapters_of(factors, scales, forms)
@@ -72,7 +57,6 @@ def weight(weight, factors, scales, forms, loss_scale, routed, dtype):
     return _composed(weight, [a._replace(scale=a.scale * used) for a in adapters], dtype)
 
 
-@_entered(torch.ops.dual_lora.embedding.default)
 def embedding(
     indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
 ):
@@ -100,3 +84,15 @@ def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.d
             total = delta if total is None else total + delta
     assert total is not None
     return total.to(dtype)
+
+
+_DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.dual_lora.linear.default: linear,
+    torch.ops.dual_lora.weight.default: weight,
+    torch.ops.dual_lora.embedding.default: embedding,
+}
+for _operator, _function in _DECOMPOSITIONS.items():
+    register_decomposition(_operator)(_function)
+    # Where sizes are symbolic, PyTorch takes shapes from a decomposition before it asks the operator's own fake, unless
+    # there is a "meta" entry, which it does not call either.
+    register_decomposition(_operator, type="meta")(_function)

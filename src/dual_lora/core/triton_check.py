@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,20 +83,6 @@ def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], s
     deterministic = torch.are_deterministic_algorithms_enabled()
     ranks, tensors = _ranks(adapters), (layout(dy), layout(x))
     return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled)
-
-
-def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, int, Form]]) -> Iterator[Launch]:
-    """Every way in which the kernels are launched with these ranks and that dtype: tile, alignment, order of sums."""
-    target = triton_launch.target(device)
-    for n, strides in ((16, (16, 1)), (0, (0, 1))):  # aligned, and shifted by one entry with rows of odd length
-        place = Layout(dtype, n == 16, strides)
-        size = n, n, n
-        tile = triton_compose.TILES[target]
-        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (place, Layout(dtype, True, strides)))
-        for tile in triton_gradient.TILES[target, dtype.itemsize]:
-            for deterministic in (False, True):
-                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (place, place))
-            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, place))
 
 
 def _ranks(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, Form], ...]:

@@ -139,9 +139,10 @@ def _tried(function: Callable[[], Any]) -> Any:
 def launches(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Every tile, alignment and order of sums for that dtype: the error against fp64, and what it may be."""
     from dual_lora.core import triton_check
+    from dual_lora.lab import gpu_trials
 
     found = []
-    for launch in triton_check.every(device, dtype, [(RANK, RANK, Form())]):
+    for launch in gpu_trials.every(device, dtype, [(RANK, RANK, Form())]):
         limit = triton_check.TOLERANCE[dtype]
         error = _tried(partial(triton_check.error, launch))
         right = isinstance(error, float) and error <= limit
@@ -172,7 +173,7 @@ def _case(device: torch.device, size: int, dtype: torch.dtype) -> tuple[Tensor, 
 
 def signs(device: torch.device, size: int) -> dict[str, int]:
     """Signs of Q [size, size] that differ from fp64: by the kernel, and by its products on matrix units (off)."""
-    from dual_lora.lab.gpu_signs import sign_flips
+    from dual_lora.lab.gpu_trials import sign_flips
 
     return {products: sign_flips(device, products, size, RANK) for products in ("ieee", "tf32x3")}
 
@@ -294,6 +295,7 @@ def compile_for(card: str) -> list[dict[str, Any]]:
     from triton.runtime.jit import JITFunction
 
     from dual_lora.core import triton_check, triton_launch
+    from dual_lora.lab import gpu_trials
 
     arch: Any = card if card.startswith("gfx") else int(card.removeprefix("sm_"))
     target = GPUTarget("hip", arch, 64) if card.startswith("gfx") else GPUTarget("cuda", arch, 32)
@@ -315,7 +317,7 @@ def compile_for(card: str) -> list[dict[str, Any]]:
     triton_launch.target = lambda device: row  # type: ignore[assignment]
     JITFunction.run = compile_only  # type: ignore[method-assign]
     found = []
-    for launch in triton_check.every(torch.device("cpu"), torch.bfloat16, [(RANK, RANK, Form())]):
+    for launch in gpu_trials.every(torch.device("cpu"), torch.bfloat16, [(RANK, RANK, Form())]):
         described = _described(launch)
         if described["aligned"] and not launch.deterministic:
             error = _tried(partial(triton_check.error, launch))
