@@ -220,10 +220,8 @@ def _backward(ctx, G):
     loss_scale, routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
     factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
-    dF: list[Tensor | None] = [None for _ in range(4 * n)]
-    if any(need_factors):
-        grads = torch.ops.dual_lora.weight_backward(G, factors, scales, ctx.forms, loss_scale, routed)
-        dF = wanted(grads, need_factors)
+    given = G, factors, scales, ctx.forms, loss_scale, routed
+    dF = wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, None, None, None, None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -165,6 +165,8 @@ def flat_gradients(grads: Sequence[Factors], factors: Sequence[Tensor]) -> list[
     return [g.to(f.dtype) for g, f in zip((g for four in grads for g in four), factors, strict=True)]
 
 
-def wanted(grads: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
-    """Gradients as autograd takes them: None where none is needed."""
-    return [g if need else None for g, need in zip(grads, needed, strict=True)]
+def wanted(needed: Sequence[bool], compute: Callable[[], Iterable[Tensor]]) -> list[Tensor | None]:
+    """Gradients as autograd takes them, None where none is needed; nothing is computed if none is."""
+    if not any(needed):
+        return [None for _ in needed]
+    return [g if need else None for g, need in zip(compute(), needed, strict=True)]

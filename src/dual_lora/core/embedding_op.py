@@ -130,16 +130,11 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dy):
-    need_factors = ctx.needs_input_grad[2]
     indices, loss_scale, *rest = ctx.saved_tensors
     forms, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
-    dF: list[Tensor | None] = [None for _ in range(4 * n)]
-    if any(need_factors):
-        grads = torch.ops.dual_lora.embedding_backward(
-            dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
-        )
-        dF = wanted(grads, need_factors)
+    given = dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
+    dF = wanted(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
     return None, None, dF, [None] * n, None, None, None, None, None, None, None
 
 

@@ -194,8 +194,7 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    dF = wanted(out, need_factors) if needs[2] else [None] * n
-    return dx, dW, db, *dF
+    return dx, dW, db, *wanted(need_factors, lambda: out)
 
 
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)

@@ -11,8 +11,7 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * deterministic: each program writes its share, one sum afterwards. The shares take about
   4 (r1 + r2) O I (1/rows + strips/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
 
-Several adapters share one G. Where G is there already (of a composed weight) its tiles are read instead; it may carry
-a leading dimension of experts, of which only the routed ones are read. On the CPU: Triton's interpreter only.
+Several adapters share one G. A G that is there already (of a composed weight) is read, and not made.
 """
 
 from __future__ import annotations

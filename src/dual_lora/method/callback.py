@@ -20,7 +20,6 @@ class DualLoraCallback(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look the scaler up in the Trainer's optimizer."""
         optimizer = kwargs.get("optimizer")
         scaler = getattr(optimizer, "scaler", None)
         set_grad_scaler(scaler)
@@ -28,5 +27,4 @@ class DualLoraCallback(TrainerCallback):
             forget_with(optimizer, scaler)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget it."""
         set_grad_scaler(None)

@@ -4,8 +4,7 @@ Where the base's forward is the dequantised product, one product with the compos
 dequantises a block of rows at a time: the whole weight never stands in memory. Where the base computes something else
 (int8 activations, a kernel without dequantisation), its forward is kept and the adapter's product is added.
 
-Merge: dequantise, add, quantise again; the error of that is kept in `merge_error`. Unmerge puts the quantised weight
-back that was there before, bit for bit.
+A merge dequantises, adds and quantises again (`merge_error`); unmerge puts the old weight back, bit for bit.
 """
 
 from __future__ import annotations
