@@ -155,7 +155,7 @@ class MultiheadAttention(DualLoraLayer):
             if safe_merge:
                 self._refuse_broken(list(merged.values()), names)
         for name, parameter in parameters.items():
-            parameter.data = merged[name]
+            self._put(parameter, merged[name])
         self._original = originals if names else None  # type: ignore[assignment]
         self.merged_adapters = names
 
