@@ -41,7 +41,9 @@ def hotswap_from_state_dict(
     merged.
     """
     model = getattr(model, "_orig_mod", model)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and _has(m, adapter_name)}
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling
+    }
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
@@ -76,10 +78,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                     f"Hot swapping the adapter did not succeed: {key} has shape {got} in place of {old}, where the "
                     "rank alone may differ. Was it trained on another base model?"
                 )
-
-
-def _has(layer: DualLoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.scaling
 
 
 def _find(model: nn.Module, key: str) -> bool:
