@@ -71,3 +71,10 @@ def test_parameters_in_a_code_of_their_own_are_refused(dtype):
     config = DualLoraConfig(target_parameters=["experts.weight"], target_modules=[])
     with pytest.raises(ValueError, match="a code of its own"):
         get_peft_model(base, config)
+
+
+def test_an_embedding_in_eight_bits_is_refused():
+    base = nn.Embedding(6, 4)
+    base.weight = nn.Parameter(base.weight.detach().to(BITS8), requires_grad=False)
+    with pytest.raises(ValueError, match="quantised embedding"):
+        adapted(base)

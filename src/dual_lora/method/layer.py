@@ -53,8 +53,9 @@ class DualLoraLayer(MergeLayer):
 
     def _may_keep(self) -> bool:
         """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant."""
-        watched = is_traced() or torch._C._len_torch_dispatch_stack()  # make_fx, fake tensors
-        return not (self.training or torch.is_grad_enabled() or watched)
+        if self.training or torch.is_grad_enabled():
+            return False
+        return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
 
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
