@@ -110,8 +110,7 @@ class MergeLayer(FactorsLayer):
                 parameter.to_local().copy_(data)  # type: ignore[attr-defined]
         else:
             parameter.data = data
-            if not parameter.is_inference():  # so that a graph that waits for its backward raises an error
-                torch.autograd.graph.increment_version(parameter)
+            torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
 
     def _merge_parameter(self) -> nn.Parameter:
         return self.get_base_layer().weight  # type: ignore[return-value]
