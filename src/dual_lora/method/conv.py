@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.op import autocast_dtype
+from ..core.dispatch import autocast_dtype, in_dtype_of
 from .cache import composed_weights
 from .layer import MapLayer, is_plain
 
@@ -41,10 +41,8 @@ class _Conv(MapLayer):
 
     def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
         base: Any = self.get_base_layer()
-        autocast = autocast_dtype(x.device, x.dtype)
-        dtype = autocast or base.weight.dtype
-        if autocast is None:
-            x = x.to(dtype)
+        x = in_dtype_of(base.weight, x)
+        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
         if weight is not None and self._may_keep():

@@ -68,6 +68,12 @@ class ParamWrapper(DualLoraLayer):
         return len(self._shape()) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
 
     def _matrix_shape(self) -> tuple[int, int]:
+        dtype = self.get_param().dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            raise ValueError(
+                f"Dual LoRA cannot add an update to the parameter {self.parameter_name!r} of {dtype}, which holds "
+                "numbers in a code of its own (a scale, a packing). Load the base model in bf16 or fp32."
+            )
         O, I = self._shape()[-2:]
         return (I, O) if self._is_transposed() else (O, I)
 

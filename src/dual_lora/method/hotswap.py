@@ -107,15 +107,14 @@ def _swap(
 
 def _write(old: Tensor, new: Tensor | None) -> None:
     """Copy into the tensor that is there; only a larger rank needs one of its own."""
+    old.zero_()  # seen by a graph that waits for its backward, as a write to `.data` is not
     if new is None:
-        old.data.zero_()
         return
     new = new.to(old.device, old.dtype)
     if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
         old.data = new.clone()  # `state_dict` stays its owner's
-        return
-    old.data.zero_()
-    old.data[tuple(slice(0, n) for n in new.shape)].copy_(new)
+    else:
+        old[tuple(slice(0, n) for n in new.shape)].copy_(new)
 
 
 def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> bool:

@@ -80,6 +80,7 @@ class MergeLayer(FactorsLayer):
                     parameter.to_local().copy_(merged[name])
             else:
                 parameter.data = merged[name]
+                torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
         self.merged_adapters = names
 
@@ -90,6 +91,11 @@ class MergeLayer(FactorsLayer):
                 f"Cannot merge Dual LoRA into this {type(self.get_base_layer()).__name__}: its weight is no parameter "
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
+            )
+        if weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"Cannot merge Dual LoRA into a weight of {weight.dtype}, which is too coarse to hold the update, and "
+                "may have a scale of its own. Load the base model in bf16 or fp32 and merge there."
             )
 
     def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:

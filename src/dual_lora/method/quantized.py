@@ -53,6 +53,7 @@ class QuantizedLinear(Linear):
         self._kept: Any = None
         self._ticket = self._new_ticket()
 
+    @torch.inference_mode(False)
     def _new_ticket(self) -> Ticket:
         """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
         base: Any = self.base_layer
@@ -131,6 +132,7 @@ class QuantizedLinear(Linear):
                 "the adapter on it and merge there."
             )
         composed_weights.drop(self)
+        torch.autograd.graph.increment_version(self._ticket.number)  # a graph that waits for its backward would read on
         kept = _Kept.of(self) if self._kept is None else self._kept
         kept.restore(self)
         self._kept, self.merge_error = None, None
