@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from tiny import Mlp, adapted, layer, layers, points, train
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dual_lora import DualLoraConfig, composed_weights
 from dual_lora.method import layer as layer_module
@@ -327,3 +329,18 @@ def test_threads_may_add_and_drop_while_others_count(monkeypatch):
 def test_a_model_without_adapters_is_left_alone():
     run(Mlp().eval())
     assert composed_weights.bytes_held == 0
+
+
+def test_a_graph_holds_no_kept_weight(model):
+    run(model)
+    with torch.no_grad():
+        graph = make_fx(lambda x: model(x))(points())
+        layer(model).dual_lora_B["default"].mul_(2)
+        torch.testing.assert_close(graph(points()), model(points()))
+
+
+def test_a_pass_without_numbers_leaves_nothing(model):
+    want = run(copy.deepcopy(model))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model(torch.empty(6, 12))
+    assert torch.equal(run(model), want)

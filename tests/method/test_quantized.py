@@ -229,6 +229,16 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
         assert torch.equal(whole(layer), original)
 
 
+@pytest.mark.parametrize("kind", ["nf4 nested", "hqq 4"])
+def test_a_merge_between_forward_and_backward_is_an_error(kind):
+    model, _, _ = wrapped(kind)
+    x = torch.randn(3, I, requires_grad=True)
+    loss = model(x).square().sum()
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x)
+
+
 @pytest.mark.parametrize("kind", ["nf4 nested", "int8", "hqq 4", "torchao int8"])
 def test_stored_bits_survive_many_merges(kind):
     model, layer, base = wrapped(kind)

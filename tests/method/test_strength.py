@@ -150,3 +150,20 @@ def test_a_cast_that_exchanges_tensors_leaves_the_factors_their_bits():
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert all(torch.equal(f, b) for f, b in zip(layer(model).factors("default"), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda model: [m.set_scale("default", 0.5) for m in layers(model).values()],
+        lambda model: model.load_state_dict(model.state_dict()),
+        lambda model: [m.unscale_layer() for m in layers(model).values()],
+    ],
+    ids=["set_scale", "load", "unscale_layer"],
+)
+def test_what_is_set_in_inference_mode_may_be_trained(act):
+    model = adapted(warmup_steps=4, init_std=0.3)
+    with torch.inference_mode():
+        act(model)
+    train(model, 2)
+    assert factor(model) == 0.5

@@ -85,6 +85,7 @@ class _Recipe(NamedTuple):
     adapters: Sequence[Adapter]
     routed: Tensor | None
     dtype: torch.dtype
+    versions: list[int]
     size: torch.Size = torch.Size()
     stride: tuple[int, ...] = ()
     offset: int = 0
@@ -124,9 +125,14 @@ def also_recompose(composed: Composed) -> Tensor:
     return composed.result
 
 
+def _versions(made: Composed | _Recipe) -> list[int]:
+    tensors = (made.weight, made.routed, *(t for a in made.adapters for t in (*a.factors, a.scale)))
+    return [t._version for t in tensors if t is not None and not t.is_inference()]
+
+
 def _add(composed: Sequence[Composed]) -> None:
     for c in composed:
-        recipe = _Recipe(*c[1:], c.result.dtype)
+        recipe = _Recipe(*c[1:], c.result.dtype, _versions(c))
         _active.recipes[c.result.untyped_storage().data_ptr()] = weakref.ref(c.result), recipe
 
 
@@ -146,6 +152,11 @@ def _pack(tensor: Tensor) -> Tensor | _Recipe:
 def _unpack(packed: Tensor | _Recipe) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
+    if _versions(packed) != packed.versions:
+        raise RuntimeError(
+            "A weight, a factor or the warm-up of a Dual LoRA layer has been modified by an in-place operation between "
+            "forward and backward (an optimizer step, load_state_dict): call backward before it."
+        )
     with torch.no_grad():
         again = dual_lora_weight(packed.weight, packed.adapters, routed=packed.routed, dtype=packed.dtype)
     return again.as_strided(packed.size, packed.stride, packed.offset)

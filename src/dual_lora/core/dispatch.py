@@ -92,6 +92,13 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> to
     return torch.get_autocast_dtype(device.type)
 
 
+def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
+    """x in the weight's precision, unless autocast chooses one; a quantised or fp8 weight leaves x its own."""
+    dtype = weight.dtype
+    keeps = autocast_dtype(x.device, x.dtype) is not None or not dtype.is_floating_point or dtype.itemsize == 1
+    return x if keeps else x.to(dtype)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
     if not (torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type)):

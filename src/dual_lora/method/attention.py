@@ -30,6 +30,10 @@ PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+def _of_base(name: str) -> Any:
+    return property(lambda self: getattr(self._base, name), doc=f"The base's `{name}`.")
+
+
 class OutProjection(Linear):
     """The output projection; merged together with the attention that it belongs to."""
 
@@ -155,7 +159,7 @@ class MultiheadAttention(DualLoraLayer):
             if safe_merge:
                 self._refuse_broken(list(merged.values()), names)
         for name, parameter in parameters.items():
-            parameter.data = merged[name]
+            self._put(parameter, merged[name])
         self._original = originals if names else None  # type: ignore[assignment]
         self.merged_adapters = names
 
@@ -231,74 +235,15 @@ class MultiheadAttention(DualLoraLayer):
 
     # What PyTorch's encoder layers read off an attention.
 
-    @property
-    def embed_dim(self) -> int:
-        """Width of the attention."""
-        return self._base.embed_dim
-
-    @property
-    def kdim(self) -> int | None:
-        """Width of the keys."""
-        return self._base.kdim
-
-    @property
-    def vdim(self) -> int | None:
-        """Width of the values."""
-        return self._base.vdim
-
-    @property
-    def _qkv_same_embed_dim(self) -> bool:
-        return self._base._qkv_same_embed_dim
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return self._base.num_heads
-
-    @property
-    def dropout(self) -> float:
-        """Dropout of the attention's weights."""
-        return self._base.dropout
-
-    @property
-    def batch_first(self) -> bool:
-        """Whether the batch is the first dimension."""
-        return self._base.batch_first
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head."""
-        return self._base.head_dim
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """The base's packed input projections."""
-        return self._base.in_proj_weight
-
-    @property
-    def in_proj_bias(self) -> Tensor:
-        """The base's bias of the input projections."""
-        return self._base.in_proj_bias
+    embed_dim, kdim, vdim, num_heads, dropout = map(_of_base, ("embed_dim", "kdim", "vdim", "num_heads", "dropout"))
+    batch_first, head_dim, add_zero_attn = map(_of_base, ("batch_first", "head_dim", "add_zero_attn"))
+    in_proj_weight, in_proj_bias, bias_k, bias_v = map(_of_base, ("in_proj_weight", "in_proj_bias", "bias_k", "bias_v"))
+    _qkv_same_embed_dim = _of_base("_qkv_same_embed_dim")
 
     @property
     def out_proj(self) -> nn.Module:
         """The base's output projection."""
         return self._out.get_base_layer()
-
-    @property
-    def bias_k(self) -> Tensor | None:
-        """The base's bias of the keys."""
-        return self._base.bias_k
-
-    @property
-    def bias_v(self) -> Tensor | None:
-        """The base's bias of the values."""
-        return self._base.bias_v
-
-    @property
-    def add_zero_attn(self) -> bool:
-        """Whether a batch of zeros is added to keys and values."""
-        return self._base.add_zero_attn
 
     def merge_masks(self, *args: Any, **kwargs: Any) -> Any:
         """The base's way to merge masks."""

@@ -10,12 +10,11 @@ import math
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.op import autocast_dtype
+from ..core.dispatch import autocast_dtype, in_dtype_of
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import MapLayer, is_plain
@@ -41,25 +40,17 @@ class _Conv(MapLayer):
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
-        dtype = autocast_dtype(x.device, x.dtype)
-        if dtype is None:
-            x = x.to(base.weight.dtype)
-        return self._convolve(x, base.weight, base.bias, names, dtype or base.weight.dtype)
+        return self._convolve(x, base.weight, base.bias, names)
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        x = self.dual_lora_dropout[name](x)
-        base: Any = self.get_base_layer()
-        dtype = autocast_dtype(x.device, x.dtype)
-        if dtype is None:
-            x = x.to(base.weight.dtype)
-        return self._convolve(x, None, None, [name], dtype or base.weight.dtype)
+        return self._convolve(self.dual_lora_dropout[name](x), None, None, [name])
 
-    def _convolve(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str], dtype: torch.dtype
-    ) -> Tensor:
+    def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
         base: Any = self.get_base_layer()
+        x = in_dtype_of(base.weight, x)
+        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         if weight is not None and self._may_keep():
             sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
             make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)

@@ -109,7 +109,8 @@ def dispatch_embedding(target: nn.Module, adapter_name: str, config: DualLoraCon
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if not isinstance(base, nn.Embedding):
         return None
-    if not base.weight.is_floating_point() or find_backend(base) is not None:
+    coded = not base.weight.is_floating_point() or base.weight.dtype.itemsize == 1
+    if coded or find_backend(base) is not None:
         raise ValueError(
             f"Dual LoRA cannot work on a quantised embedding ({type(base).__name__}, weight {base.weight.dtype}). "
             "Leave it out of `target_modules`, or out of the quantisation."

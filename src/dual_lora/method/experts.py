@@ -52,6 +52,12 @@ class ParamWrapper(DualLoraLayer):
                     "adapter with target_parameters, and use a second adapter for the other layers."
                 )
         super().__init__(base_layer, **kwargs)
+        dtype = self.get_param().dtype
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            raise ValueError(
+                f"Dual LoRA cannot add an update to the parameter {parameter_name!r} of {dtype}, which holds numbers "
+                "in a code of its own (a scale, a packing). Load the base model in bf16 or fp32."
+            )
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r1, r2, alpha, config=config)
 

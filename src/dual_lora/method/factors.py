@@ -99,7 +99,10 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         """Add an adapter, or make one of that name anew."""
-        sharded.refuse_bare_parts(self.get_base_layer())
+        base: Any = self.get_base_layer()
+        sharded.refuse_bare_parts(base)
+        if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
+            raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
         alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
         self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
@@ -196,6 +199,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
             if not scale.is_inference():  # in the same memory, for CUDA graphs that were captured before
                 self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
 
+    @torch.inference_mode(False)  # who loads or scales in inference mode may train afterwards
     def _set_steps_left(self, adapter: str, left: int) -> None:
         left = min(left, self.warmup_steps[adapter])
         # Another tensor, as the present one may be an inference tensor, which cannot be written to.
@@ -213,6 +217,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
                 self._make_scale(adapter)
         return self.dual_lora_scale[adapter].to(A.device)
 
+    @torch.inference_mode(False)
     def _make_scale(self, adapter: str) -> None:
         """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
         A = self.dual_lora_A[adapter]

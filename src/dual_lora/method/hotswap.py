@@ -41,7 +41,9 @@ def hotswap_from_state_dict(
     merged.
     """
     model = getattr(model, "_orig_mod", model)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and _has(m, adapter_name)}
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling
+    }
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
@@ -78,10 +80,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                 )
 
 
-def _has(layer: DualLoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.scaling
-
-
 def _find(model: nn.Module, key: str) -> bool:
     try:
         attrgetter(key)(model)
@@ -115,15 +113,14 @@ def _swap(
 
 def _write(old: Tensor, new: Tensor | None) -> None:
     """Copy into the tensor that is there; only a larger rank needs one of its own."""
+    old.zero_()  # seen by a graph that waits for its backward, as a write to `.data` is not
     if new is None:
-        old.data.zero_()
         return
     new = new.to(old.device, old.dtype)
     if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
         old.data = new.clone()  # `state_dict` stays its owner's
-        return
-    old.data.zero_()
-    old.data[tuple(slice(0, n) for n in new.shape)].copy_(new)
+    else:
+        old[tuple(slice(0, n) for n in new.shape)].copy_(new)
 
 
 def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> bool:

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import composing
 from ..core.blocked import Adapter
-from ..core.op import autocast_dtype, dual_lora_linear
+from ..core.dispatch import autocast_dtype, in_dtype_of
+from ..core.op import dual_lora_linear
 from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -32,6 +33,8 @@ class DualLoraLayer(MergeLayer):
     """What every adapted layer has: factors, warm-up, merge, and what a forward asks of them."""
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        if x.is_complex():
+            raise ValueError(f"Dual LoRA takes real inputs, but got {x.dtype}: pass real and imaginary part apart.")
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             return
@@ -49,8 +52,10 @@ class DualLoraLayer(MergeLayer):
         return [name for name in names if name in self.scaling]
 
     def _may_keep(self) -> bool:
-        """Whether a composed weight may be kept: in inference, and not in a graph."""
-        return not (self.training or torch.is_grad_enabled() or is_traced())
+        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant."""
+        if self.training or torch.is_grad_enabled():
+            return False
+        return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
 
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
@@ -176,13 +181,11 @@ class Linear(MapLayer):
         base: Any = self.base_layer
         if sharded.is_sharded(base.weight):
             return sharded.product(self, x, names)
-        weight = self._matrix(base.weight)
-        if autocast_dtype(x.device, x.dtype) is None:
-            x = x.to(weight.dtype)
+        x = in_dtype_of(base.weight, x)
         if self._may_cache(x):
             return self._cached_product(x, names)
         scale = self._loss_scale(names, x)
-        return dual_lora_linear(x, weight, base.bias, [self.adapter(n) for n in names], scale)
+        return dual_lora_linear(x, self._matrix(base.weight), base.bias, [self.adapter(n) for n in names], scale)
 
     def _may_cache(self, x: Tensor) -> bool:
         return self._may_keep() and x.numel() <= CACHED_ROWS * self.in_features
@@ -213,11 +216,8 @@ class Linear(MapLayer):
         x = self.dual_lora_dropout[name](x)
         if sharded.is_sharded(getattr(self.get_base_layer(), "weight", None)):
             return sharded.product(self, x, [name], with_base=False)
-        if autocast_dtype(x.device, x.dtype) is None:
-            # In the base's precision; a quantised base has none, and takes that of x.
-            weight: Any = self.get_base_layer().weight
-            dtype = weight.dtype
-            x = x.to(dtype) if dtype.is_floating_point else x
+        base: Any = self.get_base_layer()
+        x = in_dtype_of(base.weight, x)
         return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
 
 

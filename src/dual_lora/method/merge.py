@@ -89,6 +89,11 @@ class MergeLayer(FactorsLayer):
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
             )
+        if weight.dtype.itemsize == 1:
+            raise ValueError(
+                f"Cannot merge Dual LoRA into a weight of {weight.dtype}, which is too coarse to hold the update, and "
+                "may have a scale of its own. Load the base model in bf16 or fp32 and merge there."
+            )
 
     def _refuse_broken(self, merged: Sequence[Tensor], names: list[str]) -> None:
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
@@ -98,13 +103,14 @@ class MergeLayer(FactorsLayer):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 
-    def _put(self, parameter: nn.Parameter, data: Tensor) -> None:
+    def _put(self, parameter: Tensor, data: Tensor) -> None:
         """Let the parameter hold this data; of a sharded one, let this process's part hold it."""
         if sharded.is_sharded(parameter):
             with torch.no_grad():
                 parameter.to_local().copy_(data)  # type: ignore[attr-defined]
         else:
             parameter.data = data
+            torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
 
     def _merge_parameter(self) -> nn.Parameter:
         return self.get_base_layer().weight  # type: ignore[return-value]

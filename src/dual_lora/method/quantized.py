@@ -28,7 +28,7 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 
 from ..core import composing
-from ..core.blocked import Adapter, RowSource
+from ..core.blocked import RowSource
 from ..core.op import autocast_dtype, dual_lora_linear
 from ..core.rows_gradient_op import through_rows
 from ..core.ticket import Ticket, ticket
@@ -54,6 +54,7 @@ class QuantizedLinear(Linear):
         self._kept: Any = None
         self._ticket = self._new_ticket()
 
+    @torch.inference_mode(False)
     def _new_ticket(self) -> Ticket:
         """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
         base: Any = self.base_layer
@@ -96,17 +97,17 @@ class QuantizedLinear(Linear):
         base: Any = self.base_layer
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
-            x = x.to(_compute_dtype(base) or x.dtype)
+            x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # what the library computes in, if it says so
         if self._may_cache(x):
             return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         scale = self._loss_scale(names, x)
-        y = dual_lora_linear(x, self._ticket, bias, self._adapters(names), scale)
+        y = dual_lora_linear(x, self._ticket, bias, [self.adapter(name) for name in names], scale)
         return y if autocast is not None else y.to(given)
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer
-        adapters = self._adapters(names)
+        adapters = [self.adapter(name) for name in names]
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
         weight = composed_weights.get(
@@ -117,9 +118,6 @@ class QuantizedLinear(Linear):
         )
         bias = None if base.bias is None else base.bias.to(dtype)
         return nn.functional.linear(x.to(dtype), weight, bias)
-
-    def _adapters(self, names: list[str]) -> list[Adapter]:
-        return [self.adapter(name) for name in names]
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward; with the dequantised weight's gradient where the library's own stops."""
@@ -144,6 +142,7 @@ class QuantizedLinear(Linear):
                 "the adapter on it and merge there."
             )
         composed_weights.drop(self)
+        torch.autograd.graph.increment_version(self._ticket.number)  # a graph that waits for its backward would read on
         kept = _Kept.of(self) if self._kept is None else self._kept
         kept.restore(self)
         self._kept, self.merge_error = None, None
@@ -346,11 +345,6 @@ class _WholeRows:
         if stop == self.shape[0]:
             self._whole = None
         return part
-
-
-def _compute_dtype(base: Any) -> torch.dtype | None:
-    """The precision that the library computes in, where it says so."""
-    return getattr(base, "compute_dtype", None)
 
 
 def _quantises_activations(weight: Any) -> bool:

@@ -22,7 +22,8 @@ from torch.nn.functional import linear
 
 from ..core import composing
 from ..core.blocked import Adapter
-from ..core.op import autocast_dtype, dual_lora_linear
+from ..core.dispatch import autocast_dtype, in_dtype_of
+from ..core.op import dual_lora_linear
 from ..core.reference import Factors
 from .cache import composed_weights
 from .swapped import swapped
@@ -171,12 +172,10 @@ class _StandIn:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
         layer, names = self.layer, self.names
         weight = self.weight.to_local()
-        autocast = autocast_dtype(x.device, x.dtype)
-        if autocast is None:
-            x = x.to(weight.dtype)
+        x = in_dtype_of(weight, x)
         whole = [layer.adapter(name) for name in names]
         if self.with_base and layer._may_cache(x):
-            dtype = autocast or x.dtype
+            dtype = autocast_dtype(x.device, x.dtype) or x.dtype
             composed = composed_weights.get(
                 layer,
                 [self.weight, *(t for a in whole for t in (*a.factors, a.scale))],
