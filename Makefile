@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-quick test-oldest lint types format models bench bench-curves bench-gpu peft-conformance lock clean
+.PHONY: help demo test test-quick test-oldest lint types format models bench bench-curves bench-gpu compile-table peft-conformance lock clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench-curves: $(VENV)/.ready ## costs as they grow (tokens, size, rank, adapters
 
 bench-gpu: $(VENV)/.ready ## the GPU gates, for a machine with a card
 	$(PY) -m benchmarks.gpu
+
+compile-table: $(VENV)/.ready ## every GPU kernel compiled with every Triton for every card (no GPU needed; half an hour)
+	$(PY) -m benchmarks.compile_table
 
 peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where they have LoraConfig
 	$(PY) -m pip install --quiet diffusers parameterized

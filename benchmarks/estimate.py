@@ -125,7 +125,7 @@ class _Seen:
 
 def _train(name: str, steps: int, callback: Any) -> Any:
     """The recipe of a run, trained for so many steps."""
-    from dual_lora.lab.recipe.recipe import read_recipe
+    from dual_lora.lab.recipe.read import read_recipe
     from dual_lora.lab.run.train import run as train
 
     shipped, changes = RUNS[name]

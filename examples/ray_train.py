@@ -18,7 +18,7 @@ def loop(options: dict[str, Any]) -> None:
     from dual_lora import DualLoraConfig  # registers the method in this process
     from dual_lora.lab.data import tool_calls
     from dual_lora.lab.model.load import load_model
-    from dual_lora.lab.recipe.recipe import ModelPart
+    from dual_lora.lab.recipe.schema import ModelPart
 
     set_seed(0)
     base = load_model(ModelPart(path=options["model"]))

@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.recipe import ModelPart
+from dual_lora.lab.recipe.schema import ModelPart
 
 
 def main(

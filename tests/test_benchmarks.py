@@ -1,6 +1,5 @@
 """The benchmark's logic on tiny sizes. Nothing here depends on how long anything takes."""
 
-import importlib
 import json
 import math
 from functools import partial
@@ -25,7 +24,6 @@ from benchmarks import (
     works,
 )
 from benchmarks import step as step_work
-from benchmarks.leaner import finding
 from benchmarks.measure import Measured
 from benchmarks.verdict import Mark
 
@@ -357,35 +355,3 @@ def test_a_figure_that_owes_to_another_library_says_so():
     rows = [{**row, "share_of_cores": 1.0} for row in ledger.read()]
     assert "oneDNN" in figures.table([{**row, "fp32_products": "oneDNN"} for row in rows])
     assert "oneDNN" not in figures.table([{**row, "fp32_products": "torch.mm"} for row in rows])
-
-
-# Ideas.
-
-
-@pytest.mark.parametrize("family", ["products", "passes", "factors", "signs", "accumulation"])
-def test_a_family_of_ideas(single, family):
-    found = list(importlib.import_module(f"benchmarks.leaner.{family}").findings(64, 0))
-    assert len(found) >= 2
-    assert any(f.ratio is not None for f in found)
-
-
-def test_flips_are_counted_against_fp64(single):
-    from benchmarks.leaner import factors
-
-    found = {f.idea: f for f in factors.findings(512, 0)}
-    assert found["fp32 itself"].exact
-    assert found["TF32, 3 terms (emulated)"].exact
-    assert not found["bf16, 1 term"].exact
-    assert not found["int8"].exact
-    assert not found["TF32, 1 term (emulated)"].exact
-
-
-def test_what_pays_is_exact_and_faster_for_certain():
-    def verdict_of(low, high, **options):
-        return finding.Finding("new", "old", measure.Ratio((low + high) / 2, low, high, 9), **options).verdict
-
-    assert verdict_of(0.8, 0.9) == "pays"
-    assert verdict_of(0.8, 0.9, taken=True) == "pays, taken"
-    assert verdict_of(0.8, 1.0) == verdict_of(1.2, 1.3) == "does not pay"
-    assert verdict_of(0.8, 0.9, exact=False) == "changes the method"
-    assert verdict_of(1.1, 1.2, exact=False) == "neither exact nor faster"

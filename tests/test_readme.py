@@ -29,7 +29,7 @@ def test_every_command_of_the_readme_exists():
     pytest.importorskip("cyclopts")
     from dual_lora.lab.cli import COMMANDS
 
-    used = in_shell_blocks(r"^dual-lora (\w+)")
+    used = in_shell_blocks(r"^dual-lora ([\w-]+)")
     assert used
     assert used <= {name for name, *_ in COMMANDS}
 

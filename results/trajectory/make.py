@@ -9,9 +9,10 @@ about which is better. The settings are those of the study methods-encoder, with
 import sys
 from pathlib import Path
 
-from dual_lora.lab.analysis.analyze import Options, analyze, save
+from dual_lora.lab.analysis.analyze import analyze, save
 from dual_lora.lab.analysis.callback import AnalysisCallback
-from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.analysis.walk import Options
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 
 HERE = Path(__file__).parent

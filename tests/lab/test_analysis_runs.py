@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dual_lora.lab.analysis.analyze import Options, analyze, save
+from dual_lora.lab.analysis.analyze import analyze, save
 from dual_lora.lab.analysis.callback import AnalysisCallback
 from dual_lora.lab.analysis.options import open_setting
 from dual_lora.lab.analysis.trajectory import load_adapter_into, places
 from dual_lora.lab.analysis.updates import adapted_layers, snapshot
+from dual_lora.lab.analysis.walk import Options
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 
 LAYERS = 14  # of the tiny language model

@@ -107,7 +107,7 @@ def test_the_card_s_advice_can_be_followed(head, data, folder, advice):
     from pathlib import Path
 
     from dual_lora.lab.commands.train import _next
-    from dual_lora.lab.recipe.recipe import build_recipe
+    from dual_lora.lab.recipe.read import build_recipe
 
     recipe = build_recipe({"model": {"path": "x", "head": head}, "data": data})
     assert _next(recipe, Path(folder)) == advice

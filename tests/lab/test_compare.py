@@ -29,8 +29,8 @@ from dual_lora.lab.study import perform, plan
 from dual_lora.lab.study import use_cost as cost
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.state import State, write_json
-from dual_lora.lab.study.study import read_study
 from dual_lora.lab.study.tables import show_forecast, show_results
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,7 +10,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, e
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import DataPart
+from dual_lora.lab.recipe.schema import DataPart
 
 
 @pytest.fixture

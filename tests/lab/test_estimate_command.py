@@ -15,7 +15,7 @@ from dual_lora.lab.cost.side_by_side import counts
 from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.published import published_config
-from dual_lora.lab.recipe.recipe import read_recipe
+from dual_lora.lab.recipe.read import read_recipe
 
 SIZES = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=200)
 

@@ -11,7 +11,8 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.recipe.recipe import EvaluatePart, build_recipe
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.scoring import generate_all, score_choice, score_loss, summary
 from dual_lora.lab.run.train import run

@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import gguf as export_gguf
 from dual_lora.lab.model.export import REPORT, export_dual_lora, export_lora, in_words
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
 

@@ -5,7 +5,7 @@ from tiny_study import write_study
 
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.job import base_jobs, final_jobs, trial_jobs
-from dual_lora.lab.study.study import read_study
+from dual_lora.lab.study.read import read_study
 
 METHODS = {
     "lora": {"r": 4, "lora_alpha": "2r"},

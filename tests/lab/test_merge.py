@@ -10,7 +10,7 @@ import torch
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 
 PLAIN = """

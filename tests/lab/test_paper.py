@@ -15,15 +15,8 @@ from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
-from dual_lora.lab.recipe.recipe import (
-    DataPart,
-    EvaluatePart,
-    build_recipe,
-    identity,
-    read_recipe,
-    recipe_text,
-    shipped_recipes,
-)
+from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.loop import mean_loss
 from dual_lora.lab.run.scoring import search_of

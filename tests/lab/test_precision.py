@@ -16,14 +16,14 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.recipe.recipe import build_recipe, read_recipe, shipped_recipes
+from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
 from dual_lora.lab.run.train import recipe_of_run, run
 from dual_lora.lab.study import job as jobs
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.read import read_study, shipped_studies
 from dual_lora.lab.study.state import State
-from dual_lora.lab.study.study import read_study, shipped_studies
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_study

@@ -69,7 +69,7 @@ def test_a_terminal_and_what_is_not_shown_have_no_lines(shown, log, monkeypatch)
 def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_path):
     from dual_lora.lab.cli import main
     from dual_lora.lab.cost import calibrate
-    from dual_lora.lab.recipe.recipe import build_recipe
+    from dual_lora.lab.recipe.read import build_recipe
     from dual_lora.lab.run import evaluate as module
     from dual_lora.lab.run.train import run
 

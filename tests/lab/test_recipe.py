@@ -3,15 +3,9 @@
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import (
-    Recipe,
-    build_recipe,
-    flag_values,
-    flags,
-    merged,
-    read_recipe,
-    shipped_recipes,
-)
+from dual_lora.lab.recipe.flags import flag_values, flags
+from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe, shipped_recipes
+from dual_lora.lab.recipe.schema import Recipe
 
 MINIMAL = {"model": {"path": "somewhere"}}
 

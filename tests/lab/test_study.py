@@ -12,12 +12,13 @@ import yaml
 pytest.importorskip("peft")
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import build_recipe, identity
+from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.study import job as jobs
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, solve_rank
+from dual_lora.lab.study.read import build_study, read_study, shipped_studies
 from dual_lora.lab.study.search import Search
-from dual_lora.lab.study.study import build_study, rank_rule, read_study, shipped_studies
+from dual_lora.lab.study.study import rank_rule
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_study import write_model, write_records, write_study
@@ -377,7 +378,7 @@ def test_shipped_studies_are_complete(name):
     assert study.question.endswith("?")
     assert len(study.seeds) >= 3
     for entry in study.tasks.values():
-        from dual_lora.lab.recipe.recipe import read_recipe
+        from dual_lora.lab.recipe.read import read_recipe
 
         read_recipe(entry.recipe)
 

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import build_recipe
+from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
 
@@ -120,7 +120,7 @@ KILLED = """
 import sys, yaml
 from pathlib import Path
 import torch; torch.set_num_threads(1)
-from dual_lora.lab.recipe.recipe import read_recipe
+from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run import train
 from dual_lora.lab.run.watch import Watch
 import transformers, os, signal

@@ -18,7 +18,7 @@ from rich.text import Text
 import dual_lora
 from dual_lora.lab.errors import OURS, UserError, suggest
 from dual_lora.lab.progress import console
-from dual_lora.lab.recipe.recipe import problems
+from dual_lora.lab.recipe.read import problems
 
 # name, "module:function", one line of help. A new command is a new line.
 COMMANDS: list[tuple[str, str, str]] = [

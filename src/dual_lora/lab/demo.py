@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import Recipe, read_recipe
+from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def ask(out: Path, request: str) -> str:
 
 
 def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
-    from dual_lora.lab.recipe.recipe import merged
+    from dual_lora.lab.recipe.read import merged
 
     data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
     return read_recipe(RECIPE, merged({"data": data, "train": {"seed": seed}}, overrides))

@@ -11,80 +11,27 @@ import json
 import math
 import re
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dual_lora.lab.analysis.contribution import contributions, factor_state
-from dual_lora.lab.analysis.gradients import first_step, gradient_pass
-from dual_lora.lab.analysis.likeness import correlation, entry_likeness, likeness, magnitude_and_direction
-from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
-from dual_lora.lab.analysis.measures import changes, measure, squared_norm
-from dual_lora.lab.analysis.options import Setting, open_setting
-from dual_lora.lab.analysis.ranks import rank_bound, rank_examples, ranks
-from dual_lora.lab.analysis.trajectory import Place, chosen_layers, full_updates, places, state
-from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
+from dual_lora.lab.analysis.likeness import correlation
+from dual_lora.lab.analysis.options import open_setting
+from dual_lora.lab.analysis.ranks import rank_examples
+from dual_lora.lab.analysis.trajectory import Place, chosen_layers, places
+from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import check_device
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, write_atomically
 from dual_lora.lab.run.record import read_metrics, surroundings
 from dual_lora.lab.run.train import recipe_of_run
 
 FORMAT = "dual-lora analysis"
+
+
 VERSION = 1
-
-Row = dict[str, Any]
-Ranks = Literal["ends", "all", "none"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is looked at.
-
-    states: at most so many of a run's states, start and end among them. layers: regular expression of layer names.
-    ranks: of the first and the last state, of all, or of none (the costly part: O · I · min(O, I) flops a matrix).
-    gradients: take a gradient pass at every state. held_out: records for the contribution of each group, 0 for none.
-    draws: how often a group is drawn anew.
-    """
-
-    states: int = 8
-    layers: str | None = None
-    ranks: Ranks = "ends"
-    gradients: bool = True
-    held_out: int = 64
-    draws: int = 3
-
-
-@dataclass
-class RunAnalysis:
-    """Tables of one run, one row a layer and state where nothing else is said.
-
-    layers: signs, zeros, norms, flips, ranks, DoRA's two numbers; learned_share is ‖ΔW - ΔW at the start‖ / ‖ΔW‖, both
-    at full strength. gradients: what the estimator cuts, shares of the
-    groups. likeness: to full fine-tuning at the same step. first_step, contribution: one row a layer, a variant.
-    live: what `AnalysisCallback` wrote during training. magnitude_direction: correlation over layers and states.
-    """
-
-    name: str
-    folder: str
-    method: dict[str, Any]
-    seed: int
-    model: str
-    data: str | None
-    command: str | None
-    steps: list[int] = field(default_factory=list)
-    reference: str | None = None
-    layers: list[Row] = field(default_factory=list)
-    gradients: list[Row] = field(default_factory=list)
-    likeness: list[Row] = field(default_factory=list)
-    first_step: list[Row] = field(default_factory=list)
-    contribution: list[Row] = field(default_factory=list)
-    live: list[Row] = field(default_factory=list)
-    magnitude_direction: float | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -100,7 +47,7 @@ class Analysis:
 def analyze(
     runs: list[str | Path],
     reference: str | Path | None = None,
-    options: Options = Options(),
+    options: Options | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> Analysis:
@@ -109,6 +56,7 @@ def analyze(
     reference: a run of full fine-tuning from the same model and data, whose update the others are compared with.
     Raises UserError for what is no run, has no states, or does not belong together.
     """
+    options = options or Options()
     if not runs:
         raise UserError("No run was given: dual-lora analyze RUN [RUN …].")
     if options.held_out < 0:
@@ -216,7 +164,7 @@ def _analyze_run(
             f"The method changed {len(setting.origin)} base weights at its start; updates count from before."
         )
     with Bar(f"analysing {name}", len(stops) * len(layers), progress) as bar:
-        _Walk(setting, result, options, stops, layers, targets, bar).go()
+        Walk(setting, result, options, stops, layers, targets, bar).go()
     points = [r for r in result.layers if r.get("norm")]
     result.magnitude_direction = correlation(
         [r["direction_change"] for r in points if "direction_change" in r],
@@ -236,132 +184,3 @@ def _comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:
     different = [f"train.{f}" for f in fields if getattr(recipe.train, f) != getattr(other.train, f)]
     different += ["data"] if recipe.data != other.data else []
     return [f"The reference was trained with another {', '.join(different)}."] if different else []
-
-
-class _Walk:
-    """One pass over a run's states."""
-
-    def __init__(
-        self,
-        setting: Setting,
-        result: RunAnalysis,
-        options: Options,
-        stops: list[Place],
-        layers: list[str],
-        targets: dict[int, Place],
-        bar: Bar,
-    ):
-        self.setting, self.result, self.options, self.bar = setting, result, options, bar
-        self.stops, self.layers, self.targets = stops, layers, targets
-        self.modules = adapted_layers(setting.model)
-        self.start: dict[str, LayerUpdate] = {}
-
-    def go(self) -> None:
-        loss_of = self._held_out_loss()  # first: records that are not there must not cost the walk
-        with ExitStack() as files:
-            before: dict[str, LayerUpdate] = {}
-            step_before = 0
-            for place in self.stops:
-                now = state(self.setting, place, self.layers, files)
-                if place.step == 0:
-                    self.start = now
-                    self._at_start()
-                target = self._target(place, files)
-                for name in self.layers:
-                    if name in now:
-                        self._layer(place, name, now[name], before.get(name), step_before, target.get(name))
-                    self.bar.to(self.bar.done + 1, f"step {place.step} · {name}")
-                if place.step and self.options.gradients and not self.setting.is_full:
-                    self._gradients(place.step)
-                before, step_before = now, place.step
-            if loss_of is not None:
-                self.result.contribution = contributions(
-                    self.setting.model, self.start_factors, loss_of, self.options.draws
-                )
-
-    def _held_out_loss(self) -> Any:
-        """The function that `contributions` asks, None where it is not wanted or the recipe names no such records."""
-        if self.setting.is_full or not self.options.held_out:
-            return None
-        if not self.setting.names_held_out:
-            self.result.notes.append("What each group contributes was left out: the recipe names no held-out records.")
-            return None
-        return self.setting.held_out_loss(self.options.held_out)
-
-    def _at_start(self) -> None:
-        if self.setting.is_full:
-            return
-        self.start_factors = factor_state(self.setting.model)
-        if self.options.gradients:
-            with self.setting.at_full_strength():
-                steps = first_step(
-                    self.setting.model,
-                    self.setting.step_batches[0],
-                    self.setting.loss_of_batch,
-                    self.setting.recipe.train.learning_rate,
-                    names=self.layers,
-                )
-            self.result.first_step = [{"layer": n, **row} for n, row in steps.items()]
-
-    def _target(self, place: Place, files: ExitStack) -> dict[str, LayerUpdate]:
-        found = self.targets.get(place.step)
-        return {} if found is None else files.enter_context(full_updates(found, self.setting.model, self.layers))
-
-    def _layer(
-        self,
-        place: Place,
-        name: str,
-        now: LayerUpdate,
-        before: LayerUpdate | None,
-        step_before: int,
-        target: LayerUpdate | None,
-    ) -> None:
-        matrix = now.update()
-        module = self.modules.get(name) or self.setting.model.get_submodule(name)
-        base = base_matrix(module)
-        O, I = matrix.shape
-        row: Row = {"step": place.step, "layer": name, "O": O, "I": I, "strength": now.strength}
-        row |= measure(matrix, base, now.strength)
-        if base is not None and place.step:
-            row |= magnitude_and_direction(matrix, base, now.strength)
-        if place.step and name in self.start:
-            first = self.start[name].update()
-            row |= {f"start_{k}": v for k, v in changes(first, matrix).items()}
-            size = squared_norm(matrix)
-            row["learned_share"] = math.sqrt(squared_norm(Difference(matrix, first)) / size) if size else None
-        if before is not None:
-            row |= {f"between_{k}": v for k, v in changes(before.update(), matrix).items()}
-            row["between_steps"] = place.step - step_before
-        ends = place in (self.stops[0], self.stops[-1])
-        if self.options.ranks == "all" or (self.options.ranks == "ends" and ends):
-            row |= ranks(matrix)
-            if isinstance(matrix, Factored):
-                row |= _ranks_apart(matrix)
-        self.result.layers.append(row)
-        if target is not None:
-            self.result.likeness.append(
-                {"step": place.step, "layer": name, "O": O, "I": I, **self._likeness(name, matrix, target.update())}
-            )
-
-    def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:
-        """Of the update, and of what was learned since the start where that was no zero (Dual LoRA's Gaussian)."""
-        row: Row = dict(likeness(matrix, target))
-        first = self.start[name].update() if name in self.start else None
-        if isinstance(first, Factored):
-            learned = entry_likeness(Difference(matrix, first), target)
-            row |= {f"learned_{k}": learned[k] for k in ("cosine", "norm_relative", "agreement_1", "agreement_10")}
-        return row
-
-    def _gradients(self, step: int) -> None:
-        setting = self.setting
-        rows = gradient_pass(setting.model, setting.step_batches, setting.loss_of_batch, names=self.layers)
-        self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items()]
-
-
-def _ranks_apart(matrix: Factored) -> Row:
-    factors, form = matrix.adapter.factors, matrix.adapter.form
-    row: Row = {"rank_bound": rank_bound(factors.A.shape[0], factors.C.shape[0], form, matrix.shape)}
-    row |= {"r1": factors.A.shape[0], "r2": factors.C.shape[0]}
-    for group in ("magnitude", "direction"):
-        row |= {f"{group}_{k}": v for k, v in ranks(matrix.group(group)).items()}  # type: ignore[arg-type]
-    return row

@@ -21,7 +21,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
-from dual_lora.lab.recipe.recipe import EvaluatePart, Recipe
+from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import show_gradients, wants_gradients

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dual_lora.lab.analysis.analyze import Analysis, RunAnalysis
+from dual_lora.lab.analysis.analyze import Analysis
 from dual_lora.lab.analysis.summary import last_state, mean_over_layers
+from dual_lora.lab.analysis.walk import RunAnalysis
 
 # Key -> (table, heading, how it is written). Means over layers at the last state.
 _OVERVIEW: dict[str, tuple[str, str, str]] = {

@@ -11,7 +11,7 @@ from dual_lora.lab.analysis.matrices import Difference, Matrix
 from dual_lora.lab.analysis.options import Setting
 from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import check_regex
+from dual_lora.lab.recipe.schema import check_regex
 from dual_lora.lab.run.folder import RunFolder, is_whole
 
 

@@ -37,9 +37,10 @@ def analyze(
     """
     from rich.console import Console
 
-    from dual_lora.lab.analysis.analyze import Options, save
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
+    from dual_lora.lab.analysis.analyze import save
     from dual_lora.lab.analysis.show import overview, show
+    from dual_lora.lab.analysis.walk import Options
     from dual_lora.lab.commands.card import finish
 
     options = Options(states, layers, ranks, gradients, held_out)

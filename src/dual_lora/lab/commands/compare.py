@@ -47,7 +47,7 @@ def compare(
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
     from dual_lora.lab.commands.card import finish
-    from dual_lora.lab.study.study import read_study, shipped_studies
+    from dual_lora.lab.study.read import read_study, shipped_studies
 
     if list or study is None:
         questions = {name: read_study(name)[0].question for name in shipped_studies()}

@@ -153,7 +153,7 @@ def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | 
 
     from dual_lora.lab.cost.options import from_model, from_recipe
     from dual_lora.lab.recipe.published import known_name, published_names
-    from dual_lora.lab.recipe.recipe import read_recipe, shipped_recipes
+    from dual_lora.lab.recipe.read import read_recipe, shipped_recipes
 
     is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
     if is_recipe:

@@ -9,16 +9,9 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.recipe.recipe import (
-    DataPart,
-    EvaluatePart,
-    Precision,
-    build_recipe,
-    flag_values,
-    flags,
-    merged,
-    read_recipe,
-)
+from dual_lora.lab.recipe.flags import flag_values, flags
+from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Precision
 
 _PARTS: dict[str, Any] = {"data": (flags(DataPart) | None, None), "evaluate": (flags(EvaluatePart) | None, None)}
 EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import Precision
+from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
     from dual_lora.lab.model.export import Exported

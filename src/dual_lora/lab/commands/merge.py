@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, finish, size
-from dual_lora.lab.recipe.recipe import Precision
+from dual_lora.lab.recipe.schema import Precision
 
 
 def merge(

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
-from dual_lora.lab.recipe.recipe import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 
 app = App(
     name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"

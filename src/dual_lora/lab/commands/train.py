@@ -10,7 +10,9 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import Recipe, build_recipe, flag_values, flags, merged, read_recipe
+from dual_lora.lab.recipe.flags import flag_values, flags
+from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
 
 RecipeFlags: Any = flags(Recipe)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study.budget import adapted_model, empty_model
 
 

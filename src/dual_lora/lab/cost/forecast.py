@@ -16,8 +16,9 @@ from dual_lora.lab.study.perform import read_outcome
 from dual_lora.lab.study.plan import lay_out, planned_steps
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.state import Entry, remembered
-from dual_lora.lab.study.study import Study, read_study
+from dual_lora.lab.study.study import Study
 
 EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
 START_SECONDS = 8.0  # imports, loading, tokenizing

@@ -12,7 +12,7 @@ from dual_lora.lab.model import precision
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from dual_lora.lab.recipe.recipe import Recipe
+    from dual_lora.lab.recipe.schema import Recipe
 
 Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "gpu"]

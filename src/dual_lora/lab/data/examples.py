@@ -10,7 +10,7 @@ from typing import Any
 
 from dual_lora.lab.data.records import Record, read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import DataPart
+from dual_lora.lab.recipe.schema import DataPart
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.recipe import DataPart, EvaluatePart, Task
+from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Task
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import write_folder_atomically
 

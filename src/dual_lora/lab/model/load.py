@@ -13,7 +13,7 @@ from dual_lora.lab.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dual_lora.lab.recipe.recipe import ModelPart
+    from dual_lora.lab.recipe.schema import ModelPart
 
 
 @dataclass(frozen=True)

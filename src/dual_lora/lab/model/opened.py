@@ -12,7 +12,8 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Loaded, load_model
 from dual_lora.lab.model.methods import plain_name
-from dual_lora.lab.recipe.recipe import ModelPart, Recipe, build_recipe
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import ModelPart, Recipe
 from dual_lora.lab.run.folder import RunFolder
 
 NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from dual_lora.lab.model.load import best_device
-from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     import torch

@@ -126,7 +126,7 @@ def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[
 
 def _ordered(values: dict[str, Any]) -> dict[str, Any]:
     """The parts and their settings in the order in which a recipe has them."""
-    from dual_lora.lab.recipe.recipe import Recipe
+    from dual_lora.lab.recipe.schema import Recipe
 
     parts = {}
     for part, about in Recipe.model_fields.items():

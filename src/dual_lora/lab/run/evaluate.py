@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.recipe import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
 from dual_lora.lab.run.folder import write_atomically
 from dual_lora.lab.run.scoring import (
     Rows,

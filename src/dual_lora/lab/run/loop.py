@@ -16,7 +16,7 @@ from dual_lora.lab.data.batches import Collator, Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
-from dual_lora.lab.recipe.recipe import Recipe, TrainPart
+from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
 

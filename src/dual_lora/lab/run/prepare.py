@@ -16,7 +16,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
-from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.recipe.schema import Recipe
 
 
 @dataclass

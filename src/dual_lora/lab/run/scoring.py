@@ -14,7 +14,7 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import EvaluatePart
+from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.extraction import answer_in
 
 Rows = list[dict[str, Any]]

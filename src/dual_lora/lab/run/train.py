@@ -18,7 +18,8 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, write_note
 from dual_lora.lab.progress import Bar, console
-from dual_lora.lab.recipe.recipe import Recipe, build_recipe
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder, write_atomically, write_folder_atomically

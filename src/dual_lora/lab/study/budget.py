@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.recipe import ModelPart, Recipe
+from dual_lora.lab.recipe.schema import ModelPart, Recipe
 
 # The field that sets a method's size, where it is not "r".
 RANK_FIELDS = {

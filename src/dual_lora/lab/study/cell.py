@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from dual_lora.lab.recipe.recipe import Recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study.budget import Size, rank_field
 from dual_lora.lab.study.study import MethodEntry, rank_rule
 

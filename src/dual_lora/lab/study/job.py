@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.recipe.recipe import Recipe, build_recipe, identity, merged
+from dual_lora.lab.recipe.read import build_recipe, identity, merged
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.cell import Cell, fields_at
 from dual_lora.lab.study.search import dotted

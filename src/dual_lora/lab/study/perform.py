@@ -104,7 +104,7 @@ def held(folder: Path, stack: contextlib.ExitStack) -> None:
 def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.model.opened import open_tuned
-    from dual_lora.lab.recipe.recipe import build_recipe
+    from dual_lora.lab.recipe.read import build_recipe
     from dual_lora.lab.run.evaluate import evaluate
     from dual_lora.lab.run.train import run
     from dual_lora.lab.study.metrics import features, value
@@ -140,7 +140,7 @@ def _base(job: dict[str, Any], runs: Path) -> dict[str, Any]:
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.model.load import load_model
     from dual_lora.lab.model.opened import Tuned
-    from dual_lora.lab.recipe.recipe import build_recipe
+    from dual_lora.lab.recipe.read import build_recipe
     from dual_lora.lab.run.evaluate import evaluate
     from dual_lora.lab.study.metrics import features, value
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.precision import AUTO, settled, settled_here
-from dual_lora.lab.recipe.recipe import Recipe, build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Scale, Size, classes_of, rank_field, solve_rank
 from dual_lora.lab.study.cell import Cell, fields_at

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dual_lora.lab.errors import suggest
-from dual_lora.lab.recipe.recipe import Part, TrainPart
+from dual_lora.lab.recipe.schema import Part, TrainPart
 from dual_lora.lab.study.metrics import METRICS
 
 SEARCH_SEED = 1000

@@ -26,11 +26,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.recipe import Part, check_regex, shipped_recipes
+from dual_lora.lab.recipe.schema import Part, check_regex
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import Search, dotted, known_metric
 
@@ -290,103 +289,3 @@ def rank_denominator(values: Iterable[Any], least: int) -> int:
     """The rank has to be a multiple of this, so that every rank rule among the values gives a whole number."""
     rules = (_RANK_RULE.match(value) for value in values if isinstance(value, str))
     return math.lcm(least, *(int(float(m["over"])) for m in rules if m and m["over"]))
-
-
-def shipped_studies() -> dict[str, Path]:
-    """Name → file of the studies that the package carries."""
-    return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
-
-
-def read_study(source: str | Path) -> tuple[Study, str]:
-    """The study in a YAML file, or the shipped one of that name, and its text.
-
-    Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
-    """
-    path = _study_file(str(source), Path(source))
-    text = path.read_text(encoding="utf-8")
-    values = _values(path, text)
-    if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
-        raise UserError(_is_a_recipe(str(source)))
-    values = _extended(values, path, [path])
-    study = build_study(values, str(path))
-    for task in study.tasks.values():  # a recipe may lie beside its study
-        if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
-            task.recipe = str(beside.resolve())
-    return study, text
-
-
-def _study_file(name: str, path: Path) -> Path:
-    """The file itself, or the shipped study of that name."""
-    shipped = shipped_studies()
-    if path.is_file() or name in shipped:
-        return path if path.is_file() else shipped[name]
-    if name in shipped_recipes():
-        raise UserError(_is_a_recipe(name))
-    raise UserError(f"There is no study {name!r}, neither a file nor a shipped one.{suggest(name, shipped)}")
-
-
-def _values(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
-    return values
-
-
-def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str, Any]:
-    """The values over those of the study that `extends` names (a file beside it, or a shipped study).
-
-    A field replaces the other study's; only `methods` are merged, entry by entry and field by field.
-    """
-    if "extends" not in values:
-        return values
-    name = str(values["extends"])
-    base = _study_file(name, path.parent / name)
-    if base in seen:
-        raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
-    below = _extended(_values(base, base.read_text(encoding="utf-8")), base, [*seen, base])
-    over = {key: value for key, value in values.items() if key != "extends"}
-    theirs, ours = below.get("methods"), over.get("methods")
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        both = {key: (theirs[key], ours[key]) for key in theirs.keys() & ours.keys()}
-        pairs = {key: (a or {}) | (b or {}) for key, (a, b) in both.items() if isinstance(a or {}, dict)}
-        over["methods"] = theirs | ours | pairs
-    return below | over
-
-
-def _is_a_recipe(name: str) -> str:
-    """What to do with a recipe that was given for a study."""
-    using = [study for study in shipped_studies() if name in read_study(study)[0].recipes]
-    shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
-    return (
-        f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "
-        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {name}`."
-    )
-
-
-def build_study(values: dict[str, Any], where: str = "the study") -> Study:
-    """A validated study from plain values, or a UserError that names every problem."""
-    try:
-        return Study.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{where}: {' '.join(_problem(item) for item in error.errors())}") from None
-
-
-def _problem(item: Any) -> str:
-    place = ".".join(str(p) for p in item["loc"])
-    if item["type"] == "extra_forbidden":
-        return f"unknown field {place!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
-    if item["type"] == "missing":
-        return f"field {place!r} is missing."
-    message = str(item["msg"]).removeprefix("Value error, ")
-    return (f"{place}: " if place else "") + message + ("" if message.endswith((".", "?")) else ".")
-
-
-def _known_at(loc: tuple[Any, ...]) -> list[str]:
-    part: type[BaseModel] = Study
-    nested: dict[str, type[BaseModel]] = {"budget": Budget, "search": Search, "tasks": TaskEntry}
-    if loc:
-        part = nested.get(str(loc[0]), Study)
-    return list(part.model_fields)

@@ -1,0 +1,46 @@
+"""Every field of a recipe as a flag of the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, create_model
+
+from dual_lora.lab.recipe.schema import Recipe
+
+
+def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
+    """``model`` with every field optional: what may be given as a flag over a recipe file."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        text = field.description or ""
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = flags(kind)
+        elif not field.is_required() and (default := field.get_default(call_default_factory=True)) not in (
+            None,
+            "",
+            {},
+            [],
+        ):
+            text += f" [default: {default}]"
+        fields[name] = (kind | None, Field(None, description=text))
+    return create_model(model.__name__, **fields)
+
+
+def flag_values(given: BaseModel | None) -> dict[str, Any]:
+    """The flags that were given, as overrides.
+
+    Values of free mappings are read as YAML (``8`` is a number), their names with dashes or underscores, as all flags.
+    """
+    if given is None:
+        return {}
+    values = given.model_dump(exclude_unset=True)
+    for holder, key in ((values, "method"), (values.get("train", {}), "arguments")):
+        if key in holder:
+            holder[key] = {
+                name.replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) else value
+                for name, value in holder[key].items()
+            }
+    return values
