@@ -23,6 +23,7 @@ pytest.importorskip("peft")
 
 from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import execute as executors
 from dual_lora.lab.study import job as jobs
 from dual_lora.lab.study import perform, plan
@@ -30,7 +31,7 @@ from dual_lora.lab.study import use_cost as cost
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.state import State, write_json
+from dual_lora.lab.study.state import State
 from dual_lora.lab.study.tables import show_forecast, show_results
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,12 +14,12 @@ pytest.importorskip("pydantic")
 
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.report.report import report
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Size
 from dual_lora.lab.study.cell import Cell, Finished
 from dual_lora.lab.study.perform import scores_file
 from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.state import write_json
 from dual_lora.lab.study.study import MethodEntry
 from dual_lora.lab.study.tables import show_results
 from dual_lora.lab.study.verdicts import build_results

@@ -20,7 +20,7 @@ from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import write_atomically, write_folder_atomically
+from dual_lora.lab.run.write import write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult

@@ -192,7 +192,7 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
 
 
 def _keep(entry: dict[str, Any]) -> None:
-    from dual_lora.lab.run.folder import write_atomically
+    from dual_lora.lab.run.write import write_atomically
 
     file = cache_file()
     try:

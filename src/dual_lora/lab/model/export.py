@@ -20,7 +20,7 @@ from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Task
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import write_folder_atomically
+from dual_lora.lab.run.write import write_folder_atomically
 
 REPORT = "conversion.json"
 # Shares of the adapter's improvement in loss that a conversion keeps.

@@ -8,7 +8,7 @@ from pathlib import Path
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.run.folder import write_folder_atomically
+from dual_lora.lab.run.write import write_folder_atomically
 
 
 @dataclass

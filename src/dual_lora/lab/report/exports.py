@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.report.blocks import Page, Table
-from dual_lora.lab.run.folder import write_atomically
+from dual_lora.lab.run.write import write_atomically
 
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",

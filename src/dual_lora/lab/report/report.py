@@ -22,7 +22,7 @@ from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
 from dual_lora.lab.report.overview import Studies, overview_sections
 from dual_lora.lab.report.page import SIGN, render
 from dual_lora.lab.report.studies import progress_sections, study_sections
-from dual_lora.lab.run.folder import write_atomically
+from dual_lora.lab.run.write import write_atomically
 
 LIVE_SECONDS = 5
 ORDER = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")

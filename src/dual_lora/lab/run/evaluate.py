@@ -15,7 +15,6 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
-from dual_lora.lab.run.folder import write_atomically
 from dual_lora.lab.run.scoring import (
     Rows,
     figures,
@@ -26,6 +25,7 @@ from dual_lora.lab.run.scoring import (
     score_regression,
     score_texts,
 )
+from dual_lora.lab.run.write import write_atomically
 
 _GENERATION = {
     "loss": score_loss,

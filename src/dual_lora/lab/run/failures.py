@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.folder import RunFolder, write_atomically
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.write import write_atomically
 
 
 class Diverged(UserError):

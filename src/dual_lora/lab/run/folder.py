@@ -18,6 +18,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import write_atomically
 
 WHOLE = "complete.json"  # written last into a checkpoint: the names and sizes of its files
 
@@ -122,27 +123,6 @@ def is_whole(checkpoint: Path) -> bool:
     return all(
         (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new one at every moment."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def write_folder_atomically(target: Path, write: Any) -> None:
-    """``write(folder)`` fills a folder beside ``target``, which then takes its place."""
-    part = target.with_name(target.name + ".part")
-    if part.exists():
-        shutil.rmtree(part)
-    write(part)
-    if target.exists():
-        shutil.rmtree(target)
-    part.replace(target)
 
 
 def _step(checkpoint: Path) -> int:

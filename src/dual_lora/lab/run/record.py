@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import platform
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[2]
 PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "datasets", "safetensors", "numpy")
 
 
@@ -24,6 +26,7 @@ def surroundings() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "commit": _commit(),
+        "source": _source(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
@@ -91,12 +94,31 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the working folder, "+" appended if files were changed; None outside of a repository."""
-    try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return shown.stdout.strip() or None
+    """The commit of this package's checkout, read as files; None where it was installed from a wheel.
+
+    git itself is never started: in a folder that came from somebody else its configuration may run their programs.
+    """
+    git = PACKAGE.parents[1] / ".git"
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        if git.is_file():  # a work tree beside the repository
+            git = (git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref:"):
+            return head[:12]
+        name = head.removeprefix("ref:").strip()
+        shared = git / "commondir"
+        common = (git / shared.read_text(encoding="utf-8").strip()).resolve() if shared.is_file() else git
+        if (common / name).is_file():
+            return (common / name).read_text(encoding="utf-8").strip()[:12]
+        packed = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next(line.split()[0][:12] for line in packed if line.endswith(f" {name}"))
+    return None
+
+
+@functools.cache
+def _source() -> str:
+    """A hash of this package's Python files: two runs with the same one ran the same code."""
+    found = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        found.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:12]

@@ -22,12 +22,13 @@ from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
-from dual_lora.lab.run.folder import RunFolder, write_atomically, write_folder_atomically
+from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.watch import RankAllocation, Watch
+from dual_lora.lab.run.write import write_atomically, write_folder_atomically
 
 
 @dataclass

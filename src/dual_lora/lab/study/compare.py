@@ -20,6 +20,7 @@ from dual_lora.lab.cost.forecast import Clock, estimates, learn_from, measured_s
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
+from dual_lora.lab.run.write import write_atomically, write_json
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import Cell, Finished, cell_id, place_name
 from dual_lora.lab.study.execute import check_executor, run_jobs, runs_side_by_side
@@ -28,7 +29,7 @@ from dual_lora.lab.study.perform import KEPT, read_outcome
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.state import FINISHED, State, write_json
+from dual_lora.lab.study.state import FINISHED, State
 from dual_lora.lab.study.study import Study
 from dual_lora.lab.study.verdicts import build_results
 
@@ -122,9 +123,7 @@ def _notice_change(
     if known:
         import yaml
 
-        part = known.with_suffix(".part")
-        part.write_text(yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
-        os.replace(part, known)
+        write_atomically(known, yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110))
     state.put(what, json.dumps(now))
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study.perform import perform, read_outcome
-from dual_lora.lab.study.state import write_json
 
 Executor = Literal["serial", "process", "ray"]
 Ended = tuple[str, dict[str, Any] | None, str | None]  # key, outcome, error

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import OURS, UserError
-from dual_lora.lab.study.state import write_json
+from dual_lora.lab.run.write import write_json
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
 KEPT = ("adapters", "all", "nothing")

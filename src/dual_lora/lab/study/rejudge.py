@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import judging, metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import about_pairs, conclude, placed
 from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.state import write_json
 from dual_lora.lab.study.verdicts import RESULTS_FORMAT
 
 WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."

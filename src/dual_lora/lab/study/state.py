@@ -8,7 +8,6 @@ this file is broken: the folders are the truth, the database is the index.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sqlite3
 import time
@@ -186,24 +185,3 @@ class State:
             )
             for key, status, job, attempts, started, finished, outcome, error in rows
         }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that after a crash at any moment the old file or the new one is there, whole.
-
-    NaN and infinity, which JSON does not have and other programs refuse, become null.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(_finite(value), file, indent=1, ensure_ascii=False, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

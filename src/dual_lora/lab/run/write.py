@@ -1,0 +1,79 @@
+"""The one way to write a file or a folder: whole or not at all, and never through somebody else's file.
+
+The new content goes to a name of its own beside the target: drawn at random, made with O_EXCL and O_NOFOLLOW, so that
+it follows no link and meets no other writer. It reaches the disk and takes the target's place in one step. After a crash
+at any moment the old content is there or the new one. Nothing that was not made here is removed, but for the target.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed."""
+    part = _beside(path)
+    try:
+        with os.fdopen(os.open(part, _EXCLUSIVE, 0o666), "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same for JSON. NaN and infinity, which JSON does not have and other programs refuse, become null."""
+    write_atomically(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """``write(folder)`` fills a folder beside ``target``, which then takes its place."""
+    part = _beside(target)
+    part.mkdir()
+    try:
+        write(part)
+        for file in part.rglob("*"):
+            _sync(file)
+        if target.exists():
+            shutil.rmtree(target)
+        part.replace(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a folder reach the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
