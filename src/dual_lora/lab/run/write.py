@@ -1,8 +1,9 @@
 """The one way to write a file or a folder: whole or not at all, and never through somebody else's file.
 
 The new content goes to a name of its own beside the target: drawn at random, made with O_EXCL and O_NOFOLLOW, so that
-it follows no link and meets no other writer. It reaches the disk and takes the target's place in one step. After a crash
-at any moment the old content is there or the new one. Nothing that was not made here is removed, but for the target.
+it follows no link and meets no other writer. It reaches the disk and takes the target's place in one step. After a
+crash at any moment the old content is there or the new one. Nothing that was not made here is removed, but for the
+target.
 """
 
 from __future__ import annotations
