@@ -37,8 +37,8 @@ def test_two_processes_compute_what_one_computes(case, run):
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("embedding", ["ValueError", "an Embedding", "Leave this layer out"]),
-        ("convolution", ["ValueError", "a Conv1d", "Leave this layer out"]),
+        ("embedding", ["ValueError", "this Embedding", "Leave this layer out"]),
+        ("convolution", ["ValueError", "this Conv1d", "Leave this layer out"]),
         ("convolution merged", ["ValueError", "Cannot merge", "Save the adapter"]),
         ("plain input", ["ValueError", "got a plain tensor", "Call the model as a whole"]),
         ("replicated", ["ValueError", "(Replicate(),)", "Leave this layer out"]),
