@@ -26,7 +26,7 @@ def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])  # a minute each; the others in the table
 def test_every_kernel(target, tmp_path):
     kernels = compile_ahead(target, cache=tmp_path)
     assert len(kernels) >= 12
