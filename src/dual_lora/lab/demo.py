@@ -167,7 +167,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
         checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last][:BASE_EXAMPLES], progress=progress)
 
     result = _result(out, seed, trained, sets, results)
-    same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last]), strict=False)]
+    same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last])[:BASE_EXAMPLES], strict=True)]
     result.merged_same = [sum(same), len(same)]
     result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
     write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")

@@ -27,13 +27,15 @@ def messages_for(request: str) -> list[dict[str, str]]:
 
 def chats(name: str, limit: int | None = None) -> list[list[dict[str, str]]]:
     """The first `limit` chats of a set, each system, user, assistant; the order is random."""
-    lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
-    return [json.loads(line)["messages"] for line in lines]
+    return [json.loads(line)["messages"] for line in _lines(name, limit)]
 
 
 def copy_to(folder: Path, train: int | None = None, test: int | None = None) -> None:
     """The first `train` examples, and `test` of each test set, as `<folder>/<name>.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, limit in (("train", train), *((name, test) for name in TEST_SETS)):
-        lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:limit]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(_lines(name, limit)), encoding="utf-8")
+
+
+def _lines(name: str, limit: int | None) -> list[str]:
+    return (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:limit]

@@ -11,14 +11,13 @@ adapter/        the finished adapter (``model/`` for full fine-tuning)
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.run.write import sync, write_atomically
 
 WHOLE = "complete.json"  # written last into a checkpoint: the names and sizes of its files
 
@@ -108,8 +107,7 @@ def mark_whole(checkpoint: Path) -> None:
     """Declare a checkpoint complete, once all its files have reached the disk."""
     sizes = {}
     for file in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+        sync(file)
         sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
     write_atomically(checkpoint / WHOLE, json.dumps(sizes, indent=1))
 

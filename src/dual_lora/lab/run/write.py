@@ -32,7 +32,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -46,22 +46,22 @@ def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None
     part.mkdir()
     try:
         write(part)
-        for file in part.rglob("*"):
-            _sync(file)
+        for each in (*part.rglob("*"), part):
+            sync(each)
         if target.exists():
             shutil.rmtree(target)
         part.replace(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file or a folder reach the disk."""
     if os.name == "nt" and path.is_dir():
         return
