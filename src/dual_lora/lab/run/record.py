@@ -21,7 +21,11 @@ def surroundings() -> dict[str, Any]:
     import torch
 
     return {
-        "versions": {"python": platform.python_version(), **{p: v for p in PACKAGES if (v := _version(p))}},
+        "versions": {
+            "python": platform.python_version(),
+            **{p: v for p in PACKAGES if (v := _version(p))},
+            "torch": str(torch.__version__),  # names the build, CPU's or CUDA's, which the package's metadata may not
+        },
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
