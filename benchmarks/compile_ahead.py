@@ -6,6 +6,7 @@ The launchers run as they are, on CPU tensors; only the last step, the launch, i
 what would run: the same tiles, specialisations and options. Needs a process without TRITON_INTERPRET.
 """
 
+import itertools
 import json
 import os
 import re
@@ -120,9 +121,12 @@ def adapter(r, form=Form(), batch=()):  # noqa: B008
 
 def kernels(row):
     """(description, function that compiles it) of all that is launched on a card with this row of the tables."""
-    bf16 = torch.empty(O, I, dtype=torch.bfloat16)
-    for base, weight in (("bf16", bf16), ("none", None)):
-        yield {"kernel": "compose", "base": base, "rank": 16}, partial(compose, weight, [adapter(16)], torch.bfloat16)
+    bf16, fp32 = torch.empty(O, I, dtype=torch.bfloat16), torch.empty(O, I)
+    bases = {"bf16": bf16, "none": None, "fp32": fp32, "bf16, misaligned": misaligned(O, I)}
+    for base, weight in bases.items():
+        for r in (4, 16, 64) if base == "bf16" else (16,):
+            dtype = torch.float32 if weight is fp32 else torch.bfloat16
+            yield {"kernel": "compose", "base": base, "rank": r}, partial(compose, weight, [adapter(r)], dtype)
     several = [adapter(16), adapter(8, Form(magnitude="identity"))]
     yield {"kernel": "compose", "base": "bf16", "rank": "16+8"}, partial(compose, bf16, several)
     experts, routed = torch.empty(8, O, I, dtype=torch.bfloat16), torch.arange(4)
@@ -132,14 +136,19 @@ def kernels(row):
     if row.startswith("sm"):
         launch = partial(compose, bf16, [adapter(16)], products="tf32x3")
         yield {"kernel": "compose", "base": "bf16", "rank": 16, "products": "tf32x3"}, launch
-    for dtype, deterministic in ((torch.bfloat16, False), (torch.float32, False), (torch.bfloat16, True)):
+    for dtype, deterministic in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         dy, x = torch.empty(T, O, dtype=dtype), torch.empty(T, I, dtype=dtype)
         for tile in TILES[row, dtype.itemsize][: 1 if deterministic else None]:
             what = {"kernel": "gradient", "inputs": str(dtype), "tile": tile, "deterministic": deterministic}
             yield what, partial(gradients_by, row, tile, dy, x, [adapter(16)], deterministic=deterministic)
+    for G in (bf16, fp32):
+        tile = TILES[row, G.itemsize][0]
+        what = {"kernel": "gradient of G", "inputs": str(G.dtype), "tile": tile, "deterministic": False}
+        yield what, partial(gradients_by, row, tile, None, G, [adapter(16)], deterministic=False)
     tile = TILES[row, 2][0]
-    what = {"kernel": "gradient of G", "inputs": str(bf16.dtype), "tile": tile, "deterministic": False}
-    yield what, partial(gradients_by, row, tile, None, bf16, [adapter(16)], deterministic=False)
+    what = {"kernel": "gradient", "inputs": f"{bf16.dtype}, misaligned", "tile": tile, "deterministic": False}
+    dy, x = misaligned(T, O), misaligned(T, I)
+    yield what, partial(gradients_by, row, tile, dy, x, [adapter(16)], deterministic=False)
     tile = TILES[row, 2][-1]
     what = {"kernel": "gradient of G, routed experts", "inputs": str(bf16.dtype), "tile": tile, "deterministic": False}
     yield what, partial(gradients_by, row, tile, None, experts, [of_all], deterministic=False, routed=routed)
@@ -150,6 +159,11 @@ def kernels(row):
     what = {"kernel": "gradient", "inputs": str(half.dtype), "tile": tile, "deterministic": False, "forms": "every"}
     options = dict(loss_scale=torch.empty(()), deterministic=False)
     yield what, partial(gradients_by, row, tile, half, half, every, **options)
+
+
+def misaligned(rows, columns):
+    """A bf16 matrix whose first entry is not aligned to 16 bytes, so that it is read entry by entry."""
+    return torch.empty(rows * columns + 1, dtype=torch.bfloat16)[1:].view(rows, columns)
 
 
 def gradients_by(row, tile, dy, x, adapters, **options):

@@ -5,11 +5,10 @@ import torch
 from test_autograd import gaussian
 from test_op import Rows
 
-from dual_lora.core import rows_gradient_op
+from dual_lora.core import op
 from dual_lora.core.blocked import Adapter
-from dual_lora.core.op import dual_lora_linear
+from dual_lora.core.op import dual_lora_linear, through_rows
 from dual_lora.core.reference import Form
-from dual_lora.core.rows_gradient_op import through_rows
 from dual_lora.core.ticket import source_of, ticket
 
 
@@ -37,7 +36,7 @@ def test_opcheck():
 
 def test_through_rows(monkeypatch):
     """The value is the foreign one, the gradient is the product's, block by block."""
-    monkeypatch.setattr(rows_gradient_op, "ROW_BLOCK", 16 * 20)
+    monkeypatch.setattr(op, "ROW_BLOCK", 16 * 20)
     x, W, _, _ = gaussian(T=6)
     x = x.detach().view(2, 3, 20).requires_grad_()
     foreign = torch.randn(2, 3, 30)

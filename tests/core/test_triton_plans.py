@@ -84,6 +84,12 @@ for k, run in enumerate([
     lambda: gradients(dy.float(), x.float(), [a]),
 ]):
     assert check(run, []) == 2 + k, k
+experts = Adapter(Factors(*(torch.ones(3, *f.shape) for f in a.factors)), a.scale, a.form)
+G, chosen, into = torch.ones(3, 48, 32), torch.tensor([0, 2]), torch.zeros(3, 48, 32)
+known = len(plans)
+assert check(lambda: compose(G, [experts], torch.float32, into, chosen), [G, into, chosen]) == known + 1
+assert check(lambda: compose(G, [experts], torch.float32, G, chosen), [G, chosen]) == known + 2
+assert check(lambda: gradients(None, G, [experts], routed=chosen), [G, chosen]) == known + 3
 known = len(plans)
 compose(W, [Adapter(Factors(*(f.t().contiguous().t() for f in a.factors)), a.scale, a.form)])  # copied: no plan
 assert len(plans) == known

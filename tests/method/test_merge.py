@@ -345,3 +345,15 @@ def test_replicated_layers_cannot_be_merged():
     assert len(layers(model)) == 4
     with pytest.raises(ValueError, match="replicated"):
         model.merge_adapter()
+
+
+def test_a_base_weight_is_not_loaded_into_a_merged_layer():
+    model = adapted(init_weights=False)
+    other = {k: torch.randn_like(v) if "base_layer.weight" in k else v for k, v in model.state_dict().items()}
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="unmerge_adapter"):
+        model.load_state_dict(other)
+    model.unmerge_adapter()
+    model.load_state_dict(other)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other[key])

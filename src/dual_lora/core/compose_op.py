@@ -18,20 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import blocked
+from . import blocked, dispatch
 from .blocked import Adapter
-from .dispatch import (
-    adapters_of,
-    compose,
-    flat,
-    flat_gradients,
-    implementation,
-    refuse_double_backward,
-    refuse_meta,
-    refuse_transforms,
-    wanted,
-    without_autocast,
-)
 from .reference import Factors
 
 torch.library.define(
@@ -63,10 +51,10 @@ def dual_lora_weight(
     """
     if not adapters:
         raise ValueError("dual_lora_weight got no adapter: pass at least one, or use the weight as it is.")
-    refuse_transforms(None, adapters)
+    dispatch.refuse_transforms(None, adapters)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
-    return torch.ops.dual_lora.weight(weight, *flat(adapters), loss_scale, routed, dtype)
+    return torch.ops.dual_lora.weight(weight, *dispatch.flat(adapters), loss_scale, routed, dtype)
 
 
 class Composed(NamedTuple):
@@ -176,13 +164,13 @@ def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype
 
 @torch.library.impl("dual_lora::weight", "default")
 def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
-    adapters, out = adapters_of(factors, scales, forms), _result(weight, factors, dtype)
+    adapters, out = dispatch.adapters_of(factors, scales, forms), _result(weight, factors, dtype)
     if out.ndim == 2:
-        return compose(weight, adapters, dtype, out)
+        return dispatch.compose(weight, adapters, dtype, out)
     if routed is not None:
         out.zero_() if weight is None else out.copy_(weight)
-    computes = implementation(out.device, dtype, weight, adapters)
-    with without_autocast(out.device):
+    computes = dispatch.implementation(out.device, dtype, weight, adapters)
+    with dispatch.without_autocast(out.device):
         if computes is not blocked:
             return computes.compose(weight, adapters, dtype, out, routed)
         for e in range(out.shape[0]) if routed is None else routed.tolist():
@@ -192,9 +180,9 @@ def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
 
 @torch.library.impl("dual_lora::weight_backward", "default")
 def _weight_backward(G, factors, scales, forms, loss_scale, routed):
-    adapters = adapters_of(factors, scales, forms)
-    computes = implementation(G.device, G.dtype, None, adapters, (None, G, loss_scale))
-    with without_autocast(G.device):
+    adapters = dispatch.adapters_of(factors, scales, forms)
+    computes = dispatch.implementation(G.device, G.dtype, None, adapters, (None, G, loss_scale))
+    with dispatch.without_autocast(G.device):
         if computes is not blocked:
             grads = computes.factor_gradients(G, adapters, loss_scale, routed)
         elif G.ndim == 2:
@@ -206,12 +194,12 @@ def _weight_backward(G, factors, scales, forms, loss_scale, routed):
                 for whole, four in zip(grads, found, strict=True):
                     for grad, g in zip(whole, four, strict=True):
                         grad[e] = g
-    return flat_gradients(grads, factors)
+    return dispatch.flat_gradients(grads, factors)
 
 
 @torch.library.register_fake("dual_lora::weight")
 def _(weight, factors, scales, forms, loss_scale, routed, dtype):
-    refuse_meta(factors[0] if weight is None else weight, *factors)
+    dispatch.refuse_meta(factors[0] if weight is None else weight, *factors)
     return _result(weight, factors, dtype)
 
 
@@ -232,9 +220,9 @@ def _backward(ctx, G):
     n = len(ctx.forms)
     factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
     given = G, factors, scales, ctx.forms, loss_scale, routed
-    dF = wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
+    dF = dispatch.wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
     return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, None, None, None, None
 
 
 torch.library.register_autograd("dual_lora::weight", _backward, setup_context=_setup)
-torch.library.register_autograd("dual_lora::weight_backward", refuse_double_backward)
+torch.library.register_autograd("dual_lora::weight_backward", dispatch.refuse_double_backward)

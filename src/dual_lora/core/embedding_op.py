@@ -11,18 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import blocked
+from . import blocked, dispatch
 from .blocked import Adapter
-from .dispatch import (
-    adapters_of,
-    flat,
-    flat_gradients,
-    refuse_double_backward,
-    refuse_meta,
-    refuse_transforms,
-    wanted,
-    without_autocast,
-)
 from .reference import Factors
 
 _ARGUMENTS = (
@@ -58,13 +48,13 @@ def dual_lora_embedding(
     """
     if not adapters:
         raise ValueError("dual_lora_embedding got no adapter: pass at least one, or use F.embedding.")
-    refuse_transforms(None, adapters)
+    dispatch.refuse_transforms(None, adapters)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
     return torch.ops.dual_lora.embedding(
         indices,
         None if weight is None else weight.detach(),
-        *flat(adapters),
+        *dispatch.flat(adapters),
         loss_scale,
         -1 if padding_idx is None else padding_idx,
         max_norm,
@@ -88,8 +78,8 @@ def _embedding(
     indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
 ):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(adapters_of(factors, scales, forms), rows, padding_idx)
-    with without_autocast(indices.device):
+    adapters = _rows_of(dispatch.adapters_of(factors, scales, forms), rows, padding_idx)
+    with dispatch.without_autocast(indices.device):
         out = blocked.compose(None if weight is None else weight.index_select(0, rows), adapters, dtype)
     y = torch.nn.functional.embedding(inverse.view(-1), out, max_norm=max_norm, norm_type=norm_type)
     return y.resize_(*indices.shape, y.shape[-1])  # no view: an operation in place may follow
@@ -98,8 +88,8 @@ def _embedding(
 @torch.library.impl("dual_lora::embedding_backward", "default")
 def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(adapters_of(factors, scales, forms), rows, padding_idx)
-    with without_autocast(indices.device):
+    adapters = _rows_of(dispatch.adapters_of(factors, scales, forms), rows, padding_idx)
+    with dispatch.without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))
         G = torch.ops.aten.embedding_dense_backward(dy, inverse, len(rows), -1, scale_grad_by_freq)
@@ -109,12 +99,12 @@ def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding
             B, D = (torch.zeros_like(f) for f in factors[4 * k + 1 : 4 * k + 4 : 2])
             B[rows], D[rows] = (dB * used).to(B.dtype), dD.to(D.dtype)
             out.append(Factors(dA, B, dC, D))
-    return flat_gradients(out, factors)
+    return dispatch.flat_gradients(out, factors)
 
 
 @torch.library.register_fake("dual_lora::embedding")
 def _(indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype):
-    refuse_meta(indices, weight, *factors)
+    dispatch.refuse_meta(indices, weight, *factors)
     return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=dtype)
 
 
@@ -134,11 +124,11 @@ def _backward(ctx, dy):
     forms, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
     given = dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
-    dF = wanted(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
+    dF = dispatch.wanted(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
     return None, None, dF, [None] * n, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("dual_lora::embedding", _backward, setup_context=_setup)
 
 
-torch.library.register_autograd("dual_lora::embedding_backward", refuse_double_backward)
+torch.library.register_autograd("dual_lora::embedding_backward", dispatch.refuse_double_backward)

@@ -3,6 +3,9 @@
 `torch.ops.dual_lora.linear` keeps x, W and the factors for backward and nothing of the weight's size. It is opaque to
 torch.compile, which is meant: its blocks are the optimisation.
 
+`torch.ops.dual_lora.through_rows` gives a foreign y = x Wᵀ the gradient dx = dy W, for quantised layers whose own
+forward has no backward (int8 activations).
+
 Eager mode calls the same two functions from a plain `torch.autograd.Function`: a registered operator with lists of
 tensors costs some 200 µs of Python a layer, which is longer than a layer takes on a GPU below T = 2048.
 """
@@ -16,24 +19,12 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.nn import Parameter
 
+from . import dispatch
 from .blocked import Adapter, Needs, RowSource, check_factors
-from .dispatch import (
-    adapters_of,
-    autocast_dtype,
-    flat,
-    flat_gradients,
-    implementation,
-    refuse_double_backward,
-    refuse_meta,
-    refuse_transforms,
-    wanted,
-    without_autocast,
-)
 from .ticket import Ticket, source_of, ticket
 
-__all__ = ["autocast_dtype", "dual_lora_linear"]
-
 _PLAIN = Tensor, Parameter
+ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time
 
 # `weight` is a matrix, or a ticket's number: then nothing dequantised is kept.
 torch.library.define(
@@ -73,12 +64,12 @@ def dual_lora_linear(
     check_factors(adapters, O, I)
     if x.shape[-1] != I:
         raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
-    refuse_transforms(x, adapters)
-    autocast = autocast_dtype(x.device, x.dtype)
+    dispatch.refuse_transforms(x, adapters)
+    autocast = dispatch.autocast_dtype(x.device, x.dtype)
     if autocast is not None:
         x = x.to(autocast)
         bias = None if bias is None else bias.to(x.dtype)
-    factors, scales, forms = flat(adapters)
+    factors, scales, forms = dispatch.flat(adapters)
     if not (weight is None or isinstance(weight, Tensor)):
         if not isinstance(weight, Ticket):
             source = weight
@@ -121,21 +112,21 @@ def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
 
 
 def _linear(x, weight, bias, factors, scales, forms, loss_scale):
-    with without_autocast(x.device):
-        adapters, weight = adapters_of(factors, scales, forms), _opened(weight)
-        y = implementation(x.device, x.dtype, weight, adapters).forward(_rows(x), weight, adapters)
+    with dispatch.without_autocast(x.device):
+        adapters, weight = dispatch.adapters_of(factors, scales, forms), _opened(weight)
+        y = dispatch.implementation(x.device, x.dtype, weight, adapters).forward(_rows(x), weight, adapters)
         if bias is not None:
             y += bias
         return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: nn.ReLU(inplace=True) may follow
 
 
 def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
-    adapters = adapters_of(factors, scales, forms)
+    adapters = dispatch.adapters_of(factors, scales, forms)
     needs = Needs(need_x, need_weight, need_factors)
-    with without_autocast(x.device):
+    with dispatch.without_autocast(x.device):
         source, dy, rows = _opened(weight), _rows(dy), _rows(x)
         of = (dy, rows, loss_scale) if need_factors else None
-        computes = implementation(x.device, x.dtype, source, adapters, of)
+        computes = dispatch.implementation(x.device, x.dtype, source, adapters, of)
         grads = computes.backward(dy, rows, source, adapters, loss_scale, needs)
     out = []
     if grads.x is not None:
@@ -143,7 +134,7 @@ def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, 
     if grads.weight is not None:
         out.append(grads.weight.to(weight.dtype))
     if grads.factors is not None:
-        out += flat_gradients(grads.factors, factors)
+        out += dispatch.flat_gradients(grads.factors, factors)
     return out
 
 
@@ -153,7 +144,7 @@ torch.library.impl("dual_lora::linear_backward", "default", _linear_backward)
 
 @torch.library.register_fake("dual_lora::linear")
 def _(x, weight, bias, factors, scales, forms, loss_scale):
-    refuse_meta(x, weight, *factors)
+    dispatch.refuse_meta(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], factors[1].shape[0])
 
 
@@ -194,7 +185,7 @@ def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
     dx = next(out) if needs[0] else None
     dW = next(out) if needs[1] else None
     db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    return dx, dW, db, *wanted(need_factors, lambda: out)
+    return dx, dW, db, *dispatch.wanted(need_factors, lambda: out)
 
 
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
@@ -217,4 +208,54 @@ class _Linear(torch.autograd.Function):
         return dx, dW, db, None, None, *dF, *[None] * n
 
 
-torch.library.register_autograd("dual_lora::linear_backward", refuse_double_backward)
+torch.library.register_autograd("dual_lora::linear_backward", dispatch.refuse_double_backward)
+
+
+torch.library.define("dual_lora::through_rows", "(Tensor x, Tensor y, Tensor weight) -> Tensor")
+torch.library.define("dual_lora::through_rows_backward", "(Tensor dy, Tensor weight, int I) -> Tensor")
+
+
+def through_rows(x: Tensor, y: Tensor, weight: Ticket) -> Tensor:
+    """y [..., O], of which x [..., I] gets the gradient dy W; y is computed without one."""
+    return torch.ops.dual_lora.through_rows(x, y, weight.number)
+
+
+@torch.library.impl("dual_lora::through_rows", "default")
+def _through_rows(x, y, weight):
+    return y.clone()
+
+
+@torch.library.impl("dual_lora::through_rows_backward", "default")
+def _through_rows_backward(dy, weight, I):
+    source = source_of(weight)
+    O, rows = dy.shape[-1], _rows(dy)
+    dx = torch.zeros(rows.shape[0], I, dtype=torch.float32, device=dy.device)
+    step = max(ROW_BLOCK // I, 16)
+    for start in range(0, O, step):
+        W = source.rows(start, min(start + step, O))
+        dx += rows[:, start : start + step] @ W.to(dy.dtype)
+    return dx.to(dy.dtype).view(*dy.shape[:-1], I)
+
+
+@torch.library.register_fake("dual_lora::through_rows")
+def _(x, y, weight):
+    return torch.empty_like(y)
+
+
+@torch.library.register_fake("dual_lora::through_rows_backward")
+def _(dy, weight, I):
+    return dy.new_empty(*dy.shape[:-1], I)
+
+
+def _keep_rows(ctx, inputs, output):
+    x, _, weight = inputs
+    ctx.save_for_backward(weight)
+    ctx.I = x.shape[-1]
+
+
+def _through_rows_gradient(ctx, dy):
+    return torch.ops.dual_lora.through_rows_backward(dy, *ctx.saved_tensors, ctx.I), None, None
+
+
+torch.library.register_autograd("dual_lora::through_rows", _through_rows_gradient, setup_context=_keep_rows)
+torch.library.register_autograd("dual_lora::through_rows_backward", dispatch.refuse_double_backward)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import triton_launch
 from .blocked import Adapter
-from .triton_launch import RANK_CHUNK, Tile
+from .triton_launch import Tile
 from .triton_product import displacement, expert, product
 
 # 64 × 64 on four warps spills nothing and needs 128 to 188 registers, by the compiler's version: 8 to 16 warps share a
@@ -48,44 +48,36 @@ def compose(
     """
     out_dtype = out_dtype or (torch.float32 if weight is None else weight.dtype)
     products = products or triton_launch.PRODUCTS
-    key = None
-    if out is None and routed is None:
-        given = (weight, *(t for a in adapters for t in (*a.factors, a.scale)))
-        key = compose_kernel.fn, out_dtype, products, tuple(a.form for a in adapters), triton_launch.signature(given)
-        plan = triton_launch.plans.get((adapters[0].scale.device, *key)) if adapters else None
-        if plan is not None:
-            out = torch.empty(plan.result, dtype=out_dtype, device=plan.device)
-            letters = zip(*(a.factors for a in adapters), strict=True)
-            plan.launch(out, weight, None, *letters, tuple(a.scale for a in adapters))
-            return out
+    given = weight, out, routed, *(t for a in adapters for t in (*a.factors, a.scale))
+    key = compose_kernel.fn, out_dtype, products, tuple(a.form for a in adapters), triton_launch.signature(given)
+    plan = triton_launch.plans.get((adapters[0].scale.device, *key)) if adapters else None
+    if plan is not None:
+        out = torch.empty(plan.result, dtype=out_dtype, device=plan.device) if out is None else out
+        letters = zip(*(a.factors for a in adapters), strict=True)
+        plan.launch(out, weight, routed, *letters, tuple(a.scale for a in adapters))
+        return out
     s = triton_launch.stack(adapters)
     if weight is not None and weight.shape != s.shape:
         raise ValueError(f"The weight has shape {tuple(weight.shape)}, the factors make {tuple(s.shape)}.")
     if out is None:
-        out = torch.empty(s.shape, dtype=out_dtype, device=s.A[0].device)
+        out = torch.empty(s.shape, dtype=out_dtype, device=s.scales[0].device)
     elif out.shape != s.shape:
         raise ValueError(f"out has shape {tuple(out.shape)}, the factors make {tuple(s.shape)}.")
     batch = s.batch if routed is None else routed.numel()
     if out.numel() * batch == 0:
         return out
-    tile = TILES[triton_launch.target(out.device)]
+    tile, (O, I) = TILES[triton_launch.target(out.device)], s.shape[-2:]
     triton_launch.first_launch(
-        (out.device, *key) if key is not None and s.as_given else None,
+        (out.device, *key) if s.as_given else None,
         out.device,
         compose_kernel,
-        (triton_launch.count(s.O, tile.rows) * triton_launch.count(s.I, tile.cols), batch, 1),
-        (out, weight, routed, s.A, s.B, s.C, s.D, s.scales),
-        (s.O, s.I, *triton_launch.strides(out), *triton_launch.strides(out if weight is None else weight)),
+        (triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols), batch, 1),
+        (out, weight, routed, *s.letters, s.scales),
+        (O, I, *triton_launch.strides(out), *triton_launch.strides(out if weight is None else weight)),
         result=tuple(s.shape),
-        R1=s.r1,
-        R2=s.r2,
-        FORMS=s.forms,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        CHUNK=RANK_CHUNK,
         PRODUCTS=products,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **s.constants,
+        **tile.constants(),
     )
     return out
 

@@ -28,7 +28,7 @@ from . import triton_launch
 from .blocked import Adapter
 from .ieee import wants_tf32
 from .reference import Factors
-from .triton_launch import RANK_CHUNK, Tile
+from .triton_launch import Tile
 from .triton_product import expert, product, product_gradients
 
 # Of the four small products: what the inputs themselves carry. By "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
@@ -79,26 +79,25 @@ def factor_gradients(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     fp32 = "tf32" if wants_tf32() else "ieee"
-    key = None
-    if routed is None and adapters:
-        given = (dy, x, loss_scale, *(t for a in adapters for t in (*a.factors, a.scale)))
-        settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
-        key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
-        plan = triton_launch.plans.get(key)
-        if plan is not None:
-            down, across = plan.result
-            results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
-            letters = zip(*(a.factors for a in adapters), strict=True)
-            targets = zip(*(r.targets for r in results), strict=True)
-            plan.launch(dy, x, None, *letters, *targets, tuple(a.scale for a in adapters), loss_scale)
-            return [r.total() for r in results]
+    given = (dy, x, routed, loss_scale, *(t for a in adapters for t in (*a.factors, a.scale)))
+    settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
+    key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
+    plan = triton_launch.plans.get(key)
+    if plan is not None:
+        down, across = plan.result
+        results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
+        letters = zip(*(a.factors for a in adapters), strict=True)
+        targets = zip(*(r.targets for r in results), strict=True)
+        plan.launch(dy, x, routed, *letters, *targets, tuple(a.scale for a in adapters), loss_scale)
+        return [r.total() for r in results]
     s = triton_launch.stack(adapters)
     _check(dy, x, s)
     batch = s.batch if routed is None else routed.numel()
-    if batch * s.O * s.I * x.shape[-2] == 0:
+    if batch * s.shape.numel() * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
-    tile = tile or tile_for(s.O, s.I, batch, x)
-    down, across = triton_launch.count(s.O, tile.rows), triton_launch.count(s.I, tile.cols)
+    O, I = s.shape[-2:]
+    tile = tile or tile_for(O, I, batch, x)
+    down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
     targets = zip(*(r.targets for r in results), strict=True)
     triton_launch.first_launch(
@@ -106,24 +105,18 @@ def factor_gradients(
         x.device,
         gradient_kernel,
         (down * across, batch, 1),
-        (dy, x, routed, s.A, s.B, s.C, s.D, *targets, s.scales, loss_scale),
-        (x.shape[-2], s.O, s.I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
+        (dy, x, routed, *s.letters, *targets, s.scales, loss_scale),
+        (x.shape[-2], O, I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
         result=(down, across * tile.strips),
-        R1=s.r1,
-        R2=s.r2,
-        FORMS=s.forms,
-        ROWS=tile.rows,
-        COLS=tile.cols,
         TOKENS=tile.tokens,
         STRIPS=tile.strips,
-        CHUNK=RANK_CHUNK,
         RANKS=RANKS,
         PRODUCTS=triton_launch.PRODUCTS,
         INPUT_PRECISION=fp32,
         PRECISION=PRECISIONS[x.dtype],
         ATOMIC=not deterministic,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **s.constants,
+        **tile.constants(),
     )
     return [r.total() for r in results]
 
@@ -154,7 +147,7 @@ class _Result(NamedTuple):
 def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
     named = {"G": x} if dy is None else {"dy": dy, "x": x}
     received = [tuple(t.shape) for t in named.values()]
-    expected = [tuple(s.shape)] if dy is None else [(x.shape[-2], s.O), (x.shape[-2], s.I)]
+    expected = [tuple(s.shape)] if dy is None else [(x.shape[-2], n) for n in s.shape[-2:]]
     if received != expected:
         raise ValueError(f"{' and '.join(named)} of shape {received}: expected {expected}.")
     dtypes = {t.dtype for t in named.values()}

@@ -38,23 +38,24 @@ class Tile(NamedTuple):
     stages: int
     strips: int = 1  # equal parts of the columns whose P and Q are made one after the other
 
+    def constants(self) -> dict[str, int]:
+        """Those of both kernels."""
+        return {"ROWS": self.rows, "COLS": self.cols, "num_warps": self.warps, "num_stages": self.stages}
+
 
 class Stack(NamedTuple):
     """One or several adapters as the kernels take them: one tuple for each letter."""
 
-    A: tuple[Tensor, ...]
-    B: tuple[Tensor, ...]
-    C: tuple[Tensor, ...]
-    D: tuple[Tensor, ...]
+    letters: list[tuple[Tensor, ...]]  # A of every adapter, B, C and D, contiguous
     scales: tuple[Tensor, ...]
-    r1: tuple[int, ...]
-    r2: tuple[int, ...]
-    forms: tuple[int, ...]
     shape: torch.Size  # of ΔW: [O, I] or [E, O, I]
-    batch: int  # E, or 1
-    O: int
-    I: int
     as_given: bool  # no factor was copied to make it contiguous
+    constants: dict[str, Any]  # ranks and forms
+
+    @property
+    def batch(self) -> int:
+        """E, or 1."""
+        return self.shape[0] if len(self.shape) == 3 else 1
 
 
 @functools.cache
@@ -108,7 +109,6 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     shape = torch.Size((*first.B.shape[:-1], first.A.shape[-1]))
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
-    *E, O, I = shape
     check_factors(adapters, *shape)
     for factors, scale, _ in adapters:
         for name, t in zip(("A", "B", "C", "D", "scale"), (*factors, scale), strict=True):
@@ -116,22 +116,16 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
                 raise ValueError(f"{name} is {t.dtype}: the kernels take torch.float32 alone (Adapter.working).")
         if scale.numel() != 1:
             raise ValueError(f"A scale has shape {tuple(scale.shape)}: expected one number for each adapter.")
-    A, B, C, D = (tuple(f.contiguous() for f in letter) for letter in zip(*(a.factors for a in adapters), strict=True))
-    return Stack(
-        A,
-        B,
-        C,
-        D,
-        scales=tuple(a.scale for a in adapters),
-        r1=tuple(f.shape[-2] for f in A),
-        r2=tuple(f.shape[-2] for f in C),
-        forms=tuple(a.form.check().code for a in adapters),
-        shape=shape,
-        batch=E[0] if E else 1,
-        O=O,
-        I=I,
-        as_given=all(f.is_contiguous() for a in adapters for f in a.factors),
-    )
+    given = list(zip(*(a.factors for a in adapters), strict=True))
+    constants = {
+        "R1": tuple(f.shape[-2] for f in given[0]),
+        "R2": tuple(f.shape[-2] for f in given[2]),
+        "FORMS": tuple(a.form.check().code for a in adapters),
+        "CHUNK": RANK_CHUNK,
+    }
+    as_given = all(f.is_contiguous() for letter in given for f in letter)
+    letters = [tuple(f.contiguous() for f in letter) for letter in given]
+    return Stack(letters, tuple(a.scale for a in adapters), shape, as_given, constants)
 
 
 class Plan(NamedTuple):

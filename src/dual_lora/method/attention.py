@@ -9,6 +9,7 @@ nn.MultiheadAttention calls none of its projections: its forward runs with the c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.dispatch import autocast_dtype, refuse_meta
 from ..core.reference import Factors
 from . import sharded
-from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
 from .swapped import swapped
@@ -155,17 +155,13 @@ class MultiheadAttention(DualLoraLayer):
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
         self._check_forward_args(query, *args, **kwargs)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(query, *args, **kwargs)
+        names = self._at_work()
         if self._out.merged_adapters != self.merged_adapters:
             raise ValueError(
                 f"The output projection has {self._out.merged_adapters} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
             )
-        names = self._present(self.active_adapters)
-        if self.merged or not names:
+        if not names:
             return self.base_layer(query, *args, **kwargs)
         out: Any = self._out.get_base_layer()
         for weight in (*self._merge_parameters().values(), out.weight):
@@ -173,12 +169,12 @@ class MultiheadAttention(DualLoraLayer):
             refuse_meta(query, weight)
         scale = self._loss_scale(names, query)
         parts = [self._parts(self.adapter(n)) for n in names]
-        owner = self if self._base._qkv_same_embed_dim else None
+        keeper = self if self._base._qkv_same_embed_dim else None
         ins = {
-            name: self._composed(owner, weight, [p[name] for p in parts], scale)
+            name: self._composed(keeper, weight, names, [p[name] for p in parts], scale)
             for name, weight in self._merge_parameters().items()
         }
-        outs = {"weight": self._composed(self._out, out.weight, [self._out.adapter(n) for n in names], scale)}
+        outs = {"weight": self._composed(self._out, out.weight, names, [self._out.adapter(n) for n in names], scale)}
         with (
             recomposing(*ins.values(), *outs.values()),
             swapped(self._base, {name: c.result for name, c in ins.items()}),
@@ -187,20 +183,19 @@ class MultiheadAttention(DualLoraLayer):
             return self.base_layer(query, *args, **kwargs)
 
     def _composed(
-        self, owner: nn.Module | None, weight: Tensor, adapters: list[Adapter], scale: Tensor | None
+        self,
+        keeper: DualLoraLayer | None,
+        weight: Tensor,
+        names: list[str],
+        adapters: list[Adapter],
+        scale: Tensor | None,
     ) -> Composed:
-        """A composed weight, kept under `owner` in inference."""
+        """A composed weight, kept by the layer `keeper` in inference."""
         dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
-
-        def make() -> Tensor:
-            return dual_lora_weight(weight, adapters, scale, dtype=dtype)
-
-        if owner is None or not self._may_keep():
+        make = partial(dual_lora_weight, weight, adapters, scale, dtype=dtype)
+        if keeper is None or not self._may_keep():
             return Composed(make(), weight, adapters)
-        # Parts of a factor are new views at every call; the tensor that they look at tells whether it is the same.
-        factors = [f if f._base is None else f._base for a in adapters for f in a.factors]
-        sources = [weight, *factors, *(a.scale for a in adapters)]
-        return Composed(composed_weights.get(owner, sources, (dtype,), make), weight, adapters)
+        return Composed(keeper._kept(weight, names, dtype, make), weight, adapters)
 
     def __getattr__(self, name: str) -> Any:
         """As nn.Module; what encoder layers read off an attention is the base's."""

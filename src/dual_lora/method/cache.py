@@ -63,15 +63,26 @@ class ComposedWeights:
         self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
     ) -> Tensor:
         """The layer's composed weight, made now if the kept one has other sources. [O, I]"""
-        if any(version_of(t) is None for t in sources):
+        if any(version_of(t) is None or t.is_meta for t in sources):  # meta: offloaded
             return make()
         kept = self._entries.get(layer)
         if kept is not None and kept.extra == extra and kept.states == [_state(t) for t in sources]:
             return kept.weight
         self.drop(layer)
         weight = make()
-        self.put(layer, sources, extra, weight)
-        if layer not in self._entries and not self._warned:
+        with self._lock:
+            self.drop(layer)
+            if self.bytes_held + weight.nbytes <= self.limit_bytes:
+                forget = partial(self._forget, weakref.ref(layer))
+                self._entries[layer] = _Entry(
+                    [_state(t) for t in sources],
+                    [StorageWeakRef(t.untyped_storage()) for t in sources],
+                    extra,
+                    weight,
+                    [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
+                )
+                return weight
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
@@ -81,20 +92,6 @@ class ComposedWeights:
                 stacklevel=2,
             )
         return weight
-
-    def put(self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], weight: Tensor) -> None:
-        """Keep a weight that was made already, where `get` would have kept it."""
-        with self._lock:
-            self.drop(layer)
-            if self.bytes_held + weight.nbytes <= self.limit_bytes and all(version_of(t) is not None for t in sources):
-                forget = partial(self._forget, weakref.ref(layer))
-                self._entries[layer] = _Entry(
-                    [_state(t) for t in sources],
-                    [StorageWeakRef(t.untyped_storage()) for t in sources],
-                    extra,
-                    weight,
-                    [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
-                )
 
     def _forget(self, layer: weakref.ref[nn.Module], factor: Tensor) -> None:
         """After a backward into a factor: what comes next will write to it."""

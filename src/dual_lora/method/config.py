@@ -178,23 +178,16 @@ class DualLoraConfig(PeftConfig):
         check_file(pretrained_model_name_or_path, subfolder)
         return config
 
-    @property
-    def lora_alpha(self) -> float:
-        """`alpha` for code that knows LoRA; where each layer has its own default, that of `r`."""
-        return 2.0 * self.r if self.alpha is None else self.alpha  # type: ignore[operator]
-
-    @lora_alpha.setter
-    def lora_alpha(self, value: float) -> None:
-        self.alpha = value
-
-    @property
-    def lora_dropout(self) -> float:
-        """`dropout` for code that knows LoRA."""
-        return self.dropout
-
-    @lora_dropout.setter
-    def lora_dropout(self, value: float) -> None:
-        self.dropout = value
+    lora_alpha = property(
+        lambda self: 2.0 * self.r if self.alpha is None else self.alpha,
+        lambda self, value: setattr(self, "alpha", value),
+        doc="`alpha` for code that knows LoRA; where each layer has its own default, that of `r`.",
+    )
+    lora_dropout = property(
+        lambda self: self.dropout,
+        lambda self, value: setattr(self, "dropout", value),
+        doc="`dropout` for code that knows LoRA.",
+    )
 
     @property
     def form(self) -> Form:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.dispatch import autocast_dtype, in_dtype_of
-from .cache import composed_weights
 from .layer import MapLayer, is_plain
 
 
@@ -46,9 +45,7 @@ class _Conv(MapLayer):
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
         if weight is not None and self._may_keep():
-            sources = [weight, *(t for a in adapters for t in (*a.factors, a.scale))]
-            make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
-            W = composed_weights.get(self, sources, (tuple(names), dtype), make)
+            W = self._kept(weight, names, dtype, partial(dual_lora_weight, matrix, adapters, dtype=dtype))
             return base._conv_forward(x, self._from_matrix(W), bias)
         W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x), dtype=dtype)
         with recomposing(Composed(W, matrix, adapters)):

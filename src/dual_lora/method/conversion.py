@@ -43,14 +43,19 @@ class Conversion(NamedTuple):
     losses: list[LayerLoss]
 
     def __str__(self) -> str:
-        width = max(len(loss.layer) for loss in self.losses)
-        lines = [f"{loss.layer:<{width}}  rank {loss.rank:>4}  error {loss.error:6.1%}" for loss in self.losses]
-        return "\n".join([*lines, f"{'median':<{width}}  {'':9}  error {self.median:6.1%}"])
+        lines = {loss.layer: f"rank {loss.rank:>4}  error {loss.error:6.1%}" for loss in self.losses}
+        return table(lines | {"median": f"{'':9}  error {self.median:6.1%}"})
 
     @property
     def median(self) -> float:
         """The middle layer's error."""
         return median_high(loss.error for loss in self.losses)
+
+
+def table(lines: dict[str, str]) -> str:
+    """What is said of each layer, below one another."""
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 
 
 def convert_to_lora(

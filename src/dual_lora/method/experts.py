@@ -126,12 +126,8 @@ class ParamWrapper(DualLoraLayer):
                 "'grouped_mm', which ONNX does not know."
             )
         kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        names = self._present(self.active_adapters)
-        if self.merged or not names:
+        names = self._at_work()
+        if not names:
             return self.base_layer(*args, **kwargs)
 
         base, parameter = self.get_base_layer(), self.get_param()

@@ -173,6 +173,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
             factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
         return Adapter(factors, scale, self.forms[name])
 
+    def _present(self, names: list[str]) -> list[str]:
+        return [name for name in names if name in self.scaling]
+
     def adapter_names(self) -> list[str]:
         """All adapters of this layer."""
         return list(self.scaling)
@@ -239,26 +242,25 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
         A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
         """
-        if adapter not in self.scaling:
-            return
-        self.scaling[adapter] = scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
+        if adapter in self.scaling:
+            self._set_scaling(adapter, scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
+
+    def _set_scaling(self, adapter: str, value: float) -> None:
+        self.scaling[adapter] = value
         self._make_scale(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters by `scale`."""
-        for adapter in self.active_adapters:
-            if scale != 1 and adapter in self.scaling:
-                self.scaling[adapter] *= scale
-                self._make_scale(adapter)
+        for adapter in self._present(self.active_adapters):
+            self._set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
-        for adapter in self.active_adapters:
+        for adapter in self._present(self.active_adapters):
             if scale is None:
                 self.set_scale(adapter, 1.0)
-            elif adapter in self.scaling:
-                self.scaling[adapter] /= scale
-                self._make_scale(adapter)
+            else:
+                self._set_scaling(adapter, self.scaling[adapter] / scale)
 
     # Life cycle: what drops the cached weight, what restores derived state.
 

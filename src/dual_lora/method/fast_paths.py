@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.compose_op import dual_lora_weight
-from ..core.op import autocast_dtype
+from ..core.dispatch import autocast_dtype
 from .layer import DualLoraLayer, Linear
 
 # What each module looks at before it takes its fast path, and nowhere else.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, truncated, what_else_is_saved, what_stays, write_adapter
+from .conversion import PREFIX, table, truncated, what_else_is_saved, what_stays, write_adapter
 
 
 class LayerKept(NamedTuple):
@@ -44,12 +44,8 @@ class Start(NamedTuple):
     kept: list[LayerKept]
 
     def __str__(self) -> str:
-        width = max(len(kept.layer) for kept in self.kept)
-        lines = [
-            f"{k.layer:<{width}}  r1 {k.r1:>3}  r2 {k.r2:>3}  cosine {k.cosine:.3f}  signs {k.signs:7.2%}"
-            for k in self.kept
-        ]
-        return "\n".join([*lines, f"{'median':<{width}}  {'':14}  cosine {self.median:.3f}"])
+        lines = {k.layer: f"r1 {k.r1:>3}  r2 {k.r2:>3}  cosine {k.cosine:.3f}  signs {k.signs:7.2%}" for k in self.kept}
+        return table(lines | {"median": f"{'':14}  cosine {self.median:.3f}"})
 
     @property
     def median(self) -> float:

@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import wraps
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -50,13 +49,14 @@ def hotswap_from_state_dict(
     new = {key.removesuffix(f".{adapter_name}"): value for key, value in state_dict.items()}
     own = {f"{name}.dual_lora_{part}" for name in layers for part in ("A", "B", "C", "D", "left")}
     others = {key: value for key, value in state_dict.items() if key.removesuffix(f".{adapter_name}") not in own}
-    unexpected = [key for key in others if not _find(model, key)]
+    known = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    unexpected = [key for key in others if key not in known]
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     _check_shapes(layers, new, adapter_name)
     with torch.no_grad():
         for key, value in others.items():
-            attrgetter(key)(model).copy_(value)
+            known[key].copy_(value)
         tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
         root = next(tuners, "")
         for name, layer in layers.items():
@@ -75,14 +75,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                     f"Hot swapping the adapter did not succeed: {key} has shape {got} in place of {old}, where the "
                     "rank alone may differ. Was it trained on another base model?"
                 )
-
-
-def _find(model: nn.Module, key: str) -> bool:
-    try:
-        attrgetter(key)(model)
-    except AttributeError:
-        return False
-    return True
 
 
 def _key(name: str, layer: DualLoraLayer) -> str:

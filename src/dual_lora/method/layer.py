@@ -7,7 +7,7 @@ adapter (dropout, hooks). `factors` keeps the adapters and their warm-up, `merge
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -62,14 +62,22 @@ class DualLoraLayer(MergeLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.scaling]
+    def _at_work(self) -> list[str]:
+        """The adapters that a forward adds to the base as it is. Takes them out of it, where they are switched off."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
     def _may_keep(self) -> bool:
         """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant."""
         if self.training or torch.is_grad_enabled():
             return False
         return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
+
+    def _kept(self, weight: Tensor, names: list[str], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
+        own = (t for n in names for t in (*self._stored(n), self.dual_lora_scale[n]))
+        return composed_weights.get(self, [weight, *own], (tuple(names), dtype), make)
 
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
@@ -111,12 +119,8 @@ class MapLayer(DualLoraLayer):
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
         adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        active = self._present(self.active_adapters)
-        if adapter_names is None and (self.merged or not active):
+        active = self._at_work()
+        if self.disable_adapters or (adapter_names is None and not active):
             return self.base_layer(x, *args, **kwargs)
         if not self.takes_parts:
             sharded.refuse(self.get_base_layer(), getattr(self.get_base_layer(), "weight", None))
@@ -191,26 +195,17 @@ class Linear(MapLayer):
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         bias: Any = self.base_layer.bias
-        adapters = [self.adapter(n) for n in names]
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        make = partial(self._composed, adapters, dtype)
-        weight = composed_weights.get(self, self._sources(names, adapters), (tuple(names), dtype), make)
+        make = partial(self._composed, [self.adapter(n) for n in names], dtype)
+        weight = self._kept(self._base_tensor(), names, dtype, make)
         return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
-    def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
-        base: Any = self.base_layer
-        return dispatch.compose(self._matrix(base.weight), adapters, dtype)
+    def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
+        return dispatch.compose(self._matrix(self._parameter()), adapters, dtype)
 
     def _base_tensor(self) -> Tensor:
         """The base's own tensor, by which a changed weight is told."""
-        return self.base_layer.weight  # type: ignore[return-value]
-
-    def _sources(self, names: Sequence[str], adapters: Sequence[Adapter]) -> list[Tensor]:
-        """What a kept weight is made from: what is stored, where an adapter's factors are made from it anew."""
-        factors = [
-            a.factors if self.tied.get(n) is None else self._stored(n) for n, a in zip(names, adapters, strict=True)
-        ]
-        return [self._base_tensor(), *(t for four in factors for t in four), *(a.scale for a in adapters)]
+        return self._parameter()
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""

@@ -25,6 +25,7 @@ class MergeLayer(FactorsLayer):
         super().__init__(base_layer, told, **kwargs)
         self.merged_adapters: list[str] = []
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
+        self.register_load_state_dict_pre_hook(_refuse_while_merged)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         result = super()._apply(fn, recurse)
@@ -129,4 +130,13 @@ class MergeLayer(FactorsLayer):
         raise ValueError(
             f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load it "
             "on the base model in one process, and merge there."
+        )
+
+
+def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before load_state_dict(): RuntimeError for a base weight that the next unmerge would overwrite."""
+    if layer.merged and any(key.startswith(f"{prefix}base_layer.") for key in state):
+        raise RuntimeError(
+            f"Cannot load a base weight into a layer that has {layer.merged_adapters} merged: unmerging would bring "
+            "the old weight back. Call `unmerge_adapter()` first, and then load all again."
         )

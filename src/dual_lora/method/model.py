@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as with_adapter_names
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, replicate_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -35,8 +36,6 @@ from .precision import Told
 from .quantized import QuantizedLinear, dispatch_quantized
 
 DISPATCHERS = [dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_quantized, dispatch_default]
-MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-MAMBA_FUSED = {"out_proj", "conv1d"}
 SUPPORTED = (
     "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
     "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
@@ -63,13 +62,7 @@ class DualLoraModel(BaseTuner):
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         super()._check_target_module_compatiblity(peft_config, model, target_name)
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type in MAMBA and target_name in MAMBA_FUSED:
-            raise ValueError(
-                f"[PEFT:DUAL_LORA] Module '{target_name}' is incompatible with Mamba-based models "
-                f"(model_type='{model_type}'), whose kernels read the weights of {sorted(MAMBA_FUSED)} and leave the "
-                "modules' forward out. Please remove it from `target_modules`."
-            )
+        _check_lora_target_modules_mamba(SimpleNamespace(peft_type="LORA"), model, target_name)  # type: ignore[arg-type]
 
     def _check_new_adapter_config(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
@@ -355,16 +348,6 @@ class DualLoraModel(BaseTuner):
         for name in adapters:
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")
-        saved_by_several = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, ModulesToSaveWrapper) and sum(n in module.modules_to_save for n in adapters) > 1
-        ]
-        if saved_by_several:
-            raise ValueError(
-                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{len(saved_by_several)} such instance(s)."
-            )
         if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0]:
             raise ValueError(
                 f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 
 from ..core import dispatch
 from ..core.blocked import Adapter, RowSource
-from ..core.op import autocast_dtype, dual_lora_linear
-from ..core.rows_gradient_op import through_rows
+from ..core.dispatch import autocast_dtype
+from ..core.op import dual_lora_linear, through_rows
 from ..core.ticket import Ticket, ticket
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -103,7 +102,7 @@ class QuantizedLinear(Linear):
         y = dual_lora_linear(x, self._ticket, bias, adapters, self._loss_scale(names, x))
         return y if autocast is not None else y.to(given)
 
-    def _composed(self, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         return dispatch.compose(row_source(self.base_layer, self.quantization_backend), adapters, dtype)
 
     def _base_tensor(self) -> Tensor:

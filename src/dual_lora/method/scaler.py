@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..core.op import autocast_dtype
+from ..core.dispatch import autocast_dtype
 from .precision import Told
 
 _current: torch.amp.GradScaler | None = None

@@ -28,7 +28,6 @@ from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.op import dual_lora_linear
 from ..core.reference import Factors
-from .cache import composed_weights
 from .swapped import swapped
 
 if dist.is_available():
@@ -174,10 +173,8 @@ class _StandIn:
         whole = [layer.adapter(name) for name in names]
         if self.with_base and layer._may_cache(x):
             dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-            sources = [self.weight, *(t for a in whole for t in (*a.factors, a.scale))]
-            parts = [self.part.of(a) for a in whole]
-            make = partial(dispatch.compose, weight, parts, dtype)
-            composed = composed_weights.get(layer, sources, (tuple(names), dtype), make)
+            make = partial(dispatch.compose, weight, [self.part.of(a) for a in whole], dtype)
+            composed = layer._kept(self.weight, names, dtype, make)
             return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
         summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
         mine = [self.part.of(a._replace(factors=Factors(*islice(summed, 4)))) for a in whole]

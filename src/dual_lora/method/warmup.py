@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from .cache import composed_weights
+from .precision import Told
 
 if TYPE_CHECKING:
     from .factors import FactorsLayer
@@ -60,7 +61,7 @@ class _Record:
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDictionary()
 _inside: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()  # held by optimizers inside it
-_told: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
+_told: weakref.WeakKeyDictionary[Optimizer, Told] = weakref.WeakKeyDictionary()  # once a run, not once a layer
 
 
 def watch(layer: FactorsLayer) -> None:
@@ -129,8 +130,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             elif factors[0].grad is not None:
                 record.foreign += 1
                 if record.foreign == FOREIGN_STEPS_BORNE:
-                    _tell(
-                        optimizer,
+                    _told.setdefault(optimizer, Told()).once(
                         f"The factors of the Dual LoRA adapter {adapter!r} get gradients, but in {record.foreign} "
                         "optimizer steps no optimizer held them: they do not move and their warm-up does not advance. "
                         "Build the optimizer from the model's trainable parameters after the adapter was added (and "
@@ -196,23 +196,13 @@ class _Backward:
 def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], steps: int) -> None:
     grads = [f.grad for f in factors if f.grad is not None]
     if not grads:
-        _tell(
-            optimizer,
+        _told.setdefault(optimizer, Told()).once(
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
             "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
     elif not any(bool(g.any()) for g in grads):
-        _tell(
-            optimizer,
+        _told.setdefault(optimizer, Told()).once(
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
         )
-
-
-def _tell(optimizer: Optimizer, message: str) -> None:
-    """Warn once a run, which is an optimizer, and not once a layer."""
-    told = _told.setdefault(optimizer, set())
-    if message not in told:
-        told.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
