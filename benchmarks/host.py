@@ -60,7 +60,7 @@ def without_launches() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from dual_lora.core import op, triton_check, triton_launch, triton_linear
+    from dual_lora.core import dispatch, triton_check, triton_launch, triton_linear
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -82,7 +82,7 @@ def without_launches() -> None:
     triton_launch.processors = lambda device: 132
     triton_launch.on = lambda device: nullcontext()
     triton_check.error = lambda launch: 0.0
-    op.implementation = chosen
+    dispatch.implementation = chosen
 
 
 def main(seconds: float) -> None:

@@ -11,7 +11,7 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 import triton
 
-from dual_lora.core import blocked, compose_op, dispatch, op, triton_launch, triton_linear
+from dual_lora.core import blocked, dispatch, triton_launch, triton_linear
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.op import dual_lora_linear
@@ -23,8 +23,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels compute on the CPU as well, and the blocks nothing."""
-    for module in (dispatch, op, compose_op):
-        monkeypatch.setattr(module, "implementation", lambda *args: triton_linear)
+    monkeypatch.setattr(dispatch, "implementation", lambda *args: triton_linear)
     for name in ("forward", "backward", "compose", "factor_gradients"):
         monkeypatch.delattr(blocked, name)
 

@@ -319,7 +319,7 @@ def test_threads_may_add_and_drop_while_others_count(monkeypatch):
     thread = threading.Thread(target=count)
     thread.start()
     for module in modules:
-        cache.put(module, [weight], (), weight)
+        cache.get(module, [weight], (), lambda: weight)
     stop.set()
     thread.join()
     sys.setswitchinterval(interval)

@@ -13,15 +13,14 @@ from torch.func import functional_call
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
 from dual_lora import DualLoraConfig
-from dual_lora.core import blocked, compose_op, dispatch, op, triton_linear
+from dual_lora.core import blocked, dispatch, triton_linear
 from dual_lora.core.reference import Factors, delta_weight
 
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The kernels compute on the CPU as well, and the blocks nothing."""
-    for module in (dispatch, op, compose_op):
-        monkeypatch.setattr(module, "implementation", lambda *args: triton_linear)
+    monkeypatch.setattr(dispatch, "implementation", lambda *args: triton_linear)
     for name in ("forward", "backward", "compose", "factor_gradients"):
         monkeypatch.delattr(blocked, name)
 

@@ -195,7 +195,7 @@ class MultiheadAttention(DualLoraLayer):
         make = partial(dual_lora_weight, weight, adapters, scale, dtype=dtype)
         if keeper is None or not self._may_keep():
             return Composed(make(), weight, adapters)
-        return Composed(keeper._kept(weight, names, dtype, make), weight, adapters)
+        return Composed(keeper._kept_weight(weight, names, dtype, make), weight, adapters)
 
     def __getattr__(self, name: str) -> Any:
         """As nn.Module; what encoder layers read off an attention is the base's."""

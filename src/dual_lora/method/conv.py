@@ -45,7 +45,7 @@ class _Conv(MapLayer):
         adapters = [self.adapter(n) for n in names]
         matrix = None if weight is None else self._matrix(weight)
         if weight is not None and self._may_keep():
-            W = self._kept(weight, names, dtype, partial(dual_lora_weight, matrix, adapters, dtype=dtype))
+            W = self._kept_weight(weight, names, dtype, partial(dual_lora_weight, matrix, adapters, dtype=dtype))
             return base._conv_forward(x, self._from_matrix(W), bias)
         W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x), dtype=dtype)
         with recomposing(Composed(W, matrix, adapters)):

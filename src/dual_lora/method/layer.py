@@ -74,7 +74,7 @@ class DualLoraLayer(MergeLayer):
             return False
         return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
 
-    def _kept(self, weight: Tensor, names: list[str], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+    def _kept_weight(self, weight: Tensor, names: list[str], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
         own = (t for n in names for t in (*self._stored(n), self.dual_lora_scale[n]))
         return composed_weights.get(self, [weight, *own], (tuple(names), dtype), make)
@@ -197,7 +197,7 @@ class Linear(MapLayer):
         bias: Any = self.base_layer.bias
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         make = partial(self._composed, [self.adapter(n) for n in names], dtype)
-        weight = self._kept(self._base_tensor(), names, dtype, make)
+        weight = self._kept_weight(self._base_tensor(), names, dtype, make)
         return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:

@@ -174,7 +174,7 @@ class _StandIn:
         if self.with_base and layer._may_cache(x):
             dtype = autocast_dtype(x.device, x.dtype) or x.dtype
             make = partial(dispatch.compose, weight, [self.part.of(a) for a in whole], dtype)
-            composed = layer._kept(self.weight, names, dtype, make)
+            composed = layer._kept_weight(self.weight, names, dtype, make)
             return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
         summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
         mine = [self.part.of(a._replace(factors=Factors(*islice(summed, 4)))) for a in whole]
