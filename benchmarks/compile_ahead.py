@@ -26,7 +26,7 @@ from dual_lora.core import triton_launch
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form
 from dual_lora.core.triton_compose import compose
-from dual_lora.core.triton_gradient import TILES, factor_gradients
+from dual_lora.core.triton_gradient import TILES, UNALIGNED, factor_gradients
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -145,7 +145,7 @@ def kernels(row):
         tile = TILES[row, G.itemsize][0]
         what = {"kernel": "gradient of G", "inputs": str(G.dtype), "tile": tile, "deterministic": False}
         yield what, partial(gradients_by, row, tile, None, G, [adapter(16)], deterministic=False)
-    tile = TILES[row, 2][0]
+    tile = next(tile for tile in TILES[row, 2] if tile.rows * tile.cols <= UNALIGNED)
     what = {"kernel": "gradient", "inputs": f"{bf16.dtype}, misaligned", "tile": tile, "deterministic": False}
     dy, x = misaligned(T, O), misaligned(T, I)
     yield what, partial(gradients_by, row, tile, dy, x, [adapter(16)], deterministic=False)

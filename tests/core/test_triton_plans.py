@@ -9,6 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
+from dual_lora.core import triton_gradient, triton_launch
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, whose driver would be asked")
 
 CODE = """
@@ -109,3 +111,27 @@ def test_a_plan_launches_what_triton_would():
     done = subprocess.run([sys.executable, "-c", CODE], env=env, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "right"
+
+
+def bf16(*shape, stride=None, start=0):
+    """An empty matrix whose rows are `stride` apart, that starts `start` entries into its memory."""
+    rows, columns = shape
+    memory = torch.empty(start + rows * (stride or columns), dtype=torch.bfloat16)
+    return memory[start:].as_strided(shape, (stride or columns, 1))
+
+
+@pytest.mark.parametrize(
+    ("dy", "x"),
+    [
+        (bf16(64, 4096), bf16(64, 4096, start=1)),
+        (bf16(64, 4096, stride=4100), bf16(64, 4096)),
+        (None, bf16(4096, 4096, stride=4097)),
+    ],
+    ids=["first entry", "strides", "G"],
+)
+def test_what_is_not_aligned_gets_no_tile_that_would_spill(monkeypatch, dy, x):
+    monkeypatch.setattr(triton_launch, "target", lambda device: "sm_90")
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    aligned = bf16(64, 4096)
+    assert triton_gradient.tile_for(4096, 4096, 1, aligned, aligned)[:2] == (128, 256)
+    assert triton_gradient.tile_for(4096, 4096, 1, dy, x)[:2] == (128, 128)

@@ -129,6 +129,4 @@ def _backward(ctx, dy):
 
 
 torch.library.register_autograd("dual_lora::embedding", _backward, setup_context=_setup)
-
-
 torch.library.register_autograd("dual_lora::embedding_backward", dispatch.refuse_double_backward)

@@ -79,7 +79,7 @@ def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], s
     B, A = adapters[0].factors.B, adapters[0].factors.A
     O, I, experts = B.shape[-2], A.shape[-1], B.shape[:-2]
     sizes = 0 if dy is None else kind(x.shape[0]), kind(O), kind(I), *map(kind, experts)
-    tile = triton_gradient.tile_for(O, I, experts[0] if experts else 1, x)
+    tile = triton_gradient.tile_for(O, I, experts[0] if experts else 1, dy, x)
     deterministic = torch.are_deterministic_algorithms_enabled()
     ranks, tensors = _ranks(adapters), (layout(dy), layout(x))
     return Launch("gradient", x.device, deterministic, tile, sizes, ranks, tensors, scaled)
@@ -155,7 +155,8 @@ def error(launch: Launch) -> float:
         assert result is not None
         W = None if weight is None else _placed(integers(*lead, O, I, most=100) / 64, weight)
         got = [triton_compose.compose(W, adapters, result.dtype).double()]
-        truth = [sum((_delta(a) for a in adapters), torch.zeros_like(got[0]) if W is None else W.double())]
+        deltas = [delta_weight(Factors(*(f.double() for f in a.factors)), a.scale.double(), a.form) for a in adapters]
+        truth = [sum(deltas, torch.zeros_like(got[0]) if W is None else W.double())]
     else:
         dy_layout, x_layout = launch.tensors
         assert x_layout is not None
@@ -168,12 +169,6 @@ def error(launch: Launch) -> float:
         G = x.double() if dy is None else dy.double().t() @ x.double()
         truth = [g for a in adapters for g in _gradients(G, a, loss_scale)]
     return max(_relative(g, t) for g, t in zip(got, truth, strict=True))
-
-
-def _delta(adapter: Adapter) -> Tensor:
-    """ΔW in fp64."""
-    factors, scale, form = adapter
-    return delta_weight(Factors(*(f.double() for f in factors)), scale.double(), form)
 
 
 def _gradients(G: Tensor, adapter: Adapter, loss_scale: Tensor | None) -> list[Tensor]:

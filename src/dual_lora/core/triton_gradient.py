@@ -41,6 +41,8 @@ BAND = tl.constexpr(8)
 RANKS = 16
 """Ranks of the factor gradients made at a time: the least that the matrix units take without padding."""
 
+UNALIGNED = 128 * 128  # entries of the largest tile for inputs that are not aligned
+
 # (device, bytes of an input's element): tiles, the largest first. The first that fills the device is taken.
 # 128 × 256 spills up to 480 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
 # for their turn. It stays because it reads each of dy and x half as often as 128 × 128 does, which spills nothing.
@@ -96,7 +98,7 @@ def factor_gradients(
     if batch * s.shape.numel() * x.shape[-2] == 0:
         return [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
     O, I = s.shape[-2:]
-    tile = tile or tile_for(O, I, batch, x)
+    tile = tile or tile_for(O, I, batch, dy, x)
     down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
     results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
     targets = zip(*(r.targets for r in results), strict=True)
@@ -156,12 +158,17 @@ def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:
         raise ValueError(f"{' and '.join(named)} of {dtypes}: cast them to the same, one of {known}.")
 
 
-def tile_for(O: int, I: int, batch: int, x: Tensor) -> Tile:
-    """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest."""
+def tile_for(O: int, I: int, batch: int, dy: Tensor | None, x: Tensor) -> Tile:
+    """The largest tile of which there are enough to keep three quarters of the device busy, or the smallest.
+
+    What cannot be read 16 bytes at a time takes more registers: then the largest would spill in its loop over tokens.
+    """
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
+    aligned = all(map(triton_launch.is_aligned, (x,) if dy is None else (dy, x)))
     for tile in tiles:
         programs = batch * triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols)
-        if 4 * programs >= 3 * triton_launch.processors(x.device):
+        fits = aligned or tile.rows * tile.cols <= UNALIGNED
+        if fits and 4 * programs >= 3 * triton_launch.processors(x.device):
             return tile
     return tiles[-1]
 

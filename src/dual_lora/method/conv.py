@@ -69,7 +69,4 @@ _LAYERS: dict[type[nn.Module], type[_Conv]] = {nn.Conv1d: Conv1d, nn.Conv2d: Con
 
 def dispatch_conv(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
     """The adapted layer for nn.Conv1d, Conv2d and Conv3d, or None."""
-    for kind, layer in _LAYERS.items():
-        if isinstance(base, kind):
-            return layer(*args, **kwargs)
-    return None
+    return next((layer(*args, **kwargs) for kind, layer in _LAYERS.items() if isinstance(base, kind)), None)

@@ -38,8 +38,8 @@ def hotswap_from_state_dict(
     merged.
     """
     model = getattr(model, "_orig_mod", model)
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer)}
-    layers = {name: layer for name, layer in ours.items() if adapter_name in layer.scaling}
+    named = model.named_modules()
+    layers = {name: m for name, m in named if isinstance(m, DualLoraLayer) and adapter_name in m.scaling}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
