@@ -25,12 +25,19 @@ def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path
     assert kernel["through_registers_in_loops"] == 0, kernel
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])  # a minute each; the others in the table
-def test_every_kernel(target, tmp_path):
-    kernels = compile_ahead(target, cache=tmp_path)
-    assert len(kernels) >= 12
-    assert [fault(target, kernel) for kernel in kernels] == [None] * len(kernels)
+# One kernel of each kind and card; all of them are in the table.
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("sm_80", ['"forms": "every"']),
+        ("sm_90", ['"gradient"', "bfloat16\"", "[64, 64", '"deterministic": false']),
+        ("gfx942", ['"gradient"', "float32", "[32, 64"]),
+    ],
+    ids=str,
+)
+def test_gradient(target, words, tmp_path):
+    [kernel] = compile_ahead(target, *words, cache=tmp_path)
+    assert fault(target, kernel) is None
 
 
 def test_the_table_has_every_version_and_target():
@@ -39,3 +46,4 @@ def test_the_table_has_every_version_and_target():
     heads = [line for line in text.splitlines() if line.startswith("| | ")]
     assert all(f"{version} (torch" in head for version in VERSIONS for head in heads)
     assert "does not compile" not in text
+    assert "…" not in text.split("## ", 1)[1], "the table has cells that were not compiled: `make compile-table`"
