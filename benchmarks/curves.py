@@ -101,7 +101,7 @@ def run_blocks(only: list[str], seconds: float, write: bool) -> None:
             continue
         measured = interleave(dict(_blocks(O, I, T, dtype)), [], THREADS, seconds, rounds=(3, 5))
         blocked.CPU = chosen
-        print(f"{name}: chosen tile {chosen.tile}, panel {chosen.panel >> 20} MiB", file=sys.stderr)
+        print(f"{name}: chosen tile {chosen.tile}, block {chosen.block >> 20} MiB", file=sys.stderr)
         rows = []
         for variant in measured.costs:
             row = ledger.row(source, "blocks", name, {"O": O, "I": I, "T": T}, measured, variant, _label(chosen))
@@ -112,7 +112,7 @@ def run_blocks(only: list[str], seconds: float, write: bool) -> None:
 
 
 def _label(sizes: Any) -> str:
-    return f"tile {sizes.tile}, panel {sizes.panel >> 20} MiB"
+    return f"tile {sizes.tile}, block {sizes.block >> 20} MiB"
 
 
 def _blocks(O: int, I: int, T: int, dtype: str) -> Iterator[tuple[str, Callable[[], None]]]:

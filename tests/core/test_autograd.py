@@ -123,7 +123,7 @@ def test_nothing_is_kept_for_backward_but_the_inputs(source):
     kept = []
 
     def pack(t):
-        # A weight that is read by rows is kept as its ticket's number.
+        # A weight that is read by rows is kept as its handle's number.
         if t.untyped_storage().data_ptr() not in inputs and t.is_floating_point():
             kept.append(tuple(t.shape))
         return t

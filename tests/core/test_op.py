@@ -15,7 +15,7 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, panel=16 * 4 * 577 * 2, narrow=16))
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, block=16 * 4 * 577 * 2, narrow=16))
 
 
 class Rows:
@@ -76,9 +76,9 @@ def test_shapes(O, I, dtype, small_blocks):
 
 @both
 def test_a_weight_too_tall_for_panels_of_columns(dtype, monkeypatch):
-    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, panel=16 * 63 * dtype.itemsize, narrow=16))
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, block=16 * 63 * dtype.itemsize, narrow=16))
     case = make_case(T=5, I=63, O=577, dtype=dtype)
-    assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.panel
+    assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.block
     assert_close(run(operator, case), truth(case), dtype)
 
 

@@ -104,8 +104,8 @@ def test_signs_depend_neither_on_the_tile_nor_on_the_library(monkeypatch, rank):
 @pytest.mark.parametrize("blocks", ["small", "whole", "tall"])
 def test_the_operator(library, layout, ranks, blocks, monkeypatch):
     sizes = {
-        "small": blocked.Sizes(tile=16 * 577, panel=16 * 4 * 577 * 2, narrow=16),
-        "tall": blocked.Sizes(tile=16 * 63, panel=16 * 63 * 4, narrow=16),
+        "small": blocked.Sizes(tile=16 * 577, block=16 * 4 * 577 * 2, narrow=16),
+        "tall": blocked.Sizes(tile=16 * 63, block=16 * 63 * 4, narrow=16),
         "whole": blocked.CPU,
     }
     monkeypatch.setattr(blocked, "CPU", sizes[blocks])

@@ -30,7 +30,7 @@ def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path
     ("target", "words"),
     [
         ("sm_80", ['"forms": "every"']),
-        ("sm_90", ['"gradient"', "bfloat16\"", "[64, 64", '"deterministic": false']),
+        ("sm_90", ['"gradient"', 'bfloat16"', "[64, 64", '"deterministic": false']),
         ("gfx942", ['"gradient"', "float32", "[32, 64"]),
     ],
     ids=str,

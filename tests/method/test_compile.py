@@ -231,4 +231,4 @@ def test_quantised_blocks_that_are_compiled_one_by_one_share_their_graph(kind, s
         block.compile(backend=counter, fullgraph=True)
     torch.testing.assert_close(model(x), expected)
     assert counter.frame_count == 1
-    assert len({layer._ticket.number.item() for layer in layers(model).values()}) == 3
+    assert len({layer._handle.number.item() for layer in layers(model).values()}) == 3

@@ -345,7 +345,7 @@ def test_a_copy_reads_its_own_weight(kind):
 
 def test_the_whole_weight_never_stands_in_memory(monkeypatch):
     model, layer, _ = wrapped("nf4 nested")
-    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * I, panel=16 * I * 4))
+    monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * I, block=16 * I * 4))
     seen = []
     original = quantized._FourBitRows.rows
     monkeypatch.setattr(quantized._FourBitRows, "rows", lambda self, a, b: seen.append(b - a) or original(self, a, b))

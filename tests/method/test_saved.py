@@ -277,7 +277,7 @@ def test_a_missing_layer(variant, loader):
 
 
 @loaders
-def test_a_missing_factor_is_told(variant, loader):
+def test_a_missing_factor_is_reported(variant, loader):
     gone = "base_model.model.model.layers.1.self_attn.q_proj.dual_lora_C"
     path = variant(tensors=lambda t: {n: v for n, v in t.items() if n != gone})
     with pytest.warns(UserWarning, match=rf"lacks {gone}.(default|second): they keep their random start"):
@@ -353,7 +353,7 @@ def test_copies_of_a_loaded_model(folders):
     assert not changed(twin, state(model))
 
 
-def test_shards_that_were_not_gathered_are_told(tmp_path):
+def test_shards_that_were_not_gathered_are_reported(tmp_path):
     model = adapted()
     layers(model)["base_model.model.first"].dual_lora_A["default"].data = torch.zeros(0)
     with pytest.warns(PeftWarning, match=r"first\.dual_lora_A\.default are empty or flat(.|\n)*were not gathered"):

@@ -6,9 +6,9 @@ reused buffers, in place:
     T = ReLU(P) ⊙ Sign(Q)           W_eff = W + s · T
     dP = s · G ⊙ sign(T)            H = s · G ⊙ |T| = dP ⊙ T       (sign(0) = 0: the mask is in T)
 
-Several tiles make a panel, a composed part of the weight large enough for an efficient product: whole rows in forward,
-whole columns in backward, so that every panel gives complete columns of y and of dx. The weight may be a tensor or
-anything with `rows(start, stop) -> Tensor` (a quantised weight that is dequantised a few rows at a time); its panels
+Several tiles make a block, a composed part of the weight large enough for an efficient product: whole rows in forward,
+whole columns in backward, so that every block gives complete columns of y and of dx. The weight may be a tensor or
+anything with `rows(start, stop) -> Tensor` (a quantised weight that is dequantised a few rows at a time); its blocks
 are rows in backward too, as are those of a very tall weight (an output head), and dx is summed in fp32.
 
 Sizes were chosen by `python -m benchmarks blocks`. Forms other than the paper's take the formula of `reference` tile
@@ -33,12 +33,12 @@ class Sizes(NamedTuple):
     """How the weight is divided on one kind of device."""
 
     tile: int  # elements
-    panel: int  # bytes of the composed weight
+    block: int  # bytes of the composed weight
     narrow: int = 128  # columns; products with fewer are slow
 
 
-CPU = Sizes(tile=1 << 18, panel=8 << 20)
-CUDA = Sizes(tile=1 << 24, panel=64 << 20)
+CPU = Sizes(tile=1 << 18, block=8 << 20)
+CUDA = Sizes(tile=1 << 24, block=64 << 20)
 
 
 @runtime_checkable
@@ -99,10 +99,10 @@ def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Ada
     y, x = x.new_empty(x.shape[0], work.O), left(x)
     if x.shape[0] == 0:
         return y
-    for panel in work.panels(x.dtype, by_rows=True):
-        for tile in panel.tiles():
-            tile.write_composed(panel.composed(tile))
-        y = mm_columns(y, panel.rows, x, panel.composed().t())
+    for block in work.blocks(x.dtype, by_rows=True):
+        for tile in block.tiles():
+            tile.write_composed(block.composed(tile))
+        y = mm_columns(y, block.rows, x, block.composed().t())
     return y
 
 
@@ -116,8 +116,8 @@ def compose(
     work = _Work(weight, adapters)
     if out is None:
         out = torch.empty(work.O, work.I, dtype=dtype, device=work.device)
-    for panel in work.panels(dtype, by_rows=True):
-        for tile in panel.tiles():
+    for block in work.blocks(dtype, by_rows=True):
+        for tile in block.tiles():
             tile.write_composed(out[tile.rows])
     return out
 
@@ -142,23 +142,23 @@ def backward(
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
     dyT = left(dy.t()) if needs.factors or needs.weight else None
     dy = left(dy)
-    for panel in work.panels(x.dtype, by_rows) if T else ():
+    for block in work.blocks(x.dtype, by_rows) if T else ():
         if dyT is not None:
-            panel.find_gradient(dyT, x)
-        for tile in panel.tiles():
+            block.find_gradient(dyT, x)
+        for tile in block.tiles():
             if dx is not None:
-                tile.write_composed(panel.composed(tile))
+                tile.write_composed(block.composed(tile))
             if sums is None and dW is None:
                 continue
-            G = panel.gradient(tile)
+            G = block.gradient(tile)
             if dW is not None:
                 dW[tile.rows, tile.cols] = G
             for k, total in enumerate(sums or ()):
                 total.add(tile, *tile.products(k), G)
         if dx is not None and by_rows:
-            dx += mm(dy[:, panel.rows], panel.composed())
+            dx += mm(dy[:, block.rows], block.composed())
         elif dx is not None:
-            dx = mm_columns(dx, panel.cols, dy, panel.composed())
+            dx = mm_columns(dx, block.cols, dy, block.composed())
     grads = None if sums is None else [s.grads for s in sums]
     return Gradients(None if dx is None else dx.to(x.dtype), dW, grads)
 
@@ -167,8 +167,8 @@ def factor_gradients(G: Tensor, adapters: Sequence[Adapter], loss_scale: Tensor 
     """The factors' share of `backward`, fp32, from a G = ∂L/∂W [O, I] that is already there."""
     work = _Work(None, adapters)
     sums = [_FactorSums(a, loss_scale) for a in work.adapters]
-    for panel in work.panels(work.dtype, by_rows=True):
-        for tile in panel.tiles():
+    for block in work.blocks(work.dtype, by_rows=True):
+        for tile in block.tiles():
             for k, total in enumerate(sums):
                 total.add(tile, *tile.products(k), tile.buffer("G").copy_(G[tile.rows, tile.cols]))
     return [s.grads for s in sums]
@@ -190,15 +190,15 @@ class _Work:
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def is_tall(self, dtype: torch.dtype) -> bool:
-        """Whether panels of whole columns would be too narrow."""
-        return min(self.sizes.narrow, self.I) * self.O * dtype.itemsize > self.sizes.panel
+        """Whether blocks of whole columns would be too narrow."""
+        return min(self.sizes.narrow, self.I) * self.O * dtype.itemsize > self.sizes.block
 
-    def panels(self, dtype: torch.dtype, by_rows: bool) -> Iterator[_Panel]:
-        """The panels in turn; they share their buffers, so that one is used up before the next is taken."""
+    def blocks(self, dtype: torch.dtype, by_rows: bool) -> Iterator[_Block]:
+        """The blocks in turn; they share their buffers, so that one is used up before the next is taken."""
         length, other = (self.O, self.I) if by_rows else (self.I, self.O)
-        for span in _spans(length, self.sizes.panel // dtype.itemsize // max(other, 1)):
+        for span in _spans(length, self.sizes.block // dtype.itemsize // max(other, 1)):
             rows, cols = (span, slice(0, self.I)) if by_rows else (slice(0, self.O), span)
-            yield _Panel(self, rows, cols, dtype)
+            yield _Block(self, rows, cols, dtype)
 
     def buffer(self, name: str, rows: slice, cols: slice, dtype: torch.dtype | None = None) -> Tensor:
         """The buffer of that name, in the shape of a part of the weight."""
@@ -215,7 +215,7 @@ class _Work:
         return self.weight.rows(rows.start, rows.stop)
 
 
-class _Panel:
+class _Block:
     """A part of the weight with one composed buffer."""
 
     def __init__(self, work: _Work, rows: slice, cols: slice, dtype: torch.dtype):
@@ -228,12 +228,12 @@ class _Panel:
             yield _Tile(self.work, slice(self.rows.start + span.start, self.rows.start + span.stop), self.cols)
 
     def composed(self, tile: _Tile | None = None) -> Tensor:
-        """The panel's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
+        """The block's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
         whole = self.work.buffer("composed", self.rows, self.cols, self.dtype)
         return whole if tile is None else self._part(whole, tile)
 
     def find_gradient(self, dyT: Tensor, x: Tensor) -> None:
-        """G = dyᵀ x of this panel."""
+        """G = dyᵀ x of this block."""
         self.G = mm(dyT[self.rows], x[:, self.cols], self.work.buffer("gradient", self.rows, self.cols, self.dtype))
 
     def gradient(self, tile: _Tile) -> Tensor:
@@ -246,7 +246,7 @@ class _Panel:
 
 
 class _Tile:
-    """Some rows of a panel: T of every adapter, the composed weight, the weight gradient."""
+    """Some rows of a block: T of every adapter, the composed weight, the weight gradient."""
 
     def __init__(self, work: _Work, rows: slice, cols: slice):
         self.work, self.rows, self.cols = work, rows, cols

@@ -21,12 +21,12 @@ from torch.nn import Parameter
 
 from . import dispatch
 from .blocked import Adapter, Needs, RowSource, check_factors
-from .ticket import Ticket, source_of, ticket
+from .handle import Handle, handle, source_of
 
 _PLAIN = Tensor, Parameter
 ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time
 
-# `weight` is a matrix, or a ticket's number: then nothing dequantised is kept.
+# `weight` is a matrix, or a handle's number: then nothing dequantised is kept.
 torch.library.define(
     "dual_lora::linear",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale)"
@@ -41,14 +41,14 @@ torch.library.define(
 
 def dual_lora_linear(
     x: Tensor,
-    weight: Tensor | RowSource | Ticket | None,
+    weight: Tensor | RowSource | Handle | None,
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None = None,
 ) -> Tensor:
     """y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
 
-    weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight, or under torch.compile a ticket
+    weight: [O, I], any floating dtype and strides; a RowSource for a quantised weight, or under torch.compile a handle
         for one; None for the adapters' share.
     adapters: factors (kept in fp32), scale s = λα/√(r1 r2) as a 0-dim tensor, form.
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
@@ -71,9 +71,9 @@ def dual_lora_linear(
         bias = None if bias is None else bias.to(x.dtype)
     factors, scales, forms = dispatch.flat(adapters)
     if not (weight is None or isinstance(weight, Tensor)):
-        if not isinstance(weight, Ticket):
+        if not isinstance(weight, Handle):
             source = weight
-            weight = ticket(lambda: source, source.shape)
+            weight = handle(lambda: source, source.shape)
         weight = weight.number
     if nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors):
         if torch.is_grad_enabled():
@@ -103,7 +103,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
-    """The weight, or the one that a ticket's number stands for."""
+    """The weight, or the one that a handle's number stands for."""
     return weight if weight is None or weight.ndim else source_of(weight)
 
 
@@ -215,7 +215,7 @@ torch.library.define("dual_lora::through_rows", "(Tensor x, Tensor y, Tensor wei
 torch.library.define("dual_lora::through_rows_backward", "(Tensor dy, Tensor weight, int I) -> Tensor")
 
 
-def through_rows(x: Tensor, y: Tensor, weight: Ticket) -> Tensor:
+def through_rows(x: Tensor, y: Tensor, weight: Handle) -> Tensor:
     """y [..., O], of which x [..., I] gets the gradient dy W; y is computed without one."""
     return torch.ops.dual_lora.through_rows(x, y, weight.number)
 

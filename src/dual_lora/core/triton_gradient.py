@@ -9,7 +9,7 @@ A tile's four small products belong to sums over other programs. Two ways of add
 * atomic (the default): fp32 atomic additions into the results; nothing beside them is allocated, and the order of
   the additions, so the last bits, change from run to run;
 * deterministic: each program writes its share, one sum afterwards. The shares take about
-  4 (r1 + r2) O I (1/rows + strips/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
+  4 (r1 + r2) O I (1/rows + splits/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
 
 Several adapters share one G. A G that is there already (of a composed weight) is read, and not made.
 """
@@ -36,7 +36,7 @@ from .triton_product import expert, product, product_gradients
 PRECISIONS = {torch.float32: "ieee", torch.float16: "tf32", torch.bfloat16: "bf16"}
 
 BAND = tl.constexpr(8)
-"""Rows of tiles that are walked through together, so that a strip of x is read from cache."""
+"""Rows of tiles that are walked through together, so that a part of x is read from cache."""
 
 RANKS = 16
 """Ranks of the factor gradients made at a time: the least that the matrix units take without padding."""
@@ -47,14 +47,14 @@ UNALIGNED = 128 * 128  # entries of the largest tile for inputs that are not ali
 # 128 × 256 spills up to 480 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
 # for their turn. It stays because it reads each of dy and x half as often as 128 × 128 does, which spills nothing.
 TILES = {
-    ("sm_80", 2): (Tile(128, 128, 32, 8, 4, strips=4), Tile(64, 64, 32, 4, 4)),
-    ("sm_80", 4): (Tile(64, 64, 16, 4, 3, strips=2), Tile(32, 64, 16, 4, 3)),
-    ("sm_90", 2): (Tile(128, 256, 64, 8, 3, strips=4), Tile(128, 128, 64, 8, 3, strips=2), Tile(64, 64, 64, 4, 4)),
+    ("sm_80", 2): (Tile(128, 128, 32, 8, 4, splits=4), Tile(64, 64, 32, 4, 4)),
+    ("sm_80", 4): (Tile(64, 64, 16, 4, 3, splits=2), Tile(32, 64, 16, 4, 3)),
+    ("sm_90", 2): (Tile(128, 256, 64, 8, 3, splits=4), Tile(128, 128, 64, 8, 3, splits=2), Tile(64, 64, 64, 4, 4)),
     ("sm_90", 4): (Tile(64, 64, 32, 8, 3), Tile(32, 64, 32, 4, 3)),
-    ("gfx942", 2): (Tile(128, 128, 32, 8, 2, strips=2), Tile(64, 64, 32, 4, 2)),
+    ("gfx942", 2): (Tile(128, 128, 32, 8, 2, splits=2), Tile(64, 64, 32, 4, 2)),
     ("gfx942", 4): (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2)),
-    ("interpreter", 2): (Tile(64, 64, 32, 4, 1, strips=2),),
-    ("interpreter", 4): (Tile(32, 64, 32, 4, 1, strips=4),),
+    ("interpreter", 2): (Tile(64, 64, 32, 4, 1, splits=2),),
+    ("interpreter", 4): (Tile(32, 64, 32, 4, 1, splits=4),),
 }
 
 
@@ -100,7 +100,7 @@ def factor_gradients(
     O, I = s.shape[-2:]
     tile = tile or tile_for(O, I, batch, dy, x)
     down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
-    results = [_Result.make(a.factors, down, across * tile.strips, deterministic) for a in adapters]
+    results = [_Result.make(a.factors, down, across * tile.splits, deterministic) for a in adapters]
     targets = zip(*(r.targets for r in results), strict=True)
     triton_launch.first_launch(
         key if s.as_given else None,
@@ -109,9 +109,9 @@ def factor_gradients(
         (down * across, batch, 1),
         (dy, x, routed, *s.letters, *targets, s.scales, loss_scale),
         (x.shape[-2], O, I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
-        result=(down, across * tile.strips),
+        result=(down, across * tile.splits),
         TOKENS=tile.tokens,
-        STRIPS=tile.strips,
+        SPLITS=tile.splits,
         RANKS=RANKS,
         PRODUCTS=triton_launch.PRODUCTS,
         INPUT_PRECISION=fp32,
@@ -203,7 +203,7 @@ def gradient_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TOKENS: tl.constexpr,
-    STRIPS: tl.constexpr,
+    SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
     PRODUCTS: tl.constexpr,
@@ -221,20 +221,20 @@ def gradient_kernel(
         G = tl.load(at, mask=(rows < O)[:, None] & (cols < I)[None, :], other=0.0).to(tl.float32)
     else:
         G = _tile_of_G(dy, x, T, rows, cols, O, I, dy_t, dy_o, x_t, x_i, TOKENS, INPUT_PRECISION)
-    strips = _strips(G, STRIPS)
-    for j in tl.static_range(STRIPS):
-        part = block_i * COLS + j * (COLS // STRIPS) + tl.arange(0, COLS // STRIPS)
+    splits = _split_columns(G, SPLITS)
+    for j in tl.static_range(SPLITS):
+        part = block_i * COLS + j * (COLS // SPLITS) + tl.arange(0, COLS // SPLITS)
         if ATOMIC:
             share_o, share_i = e, e
         else:
             share_o = block_o.to(tl.int64) * E + e
-            share_i = (block_i * STRIPS + j).to(tl.int64) * E + e
+            share_i = (block_i * SPLITS + j).to(tl.int64) * E + e
         for n in tl.static_range(len(R1)):
             A, B = As[n] + e * I * R1[n], Bs[n] + e * O * R1[n]
             C, D = Cs[n] + e * I * R2[n], Ds[n] + e * O * R2[n]
             P = product(B, A, rows, part, O, I, R1[n], CHUNK, PRODUCTS)
             Q = product(D, C, rows, part, O, I, R2[n], CHUNK, PRODUCTS)
-            dP, dQ = product_gradients(strips[j] * tl.load(scales[n]), P, Q, loss_scale, FORMS[n])
+            dP, dQ = product_gradients(splits[j] * tl.load(scales[n]), P, Q, loss_scale, FORMS[n])
             if PRECISION == "bf16":  # at once: it halves what waits in registers
                 dP, dQ = dP.to(tl.bfloat16), dQ.to(tl.bfloat16)
             _add_factors(dP, B, A, dBs[n] + share_i * O * R1[n], dAs[n] + share_o * I * R1[n],
@@ -244,14 +244,14 @@ def gradient_kernel(
 
 
 @triton.jit
-def _strips(G, STRIPS: tl.constexpr):
-    """G's columns in 1, 2 or 4 equal strips, in order; registers are renamed, nothing moves."""
-    if STRIPS == 1:
+def _split_columns(G, SPLITS: tl.constexpr):
+    """G's columns in 1, 2 or 4 equal splits, in order; registers are renamed, nothing moves."""
+    if SPLITS == 1:
         parts = (G,)
-    elif STRIPS == 2:
+    elif SPLITS == 2:
         parts = _halves(G)
     else:
-        tl.static_assert(STRIPS == 4)
+        tl.static_assert(SPLITS == 4)
         left, right = _halves(G)
         parts = _halves(left) + _halves(right)  # Triton 3.4 knows no recursion
     return parts

@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     tokens: int  # of dy and x multiplied at a time; compose has none
     warps: int
     stages: int
-    strips: int = 1  # equal parts of the columns whose P and Q are made one after the other
+    splits: int = 1  # equal parts of the columns whose P and Q are made one after the other
 
     def constants(self) -> dict[str, int]:
         """Those of both kernels."""

@@ -23,7 +23,7 @@ from ..core.reference import Factors
 from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear
-from .swapped import swapped
+from .replaced import replaced
 
 PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -60,7 +60,7 @@ class MultiheadAttention(DualLoraLayer):
     ) -> None:
         """Add an adapter to the input projections and the output projection."""
         if config.dropout:
-            self.told.once(
+            self.warned.once(
                 f"dropout={config.dropout} has no effect on nn.MultiheadAttention (nor has LoRA's): its projections "
                 "are not called one by one, so that the adapter cannot see another input."
             )
@@ -68,7 +68,7 @@ class MultiheadAttention(DualLoraLayer):
         options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "config": config}
         is_first = not isinstance(out, OutProjection)
         if is_first:
-            self._base.out_proj = OutProjection(out, adapter_name, told=self.told, **options)
+            self._base.out_proj = OutProjection(out, adapter_name, warned=self.warned, **options)
         super().update_layer(adapter_name, r1, r2, alpha, config)
         if not is_first:
             out.update_layer(adapter_name, **options)
@@ -177,8 +177,8 @@ class MultiheadAttention(DualLoraLayer):
         outs = {"weight": self._composed(self._out, out.weight, names, [self._out.adapter(n) for n in names], scale)}
         with (
             recomposing(*ins.values(), *outs.values()),
-            swapped(self._base, {name: c.result for name, c in ins.items()}),
-            swapped(out, {name: c.result for name, c in outs.items()}),
+            replaced(self._base, {name: c.result for name, c in ins.items()}),
+            replaced(out, {name: c.result for name, c in outs.items()}),
         ):
             return self.base_layer(query, *args, **kwargs)
 

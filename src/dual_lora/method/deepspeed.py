@@ -1,7 +1,7 @@
 """What DeepSpeed hides from a layer: its optimizer steps, its loss scale, and (ZeRO-3) the parameters themselves.
 
-ZeRO's optimizers hold flattened copies, so that no optimizer holds a factor of ours and the warm-up's clock would stand
-still. DeepSpeed has no hook for a step, so its engine's method is wrapped. ZeRO-3 gathers a module's own parameters
+ZeRO's optimizers hold flattened copies, so that no optimizer holds a factor of ours and the warm-up would count no
+step. DeepSpeed has no hook for a step, so its engine's method is wrapped. ZeRO-3 gathers a module's own parameters
 before that module is called; a ParameterDict never is, so the factors are registered with the layer that uses them.
 """
 

@@ -22,7 +22,7 @@ from ..core.compose_op import Composed, also_recompose, dual_lora_weight, of_exp
 from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, is_exporting, is_traced
-from .swapped import swapped
+from .replaced import replaced
 
 # How transformers calls the experts that the router chose for every token.
 ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routing_indices")
@@ -138,7 +138,7 @@ class ParamWrapper(DualLoraLayer):
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self._is_transposed())
-            with recomposing(), swapped(base, {self.parameter_name: experts}):
+            with recomposing(), replaced(base, {self.parameter_name: experts}):
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
         if routed is not None:
@@ -146,7 +146,7 @@ class ParamWrapper(DualLoraLayer):
         composed = dual_lora_weight(weight, adapters, scale, routed=routed)
         with (
             recomposing(Composed(composed, weight, adapters, routed)),
-            swapped(base, {self.parameter_name: self._from_matrix(composed)}),
+            replaced(base, {self.parameter_name: self._from_matrix(composed)}),
         ):
             return self.base_layer(*args, **kwargs)
 

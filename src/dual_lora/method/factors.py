@@ -17,7 +17,7 @@ from ..core.reference import Factors, Form, scaling
 from . import offloaded, sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig
-from .precision import FACTOR_DTYPES, Told, claim, in_fp32
+from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 
 
 class FactorsLayer(nn.Module, BaseTunerLayer):
@@ -33,7 +33,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
     # before the ones below.
-    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}  # r1 + r2
@@ -55,7 +55,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
         self._tied_to: dict[str, FactorsLayer] = {}
-        self.told = Told() if told is None else told  # the model's own, of all its layers
+        self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
         self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(sharded.leave_out_counts)
@@ -120,7 +120,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32, device=device)
         self._set_steps_left(adapter_name, config.steps_at_start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        claim(self._stored(adapter_name))
+        mark_as_stored(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_ranks(self, adapter_name: str, r1: int, r2: int, alpha: float | None) -> None:
@@ -161,7 +161,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
         stored = Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names))
-        return in_fp32(stored, self.told)
+        return in_fp32(stored, self.warned)
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
@@ -181,7 +181,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         return list(self.scaling)
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
-        """The trainable factors in the order B, A, D, C; the first one's optimizer is the adapter's clock."""
+        """The trainable factors in the order B, A, D, C; the first one's optimizer counts the adapter's steps."""
         A, B, C, D = self._stored(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
 
@@ -195,7 +195,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         # A loader that runs no hook of ours (transformers' own) has put other factors in place as well; those of a low
         # precision may be FSDP2's working copies.
         self._set_steps_left(adapter, int(stored))
-        claim(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
+        mark_as_stored(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
         return self._read[adapter][2]
 
     def warmup_factor(self, adapter: str) -> float:
@@ -315,7 +315,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self.adapter_names():
-            claim(self._stored(adapter))  # a copied parameter has lost what was written on it
+            mark_as_stored(self._stored(adapter))  # a copied parameter has lost what was written on it
         if any(left for *_, left in self._read.values()):
             warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
@@ -334,14 +334,14 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         if not self.dual_lora_left[adapter_name].is_meta:
             self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
         self._make_scale(adapter_name)
-        claim(self._stored(adapter_name))
+        mark_as_stored(self._stored(adapter_name))
 
 
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     """After load_state_dict: the count on the device is the truth; the rest is derived from it."""
     composed_weights.drop(layer)
     for adapter in layer.adapter_names():
-        claim(layer._stored(adapter))
+        mark_as_stored(layer._stored(adapter))
         layer.steps_left(adapter)
         if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
             layer._tie_again(adapter)

@@ -21,7 +21,7 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
 from .layer import DualLoraLayer
-from .precision import claim
+from .precision import mark_as_stored
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
@@ -142,7 +142,7 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
                     done[factor] = nn.Parameter(padded, requires_grad=factor.requires_grad)
                 factors[adapter] = done[factor]
         for adapter in layer.adapter_names():
-            claim(layer._stored(adapter))
+            mark_as_stored(layer._stored(adapter))
     for one in config.values() if isinstance(config, dict) else [config] if config else []:
         _pad_config(one, r1, r2)
     return True

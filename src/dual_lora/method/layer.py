@@ -87,7 +87,7 @@ class DualLoraLayer(MergeLayer):
         )
         if not (clips and torch.is_grad_enabled()):
             return None
-        check_clip_is_safe(operand, self.training, self.told)
+        check_clip_is_safe(operand, self.training, self.warned)
         return loss_scale(operand.device)
 
 

@@ -15,14 +15,14 @@ from ..core.blocked import Adapter
 from . import sharded
 from .cache import composed_weights
 from .factors import FactorsLayer
-from .precision import Told
+from .precision import Warned
 
 
 class MergeLayer(FactorsLayer):
     """Adapters that merge into the base weight and come out of it again."""
 
-    def __init__(self, base_layer: nn.Module, told: Told | None = None, **kwargs: Any) -> None:
-        super().__init__(base_layer, told, **kwargs)
+    def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
+        super().__init__(base_layer, warned, **kwargs)
         self.merged_adapters: list[str] = []
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
         self.register_load_state_dict_pre_hook(_refuse_while_merged)

@@ -32,7 +32,7 @@ from .embedding import dispatch_embedding
 from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
 from .layer import DualLoraLayer, MapLayer, dispatch_default
-from .precision import Told
+from .precision import Warned
 from .quantized import QuantizedLinear, dispatch_quantized
 
 DISPATCHERS = [dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_quantized, dispatch_default]
@@ -74,8 +74,8 @@ class DualLoraModel(BaseTuner):
                 raise ValueError(
                     "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
                     f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
-                    f"{sorted(other.target_parameters)} for adapter '{name}': which parameter a saved factor belongs "
-                    "to is told by the nesting of the wrappers."
+                    f"{sorted(other.target_parameters)} for adapter '{name}': by the nesting of the wrappers it is "
+                    "known to which parameter a saved factor belongs."
                 )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -124,8 +124,8 @@ class DualLoraModel(BaseTuner):
             if is_tied:
                 target.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
             return
-        told = vars(self).setdefault("_told", Told())
-        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "told": told}
+        warned = vars(self).setdefault("_warned", Warned())
+        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
         options |= get_quantization_kwargs(self.model)
         if parameter_name is not None:
             options["parameter_name"] = parameter_name
@@ -184,15 +184,15 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_shared_weights(adapter_names)
-            self._tell_unfinished(adapter_names)
+            self._warn_unfinished(adapter_names)
         layers = self._quantized()
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            self._tell_merge_errors(layers)
+            self._warn_merge_errors(layers)
         set_fast_paths(model)
         return model
 
-    def _tell_unfinished(self, adapter_names: list[str] | None) -> None:
+    def _warn_unfinished(self, adapter_names: list[str] | None) -> None:
         """Say that an adapter trained here is merged for good below full strength: its run was shorter than the ramp.
 
         One that is loaded for inference has said so when it was loaded, and one without a step is no accident.
@@ -214,7 +214,7 @@ class DualLoraModel(BaseTuner):
         return [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
 
     @staticmethod
-    def _tell_merge_errors(layers: list[QuantizedLinear]) -> None:
+    def _warn_merge_errors(layers: list[QuantizedLinear]) -> None:
         errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
         if errors:
             warnings.warn(
@@ -238,7 +238,7 @@ class DualLoraModel(BaseTuner):
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
         """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
         if self._replicates_layers:
-            return  # refused in words of its own
+            return  # has an error of its own
         holders: dict[int, list[nn.Module]] = {}
         layers: dict[nn.Module, DualLoraLayer] = {}
         for module in self.model.modules():
@@ -267,7 +267,7 @@ class DualLoraModel(BaseTuner):
                         f"({', '.join(sorted(own))} and {', '.join(sorted(theirs))}) differ: no one weight gives what "
                         "the unmerged model gives. " + way_out
                     )
-                layer.told.once(
+                layer.warned.once(
                     f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "
                     "weight and has no update of its own: the merged model differs from the unmerged one. " + way_out
                 )
@@ -324,7 +324,7 @@ class DualLoraModel(BaseTuner):
                 if added:
                     layer.unmerge(added)
             raise
-        self._tell_merge_errors(self._quantized())
+        self._warn_merge_errors(self._quantized())
 
     def add_weighted_adapter(
         self,

@@ -18,11 +18,11 @@ from ..core.reference import Factors
 FACTOR_DTYPES = (torch.float32, torch.float64)
 
 
-class Told(set[str]):
-    """What one model's layers have warned of, each of which would otherwise say it again. A copy has told nothing."""
+class Warned(set[str]):
+    """What one model's layers have warned of, each of which would otherwise say it again. A copy has warned nothing."""
 
-    def __reduce__(self) -> tuple[type[Told], tuple[()]]:
-        return Told, ()
+    def __reduce__(self) -> tuple[type[Warned], tuple[()]]:
+        return Warned, ()
 
     def once(self, message: str) -> None:
         """Warn, unless that was said before."""
@@ -31,19 +31,19 @@ class Told(set[str]):
             warnings.warn(message, UserWarning, stacklevel=3)
 
 
-def claim(factors: Iterable[torch.Tensor]) -> None:
+def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:
     """Remember that these parameters are the stored values themselves, not somebody's working copy."""
     for factor in factors:
         factor._dual_lora_stored = True  # type: ignore[attr-defined]
 
 
-def in_fp32(factors: Factors, told: Told) -> Factors:
+def in_fp32(factors: Factors, warned: Warned) -> Factors:
     """The factors in fp32 (or fp64), with one warning where that was not so."""
     low = [f for f in factors if f.dtype not in FACTOR_DTYPES]
     if not low:
         return factors
     if all(hasattr(f, "_dual_lora_stored") for f in low):
-        told.once(
+        warned.once(
             f"Dual LoRA's factors were cast to {low[0].dtype} by foreign code and are fp32 again, without the bits "
             "that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in fp32; "
             "the base may have any dtype."
@@ -51,7 +51,7 @@ def in_fp32(factors: Factors, told: Told) -> Factors:
         for factor in low:
             factor.data = factor.data.float()
         return factors
-    told.once(
+    warned.once(
         f"Mixed precision of the sharded model rounds Dual LoRA's factors to {low[0].dtype} in every step, which flips "
         "signs and changes ΔW by some 4.6 %. Load the base model in bf16 and leave FSDP2's MixedPrecisionPolicy "
         "(accelerate: mixed_precision) off: the base then computes in bf16 and the factors stay fp32."

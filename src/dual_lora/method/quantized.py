@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from ..core import dispatch
 from ..core.blocked import Adapter, RowSource
 from ..core.dispatch import autocast_dtype
+from ..core.handle import Handle, handle
 from ..core.op import dual_lora_linear, through_rows
-from ..core.ticket import Ticket, ticket
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import Linear, is_exporting, is_plain
@@ -50,20 +50,20 @@ class QuantizedLinear(Linear):
         self.quantization_backend: Any = backend
         self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
         self._kept: Any = None
-        self._ticket = self._new_ticket()
+        self._handle = self._new_handle()
 
     @torch.inference_mode(False)
-    def _new_ticket(self) -> Ticket:
+    def _new_handle(self) -> Handle:
         """For the weight as it is at the time of a pass: libraries repack and replace what the base layer holds."""
         base: Any = self.base_layer
-        return ticket(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
+        return handle(partial(row_source, base, self.quantization_backend), (base.out_features, base.in_features))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_ticket"}
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ticket = self._new_ticket()  # a copy has a weight of its own
+        self._handle = self._new_handle()  # a copy has a weight of its own
 
     def _matrix_shape(self) -> tuple[int, int]:
         base: Any = self.get_base_layer()
@@ -99,7 +99,7 @@ class QuantizedLinear(Linear):
             return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         adapters = [self.adapter(name) for name in names]
-        y = dual_lora_linear(x, self._ticket, bias, adapters, self._loss_scale(names, x))
+        y = dual_lora_linear(x, self._handle, bias, adapters, self._loss_scale(names, x))
         return y if autocast is not None else y.to(given)
 
     def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
@@ -113,7 +113,7 @@ class QuantizedLinear(Linear):
         """The base's forward; with the dequantised weight's gradient where the library's own stops."""
         base: Any = self.base_layer
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
-            return through_rows(x, base(x.detach(), *args, **kwargs), self._ticket)
+            return through_rows(x, base(x.detach(), *args, **kwargs), self._handle)
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
@@ -131,7 +131,7 @@ class QuantizedLinear(Linear):
                 "the adapter on it and merge there."
             )
         composed_weights.drop(self)
-        torch.autograd.graph.increment_version(self._ticket.number)  # a graph that waits for its backward would read on
+        torch.autograd.graph.increment_version(self._handle.number)  # a graph that waits for its backward would read on
         kept = _Kept.of(self) if self._kept is None else self._kept
         kept.restore(self)
         self._kept, self.merge_error = None, None

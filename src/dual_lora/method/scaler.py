@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.dispatch import autocast_dtype
-from .precision import Told
+from .precision import Warned
 
 _current: torch.amp.GradScaler | None = None
 
@@ -67,8 +67,8 @@ def loss_scale(device: torch.device) -> Tensor | None:
     return present.to(device=device, dtype=torch.float32, copy=True)
 
 
-def check_clip_is_safe(operand: Tensor, training: bool, told: Told) -> None:
-    """Refuse `clip` in fp16 with an unknown scaler, in words; in eval mode, mostly evaluation, warn.
+def check_clip_is_safe(operand: Tensor, training: bool, warned: Warned) -> None:
+    """Raise RuntimeError for `clip` in fp16 with an unknown scaler; in eval mode, mostly evaluation, warn.
 
     operand: what the layer computes with where autocast is off.
     """
@@ -83,7 +83,7 @@ def check_clip_is_safe(operand: Tensor, training: bool, told: Told) -> None:
             "'hardtanh', which are indifferent to scale."
         )
     if not torch.compiler.is_compiling():
-        told.once(
+        warned.once(
             "A Dual LoRA model in eval mode runs in fp16 with gradients. To evaluate, use torch.no_grad(). "
             "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
             "'clip' estimator would otherwise clip scaled gradients."

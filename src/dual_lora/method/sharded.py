@@ -28,7 +28,7 @@ from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.op import dual_lora_linear
 from ..core.reference import Factors
-from .swapped import swapped
+from .replaced import replaced
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -111,7 +111,7 @@ def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> 
     for name in names:
         agree(base.weight, layer._stored(name))
     values = {"weight": _StandIn(layer, names, with_base)} | ({} if with_base else {"bias": None})
-    with swapped(base, values):
+    with replaced(base, values):
         return layer.base_layer(x)
 
 

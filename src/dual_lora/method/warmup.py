@@ -1,4 +1,4 @@
-"""The clock of the warm-up: λ rises with the optimizer's steps, without a call by the user.
+"""The step counter of the warm-up: λ rises with the optimizer's steps, without a call by the user.
 
 One global hook runs after every optimizer step. A layer's adapter is counted by the optimizer that holds its first
 trainable factor in the order B, A, D, C. Of steps inside a step (a wrapper's, ZeroRedundancyOptimizer's, a subclass's)
@@ -24,15 +24,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from .cache import composed_weights
-from .precision import Told
+from .precision import Warned
 
 if TYPE_CHECKING:
     from .factors import FactorsLayer
 
 # Steps after which a suspicion is spoken out. The first step has λ = 0 and gradients of zero by definition.
 OWN_STEPS_WATCHED = 4
-FOREIGN_STEPS_BORNE = 10
-BACKWARDS_BORNE = 100
+FOREIGN_STEPS_ALLOWED = 10
+BACKWARDS_ALLOWED = 100
 
 # What runs an optimizer's `step` between its hooks; the local variable `self` is the optimizer.
 _STEP = Optimizer.profile_hook_step(Optimizer.step).__code__  # type: ignore[attr-defined]
@@ -61,11 +61,11 @@ class _Record:
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDictionary()
 _inside: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()  # held by optimizers inside it
-_told: weakref.WeakKeyDictionary[Optimizer, Told] = weakref.WeakKeyDictionary()  # once a run, not once a layer
+_warned: weakref.WeakKeyDictionary[Optimizer, Warned] = weakref.WeakKeyDictionary()  # once a run, not once a layer
 
 
 def watch(layer: FactorsLayer) -> None:
-    """Put a layer on the clock's list; it leaves by itself."""
+    """Let a layer's steps be counted, until its warm-up is over."""
     _layers.add(layer)
     for adapter in layer.adapter_names():
         factors = layer.trainable_factors(adapter)
@@ -129,8 +129,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                         _check_gradients(optimizer, adapter, factors, record.steps)
             elif factors[0].grad is not None:
                 record.foreign += 1
-                if record.foreign == FOREIGN_STEPS_BORNE:
-                    _told.setdefault(optimizer, Told()).once(
+                if record.foreign == FOREIGN_STEPS_ALLOWED:
+                    _warned.setdefault(optimizer, Warned()).once(
                         f"The factors of the Dual LoRA adapter {adapter!r} get gradients, but in {record.foreign} "
                         "optimizer steps no optimizer held them: they do not move and their warm-up does not advance. "
                         "Build the optimizer from the model's trainable parameters after the adapter was added (and "
@@ -178,12 +178,12 @@ class _Backward:
             return
         record = _record(layer, self._adapter)
         record.backwards += 1
-        if record.backwards == BACKWARDS_BORNE:
+        if record.backwards == BACKWARDS_ALLOWED:
             for other in _layers:
                 for seen in _records.get(other, {}).values():
-                    seen.backwards = BACKWARDS_BORNE  # told for all of them
+                    seen.backwards = BACKWARDS_ALLOWED  # told for all of them
             warnings.warn(
-                f"Gradients of the Dual LoRA adapter {self._adapter!r} were computed {BACKWARDS_BORNE} times without "
+                f"Gradients of the Dual LoRA adapter {self._adapter!r} were computed {BACKWARDS_ALLOWED} times without "
                 f"an optimizer step, and its warm-up waits for {layer.steps_left(self._adapter)} more. If you write to "
                 "the parameters yourself, or by an optimizer that is no torch.optim.Optimizer, call "
                 "`dual_lora.count_step(model)` after every update, or set warmup_steps=0. If you accumulate as many "
@@ -196,13 +196,13 @@ class _Backward:
 def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], steps: int) -> None:
     grads = [f.grad for f in factors if f.grad is not None]
     if not grads:
-        _told.setdefault(optimizer, Told()).once(
+        _warned.setdefault(optimizer, Warned()).once(
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
             "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
     elif not any(bool(g.any()) for g in grads):
-        _told.setdefault(optimizer, Told()).once(
+        _warned.setdefault(optimizer, Warned()).once(
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
         )

@@ -1,6 +1,6 @@
 """What an operator uses inside itself while it runs, invisible to a dispatch mode.
 
-Dual LoRA's operator on a CPU works in panels and tiles of the weight (`core/blocked.py`), on a GPU it composes one
+Dual LoRA's operator on a CPU works in blocks and tiles of the weight (`core/blocked.py`), on a GPU it composes one
 whole weight at a time (`core/triton_linear.py`). Where fp32 products go to oneDNN (`core/product.py`) each of them
 comes in memory of its own, beside the buffer that waits for it.
 
@@ -43,10 +43,10 @@ def _copies(weight: Any, on: str) -> int:
 
 
 def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
-    """The composed panel, the tiles, and y of the panel where it comes in memory of its own."""
+    """The composed block, the tiles, and y of the block where it comes in memory of its own."""
     if on == "gpu":
         return O * I * itemsize
-    rows = _part(O, CPU.panel // itemsize // I)
+    rows = _part(O, CPU.block // itemsize // I)
     y = T * rows * itemsize if _own_memory(itemsize) else 0
     return rows * I * itemsize + _tiles(rows, I, itemsize) + y
 
@@ -54,20 +54,20 @@ def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
 def backward_bytes(
     T: int, O: int, I: int, itemsize: int, on: str, need_x: bool = True, need_factors: bool = True
 ) -> int:
-    """The composed panel and that of the gradient, the tiles, and the copies that oneDNN takes and gives."""
+    """The composed block and that of the gradient, the tiles, and the copies that oneDNN takes and gives."""
     if on == "gpu":
         return O * I * itemsize * need_x
-    cols = _part(I, CPU.panel // itemsize // O)
+    cols = _part(I, CPU.block // itemsize // O)
     own = _own_memory(itemsize)
-    panels = need_x + need_factors
+    blocks = need_x + need_factors
     if own and need_factors:
-        panels += 1 + (cols < I)  # the product, and that of the panel before, which is still there
+        blocks += 1 + (cols < I)  # the product, and that of the block before, which is still there
     copies = (T * O + T * cols * need_x) * itemsize if own else 0
-    return panels * O * cols * itemsize + _tiles(O, cols, itemsize) + copies
+    return blocks * O * cols * itemsize + _tiles(O, cols, itemsize) + copies
 
 
 def _tiles(rows: int, cols: int, itemsize: int) -> int:
-    """P and Q of one tile, and where the panel is not fp32 itself its sum; all fp32."""
+    """P and Q of one tile, and where the block is not fp32 itself its sum; all fp32."""
     kept = 2 + (itemsize != 4) + 2 * _onednn()
     return kept * 4 * _part(rows, CPU.tile // cols) * cols
 

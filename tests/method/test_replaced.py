@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import nn
 
-from dual_lora.method.swapped import swapped
+from dual_lora.method.replaced import replaced
 
 
 def test_threads_take_turns_and_the_parameter_stays():
@@ -15,7 +15,7 @@ def test_threads_take_turns_and_the_parameter_stays():
     first_is_in, second_begins, results = threading.Event(), threading.Event(), {}
 
     def first():
-        with swapped(linear, {"weight": torch.zeros(3, 3)}):
+        with replaced(linear, {"weight": torch.zeros(3, 3)}):
             first_is_in.set()
             second_begins.wait()
             second_ends.join(0.2)  # it waits for this block's end, or does not
@@ -24,7 +24,7 @@ def test_threads_take_turns_and_the_parameter_stays():
     def second():
         first_is_in.wait()
         second_begins.set()
-        with swapped(linear, {"weight": torch.eye(3)}):
+        with replaced(linear, {"weight": torch.eye(3)}):
             first_ends.join(0.5)
             results["second"] = linear(x)
 
@@ -42,7 +42,7 @@ def test_threads_take_turns_and_the_parameter_stays():
 def test_one_thread_may_nest():
     linear = nn.Linear(3, 3)
     x, zeros = torch.ones(1, 3), torch.zeros(3)
-    with swapped(linear, {"weight": torch.eye(3)}), swapped(linear, {"bias": zeros}):
+    with replaced(linear, {"weight": torch.eye(3)}), replaced(linear, {"bias": zeros}):
         assert torch.equal(linear(x), x)
     assert isinstance(linear.weight, nn.Parameter)
     assert isinstance(linear.bias, nn.Parameter)

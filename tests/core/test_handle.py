@@ -1,4 +1,4 @@
-"""Tickets: operators that read a weight by rows, as a graph holds them."""
+"""Handles: operators that read a weight by rows, as a graph holds them."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from test_op import Rows
 
 from dual_lora.core import op
 from dual_lora.core.blocked import Adapter
+from dual_lora.core.handle import handle, source_of
 from dual_lora.core.op import dual_lora_linear, through_rows
 from dual_lora.core.reference import Form
-from dual_lora.core.ticket import source_of, ticket
 
 
 def opener_of(W):
@@ -18,7 +18,7 @@ def opener_of(W):
 
 
 def of(W):
-    return ticket(opener_of(W), tuple(W.shape))
+    return handle(opener_of(W), tuple(W.shape))
 
 
 def test_opcheck():
@@ -54,8 +54,8 @@ def test_one_graph_for_all_weights_of_a_shape():
     adapters = [Adapter(factors, torch.tensor(0.5), Form())]
     product = torch.compile(lambda weight: dual_lora_linear(x, weight, None, adapters), backend=counter, fullgraph=True)
     weights = [torch.randn(30, 20) for _ in range(3)]
-    tickets = [of(W) for W in weights]
-    for W, weight in zip(weights, tickets, strict=True):
+    handles = [of(W) for W in weights]
+    for W, weight in zip(weights, handles, strict=True):
         torch.testing.assert_close(product(weight), dual_lora_linear(x, W, None, adapters))
     assert counter.frame_count == 1
 
@@ -68,5 +68,5 @@ def test_a_weight_lives_as_long_as_its_ticket_or_a_graph_that_needs_it():
     del weight
     y.sum().backward()
     del y
-    with pytest.raises(RuntimeError, match=rf"weight behind ticket {int(number)} is gone.*Keep the model"):
+    with pytest.raises(RuntimeError, match=rf"weight behind handle {int(number)} is gone.*Keep the model"):
         source_of(number)

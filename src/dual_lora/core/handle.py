@@ -1,6 +1,6 @@
-"""What a graph holds of a weight that is read by rows: a ticket.
+"""What a graph holds of a weight that is read by rows: a handle.
 
-Operators take tensors, and a RowSource is none. The ticket's number is a tensor, by which an operator finds the source
+Operators take tensors, and a RowSource is none. The handle's number is a tensor, by which an operator finds the source
 when it runs. Were it a Python number, it would be a constant of the graph, and a model compiled block by block would be
 compiled for every block anew.
 """
@@ -21,30 +21,30 @@ _openers: weakref.WeakValueDictionary[int, Callable[[], RowSource]] = weakref.We
 _numbers = itertools.count()
 
 
-class Ticket(NamedTuple):
+class Handle(NamedTuple):
     """Stands for a weight [O, I] that is read by rows."""
 
     number: Tensor  # int64, 0-dim, on the CPU whatever the weight's device, so that reading it waits for nothing
     shape: tuple[int, int]
 
 
-def ticket(opener: Callable[[], RowSource], shape: tuple[int, int]) -> Ticket:
-    """A ticket for what `opener` returns, which is called once for every pass over the weight's rows.
+def handle(opener: Callable[[], RowSource], shape: tuple[int, int]) -> Handle:
+    """A handle for what `opener` returns, which is called once for every pass over the weight's rows.
 
     The number keeps the opener alive, as does a graph that has saved the number for its backward.
     """
     number = torch.tensor(next(_numbers), device="cpu")
     _openers[int(number)] = opener
     number.opener = opener  # type: ignore[attr-defined]
-    return Ticket(number, shape)
+    return Handle(number, shape)
 
 
 def source_of(number: Tensor) -> RowSource:
-    """The weight that a ticket's number stands for; RuntimeError if its owner is gone."""
+    """The weight that a handle's number stands for; RuntimeError if its owner is gone."""
     opener = _openers.get(int(number))
     if opener is None:
         raise RuntimeError(
-            f"The weight behind ticket {int(number)} is gone: its layer was deleted, or belongs to another "
+            f"The weight behind handle {int(number)} is gone: its layer was deleted, or belongs to another "
             "process, and a compiled graph still uses it. Keep the model, and compile it in the process that runs it."
         )
     return opener()

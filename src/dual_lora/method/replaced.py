@@ -16,7 +16,7 @@ _of_locks = threading.Lock()
 
 
 @contextmanager
-def swapped(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
+def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     """Let `module.<name>` be the given value (a composed tensor, or what indexes like one) inside the block.
 
     The parameters themselves, their order and whoever else holds them are not touched. Threads take turns: one that
