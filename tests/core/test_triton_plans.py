@@ -134,4 +134,4 @@ def test_what_is_not_aligned_gets_no_tile_that_would_spill(monkeypatch, dy, x):
     monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
     aligned = bf16(64, 4096)
     assert triton_gradient.tile_for(4096, 4096, 1, aligned, aligned)[:2] == (128, 256)
-    assert triton_gradient.tile_for(4096, 4096, 1, dy, x)[:2] == (128, 128)
+    assert triton_gradient.tile_for(4096, 4096, 1, dy, x)[:2] == (64, 64)

@@ -1,4 +1,4 @@
-"""Global state of the method starts afresh in every test: warnings given, layers whose steps are counted, the cache, the scaler."""
+"""Global state of the method starts afresh in every test: warnings, step counters, the cache, the scaler."""
 
 import pytest
 

@@ -27,7 +27,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """P or Q as `mm` gives it, with the bits of torch.mm: the reference and all analyses have to find the same signs."""
+    """P or Q as `mm` gives it, with the bits of torch.mm: all others have to find the same signs."""
     return mm(left, right, out) if right.shape[0] <= SAME_BITS else torch.mm(left, right, out=out)
 
 

@@ -41,7 +41,7 @@ BAND = tl.constexpr(8)
 RANKS = 16
 """Ranks of the factor gradients made at a time: the least that the matrix units take without padding."""
 
-UNALIGNED = 128 * 128  # entries of the largest tile for inputs that are not aligned
+UNALIGNED = 64 * 64  # entries of the largest tile for inputs that are not aligned
 
 # (device, bytes of an input's element): tiles, the largest first. The first that fills the device is taken.
 # 128 × 256 spills up to 480 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
