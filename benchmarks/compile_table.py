@@ -37,7 +37,7 @@ loop over matrix products.
 
 Four cells are bad. The assembler that comes with Triton 3.7.1 gives the kernel of two adapters 32 registers on sm_100,
 with a barrier between the adapters as well; with 3.9 it has 178 and spills nothing. Triton 3.4 spills 3.8 kB of the
-largest gradient tile on gfx942, and on sm_90 within the loop over tokens where inputs are not aligned; later ones do not.
+largest gradient tile on gfx942, and in the loop over tokens on sm_90 where inputs are not aligned; later ones do not.
 """
 KNOWN = {
     ("3.7.1", "sm_100", "compose, bf16, rank 16+8"),
