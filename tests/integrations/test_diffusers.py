@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers comes with pip install '.[friends]'")
+diffusers = pytest.importorskip("diffusers", reason="diffusers comes with pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
 
 

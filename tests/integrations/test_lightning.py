@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import factor
 
-pytest.importorskip("lightning", reason="Lightning comes with pip install '.[friends]'")
+pytest.importorskip("lightning", reason="Lightning comes with pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("sentence_transformers", reason="sentence-transformers comes with pip install '.[friends]'")
+pytest.importorskip("sentence_transformers", reason="sentence-transformers comes with pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
 
 AREAS = ["city centre", "riverside"]

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[friends]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
 
 
