@@ -165,6 +165,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"commitUrl": f"{server.address}/commit/1", "commitOid": "1" * 40, "success": True})
         return self.answer(404, {"error": self.path})
 
+    def do_GET(self):
+        name = self.path.removeprefix("/api/models/")
+        self.answer(200, {"id": name, "private": self.server.private, "tags": [], "siblings": []})
+
     def do_PUT(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert self.path.endswith(hashlib.sha256(body).hexdigest())
@@ -187,7 +191,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.created, server.store = {}, [], {}
+    server.files, server.created, server.store, server.private = {}, [], {}, True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -238,13 +242,35 @@ def test_push_asks_and_says_what_is_wrong(copy, hub, tmp_path):
     offline = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", tmp_path=tmp_path, HF_HUB_OFFLINE="1")
     assert offline.returncode == 1
     assert "HF_HUB_OFFLINE is set" in offline.stderr
+    hub.private = False
+    public = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", "--private", tmp_path=tmp_path)
+    assert public.returncode == 1
+    assert "is there already, and public" in public.stderr
     assert hub.files == {}
+
+
+def test_push_leaves_class_names_as_they_are():
+    from dual_lora.lab.run.push import _clean_note
+
+    recipe = {
+        "about": "",
+        "method": {"name": "lora"},
+        "model": {"path": "/m"},
+        "train": {},
+        "data": {"train": "/d/x.tsv"},
+    }
+    note = _clean_note({"recipe": recipe, "classes": ["/m/01g317", "/m/04bcr3"]}, "org/tiny")
+    assert note["classes"] == ["/m/01g317", "/m/04bcr3"]
+    assert note["recipe"]["data"]["train"] == "x.tsv"
+    assert recipe["model"]["path"] == "/m"
 
 
 def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
     with pytest.raises(UserError, match="give its name on the hub"), prepared(copy, "me/warm"):
         pass
     with pytest.raises(UserError, match="expected OWNER/NAME"), prepared(copy, "warm", base_model="org/tiny"):
+        pass
+    with pytest.raises(UserError, match="its name on the hub"), prepared(copy, "me/warm", base_model="./tiny"):
         pass
     with pytest.raises(UserError, match="is not a run"), prepared(tmp_path, "me/warm", base_model="org/tiny"):
         pass

@@ -19,7 +19,7 @@ from dual_lora.lab.amounts import duration, size
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.public import cell, hub_name, public, source_name
+from dual_lora.lab.run.public import cell, hub_name, is_hub_name, public, source_name
 from dual_lora.lab.run.write import write_atomically
 
 BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
@@ -63,34 +63,32 @@ def card_text(
     fresh: bool = False,
 ) -> str:
     """The card as text. earlier: a card whose metadata and own words are kept; it need not exist."""
-    before = _read(earlier, fresh)
+    before = read_card(earlier, fresh)
     ours = before is not None and BEGIN in before.text
     data = before.data if before else ModelCardData()
-    # An earlier card of ours was written when the base was there, and so it was known whether it is a folder.
-    base = base_model or (data.base_model if ours else hub_name(recipe.model.path))
-    data.base_model = base if isinstance(base, str) and hub_name(base) else None
+    base = data.base_model = known_base(before, recipe, base_model)
     data.license = licence or data.license
     record = json.loads(folder.record.read_text(encoding="utf-8"))
     results = _evaluations(folder)
     adapter = recipe.method["name"] != "full"
     data.library_name = "peft" if adapter else "transformers"
     data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
-    data.tags = _tags(data.tags or [], recipe, data.base_model, adapter)
+    data.tags = _tags(data.tags or [], recipe, base, adapter)
     data.eval_results = _index(results, recipe) or None
     data.model_name = recipe.name if data.eval_results else None
-    if data.base_model:
+    if base:
         data["base_model_relation"] = "adapter" if adapter else "finetune"
     body = "\n\n".join(
         part
         for part in (
             f"# {cell(recipe.name)}",
             cell(recipe.about),
-            _what(recipe, data.base_model, adapter),
-            _use(recipe, record, data.base_model, adapter, repo),
+            _what(recipe, base, adapter),
+            _use(recipe, record, base, adapter, repo),
             _table("Training", _training(recipe, record)),
             _scores(results),
             _table("Cost", _cost(record)),
-            _licence(data.license, data.base_model),
+            _licence(data.license, base),
             _versions(record),
         )
         if part
@@ -100,7 +98,21 @@ def card_text(
     return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
 
-def _read(file: Path, fresh: bool) -> ModelCard | None:
+def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str | None:
+    """The base model's name on the hub: what is given, else what an earlier card of ours says, else the recipe's.
+
+    An earlier card was written when the base was there, and so it was known whether a name is that of a folder.
+    """
+    if given is not None:
+        if not is_hub_name(given):
+            raise UserError(f"The base model is {given!r}, expected its name on the hub: OWNER/NAME.")
+        return given
+    if card is not None and BEGIN in card.text:
+        return card.data.base_model if isinstance(card.data.base_model, str) else None
+    return hub_name(recipe.model.path)
+
+
+def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
     """A card that is there. One that cannot be read, and one of somebody else's whole text, is an error."""
     if not file.is_file():
         return None

@@ -12,7 +12,7 @@ _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
-_HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
 REMOVED = "(removed)"
 
 
@@ -33,8 +33,11 @@ def source_name(source: str) -> str:
     return " + ".join(public(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a hub could have a model of that name."""
+    return _HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
+
+
 def hub_name(path: str) -> str | None:
     """The name of a model on the hub; None for a folder, a file or a package on this machine."""
-    if path.startswith(("package:", ".", "~", "/")) or path.endswith(".gguf") or Path(path).exists():
-        return None
-    return path if _HUB_NAME.fullmatch(path) else None
+    return path if is_hub_name(path) and not Path(path).exists() else None

@@ -15,10 +15,9 @@ from typing import Any
 import dual_lora
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.hub_card import card_text
-from dual_lora.lab.run.public import REMOVED, hub_name, public, source_name
+from dual_lora.lab.run.hub_card import card_text, known_base, read_card
+from dual_lora.lab.run.public import REMOVED, public, source_name
 
 # What PEFT, transformers, their tokenizers and the laboratory write beside weights.
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
@@ -68,10 +67,10 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
         raise UserError(f"The repository is {repo!r}, expected OWNER/NAME.")
     folder, recipe = finished_run(run), read_recipe(run)
     result: Path = folder.result  # type: ignore[assignment]  (finished_run has looked)
-    base = base_model or hub_name(recipe.model.path)
-    if base is None or hub_name(base) is None:
+    base = known_base(read_card(result / "README.md"), recipe, base_model)
+    if base is None:
         raise UserError(
-            f"The run's base model is {base or recipe.model.path}, which others don't have: give its name on the hub "
+            f"The run's base model is {recipe.model.path}, which others don't have: give its name on the hub "
             "with --base-model, for example --base-model HuggingFaceTB/SmolLM2-135M."
         )
     with TemporaryDirectory() as space:
@@ -83,13 +82,13 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
                 shutil.copyfile(file, target / file.name)
             elif file.name in SETTINGS:
                 values = json.loads(file.read_text(encoding="utf-8"))
-                clean = _clean_note(values, base) if file.name == "lab.json" else _clean_settings(values, recipe, base)
+                clean = _clean_note(values, base) if file.name == "lab.json" else _clean_settings(values, base)
                 (target / file.name).write_text(
                     json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
                 )
         text = card_text(folder, recipe, result / "README.md", base_model=base, licence=licence, repo=repo)
         (target / "README.md").write_text(text, encoding="utf-8")
-        _check(target)
+        _check(target, run)
         yield Upload(target, repo, {file.name: file.stat().st_size for file in sorted(target.iterdir())})
 
 
@@ -101,6 +100,8 @@ def upload(ready: Upload, *, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(ready.repo, private=private, exist_ok=True)
+        if private and not api.model_info(ready.repo).private:
+            raise UserError(f"{ready.repo} is there already, and public: leave out --private, or give another name.")
         done = api.upload_folder(
             repo_id=ready.repo, folder_path=ready.folder, commit_message=f"Upload by dual-lora {dual_lora.__version__}"
         )
@@ -112,12 +113,11 @@ def upload(ready: Upload, *, private: bool = False) -> str:
     return str(done.commit_url)
 
 
-def _clean_settings(values: dict[str, Any], recipe: Recipe, base: str) -> dict[str, Any]:
+def _clean_settings(values: dict[str, Any], base: str) -> dict[str, Any]:
     """A configuration whose top level names the base by its hub name, and no path of this machine."""
-    found = {
-        key: public(value) if isinstance(value, str) and key != "chat_template" else value
-        for key, value in values.items()
-    }
+    found = {key: _without_paths(value) if isinstance(value, str) else value for key, value in values.items()}
+    if "chat_template" in values:
+        found["chat_template"] = values["chat_template"]  # a program, in which a slash is no path
     for key in ("base_model_name_or_path", "name_or_path", "_name_or_path"):
         if values.get(key):
             found[key] = base
@@ -125,15 +125,20 @@ def _clean_settings(values: dict[str, Any], recipe: Recipe, base: str) -> dict[s
 
 
 def _clean_note(note: dict[str, Any], base: str) -> dict[str, Any]:
-    """The laboratory's note with the base's hub name, and records by their names alone."""
-    recipe = _without_paths(note["recipe"])
+    """The laboratory's note with the base's hub name, and records by their names alone.
+
+    Class names, choices and patterns stay as they are: a slash in them is no path.
+    """
+    recipe = {key: dict(value) if isinstance(value, dict) else value for key, value in note["recipe"].items()}
+    for key in ("about", "method", "origin"):
+        recipe[key] = _without_paths(recipe.get(key))
+    recipe["train"]["arguments"] = _without_paths(recipe["train"].get("arguments", {}))
     recipe["model"]["path"] = base
-    data = note["recipe"]["data"]
     for key in ("train", "test", "validation"):
-        if data.get(key):
-            recipe["data"][key] = source_name(data[key])
-    recipe["data"]["tests"] = {name: source_name(source) for name, source in (data.get("tests") or {}).items()}
-    return {**_without_paths(note), "recipe": recipe}
+        if recipe["data"].get(key):
+            recipe["data"][key] = source_name(recipe["data"][key])
+    recipe["data"]["tests"] = {name: source_name(at) for name, at in (recipe["data"].get("tests") or {}).items()}
+    return {**note, "recipe": recipe}
 
 
 def _without_paths(value: Any) -> Any:
@@ -144,11 +149,12 @@ def _without_paths(value: Any) -> Any:
     return public(value) if isinstance(value, str) else value
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, run: Path) -> None:
     """The last look at every text but the vocabulary, in which anything may stand."""
+    places = [f"{place}/" for place in (Path.home(), run.resolve().parent) if len(place.parts) > 1]
     for file in folder.iterdir():
         if file.suffix not in {".json", ".md"} or file.name in VOCABULARY:
             continue
         text = file.read_text(encoding="utf-8")
-        if str(Path.home()) + "/" in text or REMOVED in text:
-            raise UserError(f"{file.name} would carry a path in your home folder or a token: mend the run's recipe.")
+        if REMOVED in text or any(place in text for place in places):
+            raise UserError(f"{file.name} would carry a path of this machine or a token: mend the run's recipe.")
