@@ -64,7 +64,8 @@ def pages() -> dict[str, str]:
 
 def _page(*parts: str) -> str:
     title, _, rest = parts[0].partition("\n")
-    return "\n\n".join([title, GENERATED, rest.strip(), *parts[1:]]).rstrip() + "\n"
+    text = "\n\n".join([title, GENERATED, rest.strip(), *parts[1:]]).rstrip() + "\n"
+    return text.replace("][", "]\\[")  # "NAME[,SUBSET][:SPLIT]" is no link
 
 
 def _commands() -> str:

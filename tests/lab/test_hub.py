@@ -162,7 +162,8 @@ class Hub(BaseHTTPRequestHandler):
                     server.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
                 elif item["key"] == "lfsFile":
                     server.files[item["value"]["path"]] = server.store[item["value"]["oid"]]
-            return self.answer(200, {"commitUrl": f"{server.address}/commit/1", "commitOid": "1" * 40, "success": True})
+            address = server.address + self.path.removeprefix("/api/models").replace("/commit/main", "/commit/1")
+            return self.answer(200, {"commitUrl": address, "commitOid": "1" * 40, "success": True})
         return self.answer(404, {"error": self.path})
 
     def do_GET(self):

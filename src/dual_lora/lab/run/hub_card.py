@@ -65,7 +65,7 @@ def card_text(
     """The card as text. earlier: a card whose metadata and own words are kept; it need not exist."""
     before = read_card(earlier, fresh)
     ours = before is not None and BEGIN in before.text
-    data = before.data if before else ModelCardData()
+    data: Any = before.data if before else ModelCardData()
     base = data.base_model = known_base(before, recipe, base_model)
     data.license = licence or data.license
     record = json.loads(folder.record.read_text(encoding="utf-8"))
@@ -108,7 +108,8 @@ def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str
             raise UserError(f"The base model is {given!r}, expected its name on the hub: OWNER/NAME.")
         return given
     if card is not None and BEGIN in card.text:
-        return card.data.base_model if isinstance(card.data.base_model, str) else None
+        said = card.data.get("base_model")
+        return said if isinstance(said, str) else None
     return hub_name(recipe.model.path)
 
 
