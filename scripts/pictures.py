@@ -62,7 +62,8 @@ def forest(results: dict[str, Any]) -> str:
             f"{row['difference']:+.4f} {escape(word)}</text>",
         ]
     for value in (-margin, 0.0, margin):
-        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{value:+g}</text>')
+        shown = f"{value:+g}" if value else "0"
+        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{shown}</text>')
     parts.append(
         f'<text x="{x(0):.1f}" y="{bottom + 38}" text-anchor="middle" fill="#666">grey: the margin, too small to matter'
         "</text>"
@@ -92,6 +93,7 @@ def _without_fonts() -> str:
     from rich._export_format import CONSOLE_SVG_FORMAT
 
     plain = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.S)
+    plain = plain.replace("<!-- Generated with Rich https://www.textualize.io -->", "")
     return plain.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, monospace")
 
 

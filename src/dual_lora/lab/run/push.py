@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import dual_lora
 from dual_lora.lab.errors import UserError
@@ -66,7 +66,7 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
     if not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is {repo!r}, expected OWNER/NAME.")
     folder, recipe = finished_run(run), read_recipe(run)
-    result: Path = folder.result  # type: ignore[assignment]  (finished_run has looked)
+    result = cast(Path, folder.result)  # finished_run has looked
     base = known_base(read_card(result / "README.md"), recipe, base_model)
     if base is None:
         raise UserError(
