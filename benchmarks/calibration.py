@@ -1,7 +1,7 @@
 """How often the laboratory's verdicts are wrong, by simulation through its own functions.
 
 python -m benchmarks.calibration              # print the tables; some minutes on one core
-python -m benchmarks.calibration --write      # ... into docs/calibration.md
+python -m benchmarks.calibration --write      # ... into docs/explanation/calibration.md
 
 Every table of differences is drawn without a true difference, or with a known one. Levels are those of one comparison
 at 5 %, and of a study of ten: ten times the level at 0.5 %, which bounds Holm's procedure whatever comparisons share.
@@ -21,7 +21,7 @@ from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "calibration.md"
+PAGE = ROOT / "docs" / "explanation" / "calibration.md"
 SEEDS, ITEMS = (2, 3, 5, 8), (20, 200, 2000)
 SEED_SQUARES = (
     0.0,

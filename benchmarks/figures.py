@@ -1,4 +1,4 @@
-"""The README's figures, taken from the ledger: `python -m benchmarks.figures` writes them anew, a test compares."""
+"""The table of docs/explanation/cost.md, from the ledger: `python -m benchmarks.figures` writes it, a test compares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from . import gates, ledger
 from .measure import QUIET_SHARE
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "cost.md"
 BEGIN, END = "<!-- figures: written by python -m benchmarks.figures -->", "<!-- end of figures -->"
 THREADS = 1
 
@@ -74,7 +74,7 @@ def table(rows: Iterable[Mapping[str, Any]], whole: bool = True) -> str:
     lines += [
         "",
         f"Ratios of medians, one thread, r = 32 in all methods, {devices}, {days} (`make bench`; every run is a row of",
-        "[`benchmarks/ledger.jsonl`](benchmarks/ledger.jsonl)).",
+        "[`benchmarks/ledger.jsonl`](../../benchmarks/ledger.jsonl)).",
     ]
     if not whole:
         lines += ["", "Figures in bf16 say how many products each method has, and how slow they are there: use fp32."]
@@ -84,24 +84,24 @@ def table(rows: Iterable[Mapping[str, Any]], whole: bool = True) -> str:
         lines += [
             "",
             "In fp32 our products run on oneDNN there, the other methods' on torch's MKL, which is slower on it:",
-            "part of the ratio is the library's ([floor](benchmarks/README.md)).",
+            "part of the ratio is the library's ([floor](../../benchmarks/README.md)).",
         ]
     return "\n".join(lines)
 
 
-def written(readme: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The README's text with the table between its two marks replaced. Raises ValueError where a mark is missing."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"The README needs the lines {BEGIN!r} and {END!r} once each.")
+def written(page: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The page's text with the table between its two marks replaced. Raises ValueError where a mark is missing."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"{PAGE.name} needs the lines {BEGIN!r} and {END!r} once each.")
     return re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{tables(rows)}\n{END}", readme, flags=re.S
+        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{tables(rows)}\n{END}", page, flags=re.S
     )
 
 
 def main() -> int:
-    """Write the README's table; returns 0."""
-    text = README.read_text(encoding="utf-8")
-    README.write_text(written(text, ledger.read()), encoding="utf-8")
+    """Write the page's table; returns 0."""
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(written(text, ledger.read()), encoding="utf-8")
     return 0
 
 

@@ -67,9 +67,9 @@ def main(folder: Path) -> None:
     """Draw every curve that the ledger has."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in newest(list(ledger.read())).items():
-        (folder / f"{name}.svg").write_text(draw(name, rows), encoding="utf-8")
-        print(folder / f"{name}.svg")
+        (folder / f"cost-{name}.svg").write_text(draw(name, rows), encoding="utf-8")
+        print(folder / f"cost-{name}.svg")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "curves")
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent / "docs" / "pictures")

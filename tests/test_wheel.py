@@ -41,6 +41,16 @@ def run(*command):
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, cwd="/")
 
 
+def test_the_version_stands_in_one_place(wheel):
+    import dual_lora
+
+    version = dual_lora.__version__
+    assert wheel.name == f"dual_lora-{version}-py3-none-any.whl"
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    about = zipfile.ZipFile(wheel).read(f"dual_lora-{version}.dist-info/METADATA").decode()
+    assert "Classifier: Typing :: Typed" in about
+
+
 def test_it_imports_where_nothing_else_is(empty):
     code = "import sys, dual_lora; print(dual_lora.__version__, 'torch' in sys.modules, dual_lora.__file__)"
     done = run(empty / "python", "-c", code)

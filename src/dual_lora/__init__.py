@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .method.scaler import grad_scaler
     from .method.warmup import count_step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "DualLoraConfig": ".method.config",

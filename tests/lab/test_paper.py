@@ -153,7 +153,7 @@ def test_marked_yaml_is_the_same_yaml():
 
 
 def test_the_documented_tables_are_the_recipes(fitted):
-    lines = (Path(__file__).parents[2] / "docs/paper.md").read_text(encoding="utf-8").splitlines()
+    lines = (Path(__file__).parents[2] / "docs/reference/paper.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
     glue = {row[0]: row for row in rows if row[0].startswith("glue-") and row[0] in PAPER}
     assert set(glue) == {name for name in PAPER if name.startswith("glue-") and "twin" not in name}

@@ -13,7 +13,7 @@ METHODS = ["steps_left", "warmup_factor", "set_scale"]
 
 
 def text():
-    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    return "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 
 
 @pytest.mark.parametrize("name", [*NAMES, *METHODS, "DUAL_LORA_KERNELS"])

@@ -1,7 +1,7 @@
 """Products of two matrices, in fp32 on a CPU by the library that is faster there.
 
 torch.mm calls MKL, which uses AVX-512 on its maker's processors alone. On others oneDNN, which torch carries as well
-and uses for bf16, takes half the time (docs/performance-notes.md). Everywhere else this is
+and uses for bf16, takes half the time (docs/explanation/performance-notes.md). Everywhere else this is
 torch.mm.
 """
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dual_lora.lab.run.record import device_name
 
 # Beside what the package needs: what it works with where it is there.
-FRIENDS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")
+INTEGRATIONS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")
 
 
 class Installed(NamedTuple):
@@ -34,7 +34,7 @@ def packages() -> list[Installed]:
         else:
             needed.setdefault(requirement.name, requirement)
     own = [name for name, requirement in needed.items() if requirement.marker is None]
-    return [_installed(name, needed.get(name)) for name in (*own, *FRIENDS)]
+    return [_installed(name, needed.get(name)) for name in (*own, *INTEGRATIONS)]
 
 
 def _installed(name: str, requirement: object) -> Installed:

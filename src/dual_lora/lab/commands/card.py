@@ -14,6 +14,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dual_lora.lab.amounts import duration as duration
+from dual_lora.lab.amounts import size as size
+
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
     """Print ``result`` as one line if ``as_json``, else the card; of several processes only the first one speaks."""
@@ -43,21 +46,3 @@ def figures_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def size(count: float) -> str:
-    """Bytes for people: 9.8 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 3 min 20 s."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -162,7 +162,7 @@ class EvaluatePart(Part):
     compare: Literal["text", "json"] = Field("text", description="exact_match: equal text, or equal JSON value.")
     per_token: bool = Field(False, description="choice: mean instead of summed log-likelihood of a choice's tokens.")
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=Task | list[Task])
     @classmethod
     def _one_task_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

@@ -24,6 +24,7 @@ from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
+from dual_lora.lab.run.hub_card import write_card
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
@@ -182,6 +183,8 @@ def _train(
     if main:
         record |= {"state": result.state, "result": result.summary()}
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+        if result.state == "finished":
+            write_card(folder, recipe, fresh=True)
     return result
 
 

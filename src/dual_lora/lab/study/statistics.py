@@ -18,7 +18,7 @@ quantile t of its own degrees of freedom:
 This holds its level whatever the true parts are: the distribution function F of a squared standard normal is concave,
 so E F(Σ w t² χ²/df) ≥ Σ w E F(t² χ²/df) = 1 - level for shares w of the two parts. One pooled error with
 Satterthwaite's degrees of freedom does not: where three seeds happen to agree it takes N - 1 for S - 1, and its level
-of 0.005 is 0.04 in truth (docs/calibration.md).
+of 0.005 is 0.04 in truth (docs/explanation/calibration.md).
 
 Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schuirmann 1987 (two one-sided tests),
 Holm 1979.

@@ -155,7 +155,7 @@ class Study(Part):
     power: float = Field(0.8, gt=0.5, lt=1, description="Chance meant by the smallest visible difference.")
     cost: bool = Field(True, description="Measure merge time and inference slow-down on each method's first seed.")
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks", mode="before", json_schema_input_type=str | list[str] | dict[str, str | TaskEntry])
     @classmethod
     def _names_are_tasks(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -173,19 +173,19 @@ class Study(Part):
             else value
         )
 
-    @field_validator("methods", mode="before")
+    @field_validator("methods", mode="before", json_schema_input_type=list[str] | dict[str, MethodEntry | None])
     @classmethod
     def _names_are_methods(cls, value: Any) -> Any:
         if isinstance(value, list):
             value = {str(name): {} for name in value}
         return {k: v or {} for k, v in value.items()} if isinstance(value, dict) else value
 
-    @field_validator("seeds", mode="before")
+    @field_validator("seeds", mode="before", json_schema_input_type=int | list[int])
     @classmethod
     def _count_is_seeds(cls, value: Any) -> Any:
         return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
 
-    @field_validator("margin", mode="before")
+    @field_validator("margin", mode="before", json_schema_input_type=float | dict[str, float])
     @classmethod
     def _one_margin(cls, value: Any) -> Any:
         return dict.fromkeys(METRICS, value) if isinstance(value, int | float) else value

@@ -1,0 +1,135 @@
+"""The documentation's pictures: `python -m scripts.pictures` draws them all, `… forest demo` some.
+
+forest  a study's verdicts, from its committed results
+demo    the demo's last screen, from the record of a real one (docs/pictures/demo.json; `… demo FOLDER` takes a new one)
+report  the report as Chromium shows it, if Chromium is installed
+costs   the ledger's curves
+update.svg and gradient.svg are drawn by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "docs" / "pictures"
+STUDY = ROOT / "results" / "studies" / "methods-encoder" / "results.json"
+REPORT = ROOT / "results" / "report.html"
+
+WIDTH, LEFT, RIGHT, TOP, LINE = 760, 110, 190, 64, 34
+COLOURS = {"equivalent": "#0b6e4f", "better": "#1d4ed8", "worse": "#b91c1c"}
+
+
+def forest(results: dict[str, Any]) -> str:
+    """Every comparison of a study as a line with its interval, and the margin as a strip around zero."""
+    rows = results["comparisons"]
+    study, first = results["study"], rows[0]
+    margin = study["margin"].get(first["metric"], 0.0)
+    reach = 1.1 * max(margin, *(abs(row[end]) for row in rows for end in ("low", "high", "difference")))
+    height = TOP + LINE * len(rows) + 56
+
+    def x(value: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (value + reach) / (2 * reach)
+
+    bottom = TOP + LINE * len(rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" font-size="13" '
+        f'font-family="system-ui, sans-serif"><title>{escape(study["question"])}</title>',
+        f'<rect width="{WIDTH}" height="{height}" rx="12" fill="#fbfbfa"/>',
+        f'<text x="20" y="26" font-size="15">Difference from {escape(first["reference"])} in '
+        f"{escape(first['metric'])}, {first['confidence']:.0%} intervals</text>",
+        f'<text x="20" y="46" fill="#666">{escape(study["name"])}: {escape(study["question"])}</text>',
+        f'<rect x="{x(-margin):.1f}" y="{TOP}" width="{x(margin) - x(-margin):.1f}" height="{bottom - TOP}" '
+        'fill="#e5e7eb"/>',
+        f'<line x1="{x(0):.1f}" x2="{x(0):.1f}" y1="{TOP}" y2="{bottom}" stroke="#444"/>',
+    ]
+    for k, row in enumerate(rows):
+        y = TOP + LINE * (k + 0.5)
+        word = row["verdict"]
+        colour = next((c for name, c in COLOURS.items() if name in word), "#444")
+        parts += [
+            f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(row["candidate"])}</text>',
+            f'<line x1="{x(row["low"]):.1f}" x2="{x(row["high"]):.1f}" y1="{y}" y2="{y}" stroke="{colour}" '
+            'stroke-width="2.5"/>',
+            f'<circle cx="{x(row["difference"]):.1f}" cy="{y}" r="4.5" fill="{colour}"/>',
+            f'<text x="{WIDTH - RIGHT + 14}" y="{y + 4}" fill="{colour}">'
+            f"{row['difference']:+.4f} {escape(word)}</text>",
+        ]
+    for value in (-margin, 0.0, margin):
+        shown = f"{value:+g}" if value else "0"
+        parts.append(f'<text x="{x(value):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#666">{shown}</text>')
+    parts.append(
+        f'<text x="{x(0):.1f}" y="{bottom + 38}" text-anchor="middle" fill="#666">grey: the margin, too small to matter'
+        "</text>"
+    )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def demo(record: dict[str, Any]) -> str:
+    """The demo's last screen as rich draws terminals, without the fonts that it would load from a network."""
+    from rich.console import Console
+    from rich.terminal_theme import MONOKAI
+
+    from dual_lora.lab.commands.demo import _card
+    from dual_lora.lab.demo import DemoResult
+
+    with open("/dev/null", "w", encoding="utf-8") as nowhere:
+        console = Console(record=True, width=108, file=nowhere, force_terminal=True)
+        console.print("$ make demo", style="bold")
+        console.print(_card(DemoResult(**record)))
+    return console.export_svg(title="dual-lora demo", theme=MONOKAI, code_format=_without_fonts())
+
+
+def _without_fonts() -> str:
+    """Rich's frame of a terminal, without its `@font-face` rules."""
+    import re
+
+    from rich._export_format import CONSOLE_SVG_FORMAT
+
+    plain = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.S)
+    plain = plain.replace("<!-- Generated with Rich https://www.textualize.io -->", "")
+    return plain.replace("font-family: Fira Code, monospace", "font-family: ui-monospace, monospace")
+
+
+def report(page: Path, target: Path) -> bool:
+    """A screenshot of the report's first screen; False without Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        return False
+    flags = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,900", "--virtual-time-budget=8000"]
+    subprocess.run(
+        [chromium, *flags, f"--screenshot={target}", page.as_uri()], check=True, capture_output=True, timeout=120
+    )
+    return True
+
+
+def main(wanted: list[str]) -> int:
+    """Draw what is asked for; returns 0, or 1 if something could not be drawn."""
+    names = wanted or ["forest", "demo", "report", "costs"]
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    if "forest" in names:
+        text = forest(json.loads(STUDY.read_text(encoding="utf-8")))
+        (PICTURES / "forest.svg").write_text(text, encoding="utf-8")
+    if "demo" in names:
+        record = PICTURES / "demo.json"
+        if names[-1] not in ("forest", "demo", "report", "costs"):
+            shutil.copy(Path(names[-1]) / "demo.json", record)
+        (PICTURES / "demo.svg").write_text(demo(json.loads(record.read_text(encoding="utf-8"))), encoding="utf-8")
+    if "costs" in names:
+        from benchmarks import plot
+
+        plot.main(PICTURES)
+    if "report" in names and not report(REPORT, PICTURES / "report.png"):
+        print("The report was not drawn: it needs Chromium (apt-get install chromium).", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""What mkdocs does not do by itself: notebooks as pages, formulas as MathML, links to files outside docs/.
+
+A linked file of the repository is copied into the site (as text), a linked folder becomes plain text: the site
+needs no repository behind it. The build fails where a page would load something from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_LOADED = re.compile(
+    r"<(?:script|img|iframe|source|video|audio)\b[^>]*\ssrc=\"?(?:https?:)?//"
+    r"|<link\b[^>]*\brel=\"?(?:stylesheet|preload|preconnect|icon)\"?[^>]*href=\"?(?:https?:)?//"
+    r"|<link\b[^>]*href=\"?(?:https?:)?//[^>]*rel=\"?(?:stylesheet|preload|preconnect)"
+    r"|@import\s+(?:url\()?[\"']?(?:https?:)?//|url\([\"']?(?:https?:)?//"
+)
+
+
+def on_config(config: Any) -> Any:
+    """Blocks of ```math become MathML."""
+    fences = config.mdx_configs.setdefault("pymdownx.superfences", {}).setdefault("custom_fences", [])
+    fences.append({"name": "math", "class": "math", "format": formula})
+    return config
+
+
+def formula(source: str, *_: Any, **__: Any) -> str:
+    """LaTeX as MathML, which browsers draw by themselves."""
+    from latex2mathml.converter import convert
+
+    return f'<div class="math">{convert(source.strip(), display="block")}</div>'
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the notebooks as pages, and the repository's files that pages link to."""
+    docs = Path(config.docs_dir)
+    for file in list(files):
+        if file.src_uri.endswith(".ipynb"):
+            files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=notebook(file)))
+            files.remove(file)
+    for page in docs.rglob("*.md"):
+        for _, _, link in _LINK.findall(page.read_text(encoding="utf-8")):
+            target = _outside(page, link, docs)
+            if target and target.is_file() and files.get_file_from_path(_copy(target)) is None:
+                files.append(File.generated(config, _copy(target), abs_src_path=str(target)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links out of docs/ lead to the copies."""
+    docs = Path(config.docs_dir)
+    here = docs / page.file.src_uri
+
+    def rewritten(found: re.Match[str]) -> str:
+        target = _outside(here, found[3], docs)
+        if target is None:  # a notebook is a page here
+            return found[0].replace(".ipynb)", ".md)") if "://" not in found[3] else found[0]
+        if not target.exists():
+            raise PluginError(f"{page.file.src_uri}: {found[3]} leads nowhere.")
+        if target.is_dir():
+            return found[2]
+        return f"{found[1]}[{found[2]}]({os.path.relpath(docs / _copy(target), here.parent)})"
+
+    return _LINK.sub(rewritten, markdown)
+
+
+def notebook(file: File) -> str:
+    """A notebook's cells and outputs as Markdown."""
+    book = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
+    parts = []
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "text/html" in data:
+                parts.append("".join(data["text/html"]))
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def on_post_build(config: Any) -> None:
+    """Fail where a page loads a script, a style, a font or a picture from elsewhere."""
+    for file in Path(config.site_dir).rglob("*"):
+        own = file.suffix in {".html", ".css"} and "files" not in file.relative_to(config.site_dir).parts
+        if own and (found := _LOADED.search(file.read_text(encoding="utf-8"))):
+            raise PluginError(f"{file} loads something from elsewhere: {found[0]}")
+
+
+def _outside(page: Path, link: str, docs: Path) -> Path | None:
+    """The file or folder outside docs/ that a link leads to, None for any other link."""
+    path = link.partition("#")[0]
+    if not path or "://" in link or link.startswith("mailto:"):
+        return None
+    target = Path(os.path.normpath(page.parent / path))
+    return None if target.is_relative_to(docs) else target
+
+
+def _copy(target: Path) -> str:
+    """Where a repository's file lies in the site: what a browser would not show gets .txt."""
+    name = target.relative_to(ROOT).as_posix()
+    return f"files/{name}" + ("" if target.suffix in {".html", ".svg", ".png", ".pdf", ".txt"} else ".txt")

@@ -1,0 +1,48 @@
+"""dual-lora push"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import facts_card, finish, size
+from dual_lora.lab.errors import UserError
+
+
+def push(
+    run: Annotated[Path, Parameter(help="Folder of a finished run.")],
+    repo: Annotated[str, Parameter(help="OWNER/NAME on the hub; it is made if it is not there.")],
+    *,
+    base_model: Annotated[
+        str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")
+    ] = None,
+    license: Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")] = None,
+    private: Annotated[bool, Parameter(help="Make a new repository private.", negative="")] = False,
+    yes: Annotated[bool, Parameter(help="Upload without asking.", negative="")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Upload a run's weights, tokenizer and card to the Hugging Face hub, after a question.
+
+    Only the result's known files go, without paths of this machine. Sign in with `hf auth login` before.
+
+    Example: `dual-lora push runs/boolq-smollm2 me/boolq --base-model HuggingFaceTB/SmolLM2-135M`
+    """
+    from dual_lora.lab.run.push import prepared, upload
+
+    with prepared(run, repo, base_model=base_model, licence=license) as ready:
+        facts = {name: size(count) for name, count in ready.files.items()}
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UserError("Nobody is there to answer whether to upload: give --yes.")
+            from rich.console import Console
+
+            Console(stderr=True).print(
+                facts_card(f"to {repo}{' (private)' if private else ', for everyone to see'}", facts)
+            )
+            if input("Upload these files? [y/N] ").strip().lower() not in {"y", "yes"}:
+                raise UserError("Nothing was uploaded.")
+        address = upload(ready, private=private)
+    finish({"commit": address, "files": list(facts)}, facts_card("uploaded", {"commit": address, **facts}), json)

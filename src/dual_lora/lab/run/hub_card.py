@@ -1,0 +1,256 @@
+"""A run's card for a model hub: the README.md beside its weights, with method, data, scores, cost and how to load it.
+
+PEFT writes a card of metadata and empty headings when an adapter is saved. This one keeps the metadata, gives it a text
+and takes local paths out. What a person writes above or below the two marks stays when the card is written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dual_lora.lab.amounts import duration, size
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.public import cell, hub_name, is_hub_name, public, source_name
+from dual_lora.lab.run.write import write_atomically
+
+BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
+HERE = "path/to/this/folder"
+# Head of the model -> what the hub calls its task, and the class that loads it.
+TASKS = {
+    "causal": ("text-generation", "CausalLM"),
+    "classification": ("text-classification", "SequenceClassification"),
+    "regression": ("text-classification", "SequenceClassification"),
+}
+
+
+def write_card(
+    folder: RunFolder,
+    recipe: Recipe,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Write the card of a finished run beside its weights and return its path.
+
+    base_model: the base's name on a hub, where the recipe names a folder. licence: of the adapter, as the hub names it.
+    Left out, both are what an earlier card says. fresh: the card that is there is PEFT's of a moment ago.
+    """
+    if folder.result is None:
+        raise UserError(f"The run {folder.path} is not finished: `{folder.resume_command}` goes on with it.")
+    file = folder.result / "README.md"
+    write_atomically(file, card_text(folder, recipe, file, base_model=base_model, licence=licence, fresh=fresh))
+    return file
+
+
+def card_text(
+    folder: RunFolder,
+    recipe: Recipe,
+    earlier: Path,
+    *,
+    base_model: str | None = None,
+    licence: str | None = None,
+    repo: str = HERE,
+    fresh: bool = False,
+) -> str:
+    """The card as text. earlier: a card whose metadata and own words are kept; it need not exist."""
+    before = read_card(earlier, fresh)
+    ours = before is not None and BEGIN in before.text
+    data: Any = before.data if before else ModelCardData()
+    base = data.base_model = known_base(before, recipe, base_model)
+    data.license = licence or data.license
+    record = json.loads(folder.record.read_text(encoding="utf-8"))
+    results = _evaluations(folder)
+    adapter = recipe.method["name"] != "full"
+    data.library_name = "peft" if adapter else "transformers"
+    data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
+    data.tags = _tags(data.tags or [], recipe, base, adapter)
+    data.eval_results = _index(results, recipe) or None
+    data.model_name = recipe.name if data.eval_results else None
+    if base:
+        data["base_model_relation"] = "adapter" if adapter else "finetune"
+    body = "\n\n".join(
+        part
+        for part in (
+            f"# {cell(recipe.name)}",
+            cell(recipe.about),
+            _what(recipe, base, adapter),
+            _use(recipe, record, base, adapter, repo),
+            _table("Training", _training(recipe, record)),
+            _scores(results),
+            _table("Cost", _cost(record)),
+            _licence(data.license, base),
+            _versions(record),
+        )
+        if part
+    )
+    own = f"{BEGIN}\n\n{body}\n\n{END}"
+    text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: own, before.text, flags=re.S) if ours else own  # type: ignore[union-attr]
+    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str | None:
+    """The base model's name on the hub: what is given, else what an earlier card of ours says, else the recipe's.
+
+    An earlier card was written when the base was there, and so it was known whether a name is that of a folder.
+    """
+    if given is not None:
+        if not is_hub_name(given):
+            raise UserError(f"The base model is {given!r}, expected its name on the hub: OWNER/NAME.")
+        return given
+    if card is not None and BEGIN in card.text:
+        said = card.data.get("base_model")
+        return said if isinstance(said, str) else None
+    return hub_name(recipe.model.path)
+
+
+def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
+    """A card that is there. One that cannot be read, and one of somebody else's whole text, is an error."""
+    if not file.is_file():
+        return None
+    try:
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+    except Exception as error:
+        raise UserError(f"{file}, the card, could not be read ({error}): remove it, and it is written anew.") from None
+    if not fresh and BEGIN not in card.text and "[More Information Needed]" not in card.text:
+        raise UserError(f"{file} is a card of your own: put the lines {BEGIN} and {END} where ours is to stand.")
+    if (card.text.count(BEGIN), card.text.count(END)) not in ((0, 0), (1, 1)):
+        raise UserError(f"{file} has one of the marks {BEGIN} and {END} without the other, or twice: mend it.")
+    return card
+
+
+def _tags(before: Iterable[str], recipe: Recipe, base: str | None, adapter: bool) -> list[str]:
+    kept = {tag for tag in before if not tag.startswith("base_model:") and public(tag) == tag}
+    named = {f"base_model:{'adapter' if adapter else 'finetune'}:{base}"} if base else set()
+    return sorted(kept | named | {str(recipe.method["name"]).rpartition(":")[2].replace("_", "-")})
+
+
+def _what(recipe: Recipe, base: str | None, adapter: bool) -> str:
+    name = str(recipe.method["name"])
+    kind = "Dual LoRA ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402))" if name == "dual_lora" else cell(name)
+    of = f"[{base}](https://huggingface.co/{base})" if base else "a local model"
+    return (
+        f"{'An adapter' if adapter else 'A model'} made by fine-tuning {of} with {kind if adapter else 'all weights'}."
+    )
+
+
+def _use(recipe: Recipe, record: Mapping[str, Any], base: str | None, adapter: bool, repo: str) -> str:
+    _, kind = TASKS[recipe.model.head]
+    more = f", num_labels={len(record.get('classes') or [1])}" if kind != "CausalLM" else ""
+    lines = []
+    if recipe.method["name"] == "dual_lora":
+        lines += ["import dual_lora  # registers the method with PEFT"]
+    if not adapter:
+        lines += [f"from transformers import AutoModelFor{kind}, AutoTokenizer", ""]
+        lines += [f'model = AutoModelFor{kind}.from_pretrained("{repo}")']
+    elif base:
+        lines += [f"from peft import AutoPeftModelFor{kind}", "from transformers import AutoTokenizer", ""]
+        lines += [f'model = AutoPeftModelFor{kind}.from_pretrained("{repo}"{more})']
+    else:
+        lines += ["from peft import PeftModel", f"from transformers import AutoModelFor{kind}, AutoTokenizer", ""]
+        lines += [f'base = AutoModelFor{kind}.from_pretrained("path/to/its/base/model"{more})']
+        lines += [f'model = PeftModel.from_pretrained(base, "{repo}")']
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo}")']
+    if adapter:
+        lines += ["model = model.merge_and_unload()  # a plain model, if that is wanted"]
+    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
+
+
+def _training(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, str]:
+    part, result = recipe.train, record["result"]
+    rows = record.get("rows_at_once", part.batch_size) * part.accumulate
+    settings = ", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name")
+    lost = (
+        f", {result['left_out']:,} longer than {recipe.data.max_length} tokens left out" if result["left_out"] else ""
+    )
+    return {
+        "method": recipe.method["name"] + (f": {settings}" if settings else ""),
+        "base weights": f"{recipe.model.dtype}, autocast {part.autocast}",
+        "data": f"{source_name(recipe.data.train or '')}, {result['examples']:,} examples{lost}",
+        "steps": f"{result['steps']:,} of {rows} examples, seed {part.seed}",
+        "optimizer": f"{part.optimizer}, learning rate {part.learning_rate:g}, {part.schedule}, "
+        f"weight decay {part.weight_decay:g}",
+        "loss": _loss(result),
+    }
+
+
+def _loss(result: Mapping[str, Any]) -> str:
+    found = {"at the end": result["loss"], "validation": result["validation_loss"]}
+    return ", ".join(f"{value:.4f} {name}" for name, value in found.items() if value is not None) or "not recorded"
+
+
+def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    files = sorted((folder.path / "evaluation").glob("*/result.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _scores(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "## Scores\n\nNone were measured."
+    tables = []
+    for result in results:
+        variants = list(result["metrics"])
+        names = list(dict.fromkeys(name for of_variant in result["metrics"].values() for name in of_variant))
+        lines = [f"{result['examples']:,} {cell(result['split'])} records:", ""]
+        lines += ["| | " + " | ".join(map(cell, variants)) + " |", "|---" * (1 + len(variants)) + "|"]
+        for name in names:
+            figures = (result["metrics"][variant].get(name) for variant in variants)
+            lines.append(f"| {cell(name)} | " + " | ".join("" if f is None else f"{f:.4f}" for f in figures) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(["## Scores", *tables])
+
+
+def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
+    """The same for the hub's own tables: the trained model's figures on test records."""
+    data = source_name(recipe.data.test or recipe.data.validation or recipe.data.train or "")
+    dataset = data.removeprefix("hub:").split(":")[0].split(",")[0] if data.startswith("hub:") else data
+    return [
+        EvalResult(
+            task_type=TASKS[recipe.model.head][0],
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=result["split"],
+            metric_type=name,
+            metric_value=value,
+        )
+        for result in results
+        if result["split"] == "test"
+        for name, value in result["metrics"].get("tuned", {}).items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _cost(record: Mapping[str, Any]) -> dict[str, str]:
+    result = record["result"]
+    share = result["trainable_parameters"] / result["all_parameters"]
+    return {
+        "trained": f"{result['trainable_parameters']:,} parameters ({share:.2%}), {size(result['adapter_bytes'])}",
+        "time": f"{duration(result['seconds'])}, {result['tokens_per_second']:,.0f} tokens/s",
+        "memory": f"{size(result['peak_memory'])} at the peak",
+        "device": f"{record['device']}, {record['processes']} process(es)",
+    }
+
+
+def _licence(licence: str | None, base: str | None) -> str:
+    of = f" [{base}](https://huggingface.co/{base})" if base else " the base model"
+    said = f"{cell(licence)}." if licence else "Not given: ask the author before you use it."
+    return f"## Licence\n\n{said} The licence of{of} holds as well."
+
+
+def _versions(record: Mapping[str, Any]) -> str:
+    return "### Framework versions\n\n" + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items())
+
+
+def _table(title: str, rows: Mapping[str, str]) -> str:
+    return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(
+        f"| {name} | {cell(value)} |" for name, value in rows.items()
+    )

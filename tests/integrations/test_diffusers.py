@@ -1,0 +1,53 @@
+"""diffusers: convolutions and attention of a UNet train, save, load and merge."""
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers comes with pip install '.[integrations]'")
+pytestmark = pytest.mark.slow
+
+
+def prediction(model):
+    generator = torch.Generator().manual_seed(2)
+    noisy, colours = torch.randn(2, 3, 16, 16, generator=generator), torch.randn(2, 3, 3, generator=generator)
+    with torch.no_grad():
+        return model.eval()(noisy, torch.tensor([10, 500]), encoder_hidden_states=colours).sample
+
+
+def test_trains_saves_loads_and_merges(example, tmp_path, healthy):
+    from tiny import layers
+
+    from dual_lora.method.conv import Conv2d
+    from dual_lora.method.layer import Linear
+
+    model, losses = example("diffusers_unet").main(tmp_path, steps=30)
+    assert losses["after"] < 0.8 * losses["before"]
+    assert losses["merged"] == pytest.approx(losses["after"], rel=1e-4)
+    kinds = {type(layer) for layer in layers(model).values()}
+    assert kinds == {Conv2d, Linear}
+    healthy(model)
+    plain = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(prediction(plain), prediction(model), atol=1e-4)
+
+
+def test_diffusers_own_interface(example, tmp_path):
+    """`add_adapter`, `disable_adapters` and `fuse_lora` know the method; loading refuses it, and that is documented."""
+    from dual_lora import DualLoraConfig
+
+    module = example("diffusers_unet")
+    unet = module.unet()
+    base = prediction(unet)
+    unet.add_adapter(DualLoraConfig(r=8, init_weights=False, target_modules=module.TARGETS))
+    adapted = prediction(unet)
+    assert not torch.allclose(adapted, base, atol=1e-2)
+    unet.disable_adapters()
+    assert torch.equal(prediction(unet), base)
+    unet.enable_adapters()
+    unet.fuse_lora()
+    assert torch.allclose(prediction(unet), adapted, atol=1e-4)
+    unet.unfuse_lora()
+    unet.disable_adapters()
+    assert torch.equal(prediction(unet), base)
+    unet.save_lora_adapter(tmp_path)
+    with pytest.raises(TypeError, match="LoraConfig"):
+        module.unet().load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)

@@ -1,0 +1,282 @@
+"""A run's card says nothing of this machine, and `push` uploads known files to a hub, and no other."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.run import hub_card, public
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.push import prepared
+from dual_lora.lab.run.train import run
+
+TOKEN = "hf_" + "a" * 34
+
+
+def metadata(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_lm, questions):
+    """A finished and evaluated run of Dual LoRA."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    values = {
+        "name": "warm-or-cold",
+        "about": "Is fire warm?",
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.01},
+        "evaluate": {"tasks": ["choice", "loss"]},
+    }
+    run(build_recipe(values), folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    import shutil
+
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_training_writes_the_card(trained, tiny_lm):
+    text = (trained / "adapter" / "README.md").read_text()
+    said = metadata(text)
+    assert said["library_name"] == "peft"
+    assert said["pipeline_tag"] == "text-generation"
+    assert "base_model" not in said  # it is a folder here
+    assert "dual-lora" in said["tags"]
+    assert "warm-or-cold" in text
+    assert "learning rate 0.01" in text
+    assert "train.json, 48 examples" in text
+    assert "[More Information Needed]" not in text
+    assert str(tiny_lm) not in text
+    assert "/tmp" not in text
+    assert re.search(r"\| time \| .* tokens/s \|", text)
+    assert "PeftModel.from_pretrained(base" in text
+
+
+def test_the_card_has_the_scores_once_they_are_measured(copy):
+    evaluate(copy, progress=False)
+    hub_card.write_card(RunFolder(copy), read_recipe(copy), base_model="org/tiny", licence="apache-2.0")
+    text = (copy / "adapter" / "README.md").read_text()
+    said = metadata(text)
+    assert said["base_model"] == "org/tiny"
+    assert said["base_model_relation"] == "adapter"
+    assert "base_model:adapter:org/tiny" in said["tags"]
+    assert said["license"] == "apache-2.0"
+    metrics = {m["type"] for r in said["model-index"][0]["results"] for m in r["metrics"]}
+    assert "loss" in metrics
+    assert re.search(r"\| loss \| \d+\.\d{4} \| \d+\.\d{4} \|", text)
+    assert 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")' in text
+
+
+def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):
+    folder, recipe = RunFolder(copy), read_recipe(copy)
+    hub_card.write_card(folder, recipe, base_model="org/tiny", licence="mit")
+    file = copy / "adapter" / "README.md"
+    file.write_text(file.read_text() + "\nWords of my own.\n")
+    hub_card.write_card(folder, recipe)
+    text = file.read_text()
+    assert "Words of my own." in text
+    assert text.count(hub_card.BEGIN) == text.count(hub_card.END) == 1
+    assert metadata(text)["base_model"] == "org/tiny"
+    assert metadata(text)["license"] == "mit"
+    file.write_text("---\nlicense: mit\n---\nA card without our marks.\n")
+    with pytest.raises(UserError, match="a card of your own"):
+        hub_card.write_card(folder, recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/home/me/data/train.json", "train.json"),
+        ("from ~/models/base, twice", "from base, twice"),
+        (r"C:\Users\me\x.json", "x.json"),
+        ("file:///home/me/x", "x"),
+        (f"with {TOKEN}", "with (removed)"),
+        ("https://me:secret@host/data", "https://host/data"),
+        ("https://huggingface.co/org/name", "https://huggingface.co/org/name"),
+        ("org/name", "org/name"),
+        ("r/2 and 1/10", "r/2 and 1/10"),
+    ],
+)
+def test_what_may_leave_this_machine(text, expected):
+    assert public.public(text) == expected
+
+
+def test_markup_in_a_recipe_stays_text(copy):
+    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    values["about"] = "<script>alert(1)</script> | [click](javascript:x)\n# Title"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    hub_card.write_card(RunFolder(copy), read_recipe(copy))
+    text = (copy / "adapter" / "README.md").read_text()
+    assert "<script>" not in text
+    assert "[click](" not in text
+    assert "\n# Title" not in text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a model hub as an upload needs; what it was sent stands in `server.files` and `server.created`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        server = self.server
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer(401, {"error": "Invalid username or password."})
+        if self.path == "/api/repos/create":
+            server.created.append(json.loads(body))
+            made = json.loads(body)
+            return self.answer(200, {"url": f"{server.address}/{made['organization']}/{made['name']}"})
+        if self.path == "/api/validate-yaml":
+            return self.answer(200, {"warnings": [], "errors": []})
+        if "/preupload/" in self.path:
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer(200, {"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{server.address}/store/{o['oid']}", "header": {}}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.answer(200, {"objects": objects, "transfer": "basic"})
+        if "/commit/" in self.path:
+            for line in body.splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    server.files[item["value"]["path"]] = base64.b64decode(item["value"]["content"])
+                elif item["key"] == "lfsFile":
+                    server.files[item["value"]["path"]] = server.store[item["value"]["oid"]]
+            address = server.address + self.path.removeprefix("/api/models").replace("/commit/main", "/commit/1")
+            return self.answer(200, {"commitUrl": address, "commitOid": "1" * 40, "success": True})
+        return self.answer(404, {"error": self.path})
+
+    def do_GET(self):
+        name = self.path.removeprefix("/api/models/")
+        self.answer(200, {"id": name, "private": self.server.private, "tags": [], "siblings": []})
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.path.endswith(hashlib.sha256(body).hexdigest())
+        self.server.store[self.path.rpartition("/")[2]] = body
+        self.answer(200, {})
+
+    def answer(self, code, value):
+        text = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.address = f"http://127.0.0.1:{server.server_port}"
+    server.files, server.created, server.store, server.private = {}, [], {}, True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+def push(hub, *arguments, token=TOKEN, tmp_path=None, **more):
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token, "NO_PROXY": "127.0.0.1", "HF_HOME": str(tmp_path)} | more
+    command = [sys.executable, "-m", "dual_lora.lab.cli", "push", *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
+    )
+
+
+def test_push_uploads_the_known_files_and_nothing_of_this_machine(copy, hub, tmp_path, tiny_lm, questions):
+    adapter = copy / "adapter"
+    (adapter / "notes-to-self.txt").write_text("not for the world")
+    (adapter / "training_args.bin").write_bytes(b"a pickle")
+    (tmp_path / "secret").write_text("secret")
+    (adapter / "vocab.txt").symlink_to(tmp_path / "secret")
+    done = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", "--private", "--json", tmp_path=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.created[0]["name"] == "warm"
+    assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private")
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "lab.json"} <= set(hub.files)
+    assert not {"notes-to-self.txt", "training_args.bin", "vocab.txt"} & set(hub.files)
+    assert set(json.loads(done.stdout)["files"]) == set(hub.files)
+    assert hub.files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
+    assert json.loads(hub.files["lab.json"])["recipe"]["model"]["path"] == "org/tiny"
+    assert 'from_pretrained("me/warm")' in hub.files["README.md"].decode()
+    for name, content in hub.files.items():
+        if not name.endswith(".safetensors"):
+            for path in (tiny_lm, questions, copy):
+                assert str(path) not in content.decode(), name
+    assert str(tiny_lm) in (adapter / "adapter_config.json").read_text()  # the run's own file stays as it is
+
+
+def test_push_asks_and_says_what_is_wrong(copy, hub, tmp_path):
+    asked = push(hub, copy, "me/warm", "--base-model", "org/tiny", tmp_path=tmp_path)
+    assert asked.returncode == 1
+    assert "give --yes" in asked.stderr
+    refused = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", tmp_path=tmp_path, token="hf_wrong")
+    assert refused.returncode == 1
+    assert "HF_TOKEN" in refused.stderr
+    offline = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", tmp_path=tmp_path, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1
+    assert "HF_HUB_OFFLINE is set" in offline.stderr
+    hub.private = False
+    public = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", "--private", tmp_path=tmp_path)
+    assert public.returncode == 1
+    assert "is there already, and public" in public.stderr
+    assert hub.files == {}
+
+
+def test_push_leaves_class_names_as_they_are():
+    from dual_lora.lab.run.push import _clean_note
+
+    recipe = {
+        "about": "",
+        "method": {"name": "lora"},
+        "model": {"path": "/m"},
+        "train": {},
+        "data": {"train": "/d/x.tsv"},
+    }
+    note = _clean_note({"recipe": recipe, "classes": ["/m/01g317", "/m/04bcr3"]}, "org/tiny")
+    assert note["classes"] == ["/m/01g317", "/m/04bcr3"]
+    assert note["recipe"]["data"]["train"] == "x.tsv"
+    assert recipe["model"]["path"] == "/m"
+
+
+def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
+    with pytest.raises(UserError, match="give its name on the hub"), prepared(copy, "me/warm"):
+        pass
+    with pytest.raises(UserError, match="expected OWNER/NAME"), prepared(copy, "warm", base_model="org/tiny"):
+        pass
+    with pytest.raises(UserError, match="its name on the hub"), prepared(copy, "me/warm", base_model="./tiny"):
+        pass
+    with pytest.raises(UserError, match="is not a run"), prepared(tmp_path, "me/warm", base_model="org/tiny"):
+        pass
+    values = yaml.safe_load((copy / "recipe.yaml").read_text())
+    values["about"] = f"made with {TOKEN}"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match="a token"), prepared(copy, "me/warm", base_model="org/tiny"):
+        pass

@@ -1,0 +1,56 @@
+"""The blocks of code in a Markdown page, each with what the comments before it say about its test.
+
+<!-- test: hidden          Python that a reader need not see: it runs in its place among the blocks
+<!-- test: skip, REASON -->  the next block is not run
+<!-- test: needs MODULE -->  … where that module is not installed
+<!-- test: from FILE -->     an excerpt of a tested file: its lines are there, in this order; `...` leaves some out
+<!-- test: file NAME -->     the block is a file, which the blocks after it find
+<!-- test: run -->           these commands are executed, not only parsed
+<!-- test: recipe -->        YAML of a recipe; `study` of a study
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARK = "<!-- test:"
+
+
+@dataclass
+class Block:
+    """language: of the fence, "hidden" for Python in a comment. line: of its first line of code, from 1."""
+
+    language: str
+    code: str
+    line: int
+    marks: dict[str, str] = field(default_factory=dict)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[Block]:
+    found, marks = [], {}
+    for token in MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8")):
+        if token.type == "html_block" and token.content.startswith(MARK):
+            text = token.content.removeprefix(MARK).rpartition("-->")[0]
+            word, _, rest = text.strip().partition("\n" if text.strip().startswith("hidden") else " ")
+            if word == "hidden":
+                found.append(Block("hidden", rest, token.map[0] + 2))
+            else:
+                marks[word.rstrip(",")] = rest.strip()
+        elif token.type == "fence":
+            found.append(Block(token.info.split(" ")[0], token.content, token.map[0] + 2, marks))
+            marks = {}
+        elif token.type not in ("paragraph_close", "html_block"):
+            marks = {}
+    return found
+
+
+def commands(code: str) -> list[str]:
+    """The lines of a shell block, those that go on in the next one joined."""
+    return [line.strip() for line in code.replace("\\\n", " ").splitlines() if line.strip()]

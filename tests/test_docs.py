@@ -1,0 +1,271 @@
+"""The README and every page of the documentation: each block of code runs or is parsed, each link leads somewhere."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pages import PAGES, ROOT, blocks, commands, name_of
+
+pytest.importorskip("cyclopts")
+KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study"}
+KEYWORDS = {"for", "done", "head=$(scontrol"}  # of a shell's own, and of SLURM's
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+RUNS = [page for page in PAGES if any("run" in block.marks for block in blocks(page))]
+
+
+def with_blocks(*languages, pages=PAGES):
+    found = [(page, [b for b in blocks(page) if b.language in languages]) for page in pages]
+    return [pytest.param(page, those, id=name_of(page)) for page, those in found if those]
+
+
+def execute(page, some, names):
+    """Run a page's Python, and the commands that are marked so, in the working folder."""
+    for block in some:
+        where = f"{name_of(page)}:{block.line}"
+        if "skip" in block.marks or "from" in block.marks:
+            continue
+        if "needs" in block.marks:
+            pytest.importorskip(block.marks["needs"])
+        if "file" in block.marks:
+            Path(block.marks["file"]).write_text(block.code)
+        elif block.language in ("python", "hidden"):
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+        elif "run" in block.marks:
+            for line in commands(block.code):
+                program, *arguments = shlex.split(line, comments=True)
+                assert program == "dual-lora", where
+                command = [sys.executable, "-m", "dual_lora.lab.cli", *arguments]
+                done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+                assert done.returncode == 0, f"{where}: {line}\n{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "some"), with_blocks("python", "hidden", pages=[page for page in PAGES if page not in RUNS])
+)
+def test_python_runs_as_printed(page, some, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    execute(page, some, {"__name__": "page", "ROOT": str(ROOT)})
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", RUNS, ids=name_of)
+def test_a_tutorial_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    """With the real model, as a reader does it."""
+    for package in re.findall(r"package:([\w-]+)", TEXT[page]):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            pytest.skip(f"{package} comes by `make models`")
+    monkeypatch.chdir(tmp_path)
+    execute(page, blocks(page), {"__name__": "page", "ROOT": str(ROOT)})
+
+
+@pytest.mark.parametrize(("page", "some"), with_blocks("python", "hidden"))
+def test_python_is_python(page, some):
+    for block in some:
+        compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+
+
+@pytest.mark.parametrize(("page", "some"), with_blocks("python"))
+def test_an_excerpt_is_in_its_file(page, some):
+    for block in some:
+        if "from" in block.marks:
+            lines = iter(plain(line) for line in (ROOT / block.marks["from"]).read_text().splitlines())
+            for line in map(plain, block.code.splitlines()):
+                where = f"{name_of(page)}:{block.line}: {line!r} is not in {block.marks['from']}, or not in this order"
+                assert line in ("", "...") or line in lines, where
+
+
+def plain(line):
+    return line.partition("  #")[0].strip().rstrip(",").replace("(...)", "(")
+
+
+@pytest.mark.parametrize(("page", "some"), with_blocks("bash", "console"))
+def test_shell_commands_exist_and_take_these_arguments(page, some):
+    if name_of(page) == "docs/reference/cli.md":
+        return  # usage lines, made from the commands themselves
+    for block in some:
+        if "skip" in block.marks:
+            continue
+        assert subprocess.run(["bash", "-n"], input=block.code, text=True).returncode == 0
+        for line in commands(block.code):
+            check_command(line, f"{name_of(page)}:{block.line}: {line}")
+
+
+def check_command(line, where):
+    line = re.sub(r"\$\(\([^)]*\)\)|\$\{?\w+\}?", "1", line)
+    words = shlex.split(line.replace("; do", ""), comments=True)
+    while words and (words[0] == "do" or re.fullmatch(r"\w+=\S*", words[0])):
+        words = words[1:]
+    if not words or words[0] in KEYWORDS or line.startswith("head="):
+        return
+    if "dual_lora.lab.cli" in words:  # accelerate, torchrun, srun
+        words = ["dual-lora", *words[words.index("dual_lora.lab.cli") + 1 :]]
+    program = words[0].rpartition("/")[2]
+    if program == "dual-lora":
+        parse(words[1:], where)
+    elif program == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+        assert set(words[1:]) <= targets, where
+    elif program == "pip":
+        import tomllib
+
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        for extras in re.findall(r"(?:dual-lora|\.)\[([\w,]+)\]", line):
+            assert set(extras.split(",")) <= set(known), where
+    elif program == "python":
+        sys.path.insert(0, str(ROOT))
+        try:
+            there = importlib.util.find_spec(words[2]) if words[1] == "-m" else (ROOT / words[1]).is_file()
+        finally:
+            sys.path.pop(0)
+        assert there, where
+    else:
+        assert program in {"cat", "cd", "pytest", "git"}, where
+
+
+def parse(words, where):
+    """By the command's own parser, which knows every flag and the kind of its value."""
+    from cyclopts import CycloptsError
+
+    from dual_lora.lab.cli import COMMANDS, build_app
+
+    assert words[0] in {name for name, *_ in COMMANDS}, where
+    words = words[: min((words.index(sign) for sign in (">", "|") if sign in words), default=len(words))]
+    try:
+        build_app(words[0]).parse_args(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise AssertionError(f"{where}\n{error}") from None
+
+
+@pytest.mark.parametrize(("page", "some"), with_blocks("yaml"))
+def test_yaml_has_the_fields_that_exist(page, some, tmp_path):
+    from dual_lora.lab.recipe.read import build_recipe
+    from dual_lora.lab.study.read import read_study
+
+    for block in some:
+        if "skip" in block.marks:
+            continue
+        values = yaml.safe_load(block.code)
+        if "study" in block.marks or "methods" in values:
+            (tmp_path / "study.yaml").write_text(block.code)
+            assert read_study(tmp_path / "study.yaml")
+        else:
+            assert build_recipe(values)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_is_left_out_says_why(page):
+    for block in blocks(page):
+        where = f"{name_of(page)}:{block.line}"
+        assert set(block.marks) <= KNOWN, f"{where}: a mark has another word than {sorted(KNOWN)}"
+        assert len(block.marks.get("skip", "long enough")) > 10, where
+        assert block.language != "", f"{where}: the block has no language"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_local_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        path, _, anchor = link.partition("#")
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        target = page if not path else (page.parent / path)
+        if target.suffix == ".md" and not target.exists() and target.with_suffix(".ipynb").exists():
+            continue  # the site shows a notebook as a page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name_of(page)}: {link}"
+
+
+def anchors(text):
+    """Of the headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def test_the_readme_names_the_two_commands():
+    used = {
+        m for b in blocks(ROOT / "README.md") if b.language == "bash" for m in re.findall(r"(?m)^make (\S+)", b.code)
+    }
+    assert {"demo", "test"} <= used
+
+
+def test_the_figures_are_those_of_the_ledger():
+    sys.path.insert(0, str(ROOT))
+    try:
+        from benchmarks import figures, ledger
+    finally:
+        sys.path.pop(0)
+    page = figures.PAGE.read_text(encoding="utf-8")
+    assert figures.written(page, ledger.read()) == page, "run `python -m benchmarks.figures`"
+    other = [{**row, "ratio": row["ratio"] + 1} for row in ledger.read()]
+    assert figures.written(page, other) != page
+
+
+def test_generated_pages_are_current():
+    import reference
+
+    for name, text in reference.pages().items():
+        assert (reference.REFERENCE / name).read_text(encoding="utf-8") == text, "run `python -m scripts.reference`"
+
+
+def test_drawn_pictures_are_current():
+    import pictures
+
+    results = json.loads(pictures.STUDY.read_text(encoding="utf-8"))
+    drawn = pictures.forest(results)
+    assert (pictures.PICTURES / "forest.svg").read_text(encoding="utf-8") == drawn, "run `make pictures`"
+    results["comparisons"][0]["low"] -= 0.01
+    assert pictures.forest(results) != drawn
+
+
+def test_pictures_load_nothing():
+    for picture in (ROOT / "docs" / "pictures").glob("*.svg"):
+        text = picture.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
+        assert "http" not in text, picture.name
+        assert "<script" not in text, picture.name
+
+
+@pytest.mark.parametrize("kind", ["recipe", "study"])
+def test_editors_accept_what_is_shipped_and_nothing_else(kind):
+    from dual_lora.lab.commands.schema import json_schema
+    from dual_lora.lab.recipe.read import FAMILIES, shipped_recipes
+    from dual_lora.lab.study.read import shipped_studies
+
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(json_schema(kind))
+    files = shipped_studies().values() if kind == "study" else shipped_recipes().values()
+    files = {file for file in files if file.parent.name != FAMILIES}
+    assert files
+    for file in files:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert not list(check.iter_errors(values)), file.name
+        assert list(check.iter_errors({**values, "nmae": "a typing mistake"}))
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "site" / "explanation" / "method" / "index.html").read_text().count("<math") >= 2
+
+
+def test_the_quick_start_prints_what_its_notebook_shows():
+    import notebooks
+
+    book = json.loads(notebooks.QUICKSTART.read_text(encoding="utf-8"))
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"]), "what its format demands"
+    assert sum(bool(cell.get("outputs")) for cell in book["cells"]) >= 6
+    assert notebooks.executed(book) == book, "run `python -m scripts.notebooks`"
