@@ -20,6 +20,8 @@ import numpy as np
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 
+from . import rules
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "calibration.md"
 SEEDS, ITEMS = (2, 3, 5, 8), (20, 200, 2000)
@@ -308,7 +310,10 @@ def page_tables(work: int) -> dict[str, str]:
         for r in results
         if r["false_alarm"] is not None
     ]
+    grid = (SEEDS, ITEMS, SEED_SQUARES, ITEM_SQUARES)
+    tried = list(rules.worst_levels(600 * work, np.random.default_rng(600), *grid))  # drawn by itself
     return {
+        "rules": table(("rule", *(f"S = {seeds}" for seeds in SEEDS), "what of it"), tried),
         "crossed": table(
             ("seeds", "ρ", *WORST), grouped(crossed(studies, random), lambda r: (r[0], f"{r[1]:g}"))
         ),

@@ -24,6 +24,7 @@ RECIPE = {
         "test": "glue/SST2/dev.tsv",
         "format": "text",
         "columns": ["label", "text"],
+        "overlap": 2,
         "holdout": 400,
         "train_limit": 1920,
     },

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from benchmarks import calibration
+from benchmarks import calibration, rules
 
 FEW = 20_000
 
@@ -66,6 +66,19 @@ def test_the_page_is_filled_and_its_levels_hold():
     for results in calibration.committed():
         if results["false_alarm"] is not None:
             assert re.search(rf"\| {results['study']['name']} \|.* {results['false_alarm']:.3f} \|", studies)
+
+
+def test_rejected_rules_err_where_the_one_that_is_used_does_not():
+    rows = list(rules.worst_levels(FEW, np.random.default_rng(0), (2,), (20,), (1.0, 2.0, 100.0), (1.0, 4.0)))
+    assert [name for name, *_ in rows] == list(rules.RULES)
+    level = {name: float(share) for name, share, _ in rows}
+    *rejected, used = level
+    assert level[rejected[0]] > 0.03, "the pooled error"
+    assert level[rejected[3]] > 0.01, "Cochran and Cox"
+    for name in (rejected[4], used):
+        assert_level(level[name], rules.LEVEL, FEW, name)
+    page = calibration.PAGE.read_text(encoding="utf-8").partition("<!-- rules -->")[2].partition("<!-- end -->")[0]
+    assert [line.strip("| ").split(" | ")[0] for line in page.strip().splitlines()[2:]] == list(rules.RULES)
 
 
 def test_a_page_without_a_place_for_a_table_is_named():

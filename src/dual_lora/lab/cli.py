@@ -28,6 +28,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("merge", "dual_lora.lab.commands.merge:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
+    ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
     ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
     ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -34,6 +34,10 @@ def compare(
     update: Annotated[
         bool, Parameter(help="Go on although the study has changed; what is still valid is kept.", negative="")
     ] = False,
+    report_to: Annotated[
+        tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
+        Parameter(help="Send what the final runs log there; most of them are on the network.", negative=""),
+    ] = (),
     dry_run: Annotated[
         bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")
     ] = False,
@@ -69,7 +73,8 @@ def compare(
     from dual_lora.lab.study.tables import show_results
 
     try:
-        results = run(study, out, runs=runs, executor=executor, workers=workers, update=update, keep=keep)
+        options: dict[str, Any] = {"executor": executor, "workers": workers, "update": update, "keep": keep}
+        results = run(study, out, runs=runs, report_to=report_to, **options)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -32,6 +32,13 @@ def train(
             negative="",
         ),
     ] = None,
+    report_to: Annotated[
+        tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
+        Parameter(
+            help="Send what the run logs there; most of them are on the network, so no recipe can ask for it.",
+            negative="",
+        ),
+    ] = (),
     json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
     given: Annotated[
         RecipeFlags | None,
@@ -55,7 +62,7 @@ def train(
     from dual_lora.lab.run.train import run
 
     looks = _looks(chosen, folder, analyze_every)
-    result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks)
+    result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
     left = f", {result.left_out} longer than {chosen.data.max_length} tokens left out" if result.left_out else ""
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +28,7 @@ class Example:
     text: tuple[str, ...] = ()  # one text, or a pair
     label: str = ""
     part: str = ""  # the test set among several (data.tests)
+    group: str = ""  # what it belongs to (data.group)
 
     @property
     def prompt(self) -> tuple[dict[str, Any], ...]:
@@ -79,7 +82,18 @@ def read_examples(source: str, data: DataPart) -> list[Example]:
         examples = [in_words(example) for example in examples]
     if data.choices:
         examples = [replace(e, choices=tuple(data.choices)) for e in examples]
+    if data.group is not None:
+        examples = [replace(e, group=_group(e, r, data.group)) for e, r in zip(examples, records, strict=True)]
     return examples
+
+
+def item_of(example: Example) -> str:
+    """What is asked, without the answer; where nothing is asked, all of it."""
+    return repr(example.prompt or example.messages) if example.messages else repr(example.text)
+
+
+def _group(example: Example, record: Record, name: str) -> str:
+    return item_of(example) if name == "prompt" else _text(record, name)
 
 
 def _read(data: DataPart, split: str) -> list[Example]:
@@ -94,8 +108,24 @@ def _parted(data: DataPart) -> tuple[list[Example], list[Example]]:
     examples = _read(data, "train")
     if data.holdout >= len(examples):
         raise UserError(f"data.holdout is {data.holdout}, but {data.train} holds only {len(examples)} records.")
+    if data.group is not None:
+        return _parted_by_group(examples, data)
     held = set(random.Random(data.seed).sample(range(len(examples)), data.holdout))
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
+
+
+def _parted_by_group(examples: list[Example], data: DataPart) -> tuple[list[Example], list[Example]]:
+    """Whole groups are held out, until they hold `holdout` records or a few more."""
+    sizes = Counter(example.group for example in examples)
+    groups = random.Random(data.seed).sample(sorted(sizes), len(sizes))
+    before = itertools.accumulate((sizes[group] for group in groups), initial=0)
+    held = {group for group, taken in zip(groups, before, strict=False) if taken < data.holdout}
+    if len(held) == len(groups):
+        raise UserError(
+            f"data.holdout is {data.holdout}, which takes every group of {data.train} (data.group: {data.group}, "
+            f"{len(groups)} in all): give fewer."
+        )
+    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
 
 
 def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Example]:

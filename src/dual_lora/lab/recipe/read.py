@@ -112,15 +112,15 @@ def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 # Fields that came after the first studies: left out of a job's identity while they have their default, so that runs
 # finished before stay finished.
 _LATER = {
-    "data": ("tests", "learn_prompt", "test_prompts"),
+    "data": ("tests", "learn_prompt", "test_prompts", "group"),
     "train": ("label_smoothing", "rates"),
-    "evaluate": ("beams", "length_penalty", "no_repeat_ngram"),
+    "evaluate": ("beams", "length_penalty", "no_repeat_ngram", "forgetting"),
 }
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same run: the recipe's values, without where they come from."""
-    values = recipe.model_dump(mode="json", exclude={"origin"})
+    """What makes two runs the same run: the recipe's values, without where they come from and what is declared."""
+    values = recipe.model_dump(mode="json", exclude={"origin": True, "data": {"overlap"}})  # neither changes the run
     for part, names in _LATER.items():
         for name in names:
             field = type(getattr(recipe, part)).model_fields[name]
@@ -150,6 +150,8 @@ def _problem(item: Any) -> str:
     if item["type"] == "literal_error":
         return f"{place} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
     text = item["msg"].removeprefix("Value error, ")
+    if not place:
+        return f"{text}."
     return f"{place} is {item['input']!r}: {text[0].lower()}{text[1:]}."
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -55,6 +55,16 @@ class DataPart(Part):
     validation: str | None = Field(None, description="Validation records, named in the same way.")
     holdout: int = Field(
         0, ge=0, description="With no validation records: take so many out of the training records, always the same."
+    )
+    group: str | None = Field(
+        None,
+        description="What belongs together, so that holdout takes all of it or nothing: prompt (records with the same "
+        "prompt or text), or a field of the records, e.g. document. Left out: every record by itself.",
+    )
+    overlap: int | Literal["all"] = Field(
+        0,
+        description="How many records of a set may have their prompt (or text, or group) in another of train, "
+        "validation and test. More of them: a study is refused, a run warns. all: for tasks of memorisation.",
     )
     format: Literal["auto", "chat", "instruction", "prompt", "facts", "text"] = Field(
         "auto",
@@ -160,6 +170,11 @@ class EvaluatePart(Part):
         "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
     compare: Literal["text", "json"] = Field("text", description="exact_match: equal text, or equal JSON value.")
+    forgetting: str | None = Field(
+        None,
+        description="Text that is not the task's (a .txt line each, or records with a field text): how much its loss "
+        "rises from the base to the adapter. Language models only.",
+    )
     per_token: bool = Field(False, description="choice: mean instead of summed log-likelihood of a choice's tokens.")
 
     @field_validator("tasks", mode="before", json_schema_input_type=Task | list[Task])
@@ -220,6 +235,12 @@ class Recipe(Part):
     @classmethod
     def _method_has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
         return value if "name" in value else {"name": "dual_lora", **value}
+
+    @model_validator(mode="after")
+    def _forgetting_is_a_language_models(self) -> Recipe:
+        if self.evaluate.forgetting is not None and self.model.head != "causal":
+            raise ValueError(f"evaluate.forgetting needs a language model, and model.head is {self.model.head}")
+        return self
 
     def to_yaml(self) -> str:
         """The recipe with every default written out."""

@@ -86,9 +86,11 @@ def _answer(name: str, results: dict[str, Any]) -> Answer:
     """The verdicts of a study, each with the methods that it was passed on; sure ones first."""
     comparisons = results["comparisons"]
     many = len({place(c) for c in comparisons}) > 1
+    several = len({(place(c), c["metric"]) for c in comparisons}) > len({place(c) for c in comparisons})
     passed: dict[str, list[str]] = {}
     for c in comparisons:
-        passed.setdefault(c["verdict"], []).append(f"{c['candidate']} on {place(c)}" if many else c["candidate"])
+        who = f"{c['candidate']} on {place(c)}" if many else c["candidate"]
+        passed.setdefault(c["verdict"], []).append(f"{who} by {c['metric']}" if several else who)
     against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
     seeds = max((c["spread"]["seeds"] for c in comparisons), default=None)
     about = f"{name}: against {against}, {seeds} seeds" if comparisons else f"{name}: nothing to compare yet"

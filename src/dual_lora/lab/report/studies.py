@@ -142,7 +142,8 @@ def _scores(name: str, methods: list[Row], untrained: list[Row], source: Source)
         rows.append(
             m | {"place": place(m), "share": share, "seeds": done, "settings": settings_in_words(m["settings"])}
         )
-    return Table(f"{name}: scores table", columns(SCORES, settings="chosen settings"), rows, source)
+    named = SCORES.replace(" diverged", " forgetting diverged") if any(r.get("forgetting") for r in rows) else SCORES
+    return Table(f"{name}: scores table", columns(named, settings="chosen settings"), rows, source)
 
 
 def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> Chart:

@@ -15,6 +15,8 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.run.forgetting import NAME as FORGETTING
+from dual_lora.lab.run.forgetting import forgetting_figures, forgetting_rows
 from dual_lora.lab.run.scoring import (
     Rows,
     figures,
@@ -112,6 +114,12 @@ def evaluate(
                     }
                     for i, row in enumerate(rows)
                 ]
+    if spec.forgetting is not None and "tuned" in chosen:
+        start = time.perf_counter()
+        rows = forgetting_rows(tuned, spec)
+        seconds["tuned"] += round(time.perf_counter() - start, 3)
+        metrics["tuned"] |= forgetting_figures(rows)
+        items += [{"variant": "tuned", "task": FORGETTING, "item": i, **row} for i, row in enumerate(rows)]
     result = EvalResult(
         tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
     )

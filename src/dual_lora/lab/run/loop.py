@@ -33,12 +33,13 @@ def build_trainer(
     collator: Collator,
     watch: Watch,
     callbacks: Sequence[TrainerCallback],
+    reports: dict[str, Any],
 ) -> Trainer:
-    """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
+    """The Trainer for ``steps`` optimizer steps over ``rows``, in their order. reports: see `reporting`."""
     trainer = _Trainer(
         recipe.train.rates,
         model=model,
-        args=_arguments(recipe, folder, steps, bool(validation)),
+        args=_arguments(recipe, folder, steps, bool(validation), reports),
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
         data_collator=collator,
@@ -183,7 +184,9 @@ ARGUMENTS = frozenset(
 )
 
 
-def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any]
+) -> TrainingArguments:
     part = recipe.train
     values: dict[str, Any] = {
         "output_dir": str(folder.checkpoints),
@@ -211,13 +214,13 @@ def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) 
         "use_cpu": best_device() == "cpu",  # else Trainer refuses bf16 there
         "dataloader_pin_memory": torch.cuda.is_available(),
         "disable_tqdm": True,
-        "report_to": [],
     }
     known = TrainingArguments.__dataclass_fields__
     if part.gradient_checkpointing:  # renamed within transformers 5
         values["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     try:
-        return TrainingArguments(**{**values, **part.arguments})
+        asked = {name: value for name, value in reports.items() if name in known}
+        return TrainingArguments(**{**values, **part.arguments, **asked})
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"train: {' '.join(str(error).split())}") from error
 

@@ -25,10 +25,14 @@ def score_loss(
     model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
 ) -> Rows:
     """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
-    encoded = [prompter.encode(example) for example in examples]
+    return loss_rows(model, tokenizer, [prompter.encode(example) for example in examples], spec.batch_size, advance)
+
+
+def loss_rows(model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance) -> Rows:
+    """Summed negative log-likelihood (nats) of each row's labels and their number."""
     collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
     rows: Rows = [{}] * len(encoded)
-    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
+    for part in _batches([len(e.input_ids) for e in encoded], batch_size):
         batch = _to(model, collate([encoded[i] for i in part]))
         labels = batch.pop("labels")
         with torch.inference_mode():

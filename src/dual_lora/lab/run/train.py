@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab.data.batches import Ordered
+from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.load import quiet
@@ -28,6 +30,7 @@ from dual_lora.lab.run.hub_card import write_card
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
+from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.lab.run.write import write_atomically, write_folder_atomically
 
@@ -65,16 +68,20 @@ def run(
     overwrite: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
+    names: tuple[str, str] | None = None,
 ) -> RunResult:
     """Train by ``recipe`` into the folder ``out``.
 
     resume: go on from the last whole checkpoint of ``out``, or from the start if there is none; the adapter comes out
     as if the run had never stopped. A finished run is left as it is. overwrite: remove the run that is in ``out``.
     callbacks: further callbacks of transformers' Trainer, after ours (the recipe does not record them).
+    report_to: wandb, mlflow, tensorboard, trackio. names: of task and run in such reports; the recipe's unless told.
     Raises UserError for everything that a person can put right; the last checkpoint stays in any case.
     """
     folder = RunFolder(Path(out))
     main = int(os.environ.get("RANK", "0")) == 0
+    to = check_reports(report_to)
     if main:
         folder.open(resume, overwrite)
     reset_peak()
@@ -89,7 +96,9 @@ def run(
         if precision.leaves_open(asked) and progress and main:
             console.print(str(precision.fast_precision()), markup=False)
         with clear_failures(folder):
-            return _train(recipe, asked, folder, main, progress, callbacks)
+            task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
+            with reported(Report(to, task, name), folder.path) as reports:
+                return _train(recipe, asked, folder, main, progress, callbacks, reports)
     except BaseException as error:
         if main:
             note_failure(folder, error)
@@ -110,12 +119,20 @@ def recipe_of_run(out: str | Path) -> Recipe:
 
 
 def _train(
-    recipe: Recipe, asked: Recipe, folder: RunFolder, main: bool, progress: bool, more: Sequence[TrainerCallback] = ()
+    recipe: Recipe,
+    asked: Recipe,
+    folder: RunFolder,
+    main: bool,
+    progress: bool,
+    more: Sequence[TrainerCallback],
+    reports: dict[str, Any],
 ) -> RunResult:
     part = recipe.train
     # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])
     check_names(part)
+    if main and (why := undeclared(recipe.data)):
+        warnings.warn(f"The sets are not apart: {why}", stacklevel=2)
     ready = prepare(recipe)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
@@ -152,7 +169,9 @@ def _train(
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
         callbacks = [*_callbacks_of(config), *more]
         rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
-        trainer = build_trainer(model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks)
+        trainer = build_trainer(
+            model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
+        )
         if checkpoint:
             _same_sharding(checkpoint, trainer)
         with watch.interruptible():

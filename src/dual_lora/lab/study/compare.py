@@ -20,6 +20,7 @@ from dual_lora.lab.cost.forecast import Clock, estimates, learn_from, measured_s
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
+from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.run.write import write_atomically, write_json
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import Cell, Finished, cell_id, place_name
@@ -45,6 +46,7 @@ class Way:
     keep: str
     progress: bool
     fresh: bool = False  # a process of its own for every run
+    report_to: tuple[str, ...] = ()
 
 
 def compare(
@@ -57,6 +59,7 @@ def compare(
     update: bool = False,
     keep: str = "adapters",
     progress: bool = True,
+    report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
 
@@ -65,6 +68,7 @@ def compare(
     executor: serial, process or ray; workers: runs at a time. update: go on although the study has changed since it
     was started; finished runs that it still contains are kept. keep: adapters of the final runs, all (full models
     too), or nothing but scores. Started again after any kind of stop, it repeats no finished run.
+    report_to: where final runs send what they log (see `reporting`).
 
     Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
     go on; the results then say what is missing ("complete": false, "failed").
@@ -73,7 +77,8 @@ def compare(
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
     folder = Path(out) if out is not None else Path("studies") / study.name
-    way = Way(executor, runs_side_by_side(executor, workers), keep, progress)
+    to = check_reports(report_to)
+    way = Way(executor, runs_side_by_side(executor, workers), keep, progress, report_to=to)
     check_executor(executor)
     begun = (folder / "study.yaml").is_file()
     study, chosen = settled_study(study, folder)
@@ -171,7 +176,10 @@ class _Course:
             bar.to(len(jobs) - len(left), self._note(left))
             for key, outcome, error in run_jobs(
                 self.way.executor,
-                [job | {"runs_at_a_time": min(self.way.workers, len(left))} for job in left.values()],
+                [
+                    job | {"runs_at_a_time": min(self.way.workers, len(left)), "report_to": self.way.report_to}
+                    for job in left.values()
+                ],
                 self.runs,
                 self.way.workers,
                 self.way.keep,

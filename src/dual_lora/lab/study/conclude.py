@@ -80,7 +80,8 @@ def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison
     if gone:
         note = f"No run of {' or '.join(gone)} came to an end with a score."
         return dataclasses.replace(c, verdict=judging.Verdict.DIVERGED, note=note, **silent)
-    if c.items == 1 and c.seeds > 1:
+    whole = at[(*c.place, c.candidate)].get("whole")  # the score of a whole test set, made elsewhere
+    if c.items == 1 and c.seeds > 1 and not whole:
         return dataclasses.replace(c, verdict=judging.Verdict.ONE_ITEM, **silent)
     some = [f"{n} of {name}" for name, n in lost.items() if n]
     if some and c.seeds > 1:
@@ -92,7 +93,7 @@ def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison
 
 
 def _plain(c: judging.Comparison) -> dict[str, Any]:
-    sign = metrics.sign(c.metric)
+    sign = metrics.direction(c.better)
     scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
     model, task = c.place
     values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
@@ -101,6 +102,8 @@ def _plain(c: judging.Comparison) -> dict[str, Any]:
         absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
         figures = dict.fromkeys(("difference", "error", "seed_error"))
         values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
+    elif c.seeds == c.items == 1:  # one figure each: nothing says how far another one would lie
+        values |= dict.fromkeys(("low", "high", "same_low", "same_high"))
     return values
 
 

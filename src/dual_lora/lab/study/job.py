@@ -149,11 +149,13 @@ def _job(
         "split": split if split != "none" else "test",
         "base": False,
     }
+    if kind != "final":
+        values["evaluate"]["forgetting"] = None
     work = {
         "format": JOB_FORMAT,
         "kind": kind,
         "recipe": build_recipe(values, f"{cell.method} on {cell.task}").model_dump(mode="json"),
-        "data": fingerprint(cell.recipe),
+        "data": fingerprint(cell.recipe) | _print_of_texts(values["evaluate"].get("forgetting")),
         "freeze": cell.entry.freeze,
         "round": cell.entry.round,
         "metric": metric,
@@ -176,6 +178,12 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
         if found := [_file_print(find(name)) for name in files if name and not name.startswith("hub:")]:
             prints[split] = "+".join(found)
     return prints
+
+
+def _print_of_texts(source: str | None) -> dict[str, str]:
+    from dual_lora.lab.data.records import find
+
+    return {"forgetting": _file_print(find(source))} if source and not source.startswith("hub:") else {}
 
 
 _prints: dict[tuple[Path, int, int], str] = {}

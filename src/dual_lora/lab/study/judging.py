@@ -87,8 +87,9 @@ class Comparison:
         if self.verdict is Verdict.ONE_ITEM:
             return f"{head} ({figure} there, {self.seeds} seeds). Give more test items. {self.note}".rstrip()
         if self.verdict is Verdict.ONE_SEED:
+            on = f" on {self.items} items" if self.items > 1 else ""
             return (
-                f"{head} ({figure}, for these two trained models on {self.items} items only). "
+                f"{head} ({figure}, for these two trained models{on} only). "
                 f"Give at least two seeds, better five. {self.note}"
             ).rstrip()
         if self.verdict is Verdict.EQUIVALENT:

@@ -28,6 +28,7 @@ METRICS: dict[str, tuple[str, int]] = {
     "bleu": ("bleu", 1),
     "pearson": ("regression", 1),
     "mse": ("regression", -1),
+    "forgetting": ("forgetting", -1),  # beside a task, never a task's own
 }
 # Head of a model -> (what such a model is called, the metrics that it has).
 HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -44,6 +45,11 @@ def sign(metric: str) -> int:
     return METRICS[metric][1]
 
 
+def direction(better: str) -> int:
+    """The sign of a metric of which there should be "more" or "less"."""
+    return 1 if better == "more" else -1
+
+
 def better(metric: str) -> str:
     """Of which there should be, "more" or "less"."""
     return "more" if sign(metric) > 0 else "less"
@@ -51,7 +57,7 @@ def better(metric: str) -> str:
 
 def counted(metric: str) -> bool:
     """Whether items are right or wrong, so that two methods may agree on all of a few by luck; else it is measured."""
-    return metric not in ("loss", "bleu", "pearson", "mse")
+    return metric not in ("loss", "bleu", "pearson", "mse", "forgetting")
 
 
 def evaluation(metric: str, head: str) -> str:
@@ -109,6 +115,8 @@ def value(metric: str, means: NDArray[np.float64]) -> float:
     """The metric from the K item means."""
     if metric == "loss":
         return float(means[0] / means[1])
+    if metric == "forgetting":
+        return float((means[1] - means[0]) / means[2])
     if metric == "bleu":
         return _bleu(means)
     if metric == "matthews":

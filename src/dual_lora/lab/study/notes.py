@@ -91,7 +91,7 @@ def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -
         return ""
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
-    sign = metrics.sign(method["metric"])
+    sign = metrics.direction(method["better"])
     for base in untrained:
         if (base["model"], base["task"]) != (method["model"], method["task"]):
             continue

@@ -21,6 +21,7 @@ from typing import Any
 
 from dual_lora.lab.errors import OURS, UserError
 from dual_lora.lab.run.write import write_json
+from dual_lora.lab.study.forgetting import forgetting_file
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
 KEPT = ("adapters", "all", "nothing")
@@ -112,7 +113,9 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     recipe = build_recipe(job["recipe"])
     if folder.exists() and not (folder / "recipe.yaml").exists():
         shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
-    result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
+    names = job["task"], f"{job['method']}/seed-{job['seed']}"
+    to = job.get("report_to", ()) if job["kind"] == "final" else ()
+    result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), report_to=to, names=names)
     if result.state != "finished":
         raise KeyboardInterrupt
     outcome: dict[str, Any] = {
@@ -167,13 +170,18 @@ def _scored(
 
     labels = [example.label for example in examples]
     prompts = [repr(example.prompt) for example in examples] if examples[0].messages else []
-    shares = features(job["metric"], measured.items, labels, classes, prompts)
+    other = [item for item in measured.items if item["task"] == "forgetting"]
+    own = [item for item in measured.items if item["task"] != "forgetting"]
+    shares = features(job["metric"], own, labels, classes, prompts)
     score = value(job["metric"], np.asarray(shares, dtype=np.float64).mean(0))
     if not math.isfinite(score):
         raise UserError(f"The {job['metric']} is not finite.") from NotFinite()
     (figures,) = measured.metrics.values()
     if not _all_finite(figures, measured.items):
         raise UserError(f"The {job['metric']} comes from figures that are not finite.") from NotFinite()
+    if other:
+        figures_of_texts = [[item["base_nats"], item["nats"], item["tokens"]] for item in other]
+        write_json(forgetting_file(runs, job["key"]), figures_of_texts)
     write_json(scores_file(runs, job["key"]), shares)
     return {"score": score, "metric": job["metric"], "figures": figures, "items": len(shares)}
 

@@ -97,8 +97,8 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
 
 
 def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> str:
-    """Refuse to tune on test records. Returns what has to be said of the few that are in both."""
-    from dual_lora.lab.data.examples import load_split
+    """Refuse records that stand in two sets. Returns what has to be said of those that the recipe declares."""
+    from dual_lora.lab.data.overlap import shared, undeclared
     from dual_lora.lab.data.records import find
 
     data = recipe.data
@@ -117,32 +117,22 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> str:
     def same(a: str, b: str) -> bool:
         return bool(files(a) & files(b))
 
-    if data.train and same(data.train, data.test):
+    if data.train and same(data.train, data.test) and data.overlap != "all":
         raise UserError(f"tasks.{task}: data.train and data.test are the same records, {data.test}.")
-    if study.search is None:
-        return ""
-    if not data.validation and not data.holdout:
+    if study.search is not None and not data.validation and not data.holdout:
         raise UserError(
             f"tasks.{task}: a search needs validation records: set search.holdout (or data.holdout) to the number of "
             "records to take out of training, or name data.validation."
         )
-    if data.validation and same(data.validation, data.test):
+    if study.search is not None and data.validation and same(data.validation, data.test):
         raise UserError(
             f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records "
             "makes every comparison worthless: use data.holdout to take validation records out of training."
         )
-    if "hub:" in data.test:
-        return ""  # its splits are separate by name; reading them here would mean a download
-    everything = data.model_copy(update={"test_limit": None, "train_limit": None})
-    tested = {(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(everything, "test")}
-    tuned_on = [(e.messages and repr(e.messages)) or repr((e.text, e.label)) for e in load_split(data, "validation")]
-    shared = sum(example in tested for example in tuned_on)
-    if shared * 2 > len(tuned_on):
-        raise UserError(
-            f"tasks.{task}: {shared} of {len(tuned_on)} validation records are test records too. Tuning on test "
-            "records makes every comparison worthless: use data.holdout to take validation records out of training."
-        )
-    return f"Of {task}, {shared} of {len(tuned_on)} validation records are test records too." if shared else ""
+    if why := undeclared(data):
+        raise UserError(f"tasks.{task}: {why}")
+    found = shared(data)
+    return f"Of {task}, {' and '.join(each.words for each in found)}; the recipe declares it." if found else ""
 
 
 def _with_method(base: Recipe, entry: MethodEntry, fields: dict[str, Any]) -> Recipe:

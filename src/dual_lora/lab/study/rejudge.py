@@ -61,7 +61,8 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
     place = (c["model"], c["task"])
     two = [at[(*place, c[side])] for side in ("candidate", "reference")]
     spread, sign = c["spread"], metrics.sign(c["metric"])
-    scores = tuple(sign * (m["score"] if m["score"] is not None else math.nan) for m in two)
+    own = (c["candidate_score"], c["reference_score"])
+    scores = tuple(sign * (math.nan if value is None else value) for value in own)
     figures = spread["difference"], spread["error"], spread.get("seed_error")
     if any(value is None for value in figures[:2]):  # every run diverged
         figures = 0.0, 0.0, 0.0

@@ -149,7 +149,7 @@ class Study(Part):
     search: Search | None = Field(None, description="Tuning before the final runs; left out: none.")
     margin: dict[str, float] = Field(
         default_factory=dict,
-        description="Metric: the difference that is too small to matter; one number for all metrics.",
+        description="Metric: the difference that is too small to matter; one number for all but forgetting.",
     )
     level: float = Field(0.05, gt=0, lt=0.5, description="Chance of any false alarm in the whole study.")
     power: float = Field(0.8, gt=0.5, lt=1, description="Chance meant by the smallest visible difference.")
@@ -188,7 +188,9 @@ class Study(Part):
     @field_validator("margin", mode="before", json_schema_input_type=float | dict[str, float])
     @classmethod
     def _one_margin(cls, value: Any) -> Any:
-        return dict.fromkeys(METRICS, value) if isinstance(value, int | float) else value
+        return (
+            dict.fromkeys((m for m in METRICS if m != "forgetting"), value) if isinstance(value, int | float) else value
+        )
 
     @model_validator(mode="after")
     def _hangs_together(self) -> Study:

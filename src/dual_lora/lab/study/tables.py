@@ -31,7 +31,8 @@ def show_results(results: dict[str, Any], console: Console | None = None) -> Non
     if results["comparisons"]:
         console.print(verdict_table(results))
     console.print(score_table(results))
-    console.print(cost_table(results))
+    if any(value is not None for m in results["methods"] for value in m["cost"].values()):
+        console.print(cost_table(results))
     for note in [*amended(results), *results["notes"], *(f"failed: {text}" for text in results["failed"])]:
         console.print(f"• {escape(note)}")
     if not results["complete"]:
@@ -69,6 +70,8 @@ def score_table(results: dict[str, Any]) -> Table:
         table.add_column(column)
     for column in ("score", "± seeds", "seeds", "diverged", "rank", "trainable", "mismatch"):
         table.add_column(column, justify="right")
+    if forgets := any(m.get("forgetting") is not None for m in results["methods"]):
+        table.add_column("forgetting", justify="right")
     table.add_column("chosen")
     for row in results.get("untrained", []):
         table.add_row(escape(_place(row)) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
@@ -83,8 +86,9 @@ def score_table(results: dict[str, Any]) -> Table:
             str(sum(s["status"] != "missing" for s in m["seeds"])),
             diverged,
             "" if m["rank"] is None else str(m["rank"]),
-            f"{m['trainable_parameters']:,}",
+            _number(m["trainable_parameters"], ",.0f"),
             _number(m["mismatch"], "+.1%") or escape(", ".join(m["notes"])),
+            *([_number(m.get("forgetting"), "+.4f")] if forgets else []),
             escape(chosen),
         )
     return table

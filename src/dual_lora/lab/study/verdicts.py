@@ -13,6 +13,7 @@ from dual_lora.lab.study import judging, metrics, notes
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished, place_name
 from dual_lora.lab.study.conclude import about_pairs, conclude, placed
+from dual_lora.lab.study.forgetting import forgetting_tables, with_metric
 from dual_lora.lab.study.perform import read_scores
 from dual_lora.lab.study.study import Study
 
@@ -39,7 +40,9 @@ def build_results(
     lost: list[str] = []
     tables = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(f, tables.get(_at(f))) for f in finished]
-    said = conclude(study, _pairs(study, finished, tables), methods, untrained)
+    pairs = _pairs(study, finished, tables)
+    pairs += with_metric(pairs, study, forgetting_tables(finished, runs, lost))
+    said = conclude(study, pairs, methods, untrained)
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
@@ -47,7 +50,7 @@ def build_results(
         "methods": methods,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
-        "pareto": _pareto(methods),
+        "pareto": pareto(methods),
         "notes": notes.unfinished(study, finished)
         + lost
         + said.notes
@@ -162,11 +165,18 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "score": None if means is None else float(means.mean()),
         "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
         "items": None if table is None else table.shape[1],
+        "forgetting": _mean([(s["figures"] or {}).get("forgetting") for s in seeds]),
         "diverged": diverged,
         "diverged_in_search": f.doomed,
         "cost": _cost(cell, [o for _, o in f.finals if o and o["status"] == "done"]),
         "measured_beside": _beside(o for _, o in f.finals if o and o["status"] == "done"),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _outcome(outcome: dict[str, Any] | None) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def _beside(outcomes: Iterable[dict[str, Any]]) -> list[int | None]:
     return sorted({o.get("runs_at_a_time") for o in outcomes}, key=lambda n: n or 0)
 
 
-def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every task and cost: each method's quality and cost, and whether no other is better in both."""
     fronts = []
     for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
@@ -213,7 +223,7 @@ def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             if not points:
                 continue
-            sign = metrics.sign(here[0]["metric"])
+            sign = metrics.direction(here[0]["better"])
             turned = [(sign * p["quality"], -p["cost"] if less else p["cost"]) for p in points]
             for point, mine in zip(points, turned, strict=True):
                 point["front"] = not any(

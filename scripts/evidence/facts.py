@@ -1,0 +1,152 @@
+"""What a page may quote: a figure by its path, from results/studies and results/trajectory.
+
+STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
+                             verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
+                             change (with its interval), size (with its metric), sure; (untrained): score, constant
+trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.analysis.summary import last_state, mean_over_layers
+from dual_lora.lab.report.columns import number
+
+ROOT = Path(__file__).parents[2]
+DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
+
+
+@functools.cache
+def study(name: str) -> dict[str, Any]:
+    """A published study's results. Raises ValueError for one that is not there."""
+    file = ROOT / "results" / "studies" / name / "results.json"
+    if not file.is_file():
+        raise ValueError(f"There is no study {name!r} in {file.parents[1].relative_to(ROOT)}.")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def trajectory() -> dict[str, Any]:
+    """The published analysis of one trajectory."""
+    return json.loads((ROOT / "results" / "trajectory" / "analysis.json").read_text(encoding="utf-8"))
+
+
+def quoted(path: str) -> str:
+    """The figure at a path, as it is printed. Raises ValueError for a path that leads nowhere."""
+    name, *rest = path.strip().split("/")
+    try:
+        if name == "trajectory":
+            return _of_trajectory(*rest)
+        if name == "count":
+            return str(_count(*rest))
+        return _of_study(name, *rest)
+    except (KeyError, TypeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path!r} leads nowhere in the results: {error!r}.") from None
+
+
+def verdict(name: str, candidate: str) -> str:
+    """The verdict on a candidate of a study."""
+    return str(_comparison(study(name), candidate)["verdict"])
+
+
+def _method(results: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(m for m in results["methods"] if m["method"] == name)
+
+
+def _comparison(results: dict[str, Any], candidate: str) -> dict[str, Any]:
+    found = [c for c in results["comparisons"] if c["candidate"] == candidate]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} comparisons of {candidate}")
+    return found[0]
+
+
+def _of_study(name: str, method: str, field: str) -> str:
+    results = study(name)
+    if method == "(untrained)":
+        return number(results["untrained"][0][field], ".3f")
+    if field in ("score", "deviation", "rate", "seconds"):
+        m = _method(results, method)
+        decimals = DECIMALS.get(m["metric"], 3)
+        if field == "rate":
+            return f"{m['settings']['train.learning_rate']:g}"
+        if field == "seconds":
+            return f"{m['cost']['train_seconds']:.0f}"
+        return number(m["score" if field == "score" else "score_deviation"], f".{decimals}f")
+    c = _comparison(results, method)
+    if field in ("time", "memory"):
+        key = {"time": "train_seconds", "memory": "peak_memory"}[field]
+        mine, other = (_method(results, c[side])["cost"][key] for side in ("candidate", "reference"))
+        return f"{mine / other:.2f}"
+    return FIELDS[field](c)
+
+
+def _own(c: dict[str, Any], value: float, sign: bool = True) -> str:
+    """A difference in the metric's own direction: negative where there is less of it."""
+    turned = value if c["better"] == "more" else -value
+    return number(turned + 0.0, f"{'+' * sign}.{DECIMALS.get(c['metric'], 3)}f")
+
+
+def _between(c: dict[str, Any], low: str, high: str) -> str:
+    ends = (c[low], c[high]) if c["better"] == "more" else (c[high], c[low])
+    return " to ".join(_own(c, end) for end in ends)
+
+
+def _change(c: dict[str, Any], metric: str = "") -> str:
+    """The difference with the interval that its verdict rests on."""
+    same = c["verdict"] == "equivalent within the margin"
+    between = f"90 %: {_between(c, 'same_low', 'same_high')}" if same else _between(c, "low", "high")
+    return f"{_own(c, c['difference'])}{metric} [{between}]"
+
+
+def _sure(c: dict[str, Any]) -> str:
+    """The verdict, its seeds, and what an open one would have found."""
+    words = c["verdict"].replace("the margin", f"{c['margin']:g}")
+    if c["verdict"] == "inconclusive" and c["visible"] is not None:
+        words += f"; would have found {number(c['visible'], '.2g')}"
+    return f"{words} ({c['spread']['seeds']} seeds)"
+
+
+FIELDS = {
+    "verdict": lambda c: str(c["verdict"]),
+    "difference": lambda c: _own(c, c["difference"]),
+    "interval": lambda c: _between(c, "low", "high"),
+    "same": lambda c: _between(c, "same_low", "same_high"),
+    "visible": lambda c: number(c["visible"], ".2g"),
+    "p": lambda c: number(c["p_holm"], ".2g"),
+    "seeds": lambda c: str(c["spread"]["seeds"]),
+    "items": lambda c: f"{c['spread']['items']:,}",
+    "margin": lambda c: f"{c['margin']:g}",
+    "change": _change,
+    "size": lambda c: _change(c, f" {c['metric']}"),
+    "sure": _sure,
+}
+
+
+def _of_trajectory(run: str, table: str, column: str, form: str = "") -> str:
+    found = next(r for r in trajectory()["runs"] if r["name"] == run)
+    if table == "run":
+        return number(found[column], form or ".2f")
+    rows = found[table]
+    if table == "contribution":
+        what, _, group = column.partition(",")
+        (row,) = [r for r in rows if r["what"] == what and r["group"] == group]
+        return number(row["loss"], form or ".3f")
+    value = mean_over_layers(rows if table == "first_step" else last_state(rows), column)
+    if value is None:
+        raise KeyError(column)
+    return number(value, form or "g")
+
+
+def _count(what: str, verdict: str = "") -> int:
+    """How many published studies there are, comparisons in them (with a verdict), or verdicts that were amended."""
+    names = sorted(file.parent.name for file in (ROOT / "results" / "studies").glob("*/results.json"))
+    if what == "studies":
+        return len(names)
+    if what == "amended":
+        return sum(len(a["changed"]) for name in names for a in study(name)["amendments"])
+    comparisons = [c for name in names for c in study(name)["comparisons"]]
+    return sum(not verdict or c["verdict"] == verdict for c in comparisons)

@@ -1,0 +1,83 @@
+"""dual-lora judge"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+
+def judge(
+    source: Annotated[
+        Path,
+        Parameter(
+            help="A .csv or .tsv file with the columns method, seed, score and as far as there are such item, task, "
+            "model, metric; or a folder METHOD/SEED/ of lm-eval's samples_*.jsonl; or the results of PEFT's "
+            "method_comparison; or a study's folder, to write it for PEFT."
+        ),
+    ],
+    /,
+    *,
+    reference: Annotated[
+        str | None, Parameter(help="Method that the others are compared with. [default: the first]", negative="")
+    ] = None,
+    metric: Annotated[str | None, Parameter(help="Which metric, where there are several.", negative="")] = None,
+    better: Annotated[
+        Literal["more", "less"] | None,
+        Parameter(help="Of the metric. [default: what the source or its name says, else more]", negative=""),
+    ] = None,
+    margin: Annotated[
+        float | None, Parameter(help="Difference that is too small to matter, in the metric's unit.", negative="")
+    ] = None,
+    level: Annotated[float, Parameter(help="Chance of any false alarm.", negative="")] = 0.05,
+    out: Annotated[Path | None, Parameter(help="Folder for results.json and report.html.", negative="")] = None,
+    peft: Annotated[
+        Path | None,
+        Parameter(help="Folder for a study's runs as PEFT's method_comparison has them.", negative=""),
+    ] = None,
+    methods: Annotated[
+        bool,
+        Parameter(
+            help="Print the experiments of PEFT's suite as the methods of a study, and judge nothing.", negative=""
+        ),
+    ] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Judge scores that others made: the verdicts, intervals and notes of a study, without training anything.
+
+    Example: `dual-lora judge scores.csv --reference lora --margin 0.01 --out judged`
+
+    Of the lm-evaluation-harness: `dual-lora judge evaluations --metric acc`, where `lm_eval --log_samples` wrote into
+    `evaluations/METHOD/seed-1`, `evaluations/METHOD/seed-2`, …
+
+    Of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`; and for it:
+    `dual-lora judge studies/mine --peft method_comparison/mine`
+    """
+    from dual_lora.lab.commands.card import finish
+    from dual_lora.lab.study.tables import show_results
+
+    if methods:
+        import yaml
+
+        from dual_lora.lab.judge.peft_suite import study_methods
+
+        print(yaml.safe_dump({"methods": study_methods(source)}, sort_keys=False), end="")
+        return
+    if peft is not None:
+        from dual_lora.lab.judge.peft_results import write_peft
+
+        written = write_peft(source, peft)
+        finish(written, f"{written['results']} results and {written['experiments']} experiments in {peft}.", json)
+        return
+    from dual_lora.lab.judge.judge import judge as run
+
+    results = run(source, reference=reference, metric=metric, better=better, margin=margin, level=level, out=out)
+    if out is not None:
+        from dual_lora.lab.report.report import report
+
+        report([out / "results.json"], out / "report.html", f"Judged: {source.name}")
+    if json:
+        finish(results, None, True)
+    else:
+        show_results(results)

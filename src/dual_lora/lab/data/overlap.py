@@ -1,0 +1,72 @@
+"""Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dual_lora.lab.data.examples import Example, item_of, load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import DataPart
+
+WORDS = {"train": "training", "validation": "validation", "test": "test"}
+PAIRS = (("validation", "test"), ("test", "train"), ("validation", "train"))
+
+
+class Shared(NamedTuple):
+    """`found` of the `size` records of one set have their prompt, text or group in another."""
+
+    of: str
+    among: str
+    found: int
+    size: int
+
+    @property
+    def words(self) -> str:
+        """The fact in words."""
+        return f"{self.found} of {self.size} {WORDS[self.of]} records are {WORDS[self.among]} records too"
+
+
+def shared(data: DataPart) -> list[Shared]:
+    """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out."""
+    sets = {split: found for split in WORDS if (found := _records(data, split))}
+    keys = {split: {_key(example) for example in examples} for split, examples in sets.items()}
+    counted = [
+        Shared(of, among, sum(_key(example) in keys[among] for example in sets[of]), len(sets[of]))
+        for of, among in PAIRS
+        if of in sets and among in sets
+    ]
+    return [each for each in counted if each.found]
+
+
+def undeclared(data: DataPart) -> str:
+    """Why the recipe's sets are not apart, and what to do; "" where they are, or where it declares what they share."""
+    if data.overlap == "all":
+        return ""
+    over = [each for each in shared(data) if each.found > data.overlap]
+    if not over:
+        return ""
+    together = (
+        ", or keep records of one prompt together with data.group: prompt"
+        if data.holdout and not data.validation and data.group is None
+        else ""
+    )
+    return (
+        f"{' and '.join(each.words for each in over)} (the same prompt or text). Remove them{together}, or declare "
+        f"them with data.overlap: {max(each.found for each in over)} (all: for tasks of memorisation)."
+    )
+
+
+def _key(example: Example) -> str:
+    return example.group or item_of(example)
+
+
+def _records(data: DataPart, split: str) -> list[Example]:
+    source = (data.train if data.holdout and not data.validation else data.validation) if split == "validation" else (
+        getattr(data, split) or " + ".join(data.tests.values()) * (split == "test")
+    )  # fmt: skip
+    if not source or "hub:" in source:
+        return []
+    try:
+        return load_split(data, split)
+    except (UserError, OSError):
+        return []  # whoever needs these records will say what is wrong with them

@@ -1,0 +1,248 @@
+"""Judge scores that others made: the same tests, words, notes, files and page as a study has.
+
+from dual_lora.lab.judge.judge import judge
+results = judge("scores.csv", reference="lora", margin=0.01)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
+from dual_lora.lab.judge.peft_suite import read_peft, result_files
+from dual_lora.lab.judge.scores import WHOLE, Place, Runs, Scores, in_words, one_metric, reference_of, tables
+from dual_lora.lab.judge.table_file import read_table
+from dual_lora.lab.run.write import write_json
+from dual_lora.lab.study import judging, metrics, verdicts
+from dual_lora.lab.study.conclude import conclude
+from dual_lora.lab.study.study import Study
+
+TUNED = (
+    "How the methods were tuned is not known here: the verdicts hold for the settings that these runs had, not for "
+    "what another search would choose."
+)
+WHOLE_ONLY = (
+    "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
+    "for other items."
+)
+LESS = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse", "mae", "rmse", "error")
+
+
+def judge(
+    source: str | Path,
+    *,
+    reference: str | None = None,
+    metric: str | None = None,
+    better: Literal["more", "less"] | None = None,
+    margin: float | None = None,
+    level: float = 0.05,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Read the scores, judge them, and return what a study's results.json holds; written into `out` if given.
+
+    reference: the method that all others are compared with, the first one if left out. metric: needed where the source
+    has several. better: of the metric; left out, what the source or the metric's name says, else more. margin: the
+    difference that is too small to matter, in the metric's unit; without one, equivalence is not asked.
+    Raises UserError, in a sentence, for everything that is wrong with the scores.
+    """
+    path = Path(source)
+    if not 0 < level < 0.5:
+        raise UserError(f"The level is {level}, expected a share above 0 and below 0.5, such as 0.05.")
+    if margin is not None and not margin > 0:
+        raise UserError(f"The margin is {margin}, expected a positive number in the metric's unit, or none.")
+    scores = read(path)
+    chosen = one_metric(scores, metric)
+    direction = {name: better or scores.better.get(name.partition(",")[0]) or _usual(name) for name in chosen.values()}
+    paired = tables(scores.rows)
+    methods = list(dict.fromkeys(row.method for row in scores.rows))
+    against = reference_of(methods, reference)
+    for place, own in paired.items():
+        if against not in own:
+            raise UserError(
+                f"{against}, which the others are compared with, has no score on {in_words(place)}: choose another "
+                "with --reference, or leave that task out."
+            )
+    study = _study(path, paired, methods, against, level)
+    rows, pairs = [], []
+    for place, own in paired.items():
+        name = chosen[place]
+        rows += [
+            _method(place, m, runs, name, direction[name], scores.costs.get((place, m))) for m, runs in own.items()
+        ]
+        pairs += _pairs(place, own, against, name, direction[name], margin, level)
+    said = conclude(study, pairs, rows, [])
+    whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
+    results: dict[str, Any] = {
+        "format": verdicts.RESULTS_FORMAT,
+        "study": study.model_dump(mode="json"),
+        "complete": True,
+        "methods": rows,
+        "comparisons": said.comparisons,
+        "false_alarm": said.false_alarm,
+        "pareto": verdicts.pareto(rows),
+        "notes": [note for note in said.notes if not note.startswith("Chance of any")]
+        + _level(said.false_alarm, level)
+        + ([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons)
+        + _one_seed(paired)
+        + scores.notes,
+        "untrained": [],
+        "failed": [],
+        "provenance": _provenance(path),
+        "judged_from": path.name,
+    }
+    if out is not None:
+        file = _free(Path(out) / "results.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, results)
+    return results
+
+
+def read(path: Path) -> Scores:
+    """The scores in a table, or in a folder of lm-eval's samples or of PEFT's results."""
+    if path.is_file() and path.suffix in (".csv", ".tsv"):
+        scores = read_table(path)
+    elif path.is_file():
+        raise UserError(f"{path} is no .csv or .tsv table: give one, or a folder of lm-eval's or PEFT's results.")
+    elif not path.is_dir():
+        raise UserError(f"There is no {path}: give a .csv or .tsv file, or a folder of lm-eval's or PEFT's results.")
+    elif sample_files(path):
+        scores = read_lm_eval(path)
+    elif result_files(path):
+        scores = read_peft(path)
+    else:
+        raise UserError(
+            f"{path} holds no scores: expected samples_*.jsonl of lm-eval (`--log_samples`), METHOD/SEED/ below it, or "
+            "the JSON results of PEFT's method comparison."
+        )
+    if not scores.rows:
+        raise UserError(f"{path} holds no scores." + (f" {' '.join(scores.notes)}" if scores.notes else ""))
+    return scores
+
+
+def _usual(metric: str) -> str:
+    """Which way a metric of this name is better, where nobody says."""
+    if metric in metrics.METRICS:
+        return metrics.better(metric)
+    return "less" if metric.partition(",")[0].rpartition(" ")[2].lower() in LESS else "more"
+
+
+def _study(path: Path, paired: dict[Place, dict[str, Runs]], methods: list[str], against: str, level: float) -> Study:
+    """The study that these runs would be one of. Its margin stands in the comparisons: the metric may be any."""
+    name = re.sub(r"[^\w.\-]+", "-", path.resolve().stem).strip("-") or "scores"
+    seeds = sorted({seed for own in paired.values() for runs in own.values() for seed in runs.seeds})
+    return Study(
+        name=name,
+        question=f"What may be said of the scores in {path.name}?",
+        tasks={task: {"recipe": path.name} for _, task in paired},  # type: ignore[misc]
+        methods={method: {} for method in methods},  # type: ignore[misc]
+        models={model: {} for model, _ in paired if model},
+        reference=against,
+        seeds=seeds,
+        level=level,
+        cost=False,
+    )
+
+
+def _pairs(
+    place: Place, own: dict[str, Runs], against: str, metric: str, better: str, margin: float | None, level: float
+) -> list[judging.Comparison]:
+    sign = metrics.direction(better)
+    reference = sign * own[against].table
+    values = np.concatenate([runs.table.ravel() for runs in own.values()])
+    whole = own[against].items == [WHOLE]
+    pairs = []
+    for method, runs in own.items():
+        if method == against:
+            continue
+        pair = judging.compare_pair(
+            sign * runs.table,
+            reference,
+            names=(method, against),
+            task=in_words(place),
+            metric=metric,
+            margin=margin,
+            confidence=1 - level,
+            counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
+        )
+        pairs.append(dataclasses.replace(pair, place=place, better=better))
+    return pairs
+
+
+def _method(
+    place: Place, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
+) -> dict[str, Any]:
+    """As `verdicts` has it, with nothing for what is not known."""
+    model, task = place
+    means = runs.table.mean(1)
+    known = cost or {}
+    trained, everything = known.get("trainable_parameters"), known.get("all_parameters")
+    return {
+        "model": model,
+        "task": task,
+        "method": method,
+        "about": "",
+        "peft_method": {"name": method},
+        "metric": metric,
+        "better": better,
+        "rank": None,
+        "trainable_parameters": trained,
+        "base_parameters": everything - trained if trained and everything and everything > trained else everything,
+        "mismatch": None,
+        "notes": [],
+        "settings": None,
+        "trials": [],
+        "seeds": [
+            {"seed": seed, "key": f"{method} {seed}", "status": "done", "score": float(mean)}
+            | {"seconds": None, "figures": None}
+            for seed, mean in zip(runs.seeds, means, strict=True)
+        ],
+        "score": float(means.mean()),
+        "score_deviation": float(means.std(ddof=1)) if len(means) > 1 else None,
+        "items": None if runs.items == [WHOLE] else len(runs.items),
+        "whole": runs.items == [WHOLE],
+        "diverged": 0,
+        "diverged_in_search": False,
+        "cost": {name: known.get(name) for name in verdicts.COSTS},
+    }
+
+
+def _level(false_alarm: float | None, level: float) -> list[str]:
+    if false_alarm is None:
+        return []
+    return [f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {level:.0%} at most."]
+
+
+def _one_seed(paired: dict[Place, dict[str, Runs]]) -> list[str]:
+    single = [in_words(place) for place, own in paired.items() if len(next(iter(own.values())).seeds) == 1]
+    if not single:
+        return []
+    return [f"With one seed no winner can be called: there is only one of {', '.join(single)}. Give two, better five."]
+
+
+def _free(file: Path) -> Path:
+    """The output, unless the results of a study lie there."""
+    try:
+        judged = "judged_from" in json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return file
+    except (OSError, ValueError, TypeError):
+        judged = False
+    if not judged:
+        raise UserError(f"{file} exists and was not written by `dual-lora judge`: give another --out.")
+    return file
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    from dual_lora.lab.run.record import surroundings
+
+    made = surroundings()
+    kept = {key: made[key] for key in ("versions", "commit", "command") if key in made}
+    return kept | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

@@ -1,0 +1,100 @@
+"""Scores from per-sample logs of the lm-evaluation-harness (`lm_eval --log_samples --output_path FOLDER`).
+
+FOLDER/METHOD/SEED/**/samples_TASK_DATE.jsonl   SEED: seed-1, seed1, run-1 or 1, also further down
+FOLDER/METHOD/**/samples_TASK_DATE.jsonl        one seed
+
+The harness's own folder of the model's name may lie below. results_DATE.json beside the samples says which way a metric
+is better. Items are documents, known by their number and hash: two runs that saw other documents do not pair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.scores import Score, Scores, number
+
+_SAMPLES = re.compile(r"samples_(?P<task>.+)_\d{4}-\d\d-\d\dT[\d\-:.]+\.jsonl$")
+_SEED = re.compile(r"(?:seed|run)?[-_ ]?(\d+)$", re.IGNORECASE)
+NEEDED = ("doc_id", "doc_hash", "metrics")
+
+
+def sample_files(folder: Path) -> list[Path]:
+    """The logs under a folder."""
+    return sorted(folder.rglob("samples_*.jsonl"))
+
+
+def read_lm_eval(folder: Path) -> Scores:
+    """All scores under the folder. Raises UserError for files that do not lie as the module says, or are damaged."""
+    scores = Scores([])
+    seen: dict[tuple[str, int, str], Path] = {}
+    prompts: dict[tuple[str, str], dict[str, str]] = {}
+    aside: dict[str, None] = {}
+    for file in sample_files(folder):
+        method, seed = _run_of(folder, file)
+        if (named := _SAMPLES.match(file.name)) is None:
+            raise UserError(f"{file} is not named as the harness names its logs: samples_TASK_DATE.jsonl.")
+        task = named["task"]
+        if (other := seen.setdefault((method, seed, task), file)) != file:
+            raise UserError(f"{other} and {file} are two evaluations of one run on {task}: remove one of them.")
+        for row, prompt in _rows(file, method, seed, task, aside):
+            scores.rows.append(row)
+            if prompt:
+                prompts.setdefault((task, f"{row.seed} {row.item}"), {})[method] = prompt
+        scores.better |= _directions(file.parent, task)
+    if aside:
+        scores.notes.append(f"Left out, as they are no means over items: {', '.join(aside)}.")
+    for task in dict.fromkeys(task for task, _ in prompts):
+        differ = sum(len(set(own.values())) > 1 for (t, _), own in prompts.items() if t == task)
+        if differ:
+            scores.notes.append(
+                f"On {task} the methods were asked {differ} of the items in different words (other examples or another "
+                "template): their difference is one of the prompts too."
+            )
+    return scores
+
+
+def _run_of(folder: Path, file: Path) -> tuple[str, int]:
+    """Method and seed, from the folders between."""
+    parts = file.relative_to(folder).parts[:-1]
+    if not parts:
+        raise UserError(f"{file} lies in {folder} itself: expected {folder}/METHOD/SEED/…/{file.name}.")
+    seed = next((found for part in parts[1:] if (found := _SEED.match(part))), None)
+    return parts[0], int(seed[1]) if seed else 0
+
+
+def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None]) -> Iterator[tuple[Score, str]]:
+    """Scores with their prompts' hashes. aside: takes the metrics that are no mean over items."""
+    with file.open(encoding="utf-8") as lines:
+        for count, line in enumerate(lines, 1):
+            where = f"{file}, line {count}"
+            try:
+                sample = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{where}: not valid JSON ({error}).") from None
+            if not isinstance(sample, dict) or any(name not in sample for name in NEEDED):
+                raise UserError(f"{where} is no sample of the harness: expected {', '.join(NEEDED)} in each.")
+            item = f"{sample['doc_id']} {str(sample['doc_hash'])[:8]}"
+            variant = sample.get("filter") or "none"
+            for name in sample["metrics"]:
+                if isinstance(value := sample.get(name), list | dict | str):
+                    aside[f"{name} on {task}"] = None  # gold and guess, or sums, of one such as mcc or perplexity
+                    continue
+                metric = name if variant == "none" else f"{name},{variant}"
+                score = Score(("", task), method, seed, item, metric, number(value, where, metric), where)
+                yield score, str(sample.get("prompt_hash") or "")
+
+
+def _directions(folder: Path, task: str) -> dict[str, str]:
+    """Which way the task's metrics are better, as the newest results beside the samples say."""
+    for file in sorted(folder.glob("results_*.json"), reverse=True):
+        try:
+            higher: Any = json.loads(file.read_text(encoding="utf-8"))["higher_is_better"][task]
+            return {name: "more" if more else "less" for name, more in higher.items() if more is not None}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return {}

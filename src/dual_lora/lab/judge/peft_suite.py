@@ -1,0 +1,162 @@
+"""PEFT's method comparison: its results read as scores, its experiment folders, and a study's results written for it.
+
+results/METHOD--NAME.json                          one a run: run_info, train_info, meta_info
+experiments/METHOD/NAME/adapter_config.json        what a run is, with training_params.json beside it
+https://github.com/huggingface/peft/tree/main/method_comparison
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.scores import WHOLE, Place, Score, Scores, number, seed_number
+
+FORGOTTEN = ("forgetting", "drift")  # less of them is better
+_SEED = re.compile(r"[-_]+seed[-_]?(\d+)$")
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The results in a task's folder (MetaMathQA), or in its folder of results."""
+    inside = folder / "results" if (folder / "results").is_dir() else folder
+    return [file for file in sorted(inside.glob("*.json")) if _is_result(file)]
+
+
+def _is_result(file: Path) -> bool:
+    with file.open(encoding="utf-8", errors="replace") as text:
+        return '"run_info"' in text.read(200)
+
+
+def read_peft(folder: Path) -> Scores:
+    """One score a run and metric; unfinished runs are named in the notes. Raises UserError for a damaged file."""
+    scores = Scores([], better=dict.fromkeys(FORGOTTEN, "less"))
+    task = folder.resolve().parent.name if folder.resolve().name == "results" else folder.resolve().name
+    costs: dict[tuple[Place, str], list[dict[str, Any]]] = {}
+    stopped, finished = [], set()
+    for file in result_files(folder):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            run, train = result["run_info"], result["train_info"]
+            config, last = run["train_config"], train["metrics"][-1] if train["metrics"] else {}
+            name, status = str(run["experiment_name"]), train["status"]
+            place, seed = (str(config["model_id"]), task), seed_number(config["seed"], str(file))
+            cost = _cost(train)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} is no result of PEFT's method comparison: {error!r}.") from None
+        if status != "success":
+            stopped.append(name)
+            continue
+        finished.add(name)
+        method = _without_seed(name, seed)
+        for metric, value in last.items():
+            if metric.startswith("test ") or metric in FORGOTTEN:
+                figure = number(value, str(file), metric)
+                scores.rows.append(Score(place, method, seed, WHOLE, metric, figure, str(file)))
+        costs.setdefault((place, method), []).append(cost)
+    scores.costs = {key: _medians(own) for key, own in costs.items()}
+    if stopped:
+        scores.notes.append(f"Not judged, as they did not end well: {', '.join(stopped)}.")
+    if len(models := {place[0] for place, _ in scores.costs}) == 1:  # named once, not in every row
+        scores.notes.append(f"All runs are of {models.pop()}.")
+        scores.rows = [row._replace(place=("", task)) for row in scores.rows]
+        scores.costs = {(("", task), method): cost for (_, method), cost in scores.costs.items()}
+    scores.notes += _unrun(folder, finished | set(stopped))
+    return scores
+
+
+def _without_seed(name: str, seed: int) -> str:
+    """An experiment's name without the seed at its end: lora/rank32-seed1 and lora/rank32-seed2 are one method."""
+    found = _SEED.search(name)
+    return name[: found.start()] if found and int(found[1]) == seed else name
+
+
+def _cost(train: dict[str, Any]) -> dict[str, float | None]:
+    return {
+        "train_seconds": train.get("train_time"),
+        "peak_memory": train.get("accelerator_memory_max"),
+        "trainable_parameters": train.get("num_trainable_params"),
+        "all_parameters": train.get("num_total_params"),
+        "adapter_bytes": train.get("file_size"),
+    }
+
+
+def _medians(costs: list[dict[str, Any]]) -> dict[str, Any]:
+    import statistics
+
+    known = {name: [c[name] for c in costs if c[name] is not None] for name in costs[0]}
+    return {name: statistics.median(values) if values else None for name, values in known.items()}
+
+
+def experiments(folder: Path) -> dict[str, Path]:
+    """Name -> folder of the experiments of a task's folder."""
+    inside = (folder.parent if folder.name == "results" else folder) / "experiments"
+    return {
+        f"{f.parent.parent.name}/{f.parent.name}": f.parent
+        for f in sorted([*inside.glob("*/*/adapter_config.json"), *inside.glob("*/*/training_params.json")])
+    }
+
+
+def _unrun(folder: Path, known: set[str]) -> list[str]:
+    left = [name for name in experiments(folder) if name not in known]
+    return [f"Experiments without a result: {', '.join(left)}."] if left else []
+
+
+def method_entry(folder: Path) -> dict[str, Any]:
+    """An experiment folder as a study's method: the name and fields of its adapter, its rate and weight decay.
+
+    Fields that hold PEFT's own default are left out. Raises UserError for a folder that holds no experiment.
+    """
+    adapter, training = folder / "adapter_config.json", folder / "training_params.json"
+    if not adapter.is_file() and not training.is_file():
+        raise UserError(f"{folder} is no experiment: it holds neither {adapter.name} nor {training.name}.")
+    entry: dict[str, Any] = {"name": "full"}
+    if adapter.is_file():
+        from dual_lora.lab.model.methods import method_fields
+
+        values = _json(adapter)
+        name = str(values.get("peft_type", "")).lower()
+        usual = _defaults(name)
+        own = {key: values[key] for key in method_fields(name) if key in values and values[key] != usual.get(key)}
+        if "target_modules" in values:  # a recipe's own default is another one than PEFT's
+            own["target_modules"] = values["target_modules"]
+        entry = {"name": name, **own}
+    kwargs = (_json(training) if training.is_file() else {}).get("optimizer_kwargs", {})
+    rates = {"learning_rate": kwargs.get("lr"), "weight_decay": kwargs.get("weight_decay")}
+    given = {key: value for key, value in rates.items() if value is not None}
+    return entry | ({"train": given} if given else {})
+
+
+def study_methods(folder: Path) -> dict[str, dict[str, Any]]:
+    """All experiments of a task's folder as a study's methods. Raises UserError where there is none."""
+    found = experiments(folder.resolve())
+    if not found:
+        raise UserError(f"{folder} holds no experiments: expected experiments/METHOD/NAME/adapter_config.json.")
+    return {name: method_entry(place) for name, place in found.items()}
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What PEFT's configuration of a method holds where nothing is said, as JSON has it."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    found = {}
+    for field in dataclasses.fields(kinds[name]):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return json.loads(json.dumps(found, default=str))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds {type(value).__name__}, expected settings by name.")
+    return value

@@ -1,0 +1,156 @@
+"""Scores of runs that were made elsewhere, checked and put into paired tables [seeds, items]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dual_lora.lab.errors import UserError, suggest
+
+WHOLE = ""  # the item of a run that has one score for all of its test items
+Place = tuple[str, str]  # model ("" where there is one) and task
+
+
+class Score(NamedTuple):
+    """One figure, and where it stands (for errors)."""
+
+    place: Place
+    method: str
+    seed: int
+    item: str
+    metric: str
+    value: float
+    where: str
+
+
+@dataclass
+class Scores:
+    """What a reader found. better: metric -> "more" or "less", as far as the source says.
+
+    costs: (place, method) -> what the source knows of cost; notes: what has to be said of the source.
+    """
+
+    rows: list[Score]
+    better: dict[str, str] = field(default_factory=dict)
+    costs: dict[tuple[Place, str], dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Runs(NamedTuple):
+    """One method on one task: scores [seeds, items] in the order of `seeds` and `items`."""
+
+    seeds: list[int]
+    items: list[str]
+    table: NDArray[np.float64]
+
+
+def number(text: Any, where: str, what: str = "score") -> float:
+    """A finite number, or a UserError that says what to do instead."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: the {what} {text!r} is no number.") from None
+    if not math.isfinite(value):
+        raise UserError(
+            f"{where}: the {what} is {text}. Give a diverged run the worst score of its task, do not leave it out."
+        )
+    return value
+
+
+def seed_number(text: Any, where: str) -> int:
+    """A seed: a whole number from 0 on."""
+    try:
+        seed = int(str(text))
+    except ValueError:
+        seed = -1
+    if seed < 0:
+        raise UserError(f"{where}: the seed {text!r} is no whole number from 0 on.")
+    return seed
+
+
+def one_metric(scores: Scores, wanted: str | None) -> dict[Place, str]:
+    """The metric that each place is judged by; rows of others are dropped.
+
+    Raises UserError where a place has several and none is asked for, and where it lacks the one that is.
+    """
+    found: dict[Place, list[str]] = {}
+    for row in scores.rows:
+        names = found.setdefault(row.place, [])
+        if row.metric not in names:
+            names.append(row.metric)
+    chosen = {}
+    for place, names in found.items():
+        if wanted is None and len(names) > 1:
+            raise UserError(
+                f"{in_words(place)} has scores of {len(names)} metrics, {', '.join(names)}: choose one with --metric."
+            )
+        if wanted is not None and wanted not in names:
+            raise UserError(f"{in_words(place)} has no metric {wanted!r}.{suggest(wanted, names)}")
+        chosen[place] = wanted or names[0]
+    scores.rows = [row for row in scores.rows if row.metric == chosen[row.place]]
+    return chosen
+
+
+def tables(rows: Iterable[Score]) -> dict[Place, dict[str, Runs]]:
+    """Place -> method -> its runs. Seeds and items are the same for all methods of a place.
+
+    Raises UserError for two scores of one run and item, and for pairs of which one half is missing.
+    """
+    cells: dict[Place, dict[str, dict[tuple[int, str], Score]]] = {}
+    for row in rows:
+        own = cells.setdefault(row.place, {}).setdefault(row.method, {})
+        if (twice := own.get((row.seed, row.item))) is not None:
+            raise UserError(
+                f"{row.where}: {_run(row)} has a score already ({twice.where}). Keep one of them."
+                + (" Without a column item a run has one score." if row.item == WHOLE else "")
+            )
+        own[row.seed, row.item] = row
+    return {place: _paired(place, methods) for place, methods in cells.items()}
+
+
+def _paired(place: Place, methods: dict[str, dict[tuple[int, str], Score]]) -> dict[str, Runs]:
+    every = dict.fromkeys(key for own in methods.values() for key in own)
+    seeds = sorted({seed for seed, _ in every})
+    items = list(dict.fromkeys(item for _, item in every))
+    missing = [
+        (method, seed, item) for method, own in methods.items() for seed in seeds for item in items
+        if (seed, item) not in own
+    ]  # fmt: skip
+    if missing:
+        method, seed, item = missing[0]
+        raise UserError(
+            f"{method} has no score for seed {seed}{_item(item)} of {in_words(place)}, where other runs have one "
+            f"({len(missing)} missing in all): every method needs the same seeds and the same items."
+        )
+    return {
+        method: Runs(seeds, items, np.array([[own[seed, item].value for item in items] for seed in seeds]))
+        for method, own in methods.items()
+    }
+
+
+def reference_of(methods: Sequence[str], wanted: str | None) -> str:
+    """The method that all others are compared with: the one asked for, or the first. Raises UserError for no other."""
+    if wanted is not None and wanted not in methods:
+        raise UserError(f"--reference {wanted!r} is no method of these scores.{suggest(wanted, methods)}")
+    if len(methods) < 2:
+        raise UserError(f"There is one method only, {methods[0]}: a comparison needs two.")
+    return wanted if wanted is not None else methods[0]
+
+
+def in_words(place: Place) -> str:
+    """A place in sentences."""
+    model, task = place
+    return f"{task} ({model})" if model else task
+
+
+def _item(item: str) -> str:
+    return "" if item == WHOLE else f", item {item}"
+
+
+def _run(row: Score) -> str:
+    return f"{row.method}, seed {row.seed}{_item(row.item)}, {in_words(row.place)}"

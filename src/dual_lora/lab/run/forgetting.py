@@ -1,0 +1,98 @@
+"""What a run has forgotten: the rise of the loss on text that is not the task's, from the base to the adapter.
+
+As PEFT's method comparison measures it: mean loss a token over whole texts, each cut to 768 tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from dual_lora.lab.data.encode import IGNORED, Encoded
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.recipe.schema import EvaluatePart, ModelPart
+from dual_lora.lab.run.scoring import Rows, loss_rows
+
+NAME = "forgetting"
+LONGEST = 768  # tokens of a text, as in PEFT's comparison
+
+
+def forgetting_rows(tuned: Tuned, spec: EvaluatePart, advance: Callable[[int], None] = lambda _: None) -> Rows:
+    """For each text its tokens, and its summed loss (nats) with the base and with the adapter.
+
+    Raises UserError for an encoder, and for records without a text.
+    """
+    assert spec.forgetting is not None
+    if tuned.classes or (tuned.recipe is not None and tuned.recipe.model.head != "causal"):
+        raise UserError("evaluate.forgetting needs a language model: an encoder has no loss on plain text.")
+    texts = encoded_texts(spec.forgetting, tuned.tokenizer, _positions(tuned.model))
+    size = spec.batch_size
+    with tuned.as_variant("tuned") as model:
+        after = loss_rows(model, tuned.tokenizer, texts, size, advance)
+    if _leaves_base_alone(tuned):
+        with tuned.as_variant("base") as model:
+            before = loss_rows(model, tuned.tokenizer, texts, size, advance)
+    else:
+        base = load_model(_part(tuned), device=str(tuned.model.device)).model.eval()
+        before = loss_rows(base, tuned.tokenizer, texts, size, advance)
+        del base
+        gc.collect()
+    return [
+        {"where": text.where, "tokens": b["tokens"], "base_nats": a["nats"], "nats": b["nats"]}
+        for text, a, b in zip(texts, before, after, strict=True)
+    ]
+
+
+def forgetting_figures(rows: Rows) -> dict[str, float]:
+    """forgetting: the rise of the mean loss a token, in nats. text_loss: that loss with the adapter."""
+    tokens = sum(row["tokens"] for row in rows)
+    after, before = (sum(row[key] for row in rows) / tokens for key in ("nats", "base_nats"))
+    return {NAME: after - before, "text_loss": after}
+
+
+def encoded_texts(source: str, tokenizer: Any, longest: int) -> list[Encoded]:
+    """The texts of a file, every token but the first as a label; those of one token say nothing and are left out."""
+    found = []
+    for record in read_records(source):
+        text = record.values.get("text", record.values.get("line"))
+        if not isinstance(text, str):
+            raise UserError(
+                f"{record.where}: a text for evaluate.forgetting is missing, found "
+                f"{', '.join(map(str, record.values))}; expected a field text, or a .txt file with one text a line."
+            )
+        ids = tokenizer(text, truncation=True, max_length=longest).input_ids
+        if len(ids) > 1:
+            found.append(Encoded(record.where, ids, [IGNORED, *ids[1:]]))
+    if not found:
+        raise UserError(f"{source} holds no text of two tokens or more.")
+    return found
+
+
+def _positions(model: Any) -> int:
+    return min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+
+
+def _leaves_base_alone(tuned: Tuned) -> bool:
+    """Whether the base is what it was once the adapter is switched off. PiSSA and others take their start out of it."""
+    if not tuned.adapted:
+        return tuned.base_model is not None
+    for config in tuned.model.peft_config.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        plain = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
+        if kind != "DUAL_LORA" and not (kind == "LORA" and plain):
+            return False
+    return True
+
+
+def _part(tuned: Tuned) -> ModelPart:
+    """The untrained model."""
+    if tuned.recipe is not None:
+        return tuned.recipe.model
+    name = next((c.base_model_name_or_path for c in getattr(tuned.model, "peft_config", {}).values()), None)
+    if not name:
+        raise UserError("evaluate.forgetting compares with the base model, which is not named here: give --recipe.")
+    return ModelPart(path=name, dtype=str(tuned.model.dtype).removeprefix("torch."))  # type: ignore[arg-type]

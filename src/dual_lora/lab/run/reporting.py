@@ -1,0 +1,85 @@
+"""Reports of a run to W&B, MLflow, TensorBoard or trackio, for whoever asks on the command line.
+
+No recipe can ask for it: a recipe may come from somebody else, and most of these send what a run logs over the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.errors import UserError, suggest
+
+PROJECT = "dual-lora"
+PACKAGES = {
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where to, and under which names: the same for the same task and run, whenever it is started."""
+
+    to: tuple[str, ...]
+    task: str
+    run: str
+
+
+def check_reports(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, each once. Raises UserError for one that is not known, and for one whose package is missing."""
+    for name in names:
+        if name not in PACKAGES:
+            raise UserError(f"--report-to {name!r} is not known.{suggest(name, PACKAGES)}")
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[name]):
+            raise UserError(
+                f"--report-to {name} needs the package {PACKAGES[name][0]}: `pip install {PACKAGES[name][0]}`."
+            )
+    return tuple(dict.fromkeys(names))
+
+
+@contextlib.contextmanager
+def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
+    """Fields of TrainingArguments for the report, with its names in the environment while the run goes on.
+
+    What the user has set in the environment stays. A resumed run goes on under its own identifier.
+    """
+    if report is None or not report.to:
+        yield {"report_to": []}
+        return
+    known = hashlib.sha256(f"{report.task}\n{report.run}\n{folder.resolve()}".encode()).hexdigest()[:12]
+    names = {
+        "WANDB_PROJECT": PROJECT,
+        "WANDB_RUN_GROUP": report.task,
+        "WANDB_RUN_ID": known,
+        "WANDB_RESUME": "allow",
+        "MLFLOW_EXPERIMENT_NAME": f"{PROJECT}/{report.task}",
+        "MLFLOW_TAGS": json.dumps({"task": report.task, "run": known}),
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+    }
+    added = {name: value for name, value in names.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield {
+            "report_to": list(report.to),
+            "run_name": f"{report.task}/{report.run}",
+            "project": PROJECT,
+            "trackio_static_space_id": False,  # its dashboard stays on this machine
+        }
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        for name in report.to:  # a second run in this process is one of its own
+            module = sys.modules.get(name)
+            if name == "wandb" and getattr(module, "run", None) is not None:
+                module.finish()  # type: ignore[union-attr]

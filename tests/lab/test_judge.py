@@ -1,0 +1,271 @@
+"""Scores that others made get the verdicts that a study gives, and what is wrong with them is said in a sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("pydantic")
+
+from test_verdicts import made
+
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.judge.judge import judge
+from dual_lora.lab.judge.scores import tables
+from dual_lora.lab.judge.table_file import read_table
+from dual_lora.lab.study import judging
+
+
+def command(*words):
+    """The command line, which ends with an exit code."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, words)))
+    return ended.value.code
+
+
+def write_table(file, rows, columns=("method", "seed", "item", "score")):
+    with file.open("w", newline="") as text:
+        writer = csv.writer(text, delimiter="\t" if file.suffix == ".tsv" else ",")
+        writer.writerows([columns, *rows])
+    return file
+
+
+def rows_of(methods, seeds=3, items=40, task=None, luck=0.05):
+    """Random right and wrong answers: method -> chance; the seeds have luck of their own."""
+    random = np.random.default_rng(0)
+    return [
+        [name, *([task] if task else []), seed, f"q{item}", int(random.random() < chance + luck * (seed % 2))]
+        for name, chance in methods.items()
+        for seed in range(1, seeds + 1)
+        for item in range(items)
+    ]
+
+
+def test_a_table_gets_the_verdicts_of_a_study(tmp_path):
+    """The same figures as `compare_pair` gives for the same tables, through every step."""
+    rows = rows_of({"lora": 0.4, "mine": 0.9, "other": 0.45})
+    results = judge(write_table(tmp_path / "s.csv", rows), margin=0.02)
+    own = tables(read_table(tmp_path / "s.csv").rows)["", "task"]
+    pairs = [
+        judging.compare_pair(own[name].table, own["lora"].table, names=(name, "lora"), margin=0.02, counted=True)
+        for name in ("mine", "other")
+    ]
+    for found, expected in zip(results["comparisons"], judging.judge(pairs), strict=True):
+        assert found["verdict"] == expected.verdict
+        for key in ("difference", "low", "high", "p_holm", "p_same_holm", "visible"):
+            assert found[key] == pytest.approx(getattr(expected, key))
+    assert [c["verdict"] for c in results["comparisons"]] == ["significantly better", "inconclusive"]
+    assert 0 < results["false_alarm"] <= 0.05
+    assert any("How the methods were tuned is not known" in note for note in results["notes"])
+    assert not any("settings named here" in note for note in results["notes"])
+
+
+def test_a_studys_own_scores_are_judged_as_the_study_was(tmp_path):
+    """Items' shares written out as a table and read again: the verdict and every figure of it."""
+    fresh = made(tmp_path, {"a": 0.5, "b": 0.7}, tasks=("t",), margin=0.02)
+    (pair,) = fresh["comparisons"]
+    rows = []
+    for m in fresh["methods"]:
+        for run in m["seeds"]:
+            features = json.loads((tmp_path / f"{run['key']}.scores.json").read_text())
+            rows += [[m["method"], run["seed"], i, value] for i, (value,) in enumerate(features)]
+    again = judge(write_table(tmp_path / "s.csv", rows), reference="a", margin=0.02)["comparisons"][0]
+    for key in ("verdict", "difference", "low", "high", "p", "p_holm", "p_same", "visible", "same_low", "same_high"):
+        assert again[key] == (pytest.approx(pair[key]) if isinstance(pair[key], float) else pair[key]), key
+
+
+def test_less_may_be_better(tmp_path):
+    rows = [[m, s, i, 1 + s / 100 + i / 10 - 0.3 * (m == "b")] for m in "ab" for s in range(4) for i in range(5)]
+    file = write_table(
+        tmp_path / "s.csv", [[*r[:3], "loss", r[3]] for r in rows], ("method", "seed", "item", "metric", "score")
+    )
+    (c,) = judge(file)["comparisons"]
+    assert (c["better"], c["verdict"]) == ("less", "significantly better")
+    assert c["candidate_score"] < c["reference_score"]
+    assert "reduction of loss +0.3" in c["sentence"]
+    (c,) = judge(file, better="more")["comparisons"]
+    assert c["verdict"] == "significantly worse"
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "words"),
+    [
+        ("method,seed,item,score,run", ["a,1,1,0.5,x"], r"column 'run', which means nothing"),
+        ("method,seed,itm,score", ["a,1,1,0.5"], r"column 'itm'.* Did you mean 'item'"),
+        ("method,item,score", ["a,1,0.5"], r"lacks the column seed"),
+        ("method,seed,item,score,score", ["a,1,1,0,1"], r"two columns 'score'"),
+        ("method,seed,item,score", ["a,1,1,0.5", "b,1,1,nan"], r"line 3: the score is nan. Give a diverged run"),
+        ("method,seed,item,score", ["a,1,1,0.5", "b,1,1,inf"], r"line 3: the score is inf"),
+        ("method,seed,item,score", ["a,1,1,high"], r"line 2: the score 'high' is no number"),
+        ("method,seed,item,score", ["a,one,1,1"], r"line 2: the seed 'one' is no whole number"),
+        ("method,seed,item,score", ["a,-1,1,1"], r"line 2: the seed '-1' is no whole number"),
+        ("method,seed,item,score", ["a,1,1,1", "a,1,1,0"], r"line 3: a, seed 1, item 1, task has .*line 2"),
+        ("method,seed,score", ["a,1,1", "a,1,0"], r"line 3: a, seed 1, task has .* Without a column item"),
+        ("method,seed,item,score", ["a,1,1,1", "a,1,2,1", "b,1,1,1"], r"b .* seed 1, item 2 .*1 missing in all"),
+        ("method,seed,item,score", ["a,1,1,1", "a,2,1,1", "b,1,1,1"], r"b has no score for seed 2, item 1"),
+        ("method,seed,item,score", ["a,1,1,1"], r"one method only, a"),
+        ("method,seed,item,score", ["a,1,1"], r"line 2: 3 columns, expected 4"),
+        ("method,seed,item,score", [",1,1,1"], r"line 2: the method is empty"),
+        ("method,seed,item,metric,score", ["a,1,1,acc,1", "a,1,1,f1,1"], r"2 metrics, acc, f1: choose"),
+        ("method,task,seed,item,score", ["a,x,1,1,1", "b,x,1,1,1", "b,y,1,1,1"], r"a, which .* has no score on y"),
+        ("method,seed,item,score", [], r"holds no scores"),
+        ("", [], r"lacks the column method"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_path, capsys):
+    file = tmp_path / "s.csv"
+    file.write_text("\n".join([columns, *rows]) + "\n")
+    with pytest.raises(UserError, match=words):
+        judge(file)
+    assert command("judge", file) == 1
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+
+
+def test_wrong_options_are_one_sentence(tmp_path):
+    file = write_table(tmp_path / "s.csv", rows_of({"lora": 0.4, "mine": 0.9}))
+    for options, words in (
+        ({"reference": "lra"}, "Did you mean 'lora'"),
+        ({"metric": "acc"}, "has no metric 'acc'"),
+        ({"margin": 0.0}, "margin is 0.0"),
+        ({"level": 0.7}, "level is 0.7"),
+    ):
+        with pytest.raises(UserError, match=words):
+            judge(file, **options)
+    with pytest.raises(UserError, match="There is no "):
+        judge(tmp_path / "nothing.csv")
+    with pytest.raises(UserError, match="holds no scores: expected samples"):
+        judge(tmp_path)
+    (tmp_path / "s.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no \.csv or \.tsv table"):
+        judge(tmp_path / "s.json")
+
+
+def test_one_seed_and_whole_scores_claim_no_more_than_they_bear(tmp_path):
+    one = judge(write_table(tmp_path / "one.csv", rows_of({"a": 0.4, "b": 0.9}, seeds=1)))
+    assert one["comparisons"][0]["verdict"] == "no verdict from one seed"
+    assert "only one of task" in " ".join(one["notes"])
+    columns = ("method", "seed", "score")
+    (alone,) = judge(write_table(tmp_path / "a.csv", [["a", 1, 0.4], ["b", 1, 0.5]], columns))["comparisons"]
+    assert alone["verdict"] == "no verdict from one seed"
+    assert alone["low"] is alone["high"] is None, "one figure each has no interval"
+    whole = [[m, s, 0.4 + 0.01 * s + 0.2 * (m == "b") + 0.001 * s * (m == "b")] for m in "ab" for s in range(5)]
+    results = judge(write_table(tmp_path / "w.csv", whole, columns), margin=0.01)
+    assert results["comparisons"][0]["verdict"] == "significantly better"
+    assert "not for other items" in " ".join(results["notes"])
+    same = [[m, s, 0.5] for m in "ab" for s in range(5)]
+    (c,) = judge(write_table(tmp_path / "same.csv", same, columns), margin=0.01)["comparisons"]
+    assert c["verdict"] == "inconclusive", "two accuracies that agree to the last digit are no proof of equivalence"
+
+
+def test_the_command_writes_results_and_a_page(tmp_path, capsys):
+    from dual_lora.lab.results import load_study
+
+    rows = rows_of({"lora": 0.4, "mine": 0.9}, task="x") + rows_of({"lora": 0.4, "mine": 0.4}, task="y")
+    file = write_table(tmp_path / "s.tsv", rows, ("method", "task", "seed", "item", "score"))
+    assert command("judge", file, "--margin", "0.02", "--out", tmp_path / "judged", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [c["task"] for c in printed["comparisons"]] == ["x", "y"]
+    assert load_study(tmp_path / "judged").sentences == [c["sentence"] for c in printed["comparisons"]]
+    page = (tmp_path / "judged" / "report.html").read_text()
+    assert "significantly better" in page
+    assert "could not be shown" not in page
+    judge(file, out=tmp_path / "judged")  # its own results are written anew
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "results.json").write_text('{"study": {}}')
+    with pytest.raises(UserError, match=r"results.json exists and was not written by"):
+        judge(file, out=tmp_path / "study")
+    assert command("judge", file) == 0
+    assert "Verdicts" in capsys.readouterr().out
+
+
+@pytest.fixture
+def evaluations(tmp_path):
+    """Two methods with three seeds each, as the harness itself writes them."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[friends]'")
+    from lm_eval import simple_evaluate
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    docs = [{"q": f"question {i}", "choices": ["yes", "no", "both"], "right": i % 3} for i in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    (tmp_path / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'data.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: right\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    for method, start in (("lora", 1), ("mine", 50)):
+        for seed in range(3):
+            tracker = EvaluationTracker(output_path=str(tmp_path / "out" / method / f"seed-{seed}"))
+            found = simple_evaluate(
+                model="dummy",
+                tasks=["quiz"],
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
+                random_seed=start + seed,
+                evaluation_tracker=tracker,
+            )
+            samples = found.pop("samples")
+            tracker.save_results_aggregated(results=found, samples=samples)
+            tracker.save_results_samples(task_name="quiz", samples=samples["quiz"])
+    return tmp_path / "out"
+
+
+def test_logs_of_the_harness_are_judged(evaluations, capsys):
+    with pytest.raises(UserError, match=r"quiz has scores of 2 metrics, acc, acc_norm: choose one with --metric"):
+        judge(evaluations)
+    results = judge(evaluations, metric="acc", margin=0.1)
+    (c,) = results["comparisons"]
+    assert (c["candidate"], c["reference"], c["task"], c["metric"]) == ("mine", "lora", "quiz", "acc")
+    assert c["spread"]["seeds"] == 3
+    assert c["spread"]["items"] == 24
+    for m in results["methods"]:  # the harness's own figure of each run
+        for run in m["seeds"]:
+            (file,) = (evaluations / m["method"] / f"seed-{run['seed']}").rglob("results_*.json")
+            assert run["score"] == pytest.approx(json.loads(file.read_text())["results"]["quiz"]["acc,none"])
+    assert command("judge", evaluations, "--metric", "acc") == 0
+    assert "mine" in capsys.readouterr().out
+
+
+def test_the_harness_says_which_way_a_metric_is_better(evaluations):
+    for file in evaluations.rglob("results_*.json"):
+        value = json.loads(file.read_text())
+        assert value["higher_is_better"]["quiz"] == {"acc": True, "acc_norm": True}
+        value["higher_is_better"]["quiz"]["acc"] = False
+        file.write_text(json.dumps(value))
+    assert judge(evaluations, metric="acc")["comparisons"][0]["better"] == "less"
+    (folder := evaluations / "lora" / "seed-0").rename(evaluations / "lora" / "gpt2")
+    assert not folder.exists()
+    assert judge(evaluations, metric="acc")["methods"][0]["seeds"][0]["seed"] == 0, "a model's name is no seed"
+
+
+def test_logs_that_do_not_pair_are_named(evaluations):
+    (file,) = (evaluations / "mine" / "seed-1").rglob("samples_*.jsonl")
+    lines = file.read_text().splitlines(True)
+    changed = json.loads(lines[3])
+    changed["doc_hash"] = "0" * 64
+    file.write_text("".join([*lines[:3], json.dumps(changed) + "\n", *lines[4:]]))
+    with pytest.raises(UserError, match=r"no score for seed \d, item \d+ \w+ of quiz"):
+        judge(evaluations, metric="acc")
+    changed = json.loads(lines[3]) | {"prompt_hash": "1"}
+    file.write_text("".join([*lines[:3], json.dumps(changed) + "\n", *lines[4:]]))
+    notes = judge(evaluations, metric="acc")["notes"]
+    assert any("On quiz the methods were asked 1 of the items in different words" in note for note in notes)
+    file.write_text("".join(lines[:3]) + '{"doc_id": 1\n')
+    with pytest.raises(UserError, match=r"line 4: not valid JSON"):
+        judge(evaluations, metric="acc")
+    file.write_text("".join(lines))
+    twice = file.with_name("samples_quiz_2030-01-01T00-00-00.000000.jsonl")
+    twice.write_text("".join(lines))
+    with pytest.raises(UserError, match=r"two evaluations of one run on quiz"):
+        judge(evaluations, metric="acc")
+    twice.rename(evaluations / twice.name)
+    with pytest.raises(UserError, match=r"lies in .* itself: expected"):
+        judge(evaluations, metric="acc")

@@ -1,0 +1,122 @@
+"""Reports to W&B, MLflow, TensorBoard and trackio: for who asks on the command line, and for no recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+from tiny_study import write_study
+
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run import reporting
+from dual_lora.lab.run.reporting import Report, check_reports, reported
+from dual_lora.lab.run.train import run
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """A TensorBoard that writes down what it is told, in place of the package."""
+    told = []
+
+    class Writer:
+        def __init__(self, log_dir=None):
+            self.log_dir = log_dir
+            told.append(("opened", log_dir))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step))
+
+        def add_text(self, name, text, step=None):
+            told.append((name, text))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            told.append(("closed", self.log_dir))
+
+    package = types.ModuleType("torch.utils.tensorboard")
+    package.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    integrations = "transformers.integrations.integration_utils.is_tensorboard_available"
+    monkeypatch.setattr(integrations, lambda: True)
+    found = reporting.importlib.util.find_spec
+    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda n, *a: n == "tensorboard" or found(n, *a))
+    return told
+
+
+def test_a_run_reports_where_it_is_told_to(board, lm_values, tmp_path):
+    run(build_recipe(lm_values), tmp_path / "run", progress=False, report_to=("tensorboard",))
+    assert board[0] == ("opened", str(tmp_path / "run" / "tensorboard"))
+    assert ("train/loss", 6) in board
+    arguments = json.loads(next(text for name, text in board if name == "args"))
+    assert arguments["run_name"] == "tiny/lora/seed-0"
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+
+
+def test_a_run_reports_nowhere_else(board, lm_values, tmp_path):
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert board == []
+
+
+@pytest.mark.parametrize("field", ["report_to", "run_name", "project", "trackio_space_id", "hub_token", "push_to_hub"])
+def test_no_recipe_can_ask_for_a_report(field, board, lm_values, tmp_path):
+    lm_values["train"]["arguments"] = {field: "tensorboard"}
+    with pytest.raises(UserError, match=f"may not set '{field}'"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert board == []
+
+
+def test_the_flag_is_the_way(board, lm_values, write_recipe, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(write_recipe(lm_values)), "--out", str(tmp_path / "run"), "--report-to", "tensorboard"])
+    assert ended.value.code == 0
+    assert ("train/loss", 6) in board
+
+
+def test_what_is_not_known_or_not_installed_is_named(monkeypatch):
+    with pytest.raises(UserError, match=r"--report-to 'tensorbord' is not known. Did you mean 'tensorboard'"):
+        check_reports(["tensorbord"])
+    monkeypatch.setattr(reporting.importlib.util, "find_spec", lambda *a: None)
+    with pytest.raises(UserError, match=r"--report-to wandb needs the package wandb: `pip install wandb`"):
+        check_reports(["wandb"])
+
+
+def test_names_are_stable_and_leave_with_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for name in ("WANDB_RUN_ID", "WANDB_RUN_GROUP", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    ended = []
+    wandb = types.SimpleNamespace(run=object(), finish=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    seen = []
+    for place, seed in (("a", 1), ("a", 1), ("a", 2), ("b", 1)):
+        with reported(Report(("wandb",), "sst2", f"lora/seed-{seed}"), tmp_path / place) as fields:
+            assert fields["report_to"] == ["wandb"]
+            assert fields["run_name"] == f"sst2/lora/seed-{seed}"
+            assert os.environ["WANDB_PROJECT"] == "mine", "what the user has set stays"
+            assert os.environ["WANDB_RUN_GROUP"] == "sst2"
+            assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "dual-lora/sst2"
+            seen.append(os.environ["WANDB_RUN_ID"])
+    assert seen[0] == seen[1], "a resumed run goes on as itself"
+    assert len(set(seen)) == 3
+    assert len(ended) == 4, "the next run of this process is one of its own"
+    assert "WANDB_RUN_ID" not in os.environ
+    assert os.environ["WANDB_PROJECT"] == "mine"
+
+
+@pytest.mark.slow
+def test_a_study_reports_its_final_runs_by_their_task_and_method(board, tmp_path):
+    from dual_lora.lab.study.compare import compare
+
+    compare(write_study(tmp_path), tmp_path / "out", progress=False, report_to=("tensorboard",))
+    names = [json.loads(text)["run_name"] for name, text in board if name == "args"]
+    assert sorted(names) == [f"letters/{m}/seed-{s}" for m in ("dual_lora", "lora") for s in (1, 2)]
