@@ -170,8 +170,8 @@ def _scored(
 
     labels = [example.label for example in examples]
     prompts = [repr(example.prompt) for example in examples] if examples[0].messages else []
-    other = [item for item in measured.items if item["task"] == "forgetting"]
-    own = [item for item in measured.items if item["task"] != "forgetting"]
+    other = [item for item in measured.items if item.get("task") == "forgetting"]
+    own = [item for item in measured.items if item.get("task") != "forgetting"]
     shares = features(job["metric"], own, labels, classes, prompts)
     score = value(job["metric"], np.asarray(shares, dtype=np.float64).mean(0))
     if not math.isfinite(score):
