@@ -20,9 +20,9 @@ from dual_lora.lab.study.budget import Size
 from dual_lora.lab.study.cell import Cell, Finished
 from dual_lora.lab.study.perform import scores_file
 from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.results import build_results
 from dual_lora.lab.study.study import MethodEntry
 from dual_lora.lab.study.tables import show_results
-from dual_lora.lab.study.verdicts import build_results
 
 SEEDS = 4
 RECIPE = build_recipe({"model": {"path": "x"}, "evaluate": {"tasks": ["choice"]}})

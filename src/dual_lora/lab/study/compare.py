@@ -29,9 +29,9 @@ from dual_lora.lab.study.perform import KEPT, read_outcome
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
+from dual_lora.lab.study.results import build_results
 from dual_lora.lab.study.state import FINISHED, State
 from dual_lora.lab.study.study import Study
-from dual_lora.lab.study.verdicts import build_results
 
 WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,6 @@ from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Finished, place_name
 from dual_lora.lab.study.job import mean_scores
-from dual_lora.lab.study.load import loads
 from dual_lora.lab.study.study import Study
 
 
@@ -137,6 +136,16 @@ def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
     """Tasks with one test item."""
     places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
     return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+
+
+def loads(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
+    """All numbers of runs at a time in these methods of a results.json; None where a run does not say."""
+    return {n for m in methods for n in m.get("measured_beside", [])}
+
+
+def company(method: Mapping[str, Any]) -> str:
+    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
+    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
 def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
