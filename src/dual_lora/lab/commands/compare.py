@@ -50,7 +50,7 @@ def compare(
     from dual_lora.lab.study.read import read_study, shipped_studies
 
     if list or study is None:
-        questions = {name: read_study(name)[0].question for name in shipped_studies()}
+        questions = {name: read_study(name).question for name in shipped_studies()}
         finish(questions, _listing(questions), json)
         return
     if workers is not None and workers < 1:

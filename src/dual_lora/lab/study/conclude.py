@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dual_lora.lab.study import metrics, notes, verdicts
-from dual_lora.lab.study.cell import place_name
-from dual_lora.lab.study.job import settings_in_words
+from dual_lora.lab.study.job import place_name, settings_in_words
 from dual_lora.lab.study.study import Study
 
 Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
@@ -27,22 +26,31 @@ def conclude(
     pairs: Sequence[verdicts.Comparison],
     methods: Sequence[dict[str, Any]],
     untrained: Sequence[dict[str, Any]],
+    amendments: Sequence[dict[str, Any]] = (),
 ) -> Said:
-    """Judge the pairs together, each as far as its methods' runs allow."""
+    """Judge the pairs together, each as far as its methods' runs allow.
+
+    amendments: of the study; a change after final runs had ended is named in every verdict.
+    """
     at = {(m["model"], m["task"], m["method"]): m for m in methods}
     ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
     judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
+    late = " Amended after final runs had ended." if notes.amended_late(amendments) else ""
     comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
+    comparisons = [dataclasses.replace(c, note=f"{c.note}{late}".strip()) for c in comparisons]
     false_alarm = verdicts.false_alarm(judged, study.level)
     return Said(
         [_plain(c) for c in comparisons],
         false_alarm,
         notes.level(false_alarm, study.level)
+        + notes.tuned_by(study.search, methods)
         + notes.near_choices(methods, study.search.metric if study.search else None)
+        + notes.extended_searches(study.search, methods)
         + notes.ends_of_searches(ends)
         + notes.level_searches(methods)
-        + notes.unlearned_notes(unlearned),
+        + notes.unlearned_notes(unlearned)
+        + notes.code_versions(methods),
     )
 
 

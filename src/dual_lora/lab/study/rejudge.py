@@ -39,7 +39,7 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
         pairs = [_pair(study, c, at) for c in before]
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
-    said = conclude(study, pairs, methods, untrained)
+    said = conclude(study, pairs, methods, untrained, results.get("amendments", []))
     changed = [
         {key: new[key] for key in ("candidate", "reference", "model", "task")}
         | {"before": old["verdict"], "after": str(new["verdict"])}

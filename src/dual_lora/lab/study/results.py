@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.cell import Cell, Finished, place_name
+from dual_lora.lab.study.cell import Cell, Finished
 from dual_lora.lab.study.conclude import about_pairs, conclude, placed
-from dual_lora.lab.study.perform import read_scores
+from dual_lora.lab.study.job import Job, Outcome, place_name, read_scores
 from dual_lora.lab.study.study import Study
 
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
@@ -33,13 +33,21 @@ COSTS: dict[str, tuple[str, bool]] = {
 
 
 def build_results(
-    study: Study, finished: Sequence[Finished], runs: Path, untrained: Sequence[dict[str, Any]] = ()
+    study: Study,
+    finished: Sequence[Finished],
+    runs: Path,
+    untrained: Sequence[dict[str, Any]] = (),
+    amendments: Sequence[dict[str, Any]] = (),
+    plan: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place."""
+    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place.
+
+    amendments, plan: as the study's folder has them.
+    """
     lost: list[str] = []
     tables = _score_tables(finished, runs, lost, len(study.seeds))
-    methods = [_method(f, tables.get(_at(f))) for f in finished]
-    said = conclude(study, _pairs(study, finished, tables), methods, untrained)
+    methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
+    said = conclude(study, _pairs(study, finished, tables), methods, untrained, amendments)
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
@@ -47,10 +55,13 @@ def build_results(
         "methods": methods,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
-        "pareto": _pareto(methods),
+        "pareto": pareto(methods),
+        "plan": plan,
+        "amendments": list(amendments),
         "notes": notes.unfinished(study, finished)
         + lost
         + said.notes
+        + notes.seen_before(plan, amendments)
         + notes.single_items(tables)
         + notes.single_seed(study)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
@@ -61,10 +72,6 @@ def build_results(
     }
 
 
-def _at(f: Finished) -> tuple[str, str, str]:
-    return (*f.cell.place, f.cell.method)
-
-
 def _score_tables(
     finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
 ) -> dict[tuple[str, str, str], stats.Table]:
@@ -72,7 +79,8 @@ def _score_tables(
     raw: dict[tuple[str, str, str], list[Any]] = {}
     for f in finished:
         if f.complete:
-            raw[_at(f)] = [None] * seeds if f.doomed else [_features(job, outcome, runs) for job, outcome in f.finals]
+            none = [None] * seeds
+            raw[f.cell.at] = none if f.diverged_in_search else [_features(*ended, runs) for ended in f.finals]
     tables = {}
     for place in dict.fromkeys(key[:2] for key in raw):
         here = {key: rows for key, rows in raw.items() if key[:2] == place}
@@ -105,11 +113,9 @@ def _alive(rows: list[Any]) -> list[Any]:
     return [row for row in rows if row is not None]
 
 
-def _features(job: dict[str, Any], outcome: dict[str, Any] | None, runs: Path) -> Any:
-    assert outcome is not None
-    if outcome["status"] == "diverged":
-        return None
-    return read_scores(runs, job["key"])
+def _features(job: Job, outcome: Outcome | None, runs: Path) -> stats.Table | None:
+    """What every item of a finished run adds; None for one that diverged."""
+    return read_scores(runs, job.key) if outcome and outcome.status == "done" else None
 
 
 def _pairs(
@@ -117,7 +123,7 @@ def _pairs(
 ) -> list[verdicts.Comparison]:
     pairs = []
     for place in dict.fromkeys(f.cell.place for f in finished):
-        here = [f.cell for f in finished if f.cell.place == place and _at(f) in tables]
+        here = [f.cell for f in finished if f.cell.place == place and f.cell.at in tables]
         names = [cell.method for cell in here]
         if study.pairs == "all":
             wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
@@ -130,17 +136,14 @@ def _pairs(
     return pairs
 
 
-def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
+def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, Any]:
     """One method on one task: what it was, what was tried, what came out, what it cost."""
-    cell = f.cell
-    sign = metrics.sign(cell.metric)
-    seeds = [
-        {"seed": job["seed"], "key": job["key"], **_outcome(outcome), "figures": (outcome or {}).get("figures")}
-        for job, outcome in f.finals
-    ]
-    diverged = sum(s["status"] == "diverged" for s in seeds)
-    scored = not f.doomed and diverged < len(seeds)
+    cell, sign = f.cell, metrics.sign(f.cell.metric)
+    done = [outcome for _, outcome in f.finals if outcome and outcome.status == "done"]
+    diverged = sum(outcome is not None and outcome.status == "diverged" for _, outcome in f.finals)
+    scored = not f.diverged_in_search and diverged < len(f.finals)
     means = sign * table.mean(1) if table is not None and scored else None
+    grid = study.search.points(cell.entry.search or None) if study.search and f.trials else []
     return {
         "model": cell.model,
         "task": cell.task,
@@ -156,51 +159,50 @@ def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
         "notes": cell.notes,
         "settings": f.chosen,
         "trials": [
-            {"settings": j["settings"], "seed": j.get("seed"), "key": j["key"], **_outcome(o)} for j, o in f.trials
+            {"settings": job.settings, "beyond": job.settings not in grid, **_run(job, outcome)}
+            for job, outcome in f.trials
         ],
-        "seeds": seeds,
+        "seeds": [
+            {**_run(job, outcome), "figures": outcome and outcome.figures, "code": outcome and outcome.code}
+            for job, outcome in f.finals
+        ],
         "score": None if means is None else float(means.mean()),
         "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
         "items": None if table is None else table.shape[1],
         "diverged": diverged,
-        "diverged_in_search": f.doomed,
-        "cost": _cost(cell, [o for _, o in f.finals if o and o["status"] == "done"]),
-        "measured_beside": _beside(o for _, o in f.finals if o and o["status"] == "done"),
+        "diverged_in_search": f.diverged_in_search,
+        "cost": _cost(cell, done),
+        # How many runs at a time there were when these were measured; None where a run does not say.
+        "measured_beside": sorted({outcome.runs_at_a_time for outcome in done}, key=lambda n: n or 0),
     }
 
 
-def _outcome(outcome: dict[str, Any] | None) -> dict[str, Any]:
-    if outcome is None:
-        return {"status": "missing", "score": None, "seconds": None}
-    return {"status": outcome["status"], "score": outcome.get("score"), "seconds": outcome.get("seconds")}
+def _run(job: Job, outcome: Outcome | None) -> dict[str, Any]:
+    came = {"status": outcome.status, "score": outcome.score, "seconds": outcome.seconds} if outcome else {}
+    return {"seed": job.seed, "key": job.key} | (came or {"status": "missing", "score": None, "seconds": None})
 
 
-def _cost(cell: Cell, outcomes: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     """Medians over the seeds; what is measured once is taken from where it was measured."""
 
-    def median(get: Callable[[dict[str, Any]], Any]) -> float | None:
-        values = [v for o in outcomes if (v := get(o)) is not None]
-        return float(statistics.median(values)) if values else None
+    def median(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(statistics.median(known)) if known else None
 
-    cost: dict[str, float | None] = {
-        "train_seconds": median(lambda o: o["training"]["seconds"]),
-        "steps_per_second": median(lambda o: o["steps_per_second"]),
-        "tokens_per_second": median(lambda o: o["training"]["tokens_per_second"]),
-        "peak_memory": median(lambda o: o["training"]["peak_memory"]),
+    trained = [outcome.training for outcome in outcomes if outcome.training]
+    cost = {
+        "train_seconds": median(t.seconds for t in trained),
+        "steps_per_second": median(outcome.steps_per_second for outcome in outcomes),
+        "tokens_per_second": median(t.tokens_per_second for t in trained),
+        "peak_memory": median(t.peak_memory for t in trained),
         "trainable_parameters": float(cell.size.trainable),
-        "adapter_bytes": median(lambda o: o["training"]["adapter_bytes"]),
+        "adapter_bytes": median(t.adapter_bytes for t in trained),
     }
-    for name in ("merge_seconds", "forward_slowdown", "decode_slowdown"):
-        cost[name] = median(lambda o, name=name: o.get("use", {}).get(name))  # type: ignore[misc]
-    return cost
+    used = ("merge_seconds", "forward_slowdown", "decode_slowdown")
+    return cost | {name: median(outcome.use.get(name) for outcome in outcomes) for name in used}
 
 
-def _beside(outcomes: Iterable[dict[str, Any]]) -> list[int | None]:
-    """How many runs at a time there were when these were measured; None where a run does not say."""
-    return sorted({o.get("runs_at_a_time") for o in outcomes}, key=lambda n: n or 0)
-
-
-def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every task and cost: each method's quality and cost, and whether no other is better in both."""
     fronts = []
     for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
