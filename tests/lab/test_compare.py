@@ -20,7 +20,7 @@ from dual_lora.lab.study import perform, plan
 from dual_lora.lab.study import use_cost as cost
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
-from dual_lora.lab.study.job import error_file, read_outcome
+from dual_lora.lab.study.job import read_outcome, run_file
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_forecast, show_results
 
@@ -147,7 +147,7 @@ def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
     assert results["comparisons"] == [], "no verdict from half the seeds"
     assert "dual_lora on letters is not compared with anything: 1 of 2 runs have ended." in results["notes"]
     show_results(results)
-    error = error_file(tmp_path / "out" / "runs", results["methods"][1]["seeds"][1]["key"])
+    error = run_file(tmp_path / "out" / "runs", results["methods"][1]["seeds"][1]["key"], "error")
     assert "the dog ate it" in json.loads(error.read_text())
     monkeypatch.undo()
     before = outcomes(tmp_path / "out")

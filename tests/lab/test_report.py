@@ -222,7 +222,7 @@ def test_a_study_under_way_is_shown_by_its_files(folder):
 
     from dual_lora.lab.run.write import write_json
     from dual_lora.lab.study.folder import StudyFolder
-    from dual_lora.lab.study.job import error_file, write_outcome
+    from dual_lora.lab.study.job import run_file, write_outcome
 
     (folder / "study" / "results.json").unlink()
     runs = folder / "study" / "runs"
@@ -233,7 +233,7 @@ def test_a_study_under_way_is_shown_by_its_files(folder):
         runs.mkdir()
         write_outcome(runs, ended(jobs[0], metric="choice", score=0.71)[1])
         (runs / jobs[1].key).mkdir()
-        write_json(error_file(runs, jobs[2].key), material.HOSTILE)
+        write_json(run_file(runs, jobs[2].key, "error"), material.HOSTILE)
         page = page_of(folder)
     assert "Under way: going" in page
     assert "1 of 4 runs known so far have ended (1 done, 1 running, 1 failed, 1 planned)" in page

@@ -202,7 +202,7 @@ def cell(folder, method, scores, task="t", metric="matthews", finals=None, trial
     from dual_lora.lab.run.write import write_json
     from dual_lora.lab.study.budget import Size
     from dual_lora.lab.study.cell import Cell, Finished
-    from dual_lora.lab.study.job import scores_file
+    from dual_lora.lab.study.job import run_file
     from dual_lora.lab.study.study import MethodEntry
 
     runs = []
@@ -211,7 +211,7 @@ def cell(folder, method, scores, task="t", metric="matthews", finals=None, trial
         if items is None:
             runs.append(ended(of, status="diverged", error="NaN"))
             continue
-        write_json(scores_file(folder, of.key), items)
+        write_json(run_file(folder, of.key, "scores"), items)
         score = float(np.mean(items)) if metric == "choice" else 0.5
         runs.append(ended(of, score=score, figures=figures, **outcome))
     runs = [(of, came if seed in (finals or range(9)) else None) for seed, (of, came) in enumerate(runs)]

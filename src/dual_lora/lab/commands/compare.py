@@ -32,7 +32,7 @@ def compare(
         Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")
     ] = "adapters",
     update: Annotated[
-        bool, Parameter(help="Go on although the study has changed; what is still valid is kept.", negative="")
+        bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.", negative="")
     ] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")

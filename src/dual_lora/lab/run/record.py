@@ -120,8 +120,12 @@ def _commit() -> str | None:
 
 
 # What decides a run's scores beside its recipe and its data; a change of a report or of a command does not.
-_DECIDING = ("core/", "method/", "lab/data/", "lab/model/", "lab/recipe/", "lab/run/", "lab/study/perform.py")
-_DECIDING += ("lab/study/interventions.py", "lab/study/metrics.py")
+_DECIDING = (
+    "core/",
+    "method/",
+    *(f"lab/{part}" for part in ("data/", "model/", "recipe/", "run/")),
+    *(f"lab/study/{name}.py" for name in ("perform", "interventions", "metrics")),
+)
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def compare(
     options = Options(executor, runs_side_by_side(executor, workers), keep, progress, update)
     check_executor(executor)
     study, chosen = settled_study(study, folder)
-    if progress and not folder.begun and chosen.get("asked") == AUTO:
+    if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
     place = folder.runs(runs)
@@ -132,7 +132,7 @@ class Runner:
             return
         self.folder.plan(jobs)
         self._one_version(jobs)
-        left = {job.key: job for job in jobs if self._outcome(job) is None}
+        left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
         for job in left.values():
             if why := damage(self.runs, job.key):
                 self._say(f"{why} That run alone is done again: {job}.")
@@ -153,8 +153,9 @@ class Runner:
     def _one_version(self, jobs: Sequence[Job]) -> None:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
-        for place in dict.fromkeys(job.place for job in jobs if job.kind in ("trial", "final")):
-            outcomes = [self._outcome(job) for job in jobs if job.place == place]
+        paired = [job for job in jobs if job.kind in ("trial", "final")]
+        for place in dict.fromkeys(job.place for job in paired):
+            outcomes = [self._outcome(job) for job in paired if job.place == place]
             codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
             if len(codes) > 1:
                 old += [outcome for outcome in outcomes if outcome and outcome.code not in (None, now)]
@@ -190,7 +191,7 @@ class Runner:
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
-        said = "failed" if outcome is None else outcome.status
+        said: str = "failed" if outcome is None else outcome.status
         if outcome and outcome.score is not None:
             said = f"{outcome.metric} {outcome.score:.4g}"
         return f"{job}: {said}" + (f" · {note}" if note else "")
@@ -220,10 +221,10 @@ class Runner:
             for job, outcome in self._ended(base_jobs(self.cells))
             if outcome and outcome.status == "done"
         ]
-        known = self.folder.known
-        results = build_results(self.study, finished, self.runs, untrained, known.get("amendments", []), known["plan"])
+        known = self.folder.known.model_dump(mode="json", include={"amendments", "plan"})
+        results = build_results(self.study, finished, self.runs, untrained, **known)
         results["untrained"] = untrained
-        results["precision"] = known.get("precision")
+        results["precision"] = self.folder.known.precision or None
         results["failed"] = sorted(self.failed.values())
         results["provenance"] = surroundings() | {
             "executor": self.options.executor,

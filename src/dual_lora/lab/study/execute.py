@@ -228,10 +228,10 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
             try:
                 yield Ended(key, ray.get(ready))
             except Exception as problem:
-                error = getattr(problem, "cause", None) or problem
-                if isinstance(error, DiskFull):
-                    raise error from problem
-                yield Ended(key, read_outcome(runs, key), described(error))
+                cause = getattr(problem, "cause", None) or problem
+                if isinstance(cause, DiskFull):
+                    raise cause from problem
+                yield Ended(key, read_outcome(runs, key), described(cause))
     finally:
         for task in pending:
             with contextlib.suppress(Exception):

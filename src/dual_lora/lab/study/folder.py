@@ -16,19 +16,61 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
+from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_atomically, write_json
-from dual_lora.lab.study.job import Job, error_file, read_outcome
+from dual_lora.lab.study.job import Job, Kind, Settings, content, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
-FORMAT = "dual-lora study"
 Plain = dict[str, Any]
+
+
+class Amendment(BaseModel):
+    """A change of the study after it was begun: what, when, and how many final runs had ended by then."""
+
+    date: str
+    what: str
+    ended: int
+    of: int
+    fields: dict[str, tuple[Any, Any]] = {}  # field: (old, new)
+
+
+class Plan(BaseModel):
+    """The study as it is to be run. before: final runs that had ended before this plan had any of them done."""
+
+    hash: str = ""
+    written: str = ""
+    before: int | None = None
+
+
+class Planned(BaseModel):
+    """A run that belongs to the study."""
+
+    kind: Kind
+    model: str
+    task: str
+    method: str
+    seed: int
+    settings: Settings
+
+
+class Known(BaseModel):
+    """What study.json holds."""
+
+    format: Literal["dual-lora study"] = "dual-lora study"
+    study: Plain = {}
+    recipes: dict[str, Plain] = {}
+    precision: Plain = {}
+    runs: str | None = None  # where they lie, if not in the folder
+    plan: Plan = Plan()
+    amendments: list[Amendment] = []
+    jobs: dict[str, Planned] = {}
 
 
 class StudyFolder:
@@ -37,7 +79,7 @@ class StudyFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path / "study.json"
-        self.known: Plain = {}
+        self.known = Known()
 
     def __enter__(self) -> StudyFolder:
         from filelock import FileLock, Timeout
@@ -57,14 +99,11 @@ class StudyFolder:
 
     def read(self, update: bool = False) -> StudyFolder:
         """Take up what the folder says. Raises UserError for a damaged study.json, unless it is to be written anew."""
-        self.known = {}
-        if self.file.is_file():
+        self.known = Known()
+        if os.path.lexists(self.file):
             try:
-                known = json.loads(self.file.read_bytes())
-                if not isinstance(known, dict) or known.get("format") != FORMAT:
-                    raise ValueError
-                self.known = known
-            except (ValueError, RecursionError):
+                self.known = Known.model_validate_json(content(self.file))
+            except ValueError:
                 if not update:
                     raise UserError(
                         f"{self.file} is damaged or another program's. Its runs are not touched; give --update to "
@@ -72,21 +111,15 @@ class StudyFolder:
                     ) from None
                 self.amend("study.json was damaged, so what was changed before is not known.", self.path / "runs")
         elif (text := self.path / "study.yaml").is_file():  # of an earlier version, or study.json was lost
-            self.known = {"study": values_in(text)}
+            self.known.study = values_in(text)
         return self
-
-    @property
-    def begun(self) -> bool:
-        """Whether a study was begun here."""
-        return bool(self.known)
 
     def runs(self, asked: str | Path | None) -> Path:
         """Where the runs lie: inside the folder, or where the user says. A file can name no other folder."""
         if asked is not None:
             return Path(asked)
-        inside = self.path / "runs"
-        elsewhere = self.known.get("runs")
-        earlier = (self.path / "state.sqlite").is_file() and not inside.is_dir() and not elsewhere
+        inside, elsewhere = self.path / "runs", self.known.runs
+        earlier = (self.path / "state.sqlite").is_file() and not inside.is_dir()
         if elsewhere or earlier or inside.is_symlink():
             where = repr(elsewhere) if elsewhere else "another folder"
             raise UserError(f"The runs of this study lie in {where}, outside of {self.path}: name it with --runs.")
@@ -94,13 +127,13 @@ class StudyFolder:
 
     def begin(self, study: Plain, recipes: Plain, precision: Plain, runs: Path, update: bool) -> None:
         """Write the plan, or notice that it is another one. Raises UserError for a change, unless told to go on."""
-        before = self.known.get("study", {})
-        if isinstance(before.get("search"), dict):
-            before["search"].setdefault("extend", 0)  # what an earlier version did
-        changed = _changed(before, study)
-        known, subject = self.known.get("recipes", {}), "study has" if changed else "study's recipes or data have"
+        known = self.known
+        if isinstance(before := known.study.get("search"), dict):
+            before.setdefault("extend", 0)  # what an earlier version did
+        changed = _changed(known.study, study)
+        subject = "study has" if changed else "study's recipes or data have"
         for part in recipes:
-            inside = _changed(known.get(part, {}), recipes[part])
+            inside = _changed(known.recipes.get(part, {}), recipes[part])
             changed |= {f"{part}.{name}": pair for name, pair in inside.items()}
         if changed and not update:
             raise UserError(
@@ -111,84 +144,78 @@ class StudyFolder:
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
         print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
-        if self.known.get("plan", {}).get("hash") != print_of:
-            self.known["plan"] = {"hash": print_of, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        if precision and (update or "precision" not in self.known):
-            self.known["precision"] = precision
+        if known.plan.hash != print_of:
+            known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if precision and (update or not known.precision):
+            known.precision = precision
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
-        self.known |= {"format": FORMAT, "study": study, "recipes": recipes, "runs": where if where != "runs" else None}
+        known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
         text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
         write_atomically(self.path / "study.yaml", text)
         self.write()
 
-    def amend(self, what: str, runs: Path, changed: Mapping[str, Any] | None = None) -> None:
+    def amend(self, what: str, runs: Path, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""
-        finals = [key for key, job in self.known.get("jobs", {}).items() if job["kind"] == "final"]
+        finals = [key for key, job in self.known.jobs.items() if job.kind == "final"]
         ended, of = sum(read_outcome(runs, key) is not None for key in finals), len(finals)
-        if "jobs" not in self.known:
+        if not self.known.jobs:
             ended, of = _finals_in(self.path / "results.json")
-        amendment = {"date": time.strftime("%Y-%m-%d"), "what": what, "ended": ended, "of": of}
-        self.known.setdefault("amendments", []).append(amendment | {"fields": dict(changed or {})})
+        today = time.strftime("%Y-%m-%d")
+        self.known.amendments.append(Amendment(date=today, what=what, ended=ended, of=of, fields=changed or {}))
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""
-        known = self.known.setdefault("jobs", {})
-        names = ("kind", "model", "task", "method", "seed", "settings")
-        known |= {job.key: {name: getattr(job, name) for name in names} for job in jobs}
+        names = Planned.model_fields
+        self.known.jobs |= {job.key: Planned(**{name: getattr(job, name) for name in names}) for job in jobs}
         self.write()
 
     def begin_finals(self, ended: int) -> None:
         """Note how many final runs had ended before this plan had any of them done."""
-        if "before" not in self.known["plan"]:
-            self.known["plan"]["before"] = ended
+        if self.known.plan.before is None:
+            self.known.plan.before = ended
             self.write()
 
     def write(self) -> None:
         """Bring study.json up to date."""
-        write_json(self.file, self.known)
+        write_json(self.file, self.known.model_dump(mode="json"))
 
 
 def _changed(before: Plain, now: Plain) -> dict[str, tuple[Any, Any]]:
     """Field: (old, new) of what differs; of the search field by field. A field that was not known is none of them."""
-    pairs = {}
-    for name in before.keys() & now.keys():
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
         if name == "search" and isinstance(old, dict) and isinstance(new, dict):
             pairs |= {f"search.{key}": pair for key, pair in _changed(old, new).items()}
         elif old != new:
             pairs[name] = old, new
-    return dict(sorted(pairs.items()))
+    return pairs
 
 
 def _finals_in(file: Path) -> tuple[int, int]:
     """How many final runs the results of an earlier version show, and of how many."""
     try:
-        seeds = [seed for method in json.loads(file.read_bytes())["methods"] for seed in method["seeds"]]
+        seeds = [seed for method in json.loads(content(file))["methods"] for seed in method["seeds"]]
         return sum(seed["status"] != "missing" for seed in seeds), len(seeds)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0
 
 
 def progress(file: Path) -> Plain | None:
-    """A study under way, by its study.json and its runs; None where the file is none, or every run has ended."""
-    known = json.loads(file.read_bytes())
-    if not isinstance(known, dict) or known.get("format") != FORMAT:
-        return None
-    runs, rows = file.parent / "runs", []
-    inside = not known.get("runs") and not runs.is_symlink()
-    for key, job in known.get("jobs", {}).items():
-        row: Plain = {"status": "planned" if inside else "unknown", "job": job}
+    """A study under way, by its study.json and its runs; None where every run has ended and the results are there."""
+    known, runs, rows = Known.model_validate_json(content(file)), file.parent / "runs", []
+    inside = not known.runs and not runs.is_symlink()
+    for key, job in known.jobs.items():
+        row: Plain = {"status": "planned" if inside else "unknown", "job": job.model_dump()}
         row |= dict.fromkeys(("outcome", "error", "seconds"))
         if not inside or not key.isalnum():
             pass
         elif outcome := read_outcome(runs, key):
             row |= {"status": outcome.status, "outcome": outcome.model_dump(), "seconds": outcome.seconds}
-        elif (error := error_file(runs, key)).is_file():
-            row |= {"status": "failed", "error": str(json.loads(error.read_bytes()))}
+        elif (error := run_file(runs, key, "error")).is_file():
+            row |= {"status": "failed", "error": str(json.loads(content(error)))}
         elif (runs / key).is_dir():
             row["status"] = "running"
         rows.append(row)
     ended = all(row["status"] in ("done", "diverged") for row in rows)
-    if ended and (file.parent / "results.json").exists():
-        return None
-    return {"study": known.get("study", {}), "runs": rows}
+    return None if ended and (file.parent / "results.json").exists() else {"study": known.study, "runs": rows}

@@ -26,6 +26,7 @@ from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import write_json
 
+LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
 Kind = Literal["trial", "final", "probe", "base"]
 Split = Literal["validation", "test", "none"]
@@ -104,25 +105,15 @@ class Outcome(BaseModel):
     code: str | None = None  # the version of the code that did it
 
 
-def outcome_file(runs: Path, key: str) -> Path:
-    """Where the outcome of a run lies."""
-    return runs / f"{key}.json"
-
-
-def scores_file(runs: Path, key: str) -> Path:
-    """Where what every item adds to the metric lies."""
-    return runs / f"{key}.scores.json"
-
-
-def error_file(runs: Path, key: str) -> Path:
-    """Where it is said why a run stopped."""
-    return runs / f"{key}.error.json"
+def run_file(runs: Path, key: str, what: Literal["", "scores", "error"] = "") -> Path:
+    """Where the outcome of a run lies, its items' scores, or why it stopped."""
+    return runs / (f"{key}.{what}.json" if what else f"{key}.json")
 
 
 def write_outcome(runs: Path, outcome: Outcome) -> None:
     """Declare the run finished: everything else that belongs to it has to be on the disk."""
-    write_json(outcome_file(runs, outcome.key), outcome.model_dump(mode="json", exclude_defaults=True))
-    error_file(runs, outcome.key).unlink(missing_ok=True)
+    write_json(run_file(runs, outcome.key), outcome.model_dump(mode="json", exclude_defaults=True))
+    run_file(runs, outcome.key, "error").unlink(missing_ok=True)
 
 
 def read_outcome(runs: Path, key: str) -> Outcome | None:
@@ -138,31 +129,35 @@ def damage(runs: Path, key: str) -> str:
 
 
 def _look_up(runs: Path, key: str) -> Outcome | str | None:
-    file = outcome_file(runs, key)
+    file = run_file(runs, key)
     if not file.is_file():
         return None
     try:
-        outcome = Outcome.model_validate_json(file.read_bytes())
+        outcome = Outcome.model_validate_json(content(file))
     except (OSError, ValueError):
         return f"{file} is damaged."
     if outcome.key != key:
         return f"{file} is the outcome of another run, {outcome.key}."
-    if outcome.items is not None:
-        try:
-            whole = len(read_scores(runs, key)) == outcome.items
-        except (OSError, ValueError):
-            whole = False
-        if not whole:
-            return f"{scores_file(runs, key)} is damaged or missing."
-    return outcome
+    try:
+        whole = outcome.items is None or len(read_scores(runs, key)) == outcome.items
+    except (OSError, ValueError, RecursionError):
+        whole = False
+    return outcome if whole else f"{run_file(runs, key, 'scores')} is damaged or missing."
 
 
 def read_scores(runs: Path, key: str) -> NDArray[np.float64]:
     """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
-    scores = np.asarray(json.loads(scores_file(runs, key).read_bytes()), dtype=np.float64)
+    scores = np.asarray(json.loads(content(run_file(runs, key, "scores"))), dtype=np.float64)
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"Scores of shape {scores.shape}: expected finite ones, [items, what each adds].")
     return scores
+
+
+def content(file: Path) -> bytes:
+    """What a file of reasonable size holds. Raises ValueError for another, and for one that might never end."""
+    if not file.is_file() or file.stat().st_size > LARGEST:
+        raise ValueError(f"{file} is no file of at most {LARGEST:,} bytes.")
+    return file.read_bytes()
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:

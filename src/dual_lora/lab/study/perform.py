@@ -24,7 +24,7 @@ from dual_lora.lab.run.failures import is_disk_full
 from dual_lora.lab.run.record import code_version
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.job import Job, Outcome, error_file, read_outcome, scores_file, write_outcome
+from dual_lora.lab.study.job import Job, Outcome, read_outcome, run_file, write_outcome
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed runner may still hold
 KEPT = ("adapters", "all", "nothing")
@@ -50,7 +50,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
             try:
-                came = {"status": "done"} | (_base(job, runs) if job.kind == "base" else _trained(job, runs))
+                came: Figures = {"status": "done"} | (_base(job, runs) if job.kind == "base" else _trained(job, runs))
             except Exception as error:
                 if not _diverged(error):
                     raise
@@ -64,7 +64,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
         if said:
             error.add_note(f"Warned before: {' '.join(said)}")
         with contextlib.suppress(OSError):
-            write_json(error_file(runs, job.key), described(error))
+            write_json(run_file(runs, job.key, "error"), described(error))
         if is_disk_full(error) or is_disk_full(error.__cause__):
             raise DiskFull(described(error)) from error
         raise
@@ -156,7 +156,7 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     (figures,) = measured.metrics.values()
     if not math.isfinite(score) or not _all_finite(figures, measured.items):
         raise NotFinite(f"The {job.metric} is {score:g}, or comes from figures that are not finite.")
-    write_json(scores_file(runs, job.key), shares)
+    write_json(run_file(runs, job.key, "scores"), shares)
     return {"score": score, "metric": job.metric, "figures": figures, "items": len(shares)}
 
 
@@ -197,8 +197,8 @@ def _diverged(error: Exception) -> bool:
 def _callbacks(job: Job) -> list[Any]:
     from dual_lora.lab.study.interventions import Freeze, Round
 
-    given = ((Freeze, job.freeze), (Round, job.round))
-    return [kind(patterns) for kind, patterns in given if patterns]
+    given: list[Any] = [Freeze(job.freeze)] if job.freeze else []
+    return [*given, Round(job.round)] if job.round else given
 
 
 def _tidy(job: Job, folder: Path, keep: str) -> None:

@@ -205,7 +205,7 @@ def _sized(
             entry.fields.values(), 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
         )
         top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top).rank
+        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top)
     size = _size(scale, base, classes, entry, rank)
     mismatch = size.trainable / target - 1
     if abs(mismatch) > study.budget.tolerance:

@@ -29,7 +29,7 @@ def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, A
         return _filled_in(study, study.precision), {"asked": study.precision, "precision": study.precision}
     if not any(leaves_open(recipe) for _, _, recipe in written_places(study)) and _filled_in(study, "bf16") == study:
         return study, {}
-    before = folder.known["study"].get("precision") if "study" in folder.known else AUTO
+    before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
     if before not in (AUTO, *DTYPES):
         raise UserError(
             f"The study in {folder.path} was begun with precision {before}: write `precision: bf16` or "

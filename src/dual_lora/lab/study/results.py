@@ -178,8 +178,9 @@ def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, A
 
 
 def _run(job: Job, outcome: Outcome | None) -> dict[str, Any]:
-    came = {"status": outcome.status, "score": outcome.score, "seconds": outcome.seconds} if outcome else {}
-    return {"seed": job.seed, "key": job.key} | (came or {"status": "missing", "score": None, "seconds": None})
+    status = outcome.status if outcome else "missing"
+    came = {"score": outcome and outcome.score, "seconds": outcome and outcome.seconds}
+    return {"seed": job.seed, "key": job.key, "status": status, **came}
 
 
 def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
