@@ -80,9 +80,11 @@ def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_wh
     again = compare(other, copy_of_whole.parent / "other", runs=shared, progress=False)
     assert {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()} == new
     assert figures(again) == figures(made)
-    expected = forecast(other, copy_of_whole.parent / "other")
-    assert expected.done == expected.runs == 3 * (2 + 2) + 1  # --dry-run knows the place as well; 1 is the base
-    write_study(tiny)
+    expected = forecast(other, copy_of_whole.parent / "other", runs=shared)
+    assert expected.done == expected.runs == 3 * (2 + 2) + 1  # 1 is the base
+    assert made["plan"]["before"] == 4
+    said = "4 of the final runs had ended before this study's plan was written, and were taken over."
+    assert said in made["notes"]
 
 
 def test_changed_data_is_noticed_and_makes_other_runs(tiny, copy_of_whole):

@@ -131,7 +131,7 @@ def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]
     before = (plan or {}).get("before", 0)
     if not before or amendments:
         return []
-    return [f"{before} of the final runs had ended before this study's plan was written: they are of another study."]
+    return [f"{before} of the final runs had ended before this study's plan was written, and were taken over."]
 
 
 def tuned_by(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[str]:
