@@ -12,15 +12,17 @@ import yaml
 
 pytest.importorskip("peft")
 
-from tiny_study import SHORT, ended, figures, laid_out, outcomes, trials, write_study
+from tiny_study import SHORT, ended, figures, job, laid_out, outcomes, trials, write_study
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.report import report
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import compare as comparing
 from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.search import beyond, choose
@@ -94,6 +96,19 @@ def test_a_field_that_came_later_changes_no_study():
         "search": (None, {"x": 1}),
     }
     assert folders._changed({"search": {"x": 1}}, {"search": {"x": 2, "why": ""}}) == {"search.x": (1, 2)}
+
+
+def test_a_new_field_of_the_program_writes_no_new_plan(tmp_path):
+    made = folders.StudyFolder(tmp_path)
+    made.begin({"a": 1}, {"t data": {"b": 2}}, {}, tmp_path / "runs", False)
+    plan = made.known.plan.model_copy()
+    made.begin_finals(0)
+    again = folders.StudyFolder(tmp_path).read()
+    again.begin({"a": 1, "new": 0}, {"t data": {"b": 2, "new": 0}}, {}, tmp_path / "runs", False)
+    assert (again.known.plan.hash, again.known.plan.before) == (plan.hash, 0)
+    assert again.known.amendments == []
+    with pytest.raises(UserError, match=r"recipes or data have changed since.*: t data\.b\."):
+        again.begin({"a": 1, "new": 0}, {"t data": {"b": 3, "new": 0}}, {}, tmp_path / "runs", False)
 
 
 # Versions of the code.
@@ -226,6 +241,14 @@ def test_a_strangers_study_touches_no_other_folder(how, tiny, whole, copy_of_who
             compare(tiny / "study.yaml", copy_of_whole, progress=False)
     report([copy_of_whole], tmp_path / "page.html")
     assert snapshot(mine) == before
+
+
+def test_a_strangers_outcome_names_no_path(tmp_path):
+    """The version of the code becomes part of a file's name, when a run is done again."""
+    done = ended(job())[1]
+    write_json(run_file(tmp_path, done.key), done.model_dump() | {"code": "../../.ssh/x, torch 1"})
+    assert read_outcome(tmp_path, done.key) is None
+    assert "damaged" in damage(tmp_path, done.key)
 
 
 # The search.

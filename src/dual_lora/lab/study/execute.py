@@ -38,7 +38,7 @@ class Options:
     fresh: bool = False
 
 
-class Ended(NamedTuple):
+class Answer(NamedTuple):
     """A run that has ended, with its outcome or its error."""
 
     key: str
@@ -46,7 +46,7 @@ class Ended(NamedTuple):
     error: str = ""
 
 
-def run_jobs(options: Options, jobs: Sequence[Job], runs: Path) -> Iterator[Ended]:
+def run_jobs(options: Options, jobs: Sequence[Job], runs: Path) -> Iterator[Answer]:
     """Do the jobs and yield each as it ends. Raises DiskFull where there is no room: no other run could be written."""
     how = {"serial": _serially, "process": _in_processes, "ray": _on_ray}[options.executor]
     return how(options, jobs, runs, min(options.workers, len(jobs)))
@@ -70,14 +70,14 @@ def runs_side_by_side(executor: str, workers: int | None) -> int:
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def _serially(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Ended]:
+def _serially(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     for job in jobs:
         try:
-            yield Ended(job.key, perform(job, runs, options.keep, at_a_time))
+            yield Answer(job.key, perform(job, runs, options.keep, at_a_time))
         except DiskFull:
             raise
         except Exception as error:
-            yield Ended(job.key, None, described(error))
+            yield Answer(job.key, None, described(error))
         gc.collect()
 
 
@@ -91,7 +91,7 @@ class _Worker:
     key: str | None = None
 
 
-def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Ended]:
+def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     from multiprocessing.connection import wait
 
     waiting = list(jobs)
@@ -124,7 +124,7 @@ def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: 
                 if full:
                     raise DiskFull(error)
                 outcome = read_outcome(runs, key)
-                yield Ended(key, outcome, "" if outcome else error)
+                yield Answer(key, outcome, "" if outcome else error)
     finally:
         for worker in team:
             worker.process.terminate()
@@ -208,7 +208,7 @@ def _last_words(code: int | None) -> str:
     return f"Its process {killed}; too little memory is the usual reason."
 
 
-def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Ended]:
+def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     import ray
     import torch
 
@@ -226,12 +226,12 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
             (ready, *_), _ = ray.wait(list(pending), num_returns=1)
             key = pending.pop(ready)
             try:
-                yield Ended(key, ray.get(ready))
+                yield Answer(key, ray.get(ready))
             except Exception as problem:
                 cause = getattr(problem, "cause", None) or problem
                 if isinstance(cause, DiskFull):
                     raise cause from problem
-                yield Ended(key, read_outcome(runs, key), described(cause))
+                yield Answer(key, read_outcome(runs, key), described(cause))
     finally:
         for task in pending:
             with contextlib.suppress(Exception):

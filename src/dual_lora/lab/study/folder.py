@@ -143,8 +143,8 @@ class StudyFolder:
             )
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
-        print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
-        if known.plan.hash != print_of:
+        if changed or not known.plan.hash:
+            print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         if precision and (update or not known.precision):
             known.precision = precision

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
@@ -102,7 +102,7 @@ class Outcome(BaseModel):
     warnings: list[str] = []
     error: str | None = None
     runs_at_a_time: int | None = None
-    code: str | None = None  # the version of the code that did it
+    code: str | None = Field(None, max_length=200, pattern=r"^[\w., ?]*$")  # the version of the code that did it
 
 
 def run_file(runs: Path, key: str, what: Literal["", "scores", "error"] = "") -> Path:

@@ -43,7 +43,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
     """
     if (done := read_outcome(runs, job.key)) is not None:
         return done
-    start, said = time.time(), list[str]()
+    start, code, said = time.time(), code_version(), list[str]()
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with _held(runs / job.key), _kept_warnings(said):
@@ -55,7 +55,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                 if not _diverged(error):
                     raise
                 came = {"status": "diverged", "error": str(error)}
-            came |= {"warnings": said, "runs_at_a_time": at_a_time, "code": code_version()}
+            came |= {"warnings": said, "runs_at_a_time": at_a_time, "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.time() - start, 3), **came)
             write_outcome(runs, outcome)
             _tidy(job, runs / job.key, keep)
