@@ -171,6 +171,15 @@ def test_two_at_once_are_refused(tiny, tmp_path):
         compare(write_study(tiny), tmp_path / "out", progress=False)
 
 
+def test_a_link_is_no_lock(tmp_path):
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "study.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cannot be held"), StudyFolder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine").read_text() == "years of work"
+
+
 @pytest.mark.parametrize(
     ("place", "name"), [(perform, "write_outcome"), (perform, "_trained"), (perform, "write_json")]
 )

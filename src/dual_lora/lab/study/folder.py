@@ -92,6 +92,8 @@ class StudyFolder:
             raise UserError(
                 f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
             ) from None
+        except OSError as error:  # a link in place of the lock, a folder that may not be written
+            raise UserError(f"The study in {self.path} cannot be held: {error}. Give another --out.") from None
         return self
 
     def __exit__(self, *_: object) -> None:
