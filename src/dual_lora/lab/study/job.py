@@ -102,7 +102,7 @@ class Outcome(BaseModel):
     warnings: list[str] = []
     error: str | None = None
     runs_at_a_time: int | None = None
-    code: str | None = Field(None, max_length=200, pattern=r"^[\w., ?]*$")  # the version of the code that did it
+    code: str | None = Field(None, max_length=200, pattern=r"^[^/\\\x00-\x1f]*$")  # the version that did it: no path
 
 
 def run_file(runs: Path, key: str, what: Literal["", "scores", "error"] = "") -> Path:

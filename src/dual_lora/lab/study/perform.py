@@ -88,7 +88,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def retire(runs: Path, outcome: Outcome) -> None:
     """Put the files of a finished run aside under the name of the code that did it, so that it is done again."""
-    aside = f"{outcome.key}.by-{(outcome.code or 'unknown').partition(',')[0]}"
+    aside = f"{outcome.key}.by-{(outcome.code or 'unknown').partition(',')[0][:20]}"
     with _held(runs / outcome.key):
         for name in ("", ".scores.json", ".json"):  # the outcome last: until then the run is finished
             if (old := runs / f"{outcome.key}{name}").exists():
