@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import OURS, UserError, described
-from dual_lora.lab.run.failures import is_disk_full
+from dual_lora.lab.run.failures import Diverged, NotFinite, is_disk_full
 from dual_lora.lab.run.record import code_version
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
@@ -166,10 +166,6 @@ def _all_finite(figures: dict[str, float], items: list[dict[str, Any]]) -> bool:
     return all(map(math.isfinite, figures.values())) and not any(map(math.isnan, chosen_by))
 
 
-class NotFinite(Exception):
-    """The evaluation of a trained model gave no number: the training has diverged."""
-
-
 @contextlib.contextmanager
 def _kept_warnings(said: list[str]) -> Iterator[None]:
     """This package's own warnings go into `said`, for the person who leads the study, wherever the run is done; those
@@ -189,9 +185,7 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
 
 
 def _diverged(error: Exception) -> bool:
-    from dual_lora.lab.run.failures import Diverged
-
-    return isinstance(error, Diverged | NotFinite)
+    return isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)
 
 
 def _callbacks(job: Job) -> list[Any]:
