@@ -135,10 +135,10 @@ def test_method_whose_every_trial_diverged(tiny, tmp_path):
 def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
     original = perform._trained
 
-    def failing(job, runs):
+    def failing(job, *more):
         if job.method == "dual_lora" and job.seed == 2:
             raise RuntimeError("the dog ate it")
-        return original(job, runs)
+        return original(job, *more)
 
     study = write_study(tiny, search=None)
     monkeypatch.setattr(perform, "_trained", failing)
@@ -162,9 +162,9 @@ def test_failed_run_is_said_and_the_others_go_on(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("figures", "items"),
     [
-        ({"accuracy": 0.69, "loss": float("nan")}, [{"correct": True}]),
-        ({"loss": float("inf")}, [{"correct": True}]),
-        ({"choice": 0.5}, [{"correct": True, "scores": [float("nan"), float("nan")]}]),
+        ({"accuracy": 0.69, "loss": float("nan")}, [{"task": "x", "correct": True}]),
+        ({"loss": float("inf")}, [{"task": "x", "correct": True}]),
+        ({"choice": 0.5}, [{"task": "x", "correct": True, "scores": [float("nan"), float("nan")]}]),
     ],
 )
 def test_a_model_of_nan_has_diverged_however_well_it_scores(figures, items, tmp_path, monkeypatch):
@@ -206,12 +206,12 @@ def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path
     """They point at their caller, which is transformers, whose own warnings are none of anybody's business here."""
     original = perform._trained
 
-    def warning(job, runs):
+    def warning(job, *more):
         warnings.warn_explicit(WARNED, UserWarning, "trainer.py", 1, "transformers.trainer")
         warnings.warn_explicit("Something else.", UserWarning, "trainer.py", 1, "transformers.trainer")
         if job.seed == 2:
             raise RuntimeError("then it broke")
-        return original(job, runs)
+        return original(job, *more)
 
     monkeypatch.setattr(perform, "_trained", warning)
     with warnings.catch_warnings():

@@ -35,10 +35,10 @@ LATE = "Amended after final runs had ended."
 def test_the_plan_is_written_before_the_first_run(tiny, tmp_path, monkeypatch):
     original, seen = perform._trained, []
 
-    def trained(job, runs):
+    def trained(job, runs, *more):
         plan = json.loads((runs.parent / "study.json").read_text())["plan"]
         seen.append((job.kind, plan.get("hash"), plan.get("before")))
-        return original(job, runs)
+        return original(job, runs, *more)
 
     monkeypatch.setattr(perform, "_trained", trained)
     results = compare(write_study(tiny), tmp_path / "out", progress=False)
@@ -124,7 +124,7 @@ def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, monkeypatch):
     of_version(monkeypatch, "one, torch 1")
     with monkeypatch.context() as patch:
         original = perform._trained
-        patch.setattr(perform, "_trained", lambda job, runs: original(job, runs) if job.seed == 1 else 1 / 0)
+        patch.setattr(perform, "_trained", lambda job, *more: original(job, *more) if job.seed == 1 else 1 / 0)
         first = compare(study, out, progress=False)
     assert not first["complete"]
     before = outcomes(out)

@@ -220,7 +220,7 @@ def test_a_worker_tells_a_full_disk_from_a_failed_run(tmp_path, monkeypatch):
         def send(self, answer):
             self.said.append(answer)
 
-    def failing(of, runs):
+    def failing(of, *_):
         raise OSError(errno.ENOSPC, "No space left on device") if of.seed == 2 else RuntimeError("no luck")
 
     monkeypatch.setattr(perform, "_trained", failing)
