@@ -10,14 +10,14 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from test_verdicts import made
+from tiny_study import made
 
 from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
 from dual_lora.lab.judge.scores import tables
 from dual_lora.lab.judge.table_file import read_table
-from dual_lora.lab.study import judging
+from dual_lora.lab.study import verdicts
 
 
 def command(*words):
@@ -51,10 +51,10 @@ def test_a_table_gets_the_verdicts_of_a_study(tmp_path):
     results = judge(write_table(tmp_path / "s.csv", rows), margin=0.02)
     own = tables(read_table(tmp_path / "s.csv").rows)["", "task"]
     pairs = [
-        judging.compare_pair(own[name].table, own["lora"].table, names=(name, "lora"), margin=0.02, counted=True)
+        verdicts.compare_pair(own[name].table, own["lora"].table, names=(name, "lora"), margin=0.02, counted=True)
         for name in ("mine", "other")
     ]
-    for found, expected in zip(results["comparisons"], judging.judge(pairs), strict=True):
+    for found, expected in zip(results["comparisons"], verdicts.judge(pairs), strict=True):
         assert found["verdict"] == expected.verdict
         for key in ("difference", "low", "high", "p_holm", "p_same_holm", "visible"):
             assert found[key] == pytest.approx(getattr(expected, key))

@@ -21,7 +21,8 @@ from dual_lora.lab.judge.peft_suite import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Place, Runs, Scores, in_words, one_metric, reference_of, tables
 from dual_lora.lab.judge.table_file import read_table
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import judging, metrics, verdicts
+from dual_lora.lab.study import metrics, verdicts
+from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
 from dual_lora.lab.study.study import Study
 
@@ -81,13 +82,13 @@ def judge(
     said = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
     results: dict[str, Any] = {
-        "format": verdicts.RESULTS_FORMAT,
+        "format": results_of_studies.RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
         "complete": True,
         "methods": rows,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
-        "pareto": verdicts.pareto(rows),
+        "pareto": results_of_studies.pareto(rows),
         "notes": [note for note in said.notes if not note.startswith("Chance of any")]
         + _level(said.false_alarm, level)
         + ([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons)
@@ -153,7 +154,7 @@ def _study(path: Path, paired: dict[Place, dict[str, Runs]], methods: list[str],
 
 def _pairs(
     place: Place, own: dict[str, Runs], against: str, metric: str, better: str, margin: float | None, level: float
-) -> list[judging.Comparison]:
+) -> list[verdicts.Comparison]:
     sign = metrics.direction(better)
     reference = sign * own[against].table
     values = np.concatenate([runs.table.ravel() for runs in own.values()])
@@ -162,7 +163,7 @@ def _pairs(
     for method, runs in own.items():
         if method == against:
             continue
-        pair = judging.compare_pair(
+        pair = verdicts.compare_pair(
             sign * runs.table,
             reference,
             names=(method, against),
@@ -179,7 +180,7 @@ def _pairs(
 def _method(
     place: Place, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """As `verdicts` has it, with nothing for what is not known."""
+    """As `results` has it, with nothing for what is not known."""
     model, task = place
     means = runs.table.mean(1)
     known = cost or {}
@@ -210,7 +211,7 @@ def _method(
         "whole": runs.items == [WHOLE],
         "diverged": 0,
         "diverged_in_search": False,
-        "cost": {name: known.get(name) for name in verdicts.COSTS},
+        "cost": {name: known.get(name) for name in results_of_studies.COSTS},
     }
 
 

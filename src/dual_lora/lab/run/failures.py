@@ -48,7 +48,7 @@ def clear_failures(folder: RunFolder) -> Iterator[None]:
             "or set train.gradient_checkpointing."
         ) from error
     except Exception as error:
-        if not _is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise UserError(f"The disk is full, writing {folder.path} failed. {_kept_checkpoint(folder)}") from error
 
@@ -69,8 +69,8 @@ def note_failure(folder: RunFolder, error: BaseException) -> None:
             write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """torch and safetensors wrap the system's error into their own kinds, the text survives."""
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether there was no room; torch and safetensors wrap the system's error into their own kinds, the text stays."""
     full = (errno.ENOSPC, errno.EDQUOT)
     wrapped = ("No space left on device", "unexpected pos", "PytorchStreamWriter")  # the latter two: torch.save
     return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from dual_lora.lab.study import judging, metrics
+from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.cell import Finished, place_name
+from dual_lora.lab.study.cell import Finished
 from dual_lora.lab.study.conclude import about_pairs, placed
+from dual_lora.lab.study.job import place_name, read_scores
 from dual_lora.lab.study.study import Study
 
-METRIC = "forgetting"
-
-
-def forgetting_file(runs: Path, key: str) -> Path:
-    """Where a run's losses on other text lie: base's nats, adapter's nats and tokens of every text."""
-    return runs / f"{key}.forgetting.json"
+METRIC: Literal["forgetting"] = "forgetting"
 
 
 def forgetting_tables(
@@ -26,25 +22,23 @@ def forgetting_tables(
     """Item shares [seeds, texts] of every cell that has them for all of its runs."""
     tables = {}
     for f in finished:
-        if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.doomed:
+        if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.diverged_in_search:
             continue
         try:
-            features = [
-                json.loads(forgetting_file(runs, job["key"]).read_text(encoding="utf-8")) for job, _ in f.finals
-            ]
+            features = [read_scores(runs, job.key, METRIC) for job, _ in f.finals]
         except (OSError, ValueError):
             said.append(
                 f"Forgetting of {f.cell.method} on {place_name(*f.cell.place)} is not compared: not every run of it "
                 "came to an end with a figure."
             )
             continue
-        tables[(*f.cell.place, f.cell.method)] = metrics.score_table(METRIC, features)
+        tables[f.cell.at] = metrics.score_table(METRIC, features)
     return tables
 
 
 def with_metric(
-    pairs: Sequence[judging.Comparison], study: Study, tables: dict[tuple[str, str, str], stats.Table]
-) -> list[judging.Comparison]:
+    pairs: Sequence[verdicts.Comparison], study: Study, tables: dict[tuple[str, str, str], stats.Table]
+) -> list[verdicts.Comparison]:
     """The same pairs, in what they forget."""
     found = []
     for pair in pairs:
@@ -52,6 +46,6 @@ def with_metric(
         if a is not None and b is not None:
             about = about_pairs(study, pair.place, METRIC)
             found.append(
-                placed(judging.compare_pair(a, b, names=(pair.candidate, pair.reference), **about), pair.place)
+                placed(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about), pair.place)
             )
     return found

@@ -11,8 +11,7 @@ from rich.table import Table
 from dual_lora.lab.cost.forecast import Forecast
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.study.job import settings_in_words
-from dual_lora.lab.study.load import company, loads
-from dual_lora.lab.study.notes import amended
+from dual_lora.lab.study.notes import amended, company, loads
 
 _COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}
 
