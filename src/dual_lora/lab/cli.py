@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.text import Text
 
 import dual_lora
 from dual_lora.lab.errors import OURS, UserError, suggest
+from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe.read import problems
 
@@ -50,6 +52,10 @@ ELSEWHERE = {
     "--target-modules": "--method.target_modules",
     "--seed": "--train.seed",
 }
+EVERYWHERE = (
+    f"Every command: `{FLAG} NAME` lets a recipe, a study or a run import the module NAME, and so run its code; "
+    "`--debug` shows where an error comes from."
+)
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
@@ -60,6 +66,7 @@ def build_app(wanted: str | None = None) -> App:
         help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
         version=dual_lora.__version__,
         help_format="markdown",
+        help_epilogue=EVERYWHERE,
         exit_on_error=False,
         print_error=False,
     )
@@ -82,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given[:1] == ["help"]:
         given = [*given[1:], "--help"]
     debug = "--debug" in given
-    given = [a for a in given if a != "--debug"]
+    given, modules = _modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
         # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
@@ -97,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if wanted is not None and wanted not in names:
             raise UserError(f"There is no command {wanted!r}.{suggest(wanted, names)}")
+        for module in modules:
+            allow(module)
         build_app(wanted)(given)
     except KeyboardInterrupt as error:
         _fail(str(error) or "Interrupted.", given, INTERRUPTED)
@@ -119,6 +128,18 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         first = (str(error).strip() or "no message").splitlines()[0]
         _fail(f"{type(error).__name__}: {first} (--debug shows where)", given)
+
+
+def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--allow-module NAME`, which every command takes, and those names."""
+    kept, modules, rest = [], [], iter(given)
+    for argument in rest:
+        flag, _, name = argument.partition("=")
+        if flag == FLAG:
+            modules.append(name or next(rest, ""))
+        else:
+            kept.append(argument)
+    return kept, modules
 
 
 def _said(error: CycloptsError, command: str | None) -> str:

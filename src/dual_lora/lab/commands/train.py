@@ -47,8 +47,6 @@ def train(
     After an interruption: `dual-lora train --resume --out runs/mine`
 
     On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
-
-    `--debug` shows where an error comes from.
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.permission import import_allowed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -116,13 +116,10 @@ def is_kind(config: PeftConfig | None, kind: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A method's name as PEFT writes it. Of `module:name` the module is imported, which registers the method."""
-    module, _, plain = name.rpartition(":")
-    if module:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise UserError(f"method {name!r}: {module} cannot be imported ({error}). Is it on PYTHONPATH?") from error
+    """A method's name as PEFT writes it. Of `module:name` the module is imported, if allowed: that registers it."""
+    module, colon, plain = name.rpartition(":")
+    if colon:
+        import_allowed(module, f"method {name!r}")
     return plain.lower().replace("-", "_")
 
 

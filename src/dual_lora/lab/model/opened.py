@@ -119,7 +119,7 @@ def _open_adapter(
     note = read_note(adapter)
     recipe = build_recipe(note["recipe"], f"{adapter / NOTE}") if note else None
     classes = note.get("classes", [])
-    if recipe and run:  # never for an adapter alone: what somebody else made does not say what is imported here
+    if recipe:
         plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on
     try:
         config = PeftConfig.from_pretrained(str(adapter))

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study.perform import perform, read_outcome
@@ -235,7 +236,9 @@ def _on_ray(
             ray.init(log_to_driver=False, include_dashboard=False, **_local(workers))
         except Exception as error:
             raise UserError(f"Ray could not be reached or started: {described(error)}") from error
-    needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
+    needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
+    if permission.allowed():  # a cluster's workers do not inherit this process's environment
+        needs["runtime_env"] = {"env_vars": {permission.VARIABLE: ",".join(permission.allowed())}}
     remote = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **needs)(perform)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
     pending = {remote.remote(job, folder, keep): job["key"] for job in jobs}

@@ -1,0 +1,103 @@
+"""A module that a file names is imported only if a person has named it too, whatever the command."""
+
+import json
+import os
+
+import pytest
+import yaml
+
+from dual_lora.lab import permission
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.train import run
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A module `a_trap` that leaves a file when it is imported; the file."""
+    sprung = tmp_path / "sprung"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/a_trap.py").write_text(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.setenv(permission.VARIABLE, "")
+    monkeypatch.delitem(__import__("sys").modules, "a_trap", raising=False)
+    return sprung
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_lm, questions):
+    """A run that somebody has made so that it asks for the trap."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = {
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "lora", "r": 4},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 2, "batch_size": 4},
+        "evaluate": {"tasks": ["loss"]},
+    }
+    run(build_recipe(values), folder, progress=False)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["method"]["name"] = "a_trap:lora"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    note = json.loads((folder / "adapter/lab.json").read_text())
+    (folder / "adapter/lab.json").write_text(json.dumps({**note, "recipe": recipe}))
+    return folder
+
+
+def commands(finished, tmp_path):
+    study = {"name": "s", "tasks": {"t": {"recipe": str(finished / "recipe.yaml")}}, "seeds": 1}
+    methods = {"theirs": {"name": "a_trap:lora", "r": 4}, "lora": {"r": 4}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "methods": methods}))
+    there, adapter, out = str(finished), str(finished / "adapter"), str(tmp_path / "out")
+    yield "train", ["train", f"{there}/recipe.yaml", "--out", out]
+    yield "resume", ["train", "--resume", "--out", there]
+    yield "evaluate", ["evaluate", there]
+    yield "evaluate an adapter", ["evaluate", adapter]
+    yield "generate", ["generate", there, "is ice warm ?"]
+    yield "merge", ["merge", there, out]
+    yield "export", ["export", there, out, "--to", "merged"]
+    yield "analyze", ["analyze", there]
+    yield "check", ["recipes", "check", f"{there}/recipe.yaml"]
+    yield "dry run", ["compare", str(tmp_path / "study.yaml"), "--dry-run", "--out", out]
+    yield "compare", ["compare", str(tmp_path / "study.yaml"), "--out", out]
+
+
+def test_no_command_imports_what_a_file_names(finished, trap, tmp_path, capsys):
+    before = sorted(finished.rglob("*"))
+    for name, arguments in commands(finished, tmp_path):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        said = " ".join(capsys.readouterr().err.split())
+        assert "asks to import the Python module a_trap" in said, (name, said)
+        assert "--allow-module a_trap" in said, name
+        assert not trap.exists(), name
+    assert sorted(finished.rglob("*")) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["flag", "flag with =", "environment"])
+def test_a_person_can_allow_it(how, finished, trap, monkeypatch, capsys):
+    flags = {"flag": ["--allow-module", "a_trap"], "flag with =": ["--allow-module=a_trap"], "environment": []}[how]
+    if how == "environment":
+        monkeypatch.setenv(permission.VARIABLE, "other, a_trap")
+    main(["evaluate", str(finished), *flags, "--json"])
+    assert trap.exists()
+    assert json.loads(capsys.readouterr().out)["metrics"]["tuned"]["loss"] > 0
+    assert "a_trap" in os.environ[permission.VARIABLE], "what children inherit"
+
+
+def test_another_module_stays_forbidden(finished, trap, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(finished), "--allow-module", "a_trap.part", "--allow-module", "a_tra"])
+    assert "asks to import" in capsys.readouterr().err
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("name", [".x", "", "a b", "os;", "../evil"])
+def test_what_is_no_name_of_a_module(name, monkeypatch):
+    monkeypatch.setenv(permission.VARIABLE, name)
+    with pytest.raises(UserError, match="is not the name of a Python module"):
+        permission.import_allowed(name, "method")
+    with pytest.raises(UserError, match="expected the name of a Python module"):
+        permission.allow(name)
