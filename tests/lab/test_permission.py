@@ -12,13 +12,25 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 
+OPTIMIZER = """
+import torch
+made = []
+def factory(groups, lr):
+    made.append((sum(p.numel() for g in groups for p in g["params"]), lr))
+    return torch.optim.SGD(groups, lr=lr)
+def wrong(groups, lr):
+    return "no optimizer"
+number = 3
+"""
+
 
 @pytest.fixture
 def trap(tmp_path, monkeypatch):
     """A module `a_trap` that leaves a file when it is imported; the file."""
     sprung = tmp_path / "sprung"
     (tmp_path / "code").mkdir()
-    (tmp_path / "code/a_trap.py").write_text(f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n")
+    code = f"from pathlib import Path\nPath({str(sprung)!r}).touch()\n"
+    (tmp_path / "code/a_trap.py").write_text(code + OPTIMIZER)
     monkeypatch.syspath_prepend(tmp_path / "code")
     monkeypatch.setenv(permission.VARIABLE, "")
     monkeypatch.delitem(__import__("sys").modules, "a_trap", raising=False)
@@ -59,6 +71,8 @@ def commands(finished, tmp_path):
     yield "export", ["export", there, out, "--to", "merged"]
     yield "analyze", ["analyze", there]
     yield "check", ["recipes", "check", f"{there}/recipe.yaml"]
+    theirs = ["--method.name", "lora", "--train.optimizer", "a_trap:factory", "--out", out]
+    yield "optimizer", ["train", f"{there}/recipe.yaml", *theirs]
     yield "dry run", ["compare", str(tmp_path / "study.yaml"), "--dry-run", "--out", out]
     yield "compare", ["compare", str(tmp_path / "study.yaml"), "--out", out]
 
@@ -101,3 +115,25 @@ def test_what_is_no_name_of_a_module(name, monkeypatch):
         permission.import_allowed(name, "method")
     with pytest.raises(UserError, match="expected the name of a Python module"):
         permission.allow(name)
+
+
+def test_an_optimizer_of_ones_own(trap, lm_values, tmp_path, monkeypatch):
+    """It gets what is trained, in groups, and the rate; a run without one is the same run as before."""
+    from dual_lora.lab.recipe.read import identity
+
+    same = identity(build_recipe(lm_values))
+    assert identity(build_recipe({**lm_values, "train": {**lm_values["train"], "optimizer": "adamw_torch"}})) == same
+    lm_values["train"]["optimizer"] = "a_trap:factory"
+    lm_values["train"]["rates"] = {"lora_B": 4.0}
+    with pytest.raises(UserError, match="asks to import the Python module a_trap"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert not trap.exists()
+    monkeypatch.setenv(permission.VARIABLE, "a_trap")
+    result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    import a_trap
+
+    assert a_trap.made == [(result.trainable_parameters, 0.01)]
+    for name, message in (("number", "nothing to call"), ("none", "nothing to call"), ("wrong", "made a str")):
+        lm_values["train"]["optimizer"] = f"a_trap:{name}"
+        with pytest.raises(UserError, match=message):
+            run(build_recipe(lm_values), tmp_path / name, progress=False)

@@ -13,7 +13,6 @@ from typing import Any
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
-from rich.console import Console
 from rich.text import Text
 
 import dual_lora
@@ -21,6 +20,7 @@ from dual_lora.lab.errors import OURS, UserError, suggest
 from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe.read import problems
+from dual_lora.lab.terminal import Console, guarded
 
 # name, "module:function", one line of help. A new command is a new line.
 COMMANDS: list[tuple[str, str, str]] = [
@@ -83,6 +83,7 @@ def _placeholder(text: str) -> App:
     return App(help=text)
 
 
+@guarded()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every foreseeable failure is one sentence on standard error and exit code 1."""
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -10,8 +10,9 @@ import gc
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically
+from dual_lora.lab.run.folder import OWN as OF_A_RUN
+from dual_lora.lab.run.folder import check_plain, files_in, remove_own
+from dual_lora.lab.run.write import WHOLE, mark_whole, write_atomically, write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -30,6 +33,11 @@ RECIPE = "tool-calls"
 EXAMPLES = 600  # to train on
 TEST_EXAMPLES = 100  # in each test set
 BASE_EXAMPLES = 25  # of each test set, for the base model, which knows no tool, and for the check of the merged one
+SETTINGS = {"seed", "examples", "test_examples"}
+ENTRIES = ("settings.json", "data", "run", "evaluation", "merged", "demo.json")
+# The files that a demo wrote, as globs (see `files_in`).
+OWN = ("settings.json", "demo.json", f"data/{WHOLE}", f"merged/{WHOLE}", *(f"run/{name}" for name in OF_A_RUN))
+OWN += ("evaluation/*/*/items.jsonl", "evaluation/*/*/result.json")
 SHOWN = 2  # of each test set, before and after
 
 
@@ -73,28 +81,38 @@ def run(
     """
     recipe = _recipe(out, seed, overrides or {})
     wanted = {"seed": seed, "examples": examples, "test_examples": test_examples}
-    settings = out / "settings.json"
-    if overwrite and settings.is_file():
-        _clear(out)
-    if settings.is_file():
-        if (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
-            raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out, or --overwrite.")
-    else:
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no demo: give another --out.")
+    there = _settings(out)
+    if there is None and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no demo: give another --out.")
+    if there and overwrite:
+        remove_own(out, OWN)
+    elif there and there != wanted:
+        hint = "" if files_in(out, OWN)[1] else ", or --overwrite"
+        raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out{hint}.")
+    if overwrite or not there:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings, json.dumps(wanted))
+        write_json(out / "settings.json", wanted)
     if not (out / "data").is_dir():
-        write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, examples, test_examples))
+        copied = partial(tool_calls.copy_to, train=examples, test=test_examples)
+        write_folder_atomically(out / "data", copied, listed=True)
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
 
 
+def _settings(out: Path) -> dict[str, Any] | None:
+    """What the demo in `out` was made with, None if there is none. Raises UserError for links in it."""
+    check_plain(out, ENTRIES)
+    with suppress(OSError, ValueError):
+        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+        return settings if isinstance(settings, dict) and set(settings) == SETTINGS else None
+    return None
+
+
 def read_result(out: Path) -> DemoResult | None:
     """The result of the demo in `out`, None if it was not finished; UserError for a record of another version."""
     file = out / "demo.json"
-    if not file.is_file():
+    if _settings(out) is None or not file.is_file():
         return None
     try:
         return DemoResult(**json.loads(file.read_text(encoding="utf-8")))
@@ -162,6 +180,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     with _stage("merging and checking", seconds, progress):
         if not (out / "merged").is_dir():
             merge(out / "run", out / "merged")
+            mark_whole(out / "merged")
         last = TEST_SETS[-1]
         plain = _open_merged(out, recipe)
         checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last][:BASE_EXAMPLES], progress=progress)
@@ -221,23 +240,13 @@ def _open_merged(out: Path, recipe: Recipe) -> Any:
     return open_tuned(str(out / "merged"), dtype=recipe.model.dtype)
 
 
-def _clear(out: Path) -> None:
-    """Remove what a demo has made, and nothing else."""
-    import shutil
-
-    for name in ("data", "run", "evaluation", "merged"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("demo.json", "settings.json"):
-        (out / name).unlink(missing_ok=True)
-
-
 @contextmanager
 def _stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
     """Name what begins, since models load for a while before a bar appears, and time it."""
     from dual_lora.lab.progress import console
 
     if progress:
-        console.print(f"[bold]{name}[/bold] (stage {len(seconds) + 1} of 3)")
+        console.print(f"{name} (stage {len(seconds) + 1} of 3)", style="bold")
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

@@ -109,4 +109,4 @@ def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, res
         raise UserError(
             "Say what to train: a recipe (`dual-lora recipes` lists them), or --model.path and --data.train."
         )
-    return build_recipe(merged({"name": out.name if out else "run"}, overrides), "flags")
+    return build_recipe(merged({"name": (out.resolve().name if out else "") or "run"}, overrides), "flags")

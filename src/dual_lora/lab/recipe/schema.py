@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -36,7 +37,9 @@ class ModelPart(Part):
         "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
     )
     attention: str | None = Field(
-        None, description="Attention implementation of transformers, for example sdpa or eager."
+        None,
+        pattern=r"^[\w|]+$",  # a "/" names code on the hub
+        description="Attention implementation of transformers, for example sdpa or eager.",
     )
 
 
@@ -113,7 +116,9 @@ class TrainPart(Part):
     )
     seed: int = Field(0, ge=0, description="Seed of the factors, the data order and dropout.")
     optimizer: str = Field(
-        "adamw_torch", description="An optim name of transformers (adamw_torch, galore_adamw, ...) or loraplus."
+        "adamw_torch",
+        description="An optim name of transformers (adamw_torch, galore_adamw, ...), loraplus, or MODULE:FACTORY of "
+        "your own, which is called with groups of parameters and lr, as torch's are, and needs --allow-module.",
     )
     loraplus_ratio: float = Field(
         16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
@@ -203,7 +208,7 @@ class Origin(Part):
 class Recipe(Part):
     """A complete fine-tuning run."""
 
-    name: str = Field("run", pattern=r"^[\w.\-]+$", description="Name of the recipe and of its default output folder.")
+    name: str = Field("run", pattern=NAME, description="Name of the recipe and of its default output folder.")
     about: str = Field("", description="One sentence on what the recipe shows.")
     model: ModelPart = Field(description="The model to start from.")
     method: dict[str, Any] = Field(

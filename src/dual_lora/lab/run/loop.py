@@ -16,6 +16,7 @@ from dual_lora.lab.data.batches import Collator, Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
+from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
@@ -35,6 +36,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
+    own: Any = _own_optimizer(recipe.train.optimizer)
     trainer = _Trainer(
         recipe.train.rates,
         model=model,
@@ -45,6 +47,7 @@ def build_trainer(
         compute_loss_func=_Loss(watch, recipe.train.label_smoothing),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
+        optimizer_cls_and_kwargs=(own, {"lr": recipe.train.learning_rate}) if own else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -63,6 +66,8 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(f"train.optimizer made a {type(optimizer).__name__}, expected a torch.optim.Optimizer.")
         if self.rates:
             _set_rates(optimizer, self.model if model is None else model, self.rates)
         return optimizer
@@ -199,7 +204,7 @@ def _arguments(recipe: Recipe, folder: RunFolder, steps: int, validating: bool) 
         "bf16": part.autocast == "bf16",
         "fp16": part.autocast == "fp16",
         "seed": part.seed,
-        "optim": "adamw_torch" if part.optimizer == LORAPLUS else part.optimizer,
+        "optim": "adamw_torch" if part.optimizer == LORAPLUS or ":" in part.optimizer else part.optimizer,
         "logging_steps": part.log_every,
         "logging_nan_inf_filter": False,
         "save_steps": part.checkpoint_every,
@@ -232,9 +237,20 @@ def check_names(part: TrainPart) -> None:
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
                 f"away, and what has a field of its own is set there. Allowed are {', '.join(sorted(ARGUMENTS))}."
             )
+    if _own_optimizer(part.optimizer):
+        return
     optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
     if part.optimizer not in optimizers:
         raise UserError(f"train.optimizer is {part.optimizer!r}.{suggest(part.optimizer, optimizers)}")
+
+
+def _own_optimizer(name: str) -> Any:
+    """What `MODULE:FACTORY` names, called with groups of parameters and ``lr``; None for an optimizer by name."""
+    module, colon, factory = name.rpartition(":")
+    found = getattr(import_allowed(module, f"train.optimizer {name!r}"), factory, None) if colon else None
+    if colon and not callable(found):
+        raise UserError(f"train.optimizer is {name!r}, but {module} has nothing to call that is named {factory!r}.")
+    return found
 
 
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:

@@ -29,7 +29,7 @@ from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, m
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.watch import RankAllocation, Watch
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically
+from dual_lora.lab.run.write import mark_whole, write_atomically, write_folder_atomically
 
 
 @dataclass
@@ -87,7 +87,7 @@ def run(
                 return finished
         recipe = precision.settled_here(recipe)
         if precision.leaves_open(asked) and progress and main:
-            console.print(str(precision.fast_precision()), markup=False)
+            console.print(str(precision.fast_precision()))
         with clear_failures(folder):
             return _train(recipe, asked, folder, main, progress, callbacks)
     except BaseException as error:
@@ -126,6 +126,7 @@ def _train(
     check_patterns("train.rates", part.rates, model)
     if wants_gradients(config) and main:
         model.save_pretrained(str(folder.start))
+        mark_whole(folder.start)
 
     checkpoint = folder.last_checkpoint()
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -226,7 +227,7 @@ def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], 
         write_note(folder, recipe, classes)
 
     if main:
-        write_folder_atomically(target, write)
+        write_folder_atomically(target, write, listed=True)
     else:
         trainer.save_model(str(target.with_name(target.name + ".part")))
 

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 from dual_lora.lab.model.load import best_device
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
-from dual_lora.lab.run.folder import RunFolder, mark_whole
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.write import mark_whole
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
@@ -81,7 +82,6 @@ class Watch(TrainerCallback):
             console.print(
                 f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait "
                 f"for each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
-                markup=False,
                 soft_wrap=True,
             )
 

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WHOLE = "complete.json"  # written last into a folder: the names and sizes of its files
+REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  # globs of what a killed writer leaves
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -40,12 +42,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None:
-    """``write(folder)`` fills a folder beside ``target``, which then takes its place."""
+def write_folder_atomically(target: Path, write: Callable[[Path], None], listed: bool = False) -> None:
+    """``write(folder)`` fills a folder beside ``target``, which then takes its place. listed: see `mark_whole`."""
     part = _beside(target)
     part.mkdir()
     try:
         write(part)
+        if listed:
+            mark_whole(part)
         for each in (*part.rglob("*"), part):
             sync(each)
         if target.exists():
@@ -55,6 +59,22 @@ def write_folder_atomically(target: Path, write: Callable[[Path], None]) -> None
         shutil.rmtree(part, ignore_errors=True)
         raise
     sync(target.parent)
+
+
+def mark_whole(folder: Path) -> None:
+    """List a folder's files with their sizes in it, once all of them have reached the disk."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != WHOLE)
+    for file in files:
+        sync(file)
+    write_json(folder / WHOLE, {str(file.relative_to(folder)): file.stat().st_size for file in files})
+
+
+def sizes_of(folder: Path) -> dict[Path, Any]:
+    """The files that were written into a folder, by its list, with their sizes; none without a list."""
+    try:
+        return {folder / name: size for name, size in json.loads((folder / WHOLE).read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def _beside(path: Path) -> Path:

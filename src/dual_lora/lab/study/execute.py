@@ -22,6 +22,7 @@ from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study.perform import perform, read_outcome
+from dual_lora.lab.terminal import guarded
 
 Executor = Literal["serial", "process", "ray"]
 Ended = tuple[str, dict[str, Any] | None, str | None]  # key, outcome, error
@@ -173,6 +174,7 @@ def _dismiss(worker: _Worker) -> None:
     worker.process.join()
 
 
+@guarded()
 def _work(line: Connection, runs: Path, keep: str) -> None:
     """Do the jobs that come down the line, until it is closed."""
     _end_with_parent()

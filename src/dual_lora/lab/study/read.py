@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -84,7 +85,7 @@ def _is_a_recipe(name: str) -> str:
     shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
     return (
         f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "
-        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {name}`."
+        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {quote(name)}`."
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.schema import Part, check_regex
+from dual_lora.lab.recipe.schema import NAME, Part, check_regex
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import Search, dotted, known_metric
 
@@ -126,7 +126,7 @@ class Budget(Part):
 class Study(Part):
     """A complete comparison."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$", description="Name of the study and of its default output folder.")
+    name: str = Field(pattern=NAME, description="Name of the study and of its default output folder.")
     question: str = Field("", description="What the study is to answer, in one sentence.")
     tasks: dict[str, TaskEntry] = Field(description="Recipes: a list of names, or name: {recipe: , metric: , ...}.")
     models: dict[str, dict[str, Any]] = Field(
