@@ -9,7 +9,6 @@ import yaml
 
 from dual_lora.lab import demo
 from dual_lora.lab.analysis.analyze import analyze
-from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.merge import merge
@@ -148,7 +147,7 @@ def test_overwrite_refuses_a_run_that_holds_anything_else(name, copied, tiny_lm,
     assert state(copied) == before
 
 
-def test_overwrite_never_takes_a_project_for_a_run(tiny_lm, questions, tmp_path, monkeypatch, capsys):
+def test_overwrite_never_takes_a_project_for_a_run(tiny_lm, questions, tmp_path, monkeypatch, call):
     """`--out .` in a project with a recipe of its own and folders that are named as ours are."""
     project = tmp_path / "project"
     for name in ("model/weights.bin", "evaluation/a/result.json", "analysis/analysis.json", "metrics.jsonl"):
@@ -159,25 +158,23 @@ def test_overwrite_never_takes_a_project_for_a_run(tiny_lm, questions, tmp_path,
     monkeypatch.chdir(project)
     for extra in (["--overwrite"], []):
         for out in (".", str(project), "../project"):
-            with pytest.raises(SystemExit):
-                main(["train", "recipe.yaml", "--out", out, *extra])
-            assert "--overwrite to" not in capsys.readouterr().err
+            code, _, said = call("train", "recipe.yaml", "--out", out, *extra)
+            assert code == 1
+            assert "--overwrite to" not in said
             assert state(project) == before
     (project / "record.json").write_text('{"state": "of mind"}')
-    with pytest.raises(SystemExit):
-        main(["train", "recipe.yaml", "--out", ".", "--overwrite"])
+    assert call("train", "recipe.yaml", "--out", ".", "--overwrite")[0] == 1
     assert (project / "model/weights.bin").is_file()
 
 
-def test_demo_overwrite_refuses_a_project(tmp_path, capsys):
+def test_demo_overwrite_refuses_a_project(tmp_path, call):
     for name in ("settings.json", "demo.json", "data/train.jsonl", "run/recipe.yaml", "merged/model.safetensors"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     before = state(tmp_path)
     for extra in (["--overwrite"], [], ["--ask", "anything"]):
-        with pytest.raises(SystemExit):
-            main(["demo", "--out", str(tmp_path), *extra])
-        said = capsys.readouterr().err
+        code, _, said = call("demo", "--out", tmp_path, *extra)
+        assert code == 1
         assert "holds no demo" in said
         assert "--overwrite" not in said
         assert state(tmp_path) == before
@@ -262,3 +259,12 @@ def test_compare_follows_no_link_named_runs(mine, tmp_path, tiny_lm, questions):
     with pytest.raises(UserError, match="outside of it"):
         compare(tmp_path / "study.yaml", tmp_path / "out", progress=False)
     assert state(mine) == before
+
+
+def test_an_analysis_replaces_no_other_file(copied, tmp_path, call):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "is no analysis" in call("analyze", copied, "--out", tmp_path / "thesis.tex")[2]
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    for _ in range(2):
+        assert call("analyze", copied, "--ranks", "none", "--held-out", "0", "--no-gradients")[0] == 0
+    assert json.loads((copied / "analysis/analysis.json").read_text())["runs"]

@@ -2,12 +2,12 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import yaml
 
 from dual_lora.lab import permission
-from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
@@ -16,7 +16,7 @@ OPTIMIZER = """
 import torch
 made = []
 def factory(groups, lr):
-    made.append((sum(p.numel() for g in groups for p in g["params"]), lr))
+    made.append((sum(p.numel() for g in groups for p in g["params"]), lr, groups[0]["weight_decay"]))
     return torch.optim.SGD(groups, lr=lr)
 def wrong(groups, lr):
     return "no optimizer"
@@ -63,7 +63,8 @@ def commands(finished, tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({**study, "methods": methods}))
     there, adapter, out = str(finished), str(finished / "adapter"), str(tmp_path / "out")
     yield "train", ["train", f"{there}/recipe.yaml", "--out", out]
-    yield "resume", ["train", "--resume", "--out", there]
+    shutil.copytree(finished, tmp_path / "begun", ignore=shutil.ignore_patterns("adapter"))
+    yield "resume", ["train", "--resume", "--out", str(tmp_path / "begun")]
     yield "evaluate", ["evaluate", there]
     yield "evaluate an adapter", ["evaluate", adapter]
     yield "generate", ["generate", there, "is ice warm ?"]
@@ -77,12 +78,11 @@ def commands(finished, tmp_path):
     yield "compare", ["compare", str(tmp_path / "study.yaml"), "--out", out]
 
 
-def test_no_command_imports_what_a_file_names(finished, trap, tmp_path, capsys):
+def test_no_command_imports_what_a_file_names(finished, trap, tmp_path, call):
     before = sorted(finished.rglob("*"))
     for name, arguments in commands(finished, tmp_path):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        said = " ".join(capsys.readouterr().err.split())
+        code, _, said = call(*arguments)
+        assert code == 1, name
         assert "asks to import the Python module a_trap" in said, (name, said)
         assert "--allow-module a_trap" in said, name
         assert not trap.exists(), name
@@ -91,20 +91,20 @@ def test_no_command_imports_what_a_file_names(finished, trap, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("how", ["flag", "flag with =", "environment"])
-def test_a_person_can_allow_it(how, finished, trap, monkeypatch, capsys):
+def test_a_person_can_allow_it(how, finished, trap, monkeypatch, call):
     flags = {"flag": ["--allow-module", "a_trap"], "flag with =": ["--allow-module=a_trap"], "environment": []}[how]
     if how == "environment":
         monkeypatch.setenv(permission.VARIABLE, "other, a_trap")
-    main(["evaluate", str(finished), *flags, "--json"])
+    code, out, _ = call("evaluate", finished, *flags, "--json")
+    assert code == 0
     assert trap.exists()
-    assert json.loads(capsys.readouterr().out)["metrics"]["tuned"]["loss"] > 0
+    assert json.loads(out)["metrics"]["tuned"]["loss"] > 0
     assert "a_trap" in os.environ[permission.VARIABLE], "what children inherit"
 
 
-def test_another_module_stays_forbidden(finished, trap, capsys):
-    with pytest.raises(SystemExit):
-        main(["evaluate", str(finished), "--allow-module", "a_trap.part", "--allow-module", "a_tra"])
-    assert "asks to import" in capsys.readouterr().err
+def test_another_module_stays_forbidden(finished, trap, call):
+    assert "asks to import" in call("evaluate", finished, "--allow-module", "a_trap.part", "--allow-module", "a_tra")[2]
+    assert "expected the name of a Python module" in call("evaluate", finished, "--allow-module")[2]
     assert not trap.exists()
 
 
@@ -124,7 +124,7 @@ def test_an_optimizer_of_ones_own(trap, lm_values, tmp_path, monkeypatch):
     same = identity(build_recipe(lm_values))
     assert identity(build_recipe({**lm_values, "train": {**lm_values["train"], "optimizer": "adamw_torch"}})) == same
     lm_values["train"]["optimizer"] = "a_trap:factory"
-    lm_values["train"]["rates"] = {"lora_B": 4.0}
+    lm_values["train"] |= {"rates": {"lora_B": 4.0}, "weight_decay": 0.5}
     with pytest.raises(UserError, match="asks to import the Python module a_trap"):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
     assert not trap.exists()
@@ -132,7 +132,7 @@ def test_an_optimizer_of_ones_own(trap, lm_values, tmp_path, monkeypatch):
     result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
     import a_trap
 
-    assert a_trap.made == [(result.trainable_parameters, 0.01)]
+    assert a_trap.made == [(result.trainable_parameters, 0.01, 0.5)]
     for name, message in (("number", "nothing to call"), ("none", "nothing to call"), ("wrong", "made a str")):
         lm_values["train"]["optimizer"] = f"a_trap:{name}"
         with pytest.raises(UserError, match=message):

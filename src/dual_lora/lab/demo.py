@@ -36,8 +36,11 @@ BASE_EXAMPLES = 25  # of each test set, for the base model, which knows no tool,
 SETTINGS = {"seed", "examples", "test_examples"}
 ENTRIES = ("settings.json", "data", "run", "evaluation", "merged", "demo.json")
 # The files that a demo wrote, as globs (see `files_in`).
-OWN = ("settings.json", "demo.json", f"data/{WHOLE}", f"merged/{WHOLE}", *(f"run/{name}" for name in OF_A_RUN))
-OWN += ("evaluation/*/*/items.jsonl", "evaluation/*/*/result.json")
+OWN = (
+    *("settings.json", "demo.json", f"data/{WHOLE}", f"merged/{WHOLE}"),
+    *(f"run/{file}" for file in OF_A_RUN),
+    *(f"evaluation/*/*/{file}" for file in ("items.jsonl", "result.json")),
+)
 SHOWN = 2  # of each test set, before and after
 
 

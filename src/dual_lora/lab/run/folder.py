@@ -29,12 +29,15 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of
 
 LOCK = ".lock"
-ENTRIES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK, "checkpoints", "start", "adapter", "model")
-ENTRIES += ("evaluation", "analysis")
+FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
+ENTRIES = (*FILES, "checkpoints", "start", "adapter", "model", "evaluation", "analysis")
 # The files that a run wrote, as globs: each by its name, or by the list that stands beside it.
-OWN = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
-OWN += tuple(f"{folder}/{WHOLE}" for folder in ("checkpoints/checkpoint-*", "start", "adapter", "model"))
-OWN += ("evaluation/*/items.jsonl", "evaluation/*/result.json", "analysis/live.jsonl", "analysis/analysis.json")
+OWN = (
+    *FILES,
+    *(f"{folder}/{WHOLE}" for folder in ("checkpoints/checkpoint-*", "start", "adapter", "model")),
+    *(f"evaluation/*/{file}" for file in ("items.jsonl", "result.json")),
+    *(f"analysis/{file}" for file in ("live.jsonl", "analysis.json")),
+)
 
 
 class RunFolder:

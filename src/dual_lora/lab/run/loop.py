@@ -36,7 +36,6 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> Trainer:
     """The Trainer for ``steps`` optimizer steps over ``rows``, in their order."""
-    own: Any = _own_optimizer(recipe.train.optimizer)
     trainer = _Trainer(
         recipe.train.rates,
         model=model,
@@ -47,7 +46,6 @@ def build_trainer(
         compute_loss_func=_Loss(watch, recipe.train.label_smoothing),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
-        optimizer_cls_and_kwargs=(own, {"lr": recipe.train.learning_rate}) if own else None,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -66,8 +64,6 @@ class _Trainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(f"train.optimizer made a {type(optimizer).__name__}, expected a torch.optim.Optimizer.")
         if self.rates:
             _set_rates(optimizer, self.model if model is None else model, self.rates)
         return optimizer
@@ -245,7 +241,7 @@ def check_names(part: TrainPart) -> None:
 
 
 def _own_optimizer(name: str) -> Any:
-    """What `MODULE:FACTORY` names, called with groups of parameters and ``lr``; None for an optimizer by name."""
+    """What `MODULE:FACTORY` names; None for an optimizer by name."""
     module, colon, factory = name.rpartition(":")
     found = getattr(import_allowed(module, f"train.optimizer {name!r}"), factory, None) if colon else None
     if colon and not callable(found):
@@ -254,8 +250,14 @@ def _own_optimizer(name: str) -> Any:
 
 
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
-    """LoRA+'s optimizer, which PEFT builds; None leaves the choice to Trainer's ``optim``."""
+    """LoRA+'s optimizer, which PEFT builds, or the user's own; None leaves the choice to Trainer's ``optim``."""
     part = recipe.train
+    if own := _own_optimizer(part.optimizer):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        made = own([{"params": trained, "weight_decay": part.weight_decay}], lr=part.learning_rate)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise UserError(f"train.optimizer made a {type(made).__name__}, expected a torch.optim.Optimizer.")
+        return made
     if part.optimizer != LORAPLUS:
         return None
     from peft.optimizers import create_loraplus_optimizer
