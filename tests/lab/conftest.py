@@ -31,25 +31,6 @@ CHAT = (
 )
 
 
-@pytest.fixture
-def call(capsys):
-    """Function: arguments → (exit code, standard output, standard error)."""
-
-    from dual_lora.lab.cli import main
-
-    def run(*arguments):
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return code, out.out, out.err
-
-    return run
-
-
 def _tokenizer(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

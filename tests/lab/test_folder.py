@@ -1,4 +1,5 @@
 """A stranger's run leads nothing out of its folder, and only what we wrote ourselves is ever overwritten."""
+# ruff: noqa: F811
 
 import json
 import os
@@ -6,6 +7,7 @@ import shutil
 
 import pytest
 import yaml
+from test_cli import call  # noqa: F401 - a fixture, which the tests take as an argument
 
 from dual_lora.lab import demo
 from dual_lora.lab.analysis.analyze import analyze

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +95,8 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "settings.json", wanted)
     if not (out / "data").is_dir():
-        copied = partial(tool_calls.copy_to, train=examples, test=test_examples)
-        write_folder_atomically(out / "data", copied, listed=True)
+        size = (examples, test_examples)
+        write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, *size), listed=True)
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
