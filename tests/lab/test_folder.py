@@ -124,6 +124,16 @@ def test_the_run_itself_may_be_reached_by_a_link(copied, tmp_path):
     assert evaluate(tmp_path / "latest", progress=False).metrics
 
 
+def test_a_link_to_an_empty_folder_is_an_output_like_any_other(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    held = RunFolder(tmp_path / "out")
+    held.open(resume=False, overwrite=False)
+    held.close()
+    assert (tmp_path / "out").is_symlink()
+    assert list((tmp_path / "real").iterdir()) == []
+
+
 def test_overwrite_removes_what_the_run_wrote(copied, tiny_lm, questions):
     assert files_in(copied, OWN)[1] == []
     before = (copied / "record.json").read_bytes()

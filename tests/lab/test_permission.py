@@ -11,7 +11,9 @@ from test_cli import call  # noqa: F401 - a fixture, which the tests take as an 
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import ModelPart
 from dual_lora.lab.run.train import run
 
 OPTIMIZER = """
@@ -139,3 +141,17 @@ def test_an_optimizer_of_ones_own(trap, lm_values, tmp_path, monkeypatch):
         lm_values["train"]["optimizer"] = f"a_trap:{name}"
         with pytest.raises(UserError, match=message):
             run(build_recipe(lm_values), tmp_path / name, progress=False)
+
+
+def test_a_model_s_own_code_is_never_run_unasked(trap, tiny_lm, tmp_path):
+    """transformers asks, and nobody answers here; its kernels from the hub are code as well."""
+    model = shutil.copytree(tiny_lm, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "a_trap.C", "AutoModelForCausalLM": "a_trap.M"}}
+    (model / "config.json").write_text(json.dumps(config))
+    shutil.copy(tmp_path / "code/a_trap.py", model)
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(ModelPart(path=str(model)))
+    assert not trap.exists()
+    with pytest.raises(UserError, match=r"model\.attention is 'someone/kernel'"):
+        build_recipe({"model": {"path": str(tiny_lm), "attention": "someone/kernel"}})

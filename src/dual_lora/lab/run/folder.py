@@ -117,7 +117,8 @@ class RunFolder:
         self._lock.release()
         if not any(p.name != LOCK for p in self.path.iterdir()):  # nothing came of it
             (self.path / LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+            with contextlib.suppress(OSError):  # the user's own link to a folder stays
+                self.path.rmdir()
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint. What an interrupted write has left is passed over, and written over later."""
