@@ -91,7 +91,7 @@ locked: requirements.lock requirements-models.txt ## the same environment again,
 	@touch $(VENV)-locked/.ready
 
 sbom: $(VENV)/.ready $(TOOLS)/.ready ## a bill of materials of the environment: sbom.cdx.json
-	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o sbom.cdx.json $(PY)
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible -o sbom.cdx.json $(PY)
 
 $(TOOLS)/.ready:
 	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
