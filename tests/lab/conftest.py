@@ -151,3 +151,21 @@ def write_recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def call(capsys):
+    """Function: arguments → (exit code, standard output, standard error)."""
+    from dual_lora.lab.cli import main
+
+    def run(*arguments):
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return code, out.out, out.err
+
+    return run

@@ -7,24 +7,7 @@ import sys
 
 import pytest
 
-from dual_lora.lab.cli import COMMANDS, main
-
-
-@pytest.fixture
-def call(capsys):
-    """Function: arguments → (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        assert "Traceback" not in out.err
-        return code, out.out, out.err
-
-    return run
+from dual_lora.lab.cli import COMMANDS
 
 
 @pytest.mark.parametrize("command", ["", *(name for name, _, _ in COMMANDS)])

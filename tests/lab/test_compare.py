@@ -143,13 +143,11 @@ def test_studies_share_the_runs_that_they_have_in_common(whole, tiny, copy_of_wh
     new = {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()}
     assert not new & old
     assert len(new) == 4  # two trials and two seeds of rslora
-    with pytest.raises(UserError, match=r"outside of it.*--runs"):  # a state file is no reason to write elsewhere
-        compare(other, copy_of_whole.parent / "other", progress=False)
-    again = compare(other, copy_of_whole.parent / "other", runs=shared, progress=False)
+    again = compare(other, copy_of_whole.parent / "other", progress=False)  # the place of the runs is remembered
     assert {p.stem for p in shared.glob("*.json") if p.name not in before and p.stem.isalnum()} == new
     assert figures(again) == figures(made)
-    expected = forecast(other, copy_of_whole.parent / "other", runs=shared)
-    assert expected.done == expected.runs == 3 * (2 + 2) + 1  # 1 is the base
+    expected = forecast(other, copy_of_whole.parent / "other")
+    assert expected.done == expected.runs == 3 * (2 + 2) + 1  # --dry-run knows the place as well; 1 is the base
     write_study(tiny)
 
 

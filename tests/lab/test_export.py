@@ -6,7 +6,6 @@ import stat
 import sys
 
 import pytest
-from test_cli import call  # noqa: F401 - a fixture
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import gguf as export_gguf
@@ -152,7 +151,7 @@ def converter(tmp_path, monkeypatch):
     return script
 
 
-def test_gguf(call, trained, tmp_path, converter):  # noqa: F811
+def test_gguf(call, trained, tmp_path, converter):
     source, out = trained("dual_lora"), tmp_path / "model.gguf"
     code, text, _ = call(
         "export", source, out, "--to", "gguf", "--converter", converter.parent, "--outtype", "f16", "--json"
@@ -189,7 +188,7 @@ def test_the_converter_is_found_by_option_variable_and_path_in_this_order(conver
 # The command.
 
 
-def test_command(call, trained, tmp_path):  # noqa: F811
+def test_command(call, trained, tmp_path):
     source = trained("dual_lora")
     code, text, _ = call("export", source, tmp_path / "lora", "--to", "lora", "--rank", 2, "--json")
     assert code == 0
@@ -213,7 +212,7 @@ def test_command(call, trained, tmp_path):  # noqa: F811
         (["--to", "lora", "--rank", "2", "--outtype", "f16"], "--outtype has no meaning for --to lora"),
     ],
 )
-def test_errors_of_the_command(call, options, message, tmp_path):  # noqa: F811
+def test_errors_of_the_command(call, options, message, tmp_path):
     code, _, err = call("export", tmp_path / "run", tmp_path / "out", *options)
     assert code == 1
     assert message in " ".join(err.split())

@@ -1,5 +1,4 @@
 """A module that a file names is imported only if a person has named it too, whatever the command."""
-# ruff: noqa: F811
 
 import json
 import os
@@ -7,7 +6,6 @@ import shutil
 
 import pytest
 import yaml
-from test_cli import call  # noqa: F401 - a fixture, which the tests take as an argument
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError

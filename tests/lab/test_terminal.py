@@ -1,5 +1,4 @@
 """Escape codes in a file's fields, a library's log or a model's answer are shown, not obeyed; commands are quoted."""
-# ruff: noqa: F811
 
 import io
 import json
@@ -11,7 +10,6 @@ import sys
 import pytest
 import yaml
 from rich.text import Text
-from test_cli import call  # noqa: F401 - a fixture, which the tests take as an argument
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
 from dual_lora.lab.errors import UserError

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.run.folder import inside
 from dual_lora.lab.study.cell import Cell, cell_id
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.job import PROBE_STEPS, UNTRAINED, base_jobs, choose, final_jobs, trial_jobs
@@ -177,7 +176,7 @@ def forecast(
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
-    runs = Path(runs) if runs is not None else inside(folder, remembered(folder, "runs") or "runs")
+    runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")
     _match_as_far_as_probed(study, cells, runs)
     speed = measured_speed()
     clock = Clock(estimates(cells, speed))

@@ -152,17 +152,6 @@ def check_plain(folder: Path, names: Iterable[str]) -> None:
                 )
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The folder's entry of that name, which was read from a file in it. Raises UserError if it leads elsewhere."""
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(
-            f"{folder} says that its runs lie in {path}, which is outside of it. If they are yours, add --runs "
-            f"{quote(str(path))} to the command."
-        )
-    return path
-
-
 def files_in(folder: Path, own: Iterable[str]) -> tuple[list[Path], list[Path]]:
     """The files in a folder (links among them): those that we wrote, and the others.
 

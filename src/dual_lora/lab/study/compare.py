@@ -20,7 +20,6 @@ from dual_lora.lab.cost.forecast import Clock, estimates, learn_from, measured_s
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
-from dual_lora.lab.run.folder import inside
 from dual_lora.lab.run.write import write_atomically, write_json
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import Cell, Finished, cell_id, place_name
@@ -61,8 +60,8 @@ def compare(
 ) -> dict[str, Any]:
     """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
 
-    runs: where the single runs lie, `out`/runs unless told (a place in `out` is remembered). Studies that name the same
-    folder share what they have in common: a run is known by its contents, and done once.
+    runs: where the single runs lie, `out`/runs unless told (and remembered). Studies that name the same folder share
+    what they have in common: a run is known by its contents, and done once.
     executor: serial, process or ray; workers: runs at a time. update: go on although the study has changed since it
     was started; finished runs that it still contains are kept. keep: adapters of the final runs, all (full models
     too), or nothing but scores. Started again after any kind of stop, it repeats no finished run.
@@ -79,18 +78,18 @@ def compare(
     begun = (folder / "study.yaml").is_file()
     study, chosen = settled_study(study, folder)
     if progress and not begun and chosen.get("asked") == AUTO:
-        console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})")
+        console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
     with State(folder) as state:
         if state.notice:
-            console.print(state.notice)
+            console.print(state.notice, markup=False)
         _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
         _notice_change(state, folder, update, "recipes", _recipes(study))
         if runs is not None:
             state.put("runs", os.path.relpath(runs, folder))  # relative: a folder of studies may be moved as a whole
         if chosen and (state.get("precision") is None or not begun or update):
             state.put("precision", json.dumps(chosen))
-        place = Path(runs) if runs is not None else inside(folder, state.get("runs") or "runs")
+        place = folder / (state.get("runs") or "runs")
         return _Course(study, folder, place, state, way, cells).run()
 
 
@@ -188,7 +187,7 @@ class _Course:
                     self.failed[key] = f"{_name(job)}: {error}"
                     self.state.fail(key, error or "unknown")
                     if self.way.progress:
-                        console.print(f"failed: {self.failed[key]}")
+                        console.print(f"failed: {self.failed[key]}", markup=False)
                 bar.to(len(jobs) - len(left), self._note(left, job, outcome))
                 if time.time() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
@@ -197,7 +196,7 @@ class _Course:
         """Say each warning once, whichever run and process it comes from."""
         for message in messages:
             if message not in self.warnings and self.way.progress:
-                console.print(f"warning: {message}", soft_wrap=True)
+                console.print(f"warning: {message}", markup=False, soft_wrap=True)
             self.warnings.add(message)
 
     def _note(

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import OURS, UserError
-from dual_lora.lab.run.folder import check_plain
 from dual_lora.lab.run.write import write_json
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
@@ -111,7 +110,6 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
     from dual_lora.lab.study.metrics import features, value
 
     recipe = build_recipe(job["recipe"])
-    check_plain(runs, [job["key"]])
     if folder.exists() and not (folder / "recipe.yaml").exists():
         shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
