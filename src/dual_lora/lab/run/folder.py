@@ -26,17 +26,18 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of
+from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of, sync
 
 LOCK = ".lock"
 FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
-ENTRIES = (*FILES, "checkpoints", "start", "adapter", "model", "evaluation", "analysis")
+ENTRIES = (*FILES, "checkpoints", "start", "adapter", "model", "evaluation", "analysis", "tensorboard")
 # The files that a run wrote, as globs: each by its name, or by the list that stands beside it.
 OWN = (
     *FILES,
     *(f"{folder}/{WHOLE}" for folder in ("checkpoints/checkpoint-*", "start", "adapter", "model")),
     *(f"evaluation/*/{file}" for file in ("items.jsonl", "result.json")),
     *(f"analysis/{file}" for file in ("live.jsonl", "analysis.json")),
+    "tensorboard/events.out.tfevents.*",
 )
 
 
@@ -88,6 +89,7 @@ class RunFolder:
         if others:
             raise UserError(not_ours(self.path, others[0]))
         self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
         self._take()
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)

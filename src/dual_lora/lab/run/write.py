@@ -64,8 +64,9 @@ def write_folder_atomically(target: Path, write: Callable[[Path], None], listed:
 def mark_whole(folder: Path) -> None:
     """List a folder's files with their sizes in it, once all of them have reached the disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != WHOLE)
-    for file in files:
-        sync(file)
+    folders = (*(p for p in folder.rglob("*") if p.is_dir()), folder.parent, folder.parent.parent)
+    for each in (*files, *folders):
+        sync(each)
     write_json(folder / WHOLE, {str(file.relative_to(folder)): file.stat().st_size for file in files})
 
 
