@@ -149,7 +149,7 @@ def test_overwrite_refuses_a_run_that_holds_anything_else(name, copied, tiny_lm,
     (copied / name).parent.mkdir(parents=True, exist_ok=True)
     (copied / name).write_text("years of work")
     recipe, before = build_recipe(values(tiny_lm, questions)), state(copied)
-    with pytest.raises(UserError, match=r"not written there by this program, or was changed(.|\n)*Nothing was removed"):
+    with pytest.raises(UserError, match=r"this program has not written(.|\n)*Nothing was removed"):
         run(recipe, copied, overwrite=True, progress=False)
     with pytest.raises(UserError, match=r"is not empty: give another --out\."):  # and suggests no flag
         run(recipe, copied, progress=False)

@@ -183,8 +183,8 @@ def remove_own(folder: Path, own: Iterable[str], keep: str = "") -> None:
 def not_ours(folder: Path, other: Path) -> str:
     """Why a folder cannot be overwritten."""
     return (
-        f"{folder} holds {other.relative_to(folder)}, which was not written there by this program, or was changed "
-        "since. Nothing was removed: move it away, or give another --out."
+        f"{folder} holds {other.relative_to(folder)}, which this program has not written, or not to its end, or which "
+        "was changed since. Nothing was removed: move it away, or give another --out."
     )
 
 
