@@ -186,6 +186,7 @@ def _train(
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
         if result.state == "finished":
             write_card(folder, recipe, fresh=True)
+            mark_whole(target)  # the card is ours too
     return result
 
 
