@@ -7,7 +7,6 @@ model is not told the tools: what it scores is what it knows, and what the adapt
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically
+from dual_lora.lab.run.write import write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -77,18 +78,25 @@ def run(
     if overwrite and settings.is_file():
         _clear(out)
     if settings.is_file():
-        if (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
+        if (there := _settings_in(settings)) != wanted:
             raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out, or --overwrite.")
     else:
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} is not empty and holds no demo: give another --out.")
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings, json.dumps(wanted))
+        write_json(settings, wanted)
     if not (out / "data").is_dir():
         write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, examples, test_examples))
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    try:
+        return read_object(file)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): make the demo anew with --overwrite.") from None
 
 
 def read_result(out: Path) -> DemoResult | None:
@@ -97,7 +105,7 @@ def read_result(out: Path) -> DemoResult | None:
     if not file.is_file():
         return None
     try:
-        return DemoResult(**json.loads(file.read_text(encoding="utf-8")))
+        return DemoResult(**read_object(file))
     except (TypeError, ValueError):
         raise UserError(f"{file} is damaged or of another version: make the demo anew with --overwrite.") from None
 
@@ -139,7 +147,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     with _stage("training", seconds, progress):
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
-        raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+        raise Stopped(trained.stopped_by, "Interrupted. The same command goes on from here.")
     recipe = read_recipe(out / "run")  # with the precision that was chosen
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
@@ -170,7 +178,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last])[:BASE_EXAMPLES], strict=True)]
     result.merged_same = [sum(same), len(same)]
     result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
-    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "demo.json", asdict(result))
     return result
 
 

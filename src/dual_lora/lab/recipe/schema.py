@@ -5,11 +5,12 @@ A recipe has five parts: model, method, data, train, evaluate. ``dual-lora recip
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dual_lora.lab.patterns import compiled
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -20,7 +21,7 @@ Task = Literal["exact_match", "choice", "classification", "regression", "loss", 
 class Part(BaseModel):
     """A part of a recipe: unknown fields are errors, so that a typing mistake never runs silently."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelPart(Part):
@@ -135,7 +136,7 @@ class TrainPart(Part):
     @classmethod
     def _patterns_and_factors(cls, value: dict[str, float]) -> dict[str, float]:
         for pattern, factor in value.items():
-            check_regex(pattern)
+            compiled(pattern)
             if not factor > 0:
                 raise ValueError(f"{pattern}: {factor} is no multiple of a learning rate, expected a number above 0")
         return value
@@ -170,16 +171,8 @@ class EvaluatePart(Part):
     @field_validator("extract")
     @classmethod
     def _can_be_searched_for(cls, value: str | None) -> str | None:
-        check_regex(value or "")
+        compiled(value or "")
         return value
-
-
-def check_regex(pattern: str) -> None:
-    """Raise ValueError where a pattern cannot be compiled."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class Origin(Part):

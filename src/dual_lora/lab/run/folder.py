@@ -62,6 +62,7 @@ class RunFolder:
         if filled and not self.is_run:
             raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
         self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
         self._take()
         if overwrite and not resume:
             for item in self.path.iterdir():
@@ -109,6 +110,8 @@ def mark_whole(checkpoint: Path) -> None:
     for file in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
         sync(file)
         sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
+    for folder in (*(p for p in checkpoint.rglob("*") if p.is_dir()), checkpoint.parent, checkpoint.parent.parent):
+        sync(folder)
     write_atomically(checkpoint / WHOLE, json.dumps(sizes, indent=1))
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +12,19 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dual_lora.lab.interrupt import Stopped, on_signals
 from dual_lora.lab.model.load import best_device
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder, mark_whole
+from dual_lora.lab.run.write import json_text
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
 
 class Watch(TrainerCallback):
-    """Shows progress, writes metrics, declares checkpoints whole, stops at NaN and at Ctrl-C.
+    """Shows progress, writes metrics, declares checkpoints whole, stops at NaN and when asked to.
 
     tokens: how many have been seen after each step, from 0 on. earlier: seconds of the sessions before this one.
     keep: how many checkpoints stay. losses: filled by the loss function, one entry a micro-batch.
@@ -34,7 +34,7 @@ class Watch(TrainerCallback):
         self.folder, self.bar, self.tokens, self.earlier = folder, bar, tokens, earlier
         self.keep, self.main = keep, main
         self.losses: list[torch.Tensor] = []
-        self.stop = False
+        self.stopped_by = 0  # the signal that asked for the end
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
@@ -62,7 +62,7 @@ class Watch(TrainerCallback):
         self._look_at_threads()
         if step >= state.max_steps:
             control.should_log = True  # the loss of the end is known however rarely it is logged
-        if self.stop:
+        if self._asked_to_stop(args.device):
             control.should_save = control.should_training_stop = True
         if control.should_save:
             check_finite(model, step)
@@ -91,7 +91,7 @@ class Watch(TrainerCallback):
         line = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "epoch"}}
         line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.earlier + self.seconds(), 3)}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -102,20 +102,27 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """The first signal ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
 
-        def finish_step(*_: Any) -> None:
-            self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        A second SIGTERM does not: a launcher and a leader both send it, and who cannot wait sends SIGKILL.
+        """
 
-        before = signal.signal(signal.SIGINT, finish_step)
-        try:
+        def finish_step(number: int) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise Stopped(number)
+            self.stopped_by = self.stopped_by or number
+
+        with on_signals(finish_step):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+
+    def _asked_to_stop(self, device: torch.device) -> bool:
+        """Whether a signal has come, to this process or another of the run: all have to stop after the same step."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.stopped_by > 0
+        latest = torch.tensor(self.stopped_by, device=device)
+        torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+        self.stopped_by = self.stopped_by or int(latest)
+        return int(latest) > 0
 
 
 class RankAllocation(TrainerCallback):
