@@ -85,7 +85,6 @@ METHODS = (
     "prompt_tuning",
     "fourierft",
     "full",
-    "bone",
 )
 RECIPE = [(("method", "name"), name) for name in METHODS]
 RECIPE += [
@@ -167,14 +166,8 @@ COMMANDS = (
 
 
 def test_runs(source):
-    names = [
-        "recipe.yaml",
-        "record.json",
-        "adapter/lab.json",
-        "adapter/adapter_config.json",
-        "checkpoints/checkpoint-1",
-    ]
-    names[-1] += "/complete.json"
+    names = ["recipe.yaml", "record.json", "adapter/lab.json", "adapter/adapter_config.json"]
+    names += ["checkpoints/checkpoint-1/complete.json", "checkpoints/checkpoint-1/trainer_state.json"]
     content = {name: values_in(source / name) for name in names}
     some = st.sampled_from(names).flatmap(
         lambda name: st.tuples(
