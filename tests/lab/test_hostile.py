@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -118,13 +119,12 @@ def test_patterns_that_end_train_as_before(lm_values, tmp_path):
     assert {shape[0] for name, shape in shapes.items() if "v_proj.lora_A" in name} == {4}
 
 
-def test_our_own_searches_end(lm_values, tmp_path, source, monkeypatch):
+def test_our_own_searches_end(monkeypatch):
+    from dual_lora.lab.run.extraction import answer_in
+
     monkeypatch.setattr("dual_lora.lab.patterns.SECONDS", 0.3)
     with pytest.raises(UserError, match=r"evaluate\.extract: .* takes too long"):
-        evaluate_with = build_recipe({**lm_values, "evaluate": {"tasks": ["exact_match"], "extract": "(a|a|ab)*c"}})
-        from dual_lora.lab.run.extraction import answer_in
-
-        answer_in("ab" * 5000 + "a" * 60, evaluate_with.evaluate.extract, "")
+        answer_in("a" * 60 + "b", "(a|a)*$", "")
     with pytest.raises(UserError, match="takes too long"):
         Pattern("(a|a)*$", "train.rates").search("a" * 60 + "b")
     pattern = Pattern("(a|a)*$", "train.rates")
@@ -246,7 +246,7 @@ def test_a_loop_without_an_end(train, said, lm_values, tmp_path):
     ids=["seeds", "sweep", "grid", "trials", "search-seeds"],
 )
 def test_a_study_without_an_end(change_of):
-    with pytest.raises(UserError, match="10,000|10000"):
+    with pytest.raises(UserError, match=r"10,?000"):
         build_study({"name": "s", "tasks": ["boolq-smollm2"], "methods": ["lora"], **change_of})
 
 
@@ -272,15 +272,14 @@ def test_data_that_no_parser_bears(suffix, text, tmp_path):
 
 @pytest.mark.parametrize("what", ["fifo", "endless", "list"])
 def test_a_record_that_is_none(what, source, tmp_path):
-    import os
-
     record = source / "record.json"
     record.unlink()
-    {
-        "fifo": lambda: os.mkfifo(record),
-        "endless": lambda: record.symlink_to("/dev/zero"),
-        "list": lambda: record.write_text("[1]"),
-    }[what]()
+    if what == "fifo":
+        os.mkfifo(record)
+    elif what == "endless":
+        record.symlink_to("/dev/zero")
+    else:
+        record.write_text("[1]")
     with pytest.raises((ValueError, OSError)):
         read_object(record)
     shutil.rmtree(source / "adapter")

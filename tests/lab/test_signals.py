@@ -52,7 +52,7 @@ def test_a_second_sigterm_is_patient_and_a_second_ctrl_c_is_not(lm_values, tmp_p
         send_after(3, signal.SIGTERM, patch, times=3)
         assert run(build_recipe(lm_values), tmp_path / "patient", progress=False).steps == 3
     send_after(3, signal.SIGINT, monkeypatch, times=2)
-    with pytest.raises(Stopped, match="last good checkpoint is .*checkpoint-2"):
+    with pytest.raises(Stopped, match=r"last good checkpoint is .*checkpoint-2"):
         run(build_recipe(lm_values), tmp_path / "at-once", progress=False)
     assert json.loads((tmp_path / "at-once/record.json").read_text())["state"] == "interrupted"
 
