@@ -17,6 +17,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run.write import sync, write_atomically
 
 WHOLE = "complete.json"  # written last into a checkpoint: the names and sizes of its files
@@ -118,7 +119,7 @@ def mark_whole(checkpoint: Path) -> None:
 def is_whole(checkpoint: Path) -> bool:
     """Whether every file that was written is there in its full size."""
     try:
-        sizes = json.loads((checkpoint / WHOLE).read_text())
+        sizes = read_object(checkpoint / WHOLE)
     except (OSError, ValueError):
         return False
     return all(

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab.data.batches import Ordered
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
@@ -156,7 +157,7 @@ def _train(
         if checkpoint:
             _same_sharding(checkpoint, trainer)
         with watch.interruptible():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _go(trainer, watch, checkpoint)
 
     done = trainer.state.global_step
     seconds = earlier + watch.seconds()
@@ -187,6 +188,20 @@ def _train(
         if result.state == "finished":
             write_card(folder, recipe, fresh=True)
     return result
+
+
+def _go(trainer: Trainer, watch: Watch, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or watch.stepped or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+            raise
+        raise UserError(
+            f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
+            "earlier one or from the start."
+        ) from error
 
 
 def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
@@ -302,4 +317,5 @@ def _finished(folder: RunFolder) -> RunResult | None:
 
 def _seconds_before(folder: RunFolder, step: int) -> float:
     """Training time up to ``step`` in earlier sessions, as far as metrics.jsonl tells."""
-    return max((line["seconds"] for line in read_metrics(folder.metrics) if line["step"] <= step), default=0.0)
+    times = [line.get("seconds") for line in read_metrics(folder.metrics) if line["step"] <= step]
+    return max((float(t) for t in times if isinstance(t, int | float)), default=0.0)

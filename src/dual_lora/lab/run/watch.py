@@ -34,6 +34,7 @@ class Watch(TrainerCallback):
         self.folder, self.bar, self.tokens, self.earlier = folder, bar, tokens, earlier
         self.keep, self.main = keep, main
         self.losses: list[torch.Tensor] = []
+        self.stepped = False  # whether a step of this session is done: what fails before is the checkpoint
         self.stopped_by = 0  # the signal that asked for the end
         self._start: float | None = None
         self._first = 0
@@ -52,7 +53,7 @@ class Watch(TrainerCallback):
         self._end = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        step = state.global_step
+        step, self.stepped = state.global_step, True
         loss = float(sum(self.losses)) if self.losses else math.nan  # one wait for the device a step
         self.losses.clear()
         if not math.isfinite(loss):
