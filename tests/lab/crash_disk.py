@@ -90,14 +90,17 @@ class Disk:
         now = self.state()
         self._forget_dead()
         self._keep("kill", now)
-        for name, content in now.items():
-            if content and self._last.get(name) != content:
-                self._keep("torn", now | {name: content[: len(content) // 2]})
+        inodes = {name: os.stat(self.root / name).st_ino for name, content in now.items() if content is not None}
+        for name, number in inodes.items():
+            old, new = self._last.get(number, b""), now[name]
+            if new != old:
+                start = len(old) if new.startswith(old) else 0
+                self._keep("torn", now | {name: new[: start + (len(new) - start) // 2]})
         self._keep("unsynced", {n: c if c is None else self._node(self.root / n).synced for n, c in now.items()})
         forgotten = {}
         _walk(self._node(self.root), "", forgotten)
         self._keep("forgotten", forgotten)
-        self._last = now
+        self._last = {number: now[name] for name, number in inodes.items()}
 
     def _keep(self, kind, state):
         self.states.setdefault(frozenset(state.items()), (kind, len(self.events), self.events[-1]))
@@ -142,6 +145,8 @@ class Disk:
         """What lies there before has reached the disk."""
         for path in (*self.root.rglob("*"), self.root):
             self._sync(path)
+            if path.is_file():
+                self._last[os.stat(path).st_ino] = path.read_bytes()
 
 
 def _walk(node, prefix, found):

@@ -15,6 +15,7 @@ import report_material
 import tiny_study
 import yaml
 from crash_disk import Disk
+from transformers import TrainerCallback
 
 from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.merge import merge
@@ -85,11 +86,9 @@ def test_train(values, trained, tmp_path):
     disk.root.mkdir()
     saved = []  # (event, step): from here on this checkpoint must survive
 
-    class Note:
-        def __getattr__(self, name):
-            return lambda args, state, control, **_: (
-                name == "on_save" and saved.append((len(disk.events), state.global_step))
-            )
+    class Note(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            saved.append((len(disk.events), state.global_step))
 
     with disk.recorded():
         run(recipe, disk.root / "run", progress=False, callbacks=[Note()])
