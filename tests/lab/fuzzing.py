@@ -124,7 +124,7 @@ _NUMBERS += [float("inf"), float("-inf"), float("nan")]
 _TEXTS = ["", " ", "a", "lora", "full", "auto", ".", "..", "../../up", "/etc/passwd", "/dev/zero", "~", "\0", "-1"]
 _TEXTS += ["x" * 5000, "é" * 300, "(a|a)*$", "(.|.)*x", "[", "(" * 200, "*", "a{99999999999}", "true", "1e3", "2r"]
 _TEXTS += ["hub:no/such", "package:no-such", ".x:lora", "os:lora", "a b", "a/b/c", "%s{}", "٣", "Ａ", "2020-01-01"]
-_TEXTS += ["\x1b[31m", "r/0", "null", "<script>"]
+_TEXTS += ["\x1b[31m", "r/0", "null", "<script>", "\ud800"]
 _NESTS = [[], {}, [[]], [1], ["a"], {"a": 1}, {"": None}, [None], [1, [2]], {"name": "lora"}, [[0, 20000]] * 3]
 hostile = st.one_of(*map(st.sampled_from, (_NUMBERS, _TEXTS, _NESTS)), st.integers(-3, 12), st.text(max_size=20))
 _HOW = ["set", "set", "set", "set", "drop", "wrap", "rename"]

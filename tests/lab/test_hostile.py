@@ -262,7 +262,7 @@ def test_a_rank_rule_divides_by_no_zero():
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 10_000, "[{]"])
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 10_000, "[{]", r'[{"prompt": "\ud800", "answer": "a"}]'])
 def test_data_that_no_parser_bears(suffix, text, tmp_path):
     file = tmp_path / f"data{suffix}"
     file.write_text(text)

@@ -34,9 +34,15 @@ def read_json(file: Path) -> Any:
 def parse_json(text: str) -> Any:
     """The same for a text."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return value
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -85,6 +91,8 @@ class _Loader(yaml.SafeLoader):
 def _count(value: Any, known: dict[int, int]) -> int:
     """Values inside, those of a repeated part as often as it stands there."""
     if not isinstance(value, dict | list | tuple | set):
+        if isinstance(value, str):
+            value.encode()  # half of a surrogate pair is no text
         return 1
     if id(value) not in known:
         known[id(value)] = MOST_VALUES + 1  # what holds itself has no end

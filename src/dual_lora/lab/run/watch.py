@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, on_signals
 from dual_lora.lab.model.load import best_device
 from dual_lora.lab.progress import Bar, console
@@ -130,4 +131,10 @@ class RankAllocation(TrainerCallback):
     """AdaLoRA gives its ranks away only if it is told of every step; without this it is LoRA, silently."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)
+        try:
+            model.base_model.update_and_allocate(state.global_step + 1)
+        except KeyError as error:  # it looks for what an earlier step should have measured
+            raise UserError(
+                f"AdaLoRA cannot give its ranks away in {state.max_steps} steps: train longer, or set method.tinit and "
+                "method.tfinal to fewer steps."
+            ) from error
