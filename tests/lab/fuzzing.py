@@ -1,6 +1,7 @@
 """A command on a stranger's file: it succeeds or says one sentence, writes where it was told to, and ends."""
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -150,6 +151,7 @@ def mutated(draw, value, extra=()):
         else:
             place = draw(st.sampled_from(list(_places(value))))
             new = draw(hostile)
+        new = copy.deepcopy(new)  # later changes may go into it
         value = _changed(value, place, new, draw(st.sampled_from(_HOW)))
     return value
 

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 import tiny_study
+from test_cli import call  # noqa: F401 - a fixture
 from test_launched import ENVIRONMENT, launched
 
 from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
@@ -64,12 +65,23 @@ def test_handlers_are_put_back():
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def wait_for(there, process, seconds=120):
+def wait_for(there, process, seconds=400):
     end = time.time() + seconds
     while not there():
         assert process.poll() is None, process.communicate()
-        assert time.time() < end
-        time.sleep(0.02)
+        if time.time() > end:
+            for one in (process, *psutil.Process(process.pid).children(recursive=True)):
+                one.kill()
+            pytest.fail("the command has not come so far")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("dual_lora.lab.model.merge.merge", lambda *_, **__: os.kill(os.getpid(), number))
+    code, _, err = call("merge", "it", "there")
+    assert code == 128 + number
+    assert "Interrupted" in err
 
 
 @pytest.mark.slow
@@ -81,7 +93,7 @@ def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, w
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     result = json.loads(printed)
@@ -102,7 +114,7 @@ def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
     wait_for(lambda: any(m.stat().st_size for m in out.glob("runs/*/metrics.jsonl")), process)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors
     assert "The same command goes on from here" in errors
@@ -118,10 +130,10 @@ def test_all_processes_stop_after_the_same_step(to, lm_values, write_recipe, tmp
     lm_values["train"] |= {"steps": 5000, "batch_size": 2, "checkpoint_every": 5000}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
     process = launched("ddp", 2, recipe, out)
-    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process, 200)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
     workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "--out" in p.cmdline()]
     (process if to == "launcher" else workers[-1]).send_signal(signal.SIGTERM)
-    process.communicate(timeout=200)
+    process.communicate(timeout=300)
     (checkpoint,) = out.glob(f"checkpoints/*/{WHOLE}")
     assert len(list(checkpoint.parent.glob("rng_state_*"))) == 2
     assert json.loads((out / "record.json").read_text())["state"] == "interrupted"

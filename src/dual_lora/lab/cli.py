@@ -61,6 +61,7 @@ def build_app(wanted: str | None = None) -> App:
         version=dual_lora.__version__,
         help_format="markdown",
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
     for name, place, text in COMMANDS:
