@@ -31,7 +31,7 @@ def fuzzed(examples, given_by, check):
     end = time.monotonic() + LONG
     while True:
         phases = (Phase.generate, Phase.shrink) if LONG else (Phase.generate,)
-        how = settings(max_examples=200 if LONG else examples, derandomize=not LONG, phases=phases, **quiet)
+        how = settings(max_examples=40 if LONG else examples, derandomize=not LONG, phases=phases, **quiet)
         each = how(given(given_by)(check))
         if LONG:
             each = seed(random.SystemRandom().randrange(2**64))(each)

@@ -196,7 +196,7 @@ def _go(trainer: Trainer, watch: Watch, checkpoint: Path | None) -> None:
     except UserError:
         raise
     except Exception as error:
-        if checkpoint is None or watch.stepped or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+        if checkpoint is None or watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
             raise
         raise UserError(
             f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "

@@ -35,7 +35,7 @@ class Watch(TrainerCallback):
         self.folder, self.bar, self.tokens, self.earlier = folder, bar, tokens, earlier
         self.keep, self.main = keep, main
         self.losses: list[torch.Tensor] = []
-        self.stepped = False  # whether a step of this session is done: what fails before is the checkpoint
+        self.begun = False  # whether a step of this session has: what fails before is the checkpoint
         self.stopped_by = 0  # the signal that asked for the end
         self._start: float | None = None
         self._first = 0
@@ -53,8 +53,11 @@ class Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end = time.perf_counter()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        step, self.stepped = state.global_step, True
+        step = state.global_step
         loss = float(sum(self.losses)) if self.losses else math.nan  # one wait for the device a step
         self.losses.clear()
         if not math.isfinite(loss):
