@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,13 +28,24 @@ pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
 TRAP = "(.|.)*x"  # two ways for each character: 2^n of them
 
 
-@pytest.fixture
-def source(lm_values, tmp_path):
+@pytest.fixture(scope="module")
+def trained(tiny_lm, questions, tmp_path_factory):
     """A finished run of Dual LoRA."""
-    lm_values["method"] = {"name": "dual_lora", "r": 4}
-    lm_values["train"]["steps"] = 1
-    run(build_recipe(lm_values), tmp_path / "run", progress=False)
-    return tmp_path / "run"
+    values = {
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 1, "batch_size": 4, "checkpoint_every": 1},
+    }
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(build_recipe(values), folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def source(trained, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def poison(run_folder, value=math.nan):
@@ -319,6 +331,19 @@ def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
     assert (tmp_path / "big-disk/config.json").is_file()
     with pytest.raises(UserError, match="is not empty"):
         merge(source, tmp_path / "link")
+
+
+def test_a_run_into_a_link_to_an_empty_folder(lm_values, tmp_path):
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big-disk")
+    lm_values["train"]["steps"] = 1
+    wrong = {**lm_values, "data": {"train": "nowhere.json"}}
+    with pytest.raises(UserError, match=r"There is no data file nowhere\.json"):
+        run(build_recipe(wrong), tmp_path / "link", progress=False)
+    assert list((tmp_path / "big-disk").iterdir()) == []
+    assert run(build_recipe(lm_values), tmp_path / "link", progress=False).state == "finished"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big-disk/adapter").is_dir()
 
 
 def test_exit_status_is_128_and_the_signal():

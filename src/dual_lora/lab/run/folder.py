@@ -87,7 +87,10 @@ class RunFolder:
             return
         self._lock.release()
         if not any(p.name != ".lock" for p in self.path.iterdir()):  # nothing came of it
-            shutil.rmtree(self.path)
+            if self.path.is_symlink():
+                (self.path / ".lock").unlink(missing_ok=True)
+            else:
+                shutil.rmtree(self.path)
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; remains of interrupted writes are removed."""
