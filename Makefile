@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and sho
 
 test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
+
+crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (an hour)
+	DUAL_LORA_CRASH=all $(PY) -m pytest tests/lab/test_crash.py -s
+
+fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an hour; prints how many
+	DUAL_LORA_FUZZ=600 $(PY) -m pytest tests/lab/test_fuzz.py -s
 
 test-quick: $(VENV)/.ready ## the tests that take seconds
 	$(PY) -m pytest -m "not slow and not model"

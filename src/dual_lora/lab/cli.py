@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from rich.text import Text
 
 import dual_lora
-from dual_lora.lab.errors import OURS, UserError, suggest
+from dual_lora.lab.errors import OURS, UserError, is_disk_full, suggest
+from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe.read import problems
@@ -56,7 +57,6 @@ EVERYWHERE = (
     f"Every command: `{FLAG} NAME` lets a recipe, a study or a run import the module NAME, and so run its code; "
     "`--debug` shows where an error comes from."
 )
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 
 def build_app(wanted: str | None = None) -> App:
@@ -68,6 +68,7 @@ def build_app(wanted: str | None = None) -> App:
         help_format="markdown",
         help_epilogue=EVERYWHERE,
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
     for name, place, text in COMMANDS:
@@ -105,11 +106,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if wanted is not None and wanted not in names:
             raise UserError(f"There is no command {wanted!r}.{suggest(wanted, names)}")
+        _check_text(given)
         for module in modules:
             allow(module)
-        build_app(wanted)(given)
+        with on_signals(stop_at_once):
+            build_app(wanted)(given)
     except KeyboardInterrupt as error:
-        _fail(str(error) or "Interrupted.", given, INTERRUPTED)
+        _fail(str(error) or "Interrupted.", given, exit_status(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -120,15 +123,33 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(problems(error) if isinstance(error, ValidationError) else str(error), given)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", given)
     except Exception as error:
         if debug:
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
-        _fail(f"{type(error).__name__}: {first} (--debug shows where)", given)
+        _fail(_in_a_sentence(error), given)
+
+
+def _in_a_sentence(error: Exception) -> str:
+    if is_disk_full(error):
+        file = getattr(error, "filename", None)
+        where = f" ({file} could not be written)" if file else ""
+        return f"The disk is full{where}: make room and give the same command again. What was there before is unharmed."
+    if isinstance(error, RecursionError):
+        return "Something in the input is nested too deeply (--debug shows where)."
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _check_text(given: list[str]) -> None:
+    """File names may hold bytes that are no text, which no record, page or tokenizer file can name."""
+    for argument in given:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise UserError(f"{shown} is not UTF-8: rename the file or folder, or go by a link.") from None
 
 
 def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,6 @@ model is not told the tools: what it scores is what it knows, and what the adapt
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import OWN as OF_A_RUN
 from dual_lora.lab.run.folder import check_plain, files_in, remove_own
-from dual_lora.lab.run.write import WHOLE, mark_whole, write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.run.write import WHOLE, mark_whole, write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -106,8 +107,8 @@ def _settings(out: Path) -> dict[str, Any] | None:
     """What the demo in `out` was made with, None if there is none. Raises UserError for links in it."""
     check_plain(out, ENTRIES)
     with suppress(OSError, ValueError):
-        settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-        return settings if isinstance(settings, dict) and set(settings) == SETTINGS else None
+        settings = read_object(out / "settings.json")
+        return settings if set(settings) == SETTINGS else None
     return None
 
 
@@ -117,7 +118,7 @@ def read_result(out: Path) -> DemoResult | None:
     if _settings(out) is None or not file.is_file():
         return None
     try:
-        return DemoResult(**json.loads(file.read_text(encoding="utf-8")))
+        return DemoResult(**read_object(file))
     except (TypeError, ValueError):
         raise UserError(f"{file} is damaged or of another version: make the demo anew with --overwrite.") from None
 
@@ -159,7 +160,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     with _stage("training", seconds, progress):
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
-        raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+        raise Stopped(trained.stopped_by, "Interrupted. The same command goes on from here.")
     recipe = read_recipe(out / "run")  # with the precision that was chosen
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
@@ -191,7 +192,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last])[:BASE_EXAMPLES], strict=True)]
     result.merged_same = [sum(same), len(same)]
     result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
-    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "demo.json", asdict(result))
     return result
 
 

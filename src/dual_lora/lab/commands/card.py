@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from dual_lora.lab.amounts import duration as duration
 from dual_lora.lab.amounts import size as size
+from dual_lora.lab.run.write import json_text
 from dual_lora.lab.terminal import Console
 
 
@@ -22,7 +22,7 @@ def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_text(result))
     else:
         Console().print(card)
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -70,7 +71,7 @@ def train(
         facts["next"] = RunFolder(folder).resume_command
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
-        raise SystemExit(130)
+        raise SystemExit(exit_status(Stopped(result.stopped_by)))
 
 
 def _next(recipe: Recipe, folder: Path) -> str:

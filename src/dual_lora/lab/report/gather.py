@@ -8,19 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-import stat
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.report.blocks import Source
 
 ANALYSIS = "dual-lora analysis"
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "state.sqlite")
 SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
-LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
 LONGEST = 10  # seconds that reading a state file may take
 # What reading a stranger's file may raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, sqlite3.Error)
@@ -101,16 +100,6 @@ def gather(paths: list[str | Path]) -> Material:
     return material
 
 
-def _regular(file: Path) -> Path:
-    """The file, unless reading it might never end."""
-    state = file.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError("it is no regular file")
-    if state.st_size > LARGEST:
-        raise ValueError(f"it has {state.st_size:,} bytes, and at most {LARGEST:,} are read")
-    return file
-
-
 def _add_ledger(material: Material, file: Path) -> None:
     if rows := read_lines(file):
         material.ledgers.append((file, rows))
@@ -119,7 +108,7 @@ def _add_ledger(material: Material, file: Path) -> None:
 
 
 def _add_json(material: Material, file: Path, named: bool) -> None:
-    value = json.loads(_regular(file).read_text(encoding="utf-8"))
+    value = read_json(file)
     if isinstance(value, dict) and value.get("format") == ANALYSIS:
         if value["version"] > 1:
             raise ValueError(f"it is of version {value['version']}, made by a newer program; this one reads version 1")
@@ -132,7 +121,7 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = _regular(file).read_text(encoding="utf-8").splitlines()
+    lines = regular(file).read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -145,7 +134,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _add_state(material: Material, file: Path) -> None:
     """A study that is not finished: what its state file says, read without disturbing its writer."""
-    db = sqlite3.connect(f"{_regular(file).resolve().as_uri()}?mode=ro", uri=True, timeout=2)
+    db = sqlite3.connect(f"{regular(file).resolve().as_uri()}?mode=ro", uri=True, timeout=2)
     end = time.monotonic() + LONGEST
     db.set_progress_handler(lambda: time.monotonic() > end, 100_000)  # a view may go on for ever
     try:

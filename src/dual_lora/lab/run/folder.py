@@ -15,7 +15,6 @@ written or removed out of the folder that the user named.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import stat
@@ -26,6 +25,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of, sync
 
 LOCK = ".lock"
@@ -96,8 +96,8 @@ class RunFolder:
 
     def _not_of_the_run(self) -> list[Path]:
         """What lies here and was not written by a run, all of it where there is no record of one."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            if self.is_run and {"state", "method", "versions"} <= json.loads(self.record.read_bytes()).keys():
+        with contextlib.suppress(OSError, ValueError):
+            if self.is_run and {"state", "method", "versions"} <= read_object(self.record).keys():
                 return files_in(self.path, OWN)[1]
         return [self.recipe]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from dual_lora.lab.data.batches import Collator, Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
+from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
@@ -56,7 +56,7 @@ class _Trainer(Trainer):
     """Trainer with rows in the order that was fixed for the run, and a learning rate of its own for some parameters."""
 
     def __init__(self, rates: dict[str, float], **options: Any):
-        self.rates = {re.compile(pattern): factor for pattern, factor in rates.items()}
+        self.rates = {Pattern(text, "train.rates"): factor for text, factor in rates.items()}
         super().__init__(**options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -69,7 +69,7 @@ class _Trainer(Trainer):
         return optimizer
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Pattern[str], float]) -> None:
+def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[Pattern, float]) -> None:
     """Move the parameters that a pattern fits (the first one counts) to groups with that multiple of their rate."""
     factors = {
         id(parameter): next((factor for pattern, factor in rates.items() if pattern.search(name)), 1.0)
@@ -83,12 +83,12 @@ def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Patt
                 optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
 
 
-def check_patterns(field: str, patterns: Iterable[str | re.Pattern[str]], model: Any) -> None:
+def check_patterns(field: str, patterns: Iterable[str], model: Any) -> None:
     """Raise UserError for a pattern of parameter names that fits no trainable parameter of the model."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for pattern in [re.compile(pattern) for pattern in patterns]:
+    for pattern in [Pattern(text, field) for text in patterns]:
         if not any(pattern.search(name) for name in names):
-            raise UserError(f"{field}: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
+            raise UserError(f"{field}: {pattern.text!r} fits no trainable parameter, for example {names[:3]}.")
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:

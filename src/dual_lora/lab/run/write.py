@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object
+
 WHOLE = "complete.json"  # written last into a folder: the names and sizes of its files
 REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  # globs of what a killed writer leaves
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -37,9 +40,14 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON text. NaN and infinity, which JSON does not have and other programs refuse, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """The same for JSON. NaN and infinity, which JSON does not have and other programs refuse, become null."""
-    write_atomically(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+    """Write a value as JSON, whole or not at all."""
+    write_atomically(path, json_text(value, indent=1) + "\n")
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], None], listed: bool = False) -> None:
@@ -73,9 +81,19 @@ def mark_whole(folder: Path) -> None:
 def sizes_of(folder: Path) -> dict[Path, Any]:
     """The files that were written into a folder, by its list, with their sizes; none without a list."""
     try:
-        return {folder / name: size for name, size in json.loads((folder / WHOLE).read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return {folder / name: size for name, size in read_object(folder / WHOLE).items()}
+    except (OSError, ValueError):
         return {}
+
+
+def free_folder(out: str | Path) -> Path:
+    """Where a folder may be written: one that is not there or empty; of a link, what it names. UserError otherwise."""
+    target = Path(out)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"The output folder {out} is not empty: give another one.")
+    return target
 
 
 def _beside(path: Path) -> Path:

@@ -6,6 +6,7 @@ may be killed, and so may the leader; an orphaned worker notices its leader's de
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal, get_args
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study.perform import perform, read_outcome
 from dual_lora.lab.terminal import guarded
@@ -179,21 +181,21 @@ def _work(line: Connection, runs: Path, keep: str) -> None:
     """Do the jobs that come down the line, until it is closed."""
     _end_with_parent()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
-    while True:
-        try:
-            job = line.recv()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            sys.exit(130)
-        try:
-            perform(job, runs, keep)
-        except KeyboardInterrupt:
-            sys.exit(130)  # the leader was told as well
-        except Exception as error:
-            write_json(_error_file(runs, job["key"]), described(error))
-        gc.collect()
-        line.send("done")
+    try:
+        with on_signals(stop_at_once):
+            while True:
+                job = line.recv()
+                try:
+                    perform(job, runs, keep)
+                except Exception as error:
+                    with contextlib.suppress(OSError):  # a full disk: the leader then says that the process ended
+                        write_json(_error_file(runs, job["key"]), described(error))
+                gc.collect()
+                line.send("done")
+    except EOFError:
+        return
+    except KeyboardInterrupt as error:
+        sys.exit(exit_status(error))  # the leader was told as well
 
 
 def _end_with_parent() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import OURS, UserError
+from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.run.write import write_json
 
 WAIT_SECONDS = 120  # for a run's folder that an orphan of a killed leader may still hold
@@ -114,7 +115,7 @@ def _trained(job: dict[str, Any], folder: Path, runs: Path) -> dict[str, Any]:
         shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job))
     if result.state != "finished":
-        raise KeyboardInterrupt
+        raise Stopped(result.stopped_by)
     outcome: dict[str, Any] = {
         "training": {k: v for k, v in result.summary().items() if k != "folder"},
         "steps_per_second": round(result.steps / result.seconds, 4) if result.seconds else None,
@@ -165,6 +166,8 @@ def _scored(
 ) -> dict[str, Any]:
     import numpy as np
 
+    from dual_lora.lab.run.failures import NotFinite
+
     labels = [example.label for example in examples]
     prompts = [repr(example.prompt) for example in examples] if examples[0].messages else []
     shares = features(job["metric"], measured.items, labels, classes, prompts)
@@ -172,20 +175,10 @@ def _scored(
     if not math.isfinite(score):
         raise UserError(f"The {job['metric']} is not finite.") from NotFinite()
     (figures,) = measured.metrics.values()
-    if not _all_finite(figures, measured.items):
+    if not all(map(math.isfinite, figures.values())):
         raise UserError(f"The {job['metric']} comes from figures that are not finite.") from NotFinite()
     write_json(scores_file(runs, job["key"]), shares)
     return {"score": score, "metric": job["metric"], "figures": figures, "items": len(shares)}
-
-
-def _all_finite(figures: dict[str, float], items: list[dict[str, Any]]) -> bool:
-    """A model of NaN gives every item its first class or choice, which may well be right: look at what it chose by."""
-    chosen_by = [value for item in items for value in item.get("scores", ())]
-    return all(map(math.isfinite, figures.values())) and not any(map(math.isnan, chosen_by))
-
-
-class NotFinite(Exception):
-    """The evaluation of a trained model gave no number: the training has diverged."""
 
 
 @contextlib.contextmanager
@@ -207,7 +200,7 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
 
 
 def _diverged(error: Exception) -> bool:
-    from dual_lora.lab.run.failures import Diverged
+    from dual_lora.lab.run.failures import Diverged, NotFinite
 
     return isinstance(error, Diverged) or isinstance(error.__cause__, NotFinite)
 

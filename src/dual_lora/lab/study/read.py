@@ -6,10 +6,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.read import shipped_recipes
 from dual_lora.lab.study.search import Search
 from dual_lora.lab.study.study import Budget, Study, TaskEntry
@@ -26,7 +26,7 @@ def read_study(source: str | Path) -> tuple[Study, str]:
     Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
     """
     path = _study_file(str(source), Path(source))
-    text = path.read_text(encoding="utf-8")
+    text = read_yaml_text(path)
     values = _values(path, text)
     if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
         raise UserError(_is_a_recipe(str(source)))
@@ -49,10 +49,7 @@ def _study_file(name: str, path: Path) -> Path:
 
 
 def _values(path: Path, text: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
     return values
@@ -69,7 +66,7 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
     base = _study_file(name, path.parent / name)
     if base in seen:
         raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
-    below = _extended(_values(base, base.read_text(encoding="utf-8")), base, [*seen, base])
+    below = _extended(_values(base, read_yaml_text(base)), base, [*seen, base])
     over = {key: value for key, value in values.items() if key != "extends"}
     theirs, ours = below.get("methods"), over.get("methods")
     if isinstance(theirs, dict) and isinstance(ours, dict):
