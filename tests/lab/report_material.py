@@ -19,7 +19,7 @@ HOSTILE = '<img src=x onerror="window.pwned=1"></script><script>window.pwned=2</
 def study(hostile: str = "lora|x") -> dict[str, Any]:
     """Results of a study of four methods on two tasks, three seeds."""
 
-    from dual_lora.lab.study import judging
+    from dual_lora.lab.study import verdicts
 
     draw = np.random.default_rng(0)
     means = {"dual_lora": 0.74, "lora": 0.70, "dora": 0.705, hostile: 0.62}
@@ -27,7 +27,7 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
     for task in ("boolq", "arc"):
         scores = {m: (draw.random((3, 60)) < mean).astype(float) for m, mean in means.items()}
         comparisons += [
-            judging.compare_pair(scores[m], scores["lora"], names=(m, "lora"), task=task, metric="choice", margin=0.05)
+            verdicts.compare_pair(scores[m], scores["lora"], names=(m, "lora"), task=task, metric="choice", margin=0.05)
             for m in means
             if m != "lora"
         ]
@@ -42,7 +42,7 @@ def study(hostile: str = "lora|x") -> dict[str, Any]:
                 ],
             }
         )  # fmt: skip
-    judged = judging.judge(comparisons)
+    judged = verdicts.judge(comparisons)
     return {
         "format": 1,
         "study": {"name": f"activations {hostile}", "question": f"Is it {hostile}?", "level": 0.05},

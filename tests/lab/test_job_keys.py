@@ -4,7 +4,7 @@ import yaml
 from tiny_study import write_study
 
 from dual_lora.lab.study import plan
-from dual_lora.lab.study.job import base_jobs, final_jobs, trial_jobs
+from dual_lora.lab.study.cell import base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.read import read_study
 
 METHODS = {
@@ -47,12 +47,12 @@ def keys(tmp_path, monkeypatch):
     recipe["model"] = {"path": "model", "dtype": "float32"}
     recipe["data"] |= {"train": "train.jsonl", "test": "test.jsonl"}
     (tmp_path / "letters.yaml").write_text(yaml.safe_dump(recipe))
-    study, _ = read_study(study_file)
+    study = read_study(study_file)
     cells = plan.lay_out(study)
-    found = {f"base {job['task']}": job["key"] for job in base_jobs(cells)}
+    found = {f"base {job.task}": job.key for job in base_jobs(cells)}
     for cell in cells:
         jobs = [*trial_jobs(study, cell), *final_jobs(study, cell, {"learning_rate": 1e-3})]
-        found |= {f"{cell.method} {job['kind']} {n}": job["key"] for n, job in enumerate(jobs)}
+        found |= {f"{cell.method} {job.kind} {n}": job.key for n, job in enumerate(jobs)}
     return found
 
 

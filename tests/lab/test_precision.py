@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_study import write_study
 
 from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
@@ -18,15 +18,12 @@ from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
 from dual_lora.lab.run.train import recipe_of_run, run
-from dual_lora.lab.study import job as jobs
 from dual_lora.lab.study import plan
+from dual_lora.lab.study.cell import final_jobs
 from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.read import read_study, shipped_studies
-from dual_lora.lab.study.state import State
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_study import write_study
 
 
 @pytest.fixture
@@ -144,7 +141,7 @@ def test_shipped_recipes_and_studies_leave_the_precision_to_the_device():
         written = {recipe.model.dtype, recipe.train.autocast} & {"bfloat16", "bf16"}
         assert not (written and recipe.model.path.startswith("package:")), name
     for name in shipped_studies():
-        study, _ = read_study(name)
+        study = read_study(name)
         assert study.overrides.get("train", {}).get("autocast", "auto") == "auto", name
 
 
@@ -184,15 +181,17 @@ def test_a_study_chooses_once_and_says_what_it_had(device, tmp_path, capsys):
     assert not keys[0] & keys[1]
 
 
-def test_a_study_begun_before_goes_on_as_its_recipes_were_written(device, tmp_path):
+def test_a_study_begun_before_precisions_were_named_asks_for_its_own(device, tmp_path):
     device("fp32")
     written = {"train": {"autocast": "bf16"}, "model": {"dtype": "bfloat16"}}
     before = compare(write_study(tmp_path, **{**SHORT, "overrides": written}), tmp_path / "out", progress=False)
-    with State(tmp_path / "out") as state:  # as such a study's state was: it named no precision
-        known = json.loads(state.get("study"))
-        del known["precision"]
-        state.put("study", json.dumps(known))
-    after = compare(write_study(tmp_path, **SHORT), tmp_path / "out", progress=False)
+    (tmp_path / "out" / "study.json").unlink()  # as such a study was: it named no precision
+    known = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
+    del known["precision"]
+    (tmp_path / "out" / "study.yaml").write_text(yaml.safe_dump(known))
+    with pytest.raises(UserError, match=r"begun with precision None: write `precision: bf16` or .*runs have it"):
+        compare(write_study(tmp_path, **SHORT), tmp_path / "out", progress=False)
+    after = compare(write_study(tmp_path, **SHORT, precision="bf16"), tmp_path / "out", progress=False)
     keys = [[s["key"] for m in r["methods"] for s in m["seeds"]] for r in (before, after)]
     assert keys[0] == keys[1]
     assert precision_of(tmp_path / "out") == {("bfloat16", "bf16")}
@@ -202,8 +201,8 @@ def test_keys_of_runs_that_were_written_in_bf16_are_the_same(tmp_path):
     written = {"train": {"autocast": "bf16"}, "model": {"dtype": "bfloat16"}}
 
     def keys(**study):
-        read, _ = read_study(write_study(tmp_path, **study))
-        return [job["key"] for cell in plan.lay_out(read) for job in jobs.final_jobs(read, cell, {})]
+        read = read_study(write_study(tmp_path, **study))
+        return [job.key for cell in plan.lay_out(read) for job in final_jobs(read, cell, {})]
 
     assert keys(**{**SHORT, "precision": "bf16"}) == keys(**{**SHORT, "overrides": written})
     assert set(keys(**{**SHORT, "precision": "bf16"})).isdisjoint(keys(**{**SHORT, "precision": "fp32"}))
@@ -211,6 +210,6 @@ def test_keys_of_runs_that_were_written_in_bf16_are_the_same(tmp_path):
 
 def test_auto_is_no_value_to_vary(tmp_path):
     varied = {"sweep": {"train.autocast": ["auto", "none"]}, "reference": None, "budget": None}
-    study, _ = read_study(write_study(tmp_path, search=None, seeds=1, **varied))
+    study = read_study(write_study(tmp_path, search=None, seeds=1, **varied))
     with pytest.raises(UserError, match="auto is one choice for the whole study"):
-        settled_study(study, tmp_path / "none")
+        settled_study(study, StudyFolder(tmp_path / "none"))

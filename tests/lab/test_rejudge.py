@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from test_verdicts import made
+from tiny_study import made
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import notes

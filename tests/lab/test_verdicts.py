@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 
 import numpy as np
@@ -12,60 +11,11 @@ from rich.console import Console
 
 pytest.importorskip("pydantic")
 
-from dual_lora.lab.recipe.read import build_recipe
+from tiny_study import SEEDS, cell, judged, made, trials
+
 from dual_lora.lab.report.report import report
-from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Size
-from dual_lora.lab.study.cell import Cell, Finished
-from dual_lora.lab.study.perform import scores_file
-from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.study import MethodEntry
 from dual_lora.lab.study.tables import show_results
-from dual_lora.lab.study.verdicts import build_results
-
-SEEDS = 4
-RECIPE = build_recipe({"model": {"path": "x"}, "evaluate": {"tasks": ["choice"]}})
-
-
-def made(tmp_path, skill, tasks=("a", "b"), diverged=(), speed=None, **study):
-    """Results of methods with the given skills: chance of a right answer on each task."""
-    random = np.random.default_rng(0)
-    finished = []
-    for task in tasks:
-        ease = random.random(150)
-        for method, chance in skill.items():
-            finals = []
-            for seed in range(SEEDS):
-                key = f"{task}{method}{seed}"
-                job = {"key": key, "seed": seed, "metric": "choice", "settings": {}}
-                if (method, seed) in diverged:
-                    finals.append((job, {"key": key, "status": "diverged", "error": "NaN", "seconds": 1.0}))
-                    continue
-                right = (ease < chance).astype(float)
-                flips = random.random(150) < 0.05
-                right[flips] = 1 - right[flips]
-                write_json(scores_file(tmp_path, key), right[:, None].tolist())
-                training = {
-                    "seconds": (speed or {}).get(method, 1.0),
-                    "tokens_per_second": 1.0,
-                    "peak_memory": 1,
-                    "adapter_bytes": 1,
-                }
-                outcome = {"key": key, "status": "done", "score": right.mean(), "seconds": 1.0}
-                finals.append((job, outcome | {"training": training, "steps_per_second": 1.0}))
-            entry = MethodEntry.model_validate({"name": "lora"})
-            trials = [
-                (
-                    {"key": f"t{lr}", "settings": {"train.learning_rate": lr}},
-                    {"status": "done", "score": 0.5 + lr, "seconds": 1},
-                )
-                for lr in (1e-3, 3e-3, 1e-2)
-            ]
-            cell = Cell("", task, method, entry, RECIPE, "choice", Size(10, 100), None)
-            finished.append(Finished(cell, trials, {"train.learning_rate": 1e-2}, finals))
-    settings = {"name": "s", "tasks": list(tasks), "methods": {name: {} for name in skill}, "seeds": SEEDS} | study
-    return build_results(build_study(settings), finished, tmp_path)
 
 
 def test_a_clear_winner_on_two_tasks(tmp_path):
@@ -110,44 +60,6 @@ def test_diverged_seed_counts_with_the_worst_score(tmp_path):
     assert sound["comparisons"][0]["verdict"] == "significantly better"
     assert results["comparisons"][0]["verdict"] == "not significant", "one run in four is no sure thing"
     assert any("1 of 4 runs of b on t diverged" in note for note in results["notes"])
-
-
-def cell(folder, method, scores, task="t", metric="matthews", finals=None, trials=(), figures=None, **outcome):
-    """One method's finished runs from what every item adds in each run: [S][N, K]; None where a run diverged."""
-    runs = []
-    for seed, items in enumerate(scores):
-        key = f"{task}{method}{seed}"
-        job = {"key": key, "seed": seed, "metric": metric, "settings": {}}
-        if items is None:
-            runs.append((job, {"key": key, "status": "diverged", "error": "NaN", "seconds": 1.0}))
-            continue
-        write_json(scores_file(folder, key), items)
-        training = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory", "adapter_bytes"))
-        done = {"key": key, "status": "done", "score": 0.5, "seconds": 1.0, "figures": figures, "training": training}
-        runs.append((job, done | {"steps_per_second": None} | outcome))
-    runs = [(job, outcome if seed in (finals or range(9)) else None) for seed, (job, outcome) in enumerate(runs)]
-    entry = MethodEntry.model_validate({"name": "lora"})
-    return Finished(Cell("", task, method, entry, RECIPE, metric, Size(10, 100), None), list(trials), {}, runs)
-
-
-def judged(folder, cells, untrained=(), **study):
-    """Results of these cells, with everything that is shown of them, which must hold no NaN."""
-    methods, tasks = (list(dict.fromkeys(getattr(f.cell, part) for f in cells)) for part in ("method", "task"))
-    values = {"name": "s", "tasks": tasks, "methods": {m: {} for m in methods}, "seeds": len(cells[0].finals)}
-    results = build_results(build_study(values | {"margin": 0.02} | study), cells, folder, untrained)
-    write_json(folder / "results.json", results | {"failed": [], "untrained": list(untrained)})
-    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
-    page = io.StringIO()
-    show_results(results, Console(file=page, width=200))
-    assert "nan" not in page.getvalue().lower().split()
-    out = folder / "report.html"
-    report([folder / "results.json"], out, tables=folder / "tables")
-    html = out.read_text()
-    assert "could not be shown" not in html
-    assert "NaN" not in html.partition('id="data">')[2].partition("</script>")[0]
-    for file in (folder / "tables").iterdir():
-        assert not re.search(r"\b(nan|none|inf)\b", file.read_text().lower()), file
-    return results
 
 
 def answers(labels, guesses):
@@ -212,14 +124,12 @@ def test_a_choice_by_less_than_the_noise_of_a_run_is_said(tmp_path):
     """Trials 0.01 apart, final runs that vary by as much."""
     cells = []
     for name, gap in (("near", 0.01), ("far", 0.5)):
-        trials = [
-            ({"key": f"{name}{i}", "settings": {"train.learning_rate": rate}}, {"status": "done", "score": score})
-            for i, (rate, score) in enumerate([(1e-3, 0.4), (3e-3, 0.4 + gap)])
-        ]
-        f = cell(tmp_path, name, [LEARNED] * 3, trials=trials)
+        f = cell(tmp_path, name, [LEARNED] * 3, trials=trials({1e-3: 0.4, 3e-3: 0.4 + gap}))
         f.chosen = {"train.learning_rate": 1e-3}
-        for (_, outcome), loss in zip(f.finals, (0.39, 0.40, 0.41), strict=True):
-            outcome["figures"] = {"loss": loss, "matthews": 0.9}
+        f.finals = [
+            (job, outcome.model_copy(update={"figures": {"loss": loss, "matthews": 0.9}}))
+            for (job, outcome), loss in zip(f.finals, (0.39, 0.40, 0.41), strict=True)
+        ]
         cells.append(f)
     search = {"metric": "loss", "space": {"learning_rate": [1e-3, 3e-3]}}
     (note,) = [n for n in judged(tmp_path, cells, search=search)["notes"] if "another seed" in n]
@@ -318,11 +228,8 @@ def test_methods_that_are_not_finished_are_named(tmp_path):
 
 
 def test_a_search_whose_trials_all_score_alike_chose_nothing(tmp_path):
-    trials = [
-        ({"key": str(lr), "settings": {"train.learning_rate": lr}}, {"status": "done", "score": 0.0, "seconds": 1})
-        for lr in (1e-3, 3e-3, 1e-2)
-    ]
-    cells = [cell(tmp_path, name, [LEARNED] * 2, trials=trials) for name in ("a", "b")]
+    alike = trials({1e-3: 0.0, 3e-3: 0.0, 1e-2: 0.0})
+    cells = [cell(tmp_path, name, [LEARNED] * 2, trials=alike) for name in ("a", "b")]
     for f in cells:
         f.chosen = {"train.learning_rate": 1e-3}
     notes = judged(tmp_path, cells)["notes"]

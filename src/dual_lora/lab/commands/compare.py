@@ -33,7 +33,7 @@ def compare(
         Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")
     ] = "adapters",
     update: Annotated[
-        bool, Parameter(help="Go on although the study has changed; what is still valid is kept.", negative="")
+        bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.", negative="")
     ] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")
@@ -51,7 +51,7 @@ def compare(
     from dual_lora.lab.study.read import read_study, shipped_studies
 
     if list or study is None:
-        questions = {name: read_study(name)[0].question for name in shipped_studies()}
+        questions = {name: read_study(name).question for name in shipped_studies()}
         finish(questions, _listing(questions), json)
         return
     if workers is not None and workers < 1:

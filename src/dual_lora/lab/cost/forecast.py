@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.study.cell import Cell, cell_id
+from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
-from dual_lora.lab.study.job import PROBE_STEPS, UNTRAINED, base_jobs, choose, final_jobs, trial_jobs
-from dual_lora.lab.study.perform import read_outcome
+from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.job import Job, Outcome, read_outcome
 from dual_lora.lab.study.plan import lay_out, planned_steps
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.state import Entry, remembered
+from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study
 
 EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
@@ -106,19 +106,19 @@ class Clock:
         self.estimates = dict(estimates)
         self._seen: dict[tuple[str, ...], list[float]] = {}
 
-    def learn(self, job: Mapping[str, Any], seconds: float) -> None:
+    def learn(self, job: Job, seconds: float) -> None:
         """A run took so long."""
         for key in _likes(job):
             self._seen.setdefault(key, []).append(seconds)
 
-    def expect(self, job: Mapping[str, Any]) -> float | None:
+    def expect(self, job: Job) -> float | None:
         """Seconds that the job will take, by the most similar runs known."""
         for key in _likes(job):
             if key in self._seen:
                 return statistics.fmean(self._seen[key])
-        return self.estimates.get((job["kind"], job["model"], job["task"], job["method"]))
+        return self.estimates.get((job.kind, *job.place, job.method))
 
-    def left(self, jobs: Iterable[Mapping[str, Any]], workers: int) -> float | None:
+    def left(self, jobs: Iterable[Job], workers: int) -> float | None:
         """Seconds until all jobs are done; None while nothing is known about one of them."""
         expected = [self.expect(job) for job in jobs]
         if any(e is None for e in expected):
@@ -126,16 +126,9 @@ class Clock:
         return sum(e for e in expected if e is not None) / max(1, min(workers, len(expected) or 1))
 
 
-def _likes(job: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    place = (job["kind"], job["model"], job["task"])
-    return [(*place, job["method"]), place]
-
-
-def learn_from(clock: Clock, entries: Mapping[str, Entry]) -> None:
-    """Take the durations of all finished runs into account."""
-    for entry in entries.values():
-        if entry.outcome is not None and entry.outcome.get("seconds"):
-            clock.learn(entry.job, entry.outcome["seconds"])
+def _likes(job: Job) -> list[tuple[str, ...]]:
+    place = (job.kind, *job.place)
+    return [(*place, job.method), place]
 
 
 def estimates(cells: Iterable[Cell], speed: float) -> dict[tuple[str, str, str, str], float]:
@@ -171,21 +164,21 @@ def forecast(
     workers: int | None = None,
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
-    study, _ = read_study(source)
-    folder = Path(out) if out is not None else Path("studies") / study.name
+    study = read_study(source)
+    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
-    runs = Path(runs) if runs is not None else folder / (remembered(folder, "runs") or "runs")
-    _match_as_far_as_probed(study, cells, runs)
+    place = folder.runs(runs)
+    _match_as_far_as_probed(study, cells, place)
     speed = measured_speed()
     clock = Clock(estimates(cells, speed))
     rows, left, done = [], [], 0
-    jobs: dict[str, list[dict[str, Any]]] = {}
+    jobs: dict[tuple[str, str, str], list[Job]] = {}
     for cell in cells:
-        trials = trial_jobs(study, cell)
-        settings = choose(trials, [read_outcome(runs, job["key"]) for job in trials])
-        jobs[cell_id(cell)] = trials + final_jobs(study, cell, settings or {})
+        trials = trial_jobs(study, cell, lambda job: read_outcome(place, job.key))
+        settings = choose([(job, read_outcome(place, job.key)) for job in trials])
+        jobs[cell.at] = trials + final_jobs(study, cell, settings or {})
         rows.append(
             {
                 "model": cell.model,
@@ -202,14 +195,14 @@ def forecast(
             }
         )
     for job in [j for group in jobs.values() for j in group] + base_jobs(cells):
-        outcome = read_outcome(runs, job["key"])
+        outcome = read_outcome(place, job.key)
         if outcome:
             done += 1
-            clock.learn(job, outcome["seconds"])
+            clock.learn(job, outcome.seconds)
         else:
             left.append(job)
     for row, cell in zip(rows, cells, strict=True):
-        expected = [clock.expect(job) or 0.0 for job in jobs[cell_id(cell)]]
+        expected = [clock.expect(job) or 0.0 for job in jobs[cell.at]]
         row["seconds"] = sum(expected)
     return Forecast(
         study,
@@ -231,11 +224,11 @@ def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> 
     class Unknown(Exception):
         pass
 
-    def known(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        outcomes = [read_outcome(runs, job["key"]) for job in jobs]
-        if not all(outcome and outcome["status"] == "done" for outcome in outcomes):
+    def known(jobs: Sequence[Job]) -> list[Outcome]:
+        outcomes = [outcome for job in jobs if (outcome := read_outcome(runs, job.key)) and outcome.status == "done"]
+        if len(outcomes) < len(jobs):
             raise Unknown
-        return [outcome["training"] for outcome in outcomes if outcome]
+        return outcomes
 
     what = {"time": "steps", "memory": "rank"}.get(study.budget.match)
     if what is None:

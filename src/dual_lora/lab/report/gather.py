@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.report.blocks import Source
+from dual_lora.lab.study.folder import progress
 
 ANALYSIS = "dual-lora analysis"
-NAMES = ("results.json", "analysis.json", "ledger.jsonl", "state.sqlite")
+NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
 SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
-LONGEST = 10  # seconds that reading a state file may take
 # What reading a stranger's file may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError, sqlite3.Error)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -88,8 +86,9 @@ def gather(paths: list[str | Path]) -> Material:
     material = Material()
     for file in find(paths, material.problems):
         try:
-            if file.suffix == ".sqlite":
-                _add_state(material, file)
+            if file.name == "study.json":
+                if under_way := progress(regular(file)):
+                    material.running.append((file, under_way))
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)
             else:
@@ -130,26 +129,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise ValueError(f"line {number} is no JSON ({error.msg})") from None
     return [row for row in rows if isinstance(row, dict)]
-
-
-def _add_state(material: Material, file: Path) -> None:
-    """A study that is not finished: what its state file says, read without disturbing its writer."""
-    db = sqlite3.connect(f"{regular(file).resolve().as_uri()}?mode=ro", uri=True, timeout=2)
-    end = time.monotonic() + LONGEST
-    db.set_progress_handler(lambda: time.monotonic() > end, 100_000)  # a view may go on for ever
-    try:
-        study = db.execute("SELECT value FROM meta WHERE name = 'study'").fetchone()
-        rows = db.execute("SELECT status, job, started, finished, outcome, error FROM runs ORDER BY rowid").fetchall()
-    finally:
-        db.close()
-    runs = [
-        {"status": status, "job": json.loads(job), "outcome": json.loads(outcome) if outcome else None, "error": error}
-        | {"seconds": finished - started if finished and started else None}
-        for status, job, started, finished, outcome, error in rows
-    ]
-    under_way = any(run["status"] in ("planned", "running", "failed") for run in runs)
-    if under_way or not (file.parent / "results.json").exists():
-        material.running.append((file, {"study": json.loads(study[0]) if study else {}, "runs": runs}))
 
 
 def source_of(file: Path, made: dict[str, Any]) -> Source:

@@ -11,8 +11,7 @@ from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
-from dual_lora.lab.study.load import company, loads
-from dual_lora.lab.study.notes import amended
+from dual_lora.lab.study.notes import amended, company, loads
 
 SCORES = (
     "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"

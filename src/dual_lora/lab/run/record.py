@@ -123,10 +123,28 @@ def _commit() -> str | None:
     return None
 
 
+# What decides a run's scores beside its recipe and its data; a change of a report or of a command does not.
+_DECIDING = (
+    "core/",
+    "method/",
+    *(f"lab/{part}" for part in ("data/", "model/", "recipe/", "run/")),
+    *(f"lab/study/{name}.py" for name in ("perform", "interventions", "metrics")),
+)
+
+
 @functools.cache
-def _source() -> str:
+def code_version() -> str:
+    """The version of the code that decides a run's scores: a hash of ours, and the libraries that it trains with."""
+    libraries = [f"{name} {(_version(name) or '?').partition('+')[0]}" for name in ("torch", "transformers", "peft")]
+    return ", ".join([_source(_DECIDING), *libraries])
+
+
+@functools.cache
+def _source(parts: tuple[str, ...] = ("",)) -> str:
     """A hash of this package's Python files: two runs with the same one ran the same code."""
     found = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
-        found.update(file.relative_to(PACKAGE).as_posix().encode() + b"\0" + file.read_bytes())
+        name = file.relative_to(PACKAGE).as_posix()
+        if name.startswith(parts):
+            found.update(name.encode() + b"\0" + file.read_bytes())
     return found.hexdigest()[:12]

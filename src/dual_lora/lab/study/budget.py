@@ -43,15 +43,6 @@ class Size:
     multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
 
 
-@dataclass(frozen=True)
-class Solved:
-    """The rank found, the size it gives, and the relative mismatch to the target."""
-
-    rank: int
-    size: int
-    mismatch: float
-
-
 def rank_field(method: str) -> str | None:
     """The field of a method that sets its size, None if it has none."""
     from dual_lora.lab.model.methods import method_fields
@@ -189,7 +180,7 @@ def empty_model(part: ModelPart, classes: int | None) -> Any:
         return factory.from_config(config)
 
 
-def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> Solved:
+def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> int:
     """The rank (a multiple of `step`, at most `top`) whose size is nearest to the target.
 
     size has to rise or fall with the rank all the way (RandLoRA's falls).
@@ -215,8 +206,7 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
         else:
             upper = tried
         guess = _crossing(1, at(1), tried, at(tried), target)
-    best = min(known, key=lambda rank: (abs(known[rank] - target), rank))
-    return Solved(best, known[best], known[best] / target - 1)
+    return min(known, key=lambda rank: (abs(known[rank] - target), rank))
 
 
 def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:

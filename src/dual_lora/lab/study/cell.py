@@ -1,14 +1,22 @@
-"""A cell is one method on one task with one model: what a study's table is made of."""
+"""A cell is one method on one task with one model: what a study's table is made of. From it follow its runs."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Size, rank_field
-from dual_lora.lab.study.study import MethodEntry, rank_rule
+from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, fingerprint
+from dual_lora.lab.study.search import beyond, choose, dotted
+from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
+
+PROBE_STEPS = 8
+UNTRAINED = "(untrained)"
+Ended = tuple[Job, Outcome | None]
 
 
 @dataclass
@@ -33,31 +41,31 @@ class Cell:
         """Model and task: the cells of one place are compared with each other."""
         return self.model, self.task
 
+    @property
+    def at(self) -> tuple[str, str, str]:
+        """Model, task and method: the cell's name among the study's cells."""
+        return self.model, self.task, self.method
+
 
 @dataclass
 class Finished:
     """A cell with what came of it. `finals` in the order of the study's seeds; None where a run is missing."""
 
     cell: Cell
-    trials: list[tuple[dict[str, Any], dict[str, Any] | None]]  # job, outcome
-    chosen: dict[str, Any] | None
-    finals: list[tuple[dict[str, Any], dict[str, Any] | None]]
-    doomed: bool = False  # every trial diverged: the finals count as diverged without being run
+    trials: list[Ended]
+    chosen: Settings | None
+    finals: list[Ended]
+
+    @property
+    def diverged_in_search(self) -> bool:
+        """Whether every trial diverged: the finals count as diverged without being run."""
+        outcomes = [outcome for _, outcome in self.trials]
+        return bool(outcomes) and all(outcome and outcome.status == "diverged" for outcome in outcomes)
 
     @property
     def complete(self) -> bool:
         """Whether every final run has an outcome."""
-        return self.doomed or (bool(self.finals) and all(outcome is not None for _, outcome in self.finals))
-
-
-def place_name(model: str, task: str) -> str:
-    """How a task with a model is called in sentences."""
-    return f"{task} ({model})" if model else task
-
-
-def cell_id(cell: Cell) -> str:
-    """The cell's name among the study's cells."""
-    return json.dumps([cell.model, cell.task, cell.method])
+        return self.diverged_in_search or (bool(self.finals) and all(outcome for _, outcome in self.finals))
 
 
 def fields_at(entry: MethodEntry, rank: int | None) -> dict[str, Any]:
@@ -67,3 +75,81 @@ def fields_at(entry: MethodEntry, rank: int | None) -> dict[str, Any]:
     if rank is not None and name:
         fields[name] = rank
     return {key: rank_rule(value, rank, f"{entry.name}.{key}") for key, value in fields.items()}
+
+
+def trial_jobs(study: Study, cell: Cell, outcome: Callable[[Job], Outcome | None] = lambda _: None) -> list[Job]:
+    """The search of one cell: its grid, and what follows beyond the grid's end from the outcomes that are there."""
+    search = study.search
+    if search is None:
+        return []
+
+    def at(point: Settings) -> list[Job]:
+        over = _override(cell, {f"train.{k}": v for k, v in search.train.items()} | point)
+        seeds = range(search.seed, search.seed + search.seeds)
+        return [_job(cell, "trial", seed, over, search.metric or cell.metric, "validation", point) for seed in seeds]
+
+    points = search.points(cell.entry.search or None)
+    jobs = [job for point in points for job in at(point)]
+    for _ in range(search.extend):
+        best = choose([(job, outcome(job)) for job in jobs])
+        further = beyond(best, points) if best else None
+        if further is None:
+            break
+        points.append(further)
+        jobs += at(further)
+    return jobs
+
+
+def final_jobs(study: Study, cell: Cell, settings: Settings) -> list[Job]:
+    """The runs that are compared, with the settings that the search chose."""
+    over = _override(cell, settings)
+    return [
+        _job(cell, "final", seed, over, cell.metric, "test", settings, cost=study.cost and i == 0)
+        for i, seed in enumerate(study.seeds)
+    ]
+
+
+def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
+    """A few steps, to learn what a step costs; with another rank than the cell's if given."""
+    over: dict[str, Any] = {"train": {"steps": PROBE_STEPS}}
+    if rank is not None:
+        over["method"] = fields_at(cell.entry, rank)
+    return _job(cell, "probe", study.seeds[0], over, cell.metric, "none")
+
+
+def base_jobs(cells: Iterable[Cell]) -> list[Job]:
+    """The untrained language model on each task; a classifier has none (its head is drawn at random)."""
+    first = {cell.place: cell for cell in reversed(list(cells)) if cell.recipe.model.head == "causal"}
+    full = MethodEntry.model_validate({"name": "full"})
+    bases = [Cell(c.model, c.task, UNTRAINED, full, c.recipe, c.metric, c.size, None) for c in first.values()]
+    return [_job(c, "base", 0, {"method": {"name": "full"}, "train": {}}, c.metric, "test") for c in bases]
+
+
+def _override(cell: Cell, settings: Settings) -> dict[str, Any]:
+    over: dict[str, Any] = {}
+    for name, value in settings.items():
+        part, _, key = dotted(name).partition(".")
+        over.setdefault(part, {})[key] = rank_rule(value, cell.rank, name) if part == "method" else value
+    return over
+
+
+def _job(
+    cell: Cell,
+    kind: Kind,
+    seed: int,
+    over: dict[str, Any],
+    metric: str,
+    split: Split,
+    settings: Settings | None = None,
+    cost: bool = False,
+) -> Job:
+    values = merged(cell.recipe.model_dump(mode="json"), over)
+    values["train"]["seed"] = seed
+    values["evaluate"] |= {
+        "tasks": [metrics.evaluation(metric, cell.recipe.model.head)],
+        "split": split if split != "none" else "test",
+        "base": False,
+    }
+    entry, recipe = cell.entry, build_recipe(values, f"{cell.method} on {cell.task}")
+    data = fingerprint(cell.recipe)
+    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, data, dict(entry.freeze), entry.round, cost)

@@ -1,50 +1,37 @@
 """Run a study: plan, tune, repeat with fresh seeds, judge. Stopped at any moment, it goes on where it was.
 
-OUT/state.sqlite    what has been done (see `state`)
-OUT/study.yaml      the study as it was started
-OUT/runs/           one folder and one outcome file a run (see `perform`); elsewhere for studies that share runs
-OUT/results.json    what the study says so far (see `verdicts`); written after every stage
+What lies in the study's folder is said in `folder`, what a run leaves there in `job`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.cost.forecast import Clock, estimates, learn_from, measured_speed
+from dual_lora.lab.cost.forecast import Clock, estimates, measured_speed
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
-from dual_lora.lab.run.write import write_atomically, write_json
+from dual_lora.lab.run.failures import is_disk_full
+from dual_lora.lab.run.record import code_version, surroundings
+from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import plan
-from dual_lora.lab.study.cell import Cell, Finished, cell_id, place_name
-from dual_lora.lab.study.execute import check_executor, run_jobs, runs_side_by_side
-from dual_lora.lab.study.job import base_jobs, choose, final_jobs, fingerprint, settings_in_words, trial_jobs
-from dual_lora.lab.study.perform import KEPT, read_outcome
+from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
+from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
+from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, place_name, read_outcome
+from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
-from dual_lora.lab.study.state import FINISHED, State
+from dual_lora.lab.study.results import build_results
+from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study
-from dual_lora.lab.study.verdicts import build_results
 
 WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the runs are done."""
-
-    executor: str
-    workers: int
-    keep: str
-    progress: bool
-    fresh: bool = False  # a process of its own for every run
 
 
 def compare(
@@ -60,37 +47,38 @@ def compare(
 ) -> dict[str, Any]:
     """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
 
-    runs: where the single runs lie, `out`/runs unless told (and remembered). Studies that name the same folder share
-    what they have in common: a run is known by its contents, and done once.
-    executor: serial, process or ray; workers: runs at a time. update: go on although the study has changed since it
-    was started; finished runs that it still contains are kept. keep: adapters of the final runs, all (full models
-    too), or nothing but scores. Started again after any kind of stop, it repeats no finished run.
+    runs: where the single runs lie, `out`/runs unless told. Studies that name the same folder share what they have in
+    common: a run is known by its contents, and done once.
+    executor: serial, process or ray; workers: runs at a time. update: go on although the study, or the code that does
+    its runs, has changed since it was started; finished runs that it still contains are kept, and the results say what
+    was changed. keep: adapters of the final runs, all (full models too), or nothing but scores. Started again after
+    any kind of stop, it repeats no finished run.
 
     Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
     go on; the results then say what is missing ("complete": false, "failed").
     """
-    study, _ = read_study(source)
+    study = read_study(source)
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
-    folder = Path(out) if out is not None else Path("studies") / study.name
-    way = Way(executor, runs_side_by_side(executor, workers), keep, progress)
+    folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read(update)
+    options = Options(executor, runs_side_by_side(executor, workers), keep, progress, update)
     check_executor(executor)
-    begun = (folder / "study.yaml").is_file()
     study, chosen = settled_study(study, folder)
-    if progress and not begun and chosen.get("asked") == AUTO:
+    if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
-    with State(folder) as state:
-        if state.notice:
-            console.print(state.notice, markup=False)
-        _notice_change(state, folder, update, "study", study.model_dump(mode="json"), folder / "study.yaml")
-        _notice_change(state, folder, update, "recipes", _recipes(study))
-        if runs is not None:
-            state.put("runs", os.path.relpath(runs, folder))  # relative: a folder of studies may be moved as a whole
-        if chosen and (state.get("precision") is None or not begun or update):
-            state.put("precision", json.dumps(chosen))
-        place = folder / (state.get("runs") or "runs")
-        return _Course(study, folder, place, state, way, cells).run()
+    place = folder.runs(runs)
+    try:
+        with folder:
+            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, place, update)
+            return Runner(study, folder, place, options, cells).run()
+    except (DiskFull, OSError) as error:
+        if not (isinstance(error, DiskFull) or is_disk_full(error)):
+            raise
+        raise UserError(
+            f"The disk is full ({error}). Every finished run is safe in {place}. Make room, then start the same "
+            "command again: it goes on from there."
+        ) from error
 
 
 def _recipes(study: Study) -> dict[str, Any]:
@@ -103,153 +91,148 @@ def _recipes(study: Study) -> dict[str, Any]:
     }
 
 
-def _notice_change(
-    state: State, folder: Path, update: bool, what: str, now: dict[str, Any], known: Path | None = None
-) -> None:
-    """Refuse to go on with something else than what was started, unless told to; then remember it."""
-    before = state.get(what)
-    if before is None and known and known.is_file():  # the state was lost: the folder still says which study it holds
-        before = json.dumps(read_study(known)[0].model_dump(mode="json"))
-    old = json.loads(before) if before else {}
-    if what == "study" and old:
-        old.setdefault("precision", now["precision"])  # begun before studies named theirs
-    changed = [name for name in now if old and old.get(name) != now[name]]
-    if changed and not update:
-        subject = "study has" if what == "study" else "study's recipes or data have"
-        raise UserError(
-            f"The {subject} changed since it was started in {folder}: {', '.join(changed)}. Give --update to go on "
-            "with what is now (finished runs that it still contains are kept), or another --out to start anew."
-        )
-    if known:
-        import yaml
-
-        write_atomically(known, yaml.safe_dump(now, sort_keys=False, allow_unicode=True, width=110))
-    state.put(what, json.dumps(now))
-
-
-class _Course:
+class Runner:
     """One call of `compare`: the stages in their order."""
 
-    def __init__(self, study: Study, folder: Path, runs: Path, state: State, way: Way, cells: list[Cell]):
-        self.study, self.folder, self.state, self.way, self.cells = study, folder, state, way, cells
-        self.runs = runs
+    def __init__(self, study: Study, folder: StudyFolder, runs: Path, options: Options, cells: list[Cell]):
+        self.study, self.folder, self.runs, self.options, self.cells = study, folder, runs, options, cells
         self.failed: dict[str, str] = {}
         self.clock = Clock({})
-        self.trials: dict[str, list[dict[str, Any]]] = {}
-        self.chosen: dict[str, dict[str, Any] | None] = {}
-        self.finals: dict[str, list[dict[str, Any]]] = {}
-        self.later: list[dict[str, Any]] = []  # like the jobs of the stages to come
+        self.done: dict[str, Outcome] = {}
+        self.trials: dict[tuple[str, str, str], list[Job]] = {}
+        self.chosen: dict[tuple[str, str, str], Settings | None] = {}
+        self.finals: dict[tuple[str, str, str], list[Job]] = {}
+        self.later: list[Job] = []  # like the jobs of the stages to come
         self.warnings: set[str] = set()
         self._written = 0.0
 
     def run(self) -> dict[str, Any]:
-        learn_from(self.clock, self.state.entries())
+        """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
-        if self.way.progress:
+        if self.options.progress:
             self.clock.estimates = estimates(self.cells, measured_speed())
-        self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + base_jobs(self.cells)
-        self.trials = {cell_id(cell): trial_jobs(self.study, cell) for cell in self.cells}
-        self._do("tuning", _in_turns(self.trials.values()))
+        bases = base_jobs(self.cells)
+        self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
+        while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
+            self.trials = trials  # a best rate at the end of its grid makes another trial
+            self._do("tuning", _in_turns(trials.values()))
         for cell in self.cells:
-            key = cell_id(cell)
-            settings = choose(self.trials[key], [self._outcome(job) for job in self.trials[key]])
-            self.chosen[key] = settings
-            self.finals[key] = final_jobs(self.study, cell, settings) if settings is not None else []
+            self.chosen[cell.at] = settings = choose(self._ended(trials[cell.at]))
+            self.finals[cell.at] = final_jobs(self.study, cell, settings) if settings is not None else []
         self.later = []
-        self._do("runs", [*base_jobs(self.cells), *_in_turns(self.finals.values())])
+        finals = _in_turns(self.finals.values())
+        self.folder.begin_finals(sum(self._outcome(job) is not None for job in finals))
+        self._do("runs", [*bases, *finals])
         return self._results()
 
-    def _do(self, what: str, jobs: Sequence[dict[str, Any]]) -> None:
+    def _do(self, what: str, jobs: Sequence[Job]) -> None:
         """Make sure that every job has an outcome or a recorded error."""
-        jobs = list({job["key"]: job for job in jobs}.values())
+        jobs = list({job.key: job for job in jobs}.values())
         if not jobs:
             return
-        self.state.plan(jobs)
-        self._adopt(jobs)
-        left = {job["key"]: job for job in jobs if self._outcome(job) is None}  # the folders are the truth
-        with Bar(what, len(jobs), self.way.progress, len(jobs) - len(left), timed=False) as bar:
+        self.folder.plan(jobs)
+        self._one_version(jobs)
+        left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
+        for job in left.values():
+            if why := damage(self.runs, job.key):
+                self._say(f"{why} That run alone is done again: {job}.")
+        with Bar(what, len(jobs), self.options.progress, len(jobs) - len(left), timed=False) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
-            for key, outcome, error in run_jobs(
-                self.way.executor,
-                [job | {"runs_at_a_time": min(self.way.workers, len(left))} for job in left.values()],
-                self.runs,
-                self.way.workers,
-                self.way.keep,
-                self.state.start,
-                self.way.fresh,
-            ):
+            for key, outcome, error in run_jobs(self.options, list(left.values()), self.runs) if left else ():
                 job = left.pop(key)
                 if outcome is not None:
-                    self.state.finish(key, outcome)
-                    self.clock.learn(job, outcome["seconds"])
-                    self._warn(outcome.get("warnings", []))
+                    self._learn(job, outcome)
+                    self._warn(outcome.warnings)
                 else:
-                    self.failed[key] = f"{_name(job)}: {error}"
-                    self.state.fail(key, error or "unknown")
-                    if self.way.progress:
-                        console.print(f"failed: {self.failed[key]}", markup=False)
+                    self.failed[key] = f"{job}: {error}"
+                    self._say(f"failed: {self.failed[key]}")
                 bar.to(len(jobs) - len(left), self._note(left, job, outcome))
                 if time.time() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
-    def _warn(self, messages: Sequence[str]) -> None:
+    def _one_version(self, jobs: Sequence[Job]) -> None:
+        """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
+        now, old = code_version(), list[Outcome]()
+        paired = [job for job in jobs if job.kind in ("trial", "final")]
+        for place in dict.fromkeys(job.place for job in paired):
+            outcomes = [self._outcome(job) for job in paired if job.place == place]
+            codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
+            if len(codes) > 1:
+                old += [outcome for outcome in outcomes if outcome and outcome.code not in (None, now)]
+        if not old:
+            return
+        others = "; ".join(sorted({str(outcome.code) for outcome in old}))
+        if not self.options.update:
+            raise UserError(
+                f"{len(old)} finished runs were done by another version of the code ({others}) than this one ({now}): "
+                "compared with new runs, a difference might be the code's. Go on with that version, or give --update "
+                "to do these runs again."
+            )
+        self._say(f"{len(old)} runs of another version of the code ({others}) are done again; the old ones are kept.")
+        self.folder.amend(f"{len(old)} runs of another version of the code were done again.", self.runs)
+        self.folder.write()
+        for outcome in old:
+            retire(self.runs, outcome)
+            self.done.pop(outcome.key, None)
+
+    def _say(self, message: str) -> None:
+        if self.options.progress:
+            console.print(message, markup=False, soft_wrap=True)
+
+    def _warn(self, messages: Iterable[str]) -> None:
         """Say each warning once, whichever run and process it comes from."""
         for message in messages:
-            if message not in self.warnings and self.way.progress:
-                console.print(f"warning: {message}", markup=False, soft_wrap=True)
+            if message not in self.warnings:
+                self._say(f"warning: {message}")
             self.warnings.add(message)
 
-    def _note(
-        self, left: dict[str, dict[str, Any]], job: dict[str, Any] | None = None, outcome: dict[str, Any] | None = None
-    ) -> str:
-        remaining = self.clock.left([*left.values(), *self.later], self.way.workers)
+    def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
+        remaining = self.clock.left([*left.values(), *self.later], self.options.workers)
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
-        said = "failed" if outcome is None else outcome["status"]
-        if outcome and outcome.get("score") is not None:
-            said = f"{outcome['metric']} {outcome['score']:.4g}"
-        return f"{_name(job)}: {said}" + (f" · {note}" if note else "")
+        said: str = "failed" if outcome is None else outcome.status
+        if outcome and outcome.score is not None:
+            said = f"{outcome.metric} {outcome.score:.4g}"
+        return f"{job}: {said}" + (f" · {note}" if note else "")
 
-    def _adopt(self, jobs: Sequence[dict[str, Any]]) -> None:
-        """Take up what was finished while no leader was there to note it down, or whose note was lost."""
-        entries = self.state.entries()
-        for job in jobs:
-            if entries[job["key"]].status not in FINISHED and (found := read_outcome(self.runs, job["key"])):
-                self.state.finish(job["key"], found)
-                self.clock.learn(job, found["seconds"])
+    def _outcome(self, job: Job) -> Outcome | None:
+        """What came of the job; its files are the truth."""
+        if job.key not in self.done and (found := read_outcome(self.runs, job.key)):
+            self._learn(job, found)
+        return self.done.get(job.key)
 
-    def _outcome(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        return read_outcome(self.runs, job["key"])
+    def _learn(self, job: Job, outcome: Outcome) -> None:
+        self.done[job.key] = outcome
+        self.clock.learn(job, outcome.seconds)
+
+    def _ended(self, jobs: Iterable[Job]) -> list[Ended]:
+        return [(job, self._outcome(job)) for job in jobs]
 
     def _results(self) -> dict[str, Any]:
         """What the study says so far, also in results.json."""
-        from dual_lora.lab.run.record import surroundings
-
-        finished = []
-        for cell in self.cells:
-            key = cell_id(cell)
-            trials = [(job, self._outcome(job)) for job in self.trials[key]]
-            finals = [(job, self._outcome(job)) for job in self.finals.get(key, [])]
-            doomed = bool(trials) and all(outcome and outcome["status"] == "diverged" for _, outcome in trials)
-            finished.append(Finished(cell, trials, self.chosen.get(key), finals, doomed))
-        untrained = [
-            {"model": job["model"], "task": job["task"]}
-            | {key: outcome[key] for key in ("metric", "score", "constant") if key in outcome}
-            for job in base_jobs(self.cells)
-            if (outcome := self._outcome(job)) and outcome["status"] == "done"
+        finished = [
+            Finished(c, self._ended(self.trials[c.at]), self.chosen.get(c.at), self._ended(self.finals.get(c.at, [])))
+            for c in self.cells
         ]
-        results = build_results(self.study, finished, self.runs, untrained)
+        untrained = [
+            {"model": job.model, "task": job.task}
+            | outcome.model_dump(include={"metric", "score", "constant"}, exclude_none=True)
+            for job, outcome in self._ended(base_jobs(self.cells))
+            if outcome and outcome.status == "done"
+        ]
+        known = self.folder.known.model_dump(mode="json", include={"amendments", "plan"})
+        results = build_results(self.study, finished, self.runs, untrained, **known)
         results["untrained"] = untrained
-        results["precision"] = json.loads(self.state.get("precision") or "null")
+        results["precision"] = self.folder.known.precision or None
         results["failed"] = sorted(self.failed.values())
         results["provenance"] = surroundings() | {
-            "executor": self.way.executor,
-            "runs_at_a_time": self.way.workers,
-            "seconds_of_runs": round(sum(e.outcome["seconds"] for e in self.state.entries().values() if e.outcome), 1),
+            "executor": self.options.executor,
+            "runs_at_a_time": self.options.workers,
+            "seconds_of_runs": round(sum(outcome.seconds for outcome in self.done.values()), 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_json(self.folder / "results.json", results)
+        write_json(self.folder.path / "results.json", results)
         self._written = time.time()
         return results
 
@@ -258,32 +241,24 @@ class _Course:
         if match not in ("time", "memory"):
             return
         if match == "memory":  # peaks need processes of their own
-            executor = "process" if self.way.executor == "serial" else self.way.executor
-            self.way = replace(self.way, executor=executor, fresh=True)
+            executor = "process" if self.options.executor == "serial" else self.options.executor
+            self.options = replace(self.options, executor=executor, fresh=True)
         match_by_probes(self.study, self.cells, self._measure)
 
-    def _measure(self, jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _measure(self, jobs: Sequence[Job]) -> list[Outcome]:
         self._do("probes", jobs)
-        return [self._probed(job) for job in jobs]
-
-    def _probed(self, job: dict[str, Any]) -> dict[str, Any]:
-        outcome = self._outcome(job)
-        if outcome is None or outcome["status"] != "done":
-            reason = self.failed.get(job["key"], "it diverged")
-            raise UserError(
-                f"The budget cannot be matched: the probe of {job['method']} on {job['task']} gave nothing ({reason})."
-            )
-        return outcome["training"]
-
-
-def _name(job: dict[str, Any]) -> str:
-    where = f"{job['method']} on {job['task']}" + (f" ({job['model']})" if job["model"] else "")
-    if job["kind"] == "trial":
-        return f"{where}, {settings_in_words(job['settings'])}"
-    return where if job["kind"] != "final" else f"{where}, seed {job['seed']}"
+        outcomes = []
+        for job, outcome in self._ended(jobs):
+            if outcome is None or outcome.status != "done":
+                reason = self.failed.get(job.key, "it diverged")
+                raise UserError(
+                    f"The budget cannot be matched: the probe of {job.method} on {job.task} gave nothing ({reason})."
+                )
+            outcomes.append(outcome)
+        return outcomes
 
 
-def _in_turns(groups: Any) -> list[dict[str, Any]]:
+def _in_turns(groups: Iterable[list[Job]]) -> list[Job]:
     """First run of every group, then the second ...: a study that is stopped early has complete pairs."""
-    groups = [list(group) for group in groups]
+    groups = list(groups)
     return [group[i] for i in range(max(map(len, groups), default=0)) for group in groups if i < len(group)]

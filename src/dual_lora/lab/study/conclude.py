@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dual_lora.lab.study import judging, metrics, notes
-from dual_lora.lab.study.cell import place_name
-from dual_lora.lab.study.job import settings_in_words
+from dual_lora.lab.study import metrics, notes, verdicts
+from dual_lora.lab.study.job import place_name, settings_in_words
 from dual_lora.lab.study.study import Study
 
 Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
@@ -24,25 +23,34 @@ class Said(NamedTuple):
 
 def conclude(
     study: Study,
-    pairs: Sequence[judging.Comparison],
+    pairs: Sequence[verdicts.Comparison],
     methods: Sequence[dict[str, Any]],
     untrained: Sequence[dict[str, Any]],
+    amendments: Sequence[dict[str, Any]] = (),
 ) -> Said:
-    """Judge the pairs together, each as far as its methods' runs allow."""
+    """Judge the pairs together, each as far as its methods' runs allow.
+
+    amendments: of the study; a change after final runs had ended is named in every verdict.
+    """
     at = {(m["model"], m["task"], m["method"]): m for m in methods}
     ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
-    judged = judging.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
+    judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
+    late = " Amended after final runs had ended." if notes.amended_late(amendments) else ""
     comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
-    false_alarm = judging.false_alarm(judged, study.level)
+    comparisons = [dataclasses.replace(c, note=f"{c.note}{late}".strip()) for c in comparisons]
+    false_alarm = verdicts.false_alarm(judged, study.level)
     return Said(
         [_plain(c) for c in comparisons],
         false_alarm,
         notes.level(false_alarm, study.level)
+        + notes.tuned_by(study.search, methods)
         + notes.near_choices(methods, study.search.metric if study.search else None)
+        + notes.extended_searches(study.search, methods)
         + notes.ends_of_searches(ends)
         + notes.level_searches(methods)
-        + notes.unlearned_notes(unlearned),
+        + notes.unlearned_notes(unlearned)
+        + notes.code_versions(methods),
     )
 
 
@@ -58,7 +66,7 @@ def about_pairs(study: Study, place: tuple[str, str], metric: str) -> dict[str, 
     }
 
 
-def placed(pair: judging.Comparison, place: tuple[str, str]) -> judging.Comparison:
+def placed(pair: verdicts.Comparison, place: tuple[str, str]) -> verdicts.Comparison:
     """The comparison with its model and task, and which way its metric is better."""
     return dataclasses.replace(pair, place=place, better=metrics.better(pair.metric))
 
@@ -69,7 +77,7 @@ def _lost(method: dict[str, Any]) -> int | None:
     return None if everything else method["diverged"]
 
 
-def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison:
+def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
     """Without a p, and so without a verdict, where all runs of a method diverged, or one item stands for all others.
 
     The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
@@ -79,9 +87,9 @@ def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison
     gone = [name for name, n in lost.items() if n is None]
     if gone:
         note = f"No run of {' or '.join(gone)} came to an end with a score."
-        return dataclasses.replace(c, verdict=judging.Verdict.DIVERGED, note=note, **silent)
+        return dataclasses.replace(c, verdict=verdicts.Verdict.DIVERGED, note=note, **silent)
     if c.items == 1 and c.seeds > 1:
-        return dataclasses.replace(c, verdict=judging.Verdict.ONE_ITEM, **silent)
+        return dataclasses.replace(c, verdict=verdicts.Verdict.ONE_ITEM, **silent)
     some = [f"{n} of {name}" for name, n in lost.items() if n]
     if some and c.seeds > 1:
         note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
@@ -91,41 +99,41 @@ def _as_far_as_it_goes(c: judging.Comparison, at: Methods) -> judging.Comparison
     return c
 
 
-def _plain(c: judging.Comparison) -> dict[str, Any]:
+def _plain(c: verdicts.Comparison) -> dict[str, Any]:
     sign = metrics.sign(c.metric)
     scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
     model, task = c.place
     values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
     del values["place"]
-    if c.verdict is judging.Verdict.DIVERGED:  # figures of a method that has none
+    if c.verdict is verdicts.Verdict.DIVERGED:  # figures of a method that has none
         absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
         figures = dict.fromkeys(("difference", "error", "seed_error"))
         values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
     return values
 
 
-def _learned(c: judging.Comparison, unlearned: dict[tuple[str, str, str], str]) -> judging.Comparison:
+def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
     """A method that did not learn the task is like another in nothing that anybody asked about."""
     why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned}
     if not why:
         return c
-    alike = c.verdict is judging.Verdict.EQUIVALENT
+    alike = c.verdict is verdicts.Verdict.EQUIVALENT
     if len(why) == 1:
         ((name, reason),) = why.items()
         note = f"{name} has not learned the task: {reason}"
         if not alike:
             return dataclasses.replace(c, note=f"{c.note} {note}.".strip())
         return dataclasses.replace(
-            c, verdict=judging.Verdict.INCONCLUSIVE, note=f"{note}. Equivalence is not claimed.".strip()
+            c, verdict=verdicts.Verdict.INCONCLUSIVE, note=f"{note}. Equivalence is not claimed.".strip()
         )
     first, second = why.values()
     reason = f"Of both, {first}." if first == second else f"Of {c.candidate}, {first}; of {c.reference}, {second}."
     if alike:
-        return dataclasses.replace(c, verdict=judging.Verdict.UNLEARNED, note=reason)
+        return dataclasses.replace(c, verdict=verdicts.Verdict.UNLEARNED, note=reason)
     return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
 
 
-def _as_tuned(c: judging.Comparison, at: Methods) -> judging.Comparison:
+def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
     """A verdict holds for the settings that one search chose, so it names them: another might choose others."""
     mine, other = (settings_in_words(at[(*c.place, name)]["settings"]) for name in (c.candidate, c.reference))
     if not (mine or other):
@@ -136,8 +144,8 @@ def _as_tuned(c: judging.Comparison, at: Methods) -> judging.Comparison:
     return dataclasses.replace(c, note=f"{settings} {c.note}".strip())
 
 
-def _with_doubt(c: judging.Comparison, ends: dict[tuple[str, str, str], str]) -> judging.Comparison:
+def _with_doubt(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
     """A verdict on a method that was not searched to its best says so."""
-    loser = {judging.Verdict.WORSE: c.candidate, judging.Verdict.BETTER: c.reference}.get(c.verdict)
+    loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.place, loser)) if loser else None
     return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c

@@ -1,7 +1,7 @@
 """Where a study's runs are done: one after another here, in processes of their own, or on Ray. Same results.
 
-The outcome file of a run is the only channel that counts: a worker writes it whole, the leader reads it. So a worker
-may be killed, and so may the leader; an orphaned worker notices its leader's death and ends.
+The outcome file of a run is the only channel that counts: a worker writes it whole, the runner reads it. So a worker
+may be killed, and so may the runner; an orphaned worker notices its runner's death and ends.
 """
 
 from __future__ import annotations
@@ -13,43 +13,46 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
-from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study.perform import perform, read_outcome
+from dual_lora.lab.study.job import Job, Outcome, read_outcome
+from dual_lora.lab.study.perform import DiskFull, perform
 from dual_lora.lab.terminal import guarded
 
 Executor = Literal["serial", "process", "ray"]
-Ended = tuple[str, dict[str, Any] | None, str | None]  # key, outcome, error
 
 
-def run_jobs(
-    executor: str,
-    jobs: Sequence[dict[str, Any]],
-    runs: Path,
-    workers: int,
-    keep: str,
-    started: Callable[[str], None],
-    fresh: bool = False,
-) -> Iterator[Ended]:
-    """Do the jobs and yield each as it ends, with its outcome or its error. `started` is told of each that begins.
+@dataclass(frozen=True)
+class Options:
+    """How the runs are done. fresh: each in a new process, so that its peak memory is its own to the last byte."""
 
-    fresh: a new process for every run, so that its peak memory is its own to the last byte (imports cost seconds).
-    """
-    if executor == "serial":
-        return _serially(jobs, runs, keep, started)
-    if executor == "process":
-        return _in_processes(jobs, runs, workers, keep, started, fresh)
-    if executor == "ray":
-        return _on_ray(jobs, runs, workers, keep, started, fresh)
-    raise AssertionError(executor)
+    executor: str = "serial"
+    workers: int = 1
+    keep: str = "adapters"
+    progress: bool = True
+    update: bool = False
+    fresh: bool = False
+
+
+class Answer(NamedTuple):
+    """A run that has ended, with its outcome or its error."""
+
+    key: str
+    outcome: Outcome | None
+    error: str = ""
+
+
+def run_jobs(options: Options, jobs: Sequence[Job], runs: Path) -> Iterator[Answer]:
+    """Do the jobs and yield each as it ends. Raises DiskFull where there is no room: no other run could be written."""
+    how = {"serial": _serially, "process": _in_processes, "ray": _on_ray}[options.executor]
+    return how(options, jobs, runs, min(options.workers, len(jobs)))
 
 
 def check_executor(executor: str) -> None:
@@ -70,19 +73,20 @@ def runs_side_by_side(executor: str, workers: int | None) -> int:
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def _serially(jobs: Sequence[dict[str, Any]], runs: Path, keep: str, started: Callable[[str], None]) -> Iterator[Ended]:
+def _serially(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     for job in jobs:
-        started(job["key"])
         try:
-            yield job["key"], perform(job, runs, keep), None
+            yield Answer(job.key, perform(job, runs, options.keep, at_a_time))
+        except DiskFull:
+            raise
         except Exception as error:
-            yield job["key"], None, described(error)
+            yield Answer(job.key, None, described(error))
         gc.collect()
 
 
 @dataclass
 class _Worker:
-    """A process that does one job after another, and the leader's end of the line to it."""
+    """A process that does one job after another, and the runner's end of the line to it."""
 
     process: Any
     line: Connection
@@ -90,48 +94,40 @@ class _Worker:
     key: str | None = None
 
 
-def _in_processes(
-    jobs: Sequence[dict[str, Any]],
-    runs: Path,
-    workers: int,
-    keep: str,
-    started: Callable[[str], None],
-    fresh: bool,
-) -> Iterator[Ended]:
+def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     from multiprocessing.connection import wait
 
     waiting = list(jobs)
     team: list[_Worker] = []
     try:
         while waiting or any(worker.key for worker in team):
-            if waiting and len(team) < min(workers, len(jobs)) and all(worker.key for worker in team):
-                slot = min(set(range(workers)) - {worker.slot for worker in team})
-                team.append(_hire(runs, keep, workers, slot))
+            if waiting and len(team) < at_a_time and all(worker.key for worker in team):
+                slot = min(set(range(at_a_time)) - {worker.slot for worker in team})
+                team.append(_hire(runs, options, at_a_time, slot))
             for worker in team:
                 if waiting and worker.key is None:
                     job = waiting.pop(0)
-                    worker.key = job["key"]
-                    _error_file(runs, job["key"]).unlink(missing_ok=True)
+                    worker.key = job.key
                     worker.line.send(job)
-                    started(job["key"])
-            if waiting and len(team) < workers:
+            if waiting and len(team) < at_a_time:
                 continue
             for line in wait([worker.line for worker in team if worker.key]):
                 worker = next(w for w in team if w.line is line)
                 key, worker.key = worker.key, None
                 assert key is not None
-                code = None
                 try:
-                    worker.line.recv()  # "done": outcome or error lies in its file
+                    error, full = worker.line.recv()
+                    if options.fresh:
+                        _dismiss(worker)
+                        team.remove(worker)
                 except (EOFError, OSError):
                     worker.process.join()
-                    code = worker.process.exitcode
+                    error, full = _last_words(worker.process.exitcode), False
                     team.remove(worker)
-                if code is None and fresh:
-                    _dismiss(worker)
-                    team.remove(worker)
+                if full:
+                    raise DiskFull(error)
                 outcome = read_outcome(runs, key)
-                yield key, outcome, None if outcome else _last_words(runs, key, code)
+                yield Answer(key, outcome, "" if outcome else error)
     finally:
         for worker in team:
             worker.process.terminate()
@@ -139,12 +135,12 @@ def _in_processes(
             worker.process.join()
 
 
-def _hire(runs: Path, keep: str, workers: int, slot: int) -> _Worker:
+def _hire(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
     """A new process with its share of the machine."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_work, args=(theirs, runs, keep), daemon=False)
-    share = _share(slot, workers)
+    process = spawn.Process(target=_work, args=(theirs, runs, options.keep, at_a_time), daemon=False)
+    share = _share(slot, options.workers)
     before = {name: os.environ.get(name) for name in share}
     os.environ.update(share)
     try:
@@ -177,29 +173,29 @@ def _dismiss(worker: _Worker) -> None:
 
 
 @guarded()
-def _work(line: Connection, runs: Path, keep: str) -> None:
-    """Do the jobs that come down the line, until it is closed."""
+def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
+    """Do the jobs that come down the line, until it is closed. Answers with the error, and whether the disk is full."""
     _end_with_parent()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
     try:
         with on_signals(stop_at_once):
             while True:
                 job = line.recv()
+                answer = "", False
                 try:
-                    perform(job, runs, keep)
+                    perform(job, runs, keep, at_a_time)
                 except Exception as error:
-                    with contextlib.suppress(OSError):  # a full disk: the leader then says that the process ended
-                        write_json(_error_file(runs, job["key"]), described(error))
+                    answer = described(error), isinstance(error, DiskFull)
                 gc.collect()
-                line.send("done")
+                line.send(answer)
     except EOFError:
         return
     except KeyboardInterrupt as error:
-        sys.exit(exit_status(error))  # the leader was told as well
+        sys.exit(exit_status(error))  # the runner was told as well
 
 
 def _end_with_parent() -> None:
-    """An orphan would go on for hours on a machine that somebody wants to use: end when the leader is gone."""
+    """An orphan would go on for hours on a machine that somebody wants to use: end when the runner is gone."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -210,51 +206,41 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _error_file(runs: Path, key: str) -> Path:
-    return runs / f"{key}.error.json"
+def _last_words(code: int | None) -> str:
+    killed = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
+    return f"Its process {killed}; too little memory is the usual reason."
 
 
-def _last_words(runs: Path, key: str, code: int | None) -> str:
-    import json
-
-    try:
-        return json.loads(_error_file(runs, key).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        killed = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
-        return f"Its process {killed}; too little memory is the usual reason."
-
-
-def _on_ray(
-    jobs: Sequence[dict[str, Any]],
-    runs: Path,
-    workers: int,
-    keep: str,
-    started: Callable[[str], None],
-    fresh: bool,
-) -> Iterator[Ended]:
+def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     import ray
     import torch
 
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=False, include_dashboard=False, **_local(workers))
+            ray.init(log_to_driver=False, include_dashboard=False, **_local(options.workers))
         except Exception as error:
             raise UserError(f"Ray could not be reached or started: {described(error)}") from error
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
     if permission.allowed():  # a cluster's workers do not inherit this process's environment
         needs["runtime_env"] = {"env_vars": {permission.VARIABLE: ",".join(permission.allowed())}}
-    remote = ray.remote(max_calls=1 if fresh else 0, max_retries=0, **needs)(perform)
+    remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(perform)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
-    pending = {remote.remote(job, folder, keep): job["key"] for job in jobs}
-    for key in pending.values():
-        started(key)
-    while pending:
-        (ready, *_), _ = ray.wait(list(pending), num_returns=1)
-        key = pending.pop(ready)
-        try:
-            yield key, ray.get(ready), None
-        except Exception as error:
-            yield key, read_outcome(runs, key), described(getattr(error, "cause", None) or error)
+    pending = {remote.remote(job, folder, options.keep, at_a_time): job.key for job in jobs}
+    try:
+        while pending:
+            (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+            key = pending.pop(ready)
+            try:
+                yield Answer(key, ray.get(ready))
+            except Exception as problem:
+                cause = getattr(problem, "cause", None) or problem
+                if isinstance(cause, DiskFull):
+                    raise cause from problem
+                yield Answer(key, read_outcome(runs, key), described(cause))
+    finally:
+        for task in pending:
+            with contextlib.suppress(Exception):
+                ray.cancel(task)
 
 
 def _local(workers: int) -> dict[str, Any]:

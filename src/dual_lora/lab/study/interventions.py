@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class Freeze(TrainerCallback):
     shares: regular expression of parameter names -> share of the run's steps.
     """
 
-    def __init__(self, shares: dict[str, float]):
+    def __init__(self, shares: Mapping[str, float]):
         self.shares = {Pattern(text, "freeze"): share for text, share in shares.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -41,7 +42,7 @@ class Round(TrainerCallback):
     formats: regular expression of parameter names -> "bfloat16", "float16" or "int8" (symmetric, one scale a row).
     """
 
-    def __init__(self, formats: dict[str, str]):
+    def __init__(self, formats: Mapping[str, str]):
         self.formats = {Pattern(text, "round"): name for text, name in formats.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

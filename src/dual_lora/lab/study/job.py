@@ -1,168 +1,163 @@
-"""The training runs of a cell: the trials of its search, the probes of its budget, its final runs.
+"""One run of a study: what to do (Job), what came of it (Outcome), and the files that hold it.
 
-A job is one of them as plain values: it can be hashed, kept in a database and sent to another process. Equal jobs have
-equal keys, so nothing that is finished is ever run again.
+runs/KEY/              the run's own folder: checkpoints while it goes on, then adapter and record
+runs/KEY.json          its outcome, written last and whole: where it is, the run is finished
+runs/KEY.scores.json   what every test item adds to the metric
+runs/KEY.error.json    why it stopped; removed as soon as it is finished
+
+The key is a hash of what the job says. Equal jobs have equal keys, so nothing that is finished is ever run again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dual_lora.lab.recipe.read import build_recipe, identity, merged
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.study import metrics
-from dual_lora.lab.study.cell import Cell, fields_at
-from dual_lora.lab.study.search import dotted
-from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
+from dual_lora.lab.run.write import write_json
 
+LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
-PROBE_STEPS = 8
-UNTRAINED = "(untrained)"
+Kind = Literal["trial", "final", "probe", "base"]
+Split = Literal["validation", "test", "none"]
+Settings = dict[str, Any]  # train.X or method.X: value
 
 
-def trial_jobs(study: Study, cell: Cell) -> list[dict[str, Any]]:
-    """The search of one cell."""
-    if study.search is None:
-        return []
-    search = study.search
-    metric = search.metric or cell.metric
-    return [
-        _job(
-            cell,
-            "trial",
-            search.seed + again,
-            _override(cell, {f"train.{k}": v for k, v in search.train.items()} | point),
-            metric,
-            "validation",
-            settings=point,
-            trial=number,
-        )
-        for number, point in enumerate(search.points(cell.entry.search or None))
-        for again in range(search.seeds)
-    ]
+@dataclass(frozen=True)
+class Job:
+    """A run to do. kind: of a search, compared, measuring a budget, or the model as it is."""
+
+    kind: Kind
+    recipe: Recipe
+    model: str
+    task: str
+    method: str
+    seed: int
+    metric: str
+    split: Split  # which records it is judged by
+    settings: Settings = field(default_factory=dict)  # what a search varied or chose
+    data: dict[str, str] = field(default_factory=dict)  # split: what its files held
+    freeze: dict[str, float] = field(default_factory=dict)
+    round: Mapping[str, str] = field(default_factory=dict)
+    cost: bool = False  # measure what the adapter costs in use
+
+    @cached_property
+    def key(self) -> str:
+        """The name that the run is known by: names of methods and tasks are no part of it."""
+        same = {name: getattr(self, name) for name in ("kind", "data", "freeze", "round", "metric", "split", "cost")}
+        same |= {"format": JOB_FORMAT, "recipe": identity(self.recipe)}
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Model and task: runs of one place are compared with each other."""
+        return self.model, self.task
+
+    def __str__(self) -> str:
+        where = f"{self.method} on {place_name(*self.place)}"
+        more = {"trial": f", {settings_in_words(self.settings)}", "final": f", seed {self.seed}"}
+        return where + more.get(self.kind, "")
 
 
-def choose(trials: Sequence[dict[str, Any]], outcomes: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The settings of the best trial ({} without a search), by the mean over the search's seeds.
+class Training(BaseModel):
+    """What training took; the file may say more. Seconds, bytes."""
 
-    None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
-    Settings with which one seed diverged are not chosen.
-    """
-    if not trials:
-        return {}
-    if any(outcome is None for outcome in outcomes):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    seconds: float | None = None
+    steps: int = 0
+    tokens_per_second: float | None = None
+    peak_memory: float | None = None
+    adapter_bytes: float | None = None
+
+
+class Outcome(BaseModel):
+    """What came of a run. A run that diverged has an outcome, one that stopped with an error has none."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str
+    status: Literal["done", "diverged"]
+    seconds: FiniteFloat
+    score: FiniteFloat | None = None
+    metric: str | None = None
+    figures: dict[str, float | None] | None = None  # everything that the evaluation gave
+    items: int | None = None  # how many scores lie beside it
+    constant: float | None = None  # how often one answer to everything would be right
+    training: Training | None = None
+    steps_per_second: float | None = None
+    evaluation_seconds: float | None = None
+    use: dict[str, float | None] = {}
+    use_problems: dict[str, str] = {}
+    warnings: list[str] = []
+    error: str | None = None
+    runs_at_a_time: int | None = None
+    code: str | None = Field(None, max_length=200, pattern=r"^[^/\\\x00-\x1f]*$")  # the version that did it: no path
+
+
+def run_file(runs: Path, key: str, what: Literal["", "scores", "error"] = "") -> Path:
+    """Where the outcome of a run lies, its items' scores, or why it stopped."""
+    return runs / (f"{key}.{what}.json" if what else f"{key}.json")
+
+
+def write_outcome(runs: Path, outcome: Outcome) -> None:
+    """Declare the run finished: everything else that belongs to it has to be on the disk."""
+    write_json(run_file(runs, outcome.key), outcome.model_dump(mode="json", exclude_defaults=True))
+    run_file(runs, outcome.key, "error").unlink(missing_ok=True)
+
+
+def read_outcome(runs: Path, key: str) -> Outcome | None:
+    """The outcome of a finished run; None if it is not finished, or its files are damaged (see `damage`)."""
+    outcome = _look_up(runs, key)
+    return outcome if isinstance(outcome, Outcome) else None
+
+
+def damage(runs: Path, key: str) -> str:
+    """What is wrong with the files of a run that was finished, in a sentence; "" if nothing is."""
+    found = _look_up(runs, key)
+    return found if isinstance(found, str) else ""
+
+
+def _look_up(runs: Path, key: str) -> Outcome | str | None:
+    file = run_file(runs, key)
+    if not file.is_file():
         return None
-    means = mean_scores([{"settings": job["settings"], **(o or {})} for job, o in zip(trials, outcomes, strict=True)])
-    better = metrics.sign(trials[0]["metric"])
-    return max(means, key=lambda pair: better * pair[1])[0] if means else None
+    try:
+        outcome = Outcome.model_validate_json(content(file))
+    except (OSError, ValueError):
+        return f"{file} is damaged."
+    if outcome.key != key:
+        return f"{file} is the outcome of another run, {outcome.key}."
+    try:
+        whole = outcome.items is None or len(read_scores(runs, key)) == outcome.items
+    except (OSError, ValueError, RecursionError):
+        whole = False
+    return outcome if whole else f"{run_file(runs, key, 'scores')} is damaged or missing."
 
 
-def mean_scores(trials: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any], float]]:
-    """Settings that were tried, with the mean score over their seeds; without those with which one seed diverged."""
-    found: list[tuple[dict[str, Any], list[Any]]] = []
-    for t in trials:
-        scores = next((scores for settings, scores in found if settings == t["settings"]), None)
-        if scores is None:
-            found.append((t["settings"], scores := []))
-        scores.append(t["score"] if t["status"] == "done" else None)
-    return [(settings, sum(scores) / len(scores)) for settings, scores in found if None not in scores]
+def read_scores(runs: Path, key: str) -> NDArray[np.float64]:
+    """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
+    scores = np.asarray(json.loads(content(run_file(runs, key, "scores"))), dtype=np.float64)
+    if scores.ndim != 2 or not np.isfinite(scores).all():
+        raise ValueError(f"Scores of shape {scores.shape}: expected finite ones, [items, what each adds].")
+    return scores
 
 
-def final_jobs(study: Study, cell: Cell, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that are compared, with the settings that the search chose."""
-    return [
-        _job(
-            cell,
-            "final",
-            seed,
-            _override(cell, settings),
-            cell.metric,
-            "test",
-            settings=settings,
-            cost=study.cost and i == 0,
-        )
-        for i, seed in enumerate(study.seeds)
-    ]
-
-
-def probe_job(study: Study, cell: Cell, rank: int | None = None) -> dict[str, Any]:
-    """A few steps, to learn what a step costs; with another rank than the cell's if given."""
-    over: dict[str, Any] = {"train": {"steps": PROBE_STEPS}}
-    if rank is not None:
-        over["method"] = fields_at(cell.entry, rank)
-    return _job(cell, "probe", study.seeds[0], over, cell.metric, "none", settings={}, rank=rank)
-
-
-def base_jobs(cells: Iterable[Cell]) -> list[dict[str, Any]]:
-    """The untrained language model on each task; a classifier has none (its head is drawn at random)."""
-    first = {cell.place: cell for cell in reversed(list(cells)) if cell.recipe.model.head == "causal"}
-    return [
-        _job(
-            Cell(
-                c.model,
-                c.task,
-                UNTRAINED,
-                MethodEntry.model_validate({"name": "full"}),
-                c.recipe,
-                c.metric,
-                c.size,
-                None,
-            ),
-            "base",
-            0,
-            {"method": {"name": "full"}, "train": {}},
-            c.metric,
-            "test",
-            settings={},
-        )
-        for c in first.values()
-    ]
-
-
-def _override(cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
-    over: dict[str, Any] = {}
-    for name, value in settings.items():
-        part, _, key = dotted(name).partition(".")
-        over.setdefault(part, {})[key] = rank_rule(value, cell.rank, name) if part == "method" else value
-    return over
-
-
-def settings_in_words(settings: dict[str, Any] | None) -> str:
-    """What a search tries or chose (None: nothing), as people read it."""
-    return ", ".join(
-        f"{name.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}"
-        for name, value in (settings or {}).items()
-    )
-
-
-def _job(
-    cell: Cell, kind: str, seed: int, over: dict[str, Any], metric: str, split: str, **more: Any
-) -> dict[str, Any]:
-    values = merged(cell.recipe.model_dump(mode="json"), over)
-    values["train"]["seed"] = seed
-    values["evaluate"] |= {
-        "tasks": [metrics.evaluation(metric, cell.recipe.model.head)],
-        "split": split if split != "none" else "test",
-        "base": False,
-    }
-    work = {
-        "format": JOB_FORMAT,
-        "kind": kind,
-        "recipe": build_recipe(values, f"{cell.method} on {cell.task}").model_dump(mode="json"),
-        "data": fingerprint(cell.recipe),
-        "freeze": cell.entry.freeze,
-        "round": cell.entry.round,
-        "metric": metric,
-        "split": split,
-        "cost": more.pop("cost", False),
-    }
-    same = {**work, "recipe": identity(build_recipe(work["recipe"]))}
-    key = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
-    return {"key": key, **work, "model": cell.model, "task": cell.task, "method": cell.method, "seed": seed, **more}
+def content(file: Path) -> bytes:
+    """What a file of reasonable size holds. Raises ValueError for another, and for one that might never end."""
+    if not file.is_file() or file.stat().st_size > LARGEST:
+        raise ValueError(f"{file} is no file of at most {LARGEST:,} bytes.")
+    return file.read_bytes()
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:
@@ -187,3 +182,16 @@ def _file_print(path: Path) -> str:
     if at not in _prints:
         _prints[at] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return _prints[at]
+
+
+def place_name(model: str, task: str) -> str:
+    """How a task with a model is called in sentences."""
+    return f"{task} ({model})" if model else task
+
+
+def settings_in_words(settings: Settings | None) -> str:
+    """What a search tries or chose (None: nothing), as people read it."""
+    return ", ".join(
+        f"{name.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in (settings or {}).items()
+    )

@@ -94,14 +94,14 @@ def features(
         truth = np.array([float(label) for label in labels])
         guess = np.array([row["predicted"] for row in rows])
         if metric == "mse":
-            return ((guess - truth) ** 2)[:, None].tolist()
+            return list(((guess - truth) ** 2)[:, None].tolist())
         x, y = ((values - truth.mean()) / (truth.std() or 1.0) for values in (guess, truth))  # of order 1 in any unit
-        return np.stack([x, y, x * x, y * y, x * y], 1).tolist()
+        return list(np.stack([x, y, x * x, y * y, x * y], 1).tolist())
     if metric in ("f1", "matthews"):
         number = {name: i for i, name in enumerate(classes)}
         truth = np.array([number[label] for label in labels])
         guess = np.array([number[row["predicted"]] for row in rows])
-        return confusion_cells(truth, guess[None], len(classes))[0].tolist()
+        return list(confusion_cells(truth, guess[None], len(classes))[0].tolist())
     return [[float(row["correct"])] for row in rows]
 
 
@@ -185,7 +185,7 @@ def f1(confusion: Table) -> float:
 def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
     """One-hot confusion cells [S, N, classes²] from labels [N] and predictions [S, N] (integers)."""
     cells = np.asarray(labels)[None] * classes + np.asarray(predictions)
-    return np.eye(classes * classes)[cells]
+    return np.asarray(np.eye(classes * classes)[cells])
 
 
 def pearson(means: Table) -> float:

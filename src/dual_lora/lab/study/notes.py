@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.cell import Finished, place_name
-from dual_lora.lab.study.job import mean_scores
-from dual_lora.lab.study.load import loads
+from dual_lora.lab.study.cell import Finished
+from dual_lora.lab.study.job import place_name
+from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
 
 
@@ -48,7 +48,7 @@ def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[
         judged = metric or m["metric"]
         figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
         noise = np.array([v for v in figures if v is not None])
-        scores = np.array([mean for _, mean in mean_scores(m["trials"])])
+        scores = np.array([mean for _, mean in mean_scores((t["settings"], t["score"]) for t in m["trials"])])
         if len(scores) < 2 or len(noise) < 2:
             continue
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
@@ -111,11 +111,65 @@ def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
 
 
 def amended(results: dict[str, Any]) -> list[str]:
-    """When and why a study was judged again, and which verdicts changed by it."""
+    """What was changed in a study after it was begun, or judged again, when, and which verdicts changed by it."""
     said = []
     for a in results.get("amendments", []):
-        changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a["changed"])
-        said.append(f"Amended {a['date']}. {a['what']} Verdicts changed: {changed or 'none'}.")
+        seen = f" {a['ended']} of {a['of']} final runs known by then had ended." if "of" in a else ""
+        changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a.get("changed", []))
+        end = f" Verdicts changed: {changed or 'none'}." if "changed" in a else ""
+        said.append(f"Amended {a['date']}. {a['what']}{seen}{end}")
+    return said
+
+
+def amended_late(amendments: Sequence[dict[str, Any]]) -> bool:
+    """Whether the study was changed when some of its final runs could be seen."""
+    return any(a.get("ended", 0) > 0 for a in amendments)
+
+
+def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]]) -> list[str]:
+    """Final runs that were there before the plan was written, and that no amendment speaks of."""
+    before = (plan or {}).get("before", 0)
+    if not before or amendments:
+        return []
+    return [f"{before} of the final runs had ended before this study's plan was written, and were taken over."]
+
+
+def tuned_by(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Searches that go by another metric than the one that judges."""
+    judges = dict.fromkeys(m["metric"] for m in methods)
+    if search is None or search.metric is None:
+        return []
+    why = f": {search.why.rstrip('.')}." if search.why else ". What is best by one may be worst by the other."
+    return [f"Tuned by {search.metric}, judged by {judge}{why}" for judge in judges if judge != search.metric]
+
+
+def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Searches that went on beyond their grid."""
+    found = []
+    for m in methods:
+        points = [t["settings"] for t in m["trials"] if t.get("beyond")]
+        if rates := dict.fromkeys(f"{point[RATE]:g}" for point in points if RATE in point):
+            found.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({', '.join(rates)})")
+    if not found or search is None:
+        return []
+    return [
+        "The best learning rate lay at an end of its grid, so the search went on beyond it, before any final run and "
+        f"by the same rule for every method ({search.extend} more at most): {', '.join(found)}."
+    ]
+
+
+def code_versions(methods: Sequence[dict[str, Any]]) -> list[str]:
+    """Places whose final runs were done by different versions of the code, or do not all say by which."""
+    said = []
+    for place in dict.fromkeys((m["model"], m["task"]) for m in methods):
+        seeds = [seed for m in methods if (m["model"], m["task"]) == place for seed in m["seeds"]]
+        codes = {seed.get("code") for seed in seeds if seed["status"] != "missing"}
+        if len(codes) > 1:
+            names = "; ".join(sorted(str(code or "not recorded") for code in codes))
+            said.append(
+                f"The runs on {place_name(*place)} were done by several versions of the code ({names}): a difference "
+                "may be the code's."
+            )
     return said
 
 
@@ -137,6 +191,16 @@ def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
     """Tasks with one test item."""
     places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
     return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+
+
+def loads(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
+    """All numbers of runs at a time in these methods of a results.json; None where a run does not say."""
+    return {n for m in methods for n in m.get("measured_beside", [])}
+
+
+def company(method: Mapping[str, Any]) -> str:
+    """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
+    return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
 def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
@@ -202,11 +266,12 @@ def unmeasured(finished: Sequence[Finished]) -> list[str]:
         f"{name.replace('_', ' ')} of {f.cell.method} on {place_name(*f.cell.place)} could not be measured: {why}"
         for f in finished
         for _, outcome in f.finals
-        for name, why in ((outcome or {}).get("use_problems") or {}).items()
+        if outcome
+        for name, why in outcome.use_problems.items()
     ]
 
 
 def warned(finished: Sequence[Finished]) -> list[str]:
     """What the runs were warned of, each warning once."""
     outcomes = [outcome for f in finished for _, outcome in [*f.trials, *f.finals] if outcome]
-    return list(dict.fromkeys(f"warning: {text}" for outcome in outcomes for text in outcome.get("warnings", [])))
+    return list(dict.fromkeys(f"warning: {text}" for outcome in outcomes for text in outcome.warnings))

@@ -1,7 +1,4 @@
-"""From a study to its runs: every method checked, its rank solved for, its validation kept apart from its test.
-
-`cell` says what a cell is, `jobs` which runs it has.
-"""
+"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test."""
 
 from __future__ import annotations
 
@@ -16,8 +13,8 @@ from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Scale, Size, classes_of, rank_field, solve_rank
-from dual_lora.lab.study.cell import Cell, fields_at
-from dual_lora.lab.study.job import trial_jobs
+from dual_lora.lab.study.cell import Cell, fields_at, trial_jobs
+from dual_lora.lab.study.job import Settings
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
 
 
@@ -85,14 +82,20 @@ def _resolved(name: str, entry: MethodEntry) -> MethodEntry:
 
 
 def _metric(study: Study, task: str, recipe: Recipe) -> str:
-    head = recipe.model.head
+    """What judges the task. Refuses a search that goes by something else and does not say why."""
+    head, search = recipe.model.head, study.search
     metric = study.tasks[task].metric or metrics.default_metric(recipe.evaluate.tasks, head)
-    for name in (metric, study.search.metric if study.search else None):
-        if name:
-            try:
-                metrics.evaluation(name, head)
-            except UserError as error:
-                raise UserError(f"tasks.{task}: {error}") from None
+    tuned_by = (search and search.metric) or metric
+    for name in (metric, tuned_by):
+        try:
+            metrics.evaluation(name, head)
+        except UserError as error:
+            raise UserError(f"tasks.{task}: {error}") from None
+    if search and tuned_by != metric and not search.why.strip():
+        raise UserError(
+            f"tasks.{task} is judged by {metric}, and the search goes by {tuned_by}: what is best by one may be worst "
+            f"by the other. Leave search.metric out to tune by {metric}, or say in search.why what speaks for it."
+        )
     return metric
 
 
@@ -202,7 +205,7 @@ def _sized(
             entry.fields.values(), 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
         )
         top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top).rank
+        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top)
     size = _size(scale, base, classes, entry, rank)
     mismatch = size.trainable / target - 1
     if abs(mismatch) > study.budget.tolerance:
@@ -242,10 +245,8 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             scale.size(cell.recipe, cell.classes, named=named)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-    for recipe, settings in [
-        (cell.recipe, {}),
-        *((build_recipe(job["recipe"]), job["settings"]) for job in trial_jobs(study, cell)),
-    ]:
+    planned: list[tuple[Recipe, Settings]] = [(job.recipe, job.settings) for job in trial_jobs(study, cell)]
+    for recipe, settings in [(cell.recipe, {}), *planned]:
         try:
             check_names(recipe.train)
         except UserError as error:

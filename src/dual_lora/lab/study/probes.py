@@ -3,47 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import in_words
-from dual_lora.lab.study.cell import Cell, cell_id
-from dual_lora.lab.study.job import probe_job
+from dual_lora.lab.study.cell import Cell, probe_job
+from dual_lora.lab.study.job import Job, Outcome, Training
 from dual_lora.lab.study.plan import planned_steps, set_rank
 from dual_lora.lab.study.study import Study
 
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
 
-Training = dict[str, Any]  # what a probe's outcome says of its training
-Measure = Callable[[Sequence[dict[str, Any]]], Sequence[Training]]  # does the jobs
+Measure = Callable[[Sequence[Job]], Sequence[Outcome]]  # does the jobs
 
 
 def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> None:
     """Give every cell the steps or the rank that its budget allows. Raises UserError where none does."""
     like = [cell for cell in cells if study.origin(cell.method) == study.budget.like]
     matched = [cell for cell in cells if not cell.entry.unmatched]
-    probed = {cell_id(cell): cell for cell in [*like, *matched]}
-    jobs = [probe_job(study, cell) for cell in probed.values()]
-    first = dict(zip(probed, measure(jobs), strict=True))
+    probed = {cell.at: cell for cell in [*like, *matched]}
+    first = dict(zip(probed, _measured(measure, [probe_job(study, cell) for cell in probed.values()]), strict=True))
     for cell in matched:
         target = study.budget.value
         if target is None:
             model = next(c for c in like if c.place == cell.place)
-            target = _need(study, model, first[cell_id(model)])
+            target = _need(study, model, first[model.at])
         if study.budget.match == "time":
-            _fit_steps(study, cell, first[cell_id(cell)], target)
+            _fit_steps(study, cell, first[cell.at], target)
         else:
-            _fit_rank(study, cell, first[cell_id(cell)], target, measure)
+            _fit_rank(study, cell, first[cell.at], target, measure)
+
+
+def _measured(measure: Measure, jobs: Sequence[Job]) -> list[Training]:
+    return [outcome.training or Training() for outcome in measure(jobs)]
 
 
 def _need(study: Study, model: Cell, training: Training) -> float:
     if study.budget.match == "memory":
-        return float(training["peak_memory"])
-    return training["seconds"] / training["steps"] * planned_steps(model.recipe)
+        return _peak(training)
+    return _a_step(training) * planned_steps(model.recipe)
+
+
+def _a_step(training: Training) -> float:
+    assert training.seconds is not None
+    return training.seconds / training.steps
+
+
+def _peak(training: Training) -> float:
+    assert training.peak_memory is not None
+    return training.peak_memory
 
 
 def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> None:
-    a_step = training["seconds"] / training["steps"]
+    a_step = _a_step(training)
     steps = max(1, round(seconds / a_step))
     cell.mismatch = steps * a_step / seconds - 1
     _check(study, cell, f"{in_words(seconds)} of training", f"{in_words(steps * a_step)} with {steps} steps")
@@ -53,16 +64,16 @@ def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> 
 
 def _fit_rank(study: Study, cell: Cell, training: Training, target: float, measure: Measure) -> None:
     """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
-    peak = training["peak_memory"]
+    peak = _peak(training)
     if abs(peak / target - 1) > 0.005 and cell.rank is not None:
-        (wide,) = measure([probe_job(study, cell, cell.rank * MEMORY_RANKS)])
-        slope = (wide["peak_memory"] - peak) / (cell.rank * (MEMORY_RANKS - 1))
+        (wide,) = _measured(measure, [probe_job(study, cell, cell.rank * MEMORY_RANKS)])
+        slope = (_peak(wide) - peak) / (cell.rank * (MEMORY_RANKS - 1))
         rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
         step = 2 if cell.entry.name == "dual_lora" else 1
         rank = min(max(step, rank // step * step), study.budget.max_rank)
-        (check,) = measure([probe_job(study, cell, rank)])
+        (check,) = _measured(measure, [probe_job(study, cell, rank)])
         set_rank(cell, rank)
-        peak = check["peak_memory"]
+        peak = _peak(check)
     cell.mismatch = peak / target - 1
     at = f"{peak / 2**20:,.0f} MiB" + (f" at rank {cell.rank}" if cell.rank is not None else "")
     _check(study, cell, f"{target / 2**20:,.0f} MiB peak memory", at)

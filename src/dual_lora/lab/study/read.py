@@ -20,14 +20,13 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
 
 
-def read_study(source: str | Path) -> tuple[Study, str]:
-    """The study in a YAML file, or the shipped one of that name, and its text.
+def read_study(source: str | Path) -> Study:
+    """The study in a YAML file, or the shipped one of that name.
 
     Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
     """
     path = _study_file(str(source), Path(source))
-    text = read_yaml_text(path)
-    values = _values(path, text)
+    values = values_in(path)
     if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
         raise UserError(_is_a_recipe(str(source)))
     values = _extended(values, path, [path])
@@ -35,7 +34,7 @@ def read_study(source: str | Path) -> tuple[Study, str]:
     for task in study.tasks.values():  # a recipe may lie beside its study
         if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
             task.recipe = str(beside.resolve())
-    return study, text
+    return study
 
 
 def _study_file(name: str, path: Path) -> Path:
@@ -48,8 +47,9 @@ def _study_file(name: str, path: Path) -> Path:
     raise UserError(f"There is no study {name!r}, neither a file nor a shipped one.{suggest(name, shipped)}")
 
 
-def _values(path: Path, text: str) -> dict[str, Any]:
-    values = parse_yaml(text, str(path))
+def values_in(path: Path) -> dict[str, Any]:
+    """What a YAML file holds. Raises UserError where it is none, or no mapping."""
+    values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
     return values
@@ -66,7 +66,7 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
     base = _study_file(name, path.parent / name)
     if base in seen:
         raise UserError(f"{path} extends {name}, which extends {path.name} in turn: leave one of them out.")
-    below = _extended(_values(base, read_yaml_text(base)), base, [*seen, base])
+    below = _extended(values_in(base), base, [*seen, base])
     over = {key: value for key, value in values.items() if key != "extends"}
     theirs, ours = below.get("methods"), over.get("methods")
     if isinstance(theirs, dict) and isinstance(ours, dict):
@@ -78,7 +78,7 @@ def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str,
 
 def _is_a_recipe(name: str) -> str:
     """What to do with a recipe that was given for a study."""
-    using = [study for study in shipped_studies() if name in read_study(study)[0].recipes]
+    using = [study for study in shipped_studies() if name in read_study(study).recipes]
     shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
     return (
         f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "

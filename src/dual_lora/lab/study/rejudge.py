@@ -19,11 +19,11 @@ import numpy as np
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import judging, metrics
+from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import about_pairs, conclude, placed
 from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.verdicts import RESULTS_FORMAT
+from dual_lora.lab.study.results import RESULTS_FORMAT
 
 WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
 GONE = ("overall", "ranking")  # of format 1
@@ -39,7 +39,7 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
         pairs = [_pair(study, c, at) for c in before]
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
-    said = conclude(study, pairs, methods, untrained)
+    said = conclude(study, pairs, methods, untrained, results.get("amendments", []))
     changed = [
         {key: new[key] for key in ("candidate", "reference", "model", "task")}
         | {"before": old["verdict"], "after": str(new["verdict"])}
@@ -57,7 +57,7 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> judging.Comparison:
+def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> verdicts.Comparison:
     place = (c["model"], c["task"])
     two = [at[(*place, c[side])] for side in ("candidate", "reference")]
     spread, sign = c["spread"], metrics.sign(c["metric"])
@@ -69,7 +69,7 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
         figures = *figures[:2], _seed_error(two, at, place, spread["error"])
     s = stats.Spread(*figures, spread["seeds"], spread["items"])
     about = about_pairs(study, place, c["metric"])
-    return placed(judging.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
+    return placed(verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
 
 
 def _seed_error(two: list[dict[str, Any]], at: Any, place: tuple[str, str], error: float) -> float:

@@ -1,20 +1,23 @@
-"""What is tried before the final runs: the same number of points for every method."""
+"""What is tried before the final runs, by the same rule for every method, and what is chosen of it."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dual_lora.lab.errors import suggest
 from dual_lora.lab.recipe.schema import Part, TrainPart
-from dual_lora.lab.study.metrics import METRICS
+from dual_lora.lab.study.job import Job, Outcome, Settings
+from dual_lora.lab.study.metrics import METRICS, sign
 
 SEARCH_SEED = 1000
 MOST_RUNS = 10_000  # of one kind that a study may ask for
+RATE = "train.learning_rate"
 
 
 def known_metric(value: str | None) -> str | None:
@@ -46,7 +49,13 @@ class Search(Part):
 
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
     trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
-    metric: str | None = Field(None, description="Judged by this; left out: the task's metric.")
+    metric: str | None = Field(None, description="Goes by this metric; left out: the one that judges the task.")
+    why: str = Field("", description="Why it goes by another metric than the one that judges; needed where it does.")
+    extend: int = Field(
+        2,
+        ge=0,
+        description="While the best learning rate lies at an end of three or more, one beyond it is tried: so many.",
+    )
     holdout: int | None = Field(
         None, ge=1, description="Validation records taken out of training where a recipe has none."
     )
@@ -122,6 +131,49 @@ def _at(axis: Axis, u: float) -> Any:
     if axis.scale == "linear":
         return float(f"{axis.low + u * (axis.high - axis.low):.4g}")
     return float(f"{axis.low * (axis.high / axis.low) ** u:.4g}")
+
+
+def choose(trials: Sequence[tuple[Job, Outcome | None]]) -> Settings | None:
+    """The settings of the best trial ({} without a search), by the mean over the search's seeds.
+
+    None when a trial is missing or failed (the search was not equal to the others'), and when all of them diverged.
+    Settings with which one seed diverged are not chosen.
+    """
+    if not trials:
+        return {}
+    if any(outcome is None for _, outcome in trials):
+        return None
+    means = mean_scores((job.settings, outcome.score) for job, outcome in trials if outcome)
+    better = sign(trials[0][0].metric)
+    return max(means, key=lambda pair: better * pair[1])[0] if means else None
+
+
+def mean_scores(trials: Iterable[tuple[Settings, float | None]]) -> list[tuple[Settings, float]]:
+    """Settings that were tried, with the mean score over their seeds; without those with which one seed diverged."""
+    found: list[tuple[Settings, list[float | None]]] = []
+    for settings, score in trials:
+        scores = next((scores for known, scores in found if known == settings), None)
+        if scores is None:
+            found.append((settings, scores := []))
+        scores.append(score)
+    return [(settings, sum(good) / len(good)) for settings, scores in found if (good := _all_there(scores))]
+
+
+def _all_there(scores: list[float | None]) -> list[float]:
+    good = [score for score in scores if score is not None]
+    return good if len(good) == len(scores) else []
+
+
+def beyond(best: Settings, tried: Sequence[Settings]) -> Settings | None:
+    """The best settings with the next learning rate, where theirs is the first or the last of three or more tried.
+
+    The step is that of the grid's end: after 3e-4 and 1e-3 comes 3.3e-3. None where the best rate lies inside.
+    """
+    rates = sorted({float(point[RATE]) for point in tried if RATE in point})
+    if len(rates) < 3 or (rate := float(best[RATE])) not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if rate == rates[0] else rates[-2]
+    return best | {RATE: float(f"{rate * rate / neighbour:.2g}")}
 
 
 def dotted(name: str) -> str:

@@ -110,7 +110,8 @@ def spread(d: ArrayLike) -> Spread:
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
     """Half of the interval's width at 1 - level (the module's formula); arrays are taken as they come."""
     parts = ((seed_error, seeds - 1), (item_error, items - 1))
-    return np.sqrt(sum((stats.t.isf(level / 2, df) * np.asarray(error)) ** 2 for error, df in parts if df > 0))
+    squares = [(stats.t.isf(level / 2, df) * np.asarray(error)) ** 2 for error, df in parts if df > 0]
+    return np.asarray(np.sqrt(sum(squares)))
 
 
 def interval(s: Spread, confidence: float = 0.95) -> tuple[float, float]:
@@ -172,7 +173,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def _luck(seeds: int) -> Table:
     """What the seeds' part of the error is seen to be for a true part of 1: the quantiles over studies."""
     points = (np.arange(1000) + 0.5) / 1000
-    return np.sqrt(stats.chi2.ppf(points, seeds - 1) / (seeds - 1))
+    return np.asarray(np.sqrt(stats.chi2.ppf(points, seeds - 1) / (seeds - 1)))
 
 
 def power(difference: float, s: Spread, level: float) -> float:

@@ -10,8 +10,7 @@ from rich.text import Text
 from dual_lora.lab.cost.forecast import Forecast
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.study.job import settings_in_words
-from dual_lora.lab.study.load import company, loads
-from dual_lora.lab.study.notes import amended
+from dual_lora.lab.study.notes import amended, company, loads
 from dual_lora.lab.terminal import Console
 
 _COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}

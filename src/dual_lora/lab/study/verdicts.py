@@ -1,232 +1,204 @@
-"""From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
+"""What may be said about one method against another: comparisons, corrected for their number, and their verdicts."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
-import numpy as np
+from numpy.typing import ArrayLike
 
-from dual_lora.lab.study import judging, metrics, notes
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.cell import Cell, Finished, place_name
-from dual_lora.lab.study.conclude import about_pairs, conclude, placed
-from dual_lora.lab.study.perform import read_scores
-from dual_lora.lab.study.study import Study
 
-RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
-
-# Cost -> (its name for people, whether less is better).
-COSTS: dict[str, tuple[str, bool]] = {
-    "train_seconds": ("training time [s]", True),
-    "steps_per_second": ("steps a second", False),
-    "tokens_per_second": ("tokens a second", False),
-    "peak_memory": ("peak memory [bytes]", True),
-    "trainable_parameters": ("trainable parameters", True),
-    "adapter_bytes": ("adapter on disk [bytes]", True),
-    "merge_seconds": ("merge time [s]", True),
-    "forward_slowdown": ("slow-down of a forward pass", True),
-    "decode_slowdown": ("slow-down of decoding", True),
-}
+NAMES = ("candidate", "reference")
 
 
-def build_results(
-    study: Study, finished: Sequence[Finished], runs: Path, untrained: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
-    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place."""
-    lost: list[str] = []
-    tables = _score_tables(finished, runs, lost, len(study.seeds))
-    methods = [_method(f, tables.get(_at(f))) for f in finished]
-    said = conclude(study, _pairs(study, finished, tables), methods, untrained)
-    return {
-        "format": RESULTS_FORMAT,
-        "study": study.model_dump(mode="json"),
-        "complete": all(f.complete for f in finished),
-        "methods": methods,
-        "comparisons": said.comparisons,
-        "false_alarm": said.false_alarm,
-        "pareto": _pareto(methods),
-        "notes": notes.unfinished(study, finished)
-        + lost
-        + said.notes
-        + notes.single_items(tables)
-        + notes.single_seed(study)
-        + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
-        + notes.unmeasured(finished)
-        + notes.warned(finished)
-        + notes.shared_machine(methods)
-        + notes.precisions(finished),
-    }
+class Verdict(StrEnum):
+    """What may be said about a candidate against its reference."""
+
+    BETTER = "significantly better"
+    WORSE = "significantly worse"
+    UNCLEAR = "significantly different, size unclear"
+    EQUIVALENT = "equivalent within the margin"
+    INCONCLUSIVE = "inconclusive"
+    NOT_SIGNIFICANT = "not significant"
+    ONE_SEED = "no verdict from one seed"
+    ONE_ITEM = "no verdict from one test item"
+    DIVERGED = "no verdict, every run diverged"
+    UNLEARNED = "neither learned the task"
 
 
-def _at(f: Finished) -> tuple[str, str, str]:
-    return (*f.cell.place, f.cell.method)
+@dataclass(frozen=True)
+class Comparison:
+    """One candidate against one reference on one task; differences in the metric's unit, positive is better.
 
+    p: chance of a difference this large if there were none (seeds and items both random); `p_holm` after
+        Holm's correction over all comparisons made together. p_same: chance of looking this alike if the true
+        difference were as large as the margin; same_low, same_high: the interval which that test holds against the
+        margin (90 % at a level of 5 %).
+    visible: the smallest true difference that a study of this size finds with `power`, at the corrected
+    level; None where nothing varied, and noise can't be judged.
+    """
 
-def _score_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
-) -> dict[tuple[str, str, str], stats.Table]:
-    """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
-    raw: dict[tuple[str, str, str], list[Any]] = {}
-    for f in finished:
-        if f.complete:
-            raw[_at(f)] = [None] * seeds if f.doomed else [_features(job, outcome, runs) for job, outcome in f.finals]
-    tables = {}
-    for place in dict.fromkeys(key[:2] for key in raw):
-        here = {key: rows for key, rows in raw.items() if key[:2] == place}
-        metric = next(f.cell.metric for f in finished if f.cell.place == place)
-        good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
-        if not good:
-            said.append(f"Every run on {place_name(*place)} diverged: there is nothing to compare.")
-            continue
-        worst = min(table.mean(1).min() for table in good.values())
-        items = next(iter(good.values())).shape[1]
-        for key, rows in here.items():
-            table = np.full((seeds, items), worst)
-            if key in good:
-                table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
-            lost = sum(row is None for row in rows)
-            if lost == seeds:
-                said.append(
-                    f"Every run of {key[2]} on {place_name(*place)} diverged: it has no score there, and ranks last."
-                )
-            elif lost:
-                said.append(
-                    f"{lost} of {seeds} runs of {key[2]} on {place_name(*place)} diverged; each counts with the worst "
-                    f"score of any run there ({metrics.sign(metric) * worst:.4g})."
-                )
-            tables[key] = table
-    return tables
+    candidate: str
+    reference: str
+    task: str
+    metric: str
+    candidate_score: float
+    reference_score: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    p: float | None
+    p_holm: float | None
+    p_same: float | None
+    p_same_holm: float | None
+    same_low: float
+    same_high: float
+    visible: float | None
+    power: float
+    margin: float | None
+    spread: stats.Spread
+    verdict: Verdict
+    note: str = ""
+    place: tuple[str, str] = ("", "")  # model and task, for programs
+    better: str = "more"  # or "less", of the metric; the difference is positive where it is better in both cases
 
+    @property
+    def seeds(self) -> int:
+        """How many paired seeds there were."""
+        return self.spread.seeds
 
-def _alive(rows: list[Any]) -> list[Any]:
-    return [row for row in rows if row is not None]
+    @property
+    def items(self) -> int:
+        """How many paired test items there were (1 where the metric has none)."""
+        return self.spread.items
 
-
-def _features(job: dict[str, Any], outcome: dict[str, Any] | None, runs: Path) -> Any:
-    assert outcome is not None
-    if outcome["status"] == "diverged":
-        return None
-    return read_scores(runs, job["key"])
-
-
-def _pairs(
-    study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[judging.Comparison]:
-    pairs = []
-    for place in dict.fromkeys(f.cell.place for f in finished):
-        here = [f.cell for f in finished if f.cell.place == place and _at(f) in tables]
-        names = [cell.method for cell in here]
-        if study.pairs == "all":
-            wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
+    @property
+    def sentence(self) -> str:
+        """The verdict in words, with the figure, its interval and what the study could have seen."""
+        head = f"{self.candidate} against {self.reference} on {self.task}: {self.verdict}"
+        figure = f"{'' if self.better == 'more' else 'reduction of '}{self.metric} {self.difference:+.4g}"
+        if self.verdict is Verdict.DIVERGED:
+            return f"{head}. {self.note}".rstrip()
+        if self.verdict is Verdict.ONE_ITEM:
+            return f"{head} ({figure} there, {self.seeds} seeds). Give more test items. {self.note}".rstrip()
+        if self.verdict is Verdict.ONE_SEED:
+            return (
+                f"{head} ({figure}, for these two trained models on {self.items} items only). "
+                f"Give at least two seeds, better five. {self.note}"
+            ).rstrip()
+        if self.verdict is Verdict.EQUIVALENT:
+            share, low, high, p = 2 * self.confidence - 1, self.same_low, self.same_high, self.p_same_holm
+            head += f" of ±{self.margin:.3g}"
+            end = f"p of a difference as large as the margin {p:.3g} corrected, {self.seeds} seeds"
         else:
-            wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
-        about = about_pairs(study, place, here[0].metric) if here else {}
-        for a, b in wanted:
-            pair = judging.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
-            pairs.append(placed(pair, place))
-    return pairs
+            share, low, high = self.confidence, self.low, self.high
+            seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
+            end = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
+        figure += f", {share:.0%} interval {low:+.4g} to {high:+.4g}"
+        return f"{head} ({figure}, {end}). {self.note}".rstrip()
 
 
-def _method(f: Finished, table: stats.Table | None) -> dict[str, Any]:
-    """One method on one task: what it was, what was tried, what came out, what it cost."""
-    cell = f.cell
-    sign = metrics.sign(cell.metric)
-    seeds = [
-        {"seed": job["seed"], "key": job["key"], **_outcome(outcome), "figures": (outcome or {}).get("figures")}
-        for job, outcome in f.finals
-    ]
-    diverged = sum(s["status"] == "diverged" for s in seeds)
-    scored = not f.doomed and diverged < len(seeds)
-    means = sign * table.mean(1) if table is not None and scored else None
-    return {
-        "model": cell.model,
-        "task": cell.task,
-        "method": cell.method,
-        "about": cell.entry.about,
-        "peft_method": cell.recipe.method,
-        "metric": cell.metric,
-        "better": metrics.better(cell.metric),
-        "rank": cell.rank,
-        "trainable_parameters": cell.size.trainable,
-        "base_parameters": cell.size.base,
-        "mismatch": cell.mismatch,
-        "notes": cell.notes,
-        "settings": f.chosen,
-        "trials": [
-            {"settings": j["settings"], "seed": j.get("seed"), "key": j["key"], **_outcome(o)} for j, o in f.trials
-        ],
-        "seeds": seeds,
-        "score": None if means is None else float(means.mean()),
-        "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
-        "items": None if table is None else table.shape[1],
-        "diverged": diverged,
-        "diverged_in_search": f.doomed,
-        "cost": _cost(cell, [o for _, o in f.finals if o and o["status"] == "done"]),
-        "measured_beside": _beside(o for _, o in f.finals if o and o["status"] == "done"),
-    }
+def false_alarm(comparisons: Sequence[Comparison], level: float) -> float | None:
+    """Chance of any false alarm among these comparisons, if there were no difference anywhere and the noise were what
+    it was seen to be; None where no noise was seen. It is `level` at most: the interval holds its level everywhere, and
+    gives away some of it where seeds and items both matter."""
+    many = [c.spread for c in comparisons if c.p is not None]
+    chances = [2 * stats.power(0.0, s, level / len(many)) for s in many if s.error > 0]
+    return 1 - math.prod(1 - chance for chance in chances) if chances else None
 
 
-def _outcome(outcome: dict[str, Any] | None) -> dict[str, Any]:
-    if outcome is None:
-        return {"status": "missing", "score": None, "seconds": None}
-    return {"status": outcome["status"], "score": outcome.get("score"), "seconds": outcome.get("seconds")}
+def compare_pair(candidate: ArrayLike, reference: ArrayLike, *, task: str = "task", **about: Any) -> Comparison:
+    """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`."""
+    a, b = stats.table(candidate), stats.table(reference)
+    if a.shape != b.shape:
+        names = about.get("names", NAMES)
+        raise ValueError(
+            f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {task}: pairing needs the same "
+            "seeds and items."
+        )
+    return compare_spread(stats.spread(a - b), (float(a.mean()), float(b.mean())), task=task, **about)
 
 
-def _cost(cell: Cell, outcomes: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Medians over the seeds; what is measured once is taken from where it was measured."""
+def compare_spread(
+    s: stats.Spread,
+    scores: tuple[float, float],
+    *,
+    names: tuple[str, str] = NAMES,
+    task: str = "task",
+    metric: str = "score",
+    margin: float | None = None,
+    confidence: float = 0.95,
+    wanted_power: float = 0.8,
+    counted: bool = False,
+) -> Comparison:
+    """One comparison before correction, from the spread of its differences; pass all of them to `judge`.
 
-    def median(get: Callable[[dict[str, Any]], Any]) -> float | None:
-        values = [v for o in outcomes if (v := get(o)) is not None]
-        return float(statistics.median(values)) if values else None
+    counted: see `same_p`.
+    """
+    low, high = stats.interval(s, confidence)
+    same_low, same_high = stats.interval(s, 2 * confidence - 1)
+    many = s.seeds > 1
+    return Comparison(
+        candidate=names[0],
+        reference=names[1],
+        task=task,
+        metric=metric,
+        candidate_score=scores[0],
+        reference_score=scores[1],
+        difference=s.difference,
+        low=low,
+        high=high,
+        confidence=confidence,
+        p=stats.difference_p(s) if many else None,
+        p_holm=None,
+        p_same=stats.same_p(s, margin, counted) if many and margin is not None else None,
+        p_same_holm=None,
+        same_low=same_low,
+        same_high=same_high,
+        visible=stats.smallest_visible(s, 1 - confidence, wanted_power),
+        power=wanted_power,
+        margin=margin,
+        spread=s,
+        verdict=Verdict.INCONCLUSIVE if many else Verdict.ONE_SEED,
+    )
 
-    cost: dict[str, float | None] = {
-        "train_seconds": median(lambda o: o["training"]["seconds"]),
-        "steps_per_second": median(lambda o: o["steps_per_second"]),
-        "tokens_per_second": median(lambda o: o["training"]["tokens_per_second"]),
-        "peak_memory": median(lambda o: o["training"]["peak_memory"]),
-        "trainable_parameters": float(cell.size.trainable),
-        "adapter_bytes": median(lambda o: o["training"]["adapter_bytes"]),
-    }
-    for name in ("merge_seconds", "forward_slowdown", "decode_slowdown"):
-        cost[name] = median(lambda o, name=name: o.get("use", {}).get(name))  # type: ignore[misc]
-    return cost
+
+def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Comparison]:
+    """Verdicts for comparisons that are made together, corrected for their number.
+
+    Equivalence comes first: the margin is the user's word for what is too small to matter, so a difference
+    that is surely inside it is no victory, however sure its sign. Nor is a significant difference whose estimate lies
+    inside the margin, though it may be larger. A comparison without a p gets no verdict, and is not corrected for: it
+    keeps the reason that it came with.
+    """
+    many = [c for c in comparisons if c.p is not None]
+    apart = dict(zip(map(id, many), stats.holm([c.p for c in many if c.p is not None]), strict=True))
+    margins = [c for c in many if c.p_same is not None]
+    alike = dict(zip(map(id, margins), stats.holm([c.p_same for c in margins if c.p_same is not None]), strict=True))
+    judged = []
+    for c in comparisons:
+        if id(c) not in apart:
+            judged.append(c)
+            continue
+        p, same = apart[id(c)], alike.get(id(c))
+        verdict, note = _verdict(c, p < level, same is not None and same < level)
+        note = f"{note} {c.note}".strip()
+        visible = stats.smallest_visible(c.spread, level / len(many), c.power)
+        judged.append(replace(c, p_holm=p, p_same_holm=same, verdict=verdict, note=note, visible=visible))
+    return judged
 
 
-def _beside(outcomes: Iterable[dict[str, Any]]) -> list[int | None]:
-    """How many runs at a time there were when these were measured; None where a run does not say."""
-    return sorted({o.get("runs_at_a_time") for o in outcomes}, key=lambda n: n or 0)
-
-
-def _pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every task and cost: each method's quality and cost, and whether no other is better in both."""
-    fronts = []
-    for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
-        here = [m for m in methods if (m["model"], m["task"]) == (model, task) and m["score"] is not None]
-        for cost, (label, less) in COSTS.items():
-            points = [
-                {"method": m["method"], "quality": m["score"], "cost": m["cost"][cost]}
-                for m in here
-                if m["cost"][cost] is not None
-            ]
-            if not points:
-                continue
-            sign = metrics.sign(here[0]["metric"])
-            turned = [(sign * p["quality"], -p["cost"] if less else p["cost"]) for p in points]
-            for point, mine in zip(points, turned, strict=True):
-                point["front"] = not any(
-                    other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in turned
-                )
-            fronts.append(
-                {
-                    "model": model,
-                    "task": task,
-                    "metric": here[0]["metric"],
-                    "cost": cost,
-                    "label": label,
-                    "points": points,
-                }
-            )
-    return fronts
+def _verdict(c: Comparison, significant: bool, same: bool) -> tuple[Verdict, str]:
+    sign = "better" if c.difference > 0 else "worse"
+    if same:
+        return Verdict.EQUIVALENT, f"Significantly {sign}, but by less than the margin." if significant else ""
+    if not significant:
+        return (Verdict.NOT_SIGNIFICANT if c.margin is None else Verdict.INCONCLUSIVE), ""
+    if c.margin is not None and abs(c.difference) < c.margin:
+        return Verdict.UNCLEAR, f"The estimate is {sign} by less than the margin of ±{c.margin:.3g}."
+    return (Verdict.BETTER if c.difference > 0 else Verdict.WORSE), ""

@@ -1,0 +1,223 @@
+"""A study's folder: what it was begun with, and what was changed since. Plain files, each written whole.
+
+study.json    the plan (study, recipes, data), its hash, the amendments, and the runs known so far
+study.yaml    the study for people, and for `dual-lora compare`
+study.lock    held by the one process that works on the study
+runs/         the runs (see `job`): what is done is known from there alone
+results.json  what the study says so far
+
+The plan is hashed and written before the first run. A change of it is an amendment: results.json keeps what changed,
+when, and how many of the final runs had ended by then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import write_atomically, write_json
+from dual_lora.lab.study.job import Job, Kind, Settings, content, read_outcome, run_file
+from dual_lora.lab.study.read import values_in
+
+Plain = dict[str, Any]
+
+
+class Amendment(BaseModel):
+    """A change of the study after it was begun: what, when, and how many final runs had ended by then."""
+
+    date: str
+    what: str
+    ended: int
+    of: int
+    fields: dict[str, tuple[Any, Any]] = {}  # field: (old, new)
+
+
+class Plan(BaseModel):
+    """The study as it is to be run. before: final runs that had ended before this plan had any of them done."""
+
+    hash: str = ""
+    written: str = ""
+    before: int | None = None
+
+
+class Planned(BaseModel):
+    """A run that belongs to the study."""
+
+    kind: Kind
+    model: str
+    task: str
+    method: str
+    seed: int
+    settings: Settings
+
+
+class Known(BaseModel):
+    """What study.json holds."""
+
+    format: Literal["dual-lora study"] = "dual-lora study"
+    study: Plain = {}
+    recipes: dict[str, Plain] = {}
+    precision: Plain = {}
+    runs: str | None = None  # where they lie, if not in the folder
+    plan: Plan = Plan()
+    amendments: list[Amendment] = []
+    jobs: dict[str, Planned] = {}
+
+
+class StudyFolder:
+    """The folder of one study. As a context manager it is held: another process that wants it is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path / "study.json"
+        self.known = Known()
+
+    def __enter__(self) -> StudyFolder:
+        from filelock import FileLock, Timeout
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / "study.lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
+            ) from None
+        except OSError as error:  # a link in place of the lock, a folder that may not be written
+            raise UserError(f"The study in {self.path} cannot be held: {error}. Give another --out.") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def read(self, update: bool = False) -> StudyFolder:
+        """Take up what the folder says. Raises UserError for a damaged study.json, unless it is to be written anew."""
+        self.known = Known()
+        if os.path.lexists(self.file):
+            try:
+                self.known = Known.model_validate_json(content(self.file))
+            except ValueError:
+                if not update:
+                    raise UserError(
+                        f"{self.file} is damaged or another program's. Its runs are not touched; give --update to "
+                        "write it anew, or another --out."
+                    ) from None
+                self.amend("study.json was damaged, so what was changed before is not known.", self.path / "runs")
+        elif (text := self.path / "study.yaml").is_file():  # of an earlier version, or study.json was lost
+            self.known.study = values_in(text)
+        return self
+
+    def runs(self, asked: str | Path | None) -> Path:
+        """Where the runs lie: inside the folder, or where the user says. A file can name no other folder."""
+        if asked is not None:
+            return Path(asked)
+        inside, elsewhere = self.path / "runs", self.known.runs
+        earlier = (self.path / "state.sqlite").is_file() and not inside.is_dir()
+        if elsewhere or earlier or inside.is_symlink():
+            where = repr(elsewhere) if elsewhere else "another folder"
+            raise UserError(f"The runs of this study lie in {where}, outside of {self.path}: name it with --runs.")
+        return inside
+
+    def begin(self, study: Plain, recipes: Plain, precision: Plain, runs: Path, update: bool) -> None:
+        """Write the plan, or notice that it is another one. Raises UserError for a change, unless told to go on."""
+        known = self.known
+        if isinstance(before := known.study.get("search"), dict):
+            before.setdefault("extend", 0)  # what an earlier version did
+        changed = _changed(known.study, study)
+        subject = "study has" if changed else "study's recipes or data have"
+        for part in recipes:
+            inside = _changed(known.recipes.get(part, {}), recipes[part])
+            changed |= {f"{part}.{name}": pair for name, pair in inside.items()}
+        if changed and not update:
+            raise UserError(
+                f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "
+                "on with what is now (finished runs that it still contains are kept, and the results say what was "
+                "changed), or another --out to start anew."
+            )
+        if changed:
+            self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
+        if changed or not known.plan.hash:
+            print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
+            known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if precision and (update or not known.precision):
+            known.precision = precision
+        where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
+        known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
+        text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
+        write_atomically(self.path / "study.yaml", text)
+        self.write()
+
+    def amend(self, what: str, runs: Path, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
+        """Note that the study is no longer as it was begun, and after how many final runs."""
+        finals = [key for key, job in self.known.jobs.items() if job.kind == "final"]
+        ended, of = sum(read_outcome(runs, key) is not None for key in finals), len(finals)
+        if not self.known.jobs:
+            ended, of = _finals_in(self.path / "results.json")
+        today = time.strftime("%Y-%m-%d")
+        self.known.amendments.append(Amendment(date=today, what=what, ended=ended, of=of, fields=changed or {}))
+
+    def plan(self, jobs: Iterable[Job]) -> None:
+        """Make runs known, for whoever looks at the study while it goes on."""
+        names = Planned.model_fields
+        self.known.jobs |= {job.key: Planned(**{name: getattr(job, name) for name in names}) for job in jobs}
+        self.write()
+
+    def begin_finals(self, ended: int) -> None:
+        """Note how many final runs had ended before this plan had any of them done."""
+        if self.known.plan.before is None:
+            self.known.plan.before = ended
+            self.write()
+
+    def write(self) -> None:
+        """Bring study.json up to date."""
+        write_json(self.file, self.known.model_dump(mode="json"))
+
+
+def _changed(before: Plain, now: Plain) -> dict[str, tuple[Any, Any]]:
+    """Field: (old, new) of what differs; of the search field by field. A field that was not known is none of them."""
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
+        if name == "search" and isinstance(old, dict) and isinstance(new, dict):
+            pairs |= {f"search.{key}": pair for key, pair in _changed(old, new).items()}
+        elif old != new:
+            pairs[name] = old, new
+    return pairs
+
+
+def _finals_in(file: Path) -> tuple[int, int]:
+    """How many final runs the results of an earlier version show, and of how many."""
+    try:
+        seeds = [seed for method in json.loads(content(file))["methods"] for seed in method["seeds"]]
+        return sum(seed["status"] != "missing" for seed in seeds), len(seeds)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, 0
+
+
+def progress(file: Path) -> Plain | None:
+    """A study under way, by its study.json and its runs; None where every run has ended and the results are there."""
+    known, runs, rows = Known.model_validate_json(content(file)), file.parent / "runs", []
+    inside = not known.runs and not runs.is_symlink()
+    for key, job in known.jobs.items():
+        row: Plain = {"status": "planned" if inside else "unknown", "job": job.model_dump()}
+        row |= dict.fromkeys(("outcome", "error", "seconds"))
+        if not inside or not key.isalnum():
+            pass
+        elif outcome := read_outcome(runs, key):
+            row |= {"status": outcome.status, "outcome": outcome.model_dump(), "seconds": outcome.seconds}
+        elif (error := run_file(runs, key, "error")).is_file():
+            row |= {"status": "failed", "error": str(json.loads(content(error)))}
+        elif (runs / key).is_dir():
+            row["status"] = "running"
+        rows.append(row)
+    ended = all(row["status"] in ("done", "diverged") for row in rows)
+    return None if ended and (file.parent / "results.json").exists() else {"study": known.study, "runs": rows}

@@ -1,0 +1,235 @@
+"""From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dual_lora.lab.study import metrics, notes, verdicts
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.cell import Cell, Finished
+from dual_lora.lab.study.conclude import about_pairs, conclude, placed
+from dual_lora.lab.study.job import Job, Outcome, place_name, read_scores
+from dual_lora.lab.study.study import Study
+
+RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
+
+# Cost -> (its name for people, whether less is better).
+COSTS: dict[str, tuple[str, bool]] = {
+    "train_seconds": ("training time [s]", True),
+    "steps_per_second": ("steps a second", False),
+    "tokens_per_second": ("tokens a second", False),
+    "peak_memory": ("peak memory [bytes]", True),
+    "trainable_parameters": ("trainable parameters", True),
+    "adapter_bytes": ("adapter on disk [bytes]", True),
+    "merge_seconds": ("merge time [s]", True),
+    "forward_slowdown": ("slow-down of a forward pass", True),
+    "decode_slowdown": ("slow-down of decoding", True),
+}
+
+
+def build_results(
+    study: Study,
+    finished: Sequence[Finished],
+    runs: Path,
+    untrained: Sequence[dict[str, Any]] = (),
+    amendments: Sequence[dict[str, Any]] = (),
+    plan: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place.
+
+    amendments, plan: as the study's folder has them.
+    """
+    lost: list[str] = []
+    tables = _score_tables(finished, runs, lost, len(study.seeds))
+    methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
+    said = conclude(study, _pairs(study, finished, tables), methods, untrained, amendments)
+    return {
+        "format": RESULTS_FORMAT,
+        "study": study.model_dump(mode="json"),
+        "complete": all(f.complete for f in finished),
+        "methods": methods,
+        "comparisons": said.comparisons,
+        "false_alarm": said.false_alarm,
+        "pareto": pareto(methods),
+        "plan": plan,
+        "amendments": list(amendments),
+        "notes": notes.unfinished(study, finished)
+        + lost
+        + said.notes
+        + notes.seen_before(plan, amendments)
+        + notes.single_items(tables)
+        + notes.single_seed(study)
+        + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
+        + notes.unmeasured(finished)
+        + notes.warned(finished)
+        + notes.shared_machine(methods)
+        + notes.precisions(finished),
+    }
+
+
+def _score_tables(
+    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
+) -> dict[tuple[str, str, str], stats.Table]:
+    """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
+    raw: dict[tuple[str, str, str], list[Any]] = {}
+    for f in finished:
+        if f.complete:
+            none = [None] * seeds
+            raw[f.cell.at] = none if f.diverged_in_search else [_features(*ended, runs) for ended in f.finals]
+    tables = {}
+    for place in dict.fromkeys(key[:2] for key in raw):
+        here = {key: rows for key, rows in raw.items() if key[:2] == place}
+        metric = next(f.cell.metric for f in finished if f.cell.place == place)
+        good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
+        if not good:
+            said.append(f"Every run on {place_name(*place)} diverged: there is nothing to compare.")
+            continue
+        worst = min(table.mean(1).min() for table in good.values())
+        items = next(iter(good.values())).shape[1]
+        for key, rows in here.items():
+            table = np.full((seeds, items), worst)
+            if key in good:
+                table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
+            lost = sum(row is None for row in rows)
+            if lost == seeds:
+                said.append(
+                    f"Every run of {key[2]} on {place_name(*place)} diverged: it has no score there, and ranks last."
+                )
+            elif lost:
+                said.append(
+                    f"{lost} of {seeds} runs of {key[2]} on {place_name(*place)} diverged; each counts with the worst "
+                    f"score of any run there ({metrics.sign(metric) * worst:.4g})."
+                )
+            tables[key] = table
+    return tables
+
+
+def _alive(rows: list[Any]) -> list[Any]:
+    return [row for row in rows if row is not None]
+
+
+def _features(job: Job, outcome: Outcome | None, runs: Path) -> stats.Table | None:
+    """What every item of a finished run adds; None for one that diverged."""
+    return read_scores(runs, job.key) if outcome and outcome.status == "done" else None
+
+
+def _pairs(
+    study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
+) -> list[verdicts.Comparison]:
+    pairs = []
+    for place in dict.fromkeys(f.cell.place for f in finished):
+        here = [f.cell for f in finished if f.cell.place == place and f.cell.at in tables]
+        names = [cell.method for cell in here]
+        if study.pairs == "all":
+            wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
+        else:
+            wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
+        about = about_pairs(study, place, here[0].metric) if here else {}
+        for a, b in wanted:
+            pair = verdicts.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
+            pairs.append(placed(pair, place))
+    return pairs
+
+
+def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, Any]:
+    """One method on one task: what it was, what was tried, what came out, what it cost."""
+    cell, sign = f.cell, metrics.sign(f.cell.metric)
+    done = [outcome for _, outcome in f.finals if outcome and outcome.status == "done"]
+    diverged = sum(outcome is not None and outcome.status == "diverged" for _, outcome in f.finals)
+    scored = not f.diverged_in_search and diverged < len(f.finals)
+    means = sign * table.mean(1) if table is not None and scored else None
+    grid = study.search.points(cell.entry.search or None) if study.search and f.trials else []
+    return {
+        "model": cell.model,
+        "task": cell.task,
+        "method": cell.method,
+        "about": cell.entry.about,
+        "peft_method": cell.recipe.method,
+        "metric": cell.metric,
+        "better": metrics.better(cell.metric),
+        "rank": cell.rank,
+        "trainable_parameters": cell.size.trainable,
+        "base_parameters": cell.size.base,
+        "mismatch": cell.mismatch,
+        "notes": cell.notes,
+        "settings": f.chosen,
+        "trials": [
+            {"settings": job.settings, "beyond": job.settings not in grid, **_run(job, outcome)}
+            for job, outcome in f.trials
+        ],
+        "seeds": [
+            {**_run(job, outcome), "figures": outcome and outcome.figures, "code": outcome and outcome.code}
+            for job, outcome in f.finals
+        ],
+        "score": None if means is None else float(means.mean()),
+        "score_deviation": float(means.std(ddof=1)) if means is not None and len(means) > 1 else None,
+        "items": None if table is None else table.shape[1],
+        "diverged": diverged,
+        "diverged_in_search": f.diverged_in_search,
+        "cost": _cost(cell, done),
+        # How many runs at a time there were when these were measured; None where a run does not say.
+        "measured_beside": sorted({outcome.runs_at_a_time for outcome in done}, key=lambda n: n or 0),
+    }
+
+
+def _run(job: Job, outcome: Outcome | None) -> dict[str, Any]:
+    status = outcome.status if outcome else "missing"
+    came = {"score": outcome and outcome.score, "seconds": outcome and outcome.seconds}
+    return {"seed": job.seed, "key": job.key, "status": status, **came}
+
+
+def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+    """Medians over the seeds; what is measured once is taken from where it was measured."""
+
+    def median(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(statistics.median(known)) if known else None
+
+    trained = [outcome.training for outcome in outcomes if outcome.training]
+    cost = {
+        "train_seconds": median(t.seconds for t in trained),
+        "steps_per_second": median(outcome.steps_per_second for outcome in outcomes),
+        "tokens_per_second": median(t.tokens_per_second for t in trained),
+        "peak_memory": median(t.peak_memory for t in trained),
+        "trainable_parameters": float(cell.size.trainable),
+        "adapter_bytes": median(t.adapter_bytes for t in trained),
+    }
+    used = ("merge_seconds", "forward_slowdown", "decode_slowdown")
+    return cost | {name: median(outcome.use.get(name) for outcome in outcomes) for name in used}
+
+
+def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every task and cost: each method's quality and cost, and whether no other is better in both."""
+    fronts = []
+    for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
+        here = [m for m in methods if (m["model"], m["task"]) == (model, task) and m["score"] is not None]
+        for cost, (label, less) in COSTS.items():
+            points = [
+                {"method": m["method"], "quality": m["score"], "cost": m["cost"][cost]}
+                for m in here
+                if m["cost"][cost] is not None
+            ]
+            if not points:
+                continue
+            sign = metrics.sign(here[0]["metric"])
+            turned = [(sign * p["quality"], -p["cost"] if less else p["cost"]) for p in points]
+            for point, mine in zip(points, turned, strict=True):
+                point["front"] = not any(
+                    other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in turned
+                )
+            fronts.append(
+                {
+                    "model": model,
+                    "task": task,
+                    "metric": here[0]["metric"],
+                    "cost": cost,
+                    "label": label,
+                    "points": points,
+                }
+            )
+    return fronts

@@ -1,0 +1,344 @@
+"""Nothing about a study changes unseen: plan, code, search. A stranger's study names no folder but its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("peft")
+
+from tiny_study import SHORT, ended, figures, job, laid_out, outcomes, trials, write_study
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.report.report import report
+from dual_lora.lab.run.write import write_json
+from dual_lora.lab.study import compare as comparing
+from dual_lora.lab.study import folder as folders
+from dual_lora.lab.study import perform
+from dual_lora.lab.study.cell import trial_jobs
+from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.job import damage, read_outcome, run_file
+from dual_lora.lab.study.read import shipped_studies
+from dual_lora.lab.study.rejudge import rejudge
+from dual_lora.lab.study.search import beyond, choose
+from dual_lora.lab.study.tables import show_results
+
+RESULTS = Path(__file__).parents[2] / "results" / "studies"
+LATE = "Amended after final runs had ended."
+
+
+def test_the_plan_is_written_before_the_first_run(tiny, tmp_path, monkeypatch):
+    original, seen = perform._trained, []
+
+    def trained(job, runs, *more):
+        plan = json.loads((runs.parent / "study.json").read_text())["plan"]
+        seen.append((job.kind, plan.get("hash"), plan.get("before")))
+        return original(job, runs, *more)
+
+    monkeypatch.setattr(perform, "_trained", trained)
+    results = compare(write_study(tiny), tmp_path / "out", progress=False)
+    (plan,) = {print_of for _, print_of, _ in seen}
+    assert results["plan"]["hash"] == plan
+    assert {before for kind, _, before in seen if kind == "final"} == {0}
+    assert results["amendments"] == []
+    assert not any(LATE in c["sentence"] for c in results["comparisons"])
+
+
+def test_a_change_is_named_in_results_verdicts_terminal_and_page(tiny, whole, copy_of_whole, capsys):
+    before = outcomes(copy_of_whole)
+    changed = write_study(tiny, seeds=3)
+    with pytest.raises(UserError, match=r"study has changed since.*: seeds\. Give --update"):
+        compare(changed, copy_of_whole, progress=False)
+    results = compare(changed, copy_of_whole, update=True, progress=False)
+    assert before.items() <= outcomes(copy_of_whole).items(), "runs that both studies contain are kept"
+    assert len(outcomes(copy_of_whole)) == len(before) + 2
+    for now, then in zip(figures(results)[0], figures(whole)[0], strict=True):
+        assert now[:2] == then
+    (amendment,) = results["amendments"]
+    assert amendment["what"] == "Changed: seeds."
+    assert amendment["fields"] == {"seeds": [[1, 2], [1, 2, 3]]}
+    assert (amendment["ended"], amendment["of"]) == (4, 4)
+    assert results["plan"]["hash"] != whole["plan"]["hash"]
+    assert all(c["sentence"].endswith(LATE) for c in results["comparisons"])
+    show_results(results)
+    said = "Changed: seeds. 4 of 4 final runs known by then had ended."
+    assert said in " ".join(capsys.readouterr().out.split())
+    page = copy_of_whole / "page.html"
+    report([copy_of_whole / "results.json"], page)
+    assert said in page.read_text()
+    again = compare(changed, copy_of_whole, progress=False)
+    assert again["amendments"] == results["amendments"], "once"
+    judged = rejudge(again)
+    assert len(judged["amendments"]) == 2
+    assert all(c["sentence"].endswith(LATE) for c in judged["comparisons"])
+
+
+def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, monkeypatch):
+    """It stands in the results, and casts no doubt on the verdicts."""
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing.Runner, "run", lambda self: None)
+        compare(write_study(tiny), tmp_path / "out", progress=False)
+    results = compare(write_study(tiny, margin=0.5), tmp_path / "out", update=True, progress=False)
+    (amendment,) = results["amendments"]
+    assert (amendment["what"], amendment["ended"]) == ("Changed: margin.", 0)
+    assert not any(LATE in c["sentence"] for c in results["comparisons"])
+
+
+def test_a_field_that_came_later_changes_no_study():
+    assert folders._changed({"a": 1}, {"a": 1, "new": 2}) == {}
+    assert folders._changed({"a": 1, "search": None}, {"a": 2, "search": {"x": 1}}) == {
+        "a": (1, 2),
+        "search": (None, {"x": 1}),
+    }
+    assert folders._changed({"search": {"x": 1}}, {"search": {"x": 2, "why": ""}}) == {"search.x": (1, 2)}
+
+
+def test_a_new_field_of_the_program_writes_no_new_plan(tmp_path):
+    made = folders.StudyFolder(tmp_path)
+    made.begin({"a": 1}, {"t data": {"b": 2}}, {}, tmp_path / "runs", False)
+    plan = made.known.plan.model_copy()
+    made.begin_finals(0)
+    again = folders.StudyFolder(tmp_path).read()
+    again.begin({"a": 1, "new": 0}, {"t data": {"b": 2, "new": 0}}, {}, tmp_path / "runs", False)
+    assert (again.known.plan.hash, again.known.plan.before) == (plan.hash, 0)
+    assert again.known.amendments == []
+    with pytest.raises(UserError, match=r"recipes or data have changed since.*: t data\.b\."):
+        again.begin({"a": 1, "new": 0}, {"t data": {"b": 3, "new": 0}}, {}, tmp_path / "runs", False)
+
+
+# Versions of the code.
+
+
+def of_version(monkeypatch, name):
+    monkeypatch.setattr(perform, "code_version", lambda: name)
+    monkeypatch.setattr(comparing, "code_version", lambda: name)
+
+
+def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, monkeypatch):
+    study, out = write_study(tiny, search=None), tmp_path / "out"
+    of_version(monkeypatch, "one, torch 1")
+    with monkeypatch.context() as patch:
+        original = perform._trained
+        patch.setattr(perform, "_trained", lambda job, *more: original(job, *more) if job.seed == 1 else 1 / 0)
+        first = compare(study, out, progress=False)
+    assert not first["complete"]
+    before = outcomes(out)
+
+    of_version(monkeypatch, "two, torch 1")
+    with pytest.raises(UserError, match=r"2 finished runs were done by another version .*\(one, torch 1\).*--update"):
+        compare(study, out, progress=False)
+    assert outcomes(out) == before
+    second = compare(study, out, update=True, progress=False)
+    assert second["complete"]
+    assert {s["code"] for m in second["methods"] for s in m["seeds"]} == {"two, torch 1"}
+    assert second["amendments"][0]["what"] == "2 runs of another version of the code were done again."
+    assert len(list((out / "runs").glob("*.by-one-*.scores.json"))) == 2, "the old ones are kept"
+    assert figures(second)[0] == figures(compare(study, tmp_path / "new", progress=False))[0]
+
+    of_version(monkeypatch, "three, torch 1")
+    assert figures(compare(study, out, progress=False)) == figures(second), "a finished study is of one version"
+
+
+def test_runs_that_do_not_say_their_version_are_kept_and_named(tiny, copy_of_whole):
+    """As those of earlier versions are."""
+    before = {}
+    for file in (copy_of_whole / "runs").glob("*.json"):
+        if file.stem.isalnum():
+            values = json.loads(file.read_text())
+            del values["code"]
+            file.write_text(json.dumps(values))
+            before[file.name] = file.stat().st_mtime_ns
+    results = compare(write_study(tiny, seeds=3), copy_of_whole, update=True, progress=False)
+    assert before.items() <= outcomes(copy_of_whole).items()
+    (note,) = [n for n in results["notes"] if "several versions of the code" in n]
+    assert "not recorded" in note
+
+
+# Old studies.
+
+
+def as_begun_before(out, tiny, **changes):
+    """A finished study as an earlier version left it: a database, and no study.json."""
+    compare(write_study(tiny, **changes), out, progress=False)
+    (out / "study.json").unlink()
+    (out / "state.sqlite").write_bytes(b"SQLite format 3\0")
+    values = yaml.safe_load((out / "study.yaml").read_text())
+    for name in ("extend", "why") if values["search"] else ():
+        del values["search"][name]
+    (out / "study.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_an_old_study_opens_and_repeats_nothing(tiny, tmp_path):
+    out = tmp_path / "out"
+    as_begun_before(out, tiny, **SHORT)
+    before = outcomes(out)
+    results = compare(write_study(tiny, **SHORT), out, progress=False)
+    assert results["complete"]
+    assert outcomes(out) == before
+
+
+def test_an_old_search_went_not_beyond_its_grid_and_says_so(tiny, tmp_path):
+    out = tmp_path / "out"
+    as_begun_before(out, tiny)
+    before = outcomes(out)
+    with pytest.raises(UserError, match=r"changed since.*: search\.extend\. Give --update"):
+        compare(write_study(tiny), out, progress=False)
+    results = compare(write_study(tiny), out, update=True, progress=False)
+    assert outcomes(out) == before
+    (amendment,) = results["amendments"]
+    assert amendment["fields"] == {"search.extend": [0, 2]}
+    assert (amendment["ended"], amendment["of"]) == (4, 4)
+
+
+def test_an_old_study_whose_runs_are_elsewhere_asks_for_them(tiny, tmp_path):
+    out = tmp_path / "out"
+    as_begun_before(out, tiny, **SHORT)
+    (out / "runs").rename(tmp_path / "shared")
+    study = write_study(tiny, **SHORT)
+    with pytest.raises(UserError, match=r"runs of this study lie in another folder.*name it with --runs"):
+        compare(study, out, progress=False)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("*.json")}
+    assert compare(study, out, runs=tmp_path / "shared", progress=False)["complete"]
+    assert before == {file.name: file.stat().st_mtime_ns for file in (tmp_path / "shared").glob("*.json")}
+
+
+# A stranger's study.
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("how", ["study.json", "link", "link of a run"])
+def test_a_strangers_study_touches_no_other_folder(how, tiny, whole, copy_of_whole, tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "checkpoints").mkdir(parents=True)
+    (mine / "checkpoints" / "precious.txt").write_text("years of work")
+    (mine / "recipe.yaml").write_text("x")
+    key = whole["methods"][0]["seeds"][0]["key"]
+    runs = copy_of_whole / "runs"
+    if how == "study.json":
+        file = copy_of_whole / "study.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"runs": "../mine"}))
+    elif how == "link":
+        shutil.rmtree(runs)
+        runs.symlink_to(mine)
+    else:
+        shutil.rmtree(runs / key)
+        (runs / f"{key}.json").unlink()
+        (runs / key).symlink_to(mine)
+    before = snapshot(mine)
+    if how == "link of a run":
+        (failed,) = compare(tiny / "study.yaml", copy_of_whole, progress=False)["failed"]
+        assert "is a link to" in failed
+    else:
+        with pytest.raises(UserError, match=r"outside of .*name it with --runs"):
+            compare(tiny / "study.yaml", copy_of_whole, progress=False)
+    report([copy_of_whole], tmp_path / "page.html")
+    assert snapshot(mine) == before
+
+
+def test_a_strangers_outcome_names_no_path(tmp_path):
+    """The version of the code becomes part of a file's name, when a run is done again."""
+    done = ended(job())[1]
+    write_json(run_file(tmp_path, done.key), done.model_dump() | {"code": "../../.ssh/x, torch 1"})
+    assert read_outcome(tmp_path, done.key) is None
+    assert "damaged" in damage(tmp_path, done.key)
+
+
+# The search.
+
+
+def test_a_rate_beyond_the_grid():
+    tried = [{"train.learning_rate": rate, "train.epochs": e} for rate in (1e-4, 3e-4, 1e-3) for e in (1, 2)]
+    assert beyond(tried[5], tried) == {"train.learning_rate": 3.3e-3, "train.epochs": 2}
+    assert beyond(tried[0], tried) == {"train.learning_rate": 3.3e-5, "train.epochs": 1}
+    assert beyond(tried[2], tried) is None
+    assert beyond(tried[0], tried[:4]) is None, "two rates have no inside"
+    words = [{"train.learning_rate": rate} for rate in ("1e-4", 3e-4, "1e-3")]  # as YAML reads 1e-4
+    assert beyond(words[2], words) == {"train.learning_rate": 3.3e-3}
+    assert beyond({"train.epochs": 1}, [{"train.epochs": e} for e in (1, 2, 3)]) is None, "rates alone"
+
+
+@pytest.mark.parametrize(("best", "extend", "rates"), [(1.0, 2, [3.3e-3, 1.1e-2]), (1.0, 0, []), (1.5e-3, 2, [3.3e-3])])
+def test_the_search_goes_on_at_an_end_and_is_capped(best, extend, rates, tiny):
+    grid = [1e-4, 3e-4, 1e-3]
+    search = {"space": {"learning_rate": grid}, "extend": extend}
+    study, cells = laid_out(tiny, search=search)
+    done = {}
+
+    def outcome(job):
+        return done.get(job.key)
+
+    def distance(job):
+        return abs(math.log(job.settings["train.learning_rate"] / best))
+
+    for cell in cells.values():
+        while left := [job for job in trial_jobs(study, cell, outcome) if job.key not in done]:
+            done |= {job.key: ended(job, score=distance(job))[1] for job in left}
+        jobs = trial_jobs(study, cell, outcome)
+        assert [job.settings["train.learning_rate"] for job in jobs] == grid + rates
+        assert len({job.key for job in jobs}) == len(jobs)
+    assert [j.key for j in trial_jobs(study, cell)] == [j.key for j in jobs[:3]], (
+        "nothing beyond before the grid is done"
+    )
+
+
+def test_a_search_beyond_its_grid_is_said_and_repeated_by_nobody(tiny, tmp_path):
+    """The loss of a model that has hardly begun to learn falls with the rate."""
+    search = {"space": {"learning_rate": [1e-5, 3e-5, 1e-4]}}
+    study = write_study(tiny, search=search, seeds=1)
+    results = compare(study, tmp_path / "out", progress=False)
+    for m in results["methods"]:
+        assert [t["beyond"] for t in m["trials"]] == [False] * 3 + [True] * 2
+        assert m["settings"] == {"train.learning_rate": 1.1e-3}
+    (note,) = [n for n in results["notes"] if "went on beyond" in n]
+    assert "(2 more at most): lora on letters (0.00033, 0.0011), dual_lora on letters" in note
+    assert any("largest train.learning_rate tried (0.0011)" in n for n in results["notes"])
+    before = outcomes(tmp_path / "out")
+    assert figures(compare(study, tmp_path / "out", progress=False)) == figures(results)
+    assert outcomes(tmp_path / "out") == before
+
+
+def test_a_diverged_rate_ends_the_search():
+    done = trials({1e-4: 0.3, 3e-4: 0.4, 1e-3: None})
+    assert choose(done) == {"train.learning_rate": 3e-4}
+    assert beyond(choose(done), [job.settings for job, _ in done]) is None
+
+
+def test_a_search_goes_by_what_judges_or_says_why(tiny):
+    tasks = {"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}
+    search = {"space": {"learning_rate": [1e-3, 1e-2]}, "metric": "loss"}
+    with pytest.raises(UserError, match=r"letters is judged by choice, and the search goes by loss.*search.why"):
+        laid_out(tiny, tasks=tasks, search=search)
+    _, cells = laid_out(tiny, tasks=tasks, search=search | {"why": "forty records are few"})
+    study, cells = laid_out(tiny, tasks=tasks, search=search | {"metric": None})
+    assert {job.metric for job in trial_jobs(study, cells["lora"])} == {"choice"}
+
+
+def test_published_results_say_by_what_they_were_tuned():
+    results = rejudge(json.loads((RESULTS / "longer-cola" / "results.json").read_text()))
+    note = "Tuned by loss, judged by matthews. What is best by one may be worst by the other."
+    assert note in results["notes"]
+    assert not any(
+        "Tuned by" in n for n in rejudge(json.loads((RESULTS / "methods-e2e" / "results.json").read_text()))["notes"]
+    )
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_searches_go_by_what_judges_or_say_why(name):
+    from dual_lora.lab.recipe.read import read_recipe
+    from dual_lora.lab.study.metrics import default_metric
+    from dual_lora.lab.study.read import read_study
+
+    study = read_study(name)
+    for task in study.tasks.values():
+        recipe = read_recipe(task.recipe)
+        judge = task.metric or default_metric(recipe.evaluate.tasks, recipe.model.head)
+        assert study.search is None or (study.search.metric or judge) == judge or study.search.why
+        assert "cola" not in name or study.search.metric in (None, "matthews")

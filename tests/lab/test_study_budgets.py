@@ -1,0 +1,115 @@
+"""Budgets in time and memory, matched by probes, and what --dry-run can say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("peft")
+
+from tiny_study import write_study
+
+from dual_lora.lab.cost.forecast import forecast
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.study import plan
+from dual_lora.lab.study.cell import final_jobs, probe_job
+from dual_lora.lab.study.compare import Runner, compare
+from dual_lora.lab.study.execute import Options
+from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.job import Outcome, Training, write_outcome
+from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.read import read_study
+from dual_lora.lab.study.tables import show_forecast
+
+BOTH = {"lora": {"r": 4}, "dual_lora": {"r": 4}}
+
+
+def took(job, **training):
+    return Outcome(key=job.key, status="done", seconds=2.0, training=Training(**training))
+
+
+def matched(tiny, measure, **changes):
+    """The cells of a study by method, its probes answered by measure(method, rank) with what training took."""
+    study = read_study(write_study(tiny, search=None, **changes))
+    cells = plan.lay_out(study)
+    match_by_probes(study, cells, lambda jobs: [took(j, **measure(j.method, j.recipe.method.get("r"))) for j in jobs])
+    return {cell.method: cell for cell in cells}
+
+
+def memory(peak):
+    return lambda method, rank: {"peak_memory": peak(method, rank)}
+
+
+def time(seconds):
+    return lambda method, rank: {"steps": 8, "seconds": 8 * seconds[method]}
+
+
+def test_memory_budget_solves_for_the_rank(tiny):
+    peak = memory(lambda method, r: 1e8 + 1e6 * r - 4e7 * (method == "dual_lora"))
+    cells = matched(tiny, peak, methods=BOTH, budget={"match": "memory", "like": "lora"})
+    lora, dual = cells["lora"], cells["dual_lora"]
+    assert lora.rank == 4
+    assert dual.rank == 44, "1e8 + 4e6 = 6e7 + 44e6"
+    assert dual.recipe.method["r"] == 44
+    assert dual.size.trainable == lora.size.trainable * 11
+    assert abs(dual.mismatch) < 0.01
+
+
+def test_memory_budget_that_cannot_be_met(tiny):
+    with pytest.raises(UserError, match="191 MiB peak memory cannot be matched"):
+        matched(tiny, memory(lambda _, r: 1e8 + 1e3 * r), methods=BOTH, budget={"match": "memory", "value": 2e8})
+
+
+def test_time_budget_may_be_that_of_full_fine_tuning(tiny):
+    """It is outside of every budget, and still may set one."""
+    methods, budget = {"full": {}, "lora": {"r": 4}}, {"match": "time", "like": "full"}
+    took = time({"full": 2.0, "lora": 0.5})
+    cells = matched(tiny, took, methods=methods, reference="full", budget=budget)
+    assert cells["full"].recipe.train.steps == 4
+    assert cells["lora"].recipe.train.steps == 16
+    assert cells["lora"].mismatch == 0
+
+
+def test_time_budget_that_no_number_of_steps_meets(tiny):
+    with pytest.raises(UserError, match=r"methods.lora: the budget of 1 s of training .* within 5%.* 2 s with 1 steps"):
+        matched(tiny, time({"lora": 2.0, "dual_lora": 2.0}), budget={"match": "time", "value": 1.0})
+
+
+def test_time_budget_gives_the_slower_method_fewer_steps(tiny, tmp_path):
+    budget = {"match": "time", "like": "lora", "tolerance": 0.9}
+    results = compare(
+        write_study(tiny, methods=BOTH, budget=budget, search=None, seeds=1), tmp_path / "out", progress=False
+    )
+    lora, dual = results["methods"]
+    assert "steps fit into" in dual["notes"][0]
+    assert abs(dual["mismatch"]) < 0.9
+    assert lora["cost"]["train_seconds"] is not None
+
+
+@pytest.mark.parametrize(("match", "decided"), [("time", "steps"), ("memory", "rank")])
+def test_forecast_says_what_probes_will_decide(match, decided, tiny, tmp_path, capsys):
+    study = write_study(tiny, methods=BOTH, search=None, budget={"match": match, "like": "lora"})
+    show_forecast(forecast(study, tmp_path / "out"))
+    assert f"{decided}: by a probe of 8 steps" in capsys.readouterr().out
+
+
+def test_forecast_of_a_time_budget_knows_its_finished_runs(tiny, tmp_path):
+    budget = {"match": "time", "value": 1.0, "tolerance": 0.99}
+    file = write_study(tiny, methods=BOTH, budget=budget, search=None, seeds=1)
+    study, runs = read_study(file), tmp_path / "out" / "runs"
+    runs.mkdir(parents=True)
+    for cell in plan.lay_out(study):
+        write_outcome(runs, took(probe_job(study, cell), steps=8, seconds=1.0))
+    assert [row["steps"] for row in forecast(file, tmp_path / "out").rows] == [8, 8]
+
+
+def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
+    study = read_study(write_study(tiny, search=None))
+    made = Runner(study, StudyFolder(tmp_path), tmp_path, Options(), plan.lay_out(study))
+    job = final_jobs(study, made.cells[0], {})[0]
+    made.clock.estimates = {(kind, "", "letters", "lora"): 60.0 for kind in ("trial", "final")}
+    left = {"x": dataclasses.replace(job, kind="trial")}
+    assert made._note(left) == "about 60 s left"
+    made.later = [job] * 9
+    assert made._note(left) == "about 10 min left"
