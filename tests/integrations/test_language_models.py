@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-pytest.importorskip("trl", reason="TRL comes with the laboratory: pip install '.[lab]'")
+pytest.importorskip("trl", reason="TRL is among what examples need: pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
 
 

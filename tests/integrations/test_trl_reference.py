@@ -56,7 +56,7 @@ def test_any_other_adapter_is_drawn_anew():
 
 @pytest.mark.slow
 def test_dpo_of_a_trained_adapter_starts_at_its_reference(tiny_lm, tmp_path):
-    trl = pytest.importorskip("trl", reason="TRL comes with the laboratory: pip install '.[lab]'")
+    trl = pytest.importorskip("trl", reason="TRL is among what examples need: pip install '.[integrations]'")
     from datasets import Dataset
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer

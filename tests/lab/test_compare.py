@@ -313,6 +313,7 @@ def test_a_choice_knows_what_one_answer_to_everything_would_reach(tiny, tmp_path
 def test_a_method_of_the_user_s_own(tiny, tmp_path, monkeypatch):
     (tmp_path / "my_methods.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DUAL_LORA_ALLOW_MODULES", "my_methods,no_methods")
     methods = {"lora": {"r": 4}, "mine": {"name": "my_methods:shift"}}
     wrong = write_study(tiny, methods=methods | {"mine": {"name": "no_methods:shift"}}, budget=None, search=None)
     with pytest.raises(UserError, match=r"no_methods cannot be imported.*PYTHONPATH"):

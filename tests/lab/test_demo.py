@@ -106,14 +106,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, tiny_lm):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_overwrite_removes_the_demo_and_nothing_else(finished, tmp_path):
+def test_overwrite_removes_the_demo_and_nothing_else(finished, tmp_path, tiny_lm, monkeypatch):
     import shutil
 
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    (out / "notes.txt").write_text("mine")
-    demo._clear(out)
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "merged/notes.txt").write_text("mine")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(UserError, match=r"merged/notes\.txt(.|\n)*Nothing was removed"):
+        demo.run(out, overwrite=True, **tiny(tiny_lm))
+    with pytest.raises(UserError, match=r"give another --out\.$"):  # which would not be overwritten
+        demo.run(out, seed=1, **tiny(tiny_lm))
+    assert sorted(out.rglob("*")) == before
+    (out / "merged/notes.txt").unlink()
+    monkeypatch.setattr(demo, "_make", lambda out, *_: sorted(path.name for path in out.iterdir()))
+    assert demo.run(out, overwrite=True, **tiny(tiny_lm)) == ["data", "settings.json"]
 
 
 def test_a_demo_cut_short_before_its_data_goes_on(tmp_path, tiny_lm, monkeypatch):
@@ -162,6 +169,7 @@ def test_questions_that_cannot_be_answered(finished, tmp_path):
 
 
 def test_a_record_of_another_version_is_named(tmp_path):
+    (tmp_path / "settings.json").write_text('{"seed": 0, "examples": 20, "test_examples": 10}')
     for text in ('{"folder": "x", "colour": "red"}', '{"folder":'):
         (tmp_path / "demo.json").write_text(text)
         with pytest.raises(UserError, match=r"demo\.json is damaged or of another version.*--overwrite"):

@@ -7,18 +7,21 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 from cyclopts import App, CycloptsError
 from pydantic import ValidationError
-from rich.console import Console
 from rich.text import Text
 
 import dual_lora
-from dual_lora.lab.errors import OURS, UserError, suggest
+from dual_lora.lab.errors import OURS, UserError, is_disk_full, suggest
+from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
+from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
 from dual_lora.lab.recipe.read import problems
+from dual_lora.lab.terminal import Console, guarded
 
 # name, "module:function", one line of help. A new command is a new line.
 COMMANDS: list[tuple[str, str, str]] = [
@@ -51,7 +54,10 @@ ELSEWHERE = {
     "--target-modules": "--method.target_modules",
     "--seed": "--train.seed",
 }
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+EVERYWHERE = (
+    f"Every command: `{FLAG} NAME` lets a recipe, a study or a run import the module NAME, and so run its code; "
+    "`--debug` shows where an error comes from."
+)
 
 
 def build_app(wanted: str | None = None) -> App:
@@ -61,7 +67,9 @@ def build_app(wanted: str | None = None) -> App:
         help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
         version=dual_lora.__version__,
         help_format="markdown",
+        help_epilogue=EVERYWHERE,
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
     for name, place, text in COMMANDS:
@@ -77,13 +85,14 @@ def _placeholder(text: str) -> App:
     return App(help=text)
 
 
+@guarded()
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every foreseeable failure is one sentence on standard error and exit code 1."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["help"]:
         given = [*given[1:], "--help"]
     debug = "--debug" in given
-    given = [a for a in given if a != "--debug"]
+    given, modules = _modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
         # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
@@ -98,9 +107,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if wanted is not None and wanted not in names:
             raise UserError(f"There is no command {wanted!r}.{suggest(wanted, names)}")
-        build_app(wanted)(given)
+        _check_text(given)
+        for module in modules:
+            allow(module)
+        with on_signals(stop_at_once):
+            build_app(wanted)(given)
     except KeyboardInterrupt as error:
-        _fail(str(error) or "Interrupted.", given, INTERRUPTED)
+        _fail(str(error) or "Interrupted.", given, exit_status(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -111,15 +124,45 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(problems(error) if isinstance(error, ValidationError) else str(error), given)
-    except OSError as error:
-        if debug:
-            raise
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", given)
     except Exception as error:
         if debug:
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
-        _fail(f"{type(error).__name__}: {first} (--debug shows where)", given)
+        _fail(_in_a_sentence(error), given)
+
+
+def _in_a_sentence(error: Exception) -> str:
+    if is_disk_full(error):
+        file = getattr(error, "filename", None)
+        where = f" ({file} could not be written)" if file else ""
+        return f"The disk is full{where}: make room and give the same command again. What was there before is unharmed."
+    if isinstance(error, RecursionError):
+        return "Something in the input is nested too deeply (--debug shows where)."
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+def _check_text(given: list[str]) -> None:
+    """File names may hold bytes that are no text, which no record, page or tokenizer file can name."""
+    for argument in given:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise UserError(f"{shown} is not UTF-8: rename the file or folder, or go by a link.") from None
+
+
+def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--allow-module NAME`, which every command takes, and those names."""
+    kept, modules, rest = [], [], iter(given)
+    for argument in rest:
+        flag, _, name = argument.partition("=")
+        if flag == FLAG:
+            modules.append(name or next(rest, ""))
+        else:
+            kept.append(argument)
+    return kept, modules
 
 
 def _said(error: CycloptsError, command: str | None) -> str:

@@ -7,10 +7,9 @@ model is not told the tools: what it scores is what it knows, and what the adapt
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically
+from dual_lora.lab.run.folder import OWN as OF_A_RUN
+from dual_lora.lab.run.folder import check_plain, files_in, remove_own
+from dual_lora.lab.run.write import WHOLE, mark_whole, write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -30,6 +33,14 @@ RECIPE = "tool-calls"
 EXAMPLES = 600  # to train on
 TEST_EXAMPLES = 100  # in each test set
 BASE_EXAMPLES = 25  # of each test set, for the base model, which knows no tool, and for the check of the merged one
+SETTINGS = {"seed", "examples", "test_examples"}
+ENTRIES = ("settings.json", "data", "run", "evaluation", "merged", "demo.json")
+# The files that a demo wrote, as globs (see `files_in`).
+OWN = (
+    *("settings.json", "demo.json", f"data/{WHOLE}", f"merged/{WHOLE}"),
+    *(f"run/{file}" for file in OF_A_RUN),
+    *(f"evaluation/*/*/{file}" for file in ("items.jsonl", "result.json")),
+)
 SHOWN = 2  # of each test set, before and after
 
 
@@ -73,31 +84,41 @@ def run(
     """
     recipe = _recipe(out, seed, overrides or {})
     wanted = {"seed": seed, "examples": examples, "test_examples": test_examples}
-    settings = out / "settings.json"
-    if overwrite and settings.is_file():
-        _clear(out)
-    if settings.is_file():
-        if (there := json.loads(settings.read_text(encoding="utf-8"))) != wanted:
-            raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out, or --overwrite.")
-    else:
-        if out.is_dir() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no demo: give another --out.")
+    there = _settings(out)
+    if there is None and out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and holds no demo: give another --out.")
+    if there and overwrite:
+        remove_own(out, OWN)
+    elif there and there != wanted:
+        hint = "" if files_in(out, OWN)[1] else ", or --overwrite"
+        raise UserError(f"{out} holds a demo with {there}, not {wanted}: give another --out{hint}.")
+    if overwrite or not there:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomically(settings, json.dumps(wanted))
+        write_json(out / "settings.json", wanted)
     if not (out / "data").is_dir():
-        write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, examples, test_examples))
+        size = (examples, test_examples)
+        write_folder_atomically(out / "data", lambda folder: tool_calls.copy_to(folder, *size), listed=True)
     if (done := read_result(out)) is not None:
         return replace(done, reused=True)
     return _make(out, seed, recipe, progress)
 
 
+def _settings(out: Path) -> dict[str, Any] | None:
+    """What the demo in `out` was made with, None if there is none. Raises UserError for links in it."""
+    check_plain(out, ENTRIES)
+    with suppress(OSError, ValueError):
+        settings = read_object(out / "settings.json")
+        return settings if set(settings) == SETTINGS else None
+    return None
+
+
 def read_result(out: Path) -> DemoResult | None:
     """The result of the demo in `out`, None if it was not finished; UserError for a record of another version."""
     file = out / "demo.json"
-    if not file.is_file():
+    if _settings(out) is None or not file.is_file():
         return None
     try:
-        return DemoResult(**json.loads(file.read_text(encoding="utf-8")))
+        return DemoResult(**read_object(file))
     except (TypeError, ValueError):
         raise UserError(f"{file} is damaged or of another version: make the demo anew with --overwrite.") from None
 
@@ -139,7 +160,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     with _stage("training", seconds, progress):
         trained = train(recipe, out / "run", resume=(out / "run").is_dir(), progress=progress)
     if trained.state != "finished":
-        raise KeyboardInterrupt("Interrupted. The same command goes on from here.")
+        raise Stopped(trained.stopped_by, "Interrupted. The same command goes on from here.")
     recipe = read_recipe(out / "run")  # with the precision that was chosen
     seconds["training"] = max(seconds["training"], trained.seconds)  # with what earlier sessions took
 
@@ -162,6 +183,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     with _stage("merging and checking", seconds, progress):
         if not (out / "merged").is_dir():
             merge(out / "run", out / "merged")
+            mark_whole(out / "merged")
         last = TEST_SETS[-1]
         plain = _open_merged(out, recipe)
         checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last][:BASE_EXAMPLES], progress=progress)
@@ -170,7 +192,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     same = [a == b for a, b in zip(_answers(checked), _answers(results["tuned"][last])[:BASE_EXAMPLES], strict=True)]
     result.merged_same = [sum(same), len(same)]
     result.seconds = {stage: round(spent, 1) for stage, spent in seconds.items()}
-    write_atomically(out / "demo.json", json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")
+    write_json(out / "demo.json", asdict(result))
     return result
 
 
@@ -221,23 +243,13 @@ def _open_merged(out: Path, recipe: Recipe) -> Any:
     return open_tuned(str(out / "merged"), dtype=recipe.model.dtype)
 
 
-def _clear(out: Path) -> None:
-    """Remove what a demo has made, and nothing else."""
-    import shutil
-
-    for name in ("data", "run", "evaluation", "merged"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("demo.json", "settings.json"):
-        (out / name).unlink(missing_ok=True)
-
-
 @contextmanager
 def _stage(name: str, seconds: dict[str, float], progress: bool) -> Iterator[None]:
     """Name what begins, since models load for a while before a bar appears, and time it."""
     from dual_lora.lab.progress import console
 
     if progress:
-        console.print(f"[bold]{name}[/bold] (stage {len(seconds) + 1} of 3)")
+        console.print(f"{name} (stage {len(seconds) + 1} of 3)", style="bold")
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

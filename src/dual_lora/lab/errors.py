@@ -1,5 +1,7 @@
 """What a person did wrong, in one sentence: the command line prints it without a traceback."""
 
+import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -32,3 +34,13 @@ def described(error: BaseException) -> str:
     name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     said = " ".join([str(error), *getattr(error, "__notes__", [])])
     return (name + " ".join(said.split()))[:KEPT_OF_AN_ERROR]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk, a quota or a limit on a file's size ended a write.
+
+    torch and safetensors wrap the system's error into their own kinds; the text survives.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    wrapped = (*map(os.strerror, full), "unexpected pos", "PytorchStreamWriter")
+    return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)

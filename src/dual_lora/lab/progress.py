@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dual_lora.lab.terminal import Console
 
 console = Console(stderr=True)
 EVERY = 30.0  # seconds between two lines of a log
@@ -57,6 +58,8 @@ class Bar:
             console=console,
             disable=not shown or not console.is_terminal,
             transient=True,
+            redirect_stdout=False,  # rich would obey the colours and links in what others print
+            redirect_stderr=False,
         )
         self._task = self._bar.add_task(what, total=total, completed=start, note="")
 

@@ -10,13 +10,13 @@ The files are those that `dual-lora compare`, `analyze` and the benchmarks write
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +212,7 @@ def _read(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     file = Path(path)
     file = file / name if file.is_dir() else file
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except FileNotFoundError:
         raise UserError(f"There is no file {file}.") from None
     except ValueError as error:

@@ -118,6 +118,9 @@ class DualLoraConfig(PeftConfig):
         self._custom_modules: dict[type, type] | None = None
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
         self.r = self.r1 + self.r2
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
         for key, rank in self.rank_pattern.items():
             self.ranks_of(rank, where=f"rank_pattern[{key!r}]")
         for name, alpha in [

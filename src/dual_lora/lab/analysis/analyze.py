@@ -81,6 +81,12 @@ def analyze(
     return Analysis(found, asdict(options), made, examples)
 
 
+def check_free(file: Path) -> None:
+    """Raise UserError if something lies there that no analysis would replace."""
+    if file.exists() and not (file.is_file() and FORMAT.encode() in file.open("rb").read(100)):
+        raise UserError(f"The output {file} exists and is no analysis: give another --out, or remove it first.")
+
+
 def save(analysis: Analysis, file: str | Path) -> Path:
     """Write the analysis as JSON (numbers that are not finite become null)."""
     path = Path(file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
@@ -158,7 +158,7 @@ def _sizes(model: Any) -> dict[str, float]:
 
 def _record(folder: RunFolder) -> dict[str, Any]:
     try:
-        return json.loads(folder.record.read_text(encoding="utf-8"))
+        return read_object(folder.record)
     except (OSError, ValueError) as error:
         raise UserError(
             f"The record {folder.record} could not be read ({error}); the run has to be made again."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dual_lora.lab.analysis.analyze import Analysis
 from dual_lora.lab.analysis.summary import last_state, mean_over_layers
 from dual_lora.lab.analysis.walk import RunAnalysis
+from dual_lora.lab.terminal import Console
 
 # Key -> (table, heading, how it is written). Means over layers at the last state.
 _OVERVIEW: dict[str, tuple[str, str, str]] = {
@@ -60,14 +59,14 @@ def show(analysis: Analysis, console: Console | None = None) -> None:
         table.add_column(heading, justify="right")
     for row in rows:
         figures = [_written(row[key], kind) for key, (_, _, kind) in kept.items()]
-        table.add_row(escape(f"{row['run']} ({row['method']})"), str(row["step"]), *figures)
+        table.add_row(f"{row['run']} ({row['method']})", str(row["step"]), *figures)
     console.print(table)
     contributing = [run for run in analysis.runs if run.contribution]
     if contributing:
         console.print(_contribution_table(contributing))
     for run in analysis.runs:
         for note in run.notes:
-            console.print(f"• {escape(run.name)}: {escape(note)}")
+            console.print(f"• {run.name}: {note}")
 
 
 def _contribution_table(runs: list[RunAnalysis]) -> Table:
@@ -79,7 +78,7 @@ def _contribution_table(runs: list[RunAnalysis]) -> Table:
     for run in runs:
         for row in run.contribution:
             table.add_row(
-                escape(run.name),
+                run.name,
                 row["group"],
                 row["what"],
                 _written(row["loss"], ".4f"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,9 @@ from dual_lora.lab.analysis.matrices import Difference, Matrix
 from dual_lora.lab.analysis.options import Setting
 from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.schema import check_regex
+from dual_lora.lab.model.bounds import check_finite_weights
+from dual_lora.lab.patterns import Pattern
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run.folder import RunFolder, is_whole
 
 
@@ -51,11 +52,9 @@ def places(run: Path, limit: int | None = None) -> list[Place]:
 
 
 def _last_step(folder: RunFolder) -> int:
-    import json
-
     try:
-        return int(json.loads(folder.record.read_text(encoding="utf-8"))["result"]["steps"])
-    except (OSError, ValueError, KeyError) as error:
+        return int(read_object(folder.record)["result"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{folder.record} does not say how many steps the run took ({error!r}).") from None
 
 
@@ -101,7 +100,10 @@ def load_adapter_into(model: Any, folder: Path) -> None:
         raise UserError(f"The checkpoint {folder} holds no adapter_model.safetensors.")
     try:
         tensors = load_file(file)
+        check_finite_weights(tensors, f"The adapter {folder}")
         set_peft_model_state_dict(model, tensors)
+    except UserError:
+        raise
     except RuntimeError as error:
         raise UserError(f"{file} does not fit the run's recipe: {str(error).splitlines()[0]}") from error
     except Exception as error:
@@ -121,10 +123,10 @@ def chosen_layers(setting: Setting, pattern: str | None, known: list[str] | None
     if not pattern:
         return names
     try:
-        check_regex(pattern)
+        wanted = Pattern(pattern, "--layers")
     except ValueError as error:
         raise UserError(f"--layers {error}.") from None
-    found = [name for name in names if re.search(pattern, name)]
+    found = [name for name in names if wanted.search(name)]
     if not found:
         raise UserError(f"--layers {pattern!r} matches none of {len(names)} layers, such as {names[0]}.")
     return found

@@ -35,17 +35,18 @@ def analyze(
 
     States are a run's checkpoints: train with `--train.checkpoint-every 20 --train.keep-checkpoints 20` to keep them.
     """
-    from rich.console import Console
-
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
-    from dual_lora.lab.analysis.analyze import save
+    from dual_lora.lab.analysis.analyze import check_free, save
     from dual_lora.lab.analysis.show import overview, show
     from dual_lora.lab.analysis.walk import Options
     from dual_lora.lab.commands.card import finish
+    from dual_lora.lab.terminal import Console
 
     options = Options(states, layers, ranks, gradients, held_out)
+    out = out or runs[0] / "analysis" / "analysis.json"
+    check_free(out)
     analysis = run_analysis([*runs], reference, options, device)
-    file = save(analysis, out or runs[0] / "analysis" / "analysis.json")
+    file = save(analysis, out)
     result = {"file": str(file), "runs": overview(analysis)}
     if page is not None:
         from dual_lora.lab.report.report import report
@@ -55,4 +56,4 @@ def analyze(
         finish(result, None, True)
         return
     show(analysis)
-    Console().print(f"written to {file}" + (f" and {page}" if page else ""), markup=False)
+    Console().print(f"written to {file}" + (f" and {page}" if page else ""))

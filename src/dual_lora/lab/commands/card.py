@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from dual_lora.lab.amounts import duration as duration
 from dual_lora.lab.amounts import size as size
+from dual_lora.lab.run.write import json_text
+from dual_lora.lab.terminal import Console
 
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
@@ -23,7 +22,7 @@ def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json_text(result))
     else:
         Console().print(card)
 
@@ -35,12 +34,12 @@ def facts_card(title: str, facts: Mapping[str, str]) -> Panel:
     grid.add_column(overflow="fold")
     for name, value in facts.items():
         grid.add_row(name, Text(value, overflow="fold"))
-    return Panel(grid, title=escape(title), title_align="left", expand=False, border_style="green")
+    return Panel(grid, title=Text(title), title_align="left", expand=False, border_style="green")
 
 
 def figures_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table with the first column on the left and figures on the right."""
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import exit_status
 
 
 def compare(
@@ -75,9 +76,9 @@ def compare(
     try:
         options: dict[str, Any] = {"executor": executor, "workers": workers, "update": update, "keep": keep}
         results = run(study, out, runs=runs, report_to=report_to, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(exit_status(error)) from None
     if json:
         finish(results, None, True)
     else:

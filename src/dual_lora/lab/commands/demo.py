@@ -6,6 +6,7 @@ import json as json_module
 import shutil
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -121,7 +122,7 @@ def _facts(result: DemoResult) -> Panel:
 def _program() -> str:
     """How this command is called here: `make demo` has no environment active, and then the name alone finds nothing."""
     called = Path(sys.argv[0])
-    return str(called) if called.name == "dual-lora" and shutil.which("dual-lora") is None else "dual-lora"
+    return quote(str(called)) if called.name == "dual-lora" and shutil.which("dual-lora") is None else "dual-lora"
 
 
 def _short(text: str) -> str:

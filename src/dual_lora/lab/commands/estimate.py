@@ -243,7 +243,7 @@ def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
         ["gradients", *(_bytes(m.gradients) for m in one)],
         ["activations", *(_bytes(m.activations) for m in one)],
         ["workspace (logits, loss, temporaries)", *(_bytes(m.workspace) for m in one)],
-        ["[bold]peak[/bold]", *(f"[bold]{_bytes(m.peak)}[/bold]" for m in one)],
+        ["peak", *(_bytes(m.peak) for m in one)],
         ["… which comes in", *(m.where for m in one)],
     ]
     for phase in ("standing", "forward", "logits", "loss", "backward", "step"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,4 +68,6 @@ def evaluate(
 
 def _shown(figure: float | str) -> str:
     """Figures that others report may be words ("+0.6 over DoRA")."""
-    return figure if isinstance(figure, str) else f"{figure:.4f}"
+    if isinstance(figure, str):
+        return figure
+    return f"{figure:.4f}" if math.isfinite(figure) else "–"  # the correlation of values that are all the same

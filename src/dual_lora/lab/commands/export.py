@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -64,7 +65,7 @@ def export(
         facts = {
             "file": result.file,
             "size": f"{size(result.bytes)}, {result.tensors} tensors",
-            "run": f'llama-cli -m {result.file} -p "…"',
+            "run": f'llama-cli -m {quote(result.file)} -p "…"',
         }
         finish(asdict(result), facts_card("GGUF", facts), json)
     else:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
+from dual_lora.lab.terminal import Console
 
 # Written by `python conformance/capabilities.py --write`, which tries everything on tiny models.
 CAPABILITIES = Path(__file__).parents[1] / "capabilities.json"

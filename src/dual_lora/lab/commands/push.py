@@ -37,7 +37,7 @@ def push(
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError("Nobody is there to answer whether to upload: give --yes.")
-            from rich.console import Console
+            from dual_lora.lab.terminal import Console
 
             Console(stderr=True).print(
                 facts_card(f"to {repo}{' (private)' if private else ', for everyone to see'}", facts)

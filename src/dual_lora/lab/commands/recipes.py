@@ -12,6 +12,7 @@ from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
+from dual_lora.lab.run.write import write_atomically
 
 app = App(
     name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"
@@ -79,7 +80,7 @@ def copy(name: str, to: Path | None = None) -> None:
         target = target / f"{name}.yaml"
     if target.exists():
         raise UserError(f"{target} exists already: give another name.")
-    target.write_text(recipe_text(name)[1], encoding="utf-8")
+    write_atomically(target, recipe_text(name)[1])
     finish({"file": str(target)}, f"{target} — run it with: dual-lora train {quote(str(target))}", False)
 
 

@@ -35,20 +35,19 @@ def report(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from dual_lora.lab.commands.card import facts_card, finish, size
     from dual_lora.lab.errors import UserError
     from dual_lora.lab.report.report import Report
     from dual_lora.lab.report.report import report as write_report
     from dual_lora.lab.report.report import watch as keep_writing
+    from dual_lora.lab.terminal import Console
 
     given: list[str | Path] = [*sources] if sources else [Path(name) for name in USUAL if Path(name).is_dir()]
     if not given:
         raise UserError(f"Here is none of the folders {', '.join(USUAL)}: name what the report is to be made of.")
 
     def say(written: Report) -> None:
-        Console(stderr=True).print(f"{written.file}: {size(written.bytes)}", markup=False)
+        Console(stderr=True).print(f"{written.file}: {size(written.bytes)}")
 
     if watch:
         keep_writing(given, out, title, tables, say)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -54,8 +55,6 @@ def train(
     After an interruption: `dual-lora train --resume --out runs/mine`
 
     On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
-
-    `--debug` shows where an error comes from.
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
@@ -79,7 +78,7 @@ def train(
         facts["next"] = RunFolder(folder).resume_command
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
-        raise SystemExit(130)
+        raise SystemExit(exit_status(Stopped(result.stopped_by)))
 
 
 def _next(recipe: Recipe, folder: Path) -> str:
@@ -118,4 +117,4 @@ def _chosen(source: str | None, overrides: dict[str, Any], out: Path | None, res
         raise UserError(
             "Say what to train: a recipe (`dual-lora recipes` lists them), or --model.path and --data.train."
         )
-    return build_recipe(merged({"name": out.name if out else "run"}, overrides), "flags")
+    return build_recipe(merged({"name": (out.resolve().name if out else "") or "run"}, overrides), "flags")

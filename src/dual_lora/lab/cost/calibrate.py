@@ -14,7 +14,6 @@ anything else by the clock on the wall, so on a machine at rest. The fastest rou
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import time
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora.lab.cost.options import Setting
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
+from dual_lora.lab.read import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -63,10 +63,10 @@ def machine() -> str:
 def known_rates() -> dict[str, Any] | None:
     """What `calibrate` has found on this machine, or None before the first calibration."""
     try:
-        entry = json.loads(cache_file().read_text(encoding="utf-8")).get(machine())
+        entry = read_object(cache_file()).get(machine())
     except (OSError, ValueError):
         return None
-    return entry if entry and "costs" in entry else None
+    return entry if isinstance(entry, dict) and "costs" in entry else None
 
 
 def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS) -> dict[str, Any]:
@@ -192,12 +192,12 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
 
 
 def _keep(entry: dict[str, Any]) -> None:
-    from dual_lora.lab.run.write import write_atomically
+    from dual_lora.lab.run.write import write_json
 
     file = cache_file()
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_object(file)
     except (OSError, ValueError):
         known = {}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({**known, machine(): entry}, indent=1))
+    write_json(file, {**known, machine(): entry})

@@ -215,8 +215,9 @@ def _turn(prompt: str, answer: str) -> tuple[dict[str, Any], ...]:
 
 def _choices_in(prompt: str) -> list[str]:
     """The choices of the LLM-Adapters tasks, which stand in the question's last line."""
-    found = re.search(r"Answer format:\s*(\S+(?:/\S+)+)\s*$", prompt)
-    return found[1].split("/") if found else []
+    _, found, rest = prompt.rpartition("Answer format:")
+    words = rest.split()
+    return words[0].split("/") if found and len(words) == 1 and "/" in words[0][1:-1] else []
 
 
 _LISTED = re.compile(r"(?<!\S)(?:Answer|Solution|Option|Ending)(\d+): ?")
@@ -228,7 +229,7 @@ def in_words(example: Example) -> Example:
     Raises UserError for a prompt that lists no answers, or whose right answer is not in its list.
     """
     prompt = str(example.messages[-2]["content"]) if len(example.messages) > 1 else ""
-    body = re.sub(r"\s*Answer format:.*\Z", "", prompt, flags=re.DOTALL)
+    body = prompt.partition("Answer format:")[0].rstrip()
     question, *listed = _LISTED.split(body)
     texts = dict(zip(listed[::2], (text.strip() for text in listed[1::2]), strict=True))
     number = re.sub(r"\D", "", example.target)

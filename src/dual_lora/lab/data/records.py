@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import parse_json
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
                 records = list(readers[path.suffix](path))
             else:
                 raise UserError(f"{path}: unknown kind of data file, expected .json, .jsonl, .tsv, .csv or .txt.")
+        except csv.Error as error:
+            raise UserError(f"{path} is no table: {error}.") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
     if not records:
@@ -71,10 +74,7 @@ def _json(path: Path) -> Iterator[Record]:
     text = path.read_text(encoding="utf-8")
     if not text.strip():
         return
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}).") from None
+    values = _parsed(text, str(path))
     if not isinstance(values, list):
         raise UserError(f"{path} holds a JSON {type(values).__name__}, expected a list of records.")
     for number, value in enumerate(values, 1):
@@ -85,11 +85,17 @@ def _jsonl(path: Path) -> Iterator[Record]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
-        yield _record(value, f"{path}, line {number}")
+        yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        place = f"{where}, line {error.lineno}" if where.endswith(".json") else where
+        raise UserError(f"{place}: not valid JSON ({error.msg}).") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error}).") from None
 
 
 def _record(value: Any, where: str) -> Record:

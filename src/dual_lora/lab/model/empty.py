@@ -31,6 +31,7 @@ def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from dual_lora.lab.model.bounds import check_config
     from dual_lora.lab.model.load import gather_for_head, quiet
     from dual_lora.lab.model.methods import method_config
 
@@ -51,6 +52,7 @@ def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
         adapter = method_config(method, setting.head, 100, _fresh(base) if setting.head == "classification" else [])
         if adapter is None:
             return base.train()
+        check_config(adapter, base, "method")
         try:
             return get_peft_model(base, adapter, low_cpu_mem_usage=True).train()
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:

@@ -6,7 +6,6 @@ losses and the verdict.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Task
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.write import write_folder_atomically
+from dual_lora.lab.run.write import free_folder, json_text, write_folder_atomically
 
 REPORT = "conversion.json"
 # Shares of the adapter's improvement in loss that a conversion keeps.
@@ -60,12 +59,16 @@ def export_lora(
     """
     from dual_lora.method.conversion import convert_to_lora, write_adapter
 
-    tuned = _open(source, out, base, dtype, kind="DUAL_LORA")
+    tuned, target = _open(source, out, base, dtype, kind="DUAL_LORA")
     records = _records(tuned, data, limit)
     conversion: Any = _converted(convert_to_lora, tuned, rank, progress)
     layers = [loss._asdict() for loss in conversion.losses]
-    _write(tuned, Path(out), lambda folder: write_adapter(folder, conversion.config, conversion.state_dict))
-    return _judged("lora", tuned, out, layers, conversion.median, records, base, dtype, progress)
+
+    def judged(folder: Path) -> Exported:
+        write_adapter(folder, conversion.config, conversion.state_dict)
+        return _judged("lora", tuned, folder, out, layers, conversion.median, records, base, dtype, progress)
+
+    return _written(tuned, target, judged)
 
 
 def export_dual_lora(
@@ -86,13 +89,17 @@ def export_dual_lora(
     from dual_lora.method.conversion import write_adapter
     from dual_lora.method.from_lora import convert_to_dual_lora
 
-    tuned = _open(source, out, base, dtype, kind="LORA")
+    tuned, target = _open(source, out, base, dtype, kind="LORA")
     records = _records(tuned, data, limit)
     start: Any = _converted(convert_to_dual_lora, tuned, r1, progress)
     layers = [kept._asdict() for kept in start.kept]
-    _write(tuned, Path(out), lambda folder: write_adapter(folder, start.config, start.state_dict))
     lost = (1 - start.median**2) ** 0.5
-    return _judged("dual-lora", tuned, out, layers, lost, records, base, dtype, progress)
+
+    def judged(folder: Path) -> Exported:
+        write_adapter(folder, start.config, start.state_dict)
+        return _judged("dual-lora", tuned, folder, out, layers, lost, records, base, dtype, progress)
+
+    return _written(tuned, target, judged)
 
 
 def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
@@ -134,10 +141,8 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-def _open(source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str) -> Tuned:
-    target = Path(out)
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"The output folder {target} is not empty: give another one.")
+def _open(source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str) -> tuple[Tuned, Path]:
+    target = free_folder(out)
     tuned = open_tuned(source, base, dtype)
     name = {"DUAL_LORA": "Dual LoRA", "LORA": "LoRA"}[kind]
     config = tuned.model.peft_config.get("default") if tuned.adapted else None
@@ -147,30 +152,36 @@ def _open(source: str | Path, out: str | Path, base: str | None, dtype: str | No
         other = {"DUAL_LORA": "--to dual-lora", "LORA": "--to lora"}[kind]
         hint = f" (The other way round is {other}.)" if tuned.adapted else ""
         raise UserError(f"{source} holds {what}, expected a {name} adapter.{hint}")
-    return tuned
+    return tuned, target
 
 
 def _converted(convert: Callable[..., Any], tuned: Tuned, rank: Any, progress: bool) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.linalg import LinAlgError
 
     count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
     with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
         try:
             return convert(tuned.model, rank, advance=bar.advance)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, LinAlgError) as error:
             raise UserError(str(error)) from error
 
 
-def _write(tuned: Tuned, target: Path, write_adapter: Callable[[Path], None]) -> None:
+def _written(tuned: Tuned, target: Path, judged: Callable[[Path], Exported]) -> Exported:
+    """Write the folder whole: `judged` writes the adapter into it and says what it lost."""
+    results: list[Exported] = []
+
     def write(folder: Path) -> None:
-        write_adapter(folder)
         tuned.tokenizer.save_pretrained(str(folder))
         if tuned.recipe is not None:
             write_note(folder, tuned.recipe, tuned.classes)
+        results.append(judged(folder))
+        (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_folder_atomically(target, write)
+    return results[0]
 
 
 def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
@@ -192,6 +203,7 @@ def _data(tuned: Tuned) -> DataPart:
 def _judged(
     method: str,
     tuned: Tuned,
+    folder: Path,
     out: str | Path,
     layers: list[dict[str, Any]],
     lost: float,
@@ -200,12 +212,10 @@ def _judged(
     dtype: str | None,
     progress: bool,
 ) -> Exported:
-    parameters, weights = _sizes(Path(out))
-    loss = _losses(tuned, out, records, base, dtype, progress) if records else {}
+    parameters, weights = _sizes(folder)
+    loss = _losses(tuned, folder, records, base, dtype, progress) if records else {}
     verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-    result = Exported(str(out), method, layers, parameters, weights, loss, len(records), verdict, advice)
-    (Path(out) / REPORT).write_text(json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return result
+    return Exported(str(out), method, layers, parameters, weights, loss, len(records), verdict, advice)
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
@@ -220,7 +230,7 @@ def _sizes(folder: Path) -> tuple[int, int]:
 
 
 def _losses(
-    tuned: Tuned, out: str | Path, records: list[Example], base: str | None, dtype: str | None, progress: bool
+    tuned: Tuned, folder: Path, records: list[Example], base: str | None, dtype: str | None, progress: bool
 ) -> dict[str, float]:
     """Mean loss of the base, of the adapter and of what was written."""
     task: Task = "classification" if tuned.classes else "loss"
@@ -229,7 +239,7 @@ def _losses(
     unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
     before = evaluate(unfiled, _data(tuned), spec, examples=records, progress=progress)
     with quiet():
-        converted = open_tuned(out, base, dtype)
+        converted = open_tuned(folder, base, dtype)
     after = evaluate(converted, _data(tuned), spec, examples=records, variants=["tuned"], progress=progress)
     return {
         "base": before.metrics["base"]["loss"],

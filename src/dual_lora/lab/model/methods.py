@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.model.bounds import check_config
+from dual_lora.lab.permission import import_allowed
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,7 +65,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         return None
     factory = _config_classes()[kind]
     known = method_fields(str(method["name"]))
-    for key in settings:
+    for key in map(str, settings):
         if key not in known:
             raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, known)}")
     if "target_modules" in known:
@@ -83,8 +84,9 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *fresh})
     try:
         return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"method {method['name']}: {' '.join(str(error).split())}") from error
+    except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise UserError(f"method {method['name']}: {kind}{' '.join(str(error).split())}") from error
 
 
 def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed: int) -> Any:
@@ -99,11 +101,15 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed
         for parameter in loaded.model.parameters():
             parameter.requires_grad_(True)
         return loaded.model
+    check_config(config, loaded.model, "method")
     torch.manual_seed(seed)
     try:
         model = get_peft_model(loaded.model, config)
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"The method does not fit the model: {' '.join(str(error).split())}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
+        raise UserError(f"The method does not fit the model: {kind}{' '.join(str(error).split())}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
     model.peft_config["default"].base_model_name_or_path = base_name
@@ -116,13 +122,10 @@ def is_kind(config: PeftConfig | None, kind: str) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A method's name as PEFT writes it. Of `module:name` the module is imported, which registers the method."""
-    module, _, plain = name.rpartition(":")
-    if module:
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise UserError(f"method {name!r}: {module} cannot be imported ({error}). Is it on PYTHONPATH?") from error
+    """A method's name as PEFT writes it. Of `module:name` the module is imported, if allowed: that registers it."""
+    module, colon, plain = name.rpartition(":")
+    if colon:
+        import_allowed(module, f"method {name!r}")
     return plain.lower().replace("-", "_")
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.model.bounds import check_config, check_finite_weights
 from dual_lora.lab.model.load import Loaded, load_model
 from dual_lora.lab.model.methods import plain_name
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelPart, Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -78,13 +80,21 @@ def open_tuned(
     return Tuned(loaded.model, loaded.tokenizer, str(source))
 
 
-def read_note(adapter: Path) -> dict[str, Any]:
-    """The laboratory's note in an adapter folder, {} in one from elsewhere."""
+def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
+    """The recipe and the classes that the laboratory noted in an adapter folder; none in one from elsewhere."""
     file = adapter / NOTE
+    if not file.is_file():
+        return None, []
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{file}, the note of the recipe, is damaged ({error}): remove it and give --recipe.") from None
+        note = read_object(file)
+        recipe, classes = note["recipe"], note.get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."
+        ) from None
+    return build_recipe(recipe, str(file)), classes
 
 
 def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:
@@ -93,10 +103,14 @@ def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:
 
 
 def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:
-    note = read_note(folder.full_model)
-    recipe, classes = build_recipe(note["recipe"]), note["classes"]
+    recipe, classes = read_note(folder.full_model)
+    if recipe is None:
+        raise UserError(
+            f"{folder.full_model / NOTE}, the note of the recipe, is missing: the run has to be made again."
+        )
     part = recipe.model.model_copy(update={"dtype": dtype or recipe.model.dtype})
     loaded = load_model(part.model_copy(update={"path": str(folder.full_model)}), len(classes) or None, device)
+    check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
 
@@ -112,34 +126,35 @@ def load_base(part: ModelPart, seed: int, num_labels: int | None, device: str | 
 def _open_adapter(
     adapter: Path, base: str | None, dtype: str | None, device: str | None, run: Path | None = None
 ) -> Tuned:
-    from peft import PeftConfig, PeftModel
+    import torch
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
-    note = read_note(adapter)
-    recipe = build_recipe(note["recipe"], f"{adapter / NOTE}") if note else None
-    classes = note.get("classes", [])
-    if recipe and run:  # never for an adapter alone: what somebody else made does not say what is imported here
+    recipe, classes = read_note(adapter)
+    if recipe:
         plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on
     try:
         config = PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"The adapter {adapter} could not be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
+        raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     part = recipe.model if recipe else _part_of(config, adapter)
     part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     loaded = load_base(part, recipe.train.seed if recipe else 0, labels, device)
+    check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
-    except (ValueError, RuntimeError, OSError) as error:
-        first = str(error).strip().splitlines()[0:2]
-        raise UserError(
-            f"The adapter {adapter} does not fit {part.path}: {' '.join(' '.join(first).split())}"
-        ) from error
+        brought = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
+        if type(error).__name__ == "SafetensorError":
+            raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
+        first = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
+        kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
+        raise UserError(f"The adapter {adapter} does not fit {part.path}: {kind}{first}") from error
+    check_finite_weights(brought, f"The adapter {adapter}")
     return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run)
 
 

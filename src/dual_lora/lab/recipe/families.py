@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import parse_yaml, read_yaml_text
 
 KINDS = ("paper", "predecessor", "ours")  # who a setting can come from; a source's text begins with one of them
 _KEYS = {"family", "about", "sources", "common", "axes", "cells", "twins"}
@@ -76,7 +77,7 @@ def family(path: Path) -> dict[str, Member]:
 
 @lru_cache
 def _read(path: Path, _changed: int) -> dict[str, Member]:
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(written, dict) or set(written) - _KEYS or "family" not in written:
         raise UserError(f"{path} is no family of recipes: expected a mapping with {', '.join(sorted(_KEYS))}.")
     sources = written.get("sources", {})

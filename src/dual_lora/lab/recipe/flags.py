@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, Field, create_model
 
+from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.schema import Recipe
 
 
@@ -40,7 +40,7 @@ def flag_values(given: BaseModel | None) -> dict[str, Any]:
     for holder, key in ((values, "method"), (values.get("train", {}), "arguments")):
         if key in holder:
             holder[key] = {
-                name.replace("-", "_"): yaml.safe_load(value) if isinstance(value, str) else value
+                name.replace("-", "_"): parse_yaml(value, f"--{key}.{name}") if isinstance(value, str) else value
                 for name, value in holder[key].items()
             }
     return values

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.schema import Recipe
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
@@ -23,10 +23,7 @@ def read_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     Raises UserError for a missing file, broken YAML, and unknown or mistyped fields (nearest name suggested).
     """
     path, text = recipe_text(source)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(text, path)
     if not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {type(values).__name__}"
         raise UserError(f"{path} {found}, expected a mapping with model, method, data, train.")
@@ -50,10 +47,7 @@ def recipe_text(source: str | Path) -> tuple[str, str]:
             raise UserError(f"There is no recipe file {source}. {LISTING}")
         else:
             raise UserError(f"There is no recipe {str(source)!r}.{suggest(str(source), shipped, LISTING)}")
-    try:
-        return str(path), path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8.") from None
+    return str(path), read_yaml_text(path)
 
 
 def shipped_recipes() -> dict[str, Path]:

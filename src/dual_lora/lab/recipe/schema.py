@@ -5,13 +5,16 @@ A recipe has five parts: model, method, data, train, evaluate. ``dual-lora recip
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dual_lora.lab.patterns import compiled
+
+NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
+MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
 
 
 Task = Literal["exact_match", "choice", "classification", "regression", "loss", "bleu", "nlg"]
@@ -20,7 +23,7 @@ Task = Literal["exact_match", "choice", "classification", "regression", "loss", 
 class Part(BaseModel):
     """A part of a recipe: unknown fields are errors, so that a typing mistake never runs silently."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelPart(Part):
@@ -36,7 +39,9 @@ class ModelPart(Part):
         "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
     )
     attention: str | None = Field(
-        None, description="Attention implementation of transformers, for example sdpa or eager."
+        None,
+        pattern=r"^[\w|]+$",  # a "/" names code on the hub
+        description="Attention implementation of transformers, for example sdpa or eager.",
     )
 
 
@@ -92,7 +97,9 @@ class DataPart(Part):
         description="Tasks whose prompt lists 'Answer1: ... Answer2: ...': answer with the label as it stands, or ask "
         "the question alone and answer with the text that the label stands for.",
     )
-    max_length: int = Field(512, ge=4, description="Longest example in tokens; longer ones are left out and counted.")
+    max_length: int = Field(
+        512, ge=4, le=MOST, description="Longest example in tokens; longer ones are left out and counted."
+    )
     train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
     test_limit: int | None = Field(
         None, ge=1, description="Use only so many test or validation records (seeded choice)."
@@ -106,8 +113,8 @@ class DataPart(Part):
 class TrainPart(Part):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; left out: computed from epochs.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training records, unless steps is given.")
-    batch_size: int = Field(8, ge=1, description="Examples per device and forward pass.")
-    accumulate: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    batch_size: int = Field(8, ge=1, le=MOST, description="Examples per device and forward pass.")
+    accumulate: int = Field(1, ge=1, le=MOST, description="Forward passes per optimizer step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
@@ -121,9 +128,11 @@ class TrainPart(Part):
         description="Mixed precision of the training loop. auto: bf16 where this device is faster with it, none "
         "elsewhere.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the factors, the data order and dropout.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the factors, the data order and dropout.")
     optimizer: str = Field(
-        "adamw_torch", description="An optim name of transformers (adamw_torch, galore_adamw, ...) or loraplus."
+        "adamw_torch",
+        description="An optim name of transformers (adamw_torch, galore_adamw, ...), loraplus, or MODULE:FACTORY of "
+        "your own, which is called with groups of parameters and lr, as torch's are, and needs --allow-module.",
     )
     loraplus_ratio: float = Field(
         16.0, gt=0, description="optimizer loraplus: learning rate of B (and D) divided by that of A (and C)."
@@ -145,7 +154,7 @@ class TrainPart(Part):
     @classmethod
     def _patterns_and_factors(cls, value: dict[str, float]) -> dict[str, float]:
         for pattern, factor in value.items():
-            check_regex(pattern)
+            compiled(pattern)
             if not factor > 0:
                 raise ValueError(f"{pattern}: {factor} is no multiple of a learning rate, expected a number above 0")
         return value
@@ -159,11 +168,13 @@ class EvaluatePart(Part):
     )
     split: Literal["test", "validation", "train"] = Field("test", description="Which records of data are evaluated.")
     base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")
-    batch_size: int = Field(16, ge=1, description="Rows per forward pass.")
-    max_new_tokens: int = Field(64, ge=1, description="Longest generated answer.")
-    beams: int = Field(1, ge=1, description="Beams of the search for a generated answer; 1: greedy.")
+    batch_size: int = Field(16, ge=1, le=MOST, description="Rows per forward pass.")
+    max_new_tokens: int = Field(64, ge=1, le=MOST, description="Longest generated answer.")
+    beams: int = Field(1, ge=1, le=1000, description="Beams of the search for a generated answer; 1: greedy.")
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
-    no_repeat_ngram: int = Field(0, ge=0, description="No n-gram of this length occurs twice in an answer; 0: any may.")
+    no_repeat_ngram: int = Field(
+        0, ge=0, le=MOST, description="No n-gram of this length occurs twice in an answer; 0: any may."
+    )
     extract: str | None = Field(
         None,
         description="exact_match: regular expression; its first match in the generated text is the answer. "
@@ -185,16 +196,8 @@ class EvaluatePart(Part):
     @field_validator("extract")
     @classmethod
     def _can_be_searched_for(cls, value: str | None) -> str | None:
-        check_regex(value or "")
+        compiled(value or "")
         return value
-
-
-def check_regex(pattern: str) -> None:
-    """Raise ValueError where a pattern cannot be compiled."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
 
 
 class Origin(Part):
@@ -218,7 +221,7 @@ class Origin(Part):
 class Recipe(Part):
     """A complete fine-tuning run."""
 
-    name: str = Field("run", pattern=r"^[\w.\-]+$", description="Name of the recipe and of its default output folder.")
+    name: str = Field("run", pattern=NAME, description="Name of the recipe and of its default output folder.")
     about: str = Field("", description="One sentence on what the recipe shows.")
     model: ModelPart = Field(description="The model to start from.")
     method: dict[str, Any] = Field(

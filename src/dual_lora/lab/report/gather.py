@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.study.folder import progress
 
 ANALYSIS = "dual-lora analysis"
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
 SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
-LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
 # What reading a stranger's file may raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 
@@ -88,7 +87,7 @@ def gather(paths: list[str | Path]) -> Material:
     for file in find(paths, material.problems):
         try:
             if file.name == "study.json":
-                if under_way := progress(_regular(file)):
+                if under_way := progress(regular(file)):
                     material.running.append((file, under_way))
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)
@@ -100,16 +99,6 @@ def gather(paths: list[str | Path]) -> Material:
     return material
 
 
-def _regular(file: Path) -> Path:
-    """The file, unless reading it might never end."""
-    state = file.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError("it is no regular file")
-    if state.st_size > LARGEST:
-        raise ValueError(f"it has {state.st_size:,} bytes, and at most {LARGEST:,} are read")
-    return file
-
-
 def _add_ledger(material: Material, file: Path) -> None:
     if rows := read_lines(file):
         material.ledgers.append((file, rows))
@@ -118,7 +107,7 @@ def _add_ledger(material: Material, file: Path) -> None:
 
 
 def _add_json(material: Material, file: Path, named: bool) -> None:
-    value = json.loads(_regular(file).read_text(encoding="utf-8"))
+    value = read_json(file)
     if isinstance(value, dict) and value.get("format") == ANALYSIS:
         if value["version"] > 1:
             raise ValueError(f"it is of version {value['version']}, made by a newer program; this one reads version 1")
@@ -131,7 +120,7 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = _regular(file).read_text(encoding="utf-8").splitlines()
+    lines = regular(file).read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.forgetting import NAME as FORGETTING
 from dual_lora.lab.run.forgetting import forgetting_figures, forgetting_rows
 from dual_lora.lab.run.scoring import (
@@ -27,7 +28,7 @@ from dual_lora.lab.run.scoring import (
     score_regression,
     score_texts,
 )
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
 _GENERATION = {
     "loss": score_loss,
@@ -102,6 +103,7 @@ def evaluate(
                         )
                     else:
                         rows = _GENERATION[task](model, tuned.tokenizer, examples, prompter, spec, bar.advance)
+                _check_numbers(rows, tuned, variant)
                 seconds[variant] += round(time.perf_counter() - start, 3)
                 metrics[variant] |= _named(task, figures(task, rows, examples), metrics[variant])
                 items += [
@@ -133,11 +135,26 @@ def evaluate(
 def write_result(result: EvalResult, folder: Path) -> Path:
     """items.jsonl with every item and result.json with the figures; returns the latter's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in result.items)
+    lines = "".join(json_text(item) + "\n" for item in result.items)
     write_atomically(folder / "items.jsonl", lines)
     result.file = str(folder / "result.json")
-    write_atomically(folder / "result.json", json.dumps(result.summary(), indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "result.json", result.summary())
     return folder / "result.json"
+
+
+def _check_numbers(rows: Rows, tuned: Tuned, variant: str) -> None:
+    """A model of NaN gives every item its first class or choice, which may well be right: look at what it chose by."""
+    bad = sum(not all(map(_is_number, (r.get("nats"), r.get("predicted"), *r.get("scores", ())))) for r in rows)
+    if bad:
+        raise UserError(
+            f"{tuned.source} ({variant}) computes NaN or infinity on {bad} of {len(rows)} examples, so it has no "
+            "score. Its training has diverged, or its weights do not fit into the precision (--dtype float32)."
+        ) from NotFinite("An evaluation gave no number.")
+
+
+def _is_number(value: Any) -> bool:
+    """Of a choice, -infinity is a likelihood of 0."""
+    return not isinstance(value, float) or (math.isfinite(value) or value == -math.inf)
 
 
 def _settings(recipe: Recipe | None, data: DataPart | None, spec: EvaluatePart | None) -> tuple[DataPart, EvaluatePart]:

@@ -6,9 +6,10 @@ the text holds, wherever it stands, and count a text without one as wrong.
 
 from __future__ import annotations
 
-import re
+from functools import lru_cache
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.patterns import Pattern
 
 COMMONSENSE = "commonsense"
 
@@ -30,8 +31,13 @@ def answer_in(text: str, extract: str, target: str) -> str:
     Raises UserError for a target that is no label of the commonsense tasks.
     """
     pattern = _labels_like(target) if extract == COMMONSENSE else extract
-    match = re.search(pattern, text)
+    match = _pattern(pattern).search(text)
     return (match[match.lastindex or 0] if match else "").strip()
+
+
+@lru_cache
+def _pattern(text: str) -> Pattern:
+    return Pattern(text, "evaluate.extract")
 
 
 def _labels_like(target: str) -> str:

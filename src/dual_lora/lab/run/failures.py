@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, is_disk_full
+from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.run.write import write_json
 
 
 class Diverged(UserError):
@@ -40,8 +41,9 @@ def clear_failures(folder: RunFolder) -> Iterator[None]:
     except NotFinite as error:
         way_out = "Lower train.learning_rate, or use bfloat16 or float32 instead of float16."
         raise Diverged(f"{error} Training stopped. {_kept_checkpoint(folder)} {way_out}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Interrupted. {_kept_checkpoint(folder)}") from None
+    except KeyboardInterrupt as error:
+        number = getattr(error, "number", signal.SIGINT)
+        raise Stopped(number, f"Interrupted. {_kept_checkpoint(folder)}") from None
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device's memory is full: lower train.batch_size (and raise train.accumulate), "
@@ -63,14 +65,8 @@ def _kept_checkpoint(folder: RunFolder) -> str:
 def note_failure(folder: RunFolder, error: BaseException) -> None:
     """Let record.json say that the run stopped, and why."""
     with suppress(OSError, ValueError):
-        record = json.loads(folder.record.read_text(encoding="utf-8"))
+        record = read_object(folder.record)
         if record["state"] == "running":
-            record |= {"state": "stopped", "error": str(error) or type(error).__name__}
-            write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether there was no room; torch and safetensors wrap the system's error into their own kinds, the text stays."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    wrapped = ("No space left on device", "unexpected pos", "PytorchStreamWriter")  # the latter two: torch.save
-    return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
+            record |= {"state": state, "error": str(error) or type(error).__name__}
+            write_json(folder.record, record)

@@ -6,20 +6,39 @@ metrics.jsonl   one line per log step
 checkpoints/    what --resume goes on from
 start/          the adapter before training, for a method whose start lies in the base weights as well (LoRA-GA)
 adapter/        the finished adapter (``model/`` for full fine-tuning)
+evaluation/     figures and every item's result           analysis/  what was seen of the update
+
+A run may come from somebody else. Its entries have to be plain files and folders: a link among them could lead what is
+written or removed out of the folder that the user named.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import shutil
+import stat
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.write import sync, write_atomically
+from dual_lora.lab.read import read_object
+from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of, sync
 
-WHOLE = "complete.json"  # written last into a checkpoint: the names and sizes of its files
+LOCK = ".lock"
+FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
+ENTRIES = (*FILES, "checkpoints", "start", "adapter", "model", "evaluation", "analysis", "tensorboard")
+# The files that a run wrote, as globs: each by its name, or by the list that stands beside it.
+OWN = (
+    *FILES,
+    *(f"{folder}/{WHOLE}" for folder in ("checkpoints/checkpoint-*", "start", "adapter", "model")),
+    *(f"evaluation/*/{file}" for file in ("items.jsonl", "result.json")),
+    *(f"analysis/{file}" for file in ("live.jsonl", "analysis.json")),
+    "tensorboard/events.out.tfevents.*",
+)
 
 
 class RunFolder:
@@ -38,7 +57,11 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        return self.recipe.is_file()
+        """Whether a run lies here. Raises UserError for one with a link among its entries."""
+        if not self.recipe.is_file():
+            return False
+        check_plain(self.path, ENTRIES)
+        return True
 
     @property
     def result(self) -> Path | None:
@@ -54,25 +77,35 @@ class RunFolder:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
+        check_plain(self.path, ENTRIES)
         # A run that was killed before its recipe stood there has left a lock and half a file: that is still empty.
-        filled = self.path.is_dir() and any(p.name != ".lock" and p.suffix != ".part" for p in self.path.iterdir())
+        filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
+        others = self._not_of_the_run() if filled and not resume else []
         if filled and not resume and not overwrite:
-            hint = "--resume to go on, --overwrite to start anew, or " if self.is_run else ""
+            hint = "" if others else "--resume to go on, --overwrite to start anew, or "
             raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
         if filled and not self.is_run:
             raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
+        if others:
+            raise UserError(not_ours(self.path, others[0]))
         self.path.mkdir(parents=True, exist_ok=True)
+        sync(self.path.parent)
         self._take()
         if overwrite and not resume:
-            for item in self.path.iterdir():
-                if item.name != ".lock":
-                    shutil.rmtree(item) if item.is_dir() else item.unlink()
+            remove_own(self.path, OWN, keep=LOCK)
+
+    def _not_of_the_run(self) -> list[Path]:
+        """What lies here and was not written by a run, all of it where there is no record of one."""
+        with contextlib.suppress(OSError, ValueError):
+            if self.is_run and {"state", "method", "versions"} <= read_object(self.record).keys():
+                return files_in(self.path, OWN)[1]
+        return [self.recipe]
 
     def _take(self) -> None:
         from filelock import FileLock, Timeout
 
         # The operating system frees the lock when its holder dies, however that happens.
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / LOCK)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -84,43 +117,79 @@ class RunFolder:
         if self._lock is None:
             return
         self._lock.release()
-        if not any(p.name != ".lock" for p in self.path.iterdir()):  # nothing came of it
-            shutil.rmtree(self.path)
+        if not any(p.name != LOCK for p in self.path.iterdir()):  # nothing came of it
+            (self.path / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the user's own link to a folder stays
+                self.path.rmdir()
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; remains of interrupted writes are removed."""
-        for path in sorted(self.checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
-            if is_whole(path):
-                return path
-            shutil.rmtree(path)
-        return None
+        """The newest whole checkpoint. What an interrupted write has left is passed over, and written over later."""
+        return next((path for path in reversed(self._checkpoints()) if is_whole(path)), None)
 
     def keep_newest(self, count: int) -> None:
         """Remove all but the ``count`` newest whole checkpoints."""
-        whole = [p for p in sorted(self.checkpoints.glob("checkpoint-*"), key=_step) if is_whole(p)]
-        for path in whole[:-count]:
+        for path in [p for p in self._checkpoints() if is_whole(p)][:-count]:
             (path / WHOLE).unlink()  # first: a half-removed checkpoint must not look whole
             shutil.rmtree(path)
 
-
-def mark_whole(checkpoint: Path) -> None:
-    """Declare a checkpoint complete, once all its files have reached the disk."""
-    sizes = {}
-    for file in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != WHOLE):
-        sync(file)
-        sizes[str(file.relative_to(checkpoint))] = file.stat().st_size
-    write_atomically(checkpoint / WHOLE, json.dumps(sizes, indent=1))
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file that was written is there in its full size."""
-    try:
-        sizes = json.loads((checkpoint / WHOLE).read_text())
-    except (OSError, ValueError):
-        return False
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items()
+def is_whole(folder: Path) -> bool:
+    """Whether every file that was written into a checkpoint is there in its full size."""
+    sizes = sizes_of(folder)
+    return bool(sizes) and all(_has_size(file, size) for file, size in sizes.items())
+
+
+def check_plain(folder: Path, names: Iterable[str]) -> None:
+    """Raise UserError if one of these entries of a folder, or anything in it, is no plain file and no plain folder."""
+    for top in (folder / name for name in names):
+        for path in chain([top] if os.path.lexists(top) else [], top.rglob("*")):  # beyond the top, through no link
+            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                what = f"a link to {path.readlink()}" if path.is_symlink() else "neither a file nor a folder"
+                raise UserError(
+                    f"{path} is {what}. What a run holds has to be plain files and folders inside it, so that nothing "
+                    "outside is read, written or removed: replace it with what belongs there, or use another folder."
+                )
+
+
+def files_in(folder: Path, own: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """The files in a folder (links among them): those that we wrote, and the others.
+
+    own: globs of our files. Of a complete.json among them, what it lists is ours as well, while it has that size; so is
+    half a file that a killed writer has left.
+    """
+    ours = {file for pattern in (*own, *REMAINS) for file in folder.glob(pattern)}
+    for note in [file for file in ours if file.name == WHOLE]:
+        ours |= {file for file, size in sizes_of(note.parent).items() if _has_size(file, size)}
+    there = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return [path for path in there if path in ours], [path for path in there if path not in ours]
+
+
+def remove_own(folder: Path, own: Iterable[str], keep: str = "") -> None:
+    """Remove the files that we wrote, with their folders; raise UserError and remove nothing if others lie there."""
+    ours, others = files_in(folder, own)
+    if others:
+        raise UserError(not_ours(folder, others[0]))
+    for file in ours:
+        if file.name != keep:
+            file.unlink()
+    for each in sorted({p for file in ours for p in file.parents if folder in p.parents}, reverse=True):
+        with contextlib.suppress(OSError):  # an empty folder of somebody else lies in it
+            each.rmdir()
+
+
+def not_ours(folder: Path, other: Path) -> str:
+    """Why a folder cannot be overwritten."""
+    return (
+        f"{folder} holds {other.relative_to(folder)}, which this program has not written, or not to its end, or which "
+        "was changed since. Nothing was removed: move it away, or give another --out."
     )
+
+
+def _has_size(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def _step(checkpoint: Path) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.model.bounds import check_config
+
 BATCHES = 8
 
 
@@ -26,6 +28,7 @@ def show_gradients(
     from peft.tuners.lora.loraga import preprocess_loraga
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
+    check_config(config, model, "method")
     _maybe_include_all_linear_layers(config, model)  # get_peft_model resolves "all-linear" too late for this
 
     def passes() -> None:

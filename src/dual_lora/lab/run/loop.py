@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ from dual_lora.lab.data.batches import Collator, Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
+from dual_lora.lab.patterns import Pattern
+from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
@@ -56,7 +57,7 @@ class _Trainer(Trainer):
     """Trainer with rows in the order that was fixed for the run, and a learning rate of its own for some parameters."""
 
     def __init__(self, rates: dict[str, float], **options: Any):
-        self.rates = {re.compile(pattern): factor for pattern, factor in rates.items()}
+        self.rates = {Pattern(text, "train.rates"): factor for text, factor in rates.items()}
         super().__init__(**options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -69,7 +70,7 @@ class _Trainer(Trainer):
         return optimizer
 
 
-def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Pattern[str], float]) -> None:
+def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[Pattern, float]) -> None:
     """Move the parameters that a pattern fits (the first one counts) to groups with that multiple of their rate."""
     factors = {
         id(parameter): next((factor for pattern, factor in rates.items() if pattern.search(name)), 1.0)
@@ -83,12 +84,12 @@ def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[re.Patt
                 optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
 
 
-def check_patterns(field: str, patterns: Iterable[str | re.Pattern[str]], model: Any) -> None:
+def check_patterns(field: str, patterns: Iterable[str], model: Any) -> None:
     """Raise UserError for a pattern of parameter names that fits no trainable parameter of the model."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for pattern in [re.compile(pattern) for pattern in patterns]:
+    for pattern in [Pattern(text, field) for text in patterns]:
         if not any(pattern.search(name) for name in names):
-            raise UserError(f"{field}: {pattern.pattern!r} fits no trainable parameter, for example {names[:3]}.")
+            raise UserError(f"{field}: {pattern.text!r} fits no trainable parameter, for example {names[:3]}.")
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
@@ -202,7 +203,7 @@ def _arguments(
         "bf16": part.autocast == "bf16",
         "fp16": part.autocast == "fp16",
         "seed": part.seed,
-        "optim": "adamw_torch" if part.optimizer == LORAPLUS else part.optimizer,
+        "optim": "adamw_torch" if part.optimizer == LORAPLUS or ":" in part.optimizer else part.optimizer,
         "logging_steps": part.log_every,
         "logging_nan_inf_filter": False,
         "save_steps": part.checkpoint_every,
@@ -235,14 +236,31 @@ def check_names(part: TrainPart) -> None:
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
                 f"away, and what has a field of its own is set there. Allowed are {', '.join(sorted(ARGUMENTS))}."
             )
+    if _own_optimizer(part.optimizer):
+        return
     optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
     if part.optimizer not in optimizers:
         raise UserError(f"train.optimizer is {part.optimizer!r}.{suggest(part.optimizer, optimizers)}")
 
 
+def _own_optimizer(name: str) -> Any:
+    """What `MODULE:FACTORY` names; None for an optimizer by name."""
+    module, colon, factory = name.rpartition(":")
+    found = getattr(import_allowed(module, f"train.optimizer {name!r}"), factory, None) if colon else None
+    if colon and not callable(found):
+        raise UserError(f"train.optimizer is {name!r}, but {module} has nothing to call that is named {factory!r}.")
+    return found
+
+
 def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
-    """LoRA+'s optimizer, which PEFT builds; None leaves the choice to Trainer's ``optim``."""
+    """LoRA+'s optimizer, which PEFT builds, or the user's own; None leaves the choice to Trainer's ``optim``."""
     part = recipe.train
+    if own := _own_optimizer(part.optimizer):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        made = own([{"params": trained, "weight_decay": part.weight_decay}], lr=part.learning_rate)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise UserError(f"train.optimizer made a {type(made).__name__}, expected a torch.optim.Optimizer.")
+        return made
     if part.optimizer != LORAPLUS:
         return None
     from peft.optimizers import create_loraplus_optimizer

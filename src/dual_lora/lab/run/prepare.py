@@ -18,6 +18,8 @@ from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
 
+MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
+
 
 @dataclass
 class InOrder:
@@ -81,7 +83,13 @@ def in_order(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[
     part = recipe.train
     rows, left_out = _encoded(recipe, examples, tokenizer, classes)
     rows_a_step = part.batch_size * part.accumulate * processes
-    steps = part.steps or math.ceil(len(rows) * part.epochs / rows_a_step)
+    asked = part.steps or len(rows) * part.epochs / rows_a_step
+    if asked * rows_a_step > MOST_ROWS:
+        raise UserError(
+            f"train asks for {asked:,.0f} steps of {rows_a_step:,} examples; at most {MOST_ROWS:,} examples in all are "
+            "put in order: lower train.steps, train.epochs or the batch size."
+        )
+    steps = math.ceil(asked)
     lengths = [len(row.input_ids) for row in rows]
     order = training_order(lengths, steps * rows_a_step, part.batch_size * processes, part.seed)
     return InOrder(rows, left_out, steps, order, rows_a_step)

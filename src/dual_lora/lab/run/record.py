@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from dual_lora.lab.read import parse_json, regular
 
 PACKAGE = Path(__file__).parents[2]
 PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "datasets", "safetensors", "numpy")
@@ -80,13 +81,16 @@ def peak_memory() -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line cut off by a kill is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    """The lines of a metrics.jsonl up to the first one that makes no sense: a kill may have cut it off."""
+    lines: list[dict[str, Any]] = []
+    try:
+        for line in regular(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+            value = parse_json(line)
+            if not isinstance(value["step"], int | float):
+                break
+            lines.append(value)
+    except (ValueError, TypeError, KeyError):
+        pass
     return lines
 
 

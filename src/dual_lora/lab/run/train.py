@@ -10,16 +10,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback
 
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.overlap import undeclared
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, write_note
 from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
@@ -32,7 +34,7 @@ from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.watch import RankAllocation, Watch
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically
+from dual_lora.lab.run.write import json_text, mark_whole, write_atomically, write_folder_atomically, write_json
 
 
 @dataclass
@@ -53,11 +55,12 @@ class RunResult:
     adapter_bytes: int
     examples: int
     left_out: int  # examples longer than data.max_length
+    stopped_by: int = field(default=0, compare=False)  # the signal that interrupted this session, 0 for none
     tuned: Tuned | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for record.json and ``--json``."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tuned"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stopped_by", "tuned")}
 
 
 def run(
@@ -94,7 +97,7 @@ def run(
                 return finished
         recipe = precision.settled_here(recipe)
         if precision.leaves_open(asked) and progress and main:
-            console.print(str(precision.fast_precision()), markup=False)
+            console.print(str(precision.fast_precision()))
         with clear_failures(folder):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
             with reported(Report(to, task, name), folder.path) as reports:
@@ -110,12 +113,10 @@ def run(
 
 def recipe_of_run(out: str | Path) -> Recipe:
     """The recipe that a run folder was made with."""
-    import yaml
-
     folder = RunFolder(Path(out))
     if not folder.is_run:
         raise UserError(f"{out} is not a run: it holds no recipe.yaml.")
-    return build_recipe(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")), str(folder.recipe))
+    return build_recipe(parse_yaml(read_yaml_text(folder.recipe), str(folder.recipe)), str(folder.recipe))
 
 
 def _train(
@@ -143,6 +144,7 @@ def _train(
     check_patterns("train.rates", part.rates, model)
     if wants_gradients(config) and main:
         model.save_pretrained(str(folder.start))
+        mark_whole(folder.start)
 
     checkpoint = folder.last_checkpoint()
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -175,7 +177,7 @@ def _train(
         if checkpoint:
             _same_sharding(checkpoint, trainer)
         with watch.interruptible():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            _go(trainer, watch, checkpoint)
 
     done = trainer.state.global_step
     seconds = earlier + watch.seconds()
@@ -191,6 +193,7 @@ def _train(
         tokens_per_second=round(tokens[done] / seconds, 1) if seconds else 0.0,
         peak_memory=peak_memory(),
         adapter_bytes=0,
+        stopped_by=watch.stopped_by,
         **counts,
     )
     if result.state == "finished":
@@ -201,16 +204,31 @@ def _train(
         result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
     if main:
         record |= {"state": result.state, "result": result.summary()}
-        write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+        write_json(folder.record, record)
         if result.state == "finished":
             write_card(folder, recipe, fresh=True)
+            mark_whole(target)  # the card is ours too
     return result
+
+
+def _go(trainer: Trainer, watch: Watch, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except UserError:
+        raise
+    except Exception as error:
+        if checkpoint is None or watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+            raise
+        raise UserError(
+            f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
+            "earlier one or from the start."
+        ) from error
 
 
 def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
     """What an earlier session of this run has recorded of the choice that it made."""
     try:
-        return json.loads(folder.record.read_text(encoding="utf-8")).get("precision") if folder.is_run else None
+        return read_object(folder.record).get("precision") if folder.is_run else None
     except (OSError, ValueError):
         return None
 
@@ -219,9 +237,9 @@ def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
     if not folder.is_run:
         write_atomically(folder.recipe, recipe.to_yaml())
-    write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False))
+    write_json(folder.record, record)
     kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
-    write_atomically(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))
 
 
 def _callbacks_of(config: Any) -> list[TrainerCallback]:
@@ -245,7 +263,7 @@ def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], 
         write_note(folder, recipe, classes)
 
     if main:
-        write_folder_atomically(target, write)
+        write_folder_atomically(target, write, listed=True)
     else:
         trainer.save_model(str(target.with_name(target.name + ".part")))
 
@@ -276,15 +294,22 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
     """The order of the examples hangs on how many are taken at once, over all processes."""
-    record = json.loads(folder.record.read_text(encoding="utf-8"))
-    before, now = record.get("rows_at_once", batch_size * processes), batch_size * processes
+    try:
+        record = read_object(folder.record)
+        was_on = int(record["processes"])
+        before, now = int(record.get("rows_at_once", batch_size * processes)), batch_size * processes
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"The record {folder.record} could not be read ({error!r}), so how the run was made is not known: begin it "
+            "anew in another --out."
+        ) from None
     if before == now:
         return
     fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
     raise UserError(
-        f"The run {folder.path} took {before} examples at once, on {record['processes']} process(es); here it would "
+        f"The run {folder.path} took {before} examples at once, on {was_on} process(es); here it would "
         f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
-        f"{fitting}on {record['processes']} process(es), or give another --out."
+        f"{fitting}on {was_on} process(es), or give another --out."
     )
 
 
@@ -305,12 +330,13 @@ def _same_sharding(checkpoint: Path, trainer: Trainer) -> None:
 
 def _finished(folder: RunFolder) -> RunResult | None:
     try:
-        record = json.loads(folder.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_object(folder.record)
+        return RunResult(**record["result"]) if record.get("state") == "finished" else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return RunResult(**record["result"]) if record.get("state") == "finished" else None
 
 
 def _seconds_before(folder: RunFolder, step: int) -> float:
     """Training time up to ``step`` in earlier sessions, as far as metrics.jsonl tells."""
-    return max((line["seconds"] for line in read_metrics(folder.metrics) if line["step"] <= step), default=0.0)
+    times = [line.get("seconds") for line in read_metrics(folder.metrics) if line["step"] <= step]
+    return max((float(t) for t in times if isinstance(t, int | float)), default=0.0)

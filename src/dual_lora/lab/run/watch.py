@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +12,20 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import Stopped, on_signals
 from dual_lora.lab.model.load import best_device
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
-from dual_lora.lab.run.folder import RunFolder, mark_whole
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.write import json_text, mark_whole
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
 
 class Watch(TrainerCallback):
-    """Shows progress, writes metrics, declares checkpoints whole, stops at NaN and at Ctrl-C.
+    """Shows progress, writes metrics, declares checkpoints whole, stops at NaN and when asked to.
 
     tokens: how many have been seen after each step, from 0 on. earlier: seconds of the sessions before this one.
     keep: how many checkpoints stay. losses: filled by the loss function, one entry a micro-batch.
@@ -34,7 +35,8 @@ class Watch(TrainerCallback):
         self.folder, self.bar, self.tokens, self.earlier = folder, bar, tokens, earlier
         self.keep, self.main = keep, main
         self.losses: list[torch.Tensor] = []
-        self.stop = False
+        self.begun = False  # whether a step of this session has: what fails before is the checkpoint
+        self.stopped_by = 0  # the signal that asked for the end
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
@@ -51,6 +53,9 @@ class Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end = time.perf_counter()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begun = True
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step = state.global_step
         loss = float(sum(self.losses)) if self.losses else math.nan  # one wait for the device a step
@@ -62,7 +67,7 @@ class Watch(TrainerCallback):
         self._look_at_threads()
         if step >= state.max_steps:
             control.should_log = True  # the loss of the end is known however rarely it is logged
-        if self.stop:
+        if self._asked_to_stop(args.device):
             control.should_save = control.should_training_stop = True
         if control.should_save:
             check_finite(model, step)
@@ -81,7 +86,6 @@ class Watch(TrainerCallback):
             console.print(
                 f"{threads} threads got the time of {busy / wall:.1f} cores: other work holds some, and threads wait "
                 f"for each other. OMP_NUM_THREADS={max(1, round(busy / wall))} may be faster.",
-                markup=False,
                 soft_wrap=True,
             )
 
@@ -91,7 +95,7 @@ class Watch(TrainerCallback):
         line = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "epoch"}}
         line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.earlier + self.seconds(), 3)}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -102,24 +106,37 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C ends the run after the current step, with a checkpoint; the second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        """The first signal ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
 
-        def finish_step(*_: Any) -> None:
-            self.stop = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        A second SIGTERM does not: a launcher and a leader both send it, and who cannot wait sends SIGKILL.
+        """
 
-        before = signal.signal(signal.SIGINT, finish_step)
-        try:
+        def finish_step(number: int) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise Stopped(number)
+            self.stopped_by = self.stopped_by or number
+
+        with on_signals(finish_step):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+
+    def _asked_to_stop(self, device: torch.device) -> bool:
+        """Whether a signal has come, to this process or another of the run: all have to stop after the same step."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.stopped_by > 0
+        latest = torch.tensor(self.stopped_by, device=device)
+        torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+        self.stopped_by = self.stopped_by or int(latest)
+        return int(latest) > 0
 
 
 class RankAllocation(TrainerCallback):
     """AdaLoRA gives its ranks away only if it is told of every step; without this it is LoRA, silently."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)
+        try:
+            model.base_model.update_and_allocate(state.global_step + 1)
+        except KeyError as error:  # it looks for what an earlier step should have measured
+            raise UserError(
+                f"AdaLoRA cannot give its ranks away in {state.max_steps} steps: train longer, or set method.tinit and "
+                "method.tfinal to fewer steps."
+            ) from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.recipe.schema import ModelPart, Recipe
 
 # The field that sets a method's size, where it is not "r".
@@ -102,7 +102,7 @@ class Scale:
         adapted = base if config is None else adapted_model(recipe, base, config)
         for field, patterns in named.items():
             check_patterns(field, patterns, adapted)
-        still = [re.compile(pattern) for pattern in frozen]
+        still = [Pattern(text, "freeze") for text in frozen]
         trained = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
         return Size(sum(p.numel() for n, p in trained if not any(s.search(n) for s in still)), total, multiplied)
 
@@ -121,6 +121,9 @@ def adapted_model(recipe: Recipe, base: Any, config: Any) -> Any:
     import torch
     from peft import get_peft_model
 
+    from dual_lora.lab.model.bounds import check_config
+
+    check_config(config, base, f"The method {recipe.method['name']}")
     try:
         with torch.device("meta"):
             return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)

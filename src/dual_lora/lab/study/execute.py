@@ -19,9 +19,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
 from dual_lora.lab.study.perform import DiskFull, perform
+from dual_lora.lab.terminal import guarded
 
 Executor = Literal["serial", "process", "ray"]
 
@@ -170,26 +173,26 @@ def _dismiss(worker: _Worker) -> None:
     worker.process.join()
 
 
+@guarded()
 def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
     """Do the jobs that come down the line, until it is closed. Answers with the error, and whether the disk is full."""
     _end_with_parent()
     warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
-    while True:
-        try:
-            job = line.recv()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            sys.exit(130)
-        answer = "", False
-        try:
-            perform(job, runs, keep, at_a_time)
-        except KeyboardInterrupt:
-            sys.exit(130)  # the runner was told as well
-        except Exception as error:
-            answer = described(error), isinstance(error, DiskFull)
-        gc.collect()
-        line.send(answer)
+    try:
+        with on_signals(stop_at_once):
+            while True:
+                job = line.recv()
+                answer = "", False
+                try:
+                    perform(job, runs, keep, at_a_time)
+                except Exception as error:
+                    answer = described(error), isinstance(error, DiskFull)
+                gc.collect()
+                line.send(answer)
+    except EOFError:
+        return
+    except KeyboardInterrupt as error:
+        sys.exit(exit_status(error))  # the runner was told as well
 
 
 def _end_with_parent() -> None:
@@ -218,7 +221,9 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
             ray.init(log_to_driver=False, include_dashboard=False, **_local(options.workers))
         except Exception as error:
             raise UserError(f"Ray could not be reached or started: {described(error)}") from error
-    needs = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
+    needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
+    if permission.allowed():  # a cluster's workers do not inherit this process's environment
+        needs["runtime_env"] = {"env_vars": {permission.VARIABLE: ",".join(permission.allowed())}}
     remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(perform)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
     pending = {remote.remote(job, folder, options.keep, at_a_time): job.key for job in jobs}

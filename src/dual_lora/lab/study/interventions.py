@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.run.loop import check_patterns
 
 
@@ -19,10 +19,10 @@ class Freeze(TrainerCallback):
     """
 
     def __init__(self, shares: Mapping[str, float]):
-        self.shares = {re.compile(pattern): share for pattern, share in shares.items()}
+        self.shares = {Pattern(text, "freeze"): share for text, share in shares.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_patterns("freeze", self.shares, model)
+        check_patterns("freeze", [pattern.text for pattern in self.shares], model)
         self._hold(model, state)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -43,10 +43,10 @@ class Round(TrainerCallback):
     """
 
     def __init__(self, formats: Mapping[str, str]):
-        self.formats = {re.compile(pattern): name for pattern, name in formats.items()}
+        self.formats = {Pattern(text, "round"): name for text, name in formats.items()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_patterns("round", self.formats, model)
+        check_patterns("round", [pattern.text for pattern in self.formats], model)
         self._round(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.errors import OURS, UserError, described
-from dual_lora.lab.run.failures import Diverged, NotFinite, is_disk_full
+from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
+from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.run.failures import Diverged, NotFinite
 from dual_lora.lab.run.record import code_version
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
@@ -65,7 +66,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
             error.add_note(f"Warned before: {' '.join(said)}")
         with contextlib.suppress(OSError):
             write_json(run_file(runs, job.key, "error"), described(error))
-        if is_disk_full(error) or is_disk_full(error.__cause__):
+        if is_disk_full(error) or (error.__cause__ and is_disk_full(error.__cause__)):
             raise DiskFull(described(error)) from error
         raise
 
@@ -108,7 +109,7 @@ def _trained(job: Job, runs: Path) -> Figures:
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), **more)
     if result.state != "finished":
-        raise KeyboardInterrupt
+        raise Stopped(result.stopped_by)
     came: Figures = {
         "training": {k: v for k, v in result.summary().items() if k != "folder"},
         "steps_per_second": round(result.steps / result.seconds, 4) if result.seconds else None,

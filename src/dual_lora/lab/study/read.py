@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import parse_yaml, read_yaml_text
 from dual_lora.lab.recipe.read import shipped_recipes
 from dual_lora.lab.study.search import Search
 from dual_lora.lab.study.study import Budget, Study, TaskEntry
@@ -48,12 +49,7 @@ def _study_file(name: str, path: Path) -> Path:
 
 def values_in(path: Path) -> dict[str, Any]:
     """What a YAML file holds. Raises UserError where it is none, or no mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file in UTF-8.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    values = parse_yaml(read_yaml_text(path), str(path))
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, expected a mapping with name, tasks and methods.")
     return values
@@ -86,7 +82,7 @@ def _is_a_recipe(name: str) -> str:
     shipped = f" The shipped studies {', '.join(using)} use it." if using else ""
     return (
         f"{name} is a recipe, not a study.{shipped} To compare methods by it, write a study with `tasks: [{name}]` and "
-        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {name}`."
+        f"`methods: [lora, dual_lora]`; to run it alone, `dual-lora train {quote(name)}`."
     )
 
 

@@ -16,6 +16,7 @@ from dual_lora.lab.study.job import Job, Outcome, Settings
 from dual_lora.lab.study.metrics import METRICS, sign
 
 SEARCH_SEED = 1000
+MOST_RUNS = 10_000  # of one kind that a study may ask for
 RATE = "train.learning_rate"
 
 
@@ -60,7 +61,9 @@ class Search(Part):
     )
     train: dict[str, Any] = Field(default_factory=dict, description="Laid over train in trials only, e.g. fewer steps.")
     seed: int = Field(SEARCH_SEED, ge=0, description="Training seed of the trials; never one of the study's seeds.")
-    seeds: int = Field(1, ge=1, description="Each trial is run with so many seeds, from `seed` on; their mean decides.")
+    seeds: int = Field(
+        1, ge=1, le=MOST_RUNS, description="Each trial is run with so many seeds, from `seed` on; their mean decides."
+    )
 
     @field_validator("metric")
     @classmethod
@@ -81,6 +84,8 @@ class Search(Part):
         points = math.prod(len(axis) if isinstance(axis, list) else 0 for axis in axes)
         if not self.trials and not points:
             raise ValueError("a space with a range needs trials: NUMBER")
+        if (self.trials or points) > MOST_RUNS or points > 100 * MOST_RUNS:
+            raise ValueError(f"{self.trials or points:,} trials of {points:,} points, expected at most {MOST_RUNS:,}")
         return self.trials or points
 
     def points(self, own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -89,6 +94,8 @@ class Search(Part):
         lists = {name: axis for name, axis in space.items() if isinstance(axis, list)}
         if len(lists) < len(space):
             return _spread_points(space, self.count)
+        if math.prod(map(len, lists.values())) > 100 * MOST_RUNS:
+            raise ValueError(f"the space has more than {100 * MOST_RUNS:,} points, use ranges (low, high)")
         grid = [dict(zip(lists, point, strict=True)) for point in itertools.product(*lists.values())]
         if len(grid) < self.count:
             raise ValueError(f"{self.count} trials wanted, but the space holds only {len(grid)} points")

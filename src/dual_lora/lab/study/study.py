@@ -29,9 +29,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.schema import Part, check_regex
+from dual_lora.lab.patterns import compiled
+from dual_lora.lab.recipe.schema import NAME, Part
 from dual_lora.lab.study.metrics import METRICS
-from dual_lora.lab.study.search import Search, dotted, known_metric
+from dual_lora.lab.study.search import MOST_RUNS, Search, dotted, known_metric
 
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class MethodEntry(BaseModel):
     """One method of a study. Keys beyond these are fields of the method's PEFT configuration (`fields`)."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     name: str = Field("", description="Method or preset; left out: the entry's own key.")
     about: str = Field("", description="One sentence for tables and reports.")
@@ -73,7 +74,7 @@ class MethodEntry(BaseModel):
     @classmethod
     def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
         for pattern, what in value.items():
-            check_regex(pattern)
+            compiled(pattern)
             if isinstance(what, float) and not 0 <= what <= 1:
                 raise ValueError(f"{pattern!r}: {what:g} is no share of the steps, expected 0 to 1")
         return value
@@ -126,7 +127,7 @@ class Budget(Part):
 class Study(Part):
     """A complete comparison."""
 
-    name: str = Field(pattern=r"^[\w.\-]+$", description="Name of the study and of its default output folder.")
+    name: str = Field(pattern=NAME, description="Name of the study and of its default output folder.")
     question: str = Field("", description="What the study is to answer, in one sentence.")
     tasks: dict[str, TaskEntry] = Field(description="Recipes: a list of names, or name: {recipe: , metric: , ...}.")
     models: dict[str, dict[str, Any]] = Field(
@@ -183,7 +184,11 @@ class Study(Part):
     @field_validator("seeds", mode="before", json_schema_input_type=int | list[int])
     @classmethod
     def _count_is_seeds(cls, value: Any) -> Any:
-        return list(range(1, value + 1)) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value > MOST_RUNS:
+            raise ValueError(f"{value:,} seeds, expected at most {MOST_RUNS:,}")
+        return list(range(1, value + 1))
 
     @field_validator("margin", mode="before", json_schema_input_type=float | dict[str, float])
     @classmethod
@@ -208,6 +213,8 @@ class Study(Part):
                 raise ValueError(f"margin {margin} for {metric}: expected a positive number, in the metric's unit")
         if self.budget.like is not None and self.budget.like not in self.methods:
             raise ValueError(f"budget.like is {self.budget.like!r}.{suggest(self.budget.like, self.methods)}")
+        if (count := len(self.methods) * math.prod(map(len, self.sweep.values()))) > MOST_RUNS:
+            raise ValueError(f"the sweep makes {count:,} methods, expected at most {MOST_RUNS:,}")
         variants = self.variants()
         if self.reference and self.reference not in variants:
             raise ValueError(
@@ -270,14 +277,20 @@ def _short(name: str) -> str:
     return {"learning_rate": "lr"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
 
 
+_NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*|0+\.\d*[1-9]\d*"  # above 0
 _RANK_RULE = re.compile(
-    r"^\s*(?:(?P<times>[\d.]+)\s*\*?\s*)?(?:(?P<root>sqrt)\s*\(\s*r\s*\)|r)\s*(?:/\s*(?P<over>[\d.]+))?\s*$"
+    rf"^\s*(?:(?P<times>{_NUMBER})\s*\*?\s*)?(?:(?P<root>sqrt)\s*\(\s*r\s*\)|r)\s*(?:/\s*(?P<over>{_NUMBER}))?\s*$"
 )
+_LONGEST_RULE = 50  # characters
+
+
+def _rule(value: Any) -> re.Match[str] | None:
+    return _RANK_RULE.match(value) if isinstance(value, str) and len(value) <= _LONGEST_RULE else None
 
 
 def rank_rule(value: Any, rank: int | None, where: str) -> Any:
     """`2r`, `r/2` or `8 sqrt(r)` in a field becomes that function of the rank; anything else stays what it is."""
-    match = _RANK_RULE.match(value) if isinstance(value, str) else None
+    match = _rule(value)
     if not match:
         return value
     if rank is None:
@@ -289,5 +302,5 @@ def rank_rule(value: Any, rank: int | None, where: str) -> Any:
 
 def rank_denominator(values: Iterable[Any], least: int) -> int:
     """The rank has to be a multiple of this, so that every rank rule among the values gives a whole number."""
-    rules = (_RANK_RULE.match(value) for value in values if isinstance(value, str))
-    return math.lcm(least, *(int(float(m["over"])) for m in rules if m and m["over"]))
+    rules = map(_rule, values)
+    return math.lcm(least, *(max(1, int(float(m["over"]))) for m in rules if m and m["over"]))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dual_lora.lab.cost.forecast import Forecast
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.study.job import settings_in_words
 from dual_lora.lab.study.notes import amended, company, loads
+from dual_lora.lab.terminal import Console
 
 _COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}
 
@@ -26,16 +26,16 @@ def show_results(results: dict[str, Any], console: Console | None = None) -> Non
     """Print everything that a person wants to see of results.json."""
     console = console or wide_console()
     study = results["study"]
-    console.print(f"\n[bold]{escape(study['name'])}[/bold]  {escape(study['question'])}")
+    console.print(f"\n{study['name']}: {study['question']}", style="bold")
     if results["comparisons"]:
         console.print(verdict_table(results))
     console.print(score_table(results))
     if any(value is not None for m in results["methods"] for value in m["cost"].values()):
         console.print(cost_table(results))
     for note in [*amended(results), *results["notes"], *(f"failed: {text}" for text in results["failed"])]:
-        console.print(f"• {escape(note)}")
+        console.print(f"• {note}")
     if not results["complete"]:
-        console.print("[yellow]Not complete: start the same command again to do what is missing.[/yellow]")
+        console.print("Not complete: start the same command again to do what is missing.", style="yellow")
 
 
 def verdict_table(results: dict[str, Any]) -> Table:
@@ -48,12 +48,11 @@ def verdict_table(results: dict[str, Any]) -> Table:
     for column in ("difference", f"{first['confidence']:.0%} interval", "p (Holm)", f"visible at {first['power']:.0%}"):
         table.add_column(column, justify="right")
     for c in results["comparisons"]:
-        colour = _COLOURS.get(c["verdict"], "yellow")
         table.add_row(
-            escape(c["candidate"]),
-            escape(c["reference"]),
-            escape(_place(c)) + f" · {c['metric']}",
-            f"[{colour}]{c['verdict']}[/{colour}]",
+            c["candidate"],
+            c["reference"],
+            _place(c) + f" · {c['metric']}",
+            Text(c["verdict"], style=_COLOURS.get(c["verdict"], "yellow")),
             _number(c["difference"], "+.4f"),
             "" if c["low"] is None else f"{c['low']:+.4f} … {c['high']:+.4f}",
             _number(c["p_holm"], ".3g"),
@@ -73,22 +72,22 @@ def score_table(results: dict[str, Any]) -> Table:
         table.add_column("forgetting", justify="right")
     table.add_column("chosen")
     for row in results.get("untrained", []):
-        table.add_row(escape(_place(row)) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
+        table.add_row(_place(row) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
     for m in results["methods"]:
         chosen = settings_in_words(m["settings"])
         diverged = "all trials" if m["diverged_in_search"] else str(m["diverged"] or "")
         table.add_row(
-            escape(_place(m)) + f" · {m['metric']}",
-            escape(m["method"]),
+            _place(m) + f" · {m['metric']}",
+            m["method"],
             _number(m["score"], ".4f"),
             _number(m["score_deviation"], ".4f"),
             str(sum(s["status"] != "missing" for s in m["seeds"])),
             diverged,
             "" if m["rank"] is None else str(m["rank"]),
             _number(m["trainable_parameters"], ",.0f"),
-            _number(m["mismatch"], "+.1%") or escape(", ".join(m["notes"])),
+            _number(m["mismatch"], "+.1%") or ", ".join(m["notes"]),
             *([_number(m.get("forgetting"), "+.4f")] if forgets else []),
-            escape(chosen),
+            chosen,
         )
     return table
 
@@ -105,8 +104,8 @@ def cost_table(results: dict[str, Any]) -> Table:
     for m in results["methods"]:
         c = m["cost"]
         table.add_row(
-            escape(_place(m)),
-            escape(m["method"]),
+            _place(m),
+            m["method"],
             in_words(c["train_seconds"]) if c["train_seconds"] is not None else "",
             _number(c["steps_per_second"], ".2f"),
             _number(c["tokens_per_second"], ".0f"),
@@ -123,7 +122,7 @@ def cost_table(results: dict[str, Any]) -> Table:
 def show_forecast(f: Forecast, console: Console | None = None) -> None:
     """Print what `--dry-run` found."""
     console = console or wide_console()
-    console.print(f"\n[bold]{escape(f.study.name)}[/bold]  {escape(f.study.question)}")
+    console.print(f"\n{f.study.name}: {f.study.question}", style="bold")
     table = Table()
     for column in ("task", "method"):
         table.add_column(column)
@@ -131,11 +130,11 @@ def show_forecast(f: Forecast, console: Console | None = None) -> None:
         table.add_column(column, justify="right")
     for row in f.rows:
         table.add_row(
-            escape(_place(row)) + f" · {row['metric']}",
-            escape(row["method"]),
+            _place(row) + f" · {row['metric']}",
+            row["method"],
             "" if row["rank"] is None else str(row["rank"]),
             f"{row['trainable_parameters']:,}",
-            _number(row["mismatch"], "+.1%") or escape(", ".join(row["notes"])),
+            _number(row["mismatch"], "+.1%") or ", ".join(row["notes"]),
             str(row["steps"]),
             str(row["trials"]),
             str(row["seeds"]),

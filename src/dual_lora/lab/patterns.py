@@ -1,0 +1,47 @@
+"""Regular expressions out of files, with a time limit: some search a short text for longer than anybody waits."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+
+LONGEST = 10_000  # characters of a pattern
+SECONDS = 5.0  # that all searches of a pattern may take together ...
+EACH = 0.01  # ... and what every further one adds to that
+
+
+@lru_cache
+def compiled(text: str) -> Any:
+    """The pattern, by the package `regex`, which knows time limits. Raises ValueError for one that cannot be used."""
+    import regex
+
+    if len(text) > LONGEST:
+        raise ValueError(f"it is no regular expression of at most {LONGEST:,} characters: it has {len(text):,}")
+    try:
+        return regex.compile(text)
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
+class Pattern:
+    """A regular expression of the setting `where`. `search` raises UserError once it has taken too long."""
+
+    def __init__(self, text: str, where: str):
+        self.text, self.where = text, where
+        self._compiled = compiled(text)
+        self._left = SECONDS
+
+    def search(self, text: str) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._compiled.search(text, timeout=max(self._left, EACH))
+        except TimeoutError:
+            raise UserError(
+                f"{self.where}: the regular expression {self.text!r} takes too long on {text[:80]!r} (more than "
+                f"{SECONDS:g} seconds): write it without repeats inside repeats."
+            ) from None
+        finally:
+            self._left += EACH - (time.perf_counter() - began)

@@ -1,0 +1,101 @@
+"""Read files that may come from anybody: regular ones, of a bearable size, as text, JSON or YAML."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dual_lora.lab.errors import UserError
+
+LARGEST = 200_000_000  # bytes of a JSON file; the largest of a real study has about one million
+LARGEST_YAML = 2_000_000  # bytes; the longest shipped file has 20,000
+MOST_VALUES = 100_000  # in a YAML file, what its aliases repeat counted again
+
+
+def regular(file: Path, largest: int = LARGEST) -> Path:
+    """The file, unless reading it might never end (ValueError). Raises OSError where there is none."""
+    state = file.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError("it is no regular file")
+    if state.st_size > largest:
+        raise ValueError(f"it has {state.st_size:,} bytes, and at most {largest:,} are read")
+    return file
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises OSError, or ValueError for one that is no JSON or nested too deeply."""
+    return parse_json(regular(file).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """The same for a text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return value
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's named values. Raises OSError, or ValueError for anything else."""
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a JSON {type(value).__name__}, expected named values")
+    return value
+
+
+def read_yaml_text(file: Path) -> str:
+    """The text of a YAML file. Raises UserError for one that is too large or not UTF-8."""
+    try:
+        return regular(file, LARGEST_YAML).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file in UTF-8.") from None
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text holds. Raises UserError for broken YAML, and for aliases that make very much out of little."""
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        count = _count(value, {})
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply.") from None
+    except ValueError as error:  # a date that does not exist, a number of too many digits
+        raise UserError(f"{where} is not valid YAML: {error}") from None
+    if count > MOST_VALUES:
+        raise UserError(f"{where} holds more than {MOST_VALUES:,} values, what its aliases repeat counted again.")
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; what `<<` merges is bounded while it is merged."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "it merges too many values", node.start_mark)
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """Values inside, those of a repeated part as often as it stands there."""
+    if not isinstance(value, dict | list | tuple | set):
+        if isinstance(value, str):
+            value.encode()  # half of a surrogate pair is no text
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # what holds itself has no end
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_count(each, known) for each in inside)
+    return known[id(value)]

@@ -1,0 +1,62 @@
+"""What a terminal gets: text that comes from files is shown as it is and never obeyed.
+
+A recipe's name, a record or a model's answer may hold escape codes, which move the cursor, rename the window, write to
+the clipboard or hide a line. Such characters are written as ``\\u001b``; colours come from `Console` alone.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import rich.console
+from rich.segment import Segment
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the new line
+
+
+def shown(text: str) -> str:
+    """The text with every control character written out, as JSON writes it."""
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class Console(rich.console.Console):
+    """rich's console, for which square brackets are no markup and control characters are text."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render(self, *given: Any, **more: Any) -> Iterable[Segment]:
+        """Only what rich itself has made may control the terminal."""
+        for text, style, control in super().render(*given, **more):
+            yield Segment(text if control else shown(text), style, control)
+
+
+class _Shown:
+    """A stream for whatever else prints: our own lines, Python's warnings, the libraries' logs."""
+
+    def __init__(self, stream: TextIO):
+        self.rich_proxied_file = stream  # where rich writes, whose codes are its own
+
+    def write(self, text: str) -> int:
+        return self.rich_proxied_file.write(shown(text))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Standard output and error show control characters while a command runs. Also a decorator."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Shown(sys.stdout), _Shown(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before

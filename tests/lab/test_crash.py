@@ -1,0 +1,223 @@
+"""Stopped at any file event, or without power: train, merge, export, report and compare leave the old or the new.
+
+One run of a command is recorded event by event (see `crash_disk`); every state that a kill or a loss of power may leave
+is put back and looked at, and from some of them (`make crash`: from all) the command is given again and has to end as
+if nothing had happened. A few processes are killed in earnest, to see that the recorded states are the real ones.
+"""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import report_material
+import tiny_study
+import yaml
+from crash_disk import Disk
+from transformers import TrainerCallback
+
+from dual_lora.lab.model.export import export_lora
+from dual_lora.lab.model.merge import merge
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.report.report import report
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.train import run
+from dual_lora.lab.study.compare import compare
+
+ALL = os.environ.get("DUAL_LORA_CRASH") == "all"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if ALL else 600)]
+
+
+def tried(disk, few):
+    """The states from which a command is given again: all of them, or a few of each kind."""
+    states = list(disk.states.items())
+    if ALL:
+        return states
+    chosen = []
+    for kind in ("kill", "torn", "unsynced", "forgotten"):
+        own = [each for each in states if each[1][0] == kind]
+        chosen += [own[i * len(own) // few] for i in range(few)] if len(own) > few else own
+    return chosen
+
+
+def counted(name, disk, again):
+    kinds = [kind for kind, _, _ in disk.states.values()]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    print(f"\n{name}: {len(disk.events)} file events, {len(kinds)} states ({counts}), again from {again}")
+
+
+def visible(folder):
+    """Names and contents, without what is hidden: a kill may leave a `.name.part`, and a lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    }
+
+
+def weights(adapter):
+    """All but the card, which names times."""
+    return {name: content for name, content in visible(adapter).items() if name != "README.md"}
+
+
+@pytest.fixture
+def values(lm_values):
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"steps": 4, "checkpoint_every": 2}
+    return lm_values
+
+
+@pytest.fixture
+def trained(values, tmp_path):
+    run(build_recipe(values), tmp_path / "trained", progress=False)
+    return tmp_path / "trained"
+
+
+def check_run(folder, whole):
+    """What lies in a run's folder is whole, or not declared whole."""
+    if folder.adapter.is_dir():
+        assert weights(folder.adapter) == whole
+    for file in (folder.recipe, folder.record):
+        if file.exists():
+            assert yaml.safe_load(file.read_text()), f"{file.name} is cut off"
+    checkpoint = folder.last_checkpoint()
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+
+
+def test_train(values, trained, tmp_path):
+    recipe, whole = build_recipe(values), weights(trained / "adapter")
+    disk = Disk(tmp_path / "place")
+    disk.root.mkdir()
+    saved = []  # (event, step): from here on this checkpoint must survive
+
+    class Note(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            saved.append((len(disk.events), state.global_step))
+
+    with disk.recorded():
+        run(recipe, disk.root / "run", progress=False, callbacks=[Note()])
+    folder = RunFolder(disk.root / "run")
+    for state, (kind, event, what) in disk.states.items():
+        disk.restore(state)
+        promised = max((step for after, step in saved if event > after), default=0)
+        assert check_run(folder, whole) >= promised or folder.adapter.is_dir(), f"{kind} at {event}: {what}"
+    again = tried(disk, 4)
+    for state, (kind, event, what) in again:
+        disk.restore(state)
+        result = run(recipe, disk.root / "run", resume=True, progress=False)
+        assert result.state == "finished", f"{kind} at {event}: {what}"
+        assert weights(folder.adapter) == whole, f"{kind} at {event}: {what}"
+        assert json.loads(folder.record.read_text())["state"] == "finished"
+    counted("train", disk, len(again))
+
+
+WRITES = {
+    "merge": lambda source, out: merge(source, out),
+    "export": lambda source, out: export_lora(source, out, 2, limit=4, progress=False),
+}
+
+
+@pytest.mark.parametrize("command", WRITES)
+def test_a_folder_is_there_whole_or_not_at_all(command, trained, tmp_path):
+    write = WRITES[command]
+    disk = Disk(tmp_path / "place")
+    out = disk.root / "new"
+    disk.root.mkdir()
+    write(trained, out)
+    whole = visible(out)
+    shutil.rmtree(out)
+    with disk.recorded():
+        write(trained, out)
+    for state, (kind, event, what) in disk.states.items():
+        disk.restore(state)
+        assert visible(disk.root) in ({}, {f"new/{name}": content for name, content in whole.items()}), (
+            f"{kind} at {event}: {what}"
+        )
+    again = tried(disk, 1)
+    for state, (kind, event, what) in again:
+        disk.restore(state)
+        if not out.exists() or not any(out.iterdir()):
+            write(trained, out)
+        assert visible(out) == whole, f"{kind} at {event}: {what}"
+    counted(command, disk, len(again))
+
+
+def test_report(tmp_path):
+    material = report_material.write(tmp_path / "material")
+    disk = Disk(tmp_path / "place")
+    disk.root.mkdir()
+    page = disk.root / "report.html"
+    report([material], page, "the old one")
+    old = page.read_bytes()
+    with disk.recorded():
+        report([material], page, "the new one", tables=disk.root / "tables")
+    new = visible(disk.root)
+    assert new["report.html"] != old
+    for state, (kind, event, what) in disk.states.items():
+        disk.restore(state)
+        there = visible(disk.root)
+        assert there.pop("report.html") in (old, new["report.html"]), f"{kind} at {event}: {what}"
+        assert there.items() <= new.items(), f"{kind} at {event}: {what}"
+    counted("report", disk, 0)
+
+
+def outcome(results):
+    """What a study says, without times."""
+    return [
+        {key: c[key] for key in ("candidate", "reference", "task", "verdict", "difference", "spread")}
+        for c in results["comparisons"]
+    ]
+
+
+def test_compare(tmp_path):
+    study = tiny_study.write_study(tmp_path / "study", seeds=2)
+    expected = compare(study, tmp_path / "straight", progress=False)
+    disk = Disk(tmp_path / "place")
+    disk.root.mkdir()
+    with disk.recorded():
+        compare(study, disk.root / "out", progress=False)
+    for state, (kind, event, what) in disk.states.items():
+        for name, content in dict(state).items():
+            if name.endswith((".json", ".yaml")) and content is not None and "/checkpoints/" not in name:
+                hidden = any(part.startswith(".") for part in name.split("/"))
+                assert hidden or "/adapter/" in name or yaml.safe_load(content), f"{name}, {kind} at {event}: {what}"
+    again = tried(disk, 2)
+    for state, (kind, event, what) in again:
+        disk.restore(state)
+        results = compare(study, disk.root / "out", progress=False)
+        assert results["complete"], f"{kind} at {event}: {what}"
+        assert outcome(results) == outcome(expected), f"{kind} at {event}: {what}"
+    counted("compare", disk, len(again))
+
+
+def killed_at(number, command, disk):
+    """Fork a process that gives the command and is killed at its event of this number."""
+    child = os.fork()
+    if child == 0:
+        disk.at = lambda count: count == number and os.kill(os.getpid(), signal.SIGKILL)
+        with disk.recorded():
+            command()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.97])
+def test_a_true_kill_leaves_a_recorded_state(share, values, trained, tmp_path):
+    recipe, whole = build_recipe(values), weights(trained / "adapter")
+    disk = Disk(tmp_path / "place")
+    disk.root.mkdir()
+    with disk.recorded():
+        run(recipe, disk.root / "run", progress=False)
+    number = int(share * len(disk.events))
+    known = {frozenset(name for name, _ in state) for state in disk.states}
+    disk.restore({})
+    assert killed_at(number, lambda: run(recipe, disk.root / "run", progress=False), Disk(disk.root)) == -signal.SIGKILL
+
+    def named(names):  # random parts of names aside
+        return {"/".join(part.split(".")[1] if part.startswith(".") else part for part in n.split("/")) for n in names}
+
+    assert named(disk.state()) in [named(names) for names in known]
+    assert run(recipe, disk.root / "run", resume=True, progress=False).state == "finished"
+    assert weights(disk.root / "run" / "adapter") == whole

@@ -1,0 +1,243 @@
+"""A stranger's run leads nothing out of its folder, and only what we wrote ourselves is ever overwritten."""
+
+import json
+import os
+import shutil
+
+import pytest
+import yaml
+
+from dual_lora.lab import demo
+from dual_lora.lab.analysis.analyze import analyze
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import export_lora
+from dual_lora.lab.model.merge import merge
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import OWN, RunFolder, files_in
+from dual_lora.lab.run.train import run
+from dual_lora.lab.study.study import Study
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_lm, questions):
+    """A finished run with two checkpoints and an evaluation."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(build_recipe(values(tiny_lm, questions)), folder, progress=False)
+    evaluate(folder, progress=False)
+    return folder
+
+
+def values(tiny_lm, questions):
+    return {
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 4, "batch_size": 4, "checkpoint_every": 2, "keep_checkpoints": 2},
+        "evaluate": {"tasks": ["loss"]},
+    }
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A folder of the user's, and what lies in it."""
+    folder = tmp_path / "mine"
+    for name in ("checkpoint-2/optimizer.pt", "thesis.txt", "adapter_config.json", "0/a.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("years of work")
+    return folder
+
+
+def state(folder):
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in sorted(folder.rglob("*"))}
+
+
+LINKS = ["checkpoints", "checkpoints/checkpoint-2", "checkpoints/checkpoint-4/optimizer.pt", "adapter", "record.json"]
+LINKS += [
+    "adapter/adapter_model.safetensors",
+    "metrics.jsonl",
+    "evaluation",
+    "evaluation/test-loss",
+    "analysis",
+    ".lock",
+]
+
+
+@pytest.mark.parametrize("entry", LINKS)
+def test_a_link_in_a_run_is_an_error_for_every_command(entry, copied, mine, tmp_path):
+    path = copied / entry
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(mine / "thesis.txt" if "." in path.name else mine)
+    before, theirs = state(mine), sorted(os.walk(copied))
+    recipe = build_recipe(yaml.safe_load((copied / "recipe.yaml").read_text()))
+    commands = {
+        "resume": lambda: run(recipe, copied, resume=True, progress=False),
+        "overwrite": lambda: run(recipe, copied, overwrite=True, progress=False),
+        "evaluate": lambda: evaluate(copied, progress=False),
+        "merge": lambda: merge(copied, tmp_path / "merged"),
+        "export": lambda: export_lora(copied, tmp_path / "lora", 4, progress=False),
+        "analyze": lambda: analyze([copied], progress=False),
+    }
+    for name, command in commands.items():
+        with pytest.raises(UserError, match=r"is a link to .*plain files and folders inside"):
+            command()
+        assert state(mine) == before, name
+        assert sorted(os.walk(copied)) == theirs, name
+    assert not (tmp_path / "merged").exists()
+
+
+def test_neither_may_an_entry_be_a_pipe(copied):
+    """Which nobody would ever finish reading."""
+    (copied / "record.json").unlink()
+    os.mkfifo(copied / "record.json")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        evaluate(copied, progress=False)
+
+
+def test_a_link_in_a_demo_is_an_error(mine, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text(json.dumps({"seed": 0, "examples": 600, "test_examples": 100}))
+    for name in ("data", "evaluation", "merged"):
+        (tmp_path / "out" / name).symlink_to(mine)
+    before = state(mine)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="is a link to"):
+            demo.run(tmp_path / "out", overwrite=overwrite, progress=False)
+    with pytest.raises(UserError, match="is a link to"):
+        demo.ask(tmp_path / "out", "anything")
+    assert state(mine) == before
+
+
+def test_the_run_itself_may_be_reached_by_a_link(copied, tmp_path):
+    (tmp_path / "latest").symlink_to(copied)
+    assert evaluate(tmp_path / "latest", progress=False).metrics
+
+
+def test_a_link_to_an_empty_folder_is_an_output_like_any_other(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    held = RunFolder(tmp_path / "out")
+    held.open(resume=False, overwrite=False)
+    held.close()
+    assert (tmp_path / "out").is_symlink()
+    assert list((tmp_path / "real").iterdir()) == []
+
+
+def test_overwrite_removes_what_the_run_wrote(copied, tiny_lm, questions):
+    assert files_in(copied, OWN)[1] == []
+    before = (copied / "record.json").read_bytes()
+    run(build_recipe(values(tiny_lm, questions)), copied, overwrite=True, progress=False)
+    assert (copied / "record.json").read_bytes() != before
+    assert not (copied / "evaluation").exists()
+
+
+FOREIGN = ["thesis.txt", "adapter/notes.md", "checkpoints/checkpoint-3/optimizer.pt", "evaluation/figure.png"]
+FOREIGN += ["model/model.safetensors", "adapter/README.md", "analysis/chapter.tex", ".git/config", "data/.hidden"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_overwrite_refuses_a_run_that_holds_anything_else(name, copied, tiny_lm, questions):
+    """adapter/README.md is the run's own, and somebody has written into it since."""
+    (copied / name).parent.mkdir(parents=True, exist_ok=True)
+    (copied / name).write_text("years of work")
+    recipe, before = build_recipe(values(tiny_lm, questions)), state(copied)
+    with pytest.raises(UserError, match=r"this program has not written(.|\n)*Nothing was removed"):
+        run(recipe, copied, overwrite=True, progress=False)
+    with pytest.raises(UserError, match=r"is not empty: give another --out\."):  # and suggests no flag
+        run(recipe, copied, progress=False)
+    assert state(copied) == before
+
+
+def test_overwrite_never_takes_a_project_for_a_run(tiny_lm, questions, tmp_path, monkeypatch, call):
+    """`--out .` in a project with a recipe of its own and folders that are named as ours are."""
+    project = tmp_path / "project"
+    for name in ("model/weights.bin", "evaluation/a/result.json", "analysis/analysis.json", "metrics.jsonl"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("years of work")
+    (project / "recipe.yaml").write_text("# mine\n" + yaml.safe_dump(values(tiny_lm, questions)))
+    before = state(project)
+    monkeypatch.chdir(project)
+    for extra in (["--overwrite"], []):
+        for out in (".", str(project), "../project"):
+            code, _, said = call("train", "recipe.yaml", "--out", out, *extra)
+            assert code == 1
+            assert "--overwrite to" not in said
+            assert state(project) == before
+    (project / "record.json").write_text('{"state": "of mind"}')
+    assert call("train", "recipe.yaml", "--out", ".", "--overwrite")[0] == 1
+    assert (project / "model/weights.bin").is_file()
+
+
+def test_demo_overwrite_refuses_a_project(tmp_path, call):
+    for name in ("settings.json", "demo.json", "data/train.jsonl", "run/recipe.yaml", "merged/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    before = state(tmp_path)
+    for extra in (["--overwrite"], [], ["--ask", "anything"]):
+        code, _, said = call("demo", "--out", tmp_path, *extra)
+        assert code == 1
+        assert "holds no demo" in said
+        assert "--overwrite" not in said
+        assert state(tmp_path) == before
+
+
+def test_what_a_killed_writer_left_is_ours(copied):
+    (copied / f".adapter.{'0a' * 8}.part/sub").mkdir(parents=True)
+    (copied / f".adapter.{'0a' * 8}.part/sub/weights").write_text("half")
+    (copied / f"evaluation/test-loss/.items.jsonl.{'0a' * 8}.part").write_text("half")
+    assert files_in(copied, OWN)[1] == []
+    (copied / ".thesis.part").write_text("mine")
+    assert files_in(copied, OWN)[1] == [copied / ".thesis.part"]
+
+
+def test_a_list_reaches_no_file_elsewhere(copied, mine):
+    """What a stranger's list names outside of its folder is not removed, and makes no checkpoint look whole."""
+    (copied / "adapter/complete.json").write_text(
+        json.dumps({"../../mine/thesis.txt": 13, str(mine / "thesis.txt"): 13})
+    )
+    ours, others = files_in(copied, OWN)
+    assert not [p for p in ours if "thesis" in p.name]
+    assert copied / "adapter/adapter_model.safetensors" in others
+    for wrong in ("[1]", "[" * 100_000, '{"a": "b"}', "{", "null"):
+        (copied / "checkpoints/checkpoint-4/complete.json").write_text(wrong)
+        assert RunFolder(copied).last_checkpoint() == copied / "checkpoints/checkpoint-2"
+
+
+def test_resume_leaves_checkpoints_of_another_trainer(copied, tiny_lm, questions):
+    """They have no list of ours; the run goes on from its own."""
+    other = copied / "checkpoints/checkpoint-500"
+    other.mkdir()
+    (other / "optimizer.pt").write_text("a week of computing")
+    shutil.rmtree(copied / "adapter")
+    run(build_recipe(values(tiny_lm, questions)), copied, resume=True, progress=False)
+    assert (other / "optimizer.pt").read_text() == "a week of computing"
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "", "a/b", "../x", "/etc"])
+def test_names_that_are_folders(name, lm_values):
+    with pytest.raises(UserError, match="name is"):
+        build_recipe({**lm_values, "name": name})
+    with pytest.raises(ValueError, match="name"):
+        Study.model_validate({"name": name, "tasks": ["x"], "methods": ["lora", "dual_lora"]})
+
+
+@pytest.mark.parametrize("name", ["a", ".hidden", "a.b-c_d", "2026", "é"])
+def test_names_that_are_names(name, lm_values):
+    assert build_recipe({**lm_values, "name": name}).name == name
+
+
+def test_an_analysis_replaces_no_other_file(copied, tmp_path, call):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "is no analysis" in call("analyze", copied, "--out", tmp_path / "thesis.tex")[2]
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    for _ in range(2):
+        assert call("analyze", copied, "--ranks", "none", "--held-out", "0", "--no-gradients")[0] == 0
+    assert json.loads((copied / "analysis/analysis.json").read_text())["runs"]

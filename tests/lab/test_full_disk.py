@@ -1,0 +1,94 @@
+"""The disk fills up in the middle: one sentence, what was there stays, and nothing half-written is left."""
+
+import contextlib
+import json
+import resource
+
+import pytest
+import report_material
+import tiny_study
+from test_cli import call  # noqa: F401 - a fixture
+
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.train import run
+
+
+@contextlib.contextmanager
+def room_for(size):
+    """No file can grow beyond `size` bytes: the write fails as on a full disk, in Python's, torch's and Rust's code."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def source(lm_values, tmp_path):
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"]["steps"] = 2
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("size", [0, 500, 3000, 8000])
+@pytest.mark.parametrize(
+    "command", [["merge", "RUN", "OUT"], ["export", "RUN", "OUT", "--to", "lora", "--rank", "2", "--limit", "2"]]
+)
+def test_merge_and_export(command, size, source, tmp_path, call):  # noqa: F811
+    before = files(tmp_path)
+    places = {"RUN": source, "OUT": tmp_path / "out"}
+    with room_for(size):
+        code, _, err = call(*(str(places.get(word, word)) for word in command))
+    assert code == 1
+    assert "The disk is full" in err
+    assert err.count("error: ") == 1
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [0, 2000, 50_000, 300_000])
+def test_report(size, tmp_path, call):  # noqa: F811
+    material = report_material.write(tmp_path / "material")
+    page = tmp_path / "report.html"
+    assert call("report", material, "--out", page, "--title", "old")[0] == 0
+    before = files(tmp_path)
+    with room_for(size):
+        code, _, err = call("report", material, "--out", page, "--title", "new")
+    assert code == 1
+    assert "The disk is full" in err
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, 20_000, 60_000])
+def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write_recipe, call):  # noqa: F811
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    recipe, out = write_recipe(lm_values), tmp_path / "run"
+    with room_for(size):
+        code, _, err = call("train", recipe, "--out", out)
+    assert code == 1
+    assert "The disk is full" in err
+    assert not (out / "adapter").exists()
+    assert not list(out.rglob(".*.part"))
+    if (out / "record.json").exists():
+        json.loads((out / "record.json").read_text())
+    code, _, err = call("train", recipe, "--out", out, *(["--resume"] if out.exists() else []))
+    assert code == 0, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [0, 200, 5000, 30_000])
+def test_compare_repeats_nothing_when_there_is_room_again(size, tmp_path, call):  # noqa: F811
+    study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)
+    with room_for(size):
+        code, _, err = call("compare", study, "--out", tmp_path / "out")
+    assert code == 1
+    assert "disk is full" in err
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("runs/*.json")}
+    code, _, err = call("compare", study, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert {n: p.stat().st_mtime_ns for n in done for p in [tmp_path / "out/runs" / n]} == done

@@ -1,0 +1,350 @@
+"""What a stranger's recipe, adapter or data file may not do: hang, fill the memory, or end in a traceback."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from test_cli import call  # noqa: F401 - a fixture
+
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.interrupt import exit_status
+from dual_lora.lab.model.methods import method_config
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.patterns import Pattern
+from dual_lora.lab.read import parse_yaml, read_object
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.train import run
+from dual_lora.lab.study.read import build_study
+
+pytestmark = pytest.mark.timeout(120)  # what hangs is the failure
+TRAP = "(.|.)*x"  # two ways for each character: 2^n of them
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_lm, questions, tmp_path_factory):
+    """A finished run of Dual LoRA."""
+    values = {
+        "model": {"path": str(tiny_lm)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"steps": 1, "batch_size": 4, "checkpoint_every": 1},
+    }
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    run(build_recipe(values), folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def source(trained, tmp_path):
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def poison(run_folder, value=math.nan):
+    file = run_folder / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    next(w for name, w in weights.items() if w.is_floating_point())[0, 0] = value
+    save_file(weights, file)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "RUN"],
+        ["merge", "RUN", "OUT"],
+        ["export", "RUN", "OUT", "--to", "lora", "--rank", "2"],
+        ["generate", "RUN", "is fire warm ?"],
+        ["analyze", "RUN"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_adapter_of_nan_is_no_result(command, value, source, tmp_path, call):  # noqa: F811
+    poison(source, value)
+    places = {"RUN": source, "OUT": tmp_path / "out"}
+    code, out, err = call(*(str(places.get(word, word)) for word in command), "--json")
+    assert code == 1
+    assert "holds NaN or infinity in 1 of " in err
+    assert "Traceback" not in err
+    assert "error" in json.loads(out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_model_of_nan_is_no_result(lm_values, tmp_path):
+    lm_values["method"] = {"name": "full"}
+    lm_values["train"]["steps"] = 1
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    file = tmp_path / "run/model/model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).fill_(math.nan)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        open_tuned(tmp_path / "run")
+
+
+def test_figures_that_come_from_nan_are_no_score(source, lm_values):
+    tuned = open_tuned(source)
+    with torch.no_grad():
+        next(tuned.model.parameters()).fill_(math.nan)  # in memory: a base of NaN, an overflow
+    recipe = build_recipe(lm_values)
+    for task in ("choice", "loss"):
+        with pytest.raises(UserError, match=r"computes NaN or infinity on 16 of 16 examples"):
+            evaluate(tuned, recipe.data, recipe.evaluate.model_copy(update={"tasks": [task]}), progress=False)
+
+
+def test_a_figure_that_does_not_exist_is_null_in_json(capsys):
+    from dual_lora.lab.commands.card import finish
+
+    finish({"pearson": math.nan, "loss": [math.inf, 1.5]}, None, True)
+    printed = capsys.readouterr().out
+    assert json.loads(printed, parse_constant=pytest.fail) == {"pearson": None, "loss": [None, 1.5]}
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_pattern_without_an_end_never_reaches_peft(field, lm_values, tmp_path, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.model.bounds.PATTERN_SECONDS", 1.0)
+    lm_values["method"] |= {field: {TRAP: 2} if field.endswith("_pattern") else TRAP}
+    with pytest.raises(UserError, match=rf"{field} '\(\.\|\.\)\*x' takes too long on this model's names"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_an_adapters_pattern_without_an_end(source, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.model.bounds.PATTERN_SECONDS", 1.0)
+    change(source / "adapter/adapter_config.json", target_modules=TRAP)
+    with pytest.raises(UserError, match="takes too long"):
+        open_tuned(source)
+
+
+def test_patterns_that_end_train_as_before(lm_values, tmp_path):
+    lm_values["method"] |= {"target_modules": r".*\.(q|v)_proj", "rank_pattern": {r"layers\.(0|1)\..*q_proj": 2}}
+    run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    shapes = {name: tuple(w.shape) for name, w in load_file(tmp_path / "run/adapter/adapter_model.safetensors").items()}
+    assert {shape[0] for name, shape in shapes.items() if "q_proj.lora_A" in name} == {2}
+    assert {shape[0] for name, shape in shapes.items() if "v_proj.lora_A" in name} == {4}
+
+
+def test_our_own_searches_end(monkeypatch):
+    from dual_lora.lab.run.extraction import answer_in
+
+    monkeypatch.setattr("dual_lora.lab.patterns.SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"evaluate\.extract: .* takes too long"):
+        answer_in("a" * 60 + "b", "(a|a)*$", "")
+    with pytest.raises(UserError, match="takes too long"):
+        Pattern("(a|a)*$", "train.rates").search("a" * 60 + "b")
+    pattern = Pattern("(a|a)*$", "train.rates")
+    pattern._left = 1e-9  # many names, each a little
+    with pytest.raises(UserError, match="takes too long"):
+        pattern.search("a" * 60 + "b")
+
+
+@pytest.mark.parametrize("prompt", ["Answer format: " + "/a" * 40 + " b", " " * 200_000 + "x", "Answer1" * 20_000])
+def test_a_prompts_list_of_answers_is_read_in_one_pass(prompt):
+    from dual_lora.lab.data.examples import _choices_in
+
+    assert _choices_in(prompt) == []
+    assert _choices_in("is it ?\n\nAnswer format: true/false \n") == ["true", "false"]
+
+
+@pytest.mark.parametrize(
+    ("change_of", "said"),
+    [
+        ({"layer_replication": [[0, 2]] * 20_000}, "layer_replication makes a model of 40,000 layers"),
+        ({"layer_replication": 7}, "expected pairs"),
+        ({"rank_pattern": [1]}, "rank_pattern"),
+        ({"r": 10**9}, "r holds 1,000,000,000, and no weight"),
+        ({"rank_pattern": {"q_proj": 10**8}}, "rank_pattern holds 100,000,000"),
+        ({"target_modules": "["}, "is not a regular expression"),
+    ],
+)
+def test_a_methods_bounds(change_of, said, lm_values, tmp_path):
+    lm_values["method"] |= change_of
+    with pytest.raises(UserError, match=said):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_rank_that_the_file_does_not_hold_is_not_drawn(source, monkeypatch):
+    """3,000 of 2 · 10⁶ numbers would be drawn before PEFT sees that the shapes differ."""
+    from dual_lora.lab.model import bounds
+
+    monkeypatch.setattr(bounds, "SMALL", 10**5)
+    change(source / "adapter/adapter_config.json", r=4000, r1=2000, r2=2000)
+    monkeypatch.setattr("peft.PeftModel.from_pretrained", pytest.fail)
+    with pytest.raises(
+        UserError, match=r"r holds 4,000, which may take .* numbers, and adapter_model\.safetensors has"
+    ):
+        open_tuned(source)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", '{"recipe": 1}', '{"classes": []}', '{"recipe": {}, "classes": 7}', "[" * 10**5]
+)
+def test_a_note_of_another_shape(text, source):
+    (source / "adapter/lab.json").write_text(text)
+    with pytest.raises(UserError, match=r"lab\.json"):
+        open_tuned(source)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 10**5, '{"X": 3}'])
+def test_a_calibration_of_another_shape_is_none(text, tmp_path, monkeypatch):
+    from dual_lora.lab.cost import calibrate
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "machine", lambda: "X")
+    calibrate.cache_file().parent.mkdir()
+    calibrate.cache_file().write_text(text)
+    assert calibrate.known_rates() is None
+    calibrate._keep({"costs": {}})
+    assert calibrate.known_rates() == {"costs": {}}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGED = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{<<: [{', '.join(['*' + a] * 10)}]}}\n" for a, b in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [BOMB, MERGED, "a: &a [*a]", "[" * 5000], ids=["aliases", "merges", "itself", "deep"])
+def test_a_yaml_bomb(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_aliases_of_honest_size_are_welcome():
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]", "it")["b"] == {"x": 1, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"steps": 3 * 10**9}, "3,000,000,000 steps of 4 examples; at most"),
+        ({"steps": None, "epochs": 1e300}, "at most 50,000,000 examples"),
+        ({"steps": None, "epochs": math.inf}, r"train\.epochs is inf: input should be a finite number"),
+        ({"learning_rate": math.nan}, "finite number"),
+        ({"batch_size": 10**12}, "less than or equal to"),
+        ({"seed": 2**64}, "less than 4294967296"),
+    ],
+)
+def test_a_loop_without_an_end(train, said, lm_values, tmp_path):
+    lm_values["train"] |= train
+    with pytest.raises(UserError, match=said):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    "change_of",
+    [
+        {"seeds": 10**10},
+        {"sweep": {f"method.a{i}": list(range(50)) for i in range(8)}},
+        {"search": {"space": {f"method.a{i}": list(range(50)) for i in range(8)}}},
+        {"search": {"space": {"learning_rate": [1e-3]}, "trials": 10**9}},
+        {"search": {"space": {"learning_rate": [1e-3]}, "seeds": 10**9}},
+    ],
+    ids=["seeds", "sweep", "grid", "trials", "search-seeds"],
+)
+def test_a_study_without_an_end(change_of):
+    with pytest.raises(UserError, match=r"0,?000"):
+        build_study({"name": "s", "tasks": ["boolq-smollm2"], "methods": ["lora"], **change_of})
+
+
+def test_a_rank_rule_divides_by_no_zero():
+    from dual_lora.lab.study.study import rank_denominator, rank_rule
+
+    assert rank_rule("2r", 8, "x") == 16
+    assert rank_rule("r/2", 8, "x") == 4
+    assert rank_rule("0.5 r", 8, "x") == 4
+    for text in ("r/0", "r/0.0", "r/..", "1.2.3r", " " * 10**6 + "q"):
+        assert rank_rule(text, 8, "x") == text
+        assert rank_denominator([text, "r/4"], 2) == 4
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 10_000, "[{]", r'[{"prompt": "\ud800", "answer": "a"}]'])
+def test_data_that_no_parser_bears(suffix, text, tmp_path):
+    file = tmp_path / f"data{suffix}"
+    file.write_text(text)
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_records(str(file))
+
+
+@pytest.mark.parametrize("what", ["fifo", "endless", "list"])
+def test_a_record_that_is_none(what, source, tmp_path):
+    record = source / "record.json"
+    record.unlink()
+    if what == "fifo":
+        os.mkfifo(record)
+    elif what == "endless":
+        record.symlink_to("/dev/zero")
+    else:
+        record.write_text("[1]")
+    with pytest.raises((ValueError, OSError)):
+        read_object(record)
+    shutil.rmtree(source / "adapter")
+    recipe = build_recipe(yaml.safe_load((source / "recipe.yaml").read_text()))
+    with pytest.raises(UserError, match=r"The record .* could not be read"):
+        run(recipe, source, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("name", [".x:lora", "x..y:lora", ":lora"])
+def test_a_module_that_is_no_module(name):
+    with pytest.raises(UserError):
+        method_config({"name": name, "bogus": 1}, "causal", 1, [])
+
+
+def test_fields_of_another_kind_are_said():
+    with pytest.raises(UserError, match="rank_pattern must be a mapping"):
+        method_config({"name": "dual_lora", "rank_pattern": [1]}, "causal", 1, [])
+    with pytest.raises(UserError, match="has no field"):
+        method_config({"name": "lora", 3: 1}, "causal", 1, [])
+
+
+def test_a_name_that_is_no_text(call):  # noqa: F811
+    code, _, err = call("merge", "run-\udcff", "out")
+    assert code == 1
+    assert "is not UTF-8" in err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
+    from dual_lora.lab.model.merge import merge
+
+    if there:
+        (tmp_path / "big-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big-disk")
+    merge(source, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big-disk/config.json").is_file()
+    with pytest.raises(UserError, match="is not empty"):
+        merge(source, tmp_path / "link")
+
+
+def test_a_run_into_a_link_to_an_empty_folder(lm_values, tmp_path):
+    (tmp_path / "big-disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "big-disk")
+    lm_values["train"]["steps"] = 1
+    wrong = {**lm_values, "data": {"train": "nowhere.json"}}
+    with pytest.raises(UserError, match=r"There is no data file nowhere\.json"):
+        run(build_recipe(wrong), tmp_path / "link", progress=False)
+    assert list((tmp_path / "big-disk").iterdir()) == []
+    assert run(build_recipe(lm_values), tmp_path / "link", progress=False).state == "finished"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "big-disk/adapter").is_dir()
+
+
+def test_exit_status_is_128_and_the_signal():
+    assert exit_status(KeyboardInterrupt()) == 130

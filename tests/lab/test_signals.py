@@ -1,0 +1,139 @@
+"""A run that is asked to stop saves a checkpoint, says so, and goes on from there: Ctrl-C, SIGTERM and SIGUSR1."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import tiny_study
+from test_cli import call  # noqa: F401 - a fixture
+from test_launched import ENVIRONMENT, launched
+
+from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.folder import WHOLE, RunFolder
+from dual_lora.lab.run.train import run
+from dual_lora.lab.run.watch import Watch
+
+
+def send_after(step, number, monkeypatch, times=1):
+    """Send this process a signal after so many steps."""
+    original = Watch.on_step_end
+
+    def on_step_end(self, args, state, control, **more):
+        if state.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        original(self, args, state, control, **more)
+
+    monkeypatch.setattr(Watch, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_a_checkpoint_and_the_record_says_so(number, lm_values, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        send_after(3, number, patch)
+        result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    assert (result.state, result.steps, result.stopped_by) == ("interrupted", 3, number)
+    folder = RunFolder(tmp_path / "run")
+    assert json.loads(folder.record.read_text())["state"] == "interrupted"
+    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-3"
+    assert run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False).steps == 6
+    run(build_recipe(lm_values), tmp_path / "straight", progress=False)
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
+
+
+def test_a_second_sigterm_is_patient_and_a_second_ctrl_c_is_not(lm_values, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        send_after(3, signal.SIGTERM, patch, times=3)
+        assert run(build_recipe(lm_values), tmp_path / "patient", progress=False).steps == 3
+    send_after(3, signal.SIGINT, monkeypatch, times=2)
+    with pytest.raises(Stopped, match=r"last good checkpoint is .*checkpoint-2"):
+        run(build_recipe(lm_values), tmp_path / "at-once", progress=False)
+    assert json.loads((tmp_path / "at-once/record.json").read_text())["state"] == "interrupted"
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(Stopped), on_signals(stop_at_once):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def wait_for(there, process, seconds=400):
+    end = time.time() + seconds
+    while not there():
+        assert process.poll() is None, process.communicate()
+        if time.time() > end:
+            for one in (process, *psutil.Process(process.pid).children(recursive=True)):
+                one.kill()
+            pytest.fail("the command has not come so far")
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("dual_lora.lab.model.merge.merge", lambda *_, **__: os.kill(os.getpid(), number))
+    code, _, err = call("merge", "it", "there")
+    assert code == 128 + number
+    assert "Interrupted" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, write_recipe):
+    lm_values["train"] |= {"steps": 5000, "checkpoint_every": 5000}
+    recipe, out = write_recipe(lm_values), tmp_path / "run"
+    command = [sys.executable, "-m", "dual_lora.lab.cli", "train", recipe, "--out", out, "--json"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    result = json.loads(printed)
+    assert result["state"] == json.loads((out / "record.json").read_text())["state"] == "interrupted"
+    assert (out / f"checkpoints/checkpoint-{result['steps']}" / WHOLE).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["serial", "process"])
+def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
+    study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)
+    recipe = tmp_path / "study/letters.yaml"
+    recipe.write_text(recipe.read_text().replace("steps: 4", "steps: 20000").replace("every: 2", "every: 20000", 1))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "dual_lora.lab.cli", "compare", study, "--out", out, "--executor", executor]
+    command += ["--workers", "1"] if executor == "process" else []
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: any(m.stat().st_size for m in out.glob("runs/*/metrics.jsonl")), process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert "The same command goes on from here" in errors
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert len(list(out.glob(f"runs/*/checkpoints/*/{WHOLE}"))) == 1
+    assert not list(out.glob("runs/*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["launcher", "one worker"])
+def test_all_processes_stop_after_the_same_step(to, lm_values, write_recipe, tmp_path):
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"steps": 5000, "batch_size": 2, "checkpoint_every": 5000}
+    recipe, out = write_recipe(lm_values), tmp_path / "run"
+    process = launched("ddp", 2, recipe, out)
+    wait_for(lambda: (out / "metrics.jsonl").is_file() and (out / "metrics.jsonl").stat().st_size, process)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "--out" in p.cmdline()]
+    (process if to == "launcher" else workers[-1]).send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    (checkpoint,) = out.glob(f"checkpoints/*/{WHOLE}")
+    assert len(list(checkpoint.parent.glob("rng_state_*"))) == 2
+    assert json.loads((out / "record.json").read_text())["state"] == "interrupted"

