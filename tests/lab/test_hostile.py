@@ -271,6 +271,8 @@ def test_a_rank_rule_divides_by_no_zero():
     for text in ("r/0", "r/0.0", "r/..", "1.2.3r", " " * 10**6 + "q"):
         assert rank_rule(text, 8, "x") == text
         assert rank_denominator([text, "r/4"], 2) == 4
+    with pytest.raises(UserError, match="expected a whole rank"):
+        rank_rule("2r", 1e308, "x")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
@@ -280,6 +282,27 @@ def test_data_that_no_parser_bears(suffix, text, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match="not valid JSON"):
         read_records(str(file))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"tools": True}, {"choices": 7}, {"messages": [{"role": [], "content": {}}]}, {"messages": 3}]
+)
+def test_records_of_another_shape(wrong, lm_values, tmp_path):
+    turns = [{"role": "user", "content": "is"}, {"role": "assistant", "content": "red"}]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns, **wrong}]))
+    lm_values["data"] = {"train": str(tmp_path / "data.json")}
+    with pytest.raises(UserError, match=r"data\.json, record 1: "):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_a_chat_template_that_raises_is_said(tiny_lm):
+    from dual_lora.lab.data.encode import Prompter
+    from dual_lora.lab.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_lm))
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(UserError, match=r"chat template does not take these messages .*no system here"):
+        Prompter(tokenizer, "chat").prompt_text(({"role": "system", "content": "x"},))
 
 
 @pytest.mark.parametrize("what", ["fifo", "endless", "list"])

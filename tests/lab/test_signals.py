@@ -58,6 +58,19 @@ def test_a_second_sigterm_is_patient_and_a_second_ctrl_c_is_not(lm_values, tmp_p
     assert json.loads((tmp_path / "at-once/record.json").read_text())["state"] == "interrupted"
 
 
+def test_a_launcher_that_passes_ctrl_c_on_is_no_second_one(lm_values, tmp_path, monkeypatch):
+    lm_values["train"]["batch_size"] = 2
+    send_after(3, signal.SIGINT, monkeypatch, times=2)
+    original = Watch.interruptible
+
+    def interruptible(self):
+        monkeypatch.setenv("WORLD_SIZE", "2")  # from here on, or Trainer would look for the other one
+        return original(self)
+
+    monkeypatch.setattr(Watch, "interruptible", interruptible)
+    assert run(build_recipe(lm_values), tmp_path / "run", progress=False).steps == 3
+
+
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Stopped), on_signals(stop_at_once):

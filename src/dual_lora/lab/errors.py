@@ -36,7 +36,7 @@ def described(error: BaseException) -> str:
     return (name + " ".join(said.split()))[:KEPT_OF_AN_ERROR]
 
 
-def is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether the disk, a quota or a limit on a file's size ended a write.
 
     torch and safetensors wrap the system's error into their own kinds; the text survives.

@@ -16,7 +16,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int, message: str = ""):
         super().__init__(*([message] if message else []))
-        self.number = number
+        self.number = number or signal.SIGINT
 
 
 def exit_status(error: KeyboardInterrupt) -> int:

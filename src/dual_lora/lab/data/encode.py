@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dual_lora.lab.data.examples import Example
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 
 IGNORED = -100  # the label that losses of PyTorch leave out
 
@@ -60,9 +60,15 @@ class Prompter:
         kind = self.kind
         if kind == "chat":
             more = {"tools": list(tools)} if tools else {}
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **more
-            )
+            try:
+                return self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **more
+                )
+            except Exception as error:  # a template is a program of the model's makers, which raises what it likes
+                raise UserError(
+                    f"The model's chat template does not take these messages ({described(error)}): their roles are "
+                    f"{', '.join(str(m.get('role')) for m in messages)[:200]}."
+                ) from error
         body = "\n".join(str(message["content"]) for message in messages)
         written = {"alpaca": ALPACA, "llm-adapters": LLM_ADAPTERS}.get(kind, "{prompt}\n")
         return written.format(prompt=body)

@@ -153,6 +153,14 @@ def _text(record: Record, name: str) -> str:
     return str(value)
 
 
+def _list(record: Record, name: str) -> list[Any]:
+    """A list that a record may have."""
+    value = record.values.get(name) or []
+    if not isinstance(value, list):
+        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected a list.")
+    return value
+
+
 def _guess(record: Record) -> str:
     for form, keys in (
         ("chat", {"messages"}),
@@ -178,7 +186,7 @@ def _chat(record: Record) -> Example:
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
     answer = str(messages[-1]["content"])
-    return _generation(record, tuple(messages), answer, tuple(record.values.get("tools") or ()))
+    return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
 
 
 def _instruction(record: Record) -> Example:
@@ -205,7 +213,7 @@ def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: t
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
     target = str(record.values.get("answer") or answer)
-    choices = record.values.get("choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
+    choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
     return Example(record.where, messages, tools, answer, target, tuple(map(str, choices)))
 
 

@@ -90,7 +90,10 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return parse_json(text)
+        value = parse_json(text)
+        if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except json.JSONDecodeError as error:
         place = f"{where}, line {error.lineno}" if where.endswith(".json") else where
         raise UserError(f"{place}: not valid JSON ({error.msg}).") from None

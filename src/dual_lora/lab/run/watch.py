@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.write import json_text, mark_whole
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
+ECHO = 10.0  # seconds within which a launcher passes on the Ctrl-C that its processes have had from the terminal
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
 
@@ -108,12 +110,17 @@ class Watch(TrainerCallback):
     def interruptible(self) -> Iterator[None]:
         """The first signal ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
 
-        A second SIGTERM does not: a launcher and a leader both send it, and who cannot wait sends SIGKILL.
+        A second SIGTERM does not: a launcher and a leader both send it, and who cannot wait sends SIGKILL. Ctrl-C
+        reaches the processes of a launcher twice, from the terminal and from the launcher.
         """
+        came = 0.0
 
         def finish_step(number: int) -> None:
-            if self.stopped_by and number == signal.SIGINT:
+            nonlocal came
+            echo = int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - came < ECHO
+            if self.stopped_by and number == signal.SIGINT and not echo:
                 raise Stopped(number)
+            came = came or time.monotonic()
             self.stopped_by = self.stopped_by or number
 
         with on_signals(finish_step):
