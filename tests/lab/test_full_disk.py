@@ -3,7 +3,6 @@
 import contextlib
 import json
 import resource
-from importlib.util import find_spec
 
 import pytest
 import report_material
@@ -82,7 +81,6 @@ def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(find_spec("dual_lora.lab.study.state")), reason="SQLite has its own words for a full disk")
 @pytest.mark.parametrize("size", [0, 200, 5000, 30_000])
 def test_compare_repeats_nothing_when_there_is_room_again(size, tmp_path, call):  # noqa: F811
     study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)

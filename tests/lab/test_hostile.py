@@ -271,8 +271,9 @@ def test_a_rank_rule_divides_by_no_zero():
     for text in ("r/0", "r/0.0", "r/..", "1.2.3r", " " * 10**6 + "q"):
         assert rank_rule(text, 8, "x") == text
         assert rank_denominator([text, "r/4"], 2) == 4
-    with pytest.raises(UserError, match="expected a whole rank"):
-        rank_rule("2r", 1e308, "x")
+    for rank in (1e308, "", True, -4, 10**400):
+        with pytest.raises(UserError, match="expected a whole number of bearable size"):
+            rank_rule("sqrt(r)", rank, "x")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])

@@ -295,10 +295,10 @@ def rank_rule(value: Any, rank: int | None, where: str) -> Any:
         return value
     if rank is None:
         raise UserError(f"{where} is {value!r}, but the method has no rank: give it one (r: 16), or write a number.")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 10**9:
+        raise UserError(f"{where} is {value!r}, and the rank is {rank!r}: expected a whole number of bearable size.")
     base = math.sqrt(rank) if match["root"] else rank
     result = base * float(match["times"] or 1) / float(match["over"] or 1)
-    if not math.isfinite(result):
-        raise UserError(f"{where} is {value!r}, and the rank is {rank!r}: expected a whole rank of bearable size.")
     return int(result) if result == int(result) else result
 
 
