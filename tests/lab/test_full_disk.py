@@ -7,7 +7,6 @@ import resource
 import pytest
 import report_material
 import tiny_study
-from test_cli import call  # noqa: F401 - a fixture
 
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
@@ -40,7 +39,7 @@ def source(lm_values, tmp_path):
 @pytest.mark.parametrize(
     "command", [["merge", "RUN", "OUT"], ["export", "RUN", "OUT", "--to", "lora", "--rank", "2", "--limit", "2"]]
 )
-def test_merge_and_export(command, size, source, tmp_path, call):  # noqa: F811
+def test_merge_and_export(command, size, source, tmp_path, call):
     before = files(tmp_path)
     places = {"RUN": source, "OUT": tmp_path / "out"}
     with room_for(size):
@@ -52,7 +51,7 @@ def test_merge_and_export(command, size, source, tmp_path, call):  # noqa: F811
 
 
 @pytest.mark.parametrize("size", [0, 2000, 50_000, 300_000])
-def test_report(size, tmp_path, call):  # noqa: F811
+def test_report(size, tmp_path, call):
     material = report_material.write(tmp_path / "material")
     page = tmp_path / "report.html"
     assert call("report", material, "--out", page, "--title", "old")[0] == 0
@@ -65,7 +64,7 @@ def test_report(size, tmp_path, call):  # noqa: F811
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000, 20_000, 60_000])
-def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write_recipe, call):  # noqa: F811
+def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write_recipe, call):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
     with room_for(size):
@@ -82,7 +81,7 @@ def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 200, 5000, 30_000])
-def test_compare_repeats_nothing_when_there_is_room_again(size, tmp_path, call):  # noqa: F811
+def test_compare_repeats_nothing_when_there_is_room_again(size, tmp_path, call):
     study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)
     with room_for(size):
         code, _, err = call("compare", study, "--out", tmp_path / "out")

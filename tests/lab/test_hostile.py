@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from test_cli import call  # noqa: F401 - a fixture
 
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
@@ -67,7 +66,7 @@ def poison(run_folder, value=math.nan):
     ],
     ids=lambda command: command[0],
 )
-def test_an_adapter_of_nan_is_no_result(command, value, source, tmp_path, call):  # noqa: F811
+def test_an_adapter_of_nan_is_no_result(command, value, source, tmp_path, call):
     poison(source, value)
     places = {"RUN": source, "OUT": tmp_path / "out"}
     code, out, err = call(*(str(places.get(word, word)) for word in command), "--json")
@@ -337,7 +336,7 @@ def test_fields_of_another_kind_are_said():
         method_config({"name": "lora", 3: 1}, "causal", 1, [])
 
 
-def test_a_name_that_is_no_text(call):  # noqa: F811
+def test_a_name_that_is_no_text(call):
     code, _, err = call("merge", "run-\udcff", "out")
     assert code == 1
     assert "is not UTF-8" in err

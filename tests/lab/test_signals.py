@@ -10,7 +10,6 @@ import time
 import psutil
 import pytest
 import tiny_study
-from test_cli import call  # noqa: F401 - a fixture
 from test_launched import ENVIRONMENT, launched
 
 from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
@@ -90,7 +89,7 @@ def wait_for(there, process, seconds=400):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):  # noqa: F811
+def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):
     monkeypatch.setattr("dual_lora.lab.model.merge.merge", lambda *_, **__: os.kill(os.getpid(), number))
     code, _, err = call("merge", "it", "there")
     assert code == 128 + number
