@@ -1,6 +1,7 @@
 """What is imported is declared, what is declared is locked by hash, and what is not ours has its licence stated."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -41,8 +42,13 @@ def third_party(folder):
     return found
 
 
+@functools.cache
+def installed_packages():
+    return metadata.packages_distributions()
+
+
 def distribution(name):
-    installed = metadata.packages_distributions().get(name)
+    installed = installed_packages().get(name)
     return canonicalize_name(CALLED.get(name) or (installed[0] if installed else name))
 
 
