@@ -1,6 +1,6 @@
 """The generated pages of the reference: `python -m scripts.reference` writes them, a test compares.
 
-docs/reference/cli.md from the commands, recipe.md and study.md from their typed fields, schemas/*.json for editors.
+In docs/reference: cli.md from the commands; recipe.md, study.md and config.md from typed fields; schemas for editors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,16 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
+# Fields that PEFT fills in.
+_OF_PEFT = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+}
 GENERATED = "<!-- Written by `python -m scripts.reference`. -->"
 
 RECIPE = """# Recipe
@@ -40,6 +50,10 @@ An editor completes and checks studies by [the JSON Schema](schemas/study.schema
 
 Beside the fields below there is `extends`: another study, whose fields hold where yours is silent."""
 
+CONFIG = """# DualLoraConfig
+
+The fields of the method's configuration. In a recipe they stand under `method`, as flags they are `--method.r 16`."""
+
 CLI = """# Command line
 
 Every command has `--help`. `--json` ends a command with one line of JSON, `--debug` shows where an error comes from,
@@ -56,6 +70,7 @@ def pages() -> dict[str, str]:
         "cli.md": _page(CLI, _commands()),
         "recipe.md": _page(RECIPE, *_tables(Recipe)),
         "study.md": _page(STUDY, *_tables(Study)),
+        "config.md": _page(CONFIG, _config()),
         **{
             f"schemas/{kind}.schema.json": json.dumps(json_schema(kind), indent=1, ensure_ascii=False) + "\n"
             for kind in ("recipe", "study")
@@ -84,6 +99,19 @@ def _commands() -> str:
     # Cyclopts shows how this very program was started, which is `python -m scripts.reference` here.
     text = re.sub(r"(?m)^(dual-lora(?: [\w-]+)*) -m [\w.]+", r"\1", app.generate_docs(usage_name="dual-lora"))
     return text[text.index(f"## dual-lora {COMMANDS[0][0]}\n") :]
+
+
+def _config() -> str:
+    from dataclasses import MISSING, fields
+
+    from dual_lora import DualLoraConfig
+
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for field in fields(DualLoraConfig):
+        if text := field.metadata.get("help") if field.name not in _OF_PEFT else None:
+            value = field.default_factory() if field.default_factory is not MISSING else field.default
+            lines.append(f"| `{field.name}` | `{value!r}` | {' '.join(text.split())} |")
+    return "\n".join(lines)
 
 
 def _tables(model: type[BaseModel], name: str = "", seen: tuple[type, ...] = ()) -> Iterator[str]:

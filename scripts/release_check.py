@@ -69,6 +69,13 @@ def build(dist: Path) -> None:
             raise SystemExit(f"The sdist builds another wheel: {set(before) ^ set(after)}")
 
 
+def starts(python: str) -> bool:
+    """Whether that Python is here and starts: a version manager may have its name alone."""
+    if shutil.which(python) is None:
+        return False
+    return subprocess.run([python, "--version"], capture_output=True).returncode == 0
+
+
 def tried(wheel: Path, python: str) -> str:
     """What a fresh environment of that Python says: the method alone first, then the laboratory."""
     with tempfile.TemporaryDirectory() as space:
@@ -94,7 +101,7 @@ def main() -> int:
         wheel = next(dist.resolve().glob("*.whl"))
         print(*sorted(file.name for file in dist.iterdir()), sep="\n")
         for python in given.python or PYTHONS:
-            if shutil.which(python) is None:
+            if not starts(python):
                 print(f"{python}: not here")
             else:
                 print(tried(wheel, python), flush=True)

@@ -16,7 +16,7 @@ from pages import PAGES, ROOT, blocks, commands, name_of
 
 pytest.importorskip("cyclopts")
 KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study"}
-KEYWORDS = {"for", "done", "head=$(scontrol"}  # of a shell's own, and of SLURM's
+KEYWORDS = {"for", "done"}
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 RUNS = [page for page in PAGES if any("run" in block.marks for block in blocks(page))]
 
@@ -146,6 +146,25 @@ def parse(words, where):
         build_app(words[0]).parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         raise AssertionError(f"{where}\n{error}") from None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "dual-lora trian boolq-smollm2",
+        "dual-lora train boolq-smollm2 --train.stepz 3",
+        "dual-lora train boolq-smollm2 --train.steps many",
+        "accelerate launch -m dual_lora.lab.cli train RECIPE --no-such-flag 1",
+        "make no-such-target",
+        "pip install '.[friends]'",
+        "python -m benchmarks.no_such_module",
+        "python examples/no_such_file.py",
+        "unknown-program x",
+    ],
+)
+def test_a_wrong_command_is_found(line):
+    with pytest.raises(AssertionError):
+        check_command(line, line)
 
 
 @pytest.mark.parametrize(("page", "some"), with_blocks("yaml"))
