@@ -171,6 +171,16 @@ def test_two_at_once_are_refused(tiny, tmp_path):
         compare(write_study(tiny), tmp_path / "out", progress=False)
 
 
+def test_a_study_is_not_written_over_its_own_source(tiny, tmp_path, monkeypatch):
+    source = write_study(tmp_path / "study.yaml", tiny)
+    text = source.read_text()
+    monkeypatch.chdir(tmp_path)
+    for update in (False, True):
+        with pytest.raises(UserError, match="another --out"):
+            compare("study.yaml", ".", update=update, progress=False)
+    assert source.read_text() == text
+
+
 def test_a_link_is_no_lock(tmp_path):
     (tmp_path / "mine").write_text("years of work")
     (tmp_path / "out").mkdir()

@@ -112,8 +112,10 @@ class StudyFolder:
                         "write it anew, or another --out."
                     ) from None
                 self.amend("study.json was damaged, so what was changed before is not known.", self.path / "runs")
-        elif (text := self.path / "study.yaml").is_file():  # of an earlier version, or study.json was lost
-            self.known.study = values_in(text)
+        elif (text := self.path / "study.yaml").is_file():
+            if not any((self.path / name).exists() for name in ("state.sqlite", "runs", "results.json")):
+                raise UserError(f"{text} is not a study that was begun here, and would be lost: give another --out.")
+            self.known.study = values_in(text)  # of an earlier version, or study.json was lost
         return self
 
     def runs(self, asked: str | Path | None) -> Path:
@@ -153,8 +155,8 @@ class StudyFolder:
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
         known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
         text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
+        self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
-        self.write()
 
     def amend(self, what: str, runs: Path, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""

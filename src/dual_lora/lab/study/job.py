@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from dual_lora.lab.read import LARGEST
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import write_json
 
-LARGEST = 200_000_000  # bytes of a file; the largest of a real study has about one million
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
 Kind = Literal["trial", "final", "probe", "base"]
 Split = Literal["validation", "test", "none"]
