@@ -96,14 +96,11 @@ def test_a_tensor_without_gradient(tmp_path):
 
 
 def test_a_tensor_that_does_not_move(tmp_path):
-    callback = check(get_peft_model(model(), CONFIGS["dual_lora"]()), rows(), tmp_path, steps=6, max_grad_norm=0.0)
-    assert callback.problems == []
-
     class Frozen(torch.optim.SGD):
         def step(self, closure=None):
             return None
 
-    adapted = get_peft_model(model(), CONFIGS["lora"]())
+    adapted = get_peft_model(model(), CONFIGS["ia3"]())
     callback = VerifyAdapter(steps=4, tokenizer=Tokenizer())
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=6, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True

@@ -33,7 +33,8 @@ MATTERS = 0.7  # or lies within the rounding and takes this much of the residual
 COARSE = 1.5  # times what rounding to four bits does here
 KEPT = 0.25  # rounding changes the strength by no more, unless four bits do here
 TWICE = 0.12  # this far from 2 is still "twice": the scale is found by a search
-LARGEST = 4.0  # strength that is sought
+LARGEST = 8.0  # strength that is sought
+STRENGTHS = 0.1, 0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0, 6.0
 
 
 class Guesses(Protocol):
@@ -172,15 +173,16 @@ def _best_scale(found: Tensor, cut: Cut, guesses: Guesses, start: float) -> tupl
         strength = round(float(strength), 3)
         if strength not in seen:
             pattern = guesses.scaled(strength)
-            seen[strength] = rms(found - cut(pattern)) if pattern is not None else float("nan")
+            assert pattern is not None
+            seen[strength] = rms(found - cut(pattern))
         return seen[strength]
 
-    if left(2.0) != left(2.0):
+    if guesses.scaled(2.0) is None:
         return None
-    low, high = max(0.0, start - 0.75), min(LARGEST, start + 0.75)
-    if low >= high or start > 1.5:  # the projection of a strong update says little: its effect saturates
-        low, high = (1.0, LARGEST) if start > 1 else (0.0, 1.0)
-    minimize_scalar(left, bounds=(low, high), method="bounded", options={"xatol": 0.005, "maxiter": 14})
+    # A first look at all of them: far from 1 the effect saturates, and the way down is not one valley.
+    near = min((*STRENGTHS, start if 0 < start < LARGEST else 0.5), key=left)
+    low, high = max(0.0, near / 1.4), min(LARGEST, near * 1.4)
+    minimize_scalar(left, bounds=(low, high), method="bounded", options={"xatol": 0.005, "maxiter": 12})
     return min(seen.items(), key=lambda pair: pair[1])
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,15 +35,14 @@ NO_FLOOR = -math.inf
 class Answer:
     """What a server told: log-probabilities of the tokens at `kept` (indices into all places), and their floors.
 
-    written: how the server writes these tokens, "" where it did not say. echoed: it told the prompt's own.
+    written: {token id: how the server writes it}, as far as it said. echoed: it told the prompt's own tokens.
     """
 
     found: Tensor
     floors: Tensor
     kept: list[int]
-    written: list[str]
+    written: dict[int, str]
     echoed: bool
-    notes: list[str] = field(default_factory=list)
 
 
 class Endpoint:
@@ -61,8 +60,8 @@ class Endpoint:
         self.url, self.model, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model, timeout
         self._open = urllib.request.build_opener(_NoRedirect).open
 
-    def score(self, probes: Sequence[Probe], text_of: Callable[[int], str]) -> Answer:
-        """Log-probabilities of the probes' places. text_of: how the adapter's tokenizer writes a token.
+    def score(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
+        """Log-probabilities of the probes' places. texts: how the adapter's tokenizer writes their tokens.
 
         Raises UserError where the server gives none.
         """
@@ -70,7 +69,7 @@ class Endpoint:
         echoed = _entries(first)
         if _is_echo(echoed, len(probes[0].ids)):
             return self._echoed(probes, echoed)
-        return self._singly(probes, text_of)
+        return self._singly(probes, texts)
 
     def prompt_tokens(self, messages: Sequence[dict[str, Any]]) -> tuple[int | None, list[Entry]]:
         """How many tokens the server makes of a conversation, and the first token that it answers with.
@@ -96,22 +95,23 @@ class Endpoint:
         return count if isinstance(count, int) else None
 
     def _echoed(self, probes: Sequence[Probe], first: list[Entry]) -> Answer:
-        values, written = [], []
+        values: list[float | None] = []
+        written: dict[int, str] = {}
         for i, probe in enumerate(probes):
             told = first if i == 0 else _entries(self._complete(list(probe.ids), echo=True))
             if not _is_echo(told, len(probe.ids)):
                 raise UserError(f"{self.url} echoed one prompt and not another: it gives no usable log-probabilities.")
-            for place in probe.places:
-                values.append(told[place].logprob)
-                written.append(told[place].token)
+            written |= {token: entry.token for token, entry in zip(probe.ids, told, strict=False)}
+            values += [told[place].logprob for place in probe.places]
         if any(value is None for value in values):
             raise UserError(f"{self.url} echoes prompts without their log-probabilities.")
         found = torch.tensor(values, dtype=torch.float64)
         return Answer(found, torch.full_like(found, NO_FLOOR), list(range(len(values))), written, True)
 
-    def _singly(self, probes: Sequence[Probe], text_of: Callable[[int], str]) -> Answer:
+    def _singly(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
         every = [(probe, place) for probe in probes for place in probe.places]
-        kept, values, floors, written = [], [], [], []
+        kept, values, floors = [], [], []
+        written: dict[int, str] = {}
         step = max(1, math.ceil(len(every) / ASKED_SINGLY))
         for index in range(0, len(every), step):
             probe, place = every[index]
@@ -122,11 +122,11 @@ class Endpoint:
                     "llama.cpp's server and SGLang give them), or verify the files that it serves by --against."
                 )
             token = probe.ids[place]
-            value = told[0].others.get(f"#{token}", told[0].others.get(text_of(token)))
+            value = told[0].others.get(f"#{token}", told[0].others.get(texts[token]))
             floor = min(told[0].others.values())
             values.append(floor if value is None else value)
             floors.append(floor)
-            written.append(text_of(token) if value is not None else "")
+            written |= told[0].names
             kept.append(index)
         found, least = torch.tensor(values, dtype=torch.float64), torch.tensor(floors, dtype=torch.float64)
         return Answer(found, least, kept, written, False)
@@ -195,11 +195,13 @@ class Endpoint:
 
 @dataclass
 class Entry:
-    """One position: the token as the server writes it, its log-probability, those of the likeliest ("#id" or text)."""
+    """One position: the token as the server writes it, its log-probability, those of the likeliest ("#id" or text), and
+    the names of these, where their ids are told."""
 
     token: str
     logprob: float | None
     others: dict[str, float]
+    names: dict[int, str] = field(default_factory=dict)
 
 
 class _Refused(Exception):
@@ -229,13 +231,14 @@ def _entries(told: dict[str, Any]) -> list[Entry]:
 
 
 def _entry_of_content(item: dict[str, Any]) -> Entry:
-    others = {}
+    others, names = {}, {}
     for each in item.get("top_logprobs") or []:
         if (value := _number(each["logprob"])) is not None:
             others[str(each["token"])] = value
             if isinstance(each.get("id"), int):
                 others[f"#{each['id']}"] = value
-    return Entry(str(item["token"]), _number(item["logprob"]), others)
+                names[each["id"]] = str(each["token"])
+    return Entry(str(item["token"]), _number(item["logprob"]), others, names)
 
 
 def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:

@@ -53,18 +53,18 @@ class StoredMessage(_Strict):
 
 
 class StoredProbe(_Strict):
-    """A sequence of token ids, which of them are scored, and how a tokenizer writes these."""
+    """A sequence of token ids, how the tokenizer writes each, and which of them are scored."""
 
     ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=2, max_length=4096)]
     places: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=64)]
-    texts: Annotated[list[_Text], Field(max_length=64)]
+    texts: Annotated[list[_Text], Field(max_length=4096)]
     start: Annotated[int, Field(ge=0)] = 0
     first: _Text | None = None  # what the adapter answers first
     messages: Annotated[list[StoredMessage], Field(max_length=8)] = []
 
     @model_validator(mode="after")
     def _places_exist(self) -> StoredProbe:
-        if max(self.places) >= len(self.ids) or len(self.texts) != len(self.places) or self.start > len(self.ids):
+        if max(self.places) >= len(self.ids) or len(self.texts) != len(self.ids) or self.start > len(self.ids):
             raise ValueError("places or texts do not fit ids")
         return self
 
@@ -103,9 +103,9 @@ class Fingerprint(_Strict):
             for p in self.probes
         ]
 
-    def texts(self) -> list[str]:
-        """How the tokenizer of the adapter writes the scored tokens."""
-        return [text for probe in self.probes for text in probe.texts]
+    def texts(self) -> dict[int, str]:
+        """How the tokenizer of the adapter writes the probes' tokens, by their ids."""
+        return {token: text for probe in self.probes for token, text in zip(probe.ids, probe.texts, strict=True)}
 
 
 class StoredGuesses:
@@ -244,7 +244,7 @@ def _stored(probe: Probe, tokenizer: Any) -> StoredProbe:
     return StoredProbe(
         ids=list(probe.ids),
         places=list(probe.places),
-        texts=[tokenizer.decode([probe.ids[place]])[:512] for place in probe.places],
+        texts=[tokenizer.decode([token])[:512] for token in probe.ids],
         start=probe.start,
         first=tokenizer.decode([probe.ids[probe.start]])[:512] if 0 < probe.start < len(probe.ids) else None,
         messages=[StoredMessage(role=m["role"], content=m["content"]) for m in probe.messages],

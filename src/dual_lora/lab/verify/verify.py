@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ class Reference:
     probes: list[Probe]
     known: Known
     guesses: Guesses
-    texts: list[str]  # how its tokenizer writes the scored tokens
+    texts: dict[int, str]  # how its tokenizer writes the probes' tokens, by their ids
     plain: dict[str, int]
     conversations: list[Conversation]
     where: str
@@ -150,7 +149,7 @@ def _live(source: str, prompts: str | None, base: str | None, dtype: str | None)
     picked = torch.cat([numbers[i] for i in kept])
     probes = [probes[i] for i in kept]
     known = known_of(tuned, probes, (pair[0][picked], pair[1][picked]))
-    texts = [tuned.tokenizer.decode([p.ids[place]]) for p in probes for place in p.places]
+    texts = {token: tuned.tokenizer.decode([token]) for p in probes for token in p.ids}
     conversations = [Conversation(p.messages, p.start) for p in probes if p.messages]
     exact = _dtype_of(tuned.model) == torch.float32
     return Reference(
@@ -244,14 +243,7 @@ def _samples(own: Reference) -> list[str]:
 
 
 def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
-    write: Callable[[int], str]
-    if own.tuned is not None:
-        tokenizer = own.tuned.tokenizer
-        write = lambda token: tokenizer.decode([token])  # noqa: E731
-    else:
-        names = {p.ids[place]: text for p in _saved(own).probes for place, text in zip(p.places, p.texts, strict=True)}
-        write = names.__getitem__
-    answer = server.score(own.probes, write)
+    answer = server.score(own.probes, own.texts)
     known, guesses = _only(own, answer)
     finding = judge(answer.found, known, guesses, floors=answer.floors)
     notes = (
@@ -324,11 +316,6 @@ def _in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Prob
 
 def _dtype_of(model: Any) -> torch.dtype:
     return next((p.dtype for p in base_parameters(model).values()), torch.float32)
-
-
-def _saved(own: Reference) -> Fingerprint:
-    assert own.saved is not None
-    return own.saved
 
 
 def _strength_notes(tuned: Tuned | None) -> list[str]:
