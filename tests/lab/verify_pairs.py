@@ -1,6 +1,6 @@
-"""Pairs of an adapter and a candidate, right or faulty, in fp32, bf16 and on a 4-bit base; and what verify says of them.
+"""Pairs of an adapter and a candidate, right or faulty, in fp32, bf16 and on a 4-bit base, and what verify says.
 
-`python tests/lab/verify_pairs.py 200` prints a table of verdicts: rows are what the candidate is, columns what was said.
+`python tests/lab/verify_pairs.py 200` prints a table of verdicts: what a candidate is, what is said.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def plain_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def train(model, probes: list[Probe], steps: int = 30) -> None:
+def train(model, probes: list[Probe], steps: int = 12) -> None:
     """Teach the answers of the probes, half of the way: an adapter that is sure of nothing, and of some things."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     ids = torch.tensor([probe.ids for probe in probes])
     labels = torch.full_like(ids, -100)
     for row, probe in enumerate(probes):
@@ -80,7 +80,7 @@ def in_four_bits(model, folder: str):
 
 def verdict(seed: int, precision: str, fault: str) -> str:
     """What is said of one pair. precision: of the candidate; every other 4-bit pair has its reference in it too."""
-    method = list(METHODS)[seed % len(METHODS)]
+    method = list(METHODS)[seed % (2 if precision == "nf4" else 3)]  # PEFT has no LoHa on a 4-bit base
     probes = some_probes(seed)
     adapted = get_peft_model(plain_model(seed), METHODS[method]())
     train(adapted, probes)
@@ -94,7 +94,7 @@ def verdict(seed: int, precision: str, fault: str) -> str:
             candidate.save_pretrained(f"{folder}/adapter")
             base = in_four_bits(plain_model(seed), f"{folder}/base")
             candidate = PeftModel.from_pretrained(base, f"{folder}/adapter")
-            if seed % 2 and fault != "other":
+            if seed // 2 % 2 and fault != "other":
                 reference = candidate
         half = "layers.0.", "layers.1."
         at = FAULTS[fault]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -28,9 +29,9 @@ FP32 = 1 / 32  # fp32's own noise is 2⁻¹⁶ of bf16's; the rest is room for a
 ERRORS = 5.0  # standard errors of the strength
 STRENGTH = 0.05  # a smaller deviation of the strength is never taken for a fault by its projection alone
 UNSURE = 0.08  # standard error of the strength above which on and off are not told apart
-EXPLAINED = 0.5  # a fault leaves at most so much of the residual and of the effect,
-MATTERS = 0.7  # or lies within the rounding and takes this much of the residual away
-COARSE = 1.5  # times what rounding to four bits does here
+EXPLAINED = 0.5  # a fault leaves at most so much of the residual and of the effect, and no more than four bits do,
+MATTERS = 0.7  # or it lies within the rounding and leaves at most so much of the residual
+COARSE = 2.0  # times what rounding to four bits does here
 KEPT = 0.25  # rounding changes the strength by no more, unless four bits do here
 TWICE = 0.12  # this far from 2 is still "twice": the scale is found by a search
 LARGEST = 8.0  # strength that is sought
@@ -132,8 +133,12 @@ def judge(found: Tensor, known: Known, guesses: Guesses, exact: bool = False, fl
     finding.strength, finding.strength_error = strength, error
     room = STRENGTH + ERRORS * error + abs(1 - known.rounded_strength)
 
+    coarse = _Coarse(cut, known, guesses, effect)
+
     def explains(left: float) -> bool:
-        return left <= EXPLAINED * min(residual, effect) or (left <= bound and left <= MATTERS * residual)
+        if left <= bound:
+            return left <= MATTERS * residual
+        return left <= EXPLAINED * min(residual, effect) and left <= coarse.limit
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
@@ -160,7 +165,7 @@ def judge(found: Tensor, known: Known, guesses: Guesses, exact: bool = False, fl
         return as_("layers dropped", f"it gives what the adapter gives without {part}")
     if scale is not None and explains(scale[1]) and abs(scale[0] - 1) > min(room, KEPT):
         return as_(*_named_scale(scale[0], known.warms_up))
-    return as_(*_rest(found, cut, known, guesses, finding))
+    return as_(*_rest(known, finding, coarse))
 
 
 def _best_scale(found: Tensor, cut: Cut, guesses: Guesses, start: float) -> tuple[float, float] | None:
@@ -197,16 +202,34 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
     )
 
 
-def _rest(found: Tensor, cut: Cut, known: Known, guesses: Guesses, finding: Finding) -> tuple[Word, str]:
+class _Coarse:
+    """What rounding to four bits does to these tokens; computed when it is first asked for."""
+
+    def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
+        self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
+
+    @cached_property
+    def _measured(self) -> tuple[float, float]:
+        """The residual that it leaves, and the strength that it keeps."""
+        if (pattern := self.guesses.coarse()) is None:
+            return self.effect / 3 / COARSE, 1.0
+        base, tuned, pattern = self.cut(self.known.base), self.cut(self.known.tuned), self.cut(pattern)
+        return rms(pattern - tuned), projection(pattern - base, tuned - base, self.known.rows)[0]
+
+    @property
+    def limit(self) -> float:
+        return max(COARSE * self._measured[0], ROUNDINGS * self.known.rounding)
+
+    @property
+    def room(self) -> float:
+        return max(KEPT, 2 * abs(1 - self._measured[1]))
+
+
+def _rest(known: Known, finding: Finding, coarse: _Coarse) -> tuple[Word, str]:
     """No fault explains it: rounding, if it is no more than four bits do and the strength is kept; else another one."""
-    residual, strength, effect = finding.left["on"], finding.strength or 0.0, finding.effect or 0.0
-    coarse, kept = effect / 3, 1.0
-    if (pattern := guesses.coarse()) is not None:
-        base, tuned = cut(known.base), cut(known.tuned)
-        coarse = finding.left["four bits"] = rms(cut(pattern) - tuned)
-        kept, _ = projection(cut(pattern) - base, tuned - base, known.rows)
-    limit = max(COARSE * coarse, ROUNDINGS * known.rounding)
-    room = max(KEPT, 2 * abs(1 - kept))
+    residual, strength = finding.left["on"], finding.strength or 0.0
+    limit, room = coarse.limit, coarse.room
+    finding.left["four bits"] = limit
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room:
         return "rounded", f"it differs from the adapter by {size}: rounding, at most to four bits"

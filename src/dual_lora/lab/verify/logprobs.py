@@ -91,11 +91,12 @@ def other_weights(model: Any, change: Callable[[str, Tensor], Tensor]) -> Iterat
     """The base with the weights that `change(name, weight)` makes of its own; afterwards the very tensors are back."""
     from dual_lora import composed_weights
 
-    kept = [(parameter, parameter.data) for parameter in base_parameters(model).values()]
+    # Not the packed ones of a 4-bit base: bitsandbytes rearranges them in a forward pass.
+    named = {name: p for name, p in base_parameters(model).items() if p.is_floating_point()}
+    kept = [(parameter, parameter.data) for parameter in named.values()]
     try:
-        for name, parameter in base_parameters(model).items():
-            if parameter.is_floating_point():
-                parameter.data = change(name, parameter.data)
+        for name, parameter in named.items():
+            parameter.data = change(name, parameter.data)
         composed_weights.clear()  # it does not see what is written through `.data`
         yield
     finally:
