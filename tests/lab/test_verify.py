@@ -58,3 +58,85 @@ def test_an_adapter_of_another_training_is_another_one(method, runs, values, que
     other = faulty.trained(tmp_path / "other", values, method, seed=1, train=str(tmp_path / "other.json"))
     report = verify(runs[method], adapter=str(other))
     assert report.finding.word == "another adapter", report.summary()
+
+
+@pytest.fixture
+def call(capsys):
+    """Function: arguments → (exit status, standard output)."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            main(["verify", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_ends_with_0_or_1_and_one_line_of_json(call, runs, tiny_lm):
+    code, out = call(runs["dual_lora"], "--json")
+    told = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, told["verdict"], told["asked"]) == (0, "on", "the fingerprint's")
+    code, out = call(runs["dual_lora"], "--against", tiny_lm, "--json")
+    told = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, told["verdict"], told["good"]) == (1, "off", False)
+    assert told["prompts"] > 1
+    assert told["tokens"] > told["prompts"]
+    code, out = call(runs["dual_lora"], "--against", tiny_lm)
+    assert code == 1
+    assert "off: it gives the base's log-probabilities" in " ".join(out.split())
+
+
+def test_an_adapter_of_peft_alone(call, tiny_lm, tmp_path):
+    """Without any of the laboratory's notes: by a method that it has no word of, on built-in prompts and own ones."""
+    from peft import LoHaConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoHaConfig(r=4, alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(tmp_path / "loha")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "merged")
+    (tmp_path / "prompts.txt").write_text("is the fire warm ?\nthe sea is blue\nis ice cold ?\nred sky\n")
+    code, out = call(
+        tmp_path / "loha", "--against", tmp_path / "merged", "--prompts", tmp_path / "prompts.txt", "--json"
+    )
+    assert (code, json.loads(out)["verdict"]) == (0, "on")
+    code, out = call(tmp_path / "loha", "--against", tiny_lm, "--json")
+    assert (code, json.loads(out)["verdict"]) == (1, "off")
+    code, out = call(tmp_path / "loha", "--json")
+    assert (code, json.loads(out)["verdict"]) == (0, "on")
+
+
+def test_an_adapter_that_changes_nothing_is_off(call, tiny_lm, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "fresh")
+    code, out = call(tmp_path / "fresh", "--json")
+    assert (code, json.loads(out)["verdict"]) == (1, "off")
+
+
+def test_wrong_calls_are_one_sentence(runs, tiny_lm, tmp_path, reviews):
+    run = str(runs["lora"])
+    for options, said in [
+        ({"against": run, "adapter": run}, "name several candidates"),
+        ({"against": str(tmp_path / "no/such")}, "There is no model folder"),
+        ({"against": run + "/adapter"}, "is an adapter: give it by --adapter"),
+        ({"adapter": str(tiny_lm)}, "holds no adapter"),
+        ({"prompts": str(tmp_path / "none.txt")}, "There is no file of prompts"),
+        ({"model": "mine"}, "give its --endpoint"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            verify(run, **options)
+    with pytest.raises(UserError, match="holds no adapter"):
+        verify(str(tiny_lm))
