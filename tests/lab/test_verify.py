@@ -4,7 +4,10 @@ import json
 
 import faulty
 import pytest
+import torch
 
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.verify import verify
 
 METHODS = ["lora", "dual_lora"]
@@ -97,7 +100,7 @@ def test_an_adapter_of_peft_alone(call, tiny_lm, tmp_path):
     torch.manual_seed(0)
     config = LoHaConfig(r=4, alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), config)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
     model.save_pretrained(tmp_path / "loha")

@@ -1,4 +1,4 @@
-"""No false alarm over right pairs in fp32, bf16 and on a 4-bit base. `verify_pairs.py 200` runs as many as are wanted."""
+"""No false alarm over right pairs in fp32, bf16 and on a 4-bit base. `verify_pairs.py 200` runs more."""
 
 import pytest
 from verify_pairs import PRECISIONS, verdict

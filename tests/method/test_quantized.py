@@ -231,7 +231,7 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_repacking_and_back_keeps_the_scales_in_their_places(nested):
-    """bitsandbytes 0.50 leaves plain scales transposed: a base that had run by itself was another one for the adapter."""
+    """bitsandbytes 0.50 leaves plain scales transposed: after the base's own forward an adapter read another one."""
     layer = four_bit("nf4", nested, (256, 64))  # several blocks in a row
     rows = quantized._FourBitRows(layer)
     before = rows.rows(0, 64).clone()

@@ -289,9 +289,9 @@ def _plain(path: str) -> tuple[Tuned, Any]:
     """A merged model in its own precision, and its tokenizer, None if it has none."""
     from transformers import AutoConfig
 
-    place = locate(path)
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"{path} is an adapter: give it by --adapter.")
+    place = locate(path)
     dtype = "float32"
     if place.gguf_file is None:
         try:
