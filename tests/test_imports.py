@@ -164,6 +164,7 @@ def test_public_names():
         "DualLoraModel",
         "Factors",
         "Form",
+        "VerifyAdapter",
         "__version__",
         "composed_weights",
         "convert_to_dual_lora",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
+    from .method.verified import VerifyAdapter
     from .method.warmup import count_step
 
 __version__ = "0.2.0"
@@ -38,6 +39,7 @@ _HOMES = {
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
     "count_step": ".method.warmup",
+    "VerifyAdapter": ".method.verified",
     "convert_to_lora": ".method.conversion",
     "save_as_lora": ".method.conversion",
     "convert_to_dual_lora": ".method.from_lora",
@@ -58,6 +60,7 @@ __all__ = [
     "DualLoraModel",
     "Factors",
     "Form",
+    "VerifyAdapter",
     "__version__",
     "composed_weights",
     "convert_to_dual_lora",

@@ -171,8 +171,8 @@ def test_two_at_once_are_refused(tiny, tmp_path):
         compare(write_study(tiny), tmp_path / "out", progress=False)
 
 
-def test_a_study_is_not_written_over_its_own_source(tiny, tmp_path, monkeypatch):
-    source = write_study(tmp_path / "study.yaml", tiny)
+def test_a_study_is_not_written_over_its_own_source(tmp_path, monkeypatch):
+    source = write_study(tmp_path)
     text = source.read_text()
     monkeypatch.chdir(tmp_path)
     for update in (False, True):

@@ -30,6 +30,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
     ("merge", "dual_lora.lab.commands.merge:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
+    ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),

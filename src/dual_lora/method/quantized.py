@@ -259,7 +259,10 @@ def _undo_packing_for_cpu(base: Any) -> None:
     if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
 
-        base.weight.data, base.weight.quant_state = inverse(base.weight.data, base.weight.quant_state)
+        base.weight.data, state = inverse(base.weight.data, base.weight.quant_state)
+        if not state.nested and state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves plain scales transposed
+            state.absmax = state.absmax.T.reshape(-1).float()
+        base.weight.quant_state = state
 
 
 class _HqqRows:

@@ -35,6 +35,8 @@ from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surr
 from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.lab.run.write import json_text, mark_whole, write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.verify import fingerprint
+from dual_lora.method.verified import VerifyAdapter
 
 
 @dataclass
@@ -169,7 +171,8 @@ def _train(
 
     with Bar("training", steps, progress and main, start) as bar, quiet():
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
-        callbacks = [*_callbacks_of(config), *more]
+        checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
+        callbacks = [*_callbacks_of(config), *checks, *more]
         rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
         trainer = build_trainer(
             model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
@@ -199,11 +202,12 @@ def _train(
     if result.state == "finished":
         check_finite(model, done)
         target = folder.full_model if config is None else folder.adapter
-        _save(trainer, loaded.tokenizer, recipe, ready.classes, target, main)
-        result.adapter_bytes = sum(f.stat().st_size for f in target.glob("*.safetensors")) if main else 0
         result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
+        _save(trainer, result.tuned, recipe, target, main)
+        result.adapter_bytes = sum(f.stat().st_size for f in target.glob("*.safetensors")) if main else 0
     if main:
         record |= {"state": result.state, "result": result.summary()}
+        record["problems"] = [problem for check in checks for problem in check.problems]
         write_json(folder.record, record)
         if result.state == "finished":
             write_card(folder, recipe, fresh=True)
@@ -251,16 +255,18 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
     return [RankAllocation()] if is_kind(config, "ADALORA") else []
 
 
-def _save(trainer: Trainer, tokenizer: Any, recipe: Recipe, classes: list[str], target: Path, main: bool) -> None:
+def _save(trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool) -> None:
     def write(folder: Path) -> None:
         with quiet():
             if (start := target.with_name("start")).is_dir():
                 save_as_change(trainer.model, start, folder)
             else:
                 trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
-            tokenizer.save_pretrained(str(folder))
+            tuned.tokenizer.save_pretrained(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
-        write_note(folder, recipe, classes)
+        write_note(folder, recipe, tuned.classes)
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            fingerprint.leave(tuned, folder)
 
     if main:
         write_folder_atomically(target, write, listed=True)

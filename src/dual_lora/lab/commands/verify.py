@@ -1,0 +1,70 @@
+"""dual-lora verify"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.panel import Panel
+
+from dual_lora.lab.commands.card import duration, facts_card, finish
+from dual_lora.lab.recipe.schema import Precision
+
+if TYPE_CHECKING:
+    from dual_lora.lab.verify.verify import Report
+
+
+def verify(
+    source: Annotated[str, Parameter(help="Run folder or adapter folder, of any PEFT method.")],
+    *,
+    against: Annotated[str | None, Parameter(help="What is to act like it: a merged folder or a .gguf file.")] = None,
+    adapter: Annotated[str | None, Parameter(help="What is to act like it: another adapter's folder.")] = None,
+    endpoint: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible server that serves it.")] = None,
+    model: Annotated[str | None, Parameter(help="Its name on that server.")] = None,
+    prompts: Annotated[
+        str | None, Parameter(help="Records, or a .txt file with a prompt a line. [default: the run's own records]")
+    ] = None,
+    timeout: Annotated[float, Parameter(help="Seconds that the server may take for an answer.")] = 60.0,
+    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
+    ] = None,
+    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+) -> None:
+    """Is an adapter on, is it the one that was trained, and does what is served agree? Exit status 0 if so, 1 if not.
+
+    Example: `dual-lora verify runs/boolq-smollm2 --against merged/`
+
+    A server: `dual-lora verify runs/boolq-smollm2 --endpoint http://localhost:8000/v1 --model boolq`
+
+    Says by tokens' log-probabilities: on, rounded (how much), off, another adapter, merged twice, λ below 1, other
+    scale, layers dropped, wrong chat template, other tokenizer. A server's token is read from DUAL_LORA_API_KEY or
+    OPENAI_API_KEY.
+    """
+    from dual_lora.lab.verify.verify import verify as run_verification
+
+    report = run_verification(
+        source, against=against, adapter=adapter, endpoint=endpoint, model=model, prompts=prompts, base=base,
+        dtype=dtype, timeout=timeout,
+    )  # fmt: skip
+    finish(report.summary(), _card(report), json)
+    if not report.good:
+        raise SystemExit(1)
+
+
+def _card(report: Report) -> Panel:
+    found = report.finding
+    facts = {"verdict": f"{found.word}: {found.cause}", "candidate": report.candidate}
+    if found.strength is not None and found.strength_error is not None:
+        facts["strength"] = f"{found.strength:.3f} ± {found.strength_error:.3f} (0: the base, 1: the adapter)"
+    if found.residual is not None:
+        facts["difference"] = (
+            f"{found.residual:.4f} nats a token; the adapter's effect is {found.effect:.4f}, bf16 rounds by "
+            f"{found.rounding:.4f}"
+        )
+    facts["asked"] = f"{found.tokens} tokens of {found.prompts} prompts ({report.prompts}), {duration(report.seconds)}"
+    if report.notes:
+        facts["note"] = "\n".join(report.notes)
+    panel = facts_card(f"verify · {report.source}", facts)
+    panel.border_style = "green" if report.good else "red"
+    return panel

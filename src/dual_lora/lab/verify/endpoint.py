@@ -1,0 +1,265 @@
+"""Ask an OpenAI-compatible server for the log-probabilities of given tokens. Only the URL that was named is contacted.
+
+Servers that echo the prompt (vLLM, SGLang) tell those of a whole sequence at once. The others (llama.cpp) tell the
+likeliest next tokens: there each token is asked for by itself, and one that is not among them has at most the
+probability of the last one that is (its floor).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.verify.logprobs import Probe
+
+TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
+LARGEST = 32 << 20  # bytes of an answer that are read
+TOP = 20  # next tokens asked for; OpenAI allows 5
+ASKED_SINGLY = 40  # tokens asked for one by one, where the server does not echo
+NO_FLOOR = -math.inf
+
+
+@dataclass
+class Answer:
+    """What a server told: log-probabilities of the tokens at `kept` (indices into all places), and their floors.
+
+    written: {token id: how the server writes it}, as far as it said. echoed: it told the prompt's own tokens.
+    """
+
+    found: Tensor
+    floors: Tensor
+    kept: list[int]
+    written: dict[int, str]
+    echoed: bool
+
+
+class Endpoint:
+    """A server by the URL that its clients use (`http://localhost:8000/v1`), and the name of a model there."""
+
+    def __init__(self, url: str, model: str, timeout: float = 60.0):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError(f"--endpoint is {url!r}, expected a URL like http://localhost:8000/v1.")
+        if parts.username or parts.password:
+            raise UserError(f"--endpoint holds a password: give a token in the environment, as {TOKENS[0]}.")
+        if parts.query or parts.fragment:
+            raise UserError(f"--endpoint is {url!r}, expected no ? and no #: what stands before /completions.")
+        path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
+        self.url, self.model, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model, timeout
+        self._open = urllib.request.build_opener(_NoRedirect).open
+
+    def score(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
+        """Log-probabilities of the probes' places. texts: how the adapter's tokenizer writes their tokens.
+
+        Raises UserError where the server gives none.
+        """
+        first = self._complete(list(probes[0].ids), echo=True)
+        echoed = _entries(first)
+        if _is_echo(echoed, len(probes[0].ids)):
+            return self._echoed(probes, echoed)
+        return self._singly(probes, texts)
+
+    def prompt_tokens(self, messages: Sequence[dict[str, Any]]) -> tuple[int | None, list[Entry]]:
+        """How many tokens the server makes of a conversation, and the first token that it answers with.
+
+        (None, []) where it has no chat.
+        """
+        body = {"messages": list(messages), "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
+        try:
+            told = self._post("/chat/completions", body)
+        except _Refused:
+            return None, []
+        count = told.get("usage", {}).get("prompt_tokens") if isinstance(told.get("usage"), dict) else None
+        return (count if isinstance(count, int) else None), _entries(told)
+
+    def text_tokens(self, text: str) -> int | None:
+        """How many tokens the server makes of a text; None if it does not say."""
+        try:
+            told = self._post("/completions", {"prompt": text, "max_tokens": 1, "temperature": 0})
+        except _Refused:
+            return None
+        usage = told.get("usage")
+        count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        return count if isinstance(count, int) else None
+
+    def _echoed(self, probes: Sequence[Probe], first: list[Entry]) -> Answer:
+        values: list[float | None] = []
+        written: dict[int, str] = {}
+        for i, probe in enumerate(probes):
+            told = first if i == 0 else _entries(self._complete(list(probe.ids), echo=True))
+            if not _is_echo(told, len(probe.ids)):
+                raise UserError(f"{self.url} echoed one prompt and not another: it gives no usable log-probabilities.")
+            written |= {token: entry.token for token, entry in zip(probe.ids, told, strict=False)}
+            values += [told[place].logprob for place in probe.places]
+        if any(value is None for value in values):
+            raise UserError(f"{self.url} echoes prompts without their log-probabilities.")
+        found = torch.tensor(values, dtype=torch.float64)
+        return Answer(found, torch.full_like(found, NO_FLOOR), list(range(len(values))), written, True)
+
+    def _singly(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
+        every = [(probe, place) for probe in probes for place in probe.places]
+        kept, values, floors = [], [], []
+        written: dict[int, str] = {}
+        step = max(1, math.ceil(len(every) / ASKED_SINGLY))
+        for index in range(0, len(every), step):
+            probe, place = every[index]
+            told = _entries(self._complete(list(probe.ids[:place]), echo=False))
+            if not told or not told[0].others:
+                raise UserError(
+                    f"{self.url} gives no log-probabilities: start the server with them (vLLM: --max-logprobs 20; "
+                    "llama.cpp's server and SGLang give them), or verify the files that it serves by --against."
+                )
+            token = probe.ids[place]
+            value = told[0].others.get(f"#{token}", told[0].others.get(texts[token]))
+            floor = min(told[0].others.values())
+            values.append(floor if value is None else value)
+            floors.append(floor)
+            written |= told[0].names
+            kept.append(index)
+        found, least = torch.tensor(values, dtype=torch.float64), torch.tensor(floors, dtype=torch.float64)
+        return Answer(found, least, kept, written, False)
+
+    def _complete(self, ids: list[int], echo: bool) -> dict[str, Any]:
+        body: dict[str, Any] = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1 if echo else TOP}
+        if echo:
+            body["echo"] = True
+        try:
+            return self._post("/completions", body)
+        except _Refused as error:
+            if error.status in (400, 422, 501):
+                try:
+                    return self._post("/completions", {**body, "logprobs": 5} if not echo else _without(body, "echo"))
+                except _Refused as again:
+                    error = again
+            raise UserError(str(error)) from None
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        token = next((os.environ[name] for name in TOKENS if os.environ.get(name)), None)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        request = urllib.request.Request(
+            self.url + path, json.dumps({"model": self.model, **body}).encode(), headers, method="POST"
+        )
+        try:
+            with self._open(request, timeout=self.timeout) as reply:
+                text = reply.read(LARGEST + 1)
+        except urllib.error.HTTPError as error:
+            raise _Refused(self._said(path, error), error.code) from None
+        except TimeoutError:
+            raise UserError(f"{self.url} did not answer within {self.timeout:.0f} s (--timeout).") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, TimeoutError):
+                raise UserError(f"{self.url} did not answer within {self.timeout:.0f} s (--timeout).") from None
+            raise UserError(f"{self.url} cannot be reached: {_clean(str(reason) or type(error).__name__)}.") from None
+        except UnicodeError:
+            raise UserError(f"The token in the environment ({' or '.join(TOKENS)}) cannot be sent.") from None
+        if len(text) > LARGEST:
+            raise UserError(f"{self.url} answered with more than {LARGEST:,} bytes.")
+        try:
+            told = json.loads(text)
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
+        return told
+
+    def _said(self, path: str, error: urllib.error.HTTPError) -> str:
+        if 300 <= error.code < 400:
+            return f"{self.url} sends on to another address, which is not followed: name that one."
+        try:
+            told = json.loads(error.read(1 << 16))
+            told = told.get("error", told) if isinstance(told, dict) else told
+            text = told.get("message", "") if isinstance(told, dict) else str(told)
+        except (ValueError, OSError, RecursionError):
+            text = ""
+        if error.code in (401, 403):
+            text = f"it wants a token, in the environment as {' or '.join(TOKENS)}"
+        elif error.code == 404:
+            text = f"no such path, or no model {self.model!r}. {_clean(str(text))}".rstrip()
+        return f"{self.url}{path} refused (HTTP {error.code}): {_clean(str(text)) or 'it said nothing'}."
+
+
+@dataclass
+class Entry:
+    """One position: the token as the server writes it, its log-probability, those of the likeliest ("#id" or text), and
+    the names of these, where their ids are told."""
+
+    token: str
+    logprob: float | None
+    others: dict[str, float]
+    names: dict[int, str] = field(default_factory=dict)
+
+
+class _Refused(Exception):
+    def __init__(self, text: str, status: int):
+        super().__init__(text)
+        self.status = status
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _entries(told: dict[str, Any]) -> list[Entry]:
+    """The positions of an answer, in either form: parallel lists (vLLM, OpenAI), or a list of contents (llama.cpp)."""
+    try:
+        logprobs = told["choices"][0].get("logprobs")
+        if not isinstance(logprobs, dict):
+            return []
+        if isinstance(logprobs.get("content"), list):
+            return [_entry_of_content(item) for item in logprobs["content"]]
+        tokens, values = logprobs["tokens"], logprobs["token_logprobs"]
+        tops = logprobs.get("top_logprobs") or [None] * len(tokens)
+        return [_entry(str(t), v, dict(top or {})) for t, v, top in zip(tokens, values, tops, strict=True)]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _entry_of_content(item: dict[str, Any]) -> Entry:
+    others, names = {}, {}
+    for each in item.get("top_logprobs") or []:
+        if (value := _number(each["logprob"])) is not None:
+            others[str(each["token"])] = value
+            if isinstance(each.get("id"), int):
+                others[f"#{each['id']}"] = value
+                names[each["id"]] = str(each["token"])
+    return Entry(str(item["token"]), _number(item["logprob"]), others, names)
+
+
+def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:
+    others = {name.replace("token_id:", "#", 1): x for name, v in top.items() if (x := _number(v)) is not None}
+    return Entry(token, _number(value), others)
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no minus infinity: servers say null, or a very low number."""
+    return max(float(value), -1e4) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _is_echo(told: list[Entry], length: int) -> bool:
+    """Whether these are the prompt's own tokens, with or without the one that was generated."""
+    return len(told) in (length, length + 1) and all(entry.logprob is not None for entry in told[1:length])
+
+
+def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in body.items() if key != name}
+
+
+def _clean(text: str) -> str:
+    """A server's words as one line without control characters."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()[:300].rstrip(".")

@@ -1,0 +1,251 @@
+"""A small file beside an adapter that says what it gives: `verify` needs neither data nor base model with it.
+
+Twenty tokens with the log-probabilities of base and adapter and of the adapter with the usual faults, and hashes of a
+sample of the base's weights, of the tokenizer and of the chat template. The prompts are built in and the answers are
+the adapter's own: no record of the training data is published with an adapter. A file of somebody else is data: it is
+read up to a size, and every field is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.progress import console
+from dual_lora.lab.verify.diagnose import Known
+from dual_lora.lab.verify.guesses import LiveGuesses, known_of
+from dual_lora.lab.verify.logprobs import Probe, base_parameters, rows_of
+from dual_lora.lab.verify.prompts import both, built_in_probes
+from dual_lora.lab.verify.strength import adapted_layers, parts
+from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
+
+FILE = "fingerprint.json"
+LARGEST = 1 << 20  # bytes of a file that is read
+TOKENS, PROMPTS = 20, 5
+SAMPLED = 64  # tensors of the base, of which the first and the last numbers count
+STRENGTHS = (0.5, 2.0)
+COARSE = "four bits"
+LOST = ("the first half of the blocks", "the second half of the blocks")
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Column = Annotated[list[_Number], Field(min_length=1, max_length=512)]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Text = Annotated[str, Field(max_length=512)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class StoredMessage(_Strict):
+    role: _Text
+    content: _Text
+
+
+class StoredProbe(_Strict):
+    """A sequence of token ids, how the tokenizer writes each, and which of them are scored."""
+
+    ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=2, max_length=4096)]
+    places: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=64)]
+    texts: Annotated[list[_Text], Field(max_length=4096)]
+    start: Annotated[int, Field(ge=0)] = 0
+    first: _Text | None = None  # what the adapter answers first
+    messages: Annotated[list[StoredMessage], Field(max_length=8)] = []
+
+    @model_validator(mode="after")
+    def _places_exist(self) -> StoredProbe:
+        if max(self.places) >= len(self.ids) or len(self.texts) != len(self.ids) or self.start > len(self.ids):
+            raise ValueError("places or texts do not fit ids")
+        return self
+
+
+class Fingerprint(_Strict):
+    """What an adapter gives, as it was saved. Columns are log-probabilities in the order of the probes' places."""
+
+    format: Literal[1] = 1
+    method: _Text
+    base: _Text  # name of the base model
+    dtype: _Text
+    base_sample: _Hash
+    tokenizer: _Hash
+    chat_template: _Hash | None = None
+    probes: Annotated[list[StoredProbe], Field(min_length=1, max_length=64)]
+    columns: Annotated[dict[_Text, _Column], Field(max_length=32)]
+    rounding: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    rounded_strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    warms_up: bool = False
+    plain: Annotated[dict[_Text, Annotated[int, Field(ge=1)]], Field(max_length=8)] = {}  # text: number of its tokens
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> Fingerprint:
+        tokens = sum(len(probe.places) for probe in self.probes)
+        if not {"base", "tuned"} <= set(self.columns) or any(len(c) != tokens for c in self.columns.values()):
+            raise ValueError(f"columns do not hold base and tuned for {tokens} tokens")
+        return self
+
+    def known(self) -> Known:
+        base, tuned = (torch.tensor(self.columns[name], dtype=torch.float64) for name in ("base", "tuned"))
+        return Known(base, tuned, rows_of(self.asked()), self.rounding, self.rounded_strength, self.warms_up)
+
+    def asked(self) -> list[Probe]:
+        return [
+            Probe(tuple(p.ids), tuple(p.places), tuple(m.model_dump() for m in p.messages), p.start)
+            for p in self.probes
+        ]
+
+    def texts(self) -> dict[int, str]:
+        """How the tokenizer of the adapter writes the probes' tokens, by their ids."""
+        return {token: text for probe in self.probes for token, text in zip(probe.ids, probe.texts, strict=True)}
+
+
+class StoredGuesses:
+    """The faults that were computed when the fingerprint was made; strengths between them by interpolation."""
+
+    def __init__(self, fingerprint: Fingerprint):
+        self.columns = {name: torch.tensor(c, dtype=torch.float64) for name, c in fingerprint.columns.items()}
+
+    def scaled(self, strength: float) -> Tensor | None:
+        known = {0.0: self.columns["base"], 1.0: self.columns["tuned"]}
+        known |= {s: self.columns[f"× {s}"] for s in STRENGTHS if f"× {s}" in self.columns}
+        if len(known) < 4:
+            return None
+        total = torch.zeros_like(self.columns["base"])
+        for at, column in known.items():  # Lagrange's polynomial
+            factor = 1.0
+            for other in known:
+                factor *= (strength - other) / (at - other) if other != at else 1.0
+            total += factor * column
+        return total
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, column) for name, column in self.columns.items() if name in LOST)
+
+    def coarse(self) -> Tensor | None:
+        return self.columns.get(COARSE)
+
+
+def make(tuned: Tuned) -> Fingerprint:
+    """The fingerprint of a model that is loaded, with its adapter."""
+    config = tuned.model.peft_config["default"]
+    found = built_in_probes(tuned)
+    probes = _telling(found, *both(tuned, found))
+    known, guesses = known_of(tuned, probes), LiveGuesses(tuned.model, probes)
+    columns = {"base": known.base, "tuned": known.tuned}
+    if adapted_layers(tuned.model):
+        columns |= {f"× {s}": pattern for s in STRENGTHS if (pattern := guesses.scaled(s)) is not None}
+        columns |= {name: column for name, column in _lost(tuned.model, guesses)}
+    if (coarse := guesses.coarse()) is not None:
+        columns[COARSE] = coarse
+    return Fingerprint(
+        method=str(getattr(config.peft_type, "value", config.peft_type)),
+        base=str(config.base_model_name_or_path or ""),
+        dtype=str(next(iter(base_parameters(tuned.model).values())).dtype).removeprefix("torch."),
+        base_sample=hash_of_base(tuned.model),
+        tokenizer=hash_of_tokenizer(tuned.tokenizer),
+        chat_template=hash_of_template(tuned.tokenizer),
+        probes=[_stored(probe, tuned.tokenizer) for probe in probes],
+        columns={name: [round(float(x), 6) for x in column] for name, column in columns.items()},
+        rounding=known.rounding,
+        rounded_strength=max(-10.0, min(10.0, known.rounded_strength)),
+        warms_up=known.warms_up,
+        plain=plain_counts(tuned.tokenizer),
+    )
+
+
+def leave(tuned: Tuned, folder: Path) -> None:
+    """Write the fingerprint of what was just trained into its folder, where it can be made; never fail for it."""
+    if not can_be_made(tuned):
+        return
+    try:
+        with quiet():
+            write(make(tuned), folder)
+    except Exception as error:  # whatever a method of PEFT does not support: the adapter itself is saved
+        console.print(f"No fingerprint was written ({described(error)}).", markup=False, soft_wrap=True)
+
+
+def write(fingerprint: Fingerprint, folder: Path) -> None:
+    text = json.dumps(fingerprint.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    (folder / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> Fingerprint | None:
+    """The fingerprint in an adapter's folder, None if there is none. Raises UserError for one that cannot be used."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    if file.stat().st_size > LARGEST:
+        raise UserError(f"{file} has {file.stat().st_size:,} bytes, a fingerprint has at most {LARGEST:,}: remove it.")
+    try:
+        return Fingerprint.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{file} is no fingerprint of an adapter ({at}: {first['msg']}): remove it.") from None
+
+
+def can_be_made(tuned: Tuned) -> bool:
+    """Whether the base is what its name says: some starts of LoRA (PiSSA, LoRA-GA, …) change the base's weights."""
+    if not tuned.adapted or tuned.classes:
+        return False
+    start = str(getattr(tuned.model.peft_config.get("default"), "init_lora_weights", "")).lower()
+    return not start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
+
+
+def hash_of_base(model: Any) -> str:
+    """Of some tensors, by name, the first and last numbers in bf16: a copy in another precision hashes alike."""
+    named = sorted(base_parameters(model).items())
+    total = hashlib.sha256()
+    for name, parameter in named[:: max(1, len(named) // SAMPLED)]:
+        flat = parameter.detach().flatten()
+        sample = torch.cat([flat[:32], flat[-32:]]).cpu()
+        if sample.is_floating_point():
+            sample = sample.bfloat16().view(torch.int16)
+        total.update(name.encode() + str(tuple(parameter.shape)).encode() + sample.numpy().tobytes())
+    return total.hexdigest()
+
+
+def _lost(model: Any, guesses: LiveGuesses) -> Iterator[tuple[str, Tensor]]:
+    wanted = [name for name in LOST if name in parts(model)]
+    for name, pattern in guesses.parts():
+        if name in wanted:
+            yield name, pattern
+            wanted.remove(name)
+        if not wanted:
+            return
+
+
+def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
+    """Of few prompts those tokens on which the two differ most, and a third on which they agree."""
+    rows, apart = rows_of(probes), (tuned - base).abs()
+    places = [place for probe in probes for place in probe.places]
+    means = [float(apart[rows == i].mean()) for i in range(len(probes))]
+    prompts = sorted(sorted(range(len(probes)), key=lambda i: -means[i])[:PROMPTS])
+    each = TOKENS // max(1, len(prompts))
+    chosen = []
+    for i in prompts:
+        own = sorted((float(apart[k]), places[k]) for k in (rows == i).nonzero()[:, 0].tolist())
+        agree, most = own[: each // 3], own[each // 3 :][-(each - each // 3) :]
+        kept = tuple(sorted({place for _, place in agree + most}))
+        chosen.append(Probe(probes[i].ids, kept, probes[i].messages, probes[i].start))
+    return chosen
+
+
+def _stored(probe: Probe, tokenizer: Any) -> StoredProbe:
+    return StoredProbe(
+        ids=list(probe.ids),
+        places=list(probe.places),
+        texts=[tokenizer.decode([token])[:512] for token in probe.ids],
+        start=probe.start,
+        first=tokenizer.decode([probe.ids[probe.start]])[:512] if 0 < probe.start < len(probe.ids) else None,
+        messages=[StoredMessage(role=m["role"], content=m["content"]) for m in probe.messages],
+    )

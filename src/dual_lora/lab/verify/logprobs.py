@@ -1,0 +1,153 @@
+"""Log-probabilities of given tokens, and the same with the base's weights rounded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dual_lora.lab.data.batches import accepted_arguments, left_padded
+
+ROWS_AT_ONCE = 8
+INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A sequence of token ids. The tokens at `places` (each > 0) are scored, each after all that stands before it.
+
+    messages: the conversation that the prompt was written from by the chat template; () where there is none.
+    start: where the answer begins.
+    """
+
+    ids: tuple[int, ...]
+    places: tuple[int, ...]
+    messages: tuple[dict[str, Any], ...] = ()
+    start: int = 0
+
+
+def score(model: Any, probes: Sequence[Probe]) -> Tensor:
+    """Natural log-probabilities [places of all probes] in the probes' order, fp64, on the CPU."""
+    accepts = accepted_arguments(model)
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
+    for first in range(0, len(order), ROWS_AT_ONCE):
+        part = order[first : first + ROWS_AT_ONCE]
+        batch: dict[str, Any] = left_padded([list(probes[i].ids) for i in part], 0)
+        if "position_ids" not in accepts:
+            batch.pop("position_ids")
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        if "logits_to_keep" in accepts:
+            batch["logits_to_keep"] = max(len(probes[i].ids) - min(probes[i].places) for i in part) + 1
+        with torch.inference_mode():
+            logits = model(**batch).logits
+        for row, i in enumerate(part):
+            probe = probes[i]
+            # Counted from the end: padding stands in front, and the tokens that prompt tuning adds, too.
+            before = torch.tensor([place - len(probe.ids) - 1 for place in probe.places], device=logits.device)
+            tokens = torch.tensor([probe.ids[place] for place in probe.places], device=logits.device)
+            logs = logits[row, before].float().log_softmax(-1)
+            found[i] = logs.gather(1, tokens[:, None])[:, 0].double().cpu()
+    return torch.cat([found[i] for i in range(len(probes))])
+
+
+def rows_of(probes: Sequence[Probe]) -> Tensor:
+    """The number of the probe that each score belongs to."""
+    return torch.cat([torch.full((len(probe.places),), i) for i, probe in enumerate(probes)])
+
+
+def base_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The base's parameters by the names that they have without an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    added = {
+        id(parameter)
+        for layer in plain.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name in layer.adapter_layer_names
+        for parameter in _parameters_of(getattr(layer, name, None))
+    }
+    names = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in plain.named_parameters()
+        if id(parameter) not in added and ".modules_to_save." not in name
+    }
+    return names
+
+
+def _parameters_of(holder: Any) -> list[Tensor]:
+    if isinstance(holder, nn.Module):
+        return list(holder.parameters())
+    return [holder] if isinstance(holder, Tensor) else []
+
+
+@contextlib.contextmanager
+def other_weights(model: Any, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """The base with the weights that `change(name, weight)` makes of its own; afterwards the very tensors are back."""
+    from dual_lora import composed_weights
+
+    # Not the packed ones of a 4-bit base: bitsandbytes rearranges them in a forward pass.
+    named = {name: p for name, p in base_parameters(model).items() if p.is_floating_point()}
+    kept = [(parameter, parameter.data) for parameter in named.values()]
+    try:
+        for name, parameter in named.items():
+            parameter.data = change(name, parameter.data)
+        composed_weights.clear()  # it does not see what is written through `.data`
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        composed_weights.clear()
+
+
+@contextlib.contextmanager
+def as_bf16(model: Any) -> Iterator[None]:
+    """An fp32 model that rounds as bf16 does: its weights, and what every module puts out. Any processor can do it.
+
+    A model that is in a half precision itself computes in fp32 meanwhile, which tells the same difference.
+    """
+    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in base_parameters(model).values())
+    if half:
+        with other_weights(model, lambda _, weight: weight.float()):
+            yield
+        return
+
+    def rounded(module: nn.Module, arguments: Any, output: Any) -> Any:
+        return output.bfloat16().float() if isinstance(output, Tensor) and output.dtype == torch.float32 else output
+
+    hooks = [module.register_forward_hook(rounded) for module in model.modules()]
+    try:
+        with other_weights(model, lambda _, weight: weight.bfloat16().to(weight.dtype)):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def as_int4(model: Any) -> Iterator[None]:
+    """The model with its matrices, but for embeddings and head, rounded to four bits."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    spared = {id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)}
+    head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
+    spared |= {id(weight) for weight in [getattr(head, "weight", None)] if weight is not None}
+    named = base_parameters(model)
+
+    def change(name: str, weight: Tensor) -> Tensor:
+        return weight if weight.ndim != 2 or id(named[name]) in spared else int4(weight)
+
+    with other_weights(model, change):
+        yield
+
+
+def int4(weight: Tensor) -> Tensor:
+    """[O, I] rounded to whole multiples of the largest entry of each block, divided by 7."""
+    flat = weight.float().flatten()
+    padded = nn.functional.pad(flat, (0, -len(flat) % INT4_BLOCK)).view(-1, INT4_BLOCK)
+    step = (padded.abs().amax(1, keepdim=True) / INT4_LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
+    return ((padded / step).round() * step).flatten()[: len(flat)].view_as(weight).to(weight.dtype)

@@ -1,0 +1,150 @@
+"""The prompts of a verification: some on which base and adapter differ most, some on which they agree."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dual_lora.lab.data.batches import left_padded
+from dual_lora.lab.data.encode import IGNORED, Prompter
+from dual_lora.lab.data.examples import Example, load_split, read_examples
+from dual_lora.lab.data.records import read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.verify.logprobs import Probe, rows_of, score
+
+ASKED = 24  # prompts that base and adapter are asked
+DIFFERING, AGREEING = 10, 6  # of which so many are kept
+LONGEST = 256  # tokens of a prompt with its answer
+SCORED = 48  # tokens of an answer
+CONTINUED = 16  # tokens that the adapter writes where a prompt comes without an answer
+
+# For an adapter that comes without data.
+BUILT_IN = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Translate to German: The cat sleeps on the chair.",
+    "List three colours.",
+    "What is 17 plus 25?",
+    "Explain in one sentence why the sky is blue.",
+    "Give me a short title for a story about a lost key.",
+    "Is the following sentence positive or negative? I loved every minute of it.",
+    "Set a timer for ten minutes.",
+    "Write a Python function that adds two numbers.",
+    "Summarise: The meeting was moved to Friday because the room was taken.",
+    "Continue: Once upon a time there was a",
+)
+
+
+def find_probes(tuned: Tuned, prompts: str | None = None) -> tuple[list[Probe], str]:
+    """Probes for a model, and where they come from in words.
+
+    prompts: a file; lines of text, or records as `train` reads them. Left out: the run's own records, else built-in
+    prompts. Prompts without an answer are answered by the adapter. Raises UserError where no prompt can be used.
+    """
+    data = tuned.recipe.data if tuned.recipe else DataPart()
+    prompter = Prompter(tuned.tokenizer, data.template)
+    examples: list[Example] = []
+    questions: list[str] = []
+    if prompts is not None:
+        where = prompts
+        examples, questions = _from_file(prompts, data)
+    else:
+        examples, where = _own_records(data)
+        questions = [] if examples else list(BUILT_IN)
+    chance = random.Random(0)
+    found = [p for e in chance.sample(examples, min(len(examples), 4 * ASKED)) if (p := _answered(prompter, e))][:ASKED]
+    if questions:
+        found = _continued(tuned, prompter, questions[:ASKED])
+    if not found:
+        raise UserError(
+            f"None of the prompts ({where}) has an answer within {LONGEST} tokens: give others by --prompts FILE."
+        )
+    return found, where
+
+
+def built_in_probes(tuned: Tuned) -> list[Probe]:
+    """Probes that need no data and tell nothing of it but what the adapter answers to everybody."""
+    prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
+    return _continued(tuned, prompter, list(BUILT_IN))
+
+
+def choose(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
+    """Indices of the probes that are kept: where the two differ most, and where they agree."""
+    if len(probes) <= DIFFERING + AGREEING:
+        return list(range(len(probes)))
+    rows, apart = rows_of(probes), (tuned - base).abs()
+    means = [float(apart[rows == i].mean()) for i in range(len(probes))]
+    order = sorted(range(len(probes)), key=lambda i: -means[i])
+    return sorted(order[:DIFFERING] + order[-AGREEING:])
+
+
+def both(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of base and adapter."""
+    found = []
+    for variant in ("base", "tuned"):
+        with tuned.as_variant(variant) as model:
+            found.append(score(model, probes))
+    return found[0], found[1]
+
+
+def _own_records(data: DataPart) -> tuple[list[Example], str]:
+    for split in ("test", "validation", "train"):
+        try:
+            if examples := [e for e in load_split(data, split) if e.messages]:
+                return examples, f"the run's own {split} records"
+        except UserError:  # not named, or no longer there
+            continue
+    return [], "built in: the run's own records were not found" if data.train else "built in"
+
+
+def _from_file(path: str, data: DataPart) -> tuple[list[Example], list[str]]:
+    if not Path(path).is_file():
+        raise UserError(f"There is no file of prompts {path}.")
+    if Path(path).suffix == ".txt":
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        if not any(lines):
+            raise UserError(f"{path} holds no prompts: write one a line.")
+        return [], [line for line in lines if line]
+    records = read_records(path, data.columns)
+    bare = [str(r.values["prompt"]) for r in records if set(r.values) == {"prompt"}]
+    return ([], bare) if len(bare) == len(records) else (read_examples(path, data), [])
+
+
+def _answered(prompter: Prompter, example: Example) -> Probe | None:
+    encoded = prompter.encode(example)
+    places = [i for i, label in enumerate(encoded.labels) if label != IGNORED and i]
+    last = example.messages[-1:]
+    if not places or not last or len(encoded.input_ids) > LONGEST:
+        return None
+    start = len(prompter.prompt_ids(example.prompt, example.tools))
+    messages = example.prompt if prompter.kind == "chat" and not example.tools else ()
+    kept = [place for place in places if place >= start][:SCORED] or places[:SCORED]
+    return Probe(tuple(encoded.input_ids), tuple(kept), tuple(messages), start)
+
+
+def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
+    """The prompts with what the adapter writes after them."""
+    asked = [({"role": "user", "content": question},) for question in questions]
+    prompts = [prompter.prompt_ids(messages)[-LONGEST + CONTINUED :] for messages in asked]
+    batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)
+    batch.pop("position_ids")  # generate counts positions itself
+    width = batch["input_ids"].shape[1]
+    with tuned.as_variant(tuned.variants[-1]) as model, torch.inference_mode():
+        out = model.generate(
+            **{name: tensor.to(model.device) for name, tensor in batch.items()},
+            max_new_tokens=CONTINUED, do_sample=False, temperature=None, top_p=None, top_k=None,
+            eos_token_id=tuned.tokenizer.eos_token_id, pad_token_id=tuned.tokenizer.pad_token_id,
+        )  # fmt: skip
+    probes = []
+    for prompt, messages, row in zip(prompts, asked, out[:, width:].tolist(), strict=True):
+        end = row.index(tuned.tokenizer.eos_token_id) + 1 if tuned.tokenizer.eos_token_id in row else len(row)
+        ids = tuple(prompt + row[:end])
+        told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
+        probes.append(Probe(ids, tuple(range(max(1, len(prompt)), len(ids))), told, len(prompt)))
+    return probes

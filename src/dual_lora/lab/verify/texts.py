@@ -1,0 +1,135 @@
+"""Whether a candidate makes the same tokens of the same words: its tokenizer and its chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dual_lora.lab.verify.diagnose import Finding, Word
+from dual_lora.lab.verify.endpoint import Answer, Endpoint
+from dual_lora.lab.verify.prompts import BUILT_IN
+
+PLAIN = BUILT_IN[:3]
+CONVERSATIONS = 3
+OTHERWISE = 0.25  # share of tokens: some are no text by themselves, and are written in several ways
+SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how vocabularies write blanks and line ends
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, the tokens that the adapter's template makes of them, and what it answers first, if that is known."""
+
+    messages: tuple[dict[str, Any], ...]
+    tokens: int
+    first: str | None = None
+
+
+def plain_counts(tokenizer: Any) -> dict[str, int]:
+    """{text: number of its tokens} without special ones."""
+    return {text: len(tokenizer(text, add_special_tokens=False).input_ids) for text in PLAIN}
+
+
+def hash_of_tokenizer(tokenizer: Any) -> str:
+    """Of its vocabulary: every token with its number."""
+    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def hash_of_template(tokenizer: Any) -> str | None:
+    template = tokenizer.chat_template
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
+
+
+def compare_tokenizers(
+    own: Any, other: Any, texts: Sequence[str], conversations: Sequence[Conversation]
+) -> Finding | None:
+    """What differs between two tokenizers on these texts and conversations; None if nothing does."""
+    for text in texts:
+        if own(text, add_special_tokens=False).input_ids != other(text, add_special_tokens=False).input_ids:
+            return _other(f"it makes other tokens of {_short(text)!r}")
+    for conversation in conversations:
+        written = [_written(tokenizer, conversation.messages) for tokenizer in (own, other)]
+        if written[1] is None:
+            return _template("it has no chat template, and the adapter was trained with one")
+        if written[0] != written[1]:
+            return _template(
+                f"it writes a conversation as {_short(written[1])!r}, the adapter as {_short(written[0])!r}"
+            )
+    return None
+
+
+def compare_hashes(hashes: tuple[str, str | None], other: Any, chat: bool) -> Finding | None:
+    """The same where only the hashes of tokenizer and template are known."""
+    if hash_of_tokenizer(other) != hashes[0]:
+        return _other("its vocabulary is not that of the adapter's tokenizer")
+    if chat and hash_of_template(other) != hashes[1]:
+        return _template("its chat template is not the one that the adapter was saved with")
+    return None
+
+
+def compare_server(
+    endpoint: Endpoint, answer: Answer, texts: dict[int, str], plain: dict[str, int], talks: Sequence[Conversation]
+) -> tuple[Finding | None, list[str]]:
+    """What a server makes of words, by the numbers of tokens that it counts and the tokens that it writes; and notes.
+
+    texts: how the adapter's tokenizer writes tokens, by their ids.
+    """
+    said = {i: (theirs, texts[i]) for i, theirs in answer.written.items() if i in texts and theirs.strip()}
+    differing = [pair for pair in said.values() if _bare(pair[0]) != _bare(pair[1]) and not _is_number(pair[0])]
+    if len(differing) > OTHERWISE * len(said):
+        theirs, ours = differing[0]
+        return _other(f"of {len(said)} tokens it writes {len(differing)} otherwise, {theirs!r} for {ours!r}"), []
+    for text, count in plain.items():
+        told = endpoint.text_tokens(text)
+        if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
+            return _other(f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
+    asked, otherwise = 0, 0
+    for conversation in talks[:CONVERSATIONS]:
+        tokens, entries = endpoint.prompt_tokens(conversation.messages)
+        if tokens is None:
+            return None, ["the server counts no tokens of a conversation: its chat template was not checked"]
+        if tokens != conversation.tokens:
+            return _template(
+                f"it makes {tokens} tokens of a conversation, the adapter's template {conversation.tokens}"
+            ), []
+        if conversation.first is not None and entries:
+            asked += 1
+            otherwise += _bare(entries[0].token) != _bare(conversation.first)
+    if asked and otherwise > asked / 2:
+        return _template(f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"), []
+    return None, [] if talks else ["the adapter's prompts use no chat template: none was checked"]
+
+
+def _bare(text: str) -> str:
+    """A token without the blanks around it, which servers write in several ways."""
+    return text.translate(SPACES).strip()
+
+
+def _is_number(text: str) -> bool:
+    """Whether a server writes the token's number in place of its text, as vLLM does if it is told to."""
+    return text.startswith("token_id:")
+
+
+def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+def _other(cause: str) -> Finding:
+    return _finding("other tokenizer", cause)
+
+
+def _template(cause: str) -> Finding:
+    return _finding("wrong chat template", cause)
+
+
+def _finding(word: Word, cause: str) -> Finding:
+    return Finding(word, cause)
+
+
+def _short(text: str | None) -> str:
+    return "" if text is None else text if len(text) <= 60 else text[:60] + "…"

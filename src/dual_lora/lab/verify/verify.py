@@ -1,0 +1,359 @@
+"""Verify an adapter, or what is served of it: the reference, the candidate, the verdict."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
+from dual_lora.lab.model.opened import Tuned, open_tuned
+from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.verify import fingerprint as fingerprints
+from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
+from dual_lora.lab.verify.endpoint import Answer, Endpoint
+from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
+from dual_lora.lab.verify.guesses import LiveGuesses, known_of
+from dual_lora.lab.verify.logprobs import Probe, base_parameters, score
+from dual_lora.lab.verify.prompts import both, choose, find_probes
+from dual_lora.lab.verify.texts import (
+    PLAIN,
+    Conversation,
+    compare_hashes,
+    compare_server,
+    compare_tokenizers,
+    plain_counts,
+)  # fmt: skip
+
+
+@dataclass
+class Report:
+    """A verdict with what it was found by."""
+
+    source: str
+    candidate: str
+    prompts: str
+    finding: Finding
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.finding.good
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values, for ``--json``."""
+        found = asdict(self.finding)
+        word = found.pop("word")
+        return {
+            "source": self.source, "candidate": self.candidate, "verdict": word, "good": self.good, **found,
+            "asked": self.prompts, "notes": self.notes, "seconds": round(self.seconds, 2),
+        }  # fmt: skip
+
+
+@dataclass
+class Reference:
+    """What the adapter gives: from the loaded model, or from its fingerprint."""
+
+    probes: list[Probe]
+    known: Known
+    guesses: Guesses
+    texts: dict[int, str]  # how its tokenizer writes the probes' tokens, by their ids
+    plain: dict[str, int]
+    conversations: list[Conversation]
+    where: str
+    exact: bool
+    tuned: Tuned | None = None
+    saved: Fingerprint | None = None
+
+
+def verify(
+    source: str | Path,
+    *,
+    against: str | None = None,
+    adapter: str | None = None,
+    endpoint: str | None = None,
+    model: str | None = None,
+    prompts: str | None = None,
+    base: str | None = None,
+    dtype: str | None = None,
+    timeout: float = 60.0,
+) -> Report:
+    """Whether a candidate acts as the adapter in `source` does.
+
+    against: a merged folder or a GGUF file. adapter: another adapter's folder. endpoint, model: an OpenAI-compatible
+    server's URL and the name there. None of them: the adapter itself, loaded anew, beside its fingerprint.
+    prompts: see `find_probes`. Raises UserError for everything that a person can put right.
+    """
+    began = time.perf_counter()
+    _check_options(against, adapter, endpoint, model)
+    folder = _adapter_folder(Path(source))
+    saved = fingerprints.read(folder) if folder else None
+    if endpoint is not None and model is not None:
+        server = Endpoint(endpoint, model, timeout)
+        own = _stored(saved) if saved and prompts is None else _live(str(source), prompts, base, dtype)
+        report = _of_server(str(source), own, server)
+    elif against is None and adapter is None:
+        report = _of_itself(str(source), saved, prompts, base, dtype)
+    else:
+        candidate = str(against or adapter)
+        own = _reference(str(source), saved, prompts, base, dtype)
+        report = _of_files(str(source), own, candidate, folder, adapter is not None, base)
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+def _check_options(against: str | None, adapter: str | None, endpoint: str | None, model: str | None) -> None:
+    given = [n for n, v in (("--against", against), ("--adapter", adapter), ("--endpoint", endpoint)) if v is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} name several candidates: give one.")
+    if endpoint is not None and model is None:
+        raise UserError("--endpoint needs --model NAME: the name by which the server knows what it serves.")
+    if model is not None and endpoint is None:
+        raise UserError("--model names a model of a server: give its --endpoint URL.")
+
+
+def _adapter_folder(source: Path) -> Path | None:
+    run = RunFolder(source)
+    if run.is_run:
+        return run.result
+    return source if source.is_dir() else None
+
+
+def _reference(
+    source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
+) -> Reference:
+    """The loaded model if there is one, else the fingerprint."""
+    try:
+        return _live(source, prompts, base, dtype)
+    except UserError as error:
+        if saved is None or prompts is not None:
+            raise
+        own = _stored(saved)
+        return replace(own, where=f"{own.where} ({error})")
+
+
+def _live(source: str, prompts: str | None, base: str | None, dtype: str | None) -> Reference:
+    tuned = _opened(source, base, dtype)
+    probes, where = find_probes(tuned, prompts)
+    pair = both(tuned, probes)
+    kept = choose(probes, *pair)
+    numbers = torch.arange(sum(len(p.places) for p in probes)).split([len(p.places) for p in probes])
+    picked = torch.cat([numbers[i] for i in kept])
+    probes = [probes[i] for i in kept]
+    known = known_of(tuned, probes, (pair[0][picked], pair[1][picked]))
+    texts = {token: tuned.tokenizer.decode([token]) for p in probes for token in p.ids}
+    conversations = [Conversation(p.messages, p.start) for p in probes if p.messages]
+    exact = _dtype_of(tuned.model) == torch.float32
+    return Reference(
+        probes, known, LiveGuesses(tuned.model, probes), texts, plain_counts(tuned.tokenizer), conversations, where,
+        exact, tuned,
+    )  # fmt: skip
+
+
+def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
+    tuned = open_tuned(source, base, dtype)
+    if tuned.classes or not hasattr(tuned.model, "generate"):
+        raise UserError(f"{source} is a classifier: verify compares the log-probabilities of tokens.")
+    if "base" not in tuned.variants or "tuned" not in tuned.variants:
+        raise UserError(f"{source} holds no adapter: name a run or an adapter folder, and a model by --against.")
+    return tuned
+
+
+def _stored(saved: Fingerprint) -> Reference:
+    probes = saved.asked()
+    conversations = [
+        Conversation(tuple(dict(m) for m in p.messages), p.start, p.first) for p in saved.probes if p.messages
+    ]
+    return Reference(
+        probes, saved.known(), StoredGuesses(saved), saved.texts(), saved.plain, conversations, "the fingerprint's",
+        saved.dtype == "float32", saved=saved,
+    )  # fmt: skip
+
+
+def _of_itself(
+    source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
+) -> Report:
+    if saved is None or prompts is not None:
+        own = _live(source, prompts, base, dtype)
+        finding = judge(own.known.tuned, own.known, own.guesses, exact=True)
+        if finding.word == "undecided":
+            finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
+        notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
+        return Report(source, "the adapter itself", own.where, finding, notes + _strength_notes(own.tuned))
+    tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in ("float32", "bfloat16", "float16") else None))
+    own = _stored(saved)
+    with tuned.as_variant("tuned") as model:
+        found = score(model, own.probes)
+    exact = own.exact and _dtype_of(tuned.model) == torch.float32
+    finding = judge(found, own.known, own.guesses, exact)
+    notes = _strength_notes(tuned)
+    if not finding.good:
+        finding = _explained(finding, _causes(saved, tuned))
+    return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
+
+
+def _of_files(
+    source: str, own: Reference, candidate: str, folder: Path | None, adapter: bool, base: str | None
+) -> Report:
+    if adapter:
+        other = open_tuned(candidate, base)
+        if not other.adapted:
+            raise UserError(f"{candidate} holds no adapter: a merged model is given by --against.")
+        tokenizer, notes = other.tokenizer, _strength_notes(other)
+    else:
+        other, tokenizer = _plain(candidate)
+        notes = []
+    exact = own.exact and _dtype_of(other.model) == torch.float32
+    with other.as_variant(other.variants[-1]) as model:
+        found = score(model, _in_vocabulary(own.probes, model, candidate))
+    del other, model
+    finding = judge(found, own.known, own.guesses, exact)
+    wrong = _words(own, tokenizer)
+    if finding.good and wrong is not None:
+        finding = replace(finding, word=wrong.word, cause=wrong.cause)
+    elif wrong is not None:
+        notes.append(f"{wrong.word}: {wrong.cause}")
+    if adapter and not finding.good and folder is not None:
+        finding = _explained(finding, _config_differences(folder, _adapter_folder(Path(candidate))))
+        if finding.word == "other scale" and any("warm-up" in note for note in notes):
+            finding.word = "λ below 1"
+    return Report(source, candidate, own.where, finding, notes)
+
+
+def _words(own: Reference, tokenizer: Any) -> Finding | None:
+    if tokenizer is None:
+        return None
+    if own.tuned is not None:
+        return compare_tokenizers(own.tuned.tokenizer, tokenizer, [*PLAIN, *_samples(own)], own.conversations)
+    assert own.saved is not None
+    return compare_hashes((own.saved.tokenizer, own.saved.chat_template), tokenizer, bool(own.conversations))
+
+
+def _samples(own: Reference) -> list[str]:
+    assert own.tuned is not None
+    return [own.tuned.tokenizer.decode(p.ids, skip_special_tokens=True) for p in own.probes[:4]]
+
+
+def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
+    answer = server.score(own.probes, own.texts)
+    known, guesses = _only(own, answer)
+    finding = judge(answer.found, known, guesses, floors=answer.floors)
+    notes = (
+        []
+        if answer.echoed
+        else [f"the server does not echo prompts: {len(answer.kept)} tokens were asked for one by one"]
+    )
+    wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations)
+    if wrong is not None and (finding.good or wrong.word == "other tokenizer"):
+        finding = replace(finding, word=wrong.word, cause=wrong.cause)
+    elif wrong is not None:
+        notes.append(f"{wrong.word}: {wrong.cause}")
+    return Report(source, f"{server.model} at {server.url}", own.where, finding, notes + more)
+
+
+def _only(own: Reference, answer: Answer) -> tuple[Known, Guesses]:
+    """The reference at the tokens that the server was asked for."""
+    kept = torch.tensor(answer.kept)
+    if len(kept) == len(own.known.base):
+        return own.known, own.guesses
+    rows = torch.unique(own.known.rows[kept], return_inverse=True)[1]
+    known = replace(own.known, base=own.known.base[kept], tuned=own.known.tuned[kept], rows=rows)
+    return known, _Fewer(own.guesses, kept)
+
+
+class _Fewer:
+    """Guesses at some of the tokens."""
+
+    def __init__(self, guesses: Guesses, kept: Tensor):
+        self.guesses, self.kept = guesses, kept
+
+    def scaled(self, strength: float) -> Tensor | None:
+        return None if (found := self.guesses.scaled(strength)) is None else found[self.kept]
+
+    def parts(self) -> Any:
+        yield from ((name, pattern[self.kept]) for name, pattern in self.guesses.parts())
+
+    def coarse(self) -> Tensor | None:
+        return None if (found := self.guesses.coarse()) is None else found[self.kept]
+
+
+def _plain(path: str) -> tuple[Tuned, Any]:
+    """A merged model in its own precision, and its tokenizer, None if it has none."""
+    from transformers import AutoConfig
+
+    if (Path(path) / "adapter_config.json").is_file():
+        raise UserError(f"{path} is an adapter: give it by --adapter.")
+    place = locate(path)
+    dtype = "float32"
+    if place.gguf_file is None:
+        try:
+            dtype = str(getattr(AutoConfig.from_pretrained(place.name), "dtype", None) or dtype).removeprefix("torch.")
+        except (OSError, ValueError) as error:
+            raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    if dtype not in ("float32", "bfloat16", "float16"):
+        dtype = "float32"
+    loaded = load_model(ModelPart(path=path, dtype=dtype))  # type: ignore[arg-type]
+    with quiet():
+        return Tuned(loaded.model, loaded.tokenizer, path), load_tokenizer(path)
+
+
+def _in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Probe]:
+    size, largest = model.get_input_embeddings().num_embeddings, max(max(p.ids) for p in probes)
+    if largest >= size:
+        raise UserError(
+            f"{candidate} knows {size:,} tokens, the adapter's prompts hold number {largest}: it is another model."
+        )
+    return probes
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    return next((p.dtype for p in base_parameters(model).values()), torch.float32)
+
+
+def _strength_notes(tuned: Tuned | None) -> list[str]:
+    """What an adapter says of its own strength."""
+    from dual_lora.lab.verify.strength import adapted_layers
+
+    layers = adapted_layers(tuned.model).values() if tuned is not None else []
+    factors = [layer.warmup_factor("default") for layer in layers if hasattr(layer, "warmup_factor")]
+    if factors and min(factors) < 1:
+        return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
+    return []
+
+
+def _causes(saved: Fingerprint, tuned: Tuned) -> list[str]:
+    """What differs between a fingerprint and a model that was loaded; it explains a verdict and never makes one."""
+    causes = []
+    if fingerprints.hash_of_base(tuned.model) != saved.base_sample:
+        causes.append(f"the base's weights are not those that it was trained on ({saved.base or 'unnamed'})")
+    return causes
+
+
+def _config_differences(one: Path, other: Path | None) -> list[str]:
+    """Fields of two adapters' configurations that differ."""
+    if other is None:
+        return []
+    try:
+        pair = [json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (one, other)]
+    except (OSError, ValueError):
+        return []
+    names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
+    lines = [f"{n} is {_short(pair[1].get(n))} there and {_short(pair[0].get(n))} here" for n in names]
+    return lines[:6]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _explained(finding: Finding, causes: list[str]) -> Finding:
+    return replace(finding, cause="; ".join([finding.cause, *causes])) if causes else finding

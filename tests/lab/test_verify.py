@@ -1,0 +1,145 @@
+"""Each planted fault gets its own verdict, and what is right gets none."""
+
+import json
+
+import faulty
+import pytest
+import torch
+
+from dual_lora.lab.cli import main
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.verify.verify import verify
+
+METHODS = ["lora", "dual_lora"]
+FAULTS = [
+    (faulty.right, "on"),
+    (faulty.in_bf16, "on"),
+    (faulty.off, "off"),
+    (faulty.half, "layers dropped"),
+    (faulty.alpha, "other scale"),
+    (faulty.in_warmup, "λ below 1"),
+    (faulty.twice, "merged twice"),
+    (faulty.template, "wrong chat template"),
+    (faulty.tokenizer, "other tokenizer"),
+    (faulty.four_bits, "rounded"),
+]
+
+
+@pytest.fixture(scope="module")
+def values(tiny_lm, questions):
+    return {
+        "name": "tiny",
+        "model": {"path": str(tiny_lm)},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"batch_size": 8},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(values, tmp_path_factory):
+    """{method: a finished run}."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {method: faulty.trained(folder / method, values, method) for method in METHODS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("plant", "word"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_every_fault_has_its_own_verdict(plant, word, method, runs, tiny_lm, tmp_path):
+    if plant is faulty.in_warmup and method == "lora":
+        pytest.skip("LoRA has no warm-up")
+    report = verify(runs[method], **{k: str(v) for k, v in plant(runs[method], tmp_path / "made", tiny_lm).items()})
+    assert report.finding.word == word, report.summary()
+    assert report.good == (word in ("on", "rounded"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_of_another_training_is_another_one(method, runs, values, questions, tmp_path):
+    records = json.loads((questions / "train.json").read_text())
+    for record in records:
+        record["output"] = record["answer"] = "good" if record["answer"] == "true" else "bad"
+    (tmp_path / "other.json").write_text(json.dumps(records))
+    other = faulty.trained(tmp_path / "other", values, method, seed=1, train=str(tmp_path / "other.json"))
+    report = verify(runs[method], adapter=str(other))
+    assert report.finding.word == "another adapter", report.summary()
+
+
+@pytest.fixture
+def call(capsys):
+    """Function: arguments → (exit status, standard output)."""
+
+    def run(*arguments):
+        code = 0
+        try:
+            main(["verify", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_ends_with_0_or_1_and_one_line_of_json(call, runs, tiny_lm):
+    code, out = call(runs["dual_lora"], "--json")
+    told = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, told["verdict"], told["asked"]) == (0, "on", "the fingerprint's")
+    code, out = call(runs["dual_lora"], "--against", tiny_lm, "--json")
+    told = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (code, told["verdict"], told["good"]) == (1, "off", False)
+    assert told["prompts"] > 1
+    assert told["tokens"] > told["prompts"]
+    code, out = call(runs["dual_lora"], "--against", tiny_lm)
+    assert code == 1
+    assert "off: it gives the base's log-probabilities" in " ".join(out.split())
+
+
+def test_an_adapter_of_peft_alone(call, tiny_lm, tmp_path):
+    """Without any of the laboratory's notes: by a method that it has no word of, on built-in prompts and own ones."""
+    from peft import LoHaConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = LoHaConfig(r=4, alpha=64, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(tmp_path / "loha")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "merged")
+    (tmp_path / "prompts.txt").write_text("is the fire warm ?\nthe sea is blue\nis ice cold ?\nred sky\n")
+    code, out = call(
+        tmp_path / "loha", "--against", tmp_path / "merged", "--prompts", tmp_path / "prompts.txt", "--json"
+    )
+    assert (code, json.loads(out)["verdict"]) == (0, "on")
+    code, out = call(tmp_path / "loha", "--against", tiny_lm, "--json")
+    assert (code, json.loads(out)["verdict"]) == (1, "off")
+    code, out = call(tmp_path / "loha", "--json")
+    assert (code, json.loads(out)["verdict"]) == (0, "on")
+
+
+def test_an_adapter_that_changes_nothing_is_off(call, tiny_lm, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "fresh")
+    code, out = call(tmp_path / "fresh", "--json")
+    assert (code, json.loads(out)["verdict"]) == (1, "off")
+
+
+def test_wrong_calls_are_one_sentence(runs, tiny_lm, tmp_path, reviews):
+    run = str(runs["lora"])
+    for options, said in [
+        ({"against": run, "adapter": run}, "name several candidates"),
+        ({"against": str(tmp_path / "no/such")}, "There is no model folder"),
+        ({"against": run + "/adapter"}, "is an adapter: give it by --adapter"),
+        ({"adapter": str(tiny_lm)}, "holds no adapter"),
+        ({"prompts": str(tmp_path / "none.txt")}, "There is no file of prompts"),
+        ({"model": "mine"}, "give its --endpoint"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            verify(run, **options)
+    with pytest.raises(UserError, match="holds no adapter"):
+        verify(str(tiny_lm))

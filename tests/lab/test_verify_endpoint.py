@@ -1,0 +1,138 @@
+"""A served adapter is judged over HTTP: by servers that echo prompts and by those that do not."""
+
+import json
+import shutil
+
+import faulty
+import pytest
+from tiny_server import served
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.verify.strength import strengths
+from dual_lora.lab.verify.verify import verify
+
+KINDS = ["vllm", "llama.cpp"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tiny_lm, questions, tmp_path_factory):
+    values = {
+        "name": "tiny",
+        "model": {"path": str(tiny_lm)},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"batch_size": 8},
+    }
+    return faulty.trained(tmp_path_factory.mktemp("runs") / "dual", values, "dual_lora")
+
+
+@pytest.fixture(scope="module")
+def tuned(run_folder):
+    return open_tuned(run_folder)
+
+
+def judged(run_folder, url, **more):
+    return verify(run_folder, endpoint=url, model="mine", **more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_right_server_by_the_fingerprint_alone(kind, run_folder, tuned, tmp_path):
+    """Neither data nor base is needed: the adapter's folder lies alone, and its base's name leads nowhere."""
+    alone = tmp_path / "alone"
+    shutil.copytree(run_folder / "adapter", alone)
+    faulty.with_config(alone, base_model_name_or_path="/nowhere")
+    (alone / "lab.json").unlink()
+    with served(tuned.model, tuned.tokenizer, kind) as (url, asked):
+        report = judged(alone, url)
+    assert report.finding.word == "on", report.summary()
+    assert report.prompts == "the fingerprint's"
+    assert {path for path, _, _ in asked} <= {"/v1/completions", "/v1/chat/completions"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("strength", "word"), [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1")], ids=["off", "twice", "half"]
+)
+@pytest.mark.parametrize("prompts", [None, "own"])
+def test_wrong_strengths(kind, strength, word, prompts, run_folder, tuned, questions):
+    prompts = prompts and str(questions / "test.json")
+    with strengths(tuned.model, lambda _: strength), served(tuned.model, tuned.tokenizer, kind) as (url, _):
+        report = judged(run_folder, url, prompts=prompts)
+    assert report.finding.word == word, report.summary()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lost_layers(kind, run_folder, tuned):
+    lost = lambda name: 0.0 if ".layers.0." in name else 1.0  # noqa: E731
+    with strengths(tuned.model, lost), served(tuned.model, tuned.tokenizer, kind) as (url, _):
+        report = judged(run_folder, url)
+    assert report.finding.word == "layers dropped", report.summary()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_template(kind, run_folder, tuned):
+    other = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    with served(tuned.model, tuned.tokenizer, kind, template=other) as (url, _):
+        report = judged(run_folder, url)
+    assert report.finding.word == "wrong chat template", report.summary()
+
+
+def test_other_tokenizer(run_folder, tuned, tmp_path, tiny_lm):
+    shutil.copytree(tiny_lm, tmp_path / "other")
+    file = tmp_path / "other/tokenizer.json"
+    saved = json.loads(file.read_text())
+    names = list(saved["model"]["vocab"])
+    saved["model"]["vocab"] = {name: i for i, name in enumerate([*names[:4], *reversed(names[4:])])}
+    file.write_text(json.dumps(saved))
+    from transformers import AutoTokenizer
+
+    with served(tuned.model, AutoTokenizer.from_pretrained(tmp_path / "other"), "vllm") as (url, _):
+        report = judged(run_folder, url)
+    assert report.finding.word == "other tokenizer", report.summary()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((200, {}, b"<html>"), "did not answer in JSON"),
+        ((200, {}, b"[" * 100000), "did not answer in JSON"),
+        ((200, {}, b'{"choices": []}'), "gives no log-probabilities"),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "another address"),
+        ((500, {}, b'{"error": {"message": "out of \\u001b[31mmemory"}}'), "out of  [31mmemory"),
+        ((401, {}, b""), "DUAL_LORA_API_KEY"),
+    ],
+)
+def test_bad_servers_get_one_sentence(answer, said, run_folder, tuned):
+    with served(tuned.model, tuned.tokenizer, answer=answer) as (url, _), pytest.raises(UserError) as caught:
+        judged(run_folder, url)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_no_server_no_logprobs_no_model(run_folder, tuned):
+    with pytest.raises(UserError, match="cannot be reached"):
+        judged(run_folder, "http://127.0.0.1:9/v1")
+    with served(tuned.model, tuned.tokenizer, "plain") as (url, _):
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            judged(run_folder, url)
+        with pytest.raises(UserError, match="no model 'other'"):
+            verify(run_folder, endpoint=url, model="other")
+    for wrong in ("localhost:8000", "file:///etc/passwd", "http://me:secret@localhost/v1", "http://localhost/v1?x=1"):
+        with pytest.raises(UserError) as caught:
+            judged(run_folder, wrong)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="needs --model"):
+        verify(run_folder, endpoint="http://127.0.0.1:9/v1")
+
+
+def test_the_token_comes_from_the_environment_and_is_never_shown(run_folder, tuned, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-hidden")
+    with served(tuned.model, tuned.tokenizer, token="sk-hidden") as (url, asked):
+        report = judged(run_folder, url)
+    assert report.finding.word == "on"
+    assert asked[0][2]["Authorization"] == "Bearer sk-hidden"
+    assert "sk-hidden" not in json.dumps(report.summary())
+    with served(tuned.model, tuned.tokenizer, token="another") as (url, _), pytest.raises(UserError) as caught:
+        judged(run_folder, url)
+    assert "sk-hidden" not in str(caught.value)
