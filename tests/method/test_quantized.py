@@ -13,8 +13,9 @@ from torch.nn.functional import linear
 
 from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights
 from dual_lora.core import blocked
-from dual_lora.method import quantized
-from dual_lora.method.quantized import QuantizedLinear, row_source
+from dual_lora.method import quantized, quantized_rows
+from dual_lora.method.quantized import QuantizedLinear
+from dual_lora.method.quantized_rows import row_source
 
 O, I = 64, 128
 
@@ -107,7 +108,7 @@ def requantises(layer):
 
 def whole(layer):
     if layer.quantization_backend.backend_name == "bnb 4bit":
-        quantized._undo_packing_for_cpu(layer.get_base_layer())
+        quantized_rows.undo_packing_for_cpu(layer.get_base_layer())
     return layer.quantization_backend.get_base_weight(layer.get_base_layer()).detach().float().clone()
 
 
@@ -233,14 +234,14 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
 def test_repacking_and_back_keeps_the_scales_in_their_places(nested):
     """bitsandbytes 0.50 leaves plain scales transposed: after the base's own forward an adapter read another one."""
     layer = four_bit("nf4", nested, (256, 64))  # several blocks in a row
-    rows = quantized._FourBitRows(layer)
+    rows = quantized_rows._FourBitRows(layer)
     before = rows.rows(0, 64).clone()
     layer.eval()
     with torch.no_grad():
         layer(torch.randn(2, 256))
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("this CPU has no bf16 units, for which bitsandbytes repacks")
-    after = quantized._FourBitRows(layer).rows(0, 64)
+    after = quantized_rows._FourBitRows(layer).rows(0, 64)
     torch.testing.assert_close(after, before, atol=0.01 * float(before.abs().max()), rtol=0)
 
 
@@ -362,8 +363,10 @@ def test_the_whole_weight_never_stands_in_memory(monkeypatch):
     model, layer, _ = wrapped("nf4 nested")
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * I, block=16 * I * 4))
     seen = []
-    original = quantized._FourBitRows.rows
-    monkeypatch.setattr(quantized._FourBitRows, "rows", lambda self, a, b: seen.append(b - a) or original(self, a, b))
+    original = quantized_rows._FourBitRows.rows
+    monkeypatch.setattr(
+        quantized_rows._FourBitRows, "rows", lambda self, a, b: seen.append(b - a) or original(self, a, b)
+    )
     monkeypatch.setattr(type(layer.quantization_backend), "get_base_weight", None)
     model(torch.randn(4, I, requires_grad=True)).sum().backward()
     assert seen == [16] * (O // 16) * 2

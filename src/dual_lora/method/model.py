@@ -24,16 +24,16 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
-from . import saved
+from . import merge_checks, saved
 from .attention import dispatch_attention
 from .config import DualLoraConfig
 from .conv import dispatch_conv
 from .embedding import dispatch_embedding
 from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
-from .layer import DualLoraLayer, MapLayer, dispatch_default
+from .layer import DualLoraLayer, dispatch_default
 from .precision import Warned
-from .quantized import QuantizedLinear, dispatch_quantized
+from .quantized import dispatch_quantized
 
 DISPATCHERS = [dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_quantized, dispatch_default]
 SUPPORTED = (
@@ -184,47 +184,14 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         if merge:
             self._refuse_shared_weights(adapter_names)
-            self._warn_unfinished(adapter_names)
-        layers = self._quantized()
+            for name in adapter_names or self.active_adapters:
+                merge_checks.warn_unfinished(name, self.peft_config[name], self._layers_with(name))
+        layers = merge_checks.quantised(self.model)
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            self._warn_merge_errors(layers)
+            merge_checks.warn_of_rounding(layers)
         set_fast_paths(model)
         return model
-
-    def _warn_unfinished(self, adapter_names: list[str] | None) -> None:
-        """Say that an adapter trained here is merged for good below full strength: its run was shorter than the ramp.
-
-        One that is loaded for inference has said so when it was loaded, and one without a step is no accident.
-        """
-        configs: dict[str, Any] = self.peft_config
-        for name in adapter_names or self.active_adapters:
-            left = max((layer.steps_left(name) for layer in self._layers_with(name)), default=0)
-            if left and left < configs[name].warmup_steps and not configs[name].inference_mode:
-                warnings.warn(
-                    f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of "
-                    f"{configs[name].warmup_steps} optimizer steps before full strength: the merged model is what the "
-                    "adapter is now (λ below 1). Train it to the end of the warm-up, or choose fewer `warmup_steps`, "
-                    "about a tenth of the run's.",
-                    UserWarning,
-                    stacklevel=4,
-                )
-
-    def _quantized(self) -> list[QuantizedLinear]:
-        return [m for m in self.model.modules() if isinstance(m, QuantizedLinear)]
-
-    @staticmethod
-    def _warn_merge_errors(layers: list[QuantizedLinear]) -> None:
-        errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
-        if errors:
-            warnings.warn(
-                f"Merged into {len(errors)} quantised layers, whose weights were quantised again: what that lost is "
-                f"{errors[len(errors) // 2]:.1%} of ΔW's norm in the median layer and {errors[-1]:.1%} in the worst "
-                "(each layer's `merge_error`). Unmerging brings the old weights back bit for bit. For an exact merge, "
-                "merge into the base model in bf16 or fp32 and quantise the result.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     @property
     def _replicates_layers(self) -> bool:
@@ -236,41 +203,8 @@ class DualLoraModel(BaseTuner):
             raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
 
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
-        if self._replicates_layers:
-            return  # has an error of its own
-        holders: dict[int, list[nn.Module]] = {}
-        layers: dict[nn.Module, DualLoraLayer] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                holders.setdefault(id(parameter), []).append(module)
-            if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
-                layers[module.get_base_layer()] = module
-
-        def updates(layer: DualLoraLayer) -> set[str]:
-            asked = layer.active_adapters if adapter_names is None else adapter_names
-            return {*layer._present(asked), *layer.merged_adapters}
-
-        for base, layer in layers.items():
-            own = updates(layer) - layer.tied.keys()
-            for other in holders.get(id(layer._parameter()), ()) if own else ():
-                theirs = updates(layers[other]) if other in layers else set()
-                if other is base or (other in layers and own <= layers[other].tied.keys()):
-                    continue
-                way_out = (
-                    "Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` and "
-                    "`tie_word_embeddings=False`), or train with `ensure_weight_tying=True`: both get one update."
-                )
-                if theirs:
-                    raise ValueError(
-                        f"Cannot merge: {base} and {other} share one weight, and their updates "
-                        f"({', '.join(sorted(own))} and {', '.join(sorted(theirs))}) differ: no one weight gives what "
-                        "the unmerged model gives. " + way_out
-                    )
-                layer.warned.once(
-                    f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "
-                    "weight and has no update of its own: the merged model differs from the unmerged one. " + way_out
-                )
+        if not self._replicates_layers:  # which has an error of its own
+            merge_checks.refuse_shared_weights(self.model, adapter_names)
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -324,7 +258,7 @@ class DualLoraModel(BaseTuner):
                 if added:
                     layer.unmerge(added)
             raise
-        self._warn_merge_errors(self._quantized())
+        merge_checks.warn_of_rounding(merge_checks.quantised(self.model))
 
     def add_weighted_adapter(
         self,

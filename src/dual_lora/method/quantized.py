@@ -26,13 +26,14 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.blocked import Adapter, RowSource
+from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype
 from ..core.handle import Handle, handle
 from ..core.op import dual_lora_linear, through_rows
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import Linear, is_exporting, is_plain
+from .quantized_rows import row_source, undo_packing_for_cpu
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
 _UNKNOWN = object()
@@ -171,7 +172,7 @@ class _Kept(NamedTuple):
     def of(cls, layer: QuantizedLinear) -> _Kept:
         base: Any = layer.get_base_layer()
         if isinstance(layer.quantization_backend, Bnb4bitBackend):
-            _undo_packing_for_cpu(base)
+            undo_packing_for_cpu(base)
         weight = None if isinstance(layer.quantization_backend, HqqBackend) else base.weight
         attributes = {} if weight is None else dict(vars(weight))
         return cls(base, weight, attributes, copy.copy(getattr(base, "state", None)))
@@ -196,147 +197,6 @@ class _Kept(NamedTuple):
             vars(self.weight).update(self.attributes)
         elif layer.base_layer is not self.base:  # HQQ makes a new layer, without a bias
             layer.base_layer.bias = self.base.bias  # type: ignore[union-attr]
-
-
-# Rows of a quantised weight.
-
-
-def row_source(base: Any, backend: QuantizationBackend) -> RowSource:
-    """The base's weight, dequantised some rows at a time."""
-    if isinstance(backend, Bnb4bitBackend):
-        return _FourBitRows(base)
-    if isinstance(backend, HqqBackend) and _HqqRows.can_read(base):
-        return _HqqRows(base)
-    if isinstance(backend, TorchaoBackend) and _SlicedRows.can_read(base.weight):
-        return _SlicedRows(base.weight)
-    return _WholeRows(base, backend)
-
-
-class _FourBitRows:
-    """bitsandbytes NF4 and FP4: blocks of consecutive entries share a scale, which may be quantised itself."""
-
-    def __init__(self, base: Any):
-        _undo_packing_for_cpu(base)
-        self.packed, self.state = base.weight.data, base.weight.quant_state
-        self.shape = (base.out_features, base.in_features)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        import bitsandbytes.functional as F
-
-        O, I = self.shape
-        state, size = self.state, self.state.blocksize
-        first, last = start * I // size, -(-stop * I // size)
-        low, high = first * size, min(last * size, O * I)
-        part = F.QuantState(
-            absmax=_scales(state, first, last),
-            shape=torch.Size((high - low,)),
-            code=state.code,
-            blocksize=size,
-            quant_type=state.quant_type,
-            dtype=state.dtype,
-        )
-        packed = self.packed.view(-1)[low // 2 : -(-high // 2)].view(-1, 1)
-        entries = F.dequantize_4bit(packed, part).view(-1)
-        return entries[start * I - low : stop * I - low].view(stop - start, I)
-
-
-def _scales(state: Any, first: int, last: int) -> Tensor:
-    """The scales of the blocks first…last, fp32."""
-    import bitsandbytes.functional as F
-
-    if not state.nested:
-        return state.absmax[first:last].float()
-    outer = state.state2
-    size = outer.blocksize
-    low, high = first // size, -(-last // size)
-    part = F.QuantState(absmax=outer.absmax[low:high], code=outer.code, blocksize=size, dtype=outer.dtype)
-    scales = F.dequantize_blockwise(state.absmax[low * size : high * size], part)
-    return (scales[first - low * size : last - low * size] + state.offset).float()
-
-
-def _undo_packing_for_cpu(base: Any) -> None:
-    """bitsandbytes repacks a weight in place for inference on some CPUs; bring it back to its own layout."""
-    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
-        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
-
-        base.weight.data, state = inverse(base.weight.data, base.weight.quant_state)
-        if not state.nested and state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves plain scales transposed
-            state.absmax = state.absmax.T.reshape(-1).float()
-        base.weight.quant_state = state
-
-
-class _HqqRows:
-    """HQQ with groups along the rows, in 8 or 4 bits: a row is a whole number of groups."""
-
-    def __init__(self, base: Any):
-        self.base = base
-        self.shape = (base.out_features, base.in_features)
-
-    @staticmethod
-    def can_read(base: Any) -> bool:
-        meta = base.meta
-        return (
-            meta["axis"] == 1
-            and meta["packing"] in ("8bit_u8", "4bit_u8")
-            and meta["group_size"] is not None
-            and base.in_features % meta["group_size"] == 0
-            and not (meta["quant_scale"] or meta["quant_zero"] or meta["view_as_float"])
-        )
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        I = self.shape[1]
-        meta, stored = self.base.meta, self.base.W_q
-        per_row = I // meta["group_size"]
-        first, last = start * per_row, stop * per_row
-        if meta["packing"] == "8bit_u8":
-            whole = stored[first:last]
-        else:  # the high halves hold the first half of the groups, the low halves the second
-            half = stored.shape[0]
-            whole = torch.cat(
-                [
-                    stored[min(first, half) : min(last, half)] >> 4,
-                    stored[max(first - half, 0) : max(last - half, 0)] & 15,
-                ]
-            )
-        scale, zero = meta["scale"][first:last], meta["zero"][first:last]
-        return ((whole.to(scale.dtype) - zero) * scale).view(stop - start, I).to(self.base.compute_dtype)
-
-
-class _SlicedRows:
-    """torchao: a quantised tensor that can be cut by rows before it is dequantised."""
-
-    def __init__(self, weight: Any):
-        self.weight = weight
-        self.shape = tuple(weight.shape)
-
-    @staticmethod
-    def can_read(weight: Any) -> bool:
-        try:
-            weight[:1].dequantize()
-        except (NotImplementedError, RuntimeError, AttributeError, AssertionError):
-            return False
-        return True
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop].dequantize()
-
-
-class _WholeRows:
-    """A layout that cannot be read by rows: dequantised once for a pass over its rows, and dropped at its end."""
-
-    def __init__(self, base: Any, backend: QuantizationBackend):
-        self.base, self.backend = base, backend
-        self.shape = (base.out_features, base.in_features)
-        self._whole: Tensor | None = None
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        if self._whole is None:
-            with torch.no_grad():
-                self._whole = self.backend.get_base_weight(self.base)
-        part = self._whole[start:stop]
-        if stop == self.shape[0]:
-            self._whole = None
-        return part
 
 
 def find_backend(base: nn.Module, get_apply_tensor_subclass: Any = None) -> QuantizationBackend | None:

@@ -1,0 +1,82 @@
+"""What a merge of a whole model looks at first, and what it says at its end."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .layer import DualLoraLayer, MapLayer
+from .quantized import QuantizedLinear
+
+
+def quantised(model: nn.Module) -> list[QuantizedLinear]:
+    """The quantised layers of a model."""
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def warn_unfinished(name: str, config: Any, layers: list[DualLoraLayer]) -> None:
+    """Say that an adapter trained here is merged for good below full strength: its run was shorter than the ramp.
+
+    One that is loaded for inference has said so when it was loaded, and one without a step is no accident.
+    """
+    left = max((layer.steps_left(name) for layer in layers), default=0)
+    if left and left < config.warmup_steps and not config.inference_mode:
+        warnings.warn(
+            f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of {config.warmup_steps} optimizer "
+            "steps before full strength: the merged model is what the adapter is now (λ below 1). Train it to the end "
+            "of the warm-up, or choose fewer `warmup_steps`, about a tenth of the run's.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
+    """Say what quantising merged weights again has lost."""
+    errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
+    if errors:
+        warnings.warn(
+            f"Merged into {len(errors)} quantised layers, whose weights were quantised again: what that lost is "
+            f"{errors[len(errors) // 2]:.1%} of ΔW's norm in the median layer and {errors[-1]:.1%} in the worst (each "
+            "layer's `merge_error`). Unmerging brings the old weights back bit for bit. For an exact merge, merge into "
+            "the base model in bf16 or fp32 and quantise the result.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def refuse_shared_weights(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
+    holders: dict[int, list[nn.Module]] = {}
+    layers: dict[nn.Module, DualLoraLayer] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(module)
+        if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
+            layers[module.get_base_layer()] = module
+
+    def updates(layer: DualLoraLayer) -> set[str]:
+        asked = layer.active_adapters if adapter_names is None else adapter_names
+        return {*layer._present(asked), *layer.merged_adapters}
+
+    for base, layer in layers.items():
+        own = updates(layer) - layer.tied.keys()
+        for other in holders.get(id(layer._parameter()), ()) if own else ():
+            theirs = updates(layers[other]) if other in layers else set()
+            if other is base or (other in layers and own <= layers[other].tied.keys()):
+                continue
+            way_out = (
+                "Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` and "
+                "`tie_word_embeddings=False`), or train with `ensure_weight_tying=True`: both get one update."
+            )
+            if theirs:
+                raise ValueError(
+                    f"Cannot merge: {base} and {other} share one weight, and their updates ({', '.join(sorted(own))} "
+                    f"and {', '.join(sorted(theirs))}) differ: no one weight gives what the unmerged model gives. "
+                    + way_out
+                )
+            layer.warned.once(
+                f"Merging adapter {', '.join(sorted(own))} into {base} changes {other} as well, which shares its "
+                "weight and has no update of its own: the merged model differs from the unmerged one. " + way_out
+            )
