@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.recipe.schema import ModelPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
+from dual_lora.lab.verify.causes import causes_in, config_differences, explained, strength_notes
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
@@ -187,16 +187,16 @@ def _of_itself(
         if finding.word == "undecided":
             finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
         notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
-        return Report(source, "the adapter itself", own.where, finding, notes + _strength_notes(own.tuned))
+        return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
     tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in ("float32", "bfloat16", "float16") else None))
     own = _stored(saved)
     with tuned.as_variant("tuned") as model:
         found = score(model, own.probes)
     exact = own.exact and _dtype_of(tuned.model) == torch.float32
     finding = judge(found, own.known, own.guesses, exact)
-    notes = _strength_notes(tuned)
+    notes = strength_notes(tuned)
     if not finding.good:
-        finding = _explained(finding, _causes(saved, tuned))
+        finding = explained(finding, causes_in(saved, tuned))
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
 
 
@@ -207,7 +207,7 @@ def _of_files(
         other = open_tuned(candidate, base)
         if not other.adapted:
             raise UserError(f"{candidate} holds no adapter: a merged model is given by --against.")
-        tokenizer, notes = other.tokenizer, _strength_notes(other)
+        tokenizer, notes = other.tokenizer, strength_notes(other)
     else:
         other, tokenizer = _plain(candidate)
         notes = []
@@ -222,7 +222,7 @@ def _of_files(
     elif wrong is not None:
         notes.append(f"{wrong.word}: {wrong.cause}")
     if adapter and not finding.good and folder is not None:
-        finding = _explained(finding, _config_differences(folder, _adapter_folder(Path(candidate))))
+        finding = explained(finding, config_differences(folder, _adapter_folder(Path(candidate))))
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
             finding.word = "λ below 1"
     return Report(source, candidate, own.where, finding, notes)
@@ -316,44 +316,3 @@ def _in_vocabulary(probes: list[Probe], model: Any, candidate: str) -> list[Prob
 
 def _dtype_of(model: Any) -> torch.dtype:
     return next((p.dtype for p in base_parameters(model).values()), torch.float32)
-
-
-def _strength_notes(tuned: Tuned | None) -> list[str]:
-    """What an adapter says of its own strength."""
-    from dual_lora.lab.verify.strength import adapted_layers
-
-    layers = adapted_layers(tuned.model).values() if tuned is not None else []
-    factors = [layer.warmup_factor("default") for layer in layers if hasattr(layer, "warmup_factor")]
-    if factors and min(factors) < 1:
-        return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
-    return []
-
-
-def _causes(saved: Fingerprint, tuned: Tuned) -> list[str]:
-    """What differs between a fingerprint and a model that was loaded; it explains a verdict and never makes one."""
-    causes = []
-    if fingerprints.hash_of_base(tuned.model) != saved.base_sample:
-        causes.append(f"the base's weights are not those that it was trained on ({saved.base or 'unnamed'})")
-    return causes
-
-
-def _config_differences(one: Path, other: Path | None) -> list[str]:
-    """Fields of two adapters' configurations that differ."""
-    if other is None:
-        return []
-    try:
-        pair = [json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in (one, other)]
-    except (OSError, ValueError):
-        return []
-    names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
-    lines = [f"{n} is {_short(pair[1].get(n))} there and {_short(pair[0].get(n))} here" for n in names]
-    return lines[:6]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value)
-    return text if len(text) <= 60 else text[:60] + "…"
-
-
-def _explained(finding: Finding, causes: list[str]) -> Finding:
-    return replace(finding, cause="; ".join([finding.cause, *causes])) if causes else finding
