@@ -6,7 +6,6 @@ and takes local paths out. What a person writes above or below the two marks sta
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dual_lora.lab.amounts import duration, size
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.public import cell, hub_name, is_hub_name, public, source_name
@@ -68,7 +68,7 @@ def card_text(
     data: Any = before.data if before else ModelCardData()
     base = data.base_model = known_base(before, recipe, base_model)
     data.license = licence or data.license
-    record = json.loads(folder.record.read_text(encoding="utf-8"))
+    record = read_object(folder.record)
     results = _evaluations(folder)
     adapter = recipe.method["name"] != "full"
     data.library_name = "peft" if adapter else "transformers"
@@ -190,7 +190,7 @@ def _loss(result: Mapping[str, Any]) -> str:
 
 def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
     files = sorted((folder.path / "evaluation").glob("*/result.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [read_object(file) for file in files]
 
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import dual_lora
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.hub_card import card_text, known_base, read_card
@@ -81,7 +82,7 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
             if WEIGHTS.fullmatch(file.name) or file.name in VOCABULARY:
                 shutil.copyfile(file, target / file.name)
             elif file.name in SETTINGS:
-                values = json.loads(file.read_text(encoding="utf-8"))
+                values = read_object(file)
                 clean = _clean_note(values, base) if file.name == "lab.json" else _clean_settings(values, base)
                 (target / file.name).write_text(
                     json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
