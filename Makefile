@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test tutorial crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an ho
 
 test-quick: $(VENV)/.ready ## the tests that take seconds
 	$(PY) -m pytest -m "not slow and not model"
+
+tutorial: $(VENV)/.ready ## the tutorial from top to bottom with its real model (ten minutes)
+	WHOLE_TUTORIAL=1 $(PY) -m pytest tests/test_docs.py -m model
 
 test-oldest:         ## core and method with the oldest supported versions, in an environment of its own
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
