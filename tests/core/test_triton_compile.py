@@ -19,7 +19,7 @@ def test_compose_for_a_training_step(target, tmp_path):
 
 def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path):
     """On sm_80 a copy through registers costs the product its overlap with memory."""
-    [kernel] = compile_ahead("sm_80", '"gradient"', "bfloat16", "[64, 64", '"deterministic": false', cache=tmp_path)
+    [kernel] = compile_ahead("sm_80", '"gradient"', 'bfloat16"', "[64, 64", '"deterministic": false', cache=tmp_path)
     assert fault("sm_80", kernel) is None
     assert kernel["async_in_loops"] >= 4, kernel
     assert kernel["through_registers_in_loops"] == 0, kernel

@@ -42,7 +42,7 @@ def test_everything_is_made_and_counted(finished):
     assert result.examples == 20
     assert {name: counts[1] for name, counts in result.exact_match["base"].items()} == dict.fromkeys(TEST_SETS, 10)
     assert result.exact_match["tuned"].keys() == set(TEST_SETS)
-    assert result.merged_same == [6, 6]
+    assert result.merged_same == [10, 10]
     assert set(result.seconds) == {"training", "evaluation", "merging and checking"}
     assert min(result.seconds.values()) > 0
     assert 0 < result.training_memory <= result.peak_memory
@@ -88,7 +88,7 @@ def test_a_demo_cut_short_goes_on_without_training_again(finished, tiny_lm, tmp_
     (out / "run" / "recipe.yaml").write_text(recipe)
     result = demo.run(out, **tiny(tiny_lm))
     assert result.exact_match == demo.read_result(finished).exact_match
-    assert result.merged_same == [6, 6]
+    assert result.merged_same == [10, 10]
 
 
 def test_another_seed_in_the_same_folder_is_refused(finished, tiny_lm):
@@ -142,7 +142,7 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, tiny_lm, monkeypatc
     from dual_lora.lab.run import train
 
     class Stopped:
-        state, seconds = "interrupted", 1.0
+        state, seconds, stopped_by = "interrupted", 1.0, 2
 
     monkeypatch.setattr(train, "run", lambda *_, **__: Stopped())
     with pytest.raises(KeyboardInterrupt, match="same command goes on"):

@@ -215,12 +215,16 @@ def test_push_uploads_the_known_files_and_nothing_of_this_machine(copy, hub, tmp
     (adapter / "training_args.bin").write_bytes(b"a pickle")
     (tmp_path / "secret").write_text("secret")
     (adapter / "vocab.txt").symlink_to(tmp_path / "secret")
-    done = push(hub, copy, "me/warm", "--base-model", "org/tiny", "--yes", "--private", "--json", tmp_path=tmp_path)
+    arguments = ("me/warm", "--base-model", "org/tiny", "--yes", "--private", "--json")
+    assert "vocab.txt is a link" in push(hub, copy, *arguments, tmp_path=tmp_path).stderr
+    assert not hub.files
+    (adapter / "vocab.txt").unlink()
+    done = push(hub, copy, *arguments, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert hub.created[0]["name"] == "warm"
     assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private")
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "lab.json"} <= set(hub.files)
-    assert not {"notes-to-self.txt", "training_args.bin", "vocab.txt"} & set(hub.files)
+    assert not {"notes-to-self.txt", "training_args.bin"} & set(hub.files)
     assert set(json.loads(done.stdout)["files"]) == set(hub.files)
     assert hub.files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"

@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_precision(device, lm_values, tmp
     step_end = Watch.on_step_end
 
     def stop_at_one(self, args, state, control, **more):
-        self.stop = state.global_step == 1
+        self.stopped_by = 2 if state.global_step == 1 else 0
         step_end(self, args, state, control, **more)
 
     with monkeypatch.context() as patch:
