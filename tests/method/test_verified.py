@@ -175,3 +175,12 @@ def test_nothing_to_train(tmp_path):
     callback = VerifyAdapter()
     with pytest.warns(UserWarning, match="no parameter is trained"):
         callback.on_train_begin(None, state, None, model=adapted)
+
+
+def test_a_run_of_few_steps_is_not_judged(tmp_path):
+    """LoRA's A has no gradient in the first step, nor in the second where the rate starts at zero."""
+    for steps in (1, 3):
+        callback = VerifyAdapter(tokenizer=Tokenizer())
+        train(get_peft_model(model(), CONFIGS["lora"]()), rows(), tmp_path, callback, steps=steps)
+        assert callback.problems == []
+        assert any("too few" in note for note in callback.notes)

@@ -19,6 +19,7 @@ from .labels import label_problems
 
 ROWS = 8  # training rows that are looked at
 ROWS_ASKED = 2  # of which the saved adapter is asked
+FEWEST_STEPS = 4  # a rate and a B that start at zero keep other factors still for three
 FILLED = 0.5  # what stands in every trained tensor before the saved ones are loaded
 
 
@@ -81,8 +82,10 @@ class VerifyAdapter(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         taken = state.global_step - self._first
-        if not self._judged and taken:
+        if not self._judged and taken >= FEWEST_STEPS:
             self._judge(taken)
+        elif not self._judged:
+            self.notes.append(f"{taken} steps are too few to see whether every trained tensor moves")
         if self._trained and taken and self._batch is not None and state.is_world_process_zero:
             self._check_saved(model)
         self._trained, self._before, self._batch = {}, {}, None
