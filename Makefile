@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test tutorial crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ $(VENV)/.ready: pyproject.toml requirements-models.txt
 demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to ten minutes)
 	$(VENV)/bin/dual-lora demo
 
-test: $(VENV)/.ready ## the whole test suite (no network, no GPU needed)
+test: $(VENV)/.ready ## the test suite (no network, no GPU needed; a quarter of an hour)
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 -m "not long"
+
+test-all: $(VENV)/.ready ## the same with the long tests
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
 crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (an hour)

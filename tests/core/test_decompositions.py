@@ -135,7 +135,7 @@ torch.testing.assert_close(compiled(x), module(2 * x))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ci", ["", "true"], ids=["set later", "set before"])
+@pytest.mark.parametrize("ci", [pytest.param("", marks=pytest.mark.long), "true"], ids=["set later", "set before"])
 def test_where_ci_is_set_inductor_takes_the_operator_all_the_same(ci, tmp_path):
     """PyTorch refuses there what has a decomposition; with an empty cache, so that Inductor is asked."""
     here = Path(__file__).parent

@@ -243,6 +243,7 @@ def names_a_known_tool(answer: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 def test_the_real_model_learns_in_a_few_steps(tmp_path):

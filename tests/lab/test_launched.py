@@ -57,7 +57,7 @@ def kill_after_first_checkpoint(process, out):
     psutil.wait_procs(workers)
 
 
-@pytest.fixture(params=["fsdp2", "ddp"])
+@pytest.fixture(params=["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
 def killed(request, lm_values, write_recipe, tmp_path):
     """(strategy, recipe, folder of a run of two processes that was killed)."""
     lm_values["method"] = {"name": "dual_lora", "r": 4}

@@ -91,6 +91,7 @@ print(json.dumps(model(ids).logits[0, -1].tolist()))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.model
 @needs_smollm2
 def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):

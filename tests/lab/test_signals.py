@@ -114,7 +114,7 @@ def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("executor", ["serial", "process"])
+@pytest.mark.parametrize("executor", ["serial", pytest.param("process", marks=pytest.mark.long)])
 def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
     study = tiny_study.write_study(tmp_path / "study", search=None, seeds=2)
     recipe = tmp_path / "study/letters.yaml"
@@ -137,7 +137,7 @@ def test_compare_saves_the_checkpoints_of_its_runs(executor, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["launcher", "one worker"])
+@pytest.mark.parametrize("to", ["launcher", pytest.param("one worker", marks=pytest.mark.long)])
 def test_all_processes_stop_after_the_same_step(to, lm_values, write_recipe, tmp_path):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     lm_values["train"] |= {"steps": 5000, "batch_size": 2, "checkpoint_every": 5000}

@@ -91,6 +91,7 @@ def test_killed_in_training_goes_on_from_the_checkpoint(tiny, short, tmp_path, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments(tiny, whole, tmp_path):
     study = write_study(tiny)
     seen, wait = {}, 0.4
@@ -268,6 +269,7 @@ def test_unknown_executor_and_missing_ray(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, tmp_path):
     study = write_study(tiny)

@@ -75,7 +75,7 @@ def test_inference_of_a_whole_model_at_every_lambda(name, strict):
 
 @ONE_GRAPH
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == "llama" else pytest.mark.long) for n in MODELS])
 def test_the_default_backend(name, strict):
     """Inductor, which writes and compiles C++ here: training, then inference at several λ."""
     model = build(name, layers=1)

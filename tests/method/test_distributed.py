@@ -22,6 +22,7 @@ KINDS = ["ddp", "fsdp2"] + [
     )
     for stage in range(4)
 ]
+RESUMED = ["fsdp2", pytest.param("ddp", marks=pytest.mark.long), *KINDS[2:]]
 
 pytestmark = pytest.mark.slow
 
@@ -60,14 +61,14 @@ def test_two_processes_train_what_one_trains(kind, tmp_path, single):
     assert_same(train(kind, tmp_path), once)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RESUMED)
 def test_a_run_resumes_on_another_number_of_processes(kind, tmp_path, single):
     first, _, continued = single
     assert continued[0]["warmup"][0] == 1.0
     assert_same(train(kind, tmp_path, resume=first), continued)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RESUMED)
 def test_one_process_resumes_a_run_of_two(kind, tmp_path, single):
     *_, continued = single
     train(kind, tmp_path / "two")
