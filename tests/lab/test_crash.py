@@ -27,6 +27,7 @@ from dual_lora.lab.run.train import run
 from dual_lora.lab.study.compare import compare
 
 ALL = os.environ.get("DUAL_LORA_CRASH") == "all"
+CARD = "README.md"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if ALL else 600)]
 
 
@@ -64,8 +65,10 @@ def visible(folder):
 
 
 def weights(adapter):
-    """All but the card, which names times."""
-    return {name: content for name, content in visible(adapter).items() if name != "README.md"}
+    """All but the card, which names times, and its size in the list of files."""
+    found = visible(adapter)
+    found["complete.json"] = {name: size for name, size in json.loads(found["complete.json"]).items() if name != CARD}
+    return {name: content for name, content in found.items() if name != CARD}
 
 
 @pytest.fixture
