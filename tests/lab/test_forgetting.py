@@ -103,6 +103,7 @@ def test_a_study_judges_it_beside_its_task(tmp_path, capsys):
         overrides={"evaluate": {"forgetting": str(texts)}},
         margin={"loss": 0.02, "forgetting": 5.0},
         seeds=2,
+        search={"space": {"learning_rate": [1e-2]}},
     )
     results = compare(file, tmp_path / "out", progress=False)
     assert results["complete"]
