@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread, from one seed. Tiny models are built, never downloaded."""
 
+import gc
 import os
 from collections import Counter
 
@@ -21,6 +22,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What the tests before left is collected, and what lives on (modules above all) is not looked through again.
+
+    Every training collects garbage twice, at a third of a second each with all of transformers loaded.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -9,6 +9,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -35,12 +36,15 @@ class Hang(BaseException):
 
 
 def attempt(target, arguments, root):
-    """Give the command in this process. AssertionError for a traceback, a hang, or a write outside `root`."""
+    """Give the command in this process. AssertionError for a traceback, a hang, or a write outside `root`.
+
+    Temporary files have a place below `root`, which has to be empty again at the end.
+    """
     out, err = io.StringIO(), io.StringIO()
     violations = []
     code, raised = 0, None
     _hook_once()
-    with _limits(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with _scratch(root) as scratch, _limits(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         _watching.append((Path(root).resolve(), violations))
         try:
             cli.main([*map(str, arguments)])
@@ -50,10 +54,12 @@ def attempt(target, arguments, root):
             raised = "".join(traceback.format_exception(error))
         finally:
             _watching.clear()
+        left = os.listdir(scratch)
     said = err.getvalue()
     shown = f"{' '.join(map(str, arguments))}\nexit {code}\n{said[-3000:]}\n{raised or ''}"
     assert raised is None, shown
     assert not violations, f"{violations[:3]}\n{shown}"
+    assert not left, f"temporary files are left: {left}\n{shown}"
     assert not RAW.search(said), shown
     if code:
         assert "error: " in said, shown
@@ -66,6 +72,16 @@ def attempt(target, arguments, root):
 
 def _not_json(name):
     raise AssertionError(f"{name} is no JSON")
+
+
+@contextlib.contextmanager
+def _scratch(root):
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=root) as tempfile.tempdir:
+        try:
+            yield tempfile.tempdir
+        finally:
+            tempfile.tempdir = before
 
 
 @contextlib.contextmanager

@@ -117,6 +117,7 @@ def test_names_are_stable_and_leave_with_the_run(tmp_path, monkeypatch):
 def test_a_study_reports_its_final_runs_by_their_task_and_method(board, tmp_path):
     from dual_lora.lab.study.compare import compare
 
-    compare(write_study(tmp_path), tmp_path / "out", progress=False, report_to=("tensorboard",))
+    study = write_study(tmp_path, search={"space": {"learning_rate": [1e-2]}})
+    compare(study, tmp_path / "out", progress=False, report_to=("tensorboard",))
     names = [json.loads(text)["run_name"] for name, text in board if name == "args"]
     assert sorted(names) == [f"letters/{m}/seed-{s}" for m in ("dual_lora", "lora") for s in (1, 2)]

@@ -82,8 +82,8 @@ def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, monkeypatc
     """It stands in the results, and casts no doubt on the verdicts."""
     with monkeypatch.context() as patch:
         patch.setattr(comparing.Runner, "run", lambda self: None)
-        compare(write_study(tiny), tmp_path / "out", progress=False)
-    results = compare(write_study(tiny, margin=0.5), tmp_path / "out", update=True, progress=False)
+        compare(write_study(tiny, search=None), tmp_path / "out", progress=False)
+    results = compare(write_study(tiny, search=None, margin=0.5), tmp_path / "out", update=True, progress=False)
     (amendment,) = results["amendments"]
     assert (amendment["what"], amendment["ended"]) == ("Changed: margin.", 0)
     assert not any(LATE in c["sentence"] for c in results["comparisons"])
@@ -162,9 +162,9 @@ def test_runs_that_do_not_say_their_version_are_kept_and_named(tiny, copy_of_who
 # Old studies.
 
 
-def as_begun_before(out, tiny, **changes):
+def as_begun_before(finished, out):
     """A finished study as an earlier version left it: a database, and no study.json."""
-    compare(write_study(tiny, **changes), out, progress=False)
+    shutil.copytree(finished, out)
     (out / "study.json").unlink()
     (out / "state.sqlite").write_bytes(b"SQLite format 3\0")
     values = yaml.safe_load((out / "study.yaml").read_text())
@@ -173,18 +173,18 @@ def as_begun_before(out, tiny, **changes):
     (out / "study.yaml").write_text(yaml.safe_dump(values))
 
 
-def test_an_old_study_opens_and_repeats_nothing(tiny, tmp_path):
+def test_an_old_study_opens_and_repeats_nothing(tiny, short, tmp_path):
     out = tmp_path / "out"
-    as_begun_before(out, tiny, **SHORT)
+    as_begun_before(tiny / "short", out)
     before = outcomes(out)
     results = compare(write_study(tiny, **SHORT), out, progress=False)
     assert results["complete"]
     assert outcomes(out) == before
 
 
-def test_an_old_search_went_not_beyond_its_grid_and_says_so(tiny, tmp_path):
+def test_an_old_search_went_not_beyond_its_grid_and_says_so(tiny, whole, tmp_path):
     out = tmp_path / "out"
-    as_begun_before(out, tiny)
+    as_begun_before(tiny / "whole", out)
     before = outcomes(out)
     with pytest.raises(UserError, match=r"changed since.*: search\.extend\. Give --update"):
         compare(write_study(tiny), out, progress=False)
@@ -195,9 +195,9 @@ def test_an_old_search_went_not_beyond_its_grid_and_says_so(tiny, tmp_path):
     assert (amendment["ended"], amendment["of"]) == (4, 4)
 
 
-def test_an_old_study_whose_runs_are_elsewhere_asks_for_them(tiny, tmp_path):
+def test_an_old_study_whose_runs_are_elsewhere_asks_for_them(tiny, short, tmp_path):
     out = tmp_path / "out"
-    as_begun_before(out, tiny, **SHORT)
+    as_begun_before(tiny / "short", out)
     (out / "runs").rename(tmp_path / "shared")
     study = write_study(tiny, **SHORT)
     with pytest.raises(UserError, match=r"runs of this study lie in another folder.*name it with --runs"):
