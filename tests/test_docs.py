@@ -58,6 +58,7 @@ def test_python_runs_as_printed(page, some, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.model
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", RUNS, ids=name_of)
