@@ -46,6 +46,7 @@ def attempt(target, arguments, root):
     _hook_once()
     with _scratch(root) as scratch, _limits(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         _watching.append((Path(root).resolve(), violations))
+        compiling, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # of modules imported for the first time
         try:
             cli.main([*map(str, arguments)])
         except SystemExit as error:
@@ -54,6 +55,7 @@ def attempt(target, arguments, root):
             raised = "".join(traceback.format_exception(error))
         finally:
             _watching.clear()
+            sys.dont_write_bytecode = compiling
         left = os.listdir(scratch)
     said = err.getvalue()
     shown = f"{' '.join(map(str, arguments))}\nexit {code}\n{said[-3000:]}\n{raised or ''}"
