@@ -1,8 +1,8 @@
 """How well do gradients through Sign fit a matrix? Run: python results/surrogates/make.py [steps]
 
 Fits of 48 × 48 matrices that are Dual LoRA updates themselves (error 0 is possible), r1 = r2 = 3, LoRA with r = 6. All
-draws, starts and rates of a method are fitted at once, in a few seconds. Printed: the median over the draws of the relative squared error, each
-with its best rate and start. In the last fifth of the steps the smallest error counts.
+draws, starts and rates of a method are fitted at once, in a few seconds. Printed: the median over the draws of the
+relative squared error, each with its best rate and start. In the last fifth of the steps the smallest error counts.
 """
 
 from __future__ import annotations
