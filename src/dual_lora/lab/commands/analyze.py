@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.parameters import Json
+
 
 def analyze(
     runs: Annotated[list[Path], Parameter(help="Run folders of `dual-lora train`.", negative="")],
@@ -27,7 +29,7 @@ def analyze(
     gradients: Annotated[bool, Parameter(help="Take a gradient pass at every state.")] = True,
     held_out: Annotated[int, Parameter(help="Records for what each group contributes; 0: leave that out.")] = 64,
     device: Annotated[str | None, Parameter(help="Where to compute. [default: the best there is]", negative="")] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Look into what runs did to the weights: signs, zeros, ranks, gradients, likeness to full fine-tuning.
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import exit_status
 
@@ -43,7 +44,7 @@ def compare(
         bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")
     ] = False,
     list: Annotated[bool, Parameter(help="Show the shipped studies.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict in words.
 

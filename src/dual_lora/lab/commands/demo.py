@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
+from dual_lora.lab.commands.parameters import Json
 
 if TYPE_CHECKING:
     from dual_lora.lab.demo import DemoResult
@@ -35,7 +36,7 @@ def demo(
     seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
     overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Fine-tune a small model to turn English requests into JSON tool calls, in minutes on a CPU.
 

@@ -10,9 +10,10 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
+from dual_lora.lab.commands.parameters import Base, Dtype, Json
 from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
-from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Precision
+from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
 
 _PARTS: dict[str, Any] = {"data": (flags(DataPart) | None, None), "evaluate": (flags(EvaluatePart) | None, None)}
 EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
@@ -22,12 +23,10 @@ def evaluate(
     source: Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")],
     *,
     recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
-    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[
-        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
-    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
     out: Annotated[Path | None, Parameter(help="Folder for the results of every item. [default: in the run]")] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
     given: Annotated[
         EvaluateFlags | None,
         Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
+from dual_lora.lab.commands.parameters import Base, Dtype, Json
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
     from dual_lora.lab.model.export import Exported
@@ -37,11 +37,9 @@ def export(
     limit: Annotated[int | None, Parameter(help="At most so many records; 0: none. [default: 200]")] = None,
     outtype: Annotated[str | None, Parameter(help="gguf: f32, f16, bf16, q8_0 or auto. [default: auto]")] = None,
     converter: Annotated[str | None, Parameter(help="gguf: llama.cpp's folder or convert_hf_to_gguf.py.")] = None,
-    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[
-        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
-    ] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    json: Json = False,
 ) -> None:
     """Write an adapter for other programs: merged, as GGUF or as LoRA; or a LoRA as the start of a Dual LoRA.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
+from dual_lora.lab.commands.parameters import Base
 from dual_lora.lab.errors import UserError
 
 
@@ -21,7 +22,7 @@ def generate(
     max_new_tokens: Annotated[int, Parameter(help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, Parameter(help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, Parameter(help="Seed for a temperature above 0.")] = 0,
-    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    base: Base = None,
     without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.", negative="")] = False,
     json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.", negative="")] = False,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.parameters import Json
+
 
 def judge(
     source: Annotated[
@@ -42,7 +44,7 @@ def judge(
             help="Print the experiments of PEFT's suite as the methods of a study, and judge nothing.", negative=""
         ),
     ] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Judge scores that others made: the verdicts, intervals and notes of a study, without training anything.
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, finish, size
+from dual_lora.lab.commands.parameters import Base, Json
 from dual_lora.lab.recipe.schema import Precision
 
 
@@ -15,11 +16,11 @@ def merge(
     source: Annotated[str, Parameter(help="Run folder or adapter folder.")],
     out: Annotated[Path, Parameter(help="Folder to write; it must be empty or not exist.")],
     *,
-    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
+    base: Base = None,
     dtype: Annotated[
         Precision | None, Parameter(help="Precision of the merged weights. [default: the run's, else float32]")
     ] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Merge an adapter into its base and write a plain model folder, which loads without this package.
 

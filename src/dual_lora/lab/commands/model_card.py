@@ -8,6 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, finish
+from dual_lora.lab.commands.parameters import Json
 
 
 def card(
@@ -17,7 +18,7 @@ def card(
         str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")
     ] = None,
     license: Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Write a run's card for a model hub: README.md beside the adapter, with method, data, scores and cost.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, finish, size
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError
 
 
@@ -22,7 +23,7 @@ def push(
     license: Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")] = None,
     private: Annotated[bool, Parameter(help="Make a new repository private.", negative="")] = False,
     yes: Annotated[bool, Parameter(help="Upload without asking.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Upload a run's weights, tokenizer and card to the Hugging Face hub, after a question.
 

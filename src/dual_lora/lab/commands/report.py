@@ -7,6 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.parameters import Json
+
 USUAL = ("studies", "results", "benchmarks", "runs")
 
 
@@ -25,7 +27,7 @@ def report(
     watch: Annotated[
         bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.", negative="")
     ] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Write one self-contained HTML page from studies, analyses and the benchmark ledger.
 

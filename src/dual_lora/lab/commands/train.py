@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.recipe.flags import flag_values, flags
@@ -40,7 +41,7 @@ def train(
             negative="",
         ),
     ] = (),
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
     given: Annotated[
         RecipeFlags | None,
         Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.panel import Panel
 
 from dual_lora.lab.commands.card import duration, facts_card, finish
-from dual_lora.lab.recipe.schema import Precision
+from dual_lora.lab.commands.parameters import Base, Dtype, Json
 
 if TYPE_CHECKING:
     from dual_lora.lab.verify.verify import Report
@@ -25,11 +25,9 @@ def verify(
         str | None, Parameter(help="Records, or a .txt file with a prompt a line. [default: the run's own records]")
     ] = None,
     timeout: Annotated[float, Parameter(help="Seconds that the server may take for an answer.")] = 60.0,
-    base: Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")] = None,
-    dtype: Annotated[
-        Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")
-    ] = None,
-    json: Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    json: Json = False,
 ) -> None:
     """Is an adapter on, is it the one that was trained, and does what is served agree? Exit status 0 if so, 1 if not.
 

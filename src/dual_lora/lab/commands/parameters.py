@@ -1,0 +1,13 @@
+"""Parameters that several commands have, each with one help text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dual_lora.lab.recipe.schema import Precision
+
+Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.", negative="")]
+Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
+Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
