@@ -7,7 +7,6 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft_suite import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Place, Runs, Scores, in_words, one_metric, reference_of, tables
 from dual_lora.lab.judge.table_file import read_table
+from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
@@ -231,7 +231,7 @@ def _one_seed(paired: dict[Place, dict[str, Runs]]) -> list[str]:
 def _free(file: Path) -> Path:
     """The output, unless the results of a study lie there."""
     try:
-        judged = "judged_from" in json.loads(file.read_text(encoding="utf-8"))
+        judged = "judged_from" in read_json(file)
     except FileNotFoundError:
         return file
     except (OSError, ValueError, TypeError):

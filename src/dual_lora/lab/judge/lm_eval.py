@@ -17,6 +17,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number
+from dual_lora.lab.read import read_json
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_\d{4}-\d\d-\d\dT[\d\-:.]+\.jsonl$")
 _SEED = re.compile(r"(?:seed|run)?[-_ ]?(\d+)$", re.IGNORECASE)
@@ -93,7 +94,7 @@ def _directions(folder: Path, task: str) -> dict[str, str]:
     """Which way the task's metrics are better, as the newest results beside the samples say."""
     for file in sorted(folder.glob("results_*.json"), reverse=True):
         try:
-            higher: Any = json.loads(file.read_text(encoding="utf-8"))["higher_is_better"][task]
+            higher: Any = read_json(file)["higher_is_better"][task]
             return {name: "more" if more else "less" for name, more in higher.items() if more is not None}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue

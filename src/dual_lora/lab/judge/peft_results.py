@@ -8,7 +8,6 @@ What PEFT's suite measures and a run of ours does not is null; memory is the pea
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import Any
 
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.train import recipe_of_run
@@ -45,7 +45,7 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
                     f"{folder.path} is not there: PEFT's results hold each run's loss, tokens and memory, which lie in "
                     "the runs of the study, not in its results.json."
                 )
-            recipe, record = recipe_of_run(folder.path), json.loads(folder.record.read_text(encoding="utf-8"))
+            recipe, record = recipe_of_run(folder.path), read_json(folder.record)
             family = str(record["method"].get("peft_type", "full-finetuning")).lower()
             name = _name(f"{method['task']}-{method['model']}-{method['method']}-seed{run['seed']}")
             experiment = out / "experiments" / family / name
@@ -69,7 +69,7 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
 def _results(study: Path) -> dict[str, Any]:
     file = study / "results.json"
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = read_json(file)
         return {"methods": results["methods"], "study": results["study"]}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{study} is no study's folder: expected one that `dual-lora compare` has made.") from None

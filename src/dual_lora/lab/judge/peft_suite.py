@@ -15,6 +15,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import WHOLE, Place, Score, Scores, number, seed_number
+from dual_lora.lab.read import read_json
 
 FORGOTTEN = ("forgetting", "drift")  # less of them is better
 _SEED = re.compile(r"[-_]+seed[-_]?(\d+)$")
@@ -39,7 +40,7 @@ def read_peft(folder: Path) -> Scores:
     stopped, finished = [], set()
     for file in result_files(folder):
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
+            result = read_json(file)
             run, train = result["run_info"], result["train_info"]
             config, last = run["train_config"], train["metrics"][-1] if train["metrics"] else {}
             name, status = str(run["experiment_name"]), train["status"]
@@ -154,7 +155,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except ValueError as error:
         raise UserError(f"{file} is no JSON: {error}.") from None
     if not isinstance(value, dict):

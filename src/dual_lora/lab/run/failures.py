@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError
-from dual_lora.lab.errors import is_disk_full as is_disk_full
+from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
 from dual_lora.lab.run.folder import RunFolder

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.cost.forecast import Clock, estimates, measured_speed
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
-from dual_lora.lab.run.failures import is_disk_full
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.run.write import write_json

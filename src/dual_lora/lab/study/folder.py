@@ -24,8 +24,9 @@ import yaml
 from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import write_atomically, write_json
-from dual_lora.lab.study.job import Job, Kind, Settings, content, read_outcome, run_file
+from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
@@ -104,8 +105,8 @@ class StudyFolder:
         self.known = Known()
         if os.path.lexists(self.file):
             try:
-                self.known = Known.model_validate_json(content(self.file))
-            except ValueError:
+                self.known = Known.model_validate_json(regular(self.file).read_bytes())
+            except (OSError, ValueError):
                 if not update:
                     raise UserError(
                         f"{self.file} is damaged or another program's. Its runs are not touched; give --update to "
@@ -199,7 +200,7 @@ def _changed(before: Plain, now: Plain) -> dict[str, tuple[Any, Any]]:
 def _finals_in(file: Path) -> tuple[int, int]:
     """How many final runs the results of an earlier version show, and of how many."""
     try:
-        seeds = [seed for method in json.loads(content(file))["methods"] for seed in method["seeds"]]
+        seeds = [seed for method in read_json(file)["methods"] for seed in method["seeds"]]
         return sum(seed["status"] != "missing" for seed in seeds), len(seeds)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, 0
@@ -207,7 +208,7 @@ def _finals_in(file: Path) -> tuple[int, int]:
 
 def progress(file: Path) -> Plain | None:
     """A study under way, by its study.json and its runs; None where every run has ended and the results are there."""
-    known, runs, rows = Known.model_validate_json(content(file)), file.parent / "runs", []
+    known, runs, rows = Known.model_validate_json(regular(file).read_bytes()), file.parent / "runs", []
     inside = not known.runs and not runs.is_symlink()
     for key, job in known.jobs.items():
         row: Plain = {"status": "planned" if inside else "unknown", "job": job.model_dump()}
@@ -217,7 +218,7 @@ def progress(file: Path) -> Plain | None:
         elif outcome := read_outcome(runs, key):
             row |= {"status": outcome.status, "outcome": outcome.model_dump(), "seconds": outcome.seconds}
         elif (error := run_file(runs, key, "error")).is_file():
-            row |= {"status": "failed", "error": str(json.loads(content(error)))}
+            row |= {"status": "failed", "error": str(read_json(error))}
         elif (runs / key).is_dir():
             row["status"] = "running"
         rows.append(row)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from dual_lora.lab.read import LARGEST
+from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import write_json
@@ -134,31 +134,24 @@ def _look_up(runs: Path, key: str) -> Outcome | str | None:
     if not file.is_file():
         return None
     try:
-        outcome = Outcome.model_validate_json(content(file))
+        outcome = Outcome.model_validate_json(regular(file).read_bytes())
     except (OSError, ValueError):
         return f"{file} is damaged."
     if outcome.key != key:
         return f"{file} is the outcome of another run, {outcome.key}."
     try:
         whole = outcome.items is None or len(read_scores(runs, key)) == outcome.items
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         whole = False
     return outcome if whole else f"{run_file(runs, key, 'scores')} is damaged or missing."
 
 
 def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "scores") -> NDArray[np.float64]:
     """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
-    scores = np.asarray(json.loads(content(run_file(runs, key, what))), dtype=np.float64)
+    scores = np.asarray(read_json(run_file(runs, key, what)), dtype=np.float64)
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"Scores of shape {scores.shape}: expected finite ones, [items, what each adds].")
     return scores
-
-
-def content(file: Path) -> bytes:
-    """What a file of reasonable size holds. Raises ValueError for another, and for one that might never end."""
-    if not file.is_file() or file.stat().st_size > LARGEST:
-        raise ValueError(f"{file} is no file of at most {LARGEST:,} bytes.")
-    return file.read_bytes()
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:

@@ -66,7 +66,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
             error.add_note(f"Warned before: {' '.join(said)}")
         with contextlib.suppress(OSError):
             write_json(run_file(runs, job.key, "error"), described(error))
-        if is_disk_full(error) or (error.__cause__ and is_disk_full(error.__cause__)):
+        if is_disk_full(error) or is_disk_full(error.__cause__):
             raise DiskFull(described(error)) from error
         raise
 

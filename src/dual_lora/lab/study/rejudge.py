@@ -8,7 +8,6 @@ scores of its seeds, and the whole error is stored. What changed is written into
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
@@ -89,7 +89,7 @@ def main(files: list[str]) -> int:
     """Rewrite these files; print each verdict that changed."""
     for name in files:
         file = Path(name)
-        results = rejudge(json.loads(file.read_text(encoding="utf-8")))
+        results = rejudge(read_json(file))
         write_json(file, results)
         level = results["false_alarm"]
         print(f"{results['study']['name']}: chance of any false alarm {'unknown' if level is None else f'{level:.1%}'}")
