@@ -15,12 +15,15 @@ from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:
     from dual_lora.lab.model.export import Exported
+    from dual_lora.lab.model.gguf import GgufResult
 
-Target = Literal["merged", "gguf", "lora", "dual-lora"]
+Target = Literal["merged", "gguf", "gguf-lora", "lora", "dual-lora"]
+TARGETS = "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, dual-lora: an adapter."
 # Which options belong to which target; the others are refused, so that none is silently without effect.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "merged": (),
-    "gguf": ("outtype", "converter"),
+    "gguf": ("outtype", "quantize", "converter"),
+    "gguf-lora": ("rank", "energy", "data", "limit", "outtype", "converter"),
     "lora": ("rank", "energy", "data", "limit"),
     "dual-lora": ("rank", "data", "limit"),
 }
@@ -30,12 +33,13 @@ def export(
     source: Annotated[str, Parameter(help="Run folder or adapter folder.")],
     out: Annotated[Path, Parameter(help="What to write: a folder, or a .gguf file.")],
     *,
-    to: Annotated[Target, Parameter(help="merged: plain model; gguf: for llama.cpp; lora, dual-lora: an adapter.")],
-    rank: Annotated[int | None, Parameter(help="lora: rank of every layer; dual-lora: rank of the magnitude.")] = None,
-    energy: Annotated[float | None, Parameter(help="lora: share of every update to keep, e.g. 0.9.")] = None,
+    to: Annotated[Target, Parameter(help=TARGETS)],
+    rank: Annotated[int | None, Parameter(help="LoRA: rank of every layer; dual-lora: rank of the magnitude.")] = None,
+    energy: Annotated[float | None, Parameter(help="LoRA: share of every update to keep, e.g. 0.9.")] = None,
     data: Annotated[str | None, Parameter(help="Records to measure the loss on. [default: the run's test set]")] = None,
     limit: Annotated[int | None, Parameter(help="At most so many records; 0: none. [default: 200]")] = None,
     outtype: Annotated[str | None, Parameter(help="gguf: f32, f16, bf16, q8_0 or auto. [default: auto]")] = None,
+    quantize: Annotated[str | None, Parameter(help="gguf: a type of llama.cpp's llama-quantize, e.g. Q4_K_M.")] = None,
     converter: Annotated[str | None, Parameter(help="gguf: llama.cpp's folder or convert_hf_to_gguf.py.")] = None,
     base: Base = None,
     dtype: Dtype = None,
@@ -47,11 +51,13 @@ def export(
 
     A LoRA holds a part of the update: every layer's loss is shown, and what it does to the loss on your records.
     """
-    given = {"rank": rank, "energy": energy, "data": data, "limit": limit, "outtype": outtype, "converter": converter}
+    given = {"rank": rank, "energy": energy, "data": data, "limit": limit}
+    given |= {"outtype": outtype, "quantize": quantize, "converter": converter}
     for name, value in given.items():
         if value is not None and name not in OPTIONS[to]:
             raise UserError(f"--{name} has no meaning for --to {to}.")
     shared: dict[str, Any] = {"base": base, "dtype": dtype}
+    keep: Any = rank if energy is None else float(energy)
     if to == "merged":
         from dual_lora.lab.commands.merge import merge
 
@@ -59,26 +65,36 @@ def export(
     elif to == "gguf":
         from dual_lora.lab.model.gguf import export_gguf
 
-        result = export_gguf(source, out, outtype=outtype or "auto", converter=converter, **shared)
-        facts = {
-            "file": result.file,
-            "size": f"{size(result.bytes)}, {result.tensors} tensors",
-            "run": f'llama-cli -m {quote(result.file)} -p "…"',
-        }
-        finish(asdict(result), facts_card("GGUF", facts), json)
+        made = {"outtype": outtype or "auto", "quantize": quantize, "converter": converter}
+        result = export_gguf(source, out, **made, **shared)  # type: ignore[arg-type]
+        finish(asdict(result), _gguf_card(result), json)
     else:
         from dual_lora.lab.model.export import export_dual_lora, export_lora
 
         shared |= {"data": data, "limit": 200 if limit is None else limit}
         if to == "dual-lora":
             exported = export_dual_lora(source, out, rank, **shared)
-        elif rank is not None and energy is None:
-            exported = export_lora(source, out, rank, **shared)
-        elif energy is not None and rank is None:
-            exported = export_lora(source, out, float(energy), **shared)
-        else:
+        elif (rank is None) == (energy is None):
             raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
+        elif to == "gguf-lora":
+            from dual_lora.lab.model.gguf import export_gguf_lora
+
+            shared |= {"outtype": outtype or "f32", "converter": converter}
+            _, exported = export_gguf_lora(source, out, keep, **shared)
+        else:
+            exported = export_lora(source, out, keep, **shared)
         finish(asdict(exported), _card(exported), json)
+
+
+def _gguf_card(result: GgufResult) -> Any:
+    facts = {
+        "file": result.file,
+        "size": f"{size(result.bytes)}, {result.tensors} tensors",
+        "run": f'llama-cli -m {quote(result.file)} -p "…"',
+    }
+    if result.modelfile:
+        facts["Ollama"] = f"ollama create NAME -f {quote(result.modelfile)}"
+    return facts_card("GGUF", facts | ({"Ollama": result.remark} if result.remark else {}))
 
 
 def _card(exported: Exported) -> Any:

@@ -51,15 +51,17 @@ def export_lora(
     data: str | None = None,
     limit: int = 200,
     progress: bool = True,
+    opened: Tuned | None = None,
 ) -> Exported:
     """Write the LoRA adapter nearest to a Dual LoRA run or adapter, of a fixed rank (int) or share of energy (float).
 
     data: file of records on which the loss is measured before and after; left out: the run's own test records. limit:
-    at most so many of them, 0 for no measurement. Raises UserError for what cannot be converted.
+    at most so many of them, 0 for no measurement. opened: the source, where the caller has it open already. Raises
+    UserError for what cannot be converted.
     """
     from dual_lora.method.conversion import convert_to_lora, write_adapter
 
-    tuned, target = _open(source, out, base, dtype, kind="DUAL_LORA")
+    tuned, target = _open(source, out, base, dtype, kind="DUAL_LORA", opened=opened)
     records = _records(tuned, data, limit)
     conversion: Any = _converted(convert_to_lora, tuned, rank, progress)
     layers = [loss._asdict() for loss in conversion.losses]
@@ -141,9 +143,11 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-def _open(source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str) -> tuple[Tuned, Path]:
+def _open(
+    source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str, opened: Tuned | None = None
+) -> tuple[Tuned, Path]:
     target = free_folder(out)
-    tuned = open_tuned(source, base, dtype)
+    tuned = opened or open_tuned(source, base, dtype)
     name = {"DUAL_LORA": "Dual LoRA", "LORA": "LoRA"}[kind]
     config = tuned.model.peft_config.get("default") if tuned.adapted else None
     found = getattr(config, "peft_type", None)

@@ -1,4 +1,7 @@
-"""A merged model as a GGUF file, by llama.cpp's published converter, which is not part of this package."""
+"""GGUF files for llama.cpp and Ollama: a merged model, or an adapter as a LoRA.
+
+llama.cpp's published converters and its quantiser write them; they are not part of this package.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import Exported, export_lora
 from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.run.write import write_atomically
 
-SCRIPT = "convert_hf_to_gguf.py"
+SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
+QUANTISER = "llama-quantize"
 VARIABLE = "DUAL_LORA_GGUF_CONVERTER"
 
 
 @dataclass
 class GgufResult:
-    """Where the file lies, its size in bytes, its number of tensors and the converter that wrote it."""
+    """Where the file lies, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
+
+    modelfile: its path, or None where the tokenizer's chat template cannot be written as Ollama's; `remark` says why.
+    """
 
     file: str
     bytes: int
     tensors: int
     converter: str
+    modelfile: str | None = None
+    remark: str = ""
 
 
 def export_gguf(
@@ -35,35 +47,94 @@ def export_gguf(
     base: str | None = None,
     dtype: str | None = None,
     outtype: str = "auto",
+    quantize: str | None = None,
     converter: str | None = None,
 ) -> GgufResult:
-    """Merge a run or adapter and convert the result to the GGUF file ``out``.
+    """Merge a run or adapter and convert the result to the GGUF file ``out``, with a Modelfile for Ollama beside it.
 
-    outtype: the converter's --outtype (f32, f16, bf16, q8_0, auto). converter: its script, or llama.cpp's folder; left
-    out: $DUAL_LORA_GGUF_CONVERTER, then the PATH. Raises UserError where there is none or it fails.
+    outtype: the converter's --outtype (f32, f16, bf16, q8_0, auto). quantize: a type of llama-quantize (Q4_K_M, …).
+    converter: its script, or llama.cpp's folder; left out: $DUAL_LORA_GGUF_CONVERTER, then the PATH. Raises UserError
+    where there is none or it fails.
     """
+    target = _free_file(out)
+    command = find_converter(converter)
+    quantiser = find_quantiser(command) if quantize else None
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
+        merged = merge(source, Path(part) / target.stem, base=base, dtype=dtype)
+        written = Path(part) / target.name
+        tensors = _run([*command, merged.folder, "--outfile", str(written), "--outtype", outtype], written)
+        if quantiser:
+            whole = written.replace(Path(part) / "whole.gguf")
+            tensors = _run([quantiser, str(whole), str(written), str(quantize)], written)
+        modelfile, remark = _write_modelfile(Path(merged.folder), target)
+        written.replace(target)
+    return GgufResult(str(target), target.stat().st_size, tensors, command[-1], modelfile, remark)
+
+
+def export_gguf_lora(
+    source: str | Path,
+    out: str | Path,
+    rank: int | float,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    limit: int = 200,
+    outtype: str = "f32",
+    converter: str | None = None,
+) -> tuple[GgufResult, Exported]:
+    """Write the nearest LoRA of a Dual LoRA as a GGUF adapter (llama.cpp's --lora); and say what it loses.
+
+    rank, data, limit: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile needs the base's GGUF
+    file as well, which is not known here: none is written.
+    """
+    target = _free_file(out)
+    command = _beside(find_converter(converter), LORA_SCRIPT)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
+        lora, written = Path(part) / target.stem, Path(part) / target.name
+        tuned = open_tuned(source, base, dtype)
+        model = tuned.model.get_base_model()
+        model.config.architectures = [type(model).__name__]  # as a saved model has it
+        model.config.save_pretrained(part)
+        exported = export_lora(source, lora, rank, base=base, dtype=dtype, data=data, limit=limit, opened=tuned)
+        arguments = [str(lora), "--base", part, "--outfile", str(written), "--outtype", outtype]
+        tensors = _run([*command, *arguments], written)
+        written.replace(target)
+    return GgufResult(str(target), target.stat().st_size, tensors, command[-1]), replace(exported, folder=str(target))
+
+
+def _free_file(out: str | Path) -> Path:
     target = Path(out)
     if target.suffix != ".gguf":
         raise UserError(f"The output is {target}, expected a file name that ends in .gguf.")
     if target.exists():
         raise UserError(f"The file {target} exists already: give another one.")
-    command = find_converter(converter)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
-        merged = merge(source, Path(part) / target.stem, base=base, dtype=dtype)
-        written = Path(part) / target.name
-        done = subprocess.run(
-            [*command, merged.folder, "--outfile", str(written), "--outtype", outtype],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode or not written.is_file():
-            last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise UserError(f"{command[-1]} failed (exit code {done.returncode}): {last}")
-        tensors = _tensors(written, command[-1])
-        written.replace(target)
-    return GgufResult(str(target), target.stat().st_size, tensors, command[-1])
+    return target
+
+
+def _run(command: list[str], written: Path) -> int:
+    """Run a tool of llama.cpp and return the number of tensors of what it wrote. Raises UserError where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    tool = next(part for part in command if part != sys.executable)
+    if done.returncode or not written.is_file():
+        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise UserError(f"{tool} failed (exit code {done.returncode}): {last}")
+    return _tensors(written, tool)
+
+
+def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
+    from transformers import AutoTokenizer
+
+    from dual_lora.lab.model.ollama import modelfile
+
+    file = target.with_suffix(".Modelfile")
+    try:
+        text = modelfile(AutoTokenizer.from_pretrained(model), f"./{target.name}")
+    except UserError as error:
+        return None, str(error)
+    write_atomically(file, text)
+    return str(file), ""
 
 
 def find_converter(given: str | None = None) -> list[str]:
@@ -87,6 +158,30 @@ def find_converter(given: str | None = None) -> list[str]:
         "`git clone --depth 1 https://github.com/ggml-org/llama.cpp` and give --converter llama.cpp, or write the "
         "merged folder (--to merged) and convert it where llama.cpp is."
     )
+
+
+def find_quantiser(converter: list[str]) -> str:
+    """llama-quantize: on the PATH, or where llama.cpp was built. Raises UserError where it is not."""
+    folder = Path(converter[-1]).resolve().parent
+    for path in (folder, folder / "build" / "bin"):
+        found = shutil.which(QUANTISER, path=str(path))
+        if found:
+            return found
+    found = shutil.which(QUANTISER)
+    if found is None:
+        raise UserError(
+            f"{QUANTISER} was not found on the PATH, in {folder} or in {folder / 'build' / 'bin'}: build llama.cpp, or "
+            "leave out --quantize and give --outtype q8_0, which its converter writes by itself."
+        )
+    return found
+
+
+def _beside(converter: list[str], script: str) -> list[str]:
+    """The command of another script in the converter's folder."""
+    path = Path(converter[-1]).resolve().parent / script
+    if not path.is_file():
+        raise UserError(f"There is no {path}, which llama.cpp has beside {SCRIPT}: give its folder by --converter.")
+    return [sys.executable, str(path)]
 
 
 def _tensors(file: Path, converter: str) -> int:

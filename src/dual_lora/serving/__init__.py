@@ -1,0 +1,1 @@
+"""Adapters in inference servers: composed into a checkpoint's weights as a server reads them."""

@@ -1,0 +1,298 @@
+"""A checkpoint's weights as an inference server reads them, with an adapter composed in on the way.
+
+A server holds plain weights. What is read for an adapted module comes out as W + ΔW, one tensor after the other: never
+does more than one composed weight wait beside the model. Every PEFT method that has a merge works, by its own merge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+Stream = Iterable[tuple[str, Tensor]]
+_FLOATING = {torch.float32, torch.bfloat16, torch.float16}
+
+
+class AdapterError(ValueError):
+    """An adapter that can't be served, in one sentence."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint's tensor is adapted: the wrapped module, the plain one inside, its parameter's name."""
+
+    wrapper: Any
+    plain: nn.Module
+    parameter: str
+
+
+class ComposedWeights:
+    """An adapter, opened once against a model's configuration; `stream` composes it into that model's weights.
+
+    Args:
+        config: the base model's transformers configuration, or the folder that holds it.
+        adapter: folder with `adapter_config.json` and `adapter_model.safetensors`.
+        device: where products are computed. Weights come out on the device that they came in.
+
+    Raises:
+        AdapterError: the adapter is missing, half-written, not finite, made for another model, or no method that has a
+            merge; the message says what to do.
+    """
+
+    def __init__(self, config: Any, adapter: str | Path, device: str | torch.device = "cpu"):
+        self.folder, self.device = Path(adapter), torch.device(device)
+        files = _check_files(self.folder)
+        self._model = _empty_model(config)
+        self._prefix = getattr(self._model, "base_model_prefix", "")
+        self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        shared = _names_of_shared(self._model)
+        with _training_defaults():
+            peft_model = _adapted(self._model, self.folder, files, self.device)
+        self._places = _places(peft_model)
+        self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._places.keys())
+        self._refuse_shared(shared)
+
+    @property
+    def names(self) -> set[str]:
+        """The base model's parameters that the adapter changes."""
+        return {*self._places, *self._trained}
+
+    def check(self, checkpoint: Mapping[str, tuple[tuple[int, ...], bool]]) -> None:
+        """Raise AdapterError unless the checkpoint holds every adapted weight in the shape of the model.
+
+        checkpoint: for each tensor's name its shape and whether it is floating-point; `checkpoint_of` reads it.
+        """
+        own = {self._own_name(name): about for name, about in checkpoint.items()}
+        missing = sorted(self.names - own.keys())
+        if missing:
+            raise AdapterError(self._not_found(missing))
+        for name in sorted(self.names):
+            shape, floating = own[name]
+            self._check_tensor(name, shape, floating)
+
+    def stream(self, weights: Stream) -> Iterator[tuple[str, Tensor]]:
+        """The same names, with composed weights for adapted modules. weights: name and whole tensor, as on disk.
+
+        Raises AdapterError at its end if an adapted weight was not among them: no layer is left out in silence.
+        """
+        left = set(self.names)
+        for name, tensor in weights:
+            own = self._own_name(name)
+            if own in self._trained:
+                tensor = self._trained[own].to(tensor.dtype)
+            elif own in self._places:
+                self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
+                with _training_defaults():
+                    tensor = self._composed(self._places[own], tensor)
+            left.discard(own)
+            yield name, tensor
+        if left:
+            raise AdapterError(self._not_found(sorted(left)))
+
+    def _composed(self, place: _Place, tensor: Tensor) -> Tensor:
+        empty = place.plain._parameters[place.parameter]
+        bias = getattr(place.plain, "bias", None)
+        place.plain._parameters[place.parameter] = nn.Parameter(
+            tensor.to(self.device, copy=True),  # some methods merge in place
+            requires_grad=False,
+        )
+        if isinstance(bias, _Absent):
+            place.plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
+        try:
+            place.wrapper.merge(safe_merge=True)
+            merged = place.plain._parameters[place.parameter]
+            assert merged is not None
+            if isinstance(bias, _Absent) and torch.any(cast("Tensor", place.plain.bias)):
+                raise AdapterError(f"{self.folder} changes biases as well: merge it and serve the merged folder.")
+            return merged.detach().to(tensor.device, tensor.dtype)
+        finally:
+            place.plain._parameters[place.parameter] = empty
+            if isinstance(bias, _Absent):
+                place.plain.bias = bias
+            place.wrapper.merged_adapters = []
+
+    def _own_name(self, name: str) -> str:
+        """A checkpoint's name as the model has it: some checkpoints were saved without the head's prefix, or with."""
+        if name in self._shapes:
+            return name
+        longer, shorter = f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")
+        return longer if longer in self._shapes else shorter if shorter in self._shapes else name
+
+    def _check_tensor(self, name: str, shape: tuple[int, ...], floating: bool) -> None:
+        if not floating:
+            raise AdapterError(
+                f"{name} is quantised in the base model's checkpoint, and {self.folder} changes it: merge the adapter "
+                "into the unquantised model and quantise the result, or serve the unquantised base."
+            )
+        if shape != self._shapes[name]:
+            raise AdapterError(
+                f"{name} has the shape {shape} in the checkpoint and {self._shapes[name]} in the model that its "
+                "configuration describes: is this adapter's base another model?"
+            )
+
+    def _not_found(self, missing: list[str]) -> str:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        return (
+            f"{self.folder} changes {some}, which the base model's checkpoint does not hold under that name (quantised "
+            "and fused weights have other names): merge the adapter and serve the merged folder."
+        )
+
+    def _refuse_shared(self, shared: set[str]) -> None:
+        changed = sorted(self.names & shared)
+        if changed:
+            raise AdapterError(
+                f"{self.folder} changes {', '.join(changed)}, which the base model uses twice (input and output "
+                "embeddings are one weight): merge the adapter and serve the merged folder."
+            )
+
+
+def checkpoint_of(folder: str | Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Names of a checkpoint's tensors, with shape and whether they are floating-point; reads headers only."""
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                part = tensors.get_slice(name)
+                found[name] = (tuple(part.get_shape()), part.get_dtype() in ("F32", "BF16", "F16"))
+    if not found:
+        raise AdapterError(f"{folder} holds no *.safetensors file: which model is the base?")
+    return found
+
+
+@contextmanager
+def _training_defaults() -> Iterator[None]:
+    """Servers load weights in inference mode and with half precision as the default type; a merge knows neither."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _names_of_shared(model: nn.Module) -> set[str]:
+    """All names of parameters that have more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name for several in names.values() if len(several) > 1 for name in several}
+
+
+def _check_files(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises AdapterError for a folder that is not a whole adapter of finite numbers."""
+    weights = folder / "adapter_model.safetensors"
+    for file in (folder / "adapter_config.json", weights):
+        if not file.is_file():
+            raise AdapterError(f"{file} is missing: expected the folder of an adapter as PEFT saves it.")
+    try:
+        json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        with safe_open(str(weights), framework="pt") as tensors:
+            files = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
+    wrong = sorted(name for name, t in files.items() if t.is_floating_point() and not torch.isfinite(t).all())
+    if wrong:
+        raise AdapterError(f"{weights} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
+    return files
+
+
+def _empty_model(config: Any) -> nn.Module:
+    import transformers
+
+    if isinstance(config, str | Path):
+        config = transformers.AutoConfig.from_pretrained(str(config))
+    name = (config.architectures or ["none"])[0]
+    factory = getattr(transformers, name, None)
+    if factory is None:
+        raise AdapterError(f"transformers has no model {name}, which the base model's config.json names.")
+    shared: dict[int, nn.Parameter] = {}  # tied weights stay one
+    with torch.device("meta"):
+        model = factory._from_config(config)
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = shared.setdefault(id(parameter), _absent(parameter))
+    return model
+
+
+class _Absent(nn.Parameter):
+    """A weight of the base model that is not here: its shape and precision on a real device, and one number."""
+
+
+def _absent(parameter: Tensor) -> nn.Parameter:
+    one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+    return _Absent(one, requires_grad=False)
+
+
+def _adapted(model: nn.Module, folder: Path, files: Mapping[str, Tensor], device: torch.device) -> Any:
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTuner
+
+    import dual_lora  # noqa: F401  (registers its method with PEFT)
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        adapted: Any = PeftModel.from_pretrained(
+            model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
+        )
+    except Exception as error:  # whatever a foreign file makes PEFT raise
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise AdapterError(f"{folder} does not fit the base model: {first}") from error
+    if not isinstance(adapted.base_model, BaseTuner):
+        raise AdapterError(f"{folder} is an adapter of the kind {config.peft_type}, which has no weights to merge.")
+    expected = get_peft_model_state_dict(adapted)
+    missing = sorted(name for name in expected if name not in files)
+    if missing:
+        raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
+    unknown = set(files) - set(expected)
+    if unknown:
+        raise AdapterError(
+            f"{folder} has {sorted(unknown)[0]} and {len(unknown) - 1} more tensors that the base model has no layer "
+            "for: is its base another model?"
+        )
+    return adapted.eval()
+
+
+def _places(adapted: Any) -> dict[str, _Place]:
+    """For each adapted parameter, by its name in the base model, the layer that composes it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places: dict[str, _Place] = {}
+    for name, module in adapted.base_model.model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_base_layer"):
+            continue
+        plain = module.get_base_layer()
+        own = name.replace(".base_layer", "").removesuffix(".token_adapter")
+        if "weight" not in plain._parameters or not hasattr(module, "merge"):
+            raise AdapterError(f"{own} ({type(plain).__name__}) has no one weight: merge and serve the merged folder.")
+        if f"{own}.weight" in places:
+            raise AdapterError(f"{own} is adapted twice: merge the adapter and serve the merged folder.")
+        places[f"{own}.weight"] = _Place(module, plain, "weight")
+    return places
+
+
+def _trained_as_they_are(adapted: Any, names: set[str]) -> dict[str, Tensor]:
+    """Parameters that the adapter brings whole, by name: those of `modules_to_save`, and trained biases."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    model = adapted.base_model.model
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        own = name.replace(".base_layer.", ".")
+        if own in names and not isinstance(parameter, _Absent):
+            found[own] = parameter.detach()
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            whole = module.modules_to_save["default"]
+            found |= {f"{name}.{key}": tensor.detach() for key, tensor in whole.named_parameters()}
+    return found

@@ -1,0 +1,101 @@
+"""Replace the adapter of a running vLLM server: `POST /v1/dual_lora/adapter {"adapter": "runs/other/adapter"}`.
+
+Only the factors are new. The base model's weights are read again from its own file, so that no swap leaves a trace:
+back on an earlier adapter, the weights are what they were, bit for bit. vLLM adds these routes only where the user
+asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from pathlib import Path
+from typing import Any
+
+from .compose import AdapterError, ComposedWeights, checkpoint_of
+from .vllm import KEY, LOAD_FORMAT
+
+ROUTE = "/v1/dual_lora/adapter"  # below /v1, where `vllm serve --api-key` asks for the key
+
+
+class AdapterEndpoint:
+    """What vLLM's entry point `vllm.endpoint_plugins` asks for. State is the adapter's folder, or None: the base."""
+
+    name = "dual_lora"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.engine: Any = None
+        self.adapter: str | None = None
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes to vLLM's server."""
+        from fastapi import HTTPException, Request
+
+        async def now() -> dict[str, str | None]:
+            return {KEY: self.adapter}
+
+        async def swap(request: Request) -> dict[str, str | None]:
+            try:
+                body = await request.json()
+            except ValueError as error:
+                raise HTTPException(400, f"The request is no JSON: {error}.") from error
+            wanted = body.get(KEY, 0) if isinstance(body, dict) else 0
+            if not isinstance(wanted, str | None):
+                raise HTTPException(400, f'Expected {{"{KEY}": "FOLDER"}}, or null for the base model, got {body!r}.')
+            try:
+                async with self.lock:
+                    await self.swap(wanted)
+            except AdapterError as error:
+                raise HTTPException(400, f"{error} The server still has {self.adapter or 'the base model'}.") from error
+            return {KEY: self.adapter}
+
+        # As objects: FastAPI reads annotations, which are strings here and name what only this function imported.
+        swap.__annotations__["request"] = Request
+        app.add_api_route(ROUTE, now, methods=["GET"], response_model=None)
+        app.add_api_route(ROUTE, swap, methods=["POST"], response_model=None)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Remember the engine. Called by vLLM once it runs."""
+        self.engine = engine_client
+        if engine_client is not None:
+            load = engine_client.vllm_config.load_config
+            self.adapter = load.model_loader_extra_config.get(KEY) if load.load_format == LOAD_FORMAT else None
+
+    async def swap(self, adapter: str | None) -> None:
+        """Let the server have another adapter; None: the base model alone.
+
+        Raises AdapterError with the server as it was. Requests under way are finished with the old adapter first.
+        """
+        config = self.engine.vllm_config
+        if config.load_config.load_format != LOAD_FORMAT:
+            raise AdapterError(f"The server was started without --load-format {LOAD_FORMAT}.")
+        if adapter is not None:
+            await asyncio.to_thread(self._check, config.model_config, adapter)
+        await self.engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            try:
+                await self._load(adapter)
+            except Exception:
+                await self._load(self.adapter)
+                raise
+            self.adapter = adapter
+        finally:
+            await self.engine.reset_prefix_cache()
+            await self.engine.resume_generation()
+
+    async def _load(self, adapter: str | None) -> None:
+        extra = {**self.engine.vllm_config.load_config.model_loader_extra_config, KEY: adapter}
+        await self.engine.collective_rpc("update_config", args=({"load_config": {"model_loader_extra_config": extra}},))
+        await self.engine.collective_rpc("reload_weights")
+
+    def _check(self, model_config: Any, adapter: str) -> None:
+        """Everything that can be wrong with a folder, found before anything is changed."""
+        composed = ComposedWeights(copy.deepcopy(model_config.hf_config), adapter)
+        folder = Path(model_config.model)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+        composed.check(checkpoint_of(folder))

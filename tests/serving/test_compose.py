@@ -1,0 +1,190 @@
+"""Weights composed on the way into a server are the merged model's, for any method; what can't be served is refused."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dual_lora import DualLoraConfig
+from dual_lora.serving.compose import AdapterError, ComposedWeights, checkpoint_of
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+METHODS = {
+    "dual-lora": lambda: DualLoraConfig(r=4, target_modules=TARGETS, warmup_steps=0),
+    "dual-lora, all layers": lambda: DualLoraConfig(r=4, target_modules="all-linear", warmup_steps=0),
+    "lora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS),
+    "lora with biases": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, bias="all"),
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=TARGETS),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"], save_projection=True),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "modules to save": lambda: DualLoraConfig(
+        r=4, target_modules=TARGETS, warmup_steps=0, modules_to_save=["lm_head", "norm"]
+    ),
+    "embedding": lambda: DualLoraConfig(r=4, target_modules=["embed_tokens"], warmup_steps=0),
+    "tokens": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[1, 5]),
+}
+
+
+def small(**other):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{"hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": False, **other},
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+            attention_bias=True,
+        )
+    )
+
+
+def trained(config, folder, **other):
+    """A base model's folder and an adapter's whose every tensor is off its start; and the merged weights."""
+    base = small(**other)
+    base.save_pretrained(folder / "base")
+    model = peft.get_peft_model(base, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder / "adapter")
+    return model.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_composed_is_merged(name, tmp_path):
+    expected = trained(METHODS[name](), tmp_path)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    composed = ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    composed.check(checkpoint_of(tmp_path / "base"))
+    after = dict(composed.stream(before.items()))
+    assert after.keys() == expected.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == composed.names, "each weight that the adapter names is changed, and no other"
+    for key, weight in expected.items():
+        torch.testing.assert_close(after[key], weight, msg=key)
+
+
+def test_half_precision_is_rounded_once(tmp_path):
+    expected = trained(METHODS["dual-lora"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    half = {key: weight.bfloat16() for key, weight in weights.items()}
+    for key, weight in ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(half.items()):
+        assert weight.dtype == torch.bfloat16
+        update = expected[key].double() - weights[key].double()
+        torch.testing.assert_close(weight.double(), half[key].double() + update, rtol=2**-8, atol=1e-6)
+
+
+def test_as_a_server_loads(tmp_path):
+    """In inference mode, with bf16 as the default type."""
+    trained(METHODS["dual-lora"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    expected = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            weights = {key: weight.clone() for key, weight in weights.items()}
+            after = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(after[key], expected[key]) for key in expected)
+
+
+def test_names_without_the_heads_prefix(tmp_path):
+    expected = trained(METHODS["dual-lora"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    short = {key.removeprefix("model."): weight for key, weight in weights.items()}
+    after = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(short.items()))
+    for key, weight in expected.items():
+        torch.testing.assert_close(after[key.removeprefix("model.")], weight)
+
+
+def _damage(name, folder):
+    """Make one fault in a good pair of folders."""
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    config = folder / "adapter" / "adapter_config.json"
+    tensors = load_file(weights)
+    first = sorted(tensors)[0]
+    if name == "no config":
+        config.unlink()
+    elif name == "half-written":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif name == "half-written config":
+        config.write_text(config.read_text()[:40])
+    elif name == "NaN":
+        tensors[first].view(-1)[0] = float("nan")
+        save_file(tensors, weights)
+    elif name == "a tensor less":
+        del tensors[first]
+        save_file(tensors, weights)
+    elif name == "other ranks":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "r1": 3}))
+    elif name == "another base":
+        small(hidden_size=64).save_pretrained(folder / "base")
+    elif name == "fewer layers in the base":
+        small(num_hidden_layers=1).save_pretrained(folder / "base")
+    elif name == "quantised base":
+        base = load_file(folder / "base" / "model.safetensors")
+        base["model.layers.0.self_attn.q_proj.weight"] = base["model.layers.0.self_attn.q_proj.weight"].to(torch.int8)
+        save_file(base, folder / "base" / "model.safetensors")
+    elif name == "weights of another name":
+        base = load_file(folder / "base" / "model.safetensors")
+        base["model.layers.0.self_attn.q_proj.qweight"] = base.pop("model.layers.0.self_attn.q_proj.weight")
+        save_file(base, folder / "base" / "model.safetensors")
+    else:
+        raise KeyError(name)
+
+
+FAULTS = {
+    "no config": "adapter_config.json is missing",
+    "half-written": "damaged or still being written",
+    "half-written config": "damaged or still being written",
+    "NaN": "NaN or infinite",
+    "a tensor less": "not saved whole",
+    "other ranks": "does not fit the base model",
+    "another base": "does not fit the base model",
+    "fewer layers in the base": "does not fit the base model",
+    "quantised base": "is quantised",
+    "weights of another name": "does not hold under that name",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_refused_in_one_sentence(fault, tmp_path):
+    trained(METHODS["dual-lora"](), tmp_path)
+    _damage(fault, tmp_path)
+    with pytest.raises(AdapterError, match=FAULTS[fault]) as raised:
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter").check(checkpoint_of(tmp_path / "base"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_layer_that_never_passes_is_an_error(tmp_path):
+    trained(METHODS["dual-lora"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+
+
+@pytest.mark.parametrize("name", ["embedding", "modules to save"])
+def test_tied_embeddings_are_refused(name, tmp_path):
+    trained(METHODS[name](), tmp_path, tie_word_embeddings=True)
+    with pytest.raises(AdapterError, match="uses twice"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_prompt_tuning_has_no_weights(tmp_path):
+    small().save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(small(), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="no weights to merge"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
