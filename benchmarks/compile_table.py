@@ -32,7 +32,7 @@ SPILL = 512
 INTRODUCTION = """# What the GPU kernels need
 
 Written by `make compile-table`; nothing here was run on a card. Each cell: registers of a thread · bytes that a thread
-spills · KiB of shared memory; … was not compiled yet. Weights are 4096 × 4096, r1 = r2. No other kernel spills within a
+spills · KiB of shared memory. Weights are 4096 × 4096, r1 = r2. No other kernel spills within a
 loop over matrix products.
 
 Four cells are bad. The assembler that comes with Triton 3.7.1 gives the kernel of two adapters 32 registers on sm_100,
@@ -102,7 +102,7 @@ def markdown(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
         head = " | ".join(f"{version} (torch {torch})" for version, torch in VERSIONS.items())
         parts.append(f"\n## {target}\n\n| | {head} |\n|---|{'---|' * len(VERSIONS)}\n")
         for name in names:
-            parts.append(f"| {name} | {' | '.join(cells[version].get(name, '…') for version in VERSIONS)} |\n")
+            parts.append(f"| {name} | {' | '.join(cells[version].get(name, 'not compiled') for version in VERSIONS)} |\n")
     return "".join(parts)
 
 

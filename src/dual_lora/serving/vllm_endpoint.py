@@ -1,5 +1,7 @@
 """Replace the adapter of a running vLLM server: `POST /v1/dual_lora/adapter {"adapter": "runs/other/adapter"}`.
 
+`PUT` to the same address brings the adapter's two files in the request itself, for a trainer on another machine.
+
 Only the factors are new. The base model's weights are read again from its own file, so that no swap leaves a trace:
 back on an earlier adapter, the weights are what they were, bit for bit. vLLM adds these routes only where the user
 asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
@@ -9,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from .compose import AdapterError, ComposedWeights, checkpoint_of
 from .vllm import KEY, LOAD_FORMAT
 
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROUTE = "/v1/dual_lora/adapter"  # below /v1, where `vllm serve --api-key` asks for the key
 
 
@@ -28,6 +33,7 @@ class AdapterEndpoint:
         self.lock = asyncio.Lock()
         self.engine: Any = None
         self.adapter: str | None = None
+        self.files: Any = None  # the folder of an adapter that came by a request; it goes when the next one works
 
     def attach_router(self, app: Any) -> None:
         """Add the routes to vLLM's server."""
@@ -36,7 +42,16 @@ class AdapterEndpoint:
         async def now() -> dict[str, str | None]:
             return {KEY: self.adapter}
 
-        async def swap(request: Request) -> dict[str, str | None]:
+        async def answer(adapter: str | None, files: Any = None) -> dict[str, str | None]:
+            try:
+                async with self.lock:
+                    await self.swap(adapter)
+                    self.files = files
+            except AdapterError as error:
+                raise HTTPException(400, f"{error} The server still has {self.adapter or 'the base model'}.") from error
+            return {KEY: self.adapter}
+
+        async def by_folder(request: Request) -> dict[str, str | None]:
             try:
                 body = await request.json()
             except ValueError as error:
@@ -44,17 +59,22 @@ class AdapterEndpoint:
             wanted = body.get(KEY, 0) if isinstance(body, dict) else 0
             if not isinstance(wanted, str | None):
                 raise HTTPException(400, f'Expected {{"{KEY}": "FOLDER"}}, or null for the base model, got {body!r}.')
-            try:
-                async with self.lock:
-                    await self.swap(wanted)
-            except AdapterError as error:
-                raise HTTPException(400, f"{error} The server still has {self.adapter or 'the base model'}.") from error
-            return {KEY: self.adapter}
+            return await answer(wanted)
+
+        async def by_files(request: Request) -> dict[str, str | None]:
+            form = await request.form(max_files=len(FILES), max_fields=0)
+            if set(form) != set(FILES):
+                raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
+            folder = tempfile.TemporaryDirectory(prefix="adapter-")
+            for name in FILES:
+                with (Path(folder.name) / name).open("xb") as file:
+                    await asyncio.to_thread(shutil.copyfileobj, form[name].file, file)
+            return await answer(folder.name, folder)
 
         # As objects: FastAPI reads annotations, which are strings here and name what only this function imported.
-        swap.__annotations__["request"] = Request
-        app.add_api_route(ROUTE, now, methods=["GET"], response_model=None)
-        app.add_api_route(ROUTE, swap, methods=["POST"], response_model=None)
+        by_folder.__annotations__["request"] = by_files.__annotations__["request"] = Request
+        for method, handler in (("GET", now), ("POST", by_folder), ("PUT", by_files)):
+            app.add_api_route(ROUTE, handler, methods=[method], response_model=None)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Remember the engine. Called by vLLM once it runs."""
