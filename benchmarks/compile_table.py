@@ -102,7 +102,8 @@ def markdown(results: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> 
         head = " | ".join(f"{version} (torch {torch})" for version, torch in VERSIONS.items())
         parts.append(f"\n## {target}\n\n| | {head} |\n|---|{'---|' * len(VERSIONS)}\n")
         for name in names:
-            parts.append(f"| {name} | {' | '.join(cells[version].get(name, 'not compiled') for version in VERSIONS)} |\n")
+            row = [cells[version].get(name, "not compiled") for version in VERSIONS]
+            parts.append(f"| {name} | {' | '.join(row)} |\n")
     return "".join(parts)
 
 

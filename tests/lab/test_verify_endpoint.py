@@ -59,6 +59,7 @@ def test_wrong_strengths(kind, strength, word, prompts, run_folder, tuned, quest
     with strengths(tuned.model, lambda _: strength), served(tuned.model, tuned.tokenizer, kind) as (url, _):
         report = judged(run_folder, url, prompts=prompts)
     assert report.finding.word == word, report.summary()
+    assert not any("template" in note for note in report.notes), "other weights begin other answers"
 
 
 @pytest.mark.parametrize("kind", KINDS)

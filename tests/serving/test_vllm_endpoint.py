@@ -1,4 +1,4 @@
-"""What a swap asks of a server, in which order, and that a refused adapter changes nothing. The engine is a stand-in."""
+"""What a swap asks of a server, in which order; a refused adapter changes nothing. The engine is a stand-in."""
 
 import asyncio
 from types import SimpleNamespace

@@ -71,11 +71,17 @@ def compare_hashes(hashes: tuple[str, str | None], other: Any, chat: bool) -> Fi
 
 
 def compare_server(
-    endpoint: Endpoint, answer: Answer, texts: dict[int, str], plain: dict[str, int], talks: Sequence[Conversation]
+    endpoint: Endpoint,
+    answer: Answer,
+    texts: dict[int, str],
+    plain: dict[str, int],
+    talks: Sequence[Conversation],
+    right: bool,
 ) -> tuple[Finding | None, list[str]]:
     """What a server makes of words, by the numbers of tokens that it counts and the tokens that it writes; and notes.
 
-    texts: how the adapter's tokenizer writes tokens, by their ids.
+    texts: how the adapter's tokenizer writes tokens, by their ids. right: its weights are the adapter's, so that an
+    answer with another first token had another prompt.
     """
     said = {i: (theirs, texts[i]) for i, theirs in answer.written.items() if i in texts and theirs.strip()}
     differing = [pair for pair in said.values() if _bare(pair[0]) != _bare(pair[1]) and not _is_number(pair[0])]
@@ -98,7 +104,7 @@ def compare_server(
         if conversation.first is not None and entries:
             asked += 1
             otherwise += _bare(entries[0].token) != _bare(conversation.first)
-    if asked and otherwise > asked / 2:
+    if right and asked and otherwise > asked / 2:
         return _template(f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"), []
     return None, [] if talks else ["the adapter's prompts use no chat template: none was checked"]
 

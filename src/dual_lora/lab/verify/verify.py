@@ -251,7 +251,7 @@ def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
         if answer.echoed
         else [f"the server does not echo prompts: {len(answer.kept)} tokens were asked for one by one"]
     )
-    wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations)
+    wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations, finding.good)
     if wrong is not None and (finding.good or wrong.word == "other tokenizer"):
         finding = replace(finding, word=wrong.word, cause=wrong.cause)
     elif wrong is not None:
