@@ -15,10 +15,9 @@ from dual_lora.lab.cost.activations import Live
 from dual_lora.lab.cost.flops import linear, linear_backward, register_own
 from dual_lora.lab.cost.memory import memory_of
 from dual_lora.lab.cost.options import Setting
-from dual_lora.lab.cost.simulate import simulate
+from dual_lora.lab.cost.simulate import empty_model, simulate
 from dual_lora.lab.cost.workspace import inner_bytes
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.empty import empty_model
 from dual_lora.lab.model.methods import method_config
 
 METHODS = ("dual_lora", "lora", "dora", "full")

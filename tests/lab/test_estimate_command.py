@@ -224,7 +224,7 @@ class TestSeventyBillion:
         assert step.trained_parameters == 80 * 32 * sum(o + i for o, i in shapes)
 
     def test_every_linear_layer_of_a_block_is_adapted(self):
-        from dual_lora.lab.model.empty import empty_model
+        from dual_lora.lab.cost.simulate import empty_model
 
         model = empty_model(self.setting, 1)
         adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")}

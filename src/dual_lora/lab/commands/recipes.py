@@ -95,10 +95,10 @@ def check(
 
     Example: `dual-lora recipes check commonsense-llama-7b-170k`
     """
-    from dual_lora.lab.cost.fit import fit
     from dual_lora.lab.cost.memory import memory_of
     from dual_lora.lab.cost.options import from_recipe
     from dual_lora.lab.cost.simulate import simulate
+    from dual_lora.lab.model.empty import fit
 
     recipe = read_recipe(name)
     classes = 1 if recipe.model.head == "regression" else classes

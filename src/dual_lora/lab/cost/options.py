@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
+from dual_lora.lab.model.empty import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -117,7 +118,7 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
 
     Raises UserError for what is neither a folder, nor a package's model, nor a published name.
     """
-    from dual_lora.lab.recipe.published import known_name, published_config, published_family, published_names
+    from dual_lora.lab.recipe.published import known_name, published_family, published_names
 
     if not Path(path).expanduser().exists() and not path.startswith("package:"):
         if known_name(path) is None:
@@ -125,29 +126,11 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
                 f"{path!r} is neither a model folder, a recipe nor a published name."
                 f"{suggest(path.rsplit('/', 1)[-1].lower(), published_names())}"
             )
-        return published_config(path), published_family(path).head
-    config = _local_config(path)
+        return load_config(path), published_family(path).head
+    config = load_config(path)
     names = " ".join(getattr(config, "architectures", None) or [])
     causal = "CausalLM" in names or "LMHead" in names or not names
     return config, "causal" if causal else "classification"
-
-
-def _local_config(path: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    from dual_lora.lab.model.load import locate, quiet
-
-    here = Path(path).expanduser()
-    if (here.is_dir() and (here / "config.json").is_file()) or here.name == "config.json":
-        name, arguments = str(here), {}
-    else:
-        place = locate(path)
-        name, arguments = place.name, place.arguments()
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
 
 
 def _optimizer(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, Live, bytes_of
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Settings that treat blocks differently, so that one block does not stand for all.
 _UNEVEN = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "layers_pattern")
 _FORWARD, _HEAD, _LOSS, _BACKWARD = "forward", "logits", "loss", "backward"
+# A GPU's fused attention drops inside; the CPU's, which is simulated, would fall back to keeping every score.
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,6 @@ def _simulate(setting: Setting, layers: int | None) -> Step:
     from torch._subclasses import FakeTensorMode
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-    from dual_lora.lab.model.empty import become_fake, empty_model
-
     model = empty_model(setting, layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what it then raises
@@ -115,6 +116,26 @@ def _simulate(setting: Setting, layers: int | None) -> Step:
         raise UserError(
             f"{setting.name} does not run in {setting.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
         ) from error
+
+
+def empty_model(setting: Setting, layers: int | None = None) -> Any:
+    """The adapted model on the meta device, in training mode. layers: only so many of its blocks.
+
+    Raises UserError where the method does not fit the model.
+    """
+    config = shortened(setting.config, layers)
+    config.use_cache = False  # as Trainer sets it
+    if setting.on == "gpu":
+        for name in _ATTENTION_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+    if hasattr(config, "num_experts"):  # the loop over experts looks at the routing, which empty tensors do not have
+        config._experts_implementation = "grouped_mm"
+    if setting.head != "causal":
+        config.num_labels = setting.classes
+    base = empty_base(config, setting.head, setting.name, setting.dtype, setting.attention)
+    fresh = new_modules(base) if setting.head != "causal" else []
+    return adapted(base, setting.method, setting.head, setting.name, fresh=fresh).train()
 
 
 def _run(setting: Setting, model: Any) -> Step:
