@@ -62,7 +62,7 @@ def compare(
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
     if dry_run:
-        from dual_lora.lab.cost.forecast import forecast
+        from dual_lora.lab.study.forecast import forecast
         from dual_lora.lab.study.tables import show_forecast
 
         expected = forecast(study, out, runs=runs, executor=executor, workers=workers)

@@ -1,11 +1,12 @@
-"""How fast does this machine train? A minute of small training steps, kept in the user's cache folder.
+"""How long does a training step take on this machine? The one model of time, for estimates and for studies:
 
-    seconds of a step = its simulated arithmetic / rate + its adapted and trained weights · cost
+    seconds of a step = its arithmetic / rate + its adapted and trained weights · cost
 
-Both numbers are measured for each method and precision apart, on two steps of few and of many tokens, so that they
-contain everything that is not a product as well. The second term is what does not grow with the tokens: composing
-ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both change with the width of a model;
-between the measured widths they are interpolated, beyond them the nearest one counts.
+`calibrate` measures both numbers in a minute of small steps and keeps them in the user's cache folder; until then
+`rough_cost` is a share of a plain product's speed. They are measured for each method and precision apart, on two steps
+of few and of many tokens, so that they contain everything that is not a product as well. The second term is what does
+not grow with the tokens: composing ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both
+change with the width of a model; between the measured widths they are interpolated, beyond them the nearest one counts.
 
 One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
 anything else by the clock on the wall, so on a machine at rest. The fastest round counts.
@@ -36,6 +37,7 @@ SECONDS = 50.0  # for all measurements together
 ROW = 64  # tokens; several rows, so that attention meets the padding mask that it meets in training
 BLOCKS = 2
 ROUNDS = 2  # at least
+EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
 
 
 class Cost(NamedTuple):
@@ -44,6 +46,10 @@ class Cost(NamedTuple):
     width: int
     rate: float  # flops a second
     weight: float  # seconds for each adapted or trained weight
+
+    def seconds(self, flops: float, weights: float) -> float:
+        """Of a step that computes so much and adapts or trains so many weights."""
+        return flops / self.rate + weights * self.weight
 
 
 def cache_file() -> Path:
@@ -91,13 +97,42 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
 
 def seconds_of(setting: Setting, step: Step, known: dict[str, Any]) -> float | None:
     """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
-    name = str(setting.method["name"]).lower().replace("-", "_")
-    dtype = "bfloat16" if setting.autocast != "none" or setting.dtype == "float16" else setting.dtype
-    points = known["costs"].get(dtype, {}).get(name)
-    if not points or known["on"] != setting.on:
+    half = setting.autocast != "none" or setting.dtype == "float16"
+    cost = cost_of(
+        known, str(setting.method["name"]), "bfloat16" if half else setting.dtype, setting.config.hidden_size
+    )
+    if cost is None or known["on"] != setting.on:
         return None
-    cost = _at([Cost(*point) for point in points], setting.config.hidden_size)
-    return setting.accumulate * (step.flops / cost.rate + step.worked * cost.weight)
+    return setting.accumulate * cost.seconds(step.flops, step.worked)
+
+
+def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
+    """What `calibrate` has measured, at this width; None for a method or precision that it does not measure."""
+    points = known["costs"].get(dtype, {}).get(method.lower().replace("-", "_"))
+    return _at([Cost(*point) for point in points], width) if points else None
+
+
+def rough_cost() -> Cost:
+    """A guess by the speed of plain products, for a machine that was not calibrated.
+
+    On a CPU in processor time, one thread times their number: what else runs at this moment does not count.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device, clock = ("cuda", time.perf_counter) if on_gpu else ("cpu", time.process_time)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
+        (a @ b).sum().item()
+        rounds, start = 0, clock()
+        while (passed := clock() - start) < 0.3:
+            (a @ b).sum().item()
+            rounds += 1
+    finally:
+        torch.set_num_threads(threads)
+    return Cost(0, EFFICIENCY * rounds * 2 * 512 * 1024 * 1024 / passed * (1 if on_gpu else threads), 0.0)
 
 
 def _at(points: list[Cost], width: float) -> Cost:

@@ -32,6 +32,7 @@ class Size:
     trainable: int
     base: int
     multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
+    width: int = 0  # of the model
 
 
 def rank_field(method: str) -> str | None:
@@ -92,7 +93,7 @@ class Scale:
         still = [Pattern(text, "freeze") for text in frozen]
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         trainable = sum(p.numel() for n, p in trained if not any(s.search(n) for s in still))
-        return Size(trainable, count_of(base), multiplied)
+        return Size(trainable, count_of(base), multiplied, getattr(base.config, "hidden_size", 0))
 
     def _base(self, part: ModelPart, classes: int | None) -> Any:
         key = (part.path, part.head, classes)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.cost.forecast import Clock, estimates, measured_speed
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
@@ -22,6 +21,7 @@ from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
 from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, place_name, read_outcome
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.precision import settled_study
@@ -99,7 +99,7 @@ class Runner:
     def __init__(self, study: Study, folder: StudyFolder, runs: Path, options: Options, cells: list[Cell]):
         self.study, self.folder, self.runs, self.options, self.cells = study, folder, runs, options, cells
         self.failed: dict[str, str] = {}
-        self.clock = Clock({})
+        self.times = RunTimes()
         self.done: dict[str, Outcome] = {}
         self.trials: dict[tuple[str, str, str], list[Job]] = {}
         self.chosen: dict[tuple[str, str, str], Settings | None] = {}
@@ -112,7 +112,7 @@ class Runner:
         """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
         if self.options.progress:
-            self.clock.estimates = estimates(self.cells, measured_speed())
+            self.times.estimates = estimates(self.cells, Speed())
         bases = base_jobs(self.cells)
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
@@ -195,7 +195,7 @@ class Runner:
             self.warnings.add(message)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
-        remaining = self.clock.left([*left.values(), *self.later], self.options.workers)
+        remaining = self.times.left([*left.values(), *self.later], self.options.workers)
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
@@ -212,7 +212,7 @@ class Runner:
 
     def _learn(self, job: Job, outcome: Outcome) -> None:
         self.done[job.key] = outcome
-        self.clock.learn(job, outcome.seconds)
+        self.times.learn(job, outcome.seconds)
 
     def _ended(self, jobs: Iterable[Job]) -> list[Ended]:
         return [(job, self._outcome(job)) for job in jobs]

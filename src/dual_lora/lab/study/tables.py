@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dual_lora.lab.cost.forecast import Forecast
 from dual_lora.lab.progress import in_words
+from dual_lora.lab.study.forecast import Forecast
 from dual_lora.lab.study.job import settings_in_words
 from dual_lora.lab.study.notes import amended, company, loads
 from dual_lora.lab.terminal import Console
