@@ -91,8 +91,9 @@ def _commands() -> str:
     from cyclopts import App
 
     from dual_lora.lab.cli import COMMANDS
+    from dual_lora.lab.commands.parameters import PLAIN_FLAGS
 
-    app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=())
+    app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=(), default_parameter=PLAIN_FLAGS)
     for name, place, _ in COMMANDS:
         module, _, function = place.partition(":")
         app.command(getattr(import_module(module), function), name=name)

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.text import Text
 
 import dual_lora
+from dual_lora.lab.commands.parameters import PLAIN_FLAGS
 from dual_lora.lab.errors import OURS, UserError, is_disk_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
@@ -69,6 +70,7 @@ def build_app(wanted: str | None = None) -> App:
         version=dual_lora.__version__,
         help_format="markdown",
         help_epilogue=EVERYWHERE,
+        default_parameter=PLAIN_FLAGS,
         exit_on_error=False,
         suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,

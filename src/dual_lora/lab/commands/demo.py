@@ -35,7 +35,7 @@ def demo(
     ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
     seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
-    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.", negative="")] = False,
+    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.")] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune a small model to turn English requests into JSON tool calls, in minutes on a CPU.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -27,22 +28,20 @@ def estimate(
     *,
     methods: Annotated[
         list[str] | None,
-        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True, negative=""),
+        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True),
     ] = None,
-    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.", negative="")] = None,
+    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.")] = None,
     target_modules: Annotated[
         str | None,
-        Parameter(help="Names separated by commas, or all-linear. [default: all-linear]", negative=""),
+        Parameter(help="Names separated by commas, or all-linear. [default: all-linear]"),
     ] = None,
-    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.", negative="")] = None,
-    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.", negative="")] = None,
+    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.")] = None,
+    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.")] = None,
     logits: Annotated[
         int | None,
-        Parameter(help="Last positions whose logits are computed (answers only). [default: all]", negative=""),
+        Parameter(help="Last positions whose logits are computed (answers only). [default: all]"),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.", negative="")
-    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.")] = None,
     quantisation: Annotated[
         Literal["none", "nf4", "fp4", "int8"], Parameter(help="How the base is packed (bitsandbytes).")
     ] = "none",
@@ -51,29 +50,25 @@ def estimate(
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
-        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]", negative=""),
+        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]"),
     ] = None,
-    accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.", negative="")] = None,
-    head: Annotated[
-        Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.", negative="")
-    ] = None,
+    accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.")] = None,
+    head: Annotated[Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.")] = None,
     classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
     devices: Annotated[int, Parameter(help="Shown for 1, 2, 4 … up to so many.")] = 1,
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], Parameter(help="How many devices share the work.")
     ] = "ddp",
-    on: Annotated[
-        Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]", negative="")
-    ] = None,
+    on: Annotated[Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]")] = None,
     fits: Annotated[
         str | None,
-        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank.", negative=""),
+        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank."),
     ] = None,
     calibrate: Annotated[
-        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.", negative="")
+        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.")
     ] = False,
-    models: Annotated[bool, Parameter(help="List the built-in models.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    models: Annotated[bool, Parameter(help="List the built-in models.")] = False,
+    json: Json = False,
 ) -> None:
     """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
 
