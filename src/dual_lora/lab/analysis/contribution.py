@@ -7,6 +7,7 @@ ablation, that is, another run.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -59,9 +60,8 @@ def _groups_of(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _row(what: str, group: str, *losses: float) -> dict[str, Any]:
-    mean = sum(losses) / len(losses)
-    spread = (sum((x - mean) ** 2 for x in losses) / (len(losses) - 1)) ** 0.5 if len(losses) > 1 else None
-    return {"what": what, "group": group, "loss": mean, "spread": spread, "draws": len(losses)}
+    spread = statistics.stdev(losses) if len(losses) > 1 else None
+    return {"what": what, "group": group, "loss": statistics.fmean(losses), "spread": spread, "draws": len(losses)}
 
 
 def _like(generator: torch.Generator, key: str, p: Tensor) -> Tensor:

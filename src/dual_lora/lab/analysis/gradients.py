@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dual_lora.core.reference import product_gradients
-from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
+from dual_lora.lab.analysis.matrices import Factored, Matrix, blocks
 from dual_lora.lab.analysis.updates import GROUPS, adapted_layers, snapshot
 
 Batch = dict[str, Any]
@@ -24,25 +24,15 @@ LossOf = Callable[[Any, Batch], Tensor]
 _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 
 
-class WeightGradient:
+class WeightGradient(Matrix):
     """G = dyᵀ x of one layer and one batch, fp32, by rows."""
 
     def __init__(self, x: Tensor, dy: Tensor):
         self.x, self.dy = x.detach().flatten(0, -2), dy.detach().flatten(0, -2)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.dy.shape[1], self.x.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
+        self.shape, self.device = (self.dy.shape[1], self.x.shape[1]), x.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.dy[:, start:stop].t() @ self.x).float()
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        return (self.dy.t() @ self.x[:, start:stop]).float()
 
 
 @contextmanager
@@ -136,12 +126,10 @@ def gradient_pass(
 def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
     """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
     form, scale = matrix.adapter.form, strength * matrix.adapter.scale
-    P, Q = matrix.product("magnitude"), matrix.product("direction")
     tally = torch.zeros(6, dtype=torch.float64)
-    for span in row_spans(matrix):
-        args = G.rows(*span), P.rows(*span), Q.rows(*span), scale
-        H = product_gradients(*args, form._replace(ste="identity"))[1]
-        kept = product_gradients(*args, form)[1]
+    for g, p, q in blocks(G, matrix.product("magnitude"), matrix.product("direction")):
+        H = product_gradients(g, p, q, scale, form._replace(ste="identity"))[1]
+        kept = product_gradients(g, p, q, scale, form)[1]
         counts = (kept != H).sum(), (H != 0).sum(), torch.tensor(H.numel(), device=H.device)
         tally[:3] += torch.stack(counts).double().cpu()
         tally[3:5] += torch.stack([H.double().abs().sum(), kept.double().abs().sum()]).cpu()
@@ -189,9 +177,8 @@ def first_step(
 
 def _alignment(old: Matrix, new: Matrix, G: Matrix) -> dict[str, float]:
     along = along_sign = step = gradient = nonzero = 0.0
-    for span in row_spans(new):
-        move = (new.rows(*span) - old.rows(*span)).double()
-        g = G.rows(*span).double()
+    for after, before, gradient_rows in blocks(new, old, G):
+        move, g = (after - before).double(), gradient_rows.double()
         along -= float((move * g).sum())
         along_sign -= float((move * g.sign()).sum())
         step += float(move.square().sum())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dual_lora.lab.analysis.matrices import Difference, Matrix
+from dual_lora.lab.analysis.matrices import Difference
 from dual_lora.lab.analysis.options import Setting
-from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
+from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, full_updates, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_finite_weights
 from dual_lora.lab.patterns import Pattern
@@ -64,30 +65,27 @@ def state(setting: Setting, place: Place, layers: list[str], stack: ExitStack) -
     stack: closes the files that a full run's updates are read from.
     """
     if setting.is_full:
-        return stack.enter_context(full_updates(place, setting.model, layers))
+        return stack.enter_context(full_updates_at(place, setting.model, layers))
     if place.folder is not None:
         load_adapter_into(setting.model, place.folder)
     found = snapshot(setting.model)
     for name, origin in setting.origin.items():
-        found[name] = LayerUpdate(_since(found[name], origin))
+        found[name] = LayerUpdate(partial(_since, found[name], origin))
     return {name: found[name] for name in layers if name in found}
 
 
-def _since(now: LayerUpdate, start: LayerUpdate) -> Any:
-    def update() -> Matrix:
-        return Difference(now.update(), start.update())
-
-    return update
+def _since(now: LayerUpdate, start: LayerUpdate) -> Difference:
+    return Difference(now.update(), start.update())
 
 
-def full_updates(place: Place, base: Any, layers: list[str]) -> AbstractContextManager[dict[str, LayerUpdate]]:
+def full_updates_at(place: Place, base: Any, layers: list[str]) -> AbstractContextManager[dict[str, LayerUpdate]]:
     """The updates of full fine-tuning at a place; none at the start."""
     if place.folder is None:
         return nullcontext({})
     files = sorted(place.folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{place.folder} holds no safetensors file.")
-    return FullUpdates(files, base, layers)
+    return full_updates(files, base, layers)
 
 
 def load_adapter_into(model: Any, folder: Path) -> None:

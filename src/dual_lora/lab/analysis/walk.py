@@ -14,7 +14,7 @@ from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
 from dual_lora.lab.analysis.measures import changes, measure, squared_norm
 from dual_lora.lab.analysis.options import Setting
 from dual_lora.lab.analysis.ranks import rank_bound, ranks
-from dual_lora.lab.analysis.trajectory import Place, full_updates, state
+from dual_lora.lab.analysis.trajectory import Place, full_updates_at, state
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
 from dual_lora.lab.progress import Bar
 
@@ -138,7 +138,7 @@ class Walk:
 
     def _target(self, place: Place, files: ExitStack) -> dict[str, LayerUpdate]:
         found = self.targets.get(place.step)
-        return {} if found is None else files.enter_context(full_updates(found, self.setting.model, self.layers))
+        return {} if found is None else files.enter_context(full_updates_at(found, self.setting.model, self.layers))
 
     def _layer(
         self,

@@ -131,8 +131,7 @@ class _Loss:
 
 # Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, and
 # what the recipe has fields for.
-ARGUMENTS = frozenset(
-    """
+_ALLOWED = """
     accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
     average_tokens_across_devices bf16_full_eval data_seed dataloader_drop_last dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
@@ -142,8 +141,8 @@ ARGUMENTS = frozenset(
     neftune_noise_alpha optim_args optim_target_modules parallelism_config skip_memory_metrics tf32
     torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps train_sampling_strategy
     use_cache use_cpu use_liger_kernel warmup_ratio warmup_steps
-    """.split()
-)
+"""
+ARGUMENTS = frozenset(_ALLOWED.split())
 
 
 def _arguments(
