@@ -99,6 +99,10 @@ def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             exec(compile(tree, module, "exec"), importlib.import_module(module).__dict__)
+            for name in [
+                n for n, m in sys.modules.items() if "tests" in Path(getattr(m, "__file__", None) or "").parts
+            ]:
+                del sys.modules[name]  # what they took from the module is the old one's
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
         finally:
             os._exit(int(status != 0))
