@@ -14,7 +14,7 @@ from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.side_by_side import Column
 
 _METHODS = ["dual_lora", "lora", "dora", "full"]
@@ -105,11 +105,11 @@ def estimate(
             "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
             "quantisation": quantisation, "on": on or _this_device(),
         }  # fmt: skip
-        setting = _setting(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
+        options = _options(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
         from dual_lora.lab.cost.side_by_side import side_by_side
 
-        chosen = _chosen(methods, setting)
-        columns, refused = side_by_side(setting, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
+        chosen = _chosen(methods, options)
+        columns, refused = side_by_side(options, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
         if refused and all(column.method == "full" for column in columns):  # a wrong module name, not a method's limit
             raise UserError(next(iter(refused.values())))
         proposals = {}
@@ -119,16 +119,16 @@ def estimate(
             limit = parse_size(fits)
             for column in columns:
                 name = column.method
-                proposals[name] = largest(column.setting, limit, devices, strategy, partial(_ask, say, name))
+                proposals[name] = largest(column.options, limit, devices, strategy, partial(_ask, say, name))
     result = {
-        "model": setting.name,
-        "on": setting.on,
-        "batch": setting.batch,
-        "length": setting.length,
-        "dtype": setting.dtype,
-        "quantisation": setting.quantisation,
-        "checkpointing": setting.checkpointing,
-        "optimizer": setting.optimizer,
+        "model": options.name,
+        "on": options.on,
+        "batch": options.batch,
+        "length": options.length,
+        "dtype": options.dtype,
+        "quantisation": options.quantisation,
+        "checkpointing": options.checkpointing,
+        "optimizer": options.optimizer,
         "devices": devices,
         "strategy": strategy,
         "methods": {column.method: column.plain() for column in columns},
@@ -136,14 +136,14 @@ def estimate(
     }
     if proposals:
         result["fits"] = {"bytes": round(limit), **proposals}
-    finish(result, _card(setting, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
+    finish(result, _card(options, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
 
 
 def _ask(say: Callable[[str], None], method: str, what: str) -> None:
     say(f"{method}: does {what} fit?")
 
 
-def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> Setting:
+def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> StepOptions:
     from dataclasses import replace
 
     from dual_lora.lab.cost.options import from_model, from_recipe
@@ -152,14 +152,14 @@ def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | 
 
     is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
     if is_recipe:
-        setting = from_recipe(read_recipe(what), **given)
+        options = from_recipe(read_recipe(what), **given)
     elif known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
         near = suggest(what.rsplit("/", 1)[-1].lower(), [*published_names(), *shipped_recipes()])
         near = near if near.startswith(" Did") else " `dual-lora estimate --models` and `dual-lora recipes` list names."
         raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
     else:
-        setting = from_model(what, **given)
-    method = dict(setting.method)
+        options = from_model(what, **given)
+    method = dict(options.method)
     if rank is not None:
         if rank < 1:
             raise UserError(f"--rank is {rank}, expected at least 1.")
@@ -167,14 +167,14 @@ def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | 
     if targets is not None:
         names = targets.split(",")
         method["target_modules"] = targets if len(names) == 1 and targets == "all-linear" else names
-    return replace(setting, method=method)
+    return replace(options, method=method)
 
 
-def _chosen(methods: list[str] | None, setting: Setting) -> list[str]:
+def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     """The methods asked for, or the recipe's own and those that it is compared with."""
     from dual_lora.lab.model.methods import method_names
 
-    own = str(setting.method["name"]).lower().replace("-", "_")
+    own = str(options.method["name"]).lower().replace("-", "_")
     if methods is None:
         return _METHODS if own in _METHODS else [own, *_METHODS]
     chosen = [name.lower().replace("-", "_") for given in methods for name in given.split(",")]
@@ -201,7 +201,7 @@ def _list_models(as_json: bool) -> None:
 
 
 def _card(
-    setting: Setting,
+    options: StepOptions,
     columns: list[Column],
     refused: dict[str, str],
     devices: int,
@@ -212,11 +212,11 @@ def _card(
 ) -> Any:
     from rich.console import Group
 
-    checkpointing = ", checkpointing" if setting.checkpointing else ""
-    packed = f" ({setting.quantisation})" if setting.quantisation != "none" else ""
+    checkpointing = ", checkpointing" if options.checkpointing else ""
+    packed = f" ({options.quantisation})" if options.quantisation != "none" else ""
     title = (
-        f"{setting.name}: {setting.dtype}{packed}, batch {setting.batch} × {setting.length} tokens{checkpointing}, "
-        f"{setting.optimizer}, {setting.on}, rank {setting.rank}"
+        f"{options.name}: {options.dtype}{packed}, batch {options.batch} × {options.length} tokens{checkpointing}, "
+        f"{options.optimizer}, {options.on}, rank {options.rank}"
     )
     parts = [_memory_table(title, columns, calibrated)]
     if devices > 1:

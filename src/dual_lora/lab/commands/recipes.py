@@ -107,8 +107,8 @@ def check(
     classes = 1 if recipe.model.head == "regression" else classes
     found = fit(recipe, classes)
     head = "causal" if recipe.model.head == "causal" else "classification"
-    setting = from_recipe(recipe, head=head, classes=classes, on="gpu")
-    memory = memory_of(setting, simulate(setting)).peak
+    options = from_recipe(recipe, head=head, classes=classes, on="gpu")
+    memory = memory_of(options, simulate(options)).peak
     facts = {
         "model": recipe.model.path,
         "layers": ", ".join(f"{count} {layer}" for layer, count in found.layers.items()) or "all",

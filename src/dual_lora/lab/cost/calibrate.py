@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.read import read_object
 
@@ -95,15 +95,15 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
     return entry
 
 
-def seconds_of(setting: Setting, step: Step, known: dict[str, Any]) -> float | None:
+def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float | None:
     """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
-    half = setting.autocast != "none" or setting.dtype == "float16"
+    half = options.autocast != "none" or options.dtype == "float16"
     cost = cost_of(
-        known, str(setting.method["name"]), "bfloat16" if half else setting.dtype, setting.config.hidden_size
+        known, str(options.method["name"]), "bfloat16" if half else options.dtype, options.config.hidden_size
     )
-    if cost is None or known["on"] != setting.on:
+    if cost is None or known["on"] != options.on:
         return None
-    return setting.accumulate * cost.seconds(step.flops, step.worked)
+    return options.accumulate * cost.seconds(step.flops, step.worked)
 
 
 def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
@@ -145,7 +145,7 @@ def _at(points: list[Cost], width: float) -> Cost:
     return points[0] if width < points[0].width else points[-1]
 
 
-def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: int) -> Setting:
+def calibration_options(dtype: str, method: str, width: int, on: str, tokens: int) -> StepOptions:
     """The step that is measured: a Llama of two blocks and a small vocabulary on padded rows of 64 tokens."""
     from transformers import LlamaConfig
 
@@ -157,13 +157,13 @@ def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: in
         vocab_size=8192,
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
-    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
+    return StepOptions("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
 
 
 def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
-    few, many = (calibration_setting(dtype, method, width, on, tokens) for tokens in TOKENS[on])
-    times = [_fastest(setting, seconds * share) for setting, share in ((few, 0.2), (many, 0.5))]
-    steps = [simulate(setting) for setting in (few, many)]
+    few, many = (calibration_options(dtype, method, width, on, tokens) for tokens in TOKENS[on])
+    times = [_fastest(options, seconds * share) for options, share in ((few, 0.2), (many, 0.5))]
+    steps = [simulate(options) for options in (few, many)]
     return line(steps, times, width)
 
 
@@ -177,12 +177,12 @@ def line(steps: Sequence[Step], seconds: Sequence[float], width: int) -> Cost:
     return Cost(width, rate, weight) if weight >= 0 else Cost(width, many.flops / seconds[1], 0.0)
 
 
-def _fastest(setting: Setting, seconds: float) -> float:
+def _fastest(options: StepOptions, seconds: float) -> float:
     import torch
 
-    on_gpu = setting.on == "gpu"
+    on_gpu = options.on == "gpu"
     clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
-    step = training_step(setting, "cuda" if on_gpu else "cpu")
+    step = training_step(options, "cuda" if on_gpu else "cpu")
     step()
     passed: list[float] = []
     start = clock()
@@ -195,8 +195,8 @@ def _fastest(setting: Setting, seconds: float) -> float:
     return min(passed)
 
 
-def training_step(setting: Setting, device: str) -> Callable[[], None]:
-    """One real optimizer step of a setting's model with random weights."""
+def training_step(options: StepOptions, device: str) -> Callable[[], None]:
+    """One real optimizer step of the options' model with random weights."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -206,16 +206,16 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
 
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(setting.config, dtype=getattr(torch, setting.dtype))
-    adapter = method_config(setting.method, setting.head, 100, [])
+        model: Any = AutoModelForCausalLM.from_config(options.config, dtype=getattr(torch, options.dtype))
+    adapter = method_config(options.method, options.head, 100, [])
     if adapter is not None:
         model = get_peft_model(model, adapter)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    batch = {name: tensor.to(device) for name, tensor in batch_of(setting, model).items()}
+    batch = {name: tensor.to(device) for name, tensor in batch_of(options, model).items()}
     labels = batch.pop("labels")
-    batch["input_ids"].random_(setting.config.vocab_size)
+    batch["input_ids"].random_(options.config.vocab_size)
 
     def step() -> None:
         mean_loss(model(**batch), labels).backward()

@@ -24,7 +24,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor")
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepOptions:
     """One training step. length: tokens of a row; logits: positions whose logits are computed (None: all).
 
     method: as in a recipe, {"name": "dual_lora", "r": 16, ...}. on: the kind of device that the step runs on.
@@ -70,7 +70,7 @@ class Setting:
             return 0
         return int(self.method.get("r") or self.method.get("r1", 0) + self.method.get("r2", 0) or 8)
 
-    def with_method(self, name: str) -> Setting:
+    def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
         own = str(self.method["name"]).lower().replace("-", "_")
         if name == own:
@@ -81,8 +81,8 @@ class Setting:
         return replace(self, method={"name": name, "r": self.rank or 16, **shared})
 
 
-def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
-    """The training step of a recipe, with every row as long as data.max_length. changes: fields of Setting."""
+def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
+    """The training step of a recipe, with every row as long as data.max_length. changes: fields of StepOptions."""
     if precision.leaves_open(recipe):
         gpu = changes.get("on") == "gpu"
         recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
@@ -100,17 +100,17 @@ def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
         "autocast": part.autocast,
     }
     config, _ = model_config(recipe.model.path)
-    return Setting(recipe.model.path, config, **{**known, **changes})
+    return StepOptions(recipe.model.path, config, **{**known, **changes})
 
 
-def from_model(path: str, **changes: Any) -> Setting:
+def from_model(path: str, **changes: Any) -> StepOptions:
     """A step of the model at `path` (folder, package:NAME, GGUF file, or a published name such as llama-3-8b)."""
     config, head = model_config(path)
     values: dict[str, Any] = {"head": head, **changes}
     longest = getattr(config, "max_position_embeddings", None)
     if "length" not in changes and longest:
         values["length"] = min(512, longest)
-    return Setting(path, config, **values)
+    return StepOptions(path, config, **values)
 
 
 def model_config(path: str) -> tuple[PreTrainedConfig, Head]:

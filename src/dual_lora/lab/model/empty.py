@@ -34,7 +34,7 @@ def load_config(path: str, **more: Any) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    from dual_lora.lab.model.load import Place, locate, quiet
+    from dual_lora.lab.model.load import Location, locate, quiet
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = Path(path).expanduser()
@@ -42,8 +42,8 @@ def load_config(path: str, **more: Any) -> PreTrainedConfig:
         with quiet():
             if known_name(path) and not here.exists():
                 return published_config(path, **more)
-            place = Place(str(here)) if here.name == "config.json" else locate(path)
-            return AutoConfig.from_pretrained(place.name, **place.arguments(), **more)
+            location = Location(str(here)) if here.name == "config.json" else locate(path)
+            return AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -169,7 +169,7 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
 
 
 def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn every parameter, buffer and strength into a fake CPU tensor, in place; tied ones stay tied.
+    """Turn every parameter, buffer and strength into a fake CPU tensor, in location; tied ones stay tied.
 
     The count of warm-up steps stays on the meta device: a layer reads it where it can, and no product uses it.
     """

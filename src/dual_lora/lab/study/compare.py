@@ -22,7 +22,7 @@ from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_job
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, place_name, read_outcome
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, read_outcome, task_name
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
@@ -69,16 +69,16 @@ def compare(
     if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
-    place = folder.runs(runs)
+    runs_folder = folder.runs(runs)
     try:
         with folder:
-            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, place, update)
-            return Runner(study, folder, place, options, cells).run()
+            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, runs_folder, update)
+            return Runner(study, folder, runs_folder, options, cells).run()
     except (DiskFull, OSError) as error:
         if not (isinstance(error, DiskFull) or is_disk_full(error)):
             raise
         raise UserError(
-            f"The disk is full ({error}). Every finished run is safe in {place}. Make room, then start the same "
+            f"The disk is full ({error}). Every finished run is safe in {runs_folder}. Make room, then start the same "
             "command again: it goes on from there."
         ) from error
 
@@ -86,8 +86,8 @@ def compare(
 def _recipes(study: Study) -> dict[str, Any]:
     """What every task is, without its method; recipes are files of their own, and so are their data."""
     return {
-        f"{place_name(model, task)} {part}": value
-        for model, task, recipe in plan.places(study)
+        f"{task_name(model, task)} {part}": value
+        for model, task, recipe in plan.scenarios(study)
         for part, value in {**recipe.model_dump(mode="json"), "records": fingerprint(recipe)}.items()
         if part in ("model", "data", "train", "evaluate", "records")
     }
@@ -162,8 +162,8 @@ class Runner:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
         paired = [job for job in jobs if job.kind in ("trial", "final")]
-        for place in dict.fromkeys(job.place for job in paired):
-            outcomes = [self._outcome(job) for job in paired if job.place == place]
+        for scenario in dict.fromkeys(job.scenario for job in paired):
+            outcomes = [self._outcome(job) for job in paired if job.scenario == scenario]
             codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
             if len(codes) > 1:
                 old += [outcome for outcome in outcomes if outcome and outcome.code not in (None, now)]

@@ -91,7 +91,7 @@ class _Worker:
 
     process: Any
     line: Connection
-    slot: int  # which of the places side by side it has
+    slot: int  # which of the workers it is: its share of cores and cards
     key: str | None = None
 
 

@@ -60,8 +60,8 @@ def estimates(cells: Iterable[Cell], speed: Speed) -> dict[tuple[str, str, str, 
     found: dict[tuple[str, str, str, str], float] = {}
     for cell in cells:
         training, use = _seconds(cell, speed.of(cell))
-        found |= {(kind, *cell.place, cell.method): training + use for kind in ("trial", "final")}
-        found["base", *cell.place, UNTRAINED] = use
+        found |= {(kind, *cell.scenario, cell.method): training + use for kind in ("trial", "final")}
+        found["base", *cell.scenario, UNTRAINED] = use
     return found
 
 
@@ -103,7 +103,7 @@ class RunTimes:
     def expect(self, job: Job) -> float | None:
         """Seconds that the job will take, by the most similar runs known."""
         seen = next((self._seen[key] for key in _likes(job) if key in self._seen), None)
-        return statistics.fmean(seen) if seen else self.estimates.get((job.kind, *job.place, job.method))
+        return statistics.fmean(seen) if seen else self.estimates.get((job.kind, *job.scenario, job.method))
 
     def left(self, jobs: Iterable[Job], workers: int) -> float | None:
         """Seconds until all jobs are done; None while nothing is known about one of them."""
@@ -114,7 +114,7 @@ class RunTimes:
 
 def _likes(job: Job) -> list[tuple[str, ...]]:
     """What runs that take as long have in common, the most alike first."""
-    return [(job.kind, *job.place, job.method), (job.kind, *job.place)]
+    return [(job.kind, *job.scenario, job.method), (job.kind, *job.scenario)]
 
 
 @dataclass(frozen=True)
@@ -145,15 +145,15 @@ def forecast(
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
-    place = folder.runs(runs)
-    _match_as_far_as_probed(study, cells, place)
+    runs_folder = folder.runs(runs)
+    _match_as_far_as_probed(study, cells, runs_folder)
     speed = Speed()
     times = RunTimes(estimates(cells, speed))
     rows, left, done = [], [], 0
     jobs: dict[tuple[str, str, str], list[Job]] = {}
     for cell in cells:
-        trials = trial_jobs(study, cell, lambda job: read_outcome(place, job.key))
-        settings = choose([(job, read_outcome(place, job.key)) for job in trials])
+        trials = trial_jobs(study, cell, lambda job: read_outcome(runs_folder, job.key))
+        settings = choose([(job, read_outcome(runs_folder, job.key)) for job in trials])
         jobs[cell.at] = trials + final_jobs(study, cell, settings or {})
         rows.append(
             {
@@ -171,7 +171,7 @@ def forecast(
             }
         )
     for job in [j for group in jobs.values() for j in group] + base_jobs(cells):
-        outcome = read_outcome(place, job.key)
+        outcome = read_outcome(runs_folder, job.key)
         if outcome:
             done += 1
             times.learn(job, outcome.seconds)

@@ -291,11 +291,13 @@ def _plain(path: str) -> tuple[Tuned, Any]:
 
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"{path} is an adapter: give it by --adapter.")
-    place = locate(path)
+    location = locate(path)
     dtype = "float32"
-    if place.gguf_file is None:
+    if location.gguf_file is None:
         try:
-            dtype = str(getattr(AutoConfig.from_pretrained(place.name), "dtype", None) or dtype).removeprefix("torch.")
+            dtype = str(getattr(AutoConfig.from_pretrained(location.name), "dtype", None) or dtype).removeprefix(
+                "torch."
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
     if dtype not in ("float32", "bfloat16", "float16"):
