@@ -34,7 +34,7 @@ class Step:
 
     weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
     trained tensor; block_weights, block_trained, block_linear: the share of one block; largest_layer: the largest
-    adapted weight; linear: weights that a quantised load would pack, in the base's dtype; worked: the number of adapted
+    adapted weight; linear: weights that quantisation would pack, in the base's dtype; worked: the number of adapted
     and trained weights, which a step goes over however few tokens it has; saved: a file of the result.
     kept: what autograd holds when the forward pass ends. peaks: the fullest moment of each part of the step.
     """
@@ -281,7 +281,7 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
 
 
 def _packable(model: Any) -> Iterable[Tensor]:
-    """Weights that a quantised load packs: linear layers but the output head."""
+    """Weights that quantisation packs: linear layers but the output head."""
     from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -16,7 +16,7 @@ from dual_lora.lab.verify.strength import adapted_layers, parts, strengths
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
 
-class LiveGuesses:
+class ModelGuesses:
     """Forward passes of a loaded model, over the probes that the candidate was asked."""
 
     def __init__(self, model: Any, probes: list[Probe]):
