@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.side_by_side import Column
 
-_METHODS = ["dual_lora", "lora", "dora", "full"]
-
 
 def estimate(
     what: Annotated[
@@ -172,11 +170,12 @@ def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | 
 
 def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     """The methods asked for, or the recipe's own and those that it is compared with."""
+    from dual_lora.lab.cost.calibrate import METHODS
     from dual_lora.lab.model.methods import method_names
 
     own = str(options.method["name"]).lower().replace("-", "_")
     if methods is None:
-        return _METHODS if own in _METHODS else [own, *_METHODS]
+        return [*METHODS] if own in METHODS else [own, *METHODS]
     chosen = [name.lower().replace("-", "_") for given in methods for name in given.split(",")]
     for name in chosen:
         if name not in method_names():
@@ -231,21 +230,16 @@ def _card(
 
 def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
     one = [column.memory[1] for column in columns]
-    rows = [
-        ["weights, frozen", *(_bytes(m.weights) for m in one)],
-        ["factors or trained weights", *(_bytes(m.trained) for m in one)],
-        ["optimizer", *(_bytes(m.optimizer) for m in one)],
-        ["gradients", *(_bytes(m.gradients) for m in one)],
-        ["activations", *(_bytes(m.activations) for m in one)],
-        ["workspace (logits, loss, temporaries)", *(_bytes(m.workspace) for m in one)],
-        ["peak", *(_bytes(m.peak) for m in one)],
-        ["… which comes in", *(m.where for m in one)],
-    ]
+    named = {"weights": "weights, frozen", "trained": "factors or trained weights", "optimizer": "optimizer"}
+    named |= {"gradients": "gradients", "activations": "activations"}
+    named |= {"workspace": "workspace (logits, loss, temporaries)", "peak": "peak"}
+    rows = [[label, *(size(getattr(m, name)) for m in one)] for name, label in named.items()]
+    rows.append(["… which comes in", *(m.where for m in one)])
     for phase in ("standing", "forward", "logits", "loss", "backward", "step"):
-        rows.append([f"peak, {phase}", *(_bytes(m.phases[phase]) if phase in m.phases else "–" for m in one)])
+        rows.append([f"peak, {phase}", *(size(m.phases[phase]) if phase in m.phases else "–" for m in one)])
     rows += [
         ["trainable parameters", *(f"{c.step.trained_parameters:,.0f}" for c in columns)],
-        ["adapter or model on disk", *(_bytes(c.step.saved) for c in columns)],
+        ["adapter or model on disk", *(size(c.step.saved) for c in columns)],
         ["GFLOP a token", *(f"{c.flops_a_token / 1e9:,.3g}" for c in columns)],
     ]
     if calibrated:
@@ -255,9 +249,7 @@ def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
 
 
 def _devices_table(columns: list[Column], strategy: str) -> Any:
-    rows = []
-    for n in columns[0].memory:
-        rows.append([str(n), *(_bytes(c.memory[n].peak) for c in columns)])
+    rows = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
     return figures_table(f"Peak of each device, {strategy}", ["devices", *(c.method for c in columns)], rows)
 
 
@@ -281,7 +273,3 @@ def _rates_table(machine: str, entry: dict[str, Any]) -> Any:
     methods = next(iter(entry["costs"].values()))
     title = f"Training, {machine}: arithmetic, and each adapted or trained weight once a step"
     return figures_table(title, ["", *methods], rows)
-
-
-def _bytes(count: float) -> str:
-    return size(count)

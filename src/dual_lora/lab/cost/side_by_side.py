@@ -11,8 +11,6 @@ from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
 
-METHODS = ("dual_lora", "lora", "dora", "full")
-
 
 @dataclass(frozen=True)
 class Column:
