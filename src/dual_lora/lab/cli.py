@@ -75,9 +75,9 @@ def build_app(wanted: str | None = None) -> App:
         suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
-    for name, place, text in COMMANDS:
+    for name, target, text in COMMANDS:
         if name == wanted:
-            module, _, function = place.partition(":")
+            module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
             app.command(_placeholder(text), name=name)

@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from dual_lora.core import dispatch
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.run.record import version_of
 
 RANK = 16  # r1 = r2
 SIZE, TOKENS = 4096, 2048  # of the measurements on a card
@@ -75,15 +75,8 @@ def _also(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str | None]:
     """Of what takes part."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
     return {
-        **{name: version(name) for name in ("dual-lora", "torch", "triton", "peft")},
+        **{name: version_of(name) for name in ("dual-lora", "torch", "triton", "peft")},
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,

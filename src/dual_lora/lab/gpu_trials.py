@@ -22,14 +22,14 @@ def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, i
     """Every way in which the kernels are launched with these ranks and that dtype: tile, alignment, order of sums."""
     target = triton_launch.target(device)
     for n, strides in ((16, (16, 1)), (0, (0, 1))):  # aligned, and shifted by one entry with rows of odd length
-        place = Layout(dtype, n == 16, strides)
+        layout = Layout(dtype, n == 16, strides)
         size = n, n, n
         tile = triton_compose.TILES[target]
-        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (place, Layout(dtype, True, strides)))
+        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (layout, Layout(dtype, True, strides)))
         for tile in triton_gradient.TILES[target, dtype.itemsize]:
             for deterministic in (False, True):
-                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (place, place))
-            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, place))
+                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (layout, layout))
+            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, layout))
 
 
 def sign_flips(device: torch.device, products: str, size: int = 2048, r: int = 16, sigma: float = 0.02) -> int:
