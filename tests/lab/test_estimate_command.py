@@ -99,7 +99,12 @@ def test_models_are_listed(call):
     assert json.loads(out)["llama-7b"] == "6.7B"
 
 
-def test_setting_of_a_recipe():
+def test_a_regression_s_head_gives_one_number():
+    options = from_recipe(read_recipe("glue-roberta-base-stsb"), on="gpu", classes=2)
+    assert (options.head, options.classes) == ("classification", 1)
+
+
+def test_options_of_a_recipe():
     options = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
     assert (options.batch, options.length, options.accumulate, options.dtype) == (1, 4096, 4, "bfloat16")
     assert options.checkpointing
@@ -108,7 +113,7 @@ def test_setting_of_a_recipe():
     assert options.with_method("lora").method == {"name": "lora", "r": 32, "target_modules": "all-linear"}
 
 
-def test_setting_of_a_model_knows_its_head(folder):
+def test_options_of_a_model_know_its_head(folder):
     assert from_model("deberta-v3-base").head == "classification"
     assert from_model(str(folder)).head == "causal"
     assert from_model(str(folder)).length == 128  # all that it takes

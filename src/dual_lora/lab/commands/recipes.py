@@ -104,10 +104,8 @@ def check(
     from dual_lora.lab.model.empty import fit
 
     recipe = read_recipe(name)
-    classes = 1 if recipe.model.head == "regression" else classes
     found = fit(recipe, classes)
-    head = "causal" if recipe.model.head == "causal" else "classification"
-    options = from_recipe(recipe, head=head, classes=classes, on="gpu")
+    options = from_recipe(recipe, classes=classes, on="gpu")
     memory = memory_of(options, simulate(options)).peak
     facts = {
         "model": recipe.model.path,

@@ -88,7 +88,7 @@ def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
         recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
     part = recipe.train
     known = {
-        "head": recipe.model.head,
+        "head": "causal" if recipe.model.head == "causal" else "classification",
         "method": dict(recipe.method),
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
@@ -99,6 +99,8 @@ def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
         "optimizer": _optimizer(part.optimizer),
         "autocast": part.autocast,
     }
+    if recipe.model.head == "regression":
+        changes["classes"] = 1
     config, _ = model_config(recipe.model.path)
     return StepOptions(recipe.model.path, config, **{**known, **changes})
 
