@@ -215,6 +215,7 @@ def test_core_and_method_import_without_the_extras():
     )
 
 
+@pytest.mark.slow
 def test_a_question_for_peft_before_it_is_imported_does_not_lose_the_method():
     ask = "import dual_lora; from importlib.util import find_spec; find_spec('peft'); import peft; "
     assert python(ask + "print('DUAL_LORA' in peft.PeftType.__members__)").strip() == "True"
