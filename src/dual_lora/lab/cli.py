@@ -80,12 +80,8 @@ def build_app(wanted: str | None = None) -> App:
             module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
-            app.command(_placeholder(text), name=name)
+            app.command(App(help=text), name=name)
     return app
-
-
-def _placeholder(text: str) -> App:
-    return App(help=text)
 
 
 @guarded()

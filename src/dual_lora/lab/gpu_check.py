@@ -31,6 +31,7 @@ from dual_lora.lab.run.record import version_of
 
 RANK = 16  # r1 = r2
 SIZE, TOKENS = 4096, 2048  # of the measurements on a card
+ROUNDS = 20  # of each time
 CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 AS_EAGER = "as eager mode"
 COMPILED = ("sm_80", "sm_90")  # ahead of time, unless others are named
@@ -241,10 +242,10 @@ def costs(device: torch.device, size: int, tokens: int) -> dict[str, float]:
     }
 
 
-def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     """Median time on the card."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
@@ -254,10 +255,10 @@ def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
     return statistics.median(times)
 
 
-def _host_seconds(run: Callable[[], object], rounds: int = 20) -> float:
+def _host_seconds(run: Callable[[], object]) -> float:
     """Median time until Python goes on, the card still working."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()

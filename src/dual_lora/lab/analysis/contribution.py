@@ -26,9 +26,7 @@ def factor_state(model: Any) -> Tensors:
     return {key: parameter.detach().clone() for key, parameter in _parameters(model)}
 
 
-def contributions(
-    model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1, seed: int = 0
-) -> list[dict[str, Any]]:
+def contributions(model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1) -> list[dict[str, Any]]:
     """One row a variant: loss with the whole adapter, without it, and with each group set back or drawn anew.
 
     start: `factor_state` at the start of training. loss_of: the loss of the model on held-out records. draws: how often
@@ -44,7 +42,7 @@ def contributions(
     for group, kinds in groups.items():
         losses = []
         for draw in range(draws):
-            generator = torch.Generator().manual_seed(seed + draw)
+            generator = torch.Generator().manual_seed(draw)
             with _changed(model, kinds, partial(_like, generator)):
                 losses.append(loss_of(model))
         rows.append(_row("drawn anew", group, *losses))

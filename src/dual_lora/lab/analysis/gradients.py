@@ -83,7 +83,6 @@ def gradient_pass(
     model: Any,
     batches: list[Batch],
     loss_of: LossOf,
-    adapter: str = "default",
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer (all, or those named): gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
@@ -94,7 +93,7 @@ def gradient_pass(
     The factors' gradients are summed over the batches; the model is left without gradients.
     """
     layers = adapted_layers(model)
-    updates = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
+    updates = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     tallies: dict[str, Tensor] = {}
 
     def see(name: str, G: WeightGradient) -> None:
@@ -142,7 +141,6 @@ def first_step(
     batch: Batch,
     loss_of: LossOf,
     learning_rate: float,
-    adapter: str = "default",
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
@@ -152,14 +150,14 @@ def first_step(
     G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0 nothing moves.
     """
     layers = adapted_layers(model)
-    before = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
+    before = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     with _evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         loss_of(model, batch).backward()
         trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
         kept = [p.detach().clone() for p in trained]
         torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0).step()
-        after = snapshot(model, adapter)
+        after = snapshot(model)
         with torch.no_grad():
             for parameter, old in zip(trained, kept, strict=True):
                 parameter.copy_(old)

@@ -19,7 +19,7 @@ LARGEST = (0.01, 0.1)  # shares of the target's entries whose signs are compared
 SUBSPACE = 8  # singular directions compared on either side
 
 
-def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[str, float]:
+def likeness(update: Matrix, target: Matrix) -> dict[str, float]:
     """Of `update` to `target` (full fine-tuning's, say).
 
     cosine: of the two as vectors. norm_relative: ‖update‖ / ‖target‖. On the target's largest 1 % and 10 % of entries:
@@ -27,7 +27,7 @@ def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[s
     disagree, 0.5 by chance. overlap_left, overlap_right: ‖UᵀU'‖²/k of the leading k singular subspaces, 1 for equal
     ones, overlap_*_chance by chance; angle_left, angle_right: smallest principal angle in degrees.
     """
-    return entry_likeness(update, target) | _subspaces(update, target, subspace)
+    return entry_likeness(update, target) | _subspaces(update, target, SUBSPACE)
 
 
 def entry_likeness(update: Matrix, target: Matrix) -> dict[str, float]:
@@ -78,7 +78,7 @@ def _subspaces(update: Matrix, target: Matrix, k: int) -> dict[str, float]:
     return result
 
 
-def leading_subspaces(matrix: Matrix, k: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
+def leading_subspaces(matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of the k leading left and right singular subspaces, fp64 [O, k] and [I, k].
 
     Subspace iteration with twice as many directions, by blocks of rows; the same start at every call. A gap between
@@ -88,7 +88,7 @@ def leading_subspaces(matrix: Matrix, k: int, iterations: int = 8) -> tuple[Tens
     generator = torch.Generator().manual_seed(0)
     width = min(2 * k, O, I)
     V = torch.randn(I, width, generator=generator, dtype=torch.float64).to(matrix.device)
-    for _ in range(iterations):
+    for _ in range(8):
         V = torch.linalg.qr(_transposed_times(matrix, _times(matrix, torch.linalg.qr(V).Q)))[0]
     U, _, Wt = torch.linalg.svd(_times(matrix, V), full_matrices=False)
     return U[:, :k], (V @ Wt.t())[:, :k]

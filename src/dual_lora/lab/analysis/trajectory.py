@@ -110,9 +110,9 @@ def load_adapter_into(model: Any, folder: Path) -> None:
         raise UserError(f"The adapter file {file} is damaged: {error}") from error
 
 
-def chosen_layers(opened: OpenedRun, pattern: str | None, known: list[str] | None = None) -> list[str]:
+def chosen_layers(opened: OpenedRun, pattern: str | None) -> list[str]:
     """The run's layers whose name the regular expression finds. Raises UserError when there is none."""
-    names = known or (linear_layers(opened.model) if opened.is_full else list(adapted_layers(opened.model)))
+    names = linear_layers(opened.model) if opened.is_full else list(adapted_layers(opened.model))
     if not names:
         raise UserError(
             f"The method {opened.method} of {opened.path} changes no weights of linear layers, so there is no update "

@@ -157,15 +157,14 @@ def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | 
         raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
     else:
         options = from_model(what, **given)
-    method = dict(options.method)
     if rank is not None:
         if rank < 1:
             raise UserError(f"--rank is {rank}, expected at least 1.")
-        method = {k: v for k, v in method.items() if k not in ("r1", "r2")} | {"r": rank}
+        options = options.with_rank(rank)
     if targets is not None:
-        names = targets.split(",")
-        method["target_modules"] = targets if len(names) == 1 and targets == "all-linear" else names
-    return replace(options, method=method)
+        modules = targets if targets == "all-linear" else targets.split(",")
+        options = replace(options, method={**options.method, "target_modules": modules})
+    return options
 
 
 def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:

@@ -52,14 +52,9 @@ def largest(
     rank = None
     if options.rank:
         powers = LARGEST_RANK.bit_length() - 1
-        found = _last(lambda k: peak(_with_rank(options, 2**k)) <= limit, powers)
+        found = _last(lambda k: peak(options.with_rank(2**k)) <= limit, powers)
         rank = 2**found if found else None
     return {"batch": batch or None, "length": length * LENGTH_STEP or None, "rank": rank}
-
-
-def _with_rank(options: StepOptions, rank: int) -> StepOptions:
-    method = {k: v for k, v in options.method.items() if k not in ("r1", "r2")}
-    return replace(options, method={**method, "r": rank})
 
 
 def _last(fits: Callable[[int], bool], top: int) -> int:

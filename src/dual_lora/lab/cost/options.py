@@ -70,6 +70,10 @@ class StepOptions:
             return 0
         return int(self.method.get("r") or self.method.get("r1", 0) + self.method.get("r2", 0) or 8)
 
+    def with_rank(self, rank: int) -> StepOptions:
+        """The same step at another total rank."""
+        return replace(self, method={k: v for k, v in self.method.items() if k not in ("r1", "r2")} | {"r": rank})
+
     def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
         own = str(self.method["name"]).lower().replace("-", "_")

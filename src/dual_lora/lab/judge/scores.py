@@ -108,7 +108,8 @@ def tables(rows: Iterable[Score]) -> dict[Scenario, dict[str, Runs]]:
         own = cells.setdefault(row.scenario, {}).setdefault(row.method, {})
         if (twice := own.get((row.seed, row.item))) is not None:
             raise UserError(
-                f"{row.where}: {_run(row)} has a score already ({twice.where}). Keep one of them."
+                f"{row.where}: {row.method}, seed {row.seed}{_item(row.item)}, {task_name(*row.scenario)} has a score "
+                f"already ({twice.where}). Keep one of them."
                 + (" Without a column item a run has one score." if row.item == WHOLE else "")
             )
         own[row.seed, row.item] = row
@@ -146,7 +147,3 @@ def reference_of(methods: Sequence[str], wanted: str | None) -> str:
 
 def _item(item: str) -> str:
     return "" if item == WHOLE else f", item {item}"
-
-
-def _run(row: Score) -> str:
-    return f"{row.method}, seed {row.seed}{_item(row.item)}, {task_name(*row.scenario)}"

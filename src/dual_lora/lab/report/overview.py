@@ -44,7 +44,8 @@ def _main_pair(studies: Studies) -> list[Block]:
     turned = [(name, c if c["candidate"] == candidate else _turned(c)) for name, c in found[pair]]
     counts = Counter(c["verdict"] for _, c in turned)
     words = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in sorted(counts, key=_sure))
-    sure = [c["difference"] > 0 for _, c in turned if MOODS.get(c["verdict"]) == "same" and _sign_is_sure(c)]
+    alike = [c for _, c in turned if MOODS.get(c["verdict"]) == "same" and c.get("p_holm") is not None]
+    sure = [c["difference"] > 0 for c in alike if c["p_holm"] < 1 - c["confidence"]]
     if sure:
         counted = {"better": sure.count(True), "worse": sure.count(False)}
         each = [f"{n} significantly {word}, by little" for word, n in counted.items() if n]
@@ -72,10 +73,6 @@ def _turned(c: Row) -> Row:
     sides = {"difference": "difference", "low": "high", "high": "low"}
     figures = {key: None if c[other] is None else -c[other] for key, other in sides.items()}
     return {**c, "verdict": {BETTER: WORSE, WORSE: BETTER}.get(c["verdict"], c["verdict"]), **figures}
-
-
-def _sign_is_sure(c: Row) -> bool:
-    return c.get("p_holm") is not None and c["p_holm"] < 1 - c["confidence"]
 
 
 def _sure(verdict: str) -> int:

@@ -28,7 +28,9 @@ def score_loss(
     return loss_rows(model, tokenizer, [prompter.encode(example) for example in examples], spec.batch_size, advance)
 
 
-def loss_rows(model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance) -> Rows:
+def loss_rows(
+    model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance = lambda _: None
+) -> Rows:
     """Summed negative log-likelihood (nats) of each row's labels and their number."""
     collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
     rows: Rows = [{}] * len(encoded)

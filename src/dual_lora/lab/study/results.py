@@ -82,13 +82,16 @@ def _score_tables(
     raw: dict[tuple[str, str, str], list[Any]] = {}
     for f in finished:
         if f.complete:
-            none = [None] * seeds
-            raw[f.cell.at] = none if f.diverged_in_search else [_features(*ended, runs) for ended in f.finals]
+            raw[f.cell.at] = [None] * seeds  # what every item of a run adds; None for one that diverged
+            for i, (job, outcome) in enumerate(f.finals if not f.diverged_in_search else ()):
+                if outcome and outcome.status == "done":
+                    raw[f.cell.at][i] = read_scores(runs, job.key)
     tables = {}
     for scenario in dict.fromkeys(key[:2] for key in raw):
         here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
         metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
-        good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
+        came = {key: [row for row in rows if row is not None] for key, rows in here.items()}
+        good = {key: metrics.score_table(metric, rows) for key, rows in came.items() if rows}
         if not good:
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
@@ -110,15 +113,6 @@ def _score_tables(
                 )
             tables[key] = table
     return tables
-
-
-def _alive(rows: list[Any]) -> list[Any]:
-    return [row for row in rows if row is not None]
-
-
-def _features(job: Job, outcome: Outcome | None, runs: Path) -> stats.Table | None:
-    """What every item of a finished run adds; None for one that diverged."""
-    return read_scores(runs, job.key) if outcome and outcome.status == "done" else None
 
 
 def _pairs(

@@ -63,12 +63,8 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rows=rows,
         rounding=max(rms(rounded - own), rms(base_rounded - base), 1e-6),
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
-        warms_up=_warms_up(tuned.model),
+        warms_up=any(hasattr(layer, "warmup_factor") for layer in adapted_layers(tuned.model).values()),
     )
-
-
-def _warms_up(model: Any) -> bool:
-    return any(hasattr(layer, "warmup_factor") for layer in adapted_layers(model).values())
 
 
 def _may_be_copied(model: Any) -> bool:
