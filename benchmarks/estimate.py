@@ -167,14 +167,14 @@ def _measure_bytes(name: str) -> dict[str, Any]:
 
     recipe = _train(name, STEPS, Watch())
     ((length, logits),) = seen.shapes
-    setting, step = _simulated(recipe, length, logits)
+    options, step = _simulated(recipe, length, logits)
     return {
         "batch": recipe.train.batch_size,
         "length": length,
         "logits": logits,
         "weights": found["weights"],
         "measured": found["peak"] - found["before"] + found["weights"],
-        "estimated": round(memory_of(setting, step).peak),
+        "estimated": round(memory_of(options, step).peak),
     }
 
 
@@ -218,12 +218,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _simulated(recipe: Any, length: int, logits: int | None) -> tuple[Any, Any]:
-    """Setting and step of a batch."""
+    """StepOptions and step of a batch."""
     from dual_lora.lab.cost.options import from_recipe
     from dual_lora.lab.cost.simulate import simulate
 
-    setting = from_recipe(recipe, length=length, logits=logits)
-    return setting, simulate(setting)
+    options = from_recipe(recipe, length=length, logits=logits)
+    return options, simulate(options)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,11 @@ def _commands() -> str:
     from cyclopts import App
 
     from dual_lora.lab.cli import COMMANDS
+    from dual_lora.lab.commands.parameters import PLAIN_FLAGS
 
-    app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=())
-    for name, place, _ in COMMANDS:
-        module, _, function = place.partition(":")
+    app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=(), default_parameter=PLAIN_FLAGS)
+    for name, target, _ in COMMANDS:
+        module, _, function = target.partition(":")
         app.command(getattr(import_module(module), function), name=name)
     # Cyclopts shows how this very program was started, which is `python -m scripts.reference` here.
     text = re.sub(r"(?m)^(dual-lora(?: [\w-]+)*) -m [\w.]+", r"\1", app.generate_docs(usage_name="dual-lora"))

@@ -86,6 +86,18 @@ def test_imports_point_inwards(path):
             assert known, f"{dotted(path)} imports {name}, which its ring may not"
 
 
+def test_what_studies_are_made_of_knows_no_study():
+    for folder in ("data", "recipe", "model", "cost"):
+        for path in (ROOT / "lab" / folder).rglob("*.py"):
+            studies = [name for name in imports(path) if name.startswith("dual_lora.lab.study")]
+            assert not studies, f"{dotted(path)} imports {studies[0]}"
+
+
+def test_one_file_builds_models_without_weights():
+    built = [path for path in MODULES if "AutoModel" in (text := path.read_text()) and 'device("meta")' in text]
+    assert built == [ROOT / "lab" / "model" / "empty.py"]
+
+
 def python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -203,6 +215,7 @@ def test_core_and_method_import_without_the_extras():
     )
 
 
+@pytest.mark.slow
 def test_a_question_for_peft_before_it_is_imported_does_not_lose_the_method():
     ask = "import dual_lora; from importlib.util import find_spec; find_spec('peft'); import peft; "
     assert python(ask + "print('DUAL_LORA' in peft.PeftType.__members__)").strip() == "True"

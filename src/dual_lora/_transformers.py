@@ -1,4 +1,4 @@
-"""transformers reads an adapter's file itself: look at ours first, so that a damaged one is refused in words.
+"""transformers reads an adapter's file itself: look at ours first, so that a damaged one raises a clear error.
 
 Imports nothing when transformers does: PEFT, which `dual_lora.method` needs, cannot be imported at that moment.
 """

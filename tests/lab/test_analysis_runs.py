@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from dual_lora.lab.analysis.analyze import analyze, save
 from dual_lora.lab.analysis.callback import AnalysisCallback
-from dual_lora.lab.analysis.options import open_setting
-from dual_lora.lab.analysis.trajectory import load_adapter_into, places
+from dual_lora.lab.analysis.opened_run import open_run
+from dual_lora.lab.analysis.trajectory import load_adapter_into, states_of
 from dual_lora.lab.analysis.updates import adapted_layers, snapshot
 from dual_lora.lab.analysis.walk import Options
 from dual_lora.lab.errors import UserError
@@ -61,9 +61,9 @@ def rows_of(table, **wanted):
 
 
 def test_start_is_made_again_from_the_seed(runs):
-    setting = open_setting(runs / "dual")
-    first = snapshot(setting.model)
-    again = snapshot(open_setting(runs / "dual").model)
+    opened = open_run(runs / "dual")
+    first = snapshot(opened.model)
+    again = snapshot(open_run(runs / "dual").model)
     assert len(first) == LAYERS
     for name in first:
         a, b = first[name].update(), again[name].update()
@@ -72,20 +72,20 @@ def test_start_is_made_again_from_the_seed(runs):
 
 
 def test_rebuilt_batches_are_training_s(runs):
-    setting = open_setting(runs / "dual")
-    batches = setting.step_batches
+    opened = open_run(runs / "dual")
+    batches = opened.step_batches
     assert [len(b["input_ids"]) for b in batches] == [4, 4]
     with torch.no_grad():
-        loss = sum(float(setting.loss_of_batch(setting.model, b)) for b in batches)
+        loss = sum(float(opened.loss_of_batch(opened.model, b)) for b in batches)
     logged = json.loads((runs / "dual" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0.5 * logged["loss"] < loss < 2 * logged["loss"]
 
 
 def first_loss(folder):
     """What training logged of its first step, and the same from the rebuilt batches and model."""
-    setting = open_setting(folder)
+    opened = open_run(folder)
     with torch.no_grad():
-        rebuilt = sum(float(setting.loss_of_batch(setting.model, b)) for b in setting.step_batches)
+        rebuilt = sum(float(opened.loss_of_batch(opened.model, b)) for b in opened.step_batches)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"], rebuilt
 
 
@@ -119,9 +119,9 @@ def test_the_rebuilt_loss_of_a_regression_is_training_s(tiny_encoder, tmp_path):
     run(build_recipe(values), tmp_path / "run", progress=False)
     logged, rebuilt = first_loss(tmp_path / "run")
     assert rebuilt == pytest.approx(logged, rel=1e-4)
-    setting = open_setting(tmp_path / "run")
+    opened = open_run(tmp_path / "run")
     truth = torch.tensor([float(line.split("\t")[1]) for line in lines])
-    assert setting.held_out_loss(16)(None) < float((truth**2).mean()) * 10
+    assert opened.held_out_loss(16)(None) < float((truth**2).mean()) * 10
 
 
 def test_rebuilt_batches_are_those_of_all_processes(runs, tmp_path):
@@ -131,7 +131,7 @@ def test_rebuilt_batches_are_those_of_all_processes(runs, tmp_path):
     shutil.copytree(runs / "dual", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     (tmp_path / "run" / "record.json").write_text(json.dumps(record | {"processes": 2}))
-    batches = open_setting(tmp_path / "run").step_batches
+    batches = open_run(tmp_path / "run").step_batches
     assert [len(b["input_ids"]) for b in batches] == [4, 4, 4, 4]
     assert {b["items"] for b in batches} == {sum(int((b["labels"] != -100).sum()) for b in batches)}
 
@@ -140,21 +140,21 @@ def test_a_start_from_gradients_is_made_again(lm_values, tmp_path):
     """LoRA-GA's start follows from the first rows, and sits in the base weights as well."""
     lm_values["method"] = {"name": "lora_ga", "r": 4}
     run(build_recipe(lm_values), tmp_path / "run", progress=False)
-    setting = open_setting(tmp_path / "run")
-    assert len(setting.origin) == LAYERS
-    parameters = dict(setting.model.named_parameters())
+    opened = open_run(tmp_path / "run")
+    assert len(opened.origin) == LAYERS
+    parameters = dict(opened.model.named_parameters())
     saved = load_file(tmp_path / "run" / "start" / "adapter_model.safetensors")
     for name, tensor in saved.items():
         torch.testing.assert_close(parameters[name.replace(".weight", ".default.weight")], tensor)
 
 
 def test_states_of_a_run(runs):
-    found = places(runs / "dual")
+    found = states_of(runs / "dual")
     assert [p.step for p in found] == [0, 2, 4, 6]
     assert found[0].folder is None
-    assert [p.step for p in places(runs / "dual", 2)] == [0, 6]
+    assert [p.step for p in states_of(runs / "dual", 2)] == [0, 6]
     with pytest.raises(UserError, match="at least 2"):
-        places(runs / "dual", 1)
+        states_of(runs / "dual", 1)
 
 
 def test_every_layer_and_state_has_its_rows(analysis):
@@ -263,7 +263,7 @@ def test_what_is_no_run_or_does_not_belong_together(runs, tmp_path):
 def test_a_run_that_is_none_is_said_before_the_others_are_analysed(runs, tmp_path, monkeypatch):
     import dual_lora.lab.analysis.analyze as module
 
-    monkeypatch.setattr(module, "open_setting", lambda *_: pytest.fail("a run was analysed first"))
+    monkeypatch.setattr(module, "open_run", lambda *_: pytest.fail("a run was analysed first"))
     with pytest.raises(UserError, match="is not a run: it holds no recipe"):
         analyze([runs / "dual", tmp_path], progress=False)
 
@@ -325,10 +325,10 @@ def test_a_method_without_weight_updates_is_refused_in_words(tiny_lm, questions,
 
 
 def test_damaged_and_missing_checkpoints(runs, tmp_path):
-    setting = open_setting(runs / "dual")
+    opened = open_run(runs / "dual")
     with pytest.raises(UserError, match="holds no adapter_model"):
-        load_adapter_into(setting.model, tmp_path)
+        load_adapter_into(opened.model, tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="damaged"):
-        load_adapter_into(setting.model, tmp_path)
-    assert len(adapted_layers(setting.model)) == LAYERS
+        load_adapter_into(opened.model, tmp_path)
+    assert len(adapted_layers(opened.model)) == LAYERS

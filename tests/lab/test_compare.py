@@ -13,13 +13,13 @@ pytest.importorskip("peft")
 
 from tiny_study import SHORT, figures, in_child, job, outcomes, write_records, write_study
 
-from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import perform, plan
 from dual_lora.lab.study import use_cost as cost
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import read_outcome, run_file
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_forecast, show_results
@@ -395,6 +395,22 @@ def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):
     assert (finished.runs, finished.done, finished.seconds) == (9, 9, 0.0)
     show_forecast(fresh)
     assert "Nothing was run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_forecast_takes_the_machine_s_calibration(tiny, tmp_path, monkeypatch):
+    """A study's time and an estimate's come from the same two measured numbers."""
+    from dual_lora.lab.study import forecast as module
+
+    study, seconds = write_study(tiny, search=None), {}
+    for rate in (1e6, 2e6):
+        costs = {"float32": {method: [[64, rate, 0.0]] for method in ("lora", "dual_lora", "full")}}
+        monkeypatch.setattr(
+            module, "known_rates", lambda costs=costs: {"on": "cpu", "date": "2026-01-02", "costs": costs}
+        )
+        found = forecast(study, tmp_path / "nothing")
+        assert found.basis == "arithmetic and this machine's calibration of 2026-01-02"
+        seconds[rate] = found.seconds - module.START_SECONDS * found.runs
+    assert seconds[1e6] == pytest.approx(2 * seconds[2e6], rel=1e-6)
 
 
 def test_study_file_of_the_folder_reads_back(whole, tiny):

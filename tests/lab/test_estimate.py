@@ -11,14 +11,13 @@ from dual_lora.core import blocked
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.reference import Factors, Form
 from dual_lora.lab.cost import simulate as simulation
-from dual_lora.lab.cost.activations import Live
+from dual_lora.lab.cost.activations import MemoryTracker
 from dual_lora.lab.cost.flops import linear, linear_backward, register_own
 from dual_lora.lab.cost.memory import memory_of
-from dual_lora.lab.cost.options import Setting
-from dual_lora.lab.cost.simulate import simulate
+from dual_lora.lab.cost.options import StepOptions
+from dual_lora.lab.cost.simulate import empty_model, simulate
 from dual_lora.lab.cost.workspace import inner_bytes
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.empty import empty_model
 from dual_lora.lab.model.methods import method_config
 
 METHODS = ("dual_lora", "lora", "dora", "full")
@@ -30,7 +29,7 @@ def tiny(layers=3, **changes):
         vocab_size=200, max_position_embeddings=128,
     )  # fmt: skip
     values = {"method": {"name": "dual_lora", "r": 8}, "dtype": "float32", "batch": 2, "length": 16}
-    return Setting("tiny", config, **{**values, **changes})
+    return StepOptions("tiny", config, **{**values, **changes})
 
 
 def encoder(**changes):
@@ -38,7 +37,7 @@ def encoder(**changes):
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=200,
         max_position_embeddings=80,
     )  # fmt: skip
-    return Setting(
+    return StepOptions(
         "encoder", config, head="classification", **{"dtype": "float32", "batch": 2, "length": 16, **changes}
     )
 
@@ -46,67 +45,67 @@ def encoder(**changes):
 class TestLive:
     def test_sees_what_comes_and_goes(self):
         x = torch.zeros(1000)  # 4 kB, stands before
-        with Live([x]) as live:
+        with MemoryTracker([x]) as tracker:
             y = x + 1
-            assert live.now().activations == 4000
+            assert tracker.now().activations == 4000
             z = y.view(10, 100).t()  # the same storage
             w = (z * 2).sum()
-            assert live.now().activations == 4000 + 4
+            assert tracker.now().activations == 4000 + 4
             del y, z
-            assert live.now().activations == 4
-        assert live.peaks["forward"].total == 8000 + 4
+            assert tracker.now().activations == 4
+        assert tracker.peaks["forward"].total == 8000 + 4
         assert w == 2000
 
     def test_knows_gradients(self):
         w = torch.nn.Parameter(torch.ones(500))
-        live = Live([w])
-        w.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
-        with live:
+        tracker = MemoryTracker([w])
+        w.register_post_accumulate_grad_hook(lambda p: tracker.is_gradient(p.grad))
+        with tracker:
             (w * 2).sum().backward()
-        assert live.now().gradients == 2000
+        assert tracker.now().gradients == 2000
 
     def test_counts_products(self):
-        with Live([]) as live:
+        with MemoryTracker([]) as tracker:
             torch.ones(3, 4) @ torch.ones(4, 5)
-        assert live.flops == 2 * 3 * 4 * 5
+        assert tracker.flops == 2 * 3 * 4 * 5
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_empty_step_is_the_real_step(method, checkpointing, monkeypatch):
     """With real tensors in the place of empty ones, the same code counts the same bytes and flops."""
-    setting = tiny(checkpointing=checkpointing).with_method(method)
-    empty = simulate(setting)
+    options = tiny(checkpointing=checkpointing).with_method(method)
+    empty = simulate(options)
 
-    def real(setting, layers):
+    def real(options, layers):
         torch.manual_seed(0)
-        config = empty_model(setting).config
+        config = empty_model(options).config
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        adapter = method_config(setting.method, "causal", 100, [])
-        return simulation._run(setting, (get_peft_model(model, adapter) if adapter else model).train())
+        adapter = method_config(options.method, "causal", 100, [])
+        return simulation._run(options, (get_peft_model(model, adapter) if adapter else model).train())
 
     monkeypatch.setattr(simulation, "_simulate", real)
-    measured = simulate(setting)
+    measured = simulate(options)
     assert measured.flops == empty.flops
     assert measured.trained == empty.trained
-    assert measured.weights == pytest.approx(empty.weights, abs=64 * setting.layers)  # small buffers of the warm-up
+    assert measured.weights == pytest.approx(empty.weights, abs=64 * options.layers)  # small buffers of the warm-up
     for name, peak in measured.peaks.items():
         assert empty.peaks[name].total == pytest.approx(peak.total, rel=0.002, abs=64), name
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_deep_model_lies_on_the_line_through_two_shallow_ones(method):
-    setting = tiny(layers=6).with_method(method)
-    along, whole = simulate(setting), simulation._simulate(setting, None)
+    options = tiny(layers=6).with_method(method)
+    along, whole = simulate(options), simulation._simulate(options, None)
     assert along == whole
 
 
 def test_uneven_blocks_are_simulated_one_by_one():
     said = []
-    setting = tiny(
+    options = tiny(
         layers=6, method={"name": "dual_lora", "r": 8, "layers_to_transform": [5], "target_modules": ["q_proj"]}
     )
-    assert simulate(setting, said.append).trained == 4 * 8 * (64 + 64)
+    assert simulate(options, said.append).trained == 4 * 8 * (64 + 64)
     assert said == ["dual_lora: 6 blocks"]
 
 
@@ -136,17 +135,17 @@ def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype):
     adapter = Adapter(Factors(*factors), torch.tensor(0.5), Form())
     standing = [*factors, x, dy, weight, adapter.scale]
     op = torch.ops.dual_lora
-    with Live(standing) as live:
+    with MemoryTracker(standing) as tracker:
         y = blocked.forward(x, weight, [adapter])
     args = (x, weight, None, factors, [adapter.scale], [0], None)
     expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
-    assert live.peaks["forward"].total == pytest.approx(expected, rel=0.15)
-    with Live(standing) as live:
+    assert tracker.peaks["forward"].total == pytest.approx(expected, rel=0.15)
+    with MemoryTracker(standing) as tracker:
         grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
     args = (dy, x, weight, factors, [adapter.scale], [0], None, True, False, True)
     out = grads.x.nbytes + sum(f.nbytes for f in grads.factors[0])
     expected = inner_bytes(op.linear_backward.default, args, grads, "cpu") + out
-    assert live.peaks["forward"].total == pytest.approx(expected, rel=0.15)
+    assert tracker.peaks["forward"].total == pytest.approx(expected, rel=0.15)
 
 
 def test_a_quantised_weight_is_there_twice_while_a_gpu_composes_it():
@@ -165,17 +164,17 @@ def test_batched_product_copies_a_shared_matrix():
     """bf16 on a CPU; measured with /proc/self/status, for want of an operator that would show it."""
     weight, rows = torch.zeros(40, 8, dtype=torch.bfloat16), torch.zeros(4, 9, 8, dtype=torch.bfloat16)
     for last, copied in ((rows[:, -2:], 4 * 40 * 8 * 2), (rows[:, -2:].contiguous(), 0)):
-        with Live([weight, rows, last]) as live:
+        with MemoryTracker([weight, rows, last]) as tracker:
             y = torch.nn.functional.linear(last, weight)
-        assert live.peaks["forward"].workspace == copied
-        assert live.now().activations == y.nbytes
+        assert tracker.peaks["forward"].workspace == copied
+        assert tracker.now().activations == y.nbytes
 
 
 class TestMemory:
     def test_adds_up(self):
-        setting = tiny()
-        step = simulate(setting)
-        memory = memory_of(setting, step)
+        options = tiny()
+        step = simulate(options)
+        memory = memory_of(options, step)
         assert memory.optimizer == 2 * memory.trained == 2 * step.trained
         parts = (
             memory.weights
@@ -209,28 +208,28 @@ class TestMemory:
         assert twice.phases["forward"] == once.phases["forward"] + once.trained
 
     def test_quantised_base(self):
-        setting = tiny(dtype="bfloat16", quantisation="nf4")
-        step = simulate(setting)
+        options = tiny(dtype="bfloat16", quantisation="nf4")
+        step = simulate(options)
         linear = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64)
         assert step.linear == 2 * linear
-        packed = memory_of(setting, step).weights
+        packed = memory_of(options, step).weights
         assert packed == step.weights - 2 * linear + linear * (0.5 + 4 / 64)
         with pytest.raises(UserError, match="Full fine-tuning needs a base that is not quantised"):
-            memory_of(replace(setting, method={"name": "full"}), step)
+            memory_of(replace(options, method={"name": "full"}), step)
 
     def test_encoder_with_a_fresh_head(self):
-        setting = encoder(method={"name": "dual_lora", "r": 8})
+        options = encoder(method={"name": "dual_lora", "r": 8})
         head = 64 * 64 + 64 + 2 * 64 + 2
         adapted = 2 * (4 * (64 + 64) + 2 * (64 + 96)) * 8
-        assert simulate(setting).trained_parameters == head + adapted
+        assert simulate(options).trained_parameters == head + adapted
 
 
 class TestSharding:
-    setting = tiny(layers=6)
+    options = tiny(layers=6)
 
     def peaks(self, method, strategy, n):
-        setting = self.setting.with_method(method)
-        return memory_of(setting, simulate(setting), n, strategy)
+        options = self.options.with_method(method)
+        return memory_of(options, simulate(options), n, strategy)
 
     def test_who_holds_what(self):
         one = self.peaks("full", "ddp", 1)
@@ -246,19 +245,19 @@ class TestSharding:
         assert zero3.trained == one.trained / 4
 
     def test_fsdp2_gathers_what_lies_outside_and_three_blocks(self):
-        setting = self.setting
-        step = simulate(setting)
+        options = self.options
+        step = simulate(options)
         outside = step.weights + step.trained - 6 * (step.block_weights + step.block_trained)
         assert outside == pytest.approx((2 * 200 * 64 + 64) * 4, abs=1000)  # embedding, head, norm; small buffers
-        memory = memory_of(setting, step, 2, "fsdp2")
+        memory = memory_of(options, step, 2, "fsdp2")
         assert memory.gathered == outside + 3 * (step.block_weights + step.block_trained)
 
     def test_wrong_input(self):
-        step = simulate(self.setting)
+        step = simulate(self.options)
         with pytest.raises(UserError, match="Did you mean 'fsdp2'"):
-            memory_of(self.setting, step, 2, "fsdp")
+            memory_of(self.options, step, 2, "fsdp")
         with pytest.raises(UserError, match="devices is 0"):
-            memory_of(self.setting, step, 0)
+            memory_of(self.options, step, 0)
 
 
 def test_mixture_of_experts_and_other_families_can_be_simulated():
@@ -274,8 +273,8 @@ def test_mixture_of_experts_and_other_families_can_be_simulated():
         "deberta-v3-xsmall",
     ):
         config = shortened(published_config(name), 2)
-        setting = Setting(name, config, head=published_family(name).head, batch=1, length=16)
-        step = simulate(setting)
+        options = StepOptions(name, config, head=published_family(name).head, batch=1, length=16)
+        step = simulate(options)
         assert step.flops > 0, name
         assert step.trained_parameters > 0, name
 
@@ -286,7 +285,7 @@ def test_model_that_does_not_run_in_a_precision_says_so():
     from dual_lora.lab.recipe.published import published_config
 
     config = shortened(published_config("deberta-base"), 1)
-    setting = Setting("deberta-base", config, head="classification", dtype="bfloat16", batch=1, length=16)
+    options = StepOptions("deberta-base", config, head="classification", dtype="bfloat16", batch=1, length=16)
     with pytest.raises(UserError, match=r"deberta-base does not run in bfloat16.*Try --dtype float32"):
-        simulate(setting)
-    assert simulate(replace(setting, dtype="float32")).flops > 0
+        simulate(options)
+    assert simulate(replace(options, dtype="float32")).flops > 0

@@ -10,7 +10,7 @@ from dual_lora.lab.cli import main
 from dual_lora.lab.cost import calibrate
 from dual_lora.lab.cost.fits import _last, largest, parse_size
 from dual_lora.lab.cost.memory import memory_of
-from dual_lora.lab.cost.options import Setting, from_model, from_recipe
+from dual_lora.lab.cost.options import StepOptions, from_model, from_recipe
 from dual_lora.lab.cost.side_by_side import counts
 from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
@@ -99,16 +99,21 @@ def test_models_are_listed(call):
     assert json.loads(out)["llama-7b"] == "6.7B"
 
 
-def test_setting_of_a_recipe():
-    setting = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
-    assert (setting.batch, setting.length, setting.accumulate, setting.dtype) == (1, 4096, 4, "bfloat16")
-    assert setting.checkpointing
-    assert setting.rank == 32
-    assert setting.config.to_dict() == published_config("llama-3-70b").to_dict()
-    assert setting.with_method("lora").method == {"name": "lora", "r": 32, "target_modules": "all-linear"}
+def test_a_regression_s_head_gives_one_number():
+    options = from_recipe(read_recipe("glue-roberta-base-stsb"), on="gpu", classes=2)
+    assert (options.head, options.classes) == ("classification", 1)
 
 
-def test_setting_of_a_model_knows_its_head(folder):
+def test_options_of_a_recipe():
+    options = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
+    assert (options.batch, options.length, options.accumulate, options.dtype) == (1, 4096, 4, "bfloat16")
+    assert options.checkpointing
+    assert options.rank == 32
+    assert options.config.to_dict() == published_config("llama-3-70b").to_dict()
+    assert options.with_method("lora").method == {"name": "lora", "r": 32, "target_modules": "all-linear"}
+
+
+def test_options_of_a_model_know_its_head(folder):
     assert from_model("deberta-v3-base").head == "classification"
     assert from_model(str(folder)).head == "causal"
     assert from_model(str(folder)).length == 128  # all that it takes
@@ -116,7 +121,7 @@ def test_setting_of_a_model_knows_its_head(folder):
 
 
 class TestFits:
-    setting = Setting(
+    options = StepOptions(
         "tiny",
         LlamaConfig(num_hidden_layers=2, max_position_embeddings=512, **SIZES),
         method={"name": "dual_lora", "r": 8},
@@ -126,19 +131,19 @@ class TestFits:
     )
 
     def peak(self, **changes):
-        changed = replace(self.setting, **changes)
+        changed = replace(self.options, **changes)
         return memory_of(changed, simulate(changed)).peak
 
     def test_proposal_fits_and_the_next_one_does_not(self):
         limit = self.peak(batch=5) + 1
-        found = largest(self.setting, limit)
+        found = largest(self.options, limit)
         assert found["batch"] == 5
         assert self.peak(length=found["length"]) <= limit < self.peak(length=found["length"] + 64)
         ranks = [self.peak(method={"name": "dual_lora", "r": r}) for r in (found["rank"], 2 * found["rank"])]
         assert ranks[0] <= limit < ranks[1]
 
     def test_nothing_fits(self):
-        assert largest(self.setting, 1000.0) == {"batch": None, "length": None, "rank": None}
+        assert largest(self.options, 1000.0) == {"batch": None, "length": None, "rank": None}
 
     @pytest.mark.parametrize("answer", [0, 1, 2, 3, 7, 8, 100])
     def test_bisection(self, answer):
@@ -158,12 +163,12 @@ def test_calibration_is_kept_and_used(monkeypatch, tmp_path):
     assert calibrate.known_rates() is None
     entry = calibrate.calibrate(seconds=0.1)
     assert calibrate.known_rates() == entry
-    setting = replace(TestFits.setting, on=entry["on"])
-    step = simulate(setting)
+    options = replace(TestFits.options, on=entry["on"])
+    step = simulate(options)
     (narrow, rate, weight), _ = entry["costs"]["float32"]["dual_lora"]
-    assert calibrate.seconds_of(setting, step, entry) == step.flops / rate + step.worked * weight
-    assert narrow == setting.config.hidden_size
-    assert calibrate.seconds_of(setting.with_method("lora"), step, entry) is None
+    assert calibrate.seconds_of(options, step, entry) == step.flops / rate + step.worked * weight
+    assert narrow == options.config.hidden_size
+    assert calibrate.seconds_of(options.with_method("lora"), step, entry) is None
 
 
 def test_rates_of_an_older_kind_are_measured_again(monkeypatch, tmp_path):
@@ -190,7 +195,7 @@ def test_costs_between_the_measured_widths():
 
 
 def test_two_steps_tell_what_tokens_and_what_weights_cost():
-    few, many = (simulate(replace(TestFits.setting, batch=batch)) for batch in (1, 4))
+    few, many = (simulate(replace(TestFits.options, batch=batch)) for batch in (1, 4))
     assert few.worked == many.worked > 0
     times = [step.flops / 1e9 + step.worked * 1e-6 for step in (few, many)]
     assert calibrate.line([few, many], times, 64) == pytest.approx(calibrate.Cost(64, 1e9, 1e-6))
@@ -199,7 +204,7 @@ def test_two_steps_tell_what_tokens_and_what_weights_cost():
 
 
 def test_every_weight_that_a_step_goes_over_is_counted_once():
-    adapted, whole = (simulate(TestFits.setting.with_method(name)) for name in ("dual_lora", "full"))
+    adapted, whole = (simulate(TestFits.options.with_method(name)) for name in ("dual_lora", "full"))
     block = 2 * (64 * 64 + 64 * 32) + 3 * 64 * 96
     assert adapted.worked == 2 * block + adapted.trained_parameters
     assert whole.worked == whole.trained_parameters == whole.base_parameters
@@ -212,11 +217,11 @@ def test_numbers_of_devices():
 class TestSeventyBillion:
     """The shipped recipe against the real configuration, on the meta device."""
 
-    setting = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
+    options = from_recipe(read_recipe("llama-3-70b-eight-cards"), on="gpu")
 
     @pytest.fixture(scope="class")
     def step(self) -> Step:
-        return simulate(self.setting)
+        return simulate(self.options)
 
     def test_parameters(self, step):
         assert step.base_parameters == 70_553_706_496
@@ -224,21 +229,21 @@ class TestSeventyBillion:
         assert step.trained_parameters == 80 * 32 * sum(o + i for o, i in shapes)
 
     def test_every_linear_layer_of_a_block_is_adapted(self):
-        from dual_lora.lab.model.empty import empty_model
+        from dual_lora.lab.cost.simulate import empty_model
 
-        model = empty_model(self.setting, 1)
+        model = empty_model(self.options, 1)
         adapted = {name.split(".")[-2] for name, _ in model.named_modules() if name.endswith(".base_layer")}
         assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
     @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
     def test_fits_on_eight_cards(self, step, strategy):
-        assert memory_of(self.setting, step, 8, strategy).peak < 80e9
-        assert memory_of(self.setting, step, 1, strategy).peak > 141e9
+        assert memory_of(self.options, step, 8, strategy).peak < 80e9
+        assert memory_of(self.options, step, 1, strategy).peak > 141e9
 
     def test_does_not_fit_without_sharding_the_weights(self, step):
-        assert memory_of(self.setting, step, 8, "zero2").peak > 80e9
+        assert memory_of(self.options, step, 8, "zero2").peak > 80e9
 
 
 def test_unknown_strategy_names_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'zero3'"):
-        memory_of(TestFits.setting, simulate(TestFits.setting), 2, "zero-3")
+        memory_of(TestFits.options, simulate(TestFits.options), 2, "zero-3")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import Place, load_model, load_tokenizer, locate
+from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelPart
 
@@ -22,10 +22,10 @@ needs_minilm = pytest.mark.skipif(
 
 
 def test_places(tiny_lm, tmp_path):
-    assert locate(str(tiny_lm)) == Place(str(tiny_lm))
-    assert locate("owner/model") == Place("owner/model")
+    assert locate(str(tiny_lm)) == Location(str(tiny_lm))
+    assert locate("owner/model") == Location("owner/model")
     (tmp_path / "m.gguf").write_bytes(b"")
-    assert locate(str(tmp_path / "m.gguf")) == locate(str(tmp_path)) == Place(str(tmp_path), "m.gguf")
+    assert locate(str(tmp_path / "m.gguf")) == locate(str(tmp_path)) == Location(str(tmp_path), "m.gguf")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import torch
 import yaml
 
 from dual_lora.lab.cli import main
-from dual_lora.lab.cost.fit import fit
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
 from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart

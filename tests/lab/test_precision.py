@@ -11,7 +11,6 @@ import yaml
 from safetensors.torch import load_file
 from tiny_study import write_study
 
-from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.merge import merge
@@ -22,6 +21,7 @@ from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import final_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.read import read_study, shipped_studies
 

@@ -10,13 +10,13 @@ pytest.importorskip("peft")
 
 from tiny_study import write_study
 
-from dual_lora.lab.cost.forecast import forecast
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import final_jobs, probe_job
 from dual_lora.lab.study.compare import Runner, compare
 from dual_lora.lab.study.execute import Options
 from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome, Training, write_outcome
 from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
@@ -108,7 +108,7 @@ def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
     study = read_study(write_study(tiny, search=None))
     made = Runner(study, StudyFolder(tmp_path), tmp_path, Options(), plan.lay_out(study))
     job = final_jobs(study, made.cells[0], {})[0]
-    made.clock.estimates = {(kind, "", "letters", "lora"): 60.0 for kind in ("trial", "final")}
+    made.times.estimates = {(kind, "", "letters", "lora"): 60.0 for kind in ("trial", "final")}
     left = {"x": dataclasses.replace(job, kind="trial")}
     assert made._note(left) == "about 60 s left"
     made.later = [job] * 9

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dual_lora import DualLoraConfig
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.verify.diagnose import judge
-from dual_lora.lab.verify.guesses import LiveGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of
 from dual_lora.lab.verify.logprobs import Probe, score
 from dual_lora.lab.verify.strength import strengths
 
@@ -111,7 +111,7 @@ def verdict(seed: int, precision: str, fault: str) -> str:
             found = score(candidate, probes)
         stack.close()
         tuned = Tuned(reference, None, "pair")
-        return judge(found, known_of(tuned, probes), LiveGuesses(reference, probes), exact=precision == "fp32").word
+        return judge(found, known_of(tuned, probes), ModelGuesses(reference, probes), exact=precision == "fp32").word
 
 
 def table(pairs: range, faults, precisions=PRECISIONS) -> Iterator[tuple[str, str, Counter]]:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.text import Text
 
 import dual_lora
+from dual_lora.lab.commands.parameters import PLAIN_FLAGS
 from dual_lora.lab.errors import OURS, UserError, is_disk_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
@@ -69,21 +70,18 @@ def build_app(wanted: str | None = None) -> App:
         version=dual_lora.__version__,
         help_format="markdown",
         help_epilogue=EVERYWHERE,
+        default_parameter=PLAIN_FLAGS,
         exit_on_error=False,
         suppress_keyboard_interrupt=False,  # what a signal ended has its own exit status, see below
         print_error=False,
     )
-    for name, place, text in COMMANDS:
+    for name, target, text in COMMANDS:
         if name == wanted:
-            module, _, function = place.partition(":")
+            module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
-            app.command(_placeholder(text), name=name)
+            app.command(App(help=text), name=name)
     return app
-
-
-def _placeholder(text: str) -> App:
-    return App(help=text)
 
 
 @guarded()

@@ -7,7 +7,7 @@ import platform
 from importlib import metadata
 from typing import NamedTuple
 
-from dual_lora.lab.run.record import device_name
+from dual_lora.lab.run.record import device_name, version_of
 
 # Beside what the package needs: what it works with where it is there.
 INTEGRATIONS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")
@@ -38,12 +38,8 @@ def packages() -> list[Installed]:
 
 
 def _installed(name: str, requirement: object) -> Installed:
-    specifier = getattr(requirement, "specifier", None)
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return Installed(name, None, str(specifier or ""), fits=True)
-    fits = specifier is None or specifier.contains(version, prereleases=True)
+    specifier, version = getattr(requirement, "specifier", None), version_of(name)
+    fits = version is None or specifier is None or specifier.contains(version, prereleases=True)
     return Installed(name, version, str(specifier or ""), fits)
 
 

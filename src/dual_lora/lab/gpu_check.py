@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -28,9 +27,11 @@ from dual_lora.core import dispatch
 from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form
+from dual_lora.lab.run.record import version_of
 
 RANK = 16  # r1 = r2
 SIZE, TOKENS = 4096, 2048  # of the measurements on a card
+ROUNDS = 20  # of each time
 CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942")
 AS_EAGER = "as eager mode"
 COMPILED = ("sm_80", "sm_90")  # ahead of time, unless others are named
@@ -75,15 +76,8 @@ def _also(card: dict[str, Any]) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, str | None]:
     """Of what takes part."""
-
-    def version(name: str) -> str | None:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return None
-
     return {
-        **{name: version(name) for name in ("dual-lora", "torch", "triton", "peft")},
+        **{name: version_of(name) for name in ("dual-lora", "torch", "triton", "peft")},
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -248,10 +242,10 @@ def costs(device: torch.device, size: int, tokens: int) -> dict[str, float]:
     }
 
 
-def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
+def _seconds(run: Callable[[], object]) -> float:
     """Median time on the card."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
@@ -261,10 +255,10 @@ def _seconds(run: Callable[[], object], rounds: int = 20) -> float:
     return statistics.median(times)
 
 
-def _host_seconds(run: Callable[[], object], rounds: int = 20) -> float:
+def _host_seconds(run: Callable[[], object]) -> float:
     """Median time until Python goes on, the card still working."""
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()

@@ -22,20 +22,20 @@ def every(device: torch.device, dtype: torch.dtype, ranks: Sequence[tuple[int, i
     """Every way in which the kernels are launched with these ranks and that dtype: tile, alignment, order of sums."""
     target = triton_launch.target(device)
     for n, strides in ((16, (16, 1)), (0, (0, 1))):  # aligned, and shifted by one entry with rows of odd length
-        place = Layout(dtype, n == 16, strides)
+        layout = Layout(dtype, n == 16, strides)
         size = n, n, n
         tile = triton_compose.TILES[target]
-        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (place, Layout(dtype, True, strides)))
+        yield Launch("compose", device, False, tile, (0, n, n), tuple(ranks), (layout, Layout(dtype, True, strides)))
         for tile in triton_gradient.TILES[target, dtype.itemsize]:
             for deterministic in (False, True):
-                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (place, place))
-            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, place))
+                yield Launch("gradient", device, deterministic, tile, size, tuple(ranks), (layout, layout))
+            yield Launch("gradient", device, False, tile, (0, n, n), tuple(ranks), (None, layout))
 
 
-def sign_flips(device: torch.device, products: str, size: int = 2048, r: int = 16, sigma: float = 0.02) -> int:
-    """Entries of Sign(D C), [size, size], in which the compose kernel differs from fp64; factors from N(0, σ²)."""
+def sign_flips(device: torch.device, products: str, size: int = 2048, r: int = 16) -> int:
+    """Entries of Sign(D C), [size, size], in which the compose kernel differs from fp64; factors from N(0, 0.02²)."""
     generator = torch.Generator().manual_seed(0)
-    C, D = (torch.randn(shape, generator=generator).mul(sigma).to(device) for shape in ((r, size), (size, r)))
+    C, D = (torch.randn(shape, generator=generator).mul(0.02).to(device) for shape in ((r, size), (size, r)))
     ones = torch.ones(1, size, device=device), torch.ones(size, 1, device=device)  # P = 1: ΔW is the sign itself
     adapter = Adapter(Factors(*ones, C, D), torch.ones((), device=device), Form())
     truth = direction(D.double() @ C.double(), adapter.form)

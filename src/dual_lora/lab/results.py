@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    try:
-        import pandas as pd
-    except ImportError:
-        raise UserError("Tables need pandas: `pip install pandas`.") from None
+def _frame(rows: Any) -> pd.DataFrame:
+    import pandas as pd
+
     return pd.DataFrame(rows)
 
 
@@ -80,14 +78,15 @@ class StudyResults:
         return self._nested("trials")
 
     def _nested(self, part: str) -> pd.DataFrame:
-        rows = []
-        for m in self.raw["methods"]:
-            for item in m[part]:
-                plain = {k: v for k, v in item.items() if k not in ("settings", "figures")}
-                rows.append(
-                    {k: m[k] for k in ("model", "task", "method", "metric")} | plain | (item.get("settings") or {})
-                )
-        return _frame(rows)
+        return _frame(
+            [
+                {k: m[k] for k in ("model", "task", "method", "metric")}
+                | {k: v for k, v in item.items() if k not in ("settings", "figures")}
+                | (item.get("settings") or {})
+                for m in self.raw["methods"]
+                for item in m[part]
+            ]
+        )
 
     @cached_property
     def pareto(self) -> pd.DataFrame:
@@ -169,15 +168,7 @@ class AnalysisResults:
             columns[run["name"]] = {
                 step: mean_over_layers([r for r in run[table] if r["step"] == step], measure) for step in steps
             }
-        frame = _frame([columns]) if not columns else _frame_of_columns(columns)
-        frame.index.name = "step"
-        return frame.sort_index()
-
-
-def _frame_of_columns(columns: dict[str, dict[int, float | None]]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame({name: pd.Series(values, dtype="float64") for name, values in columns.items()})
+        return _frame(columns).astype("float64").rename_axis("step").sort_index()
 
 
 def load_study(path: str | Path) -> StudyResults:

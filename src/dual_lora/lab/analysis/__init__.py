@@ -8,6 +8,8 @@ likeness      cosine, sign agreement and subspace angles of two updates; DoRA's 
 gradients     one gradient pass: entries that the clip cuts, share of each group, the first step
 contribution  the loss with one group set back or drawn anew
 trajectory    a run's states from its start to its end
-live          the same measures while a Trainer runs
+opened_run    a run as it stood before its first step
+walk          one run's layers, one after another
+callback      the same measures while a Trainer runs
 analyze       all of it for run folders, as tables, JSON and a page
 """

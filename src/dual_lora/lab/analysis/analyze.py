@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.analysis.likeness import correlation
-from dual_lora.lab.analysis.options import open_setting
+from dual_lora.lab.analysis.opened_run import open_run
 from dual_lora.lab.analysis.ranks import rank_examples
-from dual_lora.lab.analysis.trajectory import Place, chosen_layers, places
+from dual_lora.lab.analysis.trajectory import State, chosen_layers, states_of
 from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import check_device
@@ -136,7 +136,7 @@ def _reference(path: Path) -> Path:
 
 def _checked(path: Path, reference: Path | None, options: Options) -> Recipe:
     """A run's recipe. What is no run, or does not belong to the reference, is said before hours go into the others."""
-    places(path, options.states)
+    states_of(path, options.states)
     recipe = recipe_of_run(path)
     if reference is not None and reference.resolve() != path.resolve():
         _comparable(recipe, recipe_of_run(reference), reference)
@@ -146,9 +146,9 @@ def _checked(path: Path, reference: Path | None, options: Options) -> Recipe:
 def _analyze_run(
     path: Path, name: str, reference: Path | None, options: Options, device: str | None, progress: bool
 ) -> RunAnalysis:
-    stops = places(path, options.states)
-    setting = open_setting(path, device)
-    recipe = setting.recipe
+    stops = states_of(path, options.states)
+    opened = open_run(path, device)
+    recipe = opened.recipe
     result = RunAnalysis(
         name,
         str(path),
@@ -156,22 +156,22 @@ def _analyze_run(
         recipe.train.seed,
         recipe.model.path,
         recipe.data.train,
-        setting.record.get("command"),
-        [place.step for place in stops],
+        opened.record.get("command"),
+        [state.step for state in stops],
         live=read_metrics(path / "analysis" / "live.jsonl"),
     )
-    layers = chosen_layers(setting, options.layers)
-    targets: dict[int, Place] = {}
+    layers = chosen_layers(opened, options.layers)
+    targets: dict[int, State] = {}
     if reference is not None and reference.resolve() != path.resolve():
         result.reference = str(reference)
         result.notes += _comparable(recipe, recipe_of_run(reference), reference)
-        targets = {place.step: place for place in places(reference) if place.folder is not None}
-    if setting.origin:
+        targets = {state.step: state for state in states_of(reference) if state.folder is not None}
+    if opened.origin:
         result.notes.append(
-            f"The method changed {len(setting.origin)} base weights at its start; updates count from before."
+            f"The method changed {len(opened.origin)} base weights at its start; updates count from before."
         )
     with Bar(f"analysing {name}", len(stops) * len(layers), progress) as bar:
-        Walk(setting, result, options, stops, layers, targets, bar).go()
+        Walk(opened, result, options, stops, layers, targets, bar).go()
     points = [r for r in result.layers if r.get("norm")]
     result.magnitude_direction = correlation(
         [r["direction_change"] for r in points if "direction_change" in r],

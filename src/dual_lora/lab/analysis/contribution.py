@@ -7,6 +7,7 @@ ablation, that is, another run.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,9 +26,7 @@ def factor_state(model: Any) -> Tensors:
     return {key: parameter.detach().clone() for key, parameter in _parameters(model)}
 
 
-def contributions(
-    model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1, seed: int = 0
-) -> list[dict[str, Any]]:
+def contributions(model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1) -> list[dict[str, Any]]:
     """One row a variant: loss with the whole adapter, without it, and with each group set back or drawn anew.
 
     start: `factor_state` at the start of training. loss_of: the loss of the model on held-out records. draws: how often
@@ -43,7 +42,7 @@ def contributions(
     for group, kinds in groups.items():
         losses = []
         for draw in range(draws):
-            generator = torch.Generator().manual_seed(seed + draw)
+            generator = torch.Generator().manual_seed(draw)
             with _changed(model, kinds, partial(_like, generator)):
                 losses.append(loss_of(model))
         rows.append(_row("drawn anew", group, *losses))
@@ -59,9 +58,8 @@ def _groups_of(model: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _row(what: str, group: str, *losses: float) -> dict[str, Any]:
-    mean = sum(losses) / len(losses)
-    spread = (sum((x - mean) ** 2 for x in losses) / (len(losses) - 1)) ** 0.5 if len(losses) > 1 else None
-    return {"what": what, "group": group, "loss": mean, "spread": spread, "draws": len(losses)}
+    spread = statistics.stdev(losses) if len(losses) > 1 else None
+    return {"what": what, "group": group, "loss": statistics.fmean(losses), "spread": spread, "draws": len(losses)}
 
 
 def _like(generator: torch.Generator, key: str, p: Tensor) -> Tensor:

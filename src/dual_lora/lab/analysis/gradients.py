@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dual_lora.core.reference import product_gradients
-from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
+from dual_lora.lab.analysis.matrices import Factored, Matrix, blocks
 from dual_lora.lab.analysis.updates import GROUPS, adapted_layers, snapshot
 
 Batch = dict[str, Any]
@@ -24,25 +24,15 @@ LossOf = Callable[[Any, Batch], Tensor]
 _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 
 
-class WeightGradient:
+class WeightGradient(Matrix):
     """G = dyᵀ x of one layer and one batch, fp32, by rows."""
 
     def __init__(self, x: Tensor, dy: Tensor):
         self.x, self.dy = x.detach().flatten(0, -2), dy.detach().flatten(0, -2)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.dy.shape[1], self.x.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
+        self.shape, self.device = (self.dy.shape[1], self.x.shape[1]), x.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.dy[:, start:stop].t() @ self.x).float()
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        return (self.dy.t() @ self.x[:, start:stop]).float()
 
 
 @contextmanager
@@ -93,7 +83,6 @@ def gradient_pass(
     model: Any,
     batches: list[Batch],
     loss_of: LossOf,
-    adapter: str = "default",
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer (all, or those named): gradient shares, and for Dual LoRA's Sign estimator how much of H it changes.
@@ -104,7 +93,7 @@ def gradient_pass(
     The factors' gradients are summed over the batches; the model is left without gradients.
     """
     layers = adapted_layers(model)
-    updates = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
+    updates = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     tallies: dict[str, Tensor] = {}
 
     def see(name: str, G: WeightGradient) -> None:
@@ -136,12 +125,10 @@ def gradient_pass(
 def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
     """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
     form, scale = matrix.adapter.form, strength * matrix.adapter.scale
-    P, Q = matrix.product("magnitude"), matrix.product("direction")
     tally = torch.zeros(6, dtype=torch.float64)
-    for span in row_spans(matrix):
-        args = G.rows(*span), P.rows(*span), Q.rows(*span), scale
-        H = product_gradients(*args, form._replace(ste="identity"))[1]
-        kept = product_gradients(*args, form)[1]
+    for g, p, q in blocks(G, matrix.product("magnitude"), matrix.product("direction")):
+        H = product_gradients(g, p, q, scale, form._replace(ste="identity"))[1]
+        kept = product_gradients(g, p, q, scale, form)[1]
         counts = (kept != H).sum(), (H != 0).sum(), torch.tensor(H.numel(), device=H.device)
         tally[:3] += torch.stack(counts).double().cpu()
         tally[3:5] += torch.stack([H.double().abs().sum(), kept.double().abs().sum()]).cpu()
@@ -154,7 +141,6 @@ def first_step(
     batch: Batch,
     loss_of: LossOf,
     learning_rate: float,
-    adapter: str = "default",
     names: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
@@ -164,14 +150,14 @@ def first_step(
     G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0 nothing moves.
     """
     layers = adapted_layers(model)
-    before = {n: u for n, u in snapshot(model, adapter).items() if names is None or n in names}
+    before = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     with _evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         loss_of(model, batch).backward()
         trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
         kept = [p.detach().clone() for p in trained]
         torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0).step()
-        after = snapshot(model, adapter)
+        after = snapshot(model)
         with torch.no_grad():
             for parameter, old in zip(trained, kept, strict=True):
                 parameter.copy_(old)
@@ -189,9 +175,8 @@ def first_step(
 
 def _alignment(old: Matrix, new: Matrix, G: Matrix) -> dict[str, float]:
     along = along_sign = step = gradient = nonzero = 0.0
-    for span in row_spans(new):
-        move = (new.rows(*span) - old.rows(*span)).double()
-        g = G.rows(*span).double()
+    for after, before, gradient_rows in blocks(new, old, G):
+        move, g = (after - before).double(), gradient_rows.double()
         along -= float((move * g).sum())
         along_sign -= float((move * g.sign()).sum())
         step += float(move.square().sum())

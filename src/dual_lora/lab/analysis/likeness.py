@@ -7,18 +7,19 @@ subspaces of k among n directions overlap by k/n by chance: both are given besid
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
 
-from dual_lora.lab.analysis.matrices import Matrix, row_spans
+from dual_lora.lab.analysis.matrices import Matrix, blocks, row_spans
 from dual_lora.lab.analysis.measures import threshold_of_largest
 
 LARGEST = (0.01, 0.1)  # shares of the target's entries whose signs are compared
 SUBSPACE = 8  # singular directions compared on either side
 
 
-def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[str, float]:
+def likeness(update: Matrix, target: Matrix) -> dict[str, float]:
     """Of `update` to `target` (full fine-tuning's, say).
 
     cosine: of the two as vectors. norm_relative: ‖update‖ / ‖target‖. On the target's largest 1 % and 10 % of entries:
@@ -26,7 +27,7 @@ def likeness(update: Matrix, target: Matrix, subspace: int = SUBSPACE) -> dict[s
     disagree, 0.5 by chance. overlap_left, overlap_right: ‖UᵀU'‖²/k of the leading k singular subspaces, 1 for equal
     ones, overlap_*_chance by chance; angle_left, angle_right: smallest principal angle in degrees.
     """
-    return entry_likeness(update, target) | _subspaces(update, target, subspace)
+    return entry_likeness(update, target) | _subspaces(update, target, SUBSPACE)
 
 
 def entry_likeness(update: Matrix, target: Matrix) -> dict[str, float]:
@@ -36,8 +37,7 @@ def entry_likeness(update: Matrix, target: Matrix) -> dict[str, float]:
     dots = own = other = 0.0
     limits = {share: threshold_of_largest(target, share) for share in LARGEST}
     counts = {share: [0.0, 0.0, 0.0] for share in LARGEST}
-    for span in row_spans(target):
-        a, b = update.rows(*span), target.rows(*span)
+    for a, b in blocks(update, target):
         dots += float((a.double() * b.double()).sum())
         own += float(a.double().square().sum())
         other += float(b.double().square().sum())
@@ -78,7 +78,7 @@ def _subspaces(update: Matrix, target: Matrix, k: int) -> dict[str, float]:
     return result
 
 
-def leading_subspaces(matrix: Matrix, k: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
+def leading_subspaces(matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:
     """Orthonormal bases of the k leading left and right singular subspaces, fp64 [O, k] and [I, k].
 
     Subspace iteration with twice as many directions, by blocks of rows; the same start at every call. A gap between
@@ -88,14 +88,14 @@ def leading_subspaces(matrix: Matrix, k: int, iterations: int = 8) -> tuple[Tens
     generator = torch.Generator().manual_seed(0)
     width = min(2 * k, O, I)
     V = torch.randn(I, width, generator=generator, dtype=torch.float64).to(matrix.device)
-    for _ in range(iterations):
+    for _ in range(8):
         V = torch.linalg.qr(_transposed_times(matrix, _times(matrix, torch.linalg.qr(V).Q)))[0]
     U, _, Wt = torch.linalg.svd(_times(matrix, V), full_matrices=False)
     return U[:, :k], (V @ Wt.t())[:, :k]
 
 
 def _times(matrix: Matrix, V: Tensor) -> Tensor:
-    return torch.cat([matrix.rows(*span).double() @ V for span in row_spans(matrix)])
+    return torch.cat([block.double() @ V for (block,) in blocks(matrix)])
 
 
 def _transposed_times(matrix: Matrix, Y: Tensor) -> Tensor:
@@ -112,9 +112,9 @@ def magnitude_and_direction(update: Matrix, base: Matrix, strength: float = 1.0)
     vector is a row of [O, I], as in PEFT's DoRA.
     """
     lengths = angles = 0.0
-    for start, stop in row_spans(update):
-        before = base.rows(start, stop).double()
-        after = before + strength * update.rows(start, stop).double()
+    for change, weight in blocks(update, base):
+        before = weight.double()
+        after = before + strength * change.double()
         a, b = after.norm(dim=1), before.norm(dim=1)
         lengths += float((a - b).abs().sum())
         angles += float((1 - (after * before).sum(1) / (a * b).clamp_min(1e-300)).sum())
@@ -123,9 +123,7 @@ def magnitude_and_direction(update: Matrix, base: Matrix, strength: float = 1.0)
 
 def correlation(x: list[float], y: list[float]) -> float | None:
     """Pearson's correlation, None where there are fewer than three points or one side does not vary."""
-    if len(x) < 3:
+    try:
+        return statistics.correlation(x, y) if len(x) > 2 else None
+    except statistics.StatisticsError:
         return None
-    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(a.norm() * b.norm())
-    return float(a @ b) / size if size else None

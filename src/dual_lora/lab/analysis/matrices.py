@@ -1,4 +1,4 @@
-"""An update ΔW [O, I] that is read a block at a time, so that a 7B model's layers fit beside each other.
+"""An update ΔW [O, I] that is read a few rows at a time, so that a 7B model's layers fit beside each other.
 
 O out features, I in features. Every block is fp32.
 """
@@ -6,7 +6,7 @@ O out features, I in features. Every block is fp32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,123 +20,79 @@ BLOCK = 1 << 22  # elements of a block: 16 MiB of fp32
 Group = Literal["magnitude", "direction"]
 
 
-class Matrix(Protocol):
-    """A matrix [O, I] whose rows and columns can be had a few at a time, in fp32."""
+class Matrix:
+    """A matrix [O, I] whose rows can be had a few at a time, in fp32."""
 
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    @property
-    def device(self) -> torch.device: ...
-    def rows(self, start: int, stop: int) -> Tensor: ...
-    def columns(self, start: int, stop: int) -> Tensor: ...
+    shape: tuple[int, int]
+    device: torch.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        raise NotImplementedError
 
 
 def row_spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
     """Spans of rows that make up blocks of at most `BLOCK` elements."""
-    return _spans(*matrix.shape)
+    O, I = matrix.shape
+    step = max(BLOCK // max(I, 1), 1)
+    for start in range(0, O, step):
+        yield start, min(start + step, O)
 
 
-def column_spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
-    """Spans of columns that make up blocks of at most `BLOCK` elements."""
-    return _spans(*reversed(matrix.shape))
+def blocks(*matrices: Matrix) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each matrix, block by block; all have one shape."""
+    for span in row_spans(matrices[0]):
+        yield tuple(matrix.rows(*span) for matrix in matrices)
 
 
-def _spans(length: int, other: int) -> Iterator[tuple[int, int]]:
-    step = max(BLOCK // max(other, 1), 1)
-    for start in range(0, length, step):
-        yield start, min(start + step, length)
-
-
-class Dense:
+class Dense(Matrix):
     """A matrix that lies in memory; higher dimensions than two (convolutions) are flattened to [O, rest]."""
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor.detach().flatten(1)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.tensor.shape[0], self.tensor.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
+        self.shape, self.device = (self.tensor.shape[0], self.tensor.shape[1]), tensor.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.tensor[start:stop].float()
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        return self.tensor[:, start:stop].float()
 
-
-class Difference:
+class Difference(Matrix):
     """new - old, where both are read a block at a time; differences of low precisions are taken in fp32."""
 
     def __init__(self, new: Matrix, old: Matrix):
         if new.shape != old.shape:
             raise ValueError(f"A weight {list(new.shape)} cannot be compared with one of {list(old.shape)}.")
         self.new, self.old = new, old
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.old.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.old.device
+        self.shape, self.device = old.shape, old.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.new.rows(start, stop) - self.old.rows(start, stop)
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        return self.new.columns(start, stop) - self.old.columns(start, stop)
 
-
-class Saved:
+class Saved(Matrix):
     """A tensor in a safetensors file: only the rows that are asked for are read."""
 
     def __init__(self, opened: Any, key: str, device: torch.device, transposed: bool = False):
-        self._slice = opened.get_slice(key)
-        self._device, self._transposed = device, transposed
+        self._slice, self._transposed = opened.get_slice(key), transposed
         O, I = self._slice.get_shape()
-        self.shape = (I, O) if transposed else (O, I)
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
+        self.shape, self.device = (I, O) if transposed else (O, I), device
 
     def rows(self, start: int, stop: int) -> Tensor:
         part = self._slice[:, start:stop].t() if self._transposed else self._slice[start:stop]
-        return part.to(self._device).float()
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        part = self._slice[start:stop].t() if self._transposed else self._slice[:, start:stop]
-        return part.to(self._device).float()
+        return part.to(self.device).float()
 
 
-class Factored:
+class Factored(Matrix):
     """Dual LoRA's update, computed from its four factors by `core` whenever a block is asked for."""
 
     def __init__(self, adapter: Adapter):
         self.adapter = adapter.working()
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.adapter.factors.B.shape[0], self.adapter.factors.A.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.adapter.scale.device
+        self.shape = self.adapter.factors.B.shape[0], self.adapter.factors.A.shape[1]
+        self.device = self.adapter.scale.device
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self._compose(self.adapter.factors.rows(start, stop))
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        A, B, C, D = self.adapter.factors
-        return self._compose(Factors(A[:, start:stop], B, C[:, start:stop], D))
-
-    def _compose(self, factors: Factors) -> Tensor:
+        part = self.adapter._replace(factors=self.adapter.factors.rows(start, stop))
         with torch.no_grad():
-            return blocked.compose(None, [self.adapter._replace(factors=factors)], torch.float32)
+            return blocked.compose(None, [part], torch.float32)
 
     def group(self, group: Group) -> Factored:
         """One group's share alone, at scale 1: ReLU(BA) or Sign(DC) (in the ablations: BA or DC)."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dual_lora.lab.analysis.matrices import Factored, Matrix, row_spans
+from dual_lora.lab.analysis.matrices import Factored, Matrix, blocks
 
 
 def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -> dict[str, float]:
@@ -19,8 +19,7 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
     """
     positive = negative = squares = 0.0
     largest = torch.zeros((), device=update.device)
-    for start, stop in row_spans(update):
-        block = update.rows(start, stop)
+    for (block,) in blocks(update):
         positive += float((block > 0).sum())
         negative += float((block < 0).sum())
         squares += float(block.double().square().sum())
@@ -41,18 +40,14 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
         result["norm_ratio"] = norm / math.sqrt(base_squares)
         result["largest_ratio"] = result["largest"] / math.sqrt(base_squares / entries)
     if isinstance(update, Factored) and update.adapter.form.direction == "sign":
-        result["direction_positive"] = _share_positive(update.group("direction"))
+        signs = update.group("direction")
+        result["direction_positive"] = sum(float((block > 0).sum()) for (block,) in blocks(signs)) / entries
     return result
 
 
 def squared_norm(matrix: Matrix) -> float:
     """‖·‖²_F."""
-    return sum(float(matrix.rows(*span).double().square().sum()) for span in row_spans(matrix))
-
-
-def _share_positive(matrix: Matrix) -> float:
-    count = sum(float((matrix.rows(*span) > 0).sum()) for span in row_spans(matrix))
-    return count / (matrix.shape[0] * matrix.shape[1])
+    return sum(float(block.double().square().sum()) for (block,) in blocks(matrix))
 
 
 def changes(old: Matrix, new: Matrix) -> dict[str, float]:
@@ -63,21 +58,17 @@ def changes(old: Matrix, new: Matrix) -> dict[str, float]:
     An entry that went and came back between the two is not seen.
     """
     counts = {"flipped": 0.0, "switched_on": 0.0, "switched_off": 0.0}
-    for start, stop in row_spans(new):
-        before, after = torch.sign(old.rows(start, stop)), torch.sign(new.rows(start, stop))
+    for before, after in blocks(old, new):
+        before, after = torch.sign(before), torch.sign(after)
         counts["flipped"] += float((before * after < 0).sum())
         counts["switched_on"] += float(((before == 0) & (after != 0)).sum())
         counts["switched_off"] += float(((before != 0) & (after == 0)).sum())
     entries = new.shape[0] * new.shape[1]
     result = {name: count / entries for name, count in counts.items()}
     if isinstance(old, Factored) and isinstance(new, Factored) and new.adapter.form.direction == "sign":
-        result["direction_flipped"] = _share_different(old.group("direction"), new.group("direction"))
+        signs = old.group("direction"), new.group("direction")
+        result["direction_flipped"] = sum(float((a != b).sum()) for a, b in blocks(*signs)) / entries
     return result
-
-
-def _share_different(old: Matrix, new: Matrix) -> float:
-    count = sum(float((old.rows(*span) != new.rows(*span)).sum()) for span in row_spans(new))
-    return count / (new.shape[0] * new.shape[1])
 
 
 def threshold_of_largest(matrix: Matrix, share: float) -> float:
@@ -89,8 +80,8 @@ def threshold_of_largest(matrix: Matrix, share: float) -> float:
         raise ValueError(f"share is {share}, expected a number above 0 and up to 1.")
     shift = 12  # keeps the exponent and 11 bits of the mantissa
     counts = torch.zeros(1 << (31 - shift), dtype=torch.int64)
-    for span in row_spans(matrix):
-        bits: Tensor = matrix.rows(*span).abs().contiguous().view(torch.int32) >> shift
+    for (block,) in blocks(matrix):
+        bits: Tensor = block.abs().contiguous().view(torch.int32) >> shift
         counts += torch.bincount(bits.flatten().cpu(), minlength=len(counts))
     wanted = max(1, round(share * matrix.shape[0] * matrix.shape[1]))
     reached = counts.flip(0).cumsum(0)

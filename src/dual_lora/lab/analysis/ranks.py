@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dual_lora.core.reference import Form, direction, magnitude
-from dual_lora.lab.analysis.matrices import Matrix, column_spans, row_spans
+from dual_lora.lab.analysis.matrices import Matrix, row_spans
 
 
 def singular_values(matrix: Matrix) -> Tensor:
@@ -24,14 +24,14 @@ def singular_values(matrix: Matrix) -> Tensor:
     """
     O, I = matrix.shape
     gram = torch.zeros(min(O, I), min(O, I), dtype=torch.float64, device=matrix.device)
-    if O <= I:
-        for span in column_spans(matrix):
-            block = matrix.columns(*span).double()
-            gram.addmm_(block, block.t())
-    else:
-        for span in row_spans(matrix):
-            block = matrix.rows(*span).double()
+    for start, stop in row_spans(matrix):
+        block = matrix.rows(start, stop).double()
+        if O > I:
             gram.addmm_(block.t(), block)
+            continue
+        for low, high in row_spans(matrix):
+            if low <= start:  # of the symmetric matrix the lower half, which is all that eigvalsh reads
+                gram[start:stop, low:high] = block @ matrix.rows(low, high).double().t()
     return torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt().flip(0)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dual_lora.lab.analysis.matrices import Difference, Matrix
-from dual_lora.lab.analysis.options import Setting
-from dual_lora.lab.analysis.updates import FullUpdates, LayerUpdate, adapted_layers, linear_layers, snapshot
+from dual_lora.lab.analysis.matrices import Difference
+from dual_lora.lab.analysis.opened_run import OpenedRun
+from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, full_updates, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_finite_weights
 from dual_lora.lab.patterns import Pattern
@@ -16,14 +17,14 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.run.folder import RunFolder, is_whole
 
 
-class Place(NamedTuple):
+class State(NamedTuple):
     """A saved state: the optimizer step and its folder (None: the start)."""
 
     step: int
     folder: Path | None
 
 
-def places(run: Path, limit: int | None = None) -> list[Place]:
+def states_of(run: Path, limit: int | None = None) -> list[State]:
     """The states of a run; with a limit, so many spread evenly, start and end always among them.
 
     Raises UserError when not even the end or a checkpoint is there.
@@ -42,7 +43,7 @@ def places(run: Path, limit: int | None = None) -> list[Place]:
             f"{run} holds neither a finished adapter nor a whole checkpoint: let it run, with train.checkpoint_every "
             "and train.keep_checkpoints set so that the states you want to see are kept."
         )
-    found = [Place(0, None), *(Place(step, steps[step]) for step in sorted(steps))]
+    found = [State(0, None), *(State(step, steps[step]) for step in sorted(steps))]
     if limit is None or len(found) <= limit:
         return found
     if limit < 2:
@@ -58,36 +59,33 @@ def _last_step(folder: RunFolder) -> int:
         raise UserError(f"{folder.record} does not say how many steps the run took ({error!r}).") from None
 
 
-def state(setting: Setting, place: Place, layers: list[str], stack: ExitStack) -> dict[str, LayerUpdate]:
-    """The updates at one place, by layer; an adapted model is put into that state.
+def updates_in(opened: OpenedRun, state: State, layers: list[str], stack: ExitStack) -> dict[str, LayerUpdate]:
+    """The updates at one state, by layer; an adapted model is put into that state.
 
     stack: closes the files that a full run's updates are read from.
     """
-    if setting.is_full:
-        return stack.enter_context(full_updates(place, setting.model, layers))
-    if place.folder is not None:
-        load_adapter_into(setting.model, place.folder)
-    found = snapshot(setting.model)
-    for name, origin in setting.origin.items():
-        found[name] = LayerUpdate(_since(found[name], origin))
+    if opened.is_full:
+        return stack.enter_context(full_updates_of(state, opened.model, layers))
+    if state.folder is not None:
+        load_adapter_into(opened.model, state.folder)
+    found = snapshot(opened.model)
+    for name, origin in opened.origin.items():
+        found[name] = LayerUpdate(partial(_since, found[name], origin))
     return {name: found[name] for name in layers if name in found}
 
 
-def _since(now: LayerUpdate, start: LayerUpdate) -> Any:
-    def update() -> Matrix:
-        return Difference(now.update(), start.update())
-
-    return update
+def _since(now: LayerUpdate, start: LayerUpdate) -> Difference:
+    return Difference(now.update(), start.update())
 
 
-def full_updates(place: Place, base: Any, layers: list[str]) -> AbstractContextManager[dict[str, LayerUpdate]]:
-    """The updates of full fine-tuning at a place; none at the start."""
-    if place.folder is None:
+def full_updates_of(state: State, base: Any, layers: list[str]) -> AbstractContextManager[dict[str, LayerUpdate]]:
+    """The updates of full fine-tuning at a state; none at the start."""
+    if state.folder is None:
         return nullcontext({})
-    files = sorted(place.folder.glob("*.safetensors"))
+    files = sorted(state.folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{place.folder} holds no safetensors file.")
-    return FullUpdates(files, base, layers)
+        raise UserError(f"{state.folder} holds no safetensors file.")
+    return full_updates(files, base, layers)
 
 
 def load_adapter_into(model: Any, folder: Path) -> None:
@@ -112,12 +110,12 @@ def load_adapter_into(model: Any, folder: Path) -> None:
         raise UserError(f"The adapter file {file} is damaged: {error}") from error
 
 
-def chosen_layers(setting: Setting, pattern: str | None, known: list[str] | None = None) -> list[str]:
+def chosen_layers(opened: OpenedRun, pattern: str | None) -> list[str]:
     """The run's layers whose name the regular expression finds. Raises UserError when there is none."""
-    names = known or (linear_layers(setting.model) if setting.is_full else list(adapted_layers(setting.model)))
+    names = linear_layers(opened.model) if opened.is_full else list(adapted_layers(opened.model))
     if not names:
         raise UserError(
-            f"The method {setting.method} of {setting.path} changes no weights of linear layers, so there is no update "
+            f"The method {opened.method} of {opened.path} changes no weights of linear layers, so there is no update "
             "to look at (prompt tuning and its like change the input)."
         )
     if not pattern:

@@ -7,6 +7,7 @@ methods meet on it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -131,45 +132,34 @@ def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
             tensor.data = now[name]
 
 
-class FullUpdates:
-    """The updates of full fine-tuning: saved weights minus the base model's. Use as a context manager.
+@contextmanager
+def full_updates(files: list[Any], base: Any, names: list[str] | None = None) -> Iterator[dict[str, LayerUpdate]]:
+    """The updates of full fine-tuning: saved weights minus the base model's, while the files are open.
 
     files: the safetensors files of one state. base: the untrained model, with an adapter on it or without.
     names: the layers to look at; left out, all linear ones.
     """
+    from safetensors import safe_open
 
-    def __init__(self, files: list[Any], base: Any, names: list[str] | None = None):
-        from contextlib import ExitStack
-
-        self.files = files
-        self.base = base.get_base_model() if hasattr(base, "get_base_model") else base
-        self.names = linear_layers(self.base) if names is None else names
-        self._stack = ExitStack()
-
-    def __enter__(self) -> dict[str, LayerUpdate]:
-        from safetensors import safe_open
-
-        where: dict[str, Any] = {}
-        for file in self.files:
-            opened = self._stack.enter_context(safe_open(file, framework="pt"))
+    plain = base.get_base_model() if hasattr(base, "get_base_model") else base
+    where: dict[str, Any] = {}
+    result = {}
+    with ExitStack() as stack:
+        for file in files:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
             where |= dict.fromkeys(opened.keys(), opened)
-        result = {}
-        for name in self.names:
+        for name in linear_layers(plain) if names is None else names:
             key = f"{name}.weight"
             if key not in where:
-                raise UserError(f"{self.files[0].parent} holds no weight {key}: is it of another model?")
-            module: Any = self.base.get_submodule(name)
+                raise UserError(f"{files[0].parent} holds no weight {key}: is it of another model?")
+            module: Any = plain.get_submodule(name)
             old = base_matrix(module)
             if old is None:
                 raise UserError(f"The base weight {key} is quantised: full fine-tuning cannot be compared with it.")
             inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-            conv1d = type(inner).__name__ == "Conv1D"
-            saved = Saved(where[key], key, old.device, transposed=conv1d)
+            saved = Saved(where[key], key, old.device, transposed=type(inner).__name__ == "Conv1D")
             result[name] = LayerUpdate(partial(Difference, saved, old))
-        return result
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        yield result
 
 
 def linear_layers(base: Any) -> list[str]:

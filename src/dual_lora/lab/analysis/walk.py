@@ -12,9 +12,9 @@ from dual_lora.lab.analysis.gradients import first_step, gradient_pass
 from dual_lora.lab.analysis.likeness import entry_likeness, likeness, magnitude_and_direction
 from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
 from dual_lora.lab.analysis.measures import changes, measure, squared_norm
-from dual_lora.lab.analysis.options import Setting
+from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.ranks import rank_bound, ranks
-from dual_lora.lab.analysis.trajectory import Place, full_updates, state
+from dual_lora.lab.analysis.trajectory import State, full_updates_of, updates_in
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix
 from dual_lora.lab.progress import Bar
 
@@ -76,17 +76,17 @@ class Walk:
 
     def __init__(
         self,
-        setting: Setting,
+        opened: OpenedRun,
         result: RunAnalysis,
         options: Options,
-        stops: list[Place],
+        stops: list[State],
         layers: list[str],
-        targets: dict[int, Place],
+        targets: dict[int, State],
         bar: Bar,
     ):
-        self.setting, self.result, self.options, self.bar = setting, result, options, bar
+        self.opened, self.result, self.options, self.bar = opened, result, options, bar
         self.stops, self.layers, self.targets = stops, layers, targets
-        self.modules = adapted_layers(setting.model)
+        self.modules = adapted_layers(opened.model)
         self.start: dict[str, LayerUpdate] = {}
 
     def go(self) -> None:
@@ -94,55 +94,55 @@ class Walk:
         with ExitStack() as files:
             before: dict[str, LayerUpdate] = {}
             step_before = 0
-            for place in self.stops:
-                now = state(self.setting, place, self.layers, files)
-                if place.step == 0:
+            for state in self.stops:
+                now = updates_in(self.opened, state, self.layers, files)
+                if state.step == 0:
                     self.start = now
                     self._at_start()
-                target = self._target(place, files)
+                target = self._target(state, files)
                 for name in self.layers:
                     if name in now:
-                        self._layer(place, name, now[name], before.get(name), step_before, target.get(name))
-                    self.bar.to(self.bar.done + 1, f"step {place.step} · {name}")
-                if place.step and self.options.gradients and not self.setting.is_full:
-                    self._gradients(place.step)
-                before, step_before = now, place.step
+                        self._layer(state, name, now[name], before.get(name), step_before, target.get(name))
+                    self.bar.to(self.bar.done + 1, f"step {state.step} · {name}")
+                if state.step and self.options.gradients and not self.opened.is_full:
+                    self._gradients(state.step)
+                before, step_before = now, state.step
             if loss_of is not None:
                 self.result.contribution = contributions(
-                    self.setting.model, self.start_factors, loss_of, self.options.draws
+                    self.opened.model, self.start_factors, loss_of, self.options.draws
                 )
 
     def _held_out_loss(self) -> Any:
         """The function that `contributions` asks, None where it is not wanted or the recipe names no such records."""
-        if self.setting.is_full or not self.options.held_out:
+        if self.opened.is_full or not self.options.held_out:
             return None
-        if not self.setting.names_held_out:
+        if not self.opened.names_held_out:
             self.result.notes.append("What each group contributes was left out: the recipe names no held-out records.")
             return None
-        return self.setting.held_out_loss(self.options.held_out)
+        return self.opened.held_out_loss(self.options.held_out)
 
     def _at_start(self) -> None:
-        if self.setting.is_full:
+        if self.opened.is_full:
             return
-        self.start_factors = factor_state(self.setting.model)
+        self.start_factors = factor_state(self.opened.model)
         if self.options.gradients:
-            with self.setting.at_full_strength():
+            with self.opened.at_full_strength():
                 steps = first_step(
-                    self.setting.model,
-                    self.setting.step_batches[0],
-                    self.setting.loss_of_batch,
-                    self.setting.recipe.train.learning_rate,
+                    self.opened.model,
+                    self.opened.step_batches[0],
+                    self.opened.loss_of_batch,
+                    self.opened.recipe.train.learning_rate,
                     names=self.layers,
                 )
             self.result.first_step = [{"layer": n, **row} for n, row in steps.items()]
 
-    def _target(self, place: Place, files: ExitStack) -> dict[str, LayerUpdate]:
-        found = self.targets.get(place.step)
-        return {} if found is None else files.enter_context(full_updates(found, self.setting.model, self.layers))
+    def _target(self, state: State, files: ExitStack) -> dict[str, LayerUpdate]:
+        found = self.targets.get(state.step)
+        return {} if found is None else files.enter_context(full_updates_of(found, self.opened.model, self.layers))
 
     def _layer(
         self,
-        place: Place,
+        state: State,
         name: str,
         now: LayerUpdate,
         before: LayerUpdate | None,
@@ -150,22 +150,22 @@ class Walk:
         target: LayerUpdate | None,
     ) -> None:
         matrix = now.update()
-        module = self.modules.get(name) or self.setting.model.get_submodule(name)
+        module = self.modules.get(name) or self.opened.model.get_submodule(name)
         base = base_matrix(module)
         O, I = matrix.shape
-        row: Row = {"step": place.step, "layer": name, "O": O, "I": I, "strength": now.strength}
+        row: Row = {"step": state.step, "layer": name, "O": O, "I": I, "strength": now.strength}
         row |= measure(matrix, base, now.strength)
-        if base is not None and place.step:
+        if base is not None and state.step:
             row |= magnitude_and_direction(matrix, base, now.strength)
-        if place.step and name in self.start:
+        if state.step and name in self.start:
             first = self.start[name].update()
             row |= {f"start_{k}": v for k, v in changes(first, matrix).items()}
             size = squared_norm(matrix)
             row["learned_share"] = math.sqrt(squared_norm(Difference(matrix, first)) / size) if size else None
         if before is not None:
             row |= {f"between_{k}": v for k, v in changes(before.update(), matrix).items()}
-            row["between_steps"] = place.step - step_before
-        ends = place in (self.stops[0], self.stops[-1])
+            row["between_steps"] = state.step - step_before
+        ends = state in (self.stops[0], self.stops[-1])
         if self.options.ranks == "all" or (self.options.ranks == "ends" and ends):
             row |= ranks(matrix)
             if isinstance(matrix, Factored):
@@ -173,7 +173,7 @@ class Walk:
         self.result.layers.append(row)
         if target is not None:
             self.result.likeness.append(
-                {"step": place.step, "layer": name, "O": O, "I": I, **self._likeness(name, matrix, target.update())}
+                {"step": state.step, "layer": name, "O": O, "I": I, **self._likeness(name, matrix, target.update())}
             )
 
     def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:
@@ -186,8 +186,8 @@ class Walk:
         return row
 
     def _gradients(self, step: int) -> None:
-        setting = self.setting
-        rows = gradient_pass(setting.model, setting.step_batches, setting.loss_of_batch, names=self.layers)
+        opened = self.opened
+        rows = gradient_pass(opened.model, opened.step_batches, opened.loss_of_batch, names=self.layers)
         self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items()]
 
 

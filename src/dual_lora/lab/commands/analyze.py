@@ -11,24 +11,26 @@ from dual_lora.lab.commands.parameters import Json
 
 
 def analyze(
-    runs: Annotated[list[Path], Parameter(help="Run folders of `dual-lora train`.", negative="")],
+    runs: Annotated[list[Path], Parameter(help="Run folders of `dual-lora train`.")],
     /,
     *,
     reference: Annotated[
-        Path | None, Parameter(help="Run of full fine-tuning, same model and data, to compare with.", negative="")
+        Path | None, Parameter(help="Run of full fine-tuning, same model and data, to compare with.")
     ] = None,
     out: Annotated[
-        Path | None, Parameter(help="JSON file. [default: RUN/analysis/analysis.json of the first run]", negative="")
+        Path | None, Parameter(help="JSON file. [default: RUN/analysis/analysis.json of the first run]")
     ] = None,
-    page: Annotated[Path | None, Parameter(help="Also write an HTML page with plots.", negative="")] = None,
+    page: Annotated[Path | None, Parameter(help="Also write an HTML page with plots.")] = None,
     states: Annotated[int, Parameter(help="At most so many states of a run, start and end among them.")] = 8,
-    layers: Annotated[str | None, Parameter(help="Regular expression of layer names.", negative="")] = None,
+    layers: Annotated[str | None, Parameter(help="Regular expression of layer names.")] = None,
     ranks: Annotated[
         Literal["ends", "all", "none"], Parameter(help="Ranks at start and end, at all states, or not (the slow part).")
     ] = "ends",
-    gradients: Annotated[bool, Parameter(help="Take a gradient pass at every state.")] = True,
+    gradients: Annotated[
+        bool, Parameter(help="Take a gradient pass at every state.", negative="--no-gradients")
+    ] = True,
     held_out: Annotated[int, Parameter(help="Records for what each group contributes; 0: leave that out.")] = 64,
-    device: Annotated[str | None, Parameter(help="Where to compute. [default: the best there is]", negative="")] = None,
+    device: Annotated[str | None, Parameter(help="Where to compute. [default: the best there is]")] = None,
     json: Json = False,
 ) -> None:
     """Look into what runs did to the weights: signs, zeros, ranks, gradients, likeness to full fine-tuning.

@@ -17,33 +17,29 @@ from dual_lora.lab.interrupt import exit_status
 def compare(
     study: Annotated[str | None, Parameter(help="Study file, or the name of a shipped study.")] = None,
     *,
-    out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]", negative="")] = None,
+    out: Annotated[Path | None, Parameter(help="Folder of the study. [default: studies/NAME]")] = None,
     runs: Annotated[
         Path | None,
-        Parameter(
-            help="Folder of the single runs; studies that share it do equal runs once. [default: OUT/runs]", negative=""
-        ),
+        Parameter(help="Folder of the single runs; studies that share it do equal runs once. [default: OUT/runs]"),
     ] = None,
     executor: Annotated[
         Literal["serial", "process", "ray"], Parameter(help="One run after another, in processes, or on Ray.")
     ] = "serial",
     workers: Annotated[
-        int | None, Parameter(help="Runs at a time (process, ray). [default: one a GPU, else one a core]", negative="")
+        int | None, Parameter(help="Runs at a time (process, ray). [default: one a GPU, else one a core]")
     ] = None,
     keep: Annotated[
         Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")
     ] = "adapters",
     update: Annotated[
-        bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.", negative="")
+        bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.")
     ] = False,
     report_to: Annotated[
         tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-        Parameter(help="Send what the final runs log there; most of them are on the network.", negative=""),
+        Parameter(help="Send what the final runs log there; most of them are on the network."),
     ] = (),
-    dry_run: Annotated[
-        bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.", negative="")
-    ] = False,
-    list: Annotated[bool, Parameter(help="Show the shipped studies.", negative="")] = False,
+    dry_run: Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")] = False,
+    list: Annotated[bool, Parameter(help="Show the shipped studies.")] = False,
     json: Json = False,
 ) -> None:
     """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict in words.
@@ -62,7 +58,7 @@ def compare(
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
     if dry_run:
-        from dual_lora.lab.cost.forecast import forecast
+        from dual_lora.lab.study.forecast import forecast
         from dual_lora.lab.study.tables import show_forecast
 
         expected = forecast(study, out, runs=runs, executor=executor, workers=workers)

@@ -35,7 +35,7 @@ def demo(
     ask: Annotated[str | None, Parameter(help="A request of your own, answered by the tuned model.")] = None,
     seed: Annotated[int, Parameter(help="Seed of the factors and of the order of the examples.")] = 0,
     out: Annotated[Path | None, Parameter(help="Folder of the demo. [default: demo-output/seed-SEED]")] = None,
-    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.", negative="")] = False,
+    overwrite: Annotated[bool, Parameter(help="Start anew instead of using what is there.")] = False,
     json: Json = False,
 ) -> None:
     """Fine-tune a small model to turn English requests into JSON tool calls, in minutes on a CPU.
@@ -52,7 +52,7 @@ def demo(
     if ask is None or overwrite or work.read_result(folder) is None:
         result = work.run(folder, seed=seed, overwrite=overwrite)
         if ask is None:
-            finish(vars(result), _card(result), json)
+            finish(vars(result), Group(_before_after(result), _scores(result), _facts(result)), json)
             return
     answer = work.ask(folder, ask)
     finish({"request": ask, "answer": answer}, Text(_readable(answer)), json)
@@ -64,10 +64,6 @@ def _readable(answer: str) -> str:
         return json_module.dumps(json_module.loads(answer), indent=2, ensure_ascii=False)
     except json_module.JSONDecodeError:
         return answer
-
-
-def _card(result: DemoResult) -> Group:
-    return Group(_before_after(result), _scores(result), _facts(result))
 
 
 def _before_after(result: DemoResult) -> Table:
@@ -93,13 +89,10 @@ def _scores(result: DemoResult) -> Table:
     for name in ("before", "after"):
         table.add_column(name, justify="right")
     for name, about in SETS.items():
-        cells = (f"{right}/{count} = {right / count:.0%}" for right, count in _pair(result, name))
+        pair = (result.exact_match[variant][name] for variant in ("base", "tuned"))
+        cells = (f"{right}/{count} = {right / count:.0%}" for right, count in pair)
         table.add_row(name, about, *cells)
     return table
-
-
-def _pair(result: DemoResult, name: str) -> list[list[int]]:
-    return [result.exact_match[variant][name] for variant in ("base", "tuned")]
 
 
 def _facts(result: DemoResult) -> Panel:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.side_by_side import Column
-
-_METHODS = ["dual_lora", "lora", "dora", "full"]
 
 
 def estimate(
@@ -27,22 +26,20 @@ def estimate(
     *,
     methods: Annotated[
         list[str] | None,
-        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True, negative=""),
+        Parameter(help="Shown side by side. [default: dual_lora lora dora full]", consume_multiple=True),
     ] = None,
-    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.", negative="")] = None,
+    rank: Annotated[int | None, Parameter(help="Total rank, of all methods.")] = None,
     target_modules: Annotated[
         str | None,
-        Parameter(help="Names separated by commas, or all-linear. [default: all-linear]", negative=""),
+        Parameter(help="Names separated by commas, or all-linear. [default: all-linear]"),
     ] = None,
-    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.", negative="")] = None,
-    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.", negative="")] = None,
+    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.")] = None,
+    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.")] = None,
     logits: Annotated[
         int | None,
-        Parameter(help="Last positions whose logits are computed (answers only). [default: all]", negative=""),
+        Parameter(help="Last positions whose logits are computed (answers only). [default: all]"),
     ] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.", negative="")
-    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.")] = None,
     quantisation: Annotated[
         Literal["none", "nf4", "fp4", "int8"], Parameter(help="How the base is packed (bitsandbytes).")
     ] = "none",
@@ -51,29 +48,25 @@ def estimate(
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
-        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]", negative=""),
+        Parameter(help="Whose state is kept. [default: the recipe's, or adamw]"),
     ] = None,
-    accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.", negative="")] = None,
-    head: Annotated[
-        Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.", negative="")
-    ] = None,
+    accumulate: Annotated[int | None, Parameter(help="Forward passes per optimizer step.")] = None,
+    head: Annotated[Literal["causal", "classification"] | None, Parameter(help="What is on top of the model.")] = None,
     classes: Annotated[int, Parameter(help="Classes of a classification head.")] = 2,
     devices: Annotated[int, Parameter(help="Shown for 1, 2, 4 … up to so many.")] = 1,
     strategy: Annotated[
         Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], Parameter(help="How many devices share the work.")
     ] = "ddp",
-    on: Annotated[
-        Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]", negative="")
-    ] = None,
+    on: Annotated[Literal["cpu", "gpu"] | None, Parameter(help="Kind of device. [default: this machine's]")] = None,
     fits: Annotated[
         str | None,
-        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank.", negative=""),
+        Parameter(help="A device's memory, e.g. 24GB: propose the largest batch, length and rank."),
     ] = None,
     calibrate: Annotated[
-        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.", negative="")
+        bool, Parameter(help="Measure this machine's speed first (a minute); kept for later.")
     ] = False,
-    models: Annotated[bool, Parameter(help="List the built-in models.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    models: Annotated[bool, Parameter(help="List the built-in models.")] = False,
+    json: Json = False,
 ) -> None:
     """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
 
@@ -110,11 +103,11 @@ def estimate(
             "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
             "quantisation": quantisation, "on": on or _this_device(),
         }  # fmt: skip
-        setting = _setting(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
+        options = _options(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
         from dual_lora.lab.cost.side_by_side import side_by_side
 
-        chosen = _chosen(methods, setting)
-        columns, refused = side_by_side(setting, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
+        chosen = _chosen(methods, options)
+        columns, refused = side_by_side(options, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
         if refused and all(column.method == "full" for column in columns):  # a wrong module name, not a method's limit
             raise UserError(next(iter(refused.values())))
         proposals = {}
@@ -124,16 +117,16 @@ def estimate(
             limit = parse_size(fits)
             for column in columns:
                 name = column.method
-                proposals[name] = largest(column.setting, limit, devices, strategy, partial(_ask, say, name))
+                proposals[name] = largest(column.options, limit, devices, strategy, partial(_ask, say, name))
     result = {
-        "model": setting.name,
-        "on": setting.on,
-        "batch": setting.batch,
-        "length": setting.length,
-        "dtype": setting.dtype,
-        "quantisation": setting.quantisation,
-        "checkpointing": setting.checkpointing,
-        "optimizer": setting.optimizer,
+        "model": options.name,
+        "on": options.on,
+        "batch": options.batch,
+        "length": options.length,
+        "dtype": options.dtype,
+        "quantisation": options.quantisation,
+        "checkpointing": options.checkpointing,
+        "optimizer": options.optimizer,
         "devices": devices,
         "strategy": strategy,
         "methods": {column.method: column.plain() for column in columns},
@@ -141,14 +134,14 @@ def estimate(
     }
     if proposals:
         result["fits"] = {"bytes": round(limit), **proposals}
-    finish(result, _card(setting, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
+    finish(result, _card(options, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
 
 
 def _ask(say: Callable[[str], None], method: str, what: str) -> None:
     say(f"{method}: does {what} fit?")
 
 
-def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> Setting:
+def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> StepOptions:
     from dataclasses import replace
 
     from dual_lora.lab.cost.options import from_model, from_recipe
@@ -157,31 +150,31 @@ def _setting(what: str, given: dict[str, Any], rank: int | None, targets: str | 
 
     is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
     if is_recipe:
-        setting = from_recipe(read_recipe(what), **given)
+        options = from_recipe(read_recipe(what), **given)
     elif known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
         near = suggest(what.rsplit("/", 1)[-1].lower(), [*published_names(), *shipped_recipes()])
         near = near if near.startswith(" Did") else " `dual-lora estimate --models` and `dual-lora recipes` list names."
         raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
     else:
-        setting = from_model(what, **given)
-    method = dict(setting.method)
+        options = from_model(what, **given)
     if rank is not None:
         if rank < 1:
             raise UserError(f"--rank is {rank}, expected at least 1.")
-        method = {k: v for k, v in method.items() if k not in ("r1", "r2")} | {"r": rank}
+        options = options.with_rank(rank)
     if targets is not None:
-        names = targets.split(",")
-        method["target_modules"] = targets if len(names) == 1 and targets == "all-linear" else names
-    return replace(setting, method=method)
+        modules = targets if targets == "all-linear" else targets.split(",")
+        options = replace(options, method={**options.method, "target_modules": modules})
+    return options
 
 
-def _chosen(methods: list[str] | None, setting: Setting) -> list[str]:
+def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     """The methods asked for, or the recipe's own and those that it is compared with."""
+    from dual_lora.lab.cost.calibrate import METHODS
     from dual_lora.lab.model.methods import method_names
 
-    own = str(setting.method["name"]).lower().replace("-", "_")
+    own = str(options.method["name"]).lower().replace("-", "_")
     if methods is None:
-        return _METHODS if own in _METHODS else [own, *_METHODS]
+        return [*METHODS] if own in METHODS else [own, *METHODS]
     chosen = [name.lower().replace("-", "_") for given in methods for name in given.split(",")]
     for name in chosen:
         if name not in method_names():
@@ -206,7 +199,7 @@ def _list_models(as_json: bool) -> None:
 
 
 def _card(
-    setting: Setting,
+    options: StepOptions,
     columns: list[Column],
     refused: dict[str, str],
     devices: int,
@@ -217,11 +210,11 @@ def _card(
 ) -> Any:
     from rich.console import Group
 
-    checkpointing = ", checkpointing" if setting.checkpointing else ""
-    packed = f" ({setting.quantisation})" if setting.quantisation != "none" else ""
+    checkpointing = ", checkpointing" if options.checkpointing else ""
+    packed = f" ({options.quantisation})" if options.quantisation != "none" else ""
     title = (
-        f"{setting.name}: {setting.dtype}{packed}, batch {setting.batch} × {setting.length} tokens{checkpointing}, "
-        f"{setting.optimizer}, {setting.on}, rank {setting.rank}"
+        f"{options.name}: {options.dtype}{packed}, batch {options.batch} × {options.length} tokens{checkpointing}, "
+        f"{options.optimizer}, {options.on}, rank {options.rank}"
     )
     parts = [_memory_table(title, columns, calibrated)]
     if devices > 1:
@@ -236,21 +229,16 @@ def _card(
 
 def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
     one = [column.memory[1] for column in columns]
-    rows = [
-        ["weights, frozen", *(_bytes(m.weights) for m in one)],
-        ["factors or trained weights", *(_bytes(m.trained) for m in one)],
-        ["optimizer", *(_bytes(m.optimizer) for m in one)],
-        ["gradients", *(_bytes(m.gradients) for m in one)],
-        ["activations", *(_bytes(m.activations) for m in one)],
-        ["workspace (logits, loss, temporaries)", *(_bytes(m.workspace) for m in one)],
-        ["peak", *(_bytes(m.peak) for m in one)],
-        ["… which comes in", *(m.where for m in one)],
-    ]
+    named = {"weights": "weights, frozen", "trained": "factors or trained weights", "optimizer": "optimizer"}
+    named |= {"gradients": "gradients", "activations": "activations"}
+    named |= {"workspace": "workspace (logits, loss, temporaries)", "peak": "peak"}
+    rows = [[label, *(size(getattr(m, name)) for m in one)] for name, label in named.items()]
+    rows.append(["… which comes in", *(m.where for m in one)])
     for phase in ("standing", "forward", "logits", "loss", "backward", "step"):
-        rows.append([f"peak, {phase}", *(_bytes(m.phases[phase]) if phase in m.phases else "–" for m in one)])
+        rows.append([f"peak, {phase}", *(size(m.phases[phase]) if phase in m.phases else "–" for m in one)])
     rows += [
         ["trainable parameters", *(f"{c.step.trained_parameters:,.0f}" for c in columns)],
-        ["adapter or model on disk", *(_bytes(c.step.saved) for c in columns)],
+        ["adapter or model on disk", *(size(c.step.saved) for c in columns)],
         ["GFLOP a token", *(f"{c.flops_a_token / 1e9:,.3g}" for c in columns)],
     ]
     if calibrated:
@@ -260,9 +248,7 @@ def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
 
 
 def _devices_table(columns: list[Column], strategy: str) -> Any:
-    rows = []
-    for n in columns[0].memory:
-        rows.append([str(n), *(_bytes(c.memory[n].peak) for c in columns)])
+    rows = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
     return figures_table(f"Peak of each device, {strategy}", ["devices", *(c.method for c in columns)], rows)
 
 
@@ -286,7 +272,3 @@ def _rates_table(machine: str, entry: dict[str, Any]) -> Any:
     methods = next(iter(entry["costs"].values()))
     title = f"Training, {machine}: arithmetic, and each adapted or trained weight once a step"
     return figures_table(title, ["", *methods], rows)
-
-
-def _bytes(count: float) -> str:
-    return size(count)

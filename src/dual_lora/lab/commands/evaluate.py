@@ -29,7 +29,7 @@ def evaluate(
     json: Json = False,
     given: Annotated[
         EvaluateFlags | None,
-        Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),
+        Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
     """Measure a run, an adapter or a model; the adapter and its base side by side.

@@ -23,8 +23,8 @@ def generate(
     temperature: Annotated[float, Parameter(help="0: always the most probable token.")] = 0.0,
     seed: Annotated[int, Parameter(help="Seed for a temperature above 0.")] = 0,
     base: Base = None,
-    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.", negative="")] = False,
+    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
+    json: Annotated[bool, Parameter(help="End with one line of JSON instead of streaming.")] = False,
 ) -> None:
     """Answer a prompt, word by word.
 

@@ -9,19 +9,16 @@ from cyclopts import Parameter
 from rich.console import Group
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
+from dual_lora.lab.commands.parameters import Json
 
 
 def gpu_check(
     *,
     targets: Annotated[
         list[str] | None,
-        Parameter(
-            help="Without a card: compile the kernels for these. [default: sm_80 sm_90]",
-            consume_multiple=True,
-            negative="",
-        ),
+        Parameter(help="Without a card: compile the kernels for these. [default: sm_80 sm_90]", consume_multiple=True),
     ] = None,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Try the GPU kernels: the path chosen and why, every launch against fp64, signs, determinism, graphs, times.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
+from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.terminal import Console
 
 # Written by `python conformance/capabilities.py --write`, which tries everything on tiny models.
@@ -18,8 +19,8 @@ CAPABILITIES = Path(__file__).parents[1] / "capabilities.json"
 
 def info(
     *,
-    why: Annotated[bool, Parameter(help="Print why something is not there.", negative="")] = False,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    why: Annotated[bool, Parameter(help="Print why something is not there.")] = False,
+    json: Json = False,
 ) -> None:
     """Print versions and supported ranges, devices and kernels, and what LoRA, DoRA, HiRA and Dual LoRA can do.
 

@@ -22,27 +22,25 @@ def judge(
     /,
     *,
     reference: Annotated[
-        str | None, Parameter(help="Method that the others are compared with. [default: the first]", negative="")
+        str | None, Parameter(help="Method that the others are compared with. [default: the first]")
     ] = None,
-    metric: Annotated[str | None, Parameter(help="Which metric, where there are several.", negative="")] = None,
+    metric: Annotated[str | None, Parameter(help="Which metric, where there are several.")] = None,
     better: Annotated[
         Literal["more", "less"] | None,
-        Parameter(help="Of the metric. [default: what the source or its name says, else more]", negative=""),
+        Parameter(help="Of the metric. [default: what the source or its name says, else more]"),
     ] = None,
     margin: Annotated[
-        float | None, Parameter(help="Difference that is too small to matter, in the metric's unit.", negative="")
+        float | None, Parameter(help="Difference that is too small to matter, in the metric's unit.")
     ] = None,
-    level: Annotated[float, Parameter(help="Chance of any false alarm.", negative="")] = 0.05,
-    out: Annotated[Path | None, Parameter(help="Folder for results.json and report.html.", negative="")] = None,
+    level: Annotated[float, Parameter(help="Chance of any false alarm.")] = 0.05,
+    out: Annotated[Path | None, Parameter(help="Folder for results.json and report.html.")] = None,
     peft: Annotated[
         Path | None,
-        Parameter(help="Folder for a study's runs as PEFT's method_comparison has them.", negative=""),
+        Parameter(help="Folder for a study's runs as PEFT's method_comparison has them."),
     ] = None,
     methods: Annotated[
         bool,
-        Parameter(
-            help="Print the experiments of PEFT's suite as the methods of a study, and judge nothing.", negative=""
-        ),
+        Parameter(help="Print the experiments of PEFT's suite as the methods of a study, and judge nothing."),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -21,8 +21,8 @@ def push(
         str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")
     ] = None,
     license: Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")] = None,
-    private: Annotated[bool, Parameter(help="Make a new repository private.", negative="")] = False,
-    yes: Annotated[bool, Parameter(help="Upload without asking.", negative="")] = False,
+    private: Annotated[bool, Parameter(help="Make a new repository private.")] = False,
+    yes: Annotated[bool, Parameter(help="Upload without asking.")] = False,
     json: Json = False,
 ) -> None:
     """Upload a run's weights, tokenizer and card to the Hugging Face hub, after a question.

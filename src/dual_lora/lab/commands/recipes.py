@@ -9,13 +9,16 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
+from dual_lora.lab.commands.parameters import PLAIN_FLAGS, Json
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.run.write import write_atomically
 
 app = App(
-    name="recipes", help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`"
+    name="recipes",
+    help="List, show and copy the shipped recipes. Example: `dual-lora recipes show boolq-smollm2`",
+    default_parameter=PLAIN_FLAGS,
 )
 
 
@@ -23,7 +26,7 @@ app = App(
 def list_recipes(
     start: Annotated[str, Parameter(help="Only names that begin so, those of families (commonsense) in full.")] = "",
     *,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """List the shipped recipes, the paper's experiments by family.
 
@@ -56,7 +59,7 @@ app.command(list_recipes, name="list")
 
 
 @app.command
-def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.", negative="")] = False) -> None:
+def show(name: str, *, full: Annotated[bool, Parameter(help="With every default.")] = False) -> None:
     """Print a recipe; of the paper's experiments with the source of every setting.
 
     Example: `dual-lora recipes show boolq-smollm2 --full`
@@ -89,23 +92,21 @@ def check(
     name: str,
     *,
     classes: Annotated[int, Parameter(help="Classes of a classification head; the data are not read.")] = 2,
-    json: Annotated[bool, Parameter(help="One line of JSON on standard output.", negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Put a recipe's method on its real model without weights: layers, parameters, memory of a training step.
 
     Example: `dual-lora recipes check commonsense-llama-7b-170k`
     """
-    from dual_lora.lab.cost.fit import fit
     from dual_lora.lab.cost.memory import memory_of
     from dual_lora.lab.cost.options import from_recipe
     from dual_lora.lab.cost.simulate import simulate
+    from dual_lora.lab.model.empty import fit
 
     recipe = read_recipe(name)
-    classes = 1 if recipe.model.head == "regression" else classes
     found = fit(recipe, classes)
-    head = "causal" if recipe.model.head == "causal" else "classification"
-    setting = from_recipe(recipe, head=head, classes=classes, on="gpu")
-    memory = memory_of(setting, simulate(setting)).peak
+    options = from_recipe(recipe, classes=classes, on="gpu")
+    memory = memory_of(options, simulate(options)).peak
     facts = {
         "model": recipe.model.path,
         "layers": ", ".join(f"{count} {layer}" for layer, count in found.layers.items()) or "all",

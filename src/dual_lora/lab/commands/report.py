@@ -15,18 +15,14 @@ USUAL = ("studies", "results", "benchmarks", "runs")
 def report(
     sources: Annotated[
         list[Path] | None,
-        Parameter(help=f"Files, or folders that are searched. [default: those of {', '.join(USUAL)}]", negative=""),
+        Parameter(help=f"Files, or folders that are searched. [default: those of {', '.join(USUAL)}]"),
     ] = None,
     /,
     *,
-    out: Annotated[Path, Parameter(help="The page; only a report is overwritten.", negative="")] = Path("report.html"),
-    title: Annotated[str, Parameter(help="Its heading.", negative="")] = "Dual LoRA: report",
-    tables: Annotated[
-        Path | None, Parameter(help="Folder for every table as CSV, Markdown and LaTeX.", negative="")
-    ] = None,
-    watch: Annotated[
-        bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.", negative="")
-    ] = False,
+    out: Annotated[Path, Parameter(help="The page; only a report is overwritten.")] = Path("report.html"),
+    title: Annotated[str, Parameter(help="Its heading.")] = "Dual LoRA: report",
+    tables: Annotated[Path | None, Parameter(help="Folder for every table as CSV, Markdown and LaTeX.")] = None,
+    watch: Annotated[bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.")] = False,
     json: Json = False,
 ) -> None:
     """Write one self-contained HTML page from studies, analyses and the benchmark ledger.

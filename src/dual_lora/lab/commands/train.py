@@ -23,28 +23,24 @@ RecipeFlags: Any = flags(Recipe)
 def train(
     recipe: Annotated[str | None, Parameter(help="Recipe file, or the name of a shipped recipe.")] = None,
     *,
-    out: Annotated[Path | None, Parameter(help="Folder of the run. [default: runs/NAME]", negative="")] = None,
-    resume: Annotated[bool, Parameter(help="Go on with the run in the folder.", negative="")] = False,
-    overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.", negative="")] = False,
+    out: Annotated[Path | None, Parameter(help="Folder of the run. [default: runs/NAME]")] = None,
+    resume: Annotated[bool, Parameter(help="Go on with the run in the folder.")] = False,
+    overwrite: Annotated[bool, Parameter(help="Remove the run in the folder first.")] = False,
     analyze_every: Annotated[
         int | None,
         Parameter(
             help="Steps between two looks at the adapter's signs, zeros and flips (analysis/live.jsonl in the run; "
-            "`dual-lora analyze` takes it up).",
-            negative="",
+            "`dual-lora analyze` takes it up)."
         ),
     ] = None,
     report_to: Annotated[
         tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-        Parameter(
-            help="Send what the run logs there; most of them are on the network, so no recipe can ask for it.",
-            negative="",
-        ),
+        Parameter(help="Send what the run logs there; most of them are on the network, so no recipe can ask for it."),
     ] = (),
     json: Json = False,
     given: Annotated[
         RecipeFlags | None,
-        Parameter(name="*", negative_iterable="", negative_none="", show_default=False, consume_multiple=True),
+        Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True),
     ] = None,
 ) -> None:
     """Fine-tune a model by a recipe.

@@ -1,4 +1,4 @@
-"""Which bytes live at every moment: a dispatch mode that sees each storage come and go.
+"""Which bytes are held at every moment: a dispatch mode that sees each storage come and go.
 
 It runs over tensors without data (torch's FakeTensorMode) and over real ones alike. What stood before it began is not
 counted. A storage belongs to the phase in which it was made (activations in forward, workspace after it), or to the
@@ -22,7 +22,7 @@ ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
 
 
 class Bytes(NamedTuple):
-    """What lives beside the model at one moment."""
+    """What is held beside the model at one moment."""
 
     activations: float = 0.0
     workspace: float = 0.0
@@ -33,10 +33,10 @@ class Bytes(NamedTuple):
         return sum(self)
 
 
-class Live(TorchDispatchMode):
-    """Counts live bytes and flops. Set `kind` and `segment` as the step proceeds; read `peaks` and `flops` after it.
+class MemoryTracker(TorchDispatchMode):
+    """Counts held bytes and flops. Set `kind` and `segment` as the step proceeds; read `peaks` and `flops` then.
 
-    peaks: segment → what lived at its fullest moment. on: "cpu" or "gpu", for what operators use inside themselves.
+    peaks: segment → what was held at its fullest moment. on: "cpu" or "gpu", for what operators use inside themselves.
     """
 
     def __init__(self, standing: Iterable[Tensor], on: str = "cpu"):
@@ -46,22 +46,22 @@ class Live(TorchDispatchMode):
         self.segment = "forward"
         self.peaks: dict[str, Bytes] = {}
         self.flops = 0
-        self._live = dict.fromkeys(Bytes._fields, 0)
+        self._bytes = dict.fromkeys(Bytes._fields, 0)
         self._known: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         for tensor in standing:
             self._see(tensor, count=False)
 
     def now(self) -> Bytes:
-        """What lives at this moment."""
-        return Bytes(**self._live)
+        """What is held at this moment."""
+        return Bytes(**self._bytes)
 
     def is_gradient(self, tensor: Tensor) -> None:
         """From now on this tensor's storage is a gradient."""
         key = id(tensor.untyped_storage())
         if key in self._known:
             ref, size, kind = self._known[key]
-            self._live[kind] -= size
-            self._live[GRADIENTS] += size
+            self._bytes[kind] -= size
+            self._bytes[GRADIENTS] += size
             self._known[key] = ref, size, GRADIENTS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +75,7 @@ class Live(TorchDispatchMode):
         return out
 
     def _note(self, inner: int) -> None:
-        now = Bytes(self._live[ACTIVATIONS], self._live[WORKSPACE] + inner, self._live[GRADIENTS])
+        now = Bytes(self._bytes[ACTIVATIONS], self._bytes[WORKSPACE] + inner, self._bytes[GRADIENTS])
         before = self.peaks.get(self.segment)
         if before is None or now.total > before.total:
             self.peaks[self.segment] = now
@@ -87,11 +87,11 @@ class Live(TorchDispatchMode):
             return
         size, kind = storage.nbytes() if count else 0, self.kind
         self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), size, kind
-        self._live[kind] += size
+        self._bytes[kind] += size
 
     def _forget(self, key: int) -> None:
         _, size, kind = self._known.pop(key)
-        self._live[kind] -= size
+        self._bytes[kind] -= size
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

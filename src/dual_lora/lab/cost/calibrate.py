@@ -1,11 +1,12 @@
-"""How fast does this machine train? A minute of small training steps, kept in the user's cache folder.
+"""How long does a training step take on this machine? The one model of time, for estimates and for studies:
 
-    seconds of a step = its simulated arithmetic / rate + its adapted and trained weights · cost
+    seconds of a step = its arithmetic / rate + its adapted and trained weights · cost
 
-Both numbers are measured for each method and precision apart, on two steps of few and of many tokens, so that they
-contain everything that is not a product as well. The second term is what does not grow with the tokens: composing
-ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both change with the width of a model;
-between the measured widths they are interpolated, beyond them the nearest one counts.
+`calibrate` measures both numbers in a minute of small steps and keeps them in the user's cache folder; until then
+`rough_cost` is a share of a plain product's speed. They are measured for each method and precision apart, on two steps
+of few and of many tokens, so that they contain everything that is not a product as well. The second term is what does
+not grow with the tokens: composing ΔW and its gradients in Dual LoRA, norms of weights in DoRA, the optimizer. Both
+change with the width of a model; between the measured widths they are interpolated, beyond them the nearest one counts.
 
 One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
 anything else by the clock on the wall, so on a machine at rest. The fastest round counts.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.read import read_object
 
@@ -36,6 +37,7 @@ SECONDS = 50.0  # for all measurements together
 ROW = 64  # tokens; several rows, so that attention meets the padding mask that it meets in training
 BLOCKS = 2
 ROUNDS = 2  # at least
+EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
 
 
 class Cost(NamedTuple):
@@ -44,6 +46,10 @@ class Cost(NamedTuple):
     width: int
     rate: float  # flops a second
     weight: float  # seconds for each adapted or trained weight
+
+    def seconds(self, flops: float, weights: float) -> float:
+        """Of a step that computes so much and adapts or trains so many weights."""
+        return flops / self.rate + weights * self.weight
 
 
 def cache_file() -> Path:
@@ -89,15 +95,44 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
     return entry
 
 
-def seconds_of(setting: Setting, step: Step, known: dict[str, Any]) -> float | None:
+def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float | None:
     """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
-    name = str(setting.method["name"]).lower().replace("-", "_")
-    dtype = "bfloat16" if setting.autocast != "none" or setting.dtype == "float16" else setting.dtype
-    points = known["costs"].get(dtype, {}).get(name)
-    if not points or known["on"] != setting.on:
+    half = options.autocast != "none" or options.dtype == "float16"
+    cost = cost_of(
+        known, str(options.method["name"]), "bfloat16" if half else options.dtype, options.config.hidden_size
+    )
+    if cost is None or known["on"] != options.on:
         return None
-    cost = _at([Cost(*point) for point in points], setting.config.hidden_size)
-    return setting.accumulate * (step.flops / cost.rate + step.worked * cost.weight)
+    return options.accumulate * cost.seconds(step.flops, step.worked)
+
+
+def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
+    """What `calibrate` has measured, at this width; None for a method or precision that it does not measure."""
+    points = known["costs"].get(dtype, {}).get(method.lower().replace("-", "_"))
+    return _at([Cost(*point) for point in points], width) if points else None
+
+
+def rough_cost() -> Cost:
+    """A guess by the speed of plain products, for a machine that was not calibrated.
+
+    On a CPU in processor time, one thread times their number: what else runs at this moment does not count.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    device, clock = ("cuda", time.perf_counter) if on_gpu else ("cpu", time.process_time)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        a, b = torch.randn(512, 1024, device=device), torch.randn(1024, 1024, device=device)
+        (a @ b).sum().item()
+        rounds, start = 0, clock()
+        while (passed := clock() - start) < 0.3:
+            (a @ b).sum().item()
+            rounds += 1
+    finally:
+        torch.set_num_threads(threads)
+    return Cost(0, EFFICIENCY * rounds * 2 * 512 * 1024 * 1024 / passed * (1 if on_gpu else threads), 0.0)
 
 
 def _at(points: list[Cost], width: float) -> Cost:
@@ -110,7 +145,7 @@ def _at(points: list[Cost], width: float) -> Cost:
     return points[0] if width < points[0].width else points[-1]
 
 
-def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: int) -> Setting:
+def calibration_options(dtype: str, method: str, width: int, on: str, tokens: int) -> StepOptions:
     """The step that is measured: a Llama of two blocks and a small vocabulary on padded rows of 64 tokens."""
     from transformers import LlamaConfig
 
@@ -122,13 +157,13 @@ def calibration_setting(dtype: str, method: str, width: int, on: str, tokens: in
         vocab_size=8192,
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
-    return Setting("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
+    return StepOptions("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
 
 
 def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
-    few, many = (calibration_setting(dtype, method, width, on, tokens) for tokens in TOKENS[on])
-    times = [_fastest(setting, seconds * share) for setting, share in ((few, 0.2), (many, 0.5))]
-    steps = [simulate(setting) for setting in (few, many)]
+    few, many = (calibration_options(dtype, method, width, on, tokens) for tokens in TOKENS[on])
+    times = [_fastest(options, seconds * share) for options, share in ((few, 0.2), (many, 0.5))]
+    steps = [simulate(options) for options in (few, many)]
     return line(steps, times, width)
 
 
@@ -142,12 +177,12 @@ def line(steps: Sequence[Step], seconds: Sequence[float], width: int) -> Cost:
     return Cost(width, rate, weight) if weight >= 0 else Cost(width, many.flops / seconds[1], 0.0)
 
 
-def _fastest(setting: Setting, seconds: float) -> float:
+def _fastest(options: StepOptions, seconds: float) -> float:
     import torch
 
-    on_gpu = setting.on == "gpu"
+    on_gpu = options.on == "gpu"
     clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
-    step = training_step(setting, "cuda" if on_gpu else "cpu")
+    step = training_step(options, "cuda" if on_gpu else "cpu")
     step()
     passed: list[float] = []
     start = clock()
@@ -160,8 +195,8 @@ def _fastest(setting: Setting, seconds: float) -> float:
     return min(passed)
 
 
-def training_step(setting: Setting, device: str) -> Callable[[], None]:
-    """One real optimizer step of a setting's model with random weights."""
+def training_step(options: StepOptions, device: str) -> Callable[[], None]:
+    """One real optimizer step of the options' model with random weights."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -171,16 +206,16 @@ def training_step(setting: Setting, device: str) -> Callable[[], None]:
 
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = AutoModelForCausalLM.from_config(setting.config, dtype=getattr(torch, setting.dtype))
-    adapter = method_config(setting.method, setting.head, 100, [])
+        model: Any = AutoModelForCausalLM.from_config(options.config, dtype=getattr(torch, options.dtype))
+    adapter = method_config(options.method, options.head, 100, [])
     if adapter is not None:
         model = get_peft_model(model, adapter)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    batch = {name: tensor.to(device) for name, tensor in batch_of(setting, model).items()}
+    batch = {name: tensor.to(device) for name, tensor in batch_of(options, model).items()}
     labels = batch.pop("labels")
-    batch["input_ids"].random_(setting.config.vocab_size)
+    batch["input_ids"].random_(options.config.vocab_size)
 
     def step() -> None:
         mean_loss(model(**batch), labels).backward()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dual_lora.lab.cost.memory import memory_of
-from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import simulate
 from dual_lora.lab.errors import UserError
 
@@ -26,7 +26,11 @@ def parse_size(text: str) -> float:
 
 
 def largest(
-    setting: Setting, limit: float, devices: int = 1, strategy: str = "ddp", say: Callable[[str], None] | None = None
+    options: StepOptions,
+    limit: float,
+    devices: int = 1,
+    strategy: str = "ddp",
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """{"batch", "length", "rank"}: each the largest one that fits while the other two stay; None where nothing fits.
 
@@ -34,7 +38,7 @@ def largest(
     """
     known: dict[Any, float] = {}
 
-    def peak(changed: Setting) -> float:
+    def peak(changed: StepOptions) -> float:
         key = changed.batch, changed.length, changed.rank
         if key not in known:
             if say:
@@ -42,20 +46,15 @@ def largest(
             known[key] = memory_of(changed, simulate(changed), devices, strategy).peak
         return known[key]
 
-    longest = min(getattr(setting.config, "max_position_embeddings", None) or LARGEST_LENGTH, LARGEST_LENGTH)
-    batch = _last(lambda k: peak(replace(setting, batch=k)) <= limit, LARGEST_BATCH)
-    length = _last(lambda k: peak(replace(setting, length=k * LENGTH_STEP)) <= limit, longest // LENGTH_STEP)
+    longest = min(getattr(options.config, "max_position_embeddings", None) or LARGEST_LENGTH, LARGEST_LENGTH)
+    batch = _last(lambda k: peak(replace(options, batch=k)) <= limit, LARGEST_BATCH)
+    length = _last(lambda k: peak(replace(options, length=k * LENGTH_STEP)) <= limit, longest // LENGTH_STEP)
     rank = None
-    if setting.rank:
+    if options.rank:
         powers = LARGEST_RANK.bit_length() - 1
-        found = _last(lambda k: peak(_with_rank(setting, 2**k)) <= limit, powers)
+        found = _last(lambda k: peak(options.with_rank(2**k)) <= limit, powers)
         rank = 2**found if found else None
     return {"batch": batch or None, "length": length * LENGTH_STEP or None, "rank": rank}
-
-
-def _with_rank(setting: Setting, rank: int) -> Setting:
-    method = {k: v for k, v in setting.method.items() if k not in ("r1", "r2")}
-    return replace(setting, method={**method, "r": rank})
 
 
 def _last(fits: Callable[[int], bool], top: int) -> int:

@@ -1,7 +1,7 @@
 """The memory of a training step by what it is for and by phase, on every one of n devices.
 
 standing = weights + trained + optimizer + buffers;
-forward, logits, loss, backward: standing + what lives in that part (`simulate`);
+forward, logits, loss, backward: standing + what is held in that part (`simulate`);
 step: standing + gradients + what the optimizer uses while it updates. The peak is the largest of these.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.cost.sharding import Placement, place
+from dual_lora.lab.cost.sharding import Shard, shard_of
 from dual_lora.lab.errors import UserError
 
 if TYPE_CHECKING:
-    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.simulate import Step
 
 # Bytes of optimizer state: times the bytes of the trained parameters, and more for each of them. 8-bit states have a
@@ -61,40 +61,40 @@ class Memory:
         return {k: round(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
-def memory_of(setting: Setting, step: Step, devices: int = 1, strategy: str = "ddp") -> Memory:
+def memory_of(options: StepOptions, step: Step, devices: int = 1, strategy: str = "ddp") -> Memory:
     """The memory of a step on every one of `devices` devices.
 
     Raises UserError for a strategy that is not known, and for full fine-tuning of a quantised model.
     """
-    if setting.quantisation != "none" and setting.method["name"] == "full":
+    if options.quantisation != "none" and options.method["name"] == "full":
         raise UserError("Full fine-tuning needs a base that is not quantised: leave --quantisation out.")
     weights, block = (
-        _packed(setting, step.weights, step.linear),
-        _packed(setting, step.block_weights, step.block_linear),
+        _packed(options, step.weights, step.linear),
+        _packed(options, step.block_weights, step.block_linear),
     )
-    placed = place(
+    shard = shard_of(
         strategy,
         devices,
         weights=weights,
         trained=step.trained,
-        optimizer=optimizer_bytes(setting, step),
+        optimizer=optimizer_bytes(options, step),
         block=block + step.block_trained,
         block_trained=step.block_trained,
-        layers=setting.layers,
+        layers=options.layers,
         parameters=step.trained_parameters,
-        item=_ITEM[setting.dtype],
+        item=_ITEM[options.dtype],
     )
-    more = _dequantised(setting, step)
+    more = _dequantised(options, step)
     parts: dict[str, tuple[float, float, float]] = {}  # segment → activations, workspace, gradients
     for name, peak in step.peaks.items():
-        gradients = step.trained if setting.accumulate > 1 else peak.gradients
-        parts[name] = peak.activations, peak.workspace + more, gradients * placed.gradients + placed.reducing(name)
-    parts["step"] = 0.0, _updating(setting, step, placed), step.trained * placed.gradients
-    standing = placed.weights + placed.trained + placed.optimizer + placed.buffers
+        gradients = step.trained if options.accumulate > 1 else peak.gradients
+        parts[name] = peak.activations, peak.workspace + more, gradients * shard.gradients + shard.reducing(name)
+    parts["step"] = 0.0, _updating(options, step, shard), step.trained * shard.gradients
+    standing = shard.weights + shard.trained + shard.optimizer + shard.buffers
     phases: dict[str, float] = {"standing": standing}
     where, fullest = "standing", (0.0, 0.0, 0.0)
     for name, part in parts.items():
-        gathered = 0.0 if name == "step" else placed.gathered
+        gathered = 0.0 if name == "step" else shard.gathered
         total = standing + gathered + sum(part)
         phase = name.partition(",")[0]
         if total > max(phases.values()):
@@ -102,43 +102,43 @@ def memory_of(setting: Setting, step: Step, devices: int = 1, strategy: str = "d
         phases[phase] = max(total, phases.get(phase, 0.0))
     activations, workspace, gradients = fullest
     return Memory(
-        weights=placed.weights,
-        trained=placed.trained,
+        weights=shard.weights,
+        trained=shard.trained,
         gradients=gradients,
-        optimizer=placed.optimizer,
+        optimizer=shard.optimizer,
         activations=activations,
         workspace=workspace,
-        gathered=placed.buffers + (0.0 if where in ("step", "standing") else placed.gathered),
+        gathered=shard.buffers + (0.0 if where in ("step", "standing") else shard.gathered),
         where=where,
         phases=phases,
     )
 
 
-def optimizer_bytes(setting: Setting, step: Step) -> float:
+def optimizer_bytes(options: StepOptions, step: Step) -> float:
     """Its state after the first step."""
-    times, each = STATES[setting.optimizer]
+    times, each = STATES[options.optimizer]
     return times * step.trained + each * step.trained_parameters
 
 
-def _updating(setting: Setting, step: Step, placed: Placement) -> float:
+def _updating(options: StepOptions, step: Step, shard: Shard) -> float:
     """Temporaries of AdamW's update: two of the size of one tensor, or one of all of them where tensors go together."""
-    if setting.optimizer == "sgd":
+    if options.optimizer == "sgd":
         return 0.0
-    own = step.trained * placed.updated
-    return own if setting.on == "gpu" else 2 * min(step.widest, own)
+    own = step.trained * shard.updated
+    return own if options.on == "gpu" else 2 * min(step.widest, own)
 
 
-def _packed(setting: Setting, weights: float, linear: float) -> float:
+def _packed(options: StepOptions, weights: float, linear: float) -> float:
     """Bytes of weights of which `linear` bytes are quantised."""
-    if setting.quantisation == "none":
+    if options.quantisation == "none":
         return weights
-    return weights - linear + linear / _ITEM[setting.dtype] * PACKED[setting.quantisation]
+    return weights - linear + linear / _ITEM[options.dtype] * PACKED[options.quantisation]
 
 
-def _dequantised(setting: Setting, step: Step) -> float:
+def _dequantised(options: StepOptions, step: Step) -> float:
     """A quantised weight while it is used: Dual LoRA reads rows (and sums dx in fp32), the others unpack one layer."""
-    if setting.quantisation == "none":
+    if options.quantisation == "none":
         return 0.0
-    if setting.method["name"] == "dual_lora":
-        return 4.0 * setting.batch * setting.length * step.widest_input
+    if options.method["name"] == "dual_lora":
+        return 4.0 * options.batch * options.length * step.widest_input
     return step.largest_layer

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
+from dual_lora.lab.model.empty import load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -23,7 +24,7 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor")
 
 
 @dataclass(frozen=True)
-class Setting:
+class StepOptions:
     """One training step. length: tokens of a row; logits: positions whose logits are computed (None: all).
 
     method: as in a recipe, {"name": "dual_lora", "r": 16, ...}. on: the kind of device that the step runs on.
@@ -69,7 +70,11 @@ class Setting:
             return 0
         return int(self.method.get("r") or self.method.get("r1", 0) + self.method.get("r2", 0) or 8)
 
-    def with_method(self, name: str) -> Setting:
+    def with_rank(self, rank: int) -> StepOptions:
+        """The same step at another total rank."""
+        return replace(self, method={k: v for k, v in self.method.items() if k not in ("r1", "r2")} | {"r": rank})
+
+    def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
         own = str(self.method["name"]).lower().replace("-", "_")
         if name == own:
@@ -80,14 +85,14 @@ class Setting:
         return replace(self, method={"name": name, "r": self.rank or 16, **shared})
 
 
-def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
-    """The training step of a recipe, with every row as long as data.max_length. changes: fields of Setting."""
+def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
+    """The training step of a recipe, with every row as long as data.max_length. changes: fields of StepOptions."""
     if precision.leaves_open(recipe):
         gpu = changes.get("on") == "gpu"
         recipe = precision.settled(recipe, "bf16" if gpu else precision.fast_precision("cpu").precision)
     part = recipe.train
     known = {
-        "head": recipe.model.head,
+        "head": "causal" if recipe.model.head == "causal" else "classification",
         "method": dict(recipe.method),
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
@@ -98,18 +103,20 @@ def from_recipe(recipe: Recipe, **changes: Any) -> Setting:
         "optimizer": _optimizer(part.optimizer),
         "autocast": part.autocast,
     }
+    if recipe.model.head == "regression":
+        changes["classes"] = 1
     config, _ = model_config(recipe.model.path)
-    return Setting(recipe.model.path, config, **{**known, **changes})
+    return StepOptions(recipe.model.path, config, **{**known, **changes})
 
 
-def from_model(path: str, **changes: Any) -> Setting:
+def from_model(path: str, **changes: Any) -> StepOptions:
     """A step of the model at `path` (folder, package:NAME, GGUF file, or a published name such as llama-3-8b)."""
     config, head = model_config(path)
     values: dict[str, Any] = {"head": head, **changes}
     longest = getattr(config, "max_position_embeddings", None)
     if "length" not in changes and longest:
         values["length"] = min(512, longest)
-    return Setting(path, config, **values)
+    return StepOptions(path, config, **values)
 
 
 def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
@@ -117,7 +124,7 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
 
     Raises UserError for what is neither a folder, nor a package's model, nor a published name.
     """
-    from dual_lora.lab.recipe.published import known_name, published_config, published_family, published_names
+    from dual_lora.lab.recipe.published import known_name, published_family, published_names
 
     if not Path(path).expanduser().exists() and not path.startswith("package:"):
         if known_name(path) is None:
@@ -125,29 +132,11 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
                 f"{path!r} is neither a model folder, a recipe nor a published name."
                 f"{suggest(path.rsplit('/', 1)[-1].lower(), published_names())}"
             )
-        return published_config(path), published_family(path).head
-    config = _local_config(path)
+        return load_config(path), published_family(path).head
+    config = load_config(path)
     names = " ".join(getattr(config, "architectures", None) or [])
     causal = "CausalLM" in names or "LMHead" in names or not names
     return config, "causal" if causal else "classification"
-
-
-def _local_config(path: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    from dual_lora.lab.model.load import locate, quiet
-
-    here = Path(path).expanduser()
-    if (here.is_dir() and (here / "config.json").is_file()) or here.name == "config.json":
-        name, arguments = str(here), {}
-    else:
-        place = locate(path)
-        name, arguments = place.name, place.arguments()
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(name, **arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
 
 
 def _optimizer(name: str) -> str:

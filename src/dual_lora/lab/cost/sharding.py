@@ -8,8 +8,8 @@
 | zero3 | 1/n | 1/n | the same | up to 10⁹ whole parameters, a bucket |
 | fsdp2 | 1/n | 1/n | 1/n | what lies outside the blocks, and three blocks: in use, coming, being unpacked |
 
-Buckets and live parameters are DeepSpeed's defaults (reduce_bucket_size, stage3_max_live_parameters), which the shipped
-accelerate configurations leave as they are. Activations are each device's own: the batch of a setting is that of one.
+Buckets and whole parameters are DeepSpeed's defaults (reduce_bucket_size, stage3_max_live_parameters), which the
+shipped accelerate configurations leave as they are. Activations are each device's own: `batch` is that of one device.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from dual_lora.lab.errors import UserError, suggest
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 BUCKET = 5e8  # elements, DeepSpeed's reduce_bucket_size; allocated whole, however little is trained
-LIVE = 1e9  # parameters, DeepSpeed's stage3_max_live_parameters
+MOST_WHOLE = 1e9  # parameters, DeepSpeed's stage3_max_live_parameters
 BLOCKS = 3  # that FSDP2 holds whole at a time
 
 
 @dataclass(frozen=True)
-class Placement:
+class Shard:
     """Bytes on one device; gradients and updated are shares: of all gradients, and of what its optimizer updates.
 
     buffers: of the communication, always there; gathered: parameters that are whole during forward and backward;
@@ -48,7 +48,7 @@ class Placement:
         return self.in_flight if segment.startswith("backward") else 0.0
 
 
-def place(
+def shard_of(
     strategy: str,
     n: int,
     *,
@@ -60,7 +60,7 @@ def place(
     layers: int,
     parameters: float,
     item: int,
-) -> Placement:
+) -> Shard:
     """The share of one device. weights, trained, optimizer: bytes of the whole; block: bytes of one block's parameters.
 
     parameters: number of trained ones; item: bytes of one value in the base's dtype.
@@ -71,20 +71,18 @@ def place(
     if n < 1:
         raise UserError(f"devices is {n}, expected at least 1.")
     if n == 1:
-        return Placement(weights, trained, optimizer)
+        return Shard(weights, trained, optimizer)
     if strategy == "ddp":
-        return Placement(weights, trained, optimizer, buffers=trained)
+        return Shard(weights, trained, optimizer, buffers=trained)
     if strategy == "fsdp2":
         outside = max(0.0, weights + trained - layers * block)
         whole = outside + BLOCKS * block
-        return Placement(
-            weights / n, trained / n, optimizer / n, 1 / n, 1 / n, gathered=whole, in_flight=2 * block_trained
-        )
+        return Shard(weights / n, trained / n, optimizer / n, 1 / n, 1 / n, gathered=whole, in_flight=2 * block_trained)
     master = (optimizer + 4 * parameters) / n
     bucket = BUCKET * item
     if strategy == "zero1":
-        return Placement(weights, trained, master, 1.0, 1 / n, bucket)
+        return Shard(weights, trained, master, 1.0, 1 / n, bucket)
     if strategy == "zero2":
-        return Placement(weights, trained, master, 1 / n, 1 / n, bucket)
-    live = min(weights + trained, LIVE * item + block)
-    return Placement(weights / n, trained / n, master, 1 / n, 1 / n, bucket, live)
+        return Shard(weights, trained, master, 1 / n, 1 / n, bucket)
+    whole = min(weights + trained, MOST_WHOLE * item + block)
+    return Shard(weights / n, trained / n, master, 1 / n, 1 / n, bucket, whole)

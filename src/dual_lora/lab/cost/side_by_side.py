@@ -7,39 +7,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from dual_lora.lab.cost.memory import Memory, memory_of
-from dual_lora.lab.cost.options import Setting
+from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
-
-METHODS = ("dual_lora", "lora", "dora", "full")
 
 
 @dataclass(frozen=True)
 class Column:
     """One method. memory: by number of devices; seconds: of an optimizer step on this machine, None if not known."""
 
-    setting: Setting
+    options: StepOptions
     step: Step
     memory: dict[int, Memory]
     seconds: float | None
 
     @property
     def method(self) -> str:
-        return str(self.setting.method["name"])
+        return str(self.options.method["name"])
 
     @property
     def flops_a_token(self) -> float:
-        return self.step.flops / (self.setting.batch * self.setting.length)
+        return self.step.flops / (self.options.batch * self.options.length)
 
     @property
     def tokens_a_second(self) -> float | None:
-        tokens = self.setting.batch * self.setting.length * self.setting.accumulate
+        tokens = self.options.batch * self.options.length * self.options.accumulate
         return tokens / self.seconds if self.seconds else None
 
     def plain(self) -> dict[str, Any]:
         """For JSON: bytes, parameters, flops, seconds."""
         return {
-            "method": self.setting.method,
+            "method": self.options.method,
             "base_parameters": round(self.step.base_parameters),
             "trainable_parameters": round(self.step.trained_parameters),
             "saved_bytes": round(self.step.saved),
@@ -52,7 +50,7 @@ class Column:
 
 
 def side_by_side(
-    setting: Setting,
+    options: StepOptions,
     methods: Sequence[str],
     devices: int = 1,
     strategy: str = "ddp",
@@ -67,7 +65,7 @@ def side_by_side(
 
     columns, refused = [], {}
     for name in methods:
-        own = setting.with_method(name)
+        own = options.with_method(name)
         try:
             if own.quantisation != "none" and name == "full":
                 raise UserError("Full fine-tuning needs a base that is not quantised.")

@@ -1,4 +1,4 @@
-"""One training step of the empty model: what lives at every moment of it, and its arithmetic.
+"""One training step of the empty model: what is held at every moment of it, and its arithmetic.
 
 The step runs operator by operator as the real one would, on tensors without data, so that what autograd keeps is not a
 formula of ours but what autograd keeps. Every block of a transformer adds the same bytes and the same arithmetic:
@@ -12,17 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, Live, bytes_of
+from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.cost.options import StepOptions
 
 # Settings that treat blocks differently, so that one block does not stand for all.
 _UNEVEN = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "layers_pattern")
 _FORWARD, _HEAD, _LOSS, _BACKWARD = "forward", "logits", "loss", "backward"
+# A GPU's fused attention drops inside; the CPU's, which is simulated, would fall back to keeping every score.
+_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Step:
 
     weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
     trained tensor; block_weights, block_trained, block_linear: the share of one block; largest_layer: the largest
-    adapted weight; linear: weights that a quantised load would pack, in the base's dtype; worked: the number of adapted
+    adapted weight; linear: weights that quantisation would pack, in the base's dtype; worked: the number of adapted
     and trained weights, which a step goes over however few tokens it has; saved: a file of the result.
     kept: what autograd holds when the forward pass ends. peaks: the fullest moment of each part of the step.
     """
@@ -74,50 +77,68 @@ class Step:
         )
 
 
-def simulate(setting: Setting, say: Callable[[str], None] | None = None) -> Step:
-    """The step of a setting. say: called with a sentence before every simulation.
+def simulate(options: StepOptions, say: Callable[[str], None] | None = None) -> Step:
+    """The step that the options describe. say: called with a sentence before every simulation.
 
     Raises UserError for a method that does not fit, or a model whose computation depends on its data.
     """
     say = say or (lambda _: None)
-    total = setting.layers
-    few = len(set(getattr(setting.config, "layer_types", None) or [""])) + 2
-    kinds = getattr(setting.config, "layer_types", None) or []
+    total = options.layers
+    few = len(set(getattr(options.config, "layer_types", None) or [""])) + 2
+    kinds = getattr(options.config, "layer_types", None) or []
     while kinds and len(set(kinds[:few])) < len(set(kinds)):
         few += 1
-    if total <= few + 1 or any(setting.method.get(key) for key in _UNEVEN):
-        say(f"{setting.method['name']}: {total} blocks")
-        return _simulate(setting, None)
-    say(f"{setting.method['name']}: {few} blocks")
-    shallow = _simulate(setting, few)
-    say(f"{setting.method['name']}: {few + 1} blocks")
-    return shallow.line(_simulate(setting, few + 1), total - few)
+    if total <= few + 1 or any(options.method.get(key) for key in _UNEVEN):
+        say(f"{options.method['name']}: {total} blocks")
+        return _simulate(options, None)
+    say(f"{options.method['name']}: {few} blocks")
+    shallow = _simulate(options, few)
+    say(f"{options.method['name']}: {few + 1} blocks")
+    return shallow.line(_simulate(options, few + 1), total - few)
 
 
-def _simulate(setting: Setting, layers: int | None) -> Step:
+def _simulate(options: StepOptions, layers: int | None) -> Step:
     from torch._subclasses import FakeTensorMode
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-    from dual_lora.lab.model.empty import become_fake, empty_model
-
-    model = empty_model(setting, layers)
+    model = empty_model(options, layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what it then raises
     try:
         with mode:
             become_fake(model, mode)
-            return _run(setting, model)
+            return _run(options, model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
-            f"{setting.name} computes by the values of its data ({error.func}), which an estimate does not have."
+            f"{options.name} computes by the values of its data ({error.func}), which an estimate does not have."
         ) from error
     except RuntimeError as error:  # what the real step would raise as well: DeBERTa v1 in bf16, say
         raise UserError(
-            f"{setting.name} does not run in {setting.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
+            f"{options.name} does not run in {options.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
         ) from error
 
 
-def _run(setting: Setting, model: Any) -> Step:
+def empty_model(options: StepOptions, layers: int | None = None) -> Any:
+    """The adapted model on the meta device, in training mode. layers: only so many of its blocks.
+
+    Raises UserError where the method does not fit the model.
+    """
+    config = shortened(options.config, layers)
+    config.use_cache = False  # as Trainer sets it
+    if options.on == "gpu":
+        for name in _ATTENTION_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+    if hasattr(config, "num_experts"):  # the loop over experts looks at the routing, which empty tensors do not have
+        config._experts_implementation = "grouped_mm"
+    if options.head != "causal":
+        config.num_labels = options.classes
+    base = empty_base(config, options.head, options.name, options.dtype, options.attention)
+    fresh = new_modules(base) if options.head != "causal" else []
+    return adapted(base, options.method, options.head, options.name, fresh=fresh).train()
+
+
+def _run(options: StepOptions, model: Any) -> Step:
     from dual_lora.lab.cost.flops import register_own
     from dual_lora.lab.model.load import quiet
 
@@ -125,22 +146,22 @@ def _run(setting: Setting, model: Any) -> Step:
     blocks = blocks_of(model)
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    batch = batch_of(setting, model)
+    batch = batch_of(options, model)
     scales = [s for module in model.modules() for s in getattr(module, "dual_lora_scale", {}).values()]
-    live = Live([*parameters, *buffers, *scales, *batch.values()], setting.on)
+    tracker = MemoryTracker([*parameters, *buffers, *scales, *batch.values()], options.on)
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(lambda p: live.is_gradient(p.grad))
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.is_gradient(p.grad))
     if blocks:
-        _mark(blocks, live)
+        _mark(blocks, tracker)
     with quiet():
-        if setting.checkpointing:
+        if options.checkpointing:
             _checkpoint(model)
-        kept = _step(setting, model, batch, live)
+        kept = _step(options, model, batch, tracker)
     sizes = _sizes(model, blocks, trained)
-    return Step(kept=kept, peaks=live.peaks, flops=live.flops, **sizes)
+    return Step(kept=kept, peaks=tracker.peaks, flops=tracker.flops, **sizes)
 
 
-def _step(setting: Setting, model: Any, batch: dict[str, Tensor], live: Live) -> Bytes:
+def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: MemoryTracker) -> Bytes:
     import contextlib
 
     import torch
@@ -149,21 +170,21 @@ def _step(setting: Setting, model: Any, batch: dict[str, Tensor], live: Live) ->
 
     labels = batch.pop("labels")
     cast = (
-        torch.autocast("cpu", dtype=torch.float16 if setting.autocast == "fp16" else torch.bfloat16)
-        if setting.autocast != "none"
+        torch.autocast("cpu", dtype=torch.float16 if options.autocast == "fp16" else torch.bfloat16)
+        if options.autocast != "none"
         else contextlib.nullcontext()
     )
-    more = {"logits_to_keep": setting.logits} if setting.logits and setting.head == "causal" else {}
-    if setting.checkpointing and hasattr(model, "enable_input_require_grads"):
+    more = {"logits_to_keep": options.logits} if options.logits and options.head == "causal" else {}
+    if options.checkpointing and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()
-    with live:
+    with tracker:
         with cast:
             outputs = model(**batch, **more)
-        kept = live.now()
-        live.kind, live.segment = WORKSPACE, _LOSS
+        kept = tracker.now()
+        tracker.kind, tracker.segment = WORKSPACE, _LOSS
         loss = mean_loss(outputs, labels)
         del outputs  # Trainer holds them no longer either
-        live.segment = _BACKWARD
+        tracker.segment = _BACKWARD
         loss.backward()
     return kept
 
@@ -173,7 +194,7 @@ def _checkpoint(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def batch_of(setting: Setting, model: Any) -> dict[str, Tensor]:
+def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:
     """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
     transformers leaves the mask out.
     """
@@ -181,13 +202,13 @@ def batch_of(setting: Setting, model: Any) -> dict[str, Tensor]:
 
     from dual_lora.lab.data.batches import accepted_arguments
 
-    rows, length = setting.batch, setting.length
+    rows, length = options.batch, options.length
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch = {"input_ids": ids}
     if rows > 1:
         batch["attention_mask"] = torch.ones_like(ids)
         batch["attention_mask"][0, 0] = 0
-    if setting.head == "classification":
+    if options.head == "classification":
         return batch | {"labels": torch.zeros(rows, dtype=torch.long)}
     if "position_ids" in accepted_arguments(model):
         batch["position_ids"] = torch.zeros_like(ids)
@@ -202,7 +223,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return list(max(lists, key=len, default=[]))
 
 
-def _mark(blocks: list[nn.Module], live: Live) -> None:
+def _mark(blocks: list[nn.Module], tracker: MemoryTracker) -> None:
     """Name the parts of the step: before, first, inner and last block, and after, each forward and backward."""
 
     def part(k: int) -> str:
@@ -210,23 +231,23 @@ def _mark(blocks: list[nn.Module], live: Live) -> None:
 
     def before(k: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if live.kind == ACTIVATIONS:
-                live.segment = f"{_FORWARD}, {part(k)}"
+            if tracker.kind == ACTIVATIONS:
+                tracker.segment = f"{_FORWARD}, {part(k)}"
 
         return hook
 
     def after(k: int) -> Callable[..., None]:
         def reached(_: Any) -> None:
-            live.segment = f"{_BACKWARD}, {part(k)}"
+            tracker.segment = f"{_BACKWARD}, {part(k)}"
 
         def hook(_: Any, __: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            if live.kind != ACTIVATIONS:
+            if tracker.kind != ACTIVATIONS:
                 return  # a checkpointed block that is computed again
             if tensor.requires_grad:
                 tensor.register_hook(reached)
             if k == len(blocks) - 1:
-                live.segment = _HEAD
+                tracker.segment = _HEAD
 
         return hook
 
@@ -260,7 +281,7 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
 
 
 def _packable(model: Any) -> Iterable[Tensor]:
-    """Weights that a quantised load packs: linear layers but the output head."""
+    """Weights that quantisation packs: linear layers but the output head."""
     from torch import nn
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -75,25 +75,24 @@ def read_examples(source: str, data: DataPart) -> list[Example]:
         return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
     records = read_records(source, data.columns)
     if data.fields:
-        records = [Record({**r.values, **_renamed(r, data.fields)}, r.where) for r in records]
+        renamed = [{ours: _field(r, theirs) for ours, theirs in data.fields.items()} for r in records]
+        records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
     form = _FORMATS[data.format if data.format != "auto" else _guess(records[0])]
     examples = [form(record) for record in records]
     if data.answers == "text":
         examples = [in_words(example) for example in examples]
     if data.choices:
         examples = [replace(e, choices=tuple(data.choices)) for e in examples]
-    if data.group is not None:
-        examples = [replace(e, group=_group(e, r, data.group)) for e, r in zip(examples, records, strict=True)]
+    if data.group == "prompt":
+        examples = [replace(e, group=item_of(e)) for e in examples]
+    elif data.group is not None:
+        examples = [replace(e, group=_text(r, data.group)) for e, r in zip(examples, records, strict=True)]
     return examples
 
 
 def item_of(example: Example) -> str:
     """What is asked, without the answer; where nothing is asked, all of it."""
     return repr(example.prompt or example.messages) if example.messages else repr(example.text)
-
-
-def _group(example: Example, record: Record, name: str) -> str:
-    return item_of(example) if name == "prompt" else _text(record, name)
 
 
 def _read(data: DataPart, split: str) -> list[Example]:
@@ -132,10 +131,6 @@ def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Exam
     if limit is None or limit >= len(examples):
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
-
-
-def _renamed(record: Record, fields: dict[str, str]) -> dict[str, Any]:
-    return {ours: _field(record, theirs) for ours, theirs in fields.items()}
 
 
 def _field(record: Record, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Read records, each with the place it stands at, so that an error can name file and line."""
+"""Read records, each with where it stands, so that an error can name file and line."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def _parsed(text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except json.JSONDecodeError as error:
-        place = f"{where}, line {error.lineno}" if where.endswith(".json") else where
-        raise UserError(f"{place}: not valid JSON ({error.msg}).") from None
+        at = f"{where}, line {error.lineno}" if where.endswith(".json") else where
+        raise UserError(f"{at}: not valid JSON ({error.msg}).") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
 

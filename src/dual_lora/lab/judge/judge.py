@@ -17,13 +17,14 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft_suite import read_peft, result_files
-from dual_lora.lab.judge.scores import WHOLE, Place, Runs, Scores, in_words, one_metric, reference_of, tables
+from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, reference_of, tables
 from dual_lora.lab.judge.table_file import read_table
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
+from dual_lora.lab.study.job import task_name
 from dual_lora.lab.study.study import Study
 
 TUNED = (
@@ -65,20 +66,21 @@ def judge(
     paired = tables(scores.rows)
     methods = list(dict.fromkeys(row.method for row in scores.rows))
     against = reference_of(methods, reference)
-    for place, own in paired.items():
+    for scenario, own in paired.items():
         if against not in own:
             raise UserError(
-                f"{against}, which the others are compared with, has no score on {in_words(place)}: choose another "
-                "with --reference, or leave that task out."
+                f"{against}, which the others are compared with, has no score on {task_name(*scenario)}: choose "
+                "another with --reference, or leave that task out."
             )
     study = _study(path, paired, methods, against, level)
     rows, pairs = [], []
-    for place, own in paired.items():
-        name = chosen[place]
+    for scenario, own in paired.items():
+        name = chosen[scenario]
         rows += [
-            _method(place, m, runs, name, direction[name], scores.costs.get((place, m))) for m, runs in own.items()
+            _method(scenario, m, runs, name, direction[name], scores.costs.get((scenario, m)))
+            for m, runs in own.items()
         ]
-        pairs += _pairs(place, own, against, name, direction[name], margin, level)
+        pairs += _pairs(scenario, own, against, name, direction[name], margin, level)
     said = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
     results: dict[str, Any] = {
@@ -135,7 +137,9 @@ def _usual(metric: str) -> str:
     return "less" if metric.partition(",")[0].rpartition(" ")[2].lower() in LESS else "more"
 
 
-def _study(path: Path, paired: dict[Place, dict[str, Runs]], methods: list[str], against: str, level: float) -> Study:
+def _study(
+    path: Path, paired: dict[Scenario, dict[str, Runs]], methods: list[str], against: str, level: float
+) -> Study:
     """The study that these runs would be one of. Its margin stands in the comparisons: the metric may be any."""
     name = re.sub(r"[^\w.\-]+", "-", path.resolve().stem).strip("-") or "scores"
     seeds = sorted({seed for own in paired.values() for runs in own.values() for seed in runs.seeds})
@@ -153,7 +157,7 @@ def _study(path: Path, paired: dict[Place, dict[str, Runs]], methods: list[str],
 
 
 def _pairs(
-    place: Place, own: dict[str, Runs], against: str, metric: str, better: str, margin: float | None, level: float
+    scenario: Scenario, own: dict[str, Runs], against: str, metric: str, better: str, margin: float | None, level: float
 ) -> list[verdicts.Comparison]:
     sign = metrics.direction(better)
     reference = sign * own[against].table
@@ -167,21 +171,21 @@ def _pairs(
             sign * runs.table,
             reference,
             names=(method, against),
-            task=in_words(place),
+            task=task_name(*scenario),
             metric=metric,
             margin=margin,
             confidence=1 - level,
             counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
         )
-        pairs.append(dataclasses.replace(pair, place=place, better=better))
+        pairs.append(dataclasses.replace(pair, scenario=scenario, better=better))
     return pairs
 
 
 def _method(
-    place: Place, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
+    scenario: Scenario, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
 ) -> dict[str, Any]:
     """As `results` has it, with nothing for what is not known."""
-    model, task = place
+    model, task = scenario
     means = runs.table.mean(1)
     known = cost or {}
     trained, everything = known.get("trainable_parameters"), known.get("all_parameters")
@@ -221,8 +225,8 @@ def _level(false_alarm: float | None, level: float) -> list[str]:
     return [f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {level:.0%} at most."]
 
 
-def _one_seed(paired: dict[Place, dict[str, Runs]]) -> list[str]:
-    single = [in_words(place) for place, own in paired.items() if len(next(iter(own.values())).seeds) == 1]
+def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> list[str]:
+    single = [task_name(*scenario) for scenario, own in paired.items() if len(next(iter(own.values())).seeds) == 1]
     if not single:
         return []
     return [f"With one seed no winner can be called: there is only one of {', '.join(single)}. Give two, better five."]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.judge.scores import WHOLE, Place, Score, Scores, number, seed_number
+from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
 from dual_lora.lab.read import read_json
 
 FORGOTTEN = ("forgetting", "drift")  # less of them is better
@@ -36,7 +36,7 @@ def read_peft(folder: Path) -> Scores:
     """One score a run and metric; unfinished runs are named in the notes. Raises UserError for a damaged file."""
     scores = Scores([], better=dict.fromkeys(FORGOTTEN, "less"))
     task = folder.resolve().parent.name if folder.resolve().name == "results" else folder.resolve().name
-    costs: dict[tuple[Place, str], list[dict[str, Any]]] = {}
+    costs: dict[tuple[Scenario, str], list[dict[str, Any]]] = {}
     stopped, finished = [], set()
     for file in result_files(folder):
         try:
@@ -44,7 +44,7 @@ def read_peft(folder: Path) -> Scores:
             run, train = result["run_info"], result["train_info"]
             config, last = run["train_config"], train["metrics"][-1] if train["metrics"] else {}
             name, status = str(run["experiment_name"]), train["status"]
-            place, seed = (str(config["model_id"]), task), seed_number(config["seed"], str(file))
+            scenario, seed = (str(config["model_id"]), task), seed_number(config["seed"], str(file))
             cost = _cost(train)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no result of PEFT's method comparison: {error!r}.") from None
@@ -56,14 +56,14 @@ def read_peft(folder: Path) -> Scores:
         for metric, value in last.items():
             if metric.startswith("test ") or metric in FORGOTTEN:
                 figure = number(value, str(file), metric)
-                scores.rows.append(Score(place, method, seed, WHOLE, metric, figure, str(file)))
-        costs.setdefault((place, method), []).append(cost)
+                scores.rows.append(Score(scenario, method, seed, WHOLE, metric, figure, str(file)))
+        costs.setdefault((scenario, method), []).append(cost)
     scores.costs = {key: _medians(own) for key, own in costs.items()}
     if stopped:
         scores.notes.append(f"Not judged, as they did not end well: {', '.join(stopped)}.")
-    if len(models := {place[0] for place, _ in scores.costs}) == 1:  # named once, not in every row
+    if len(models := {scenario[0] for scenario, _ in scores.costs}) == 1:  # named once, not in every row
         scores.notes.append(f"All runs are of {models.pop()}.")
-        scores.rows = [row._replace(place=("", task)) for row in scores.rows]
+        scores.rows = [row._replace(scenario=("", task)) for row in scores.rows]
         scores.costs = {(("", task), method): cost for (_, method), cost in scores.costs.items()}
     scores.notes += _unrun(folder, finished | set(stopped))
     return scores
@@ -136,7 +136,7 @@ def study_methods(folder: Path) -> dict[str, dict[str, Any]]:
     found = experiments(folder.resolve())
     if not found:
         raise UserError(f"{folder} holds no experiments: expected experiments/METHOD/NAME/adapter_config.json.")
-    return {name: method_entry(place) for name, place in found.items()}
+    return {name: method_entry(scenario) for name, scenario in found.items()}
 
 
 def _defaults(name: str) -> dict[str, Any]:

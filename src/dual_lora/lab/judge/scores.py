@@ -11,15 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.study.job import task_name
 
 WHOLE = ""  # the item of a run that has one score for all of its test items
-Place = tuple[str, str]  # model ("" where there is one) and task
+Scenario = tuple[str, str]  # model ("" where there is one) and task
 
 
 class Score(NamedTuple):
     """One figure, and where it stands (for errors)."""
 
-    place: Place
+    scenario: Scenario
     method: str
     seed: int
     item: str
@@ -32,12 +33,12 @@ class Score(NamedTuple):
 class Scores:
     """What a reader found. better: metric -> "more" or "less", as far as the source says.
 
-    costs: (place, method) -> what the source knows of cost; notes: what has to be said of the source.
+    costs: (scenario, method) -> what the source knows of cost; notes: what has to be said of the source.
     """
 
     rows: list[Score]
     better: dict[str, str] = field(default_factory=dict)
-    costs: dict[tuple[Place, str], dict[str, Any]] = field(default_factory=dict)
+    costs: dict[tuple[Scenario, str], dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -73,47 +74,49 @@ def seed_number(text: Any, where: str) -> int:
     return seed
 
 
-def one_metric(scores: Scores, wanted: str | None) -> dict[Place, str]:
-    """The metric that each place is judged by; rows of others are dropped.
+def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
+    """The metric that each scenario is judged by; rows of others are dropped.
 
-    Raises UserError where a place has several and none is asked for, and where it lacks the one that is.
+    Raises UserError where a scenario has several and none is asked for, and where it lacks the one that is.
     """
-    found: dict[Place, list[str]] = {}
+    found: dict[Scenario, list[str]] = {}
     for row in scores.rows:
-        names = found.setdefault(row.place, [])
+        names = found.setdefault(row.scenario, [])
         if row.metric not in names:
             names.append(row.metric)
     chosen = {}
-    for place, names in found.items():
+    for scenario, names in found.items():
         if wanted is None and len(names) > 1:
             raise UserError(
-                f"{in_words(place)} has scores of {len(names)} metrics, {', '.join(names)}: choose one with --metric."
+                f"{task_name(*scenario)} has scores of {len(names)} metrics, {', '.join(names)}: choose one with "
+                "--metric."
             )
         if wanted is not None and wanted not in names:
-            raise UserError(f"{in_words(place)} has no metric {wanted!r}.{suggest(wanted, names)}")
-        chosen[place] = wanted or names[0]
-    scores.rows = [row for row in scores.rows if row.metric == chosen[row.place]]
+            raise UserError(f"{task_name(*scenario)} has no metric {wanted!r}.{suggest(wanted, names)}")
+        chosen[scenario] = wanted or names[0]
+    scores.rows = [row for row in scores.rows if row.metric == chosen[row.scenario]]
     return chosen
 
 
-def tables(rows: Iterable[Score]) -> dict[Place, dict[str, Runs]]:
-    """Place -> method -> its runs. Seeds and items are the same for all methods of a place.
+def tables(rows: Iterable[Score]) -> dict[Scenario, dict[str, Runs]]:
+    """Scenario -> method -> its runs. Seeds and items are the same for all methods of a scenario.
 
     Raises UserError for two scores of one run and item, and for pairs of which one half is missing.
     """
-    cells: dict[Place, dict[str, dict[tuple[int, str], Score]]] = {}
+    cells: dict[Scenario, dict[str, dict[tuple[int, str], Score]]] = {}
     for row in rows:
-        own = cells.setdefault(row.place, {}).setdefault(row.method, {})
+        own = cells.setdefault(row.scenario, {}).setdefault(row.method, {})
         if (twice := own.get((row.seed, row.item))) is not None:
             raise UserError(
-                f"{row.where}: {_run(row)} has a score already ({twice.where}). Keep one of them."
+                f"{row.where}: {row.method}, seed {row.seed}{_item(row.item)}, {task_name(*row.scenario)} has a score "
+                f"already ({twice.where}). Keep one of them."
                 + (" Without a column item a run has one score." if row.item == WHOLE else "")
             )
         own[row.seed, row.item] = row
-    return {place: _paired(place, methods) for place, methods in cells.items()}
+    return {scenario: _paired(scenario, methods) for scenario, methods in cells.items()}
 
 
-def _paired(place: Place, methods: dict[str, dict[tuple[int, str], Score]]) -> dict[str, Runs]:
+def _paired(scenario: Scenario, methods: dict[str, dict[tuple[int, str], Score]]) -> dict[str, Runs]:
     every = dict.fromkeys(key for own in methods.values() for key in own)
     seeds = sorted({seed for seed, _ in every})
     items = list(dict.fromkeys(item for _, item in every))
@@ -124,7 +127,7 @@ def _paired(place: Place, methods: dict[str, dict[tuple[int, str], Score]]) -> d
     if missing:
         method, seed, item = missing[0]
         raise UserError(
-            f"{method} has no score for seed {seed}{_item(item)} of {in_words(place)}, where other runs have one "
+            f"{method} has no score for seed {seed}{_item(item)} of {task_name(*scenario)}, where other runs have one "
             f"({len(missing)} missing in all): every method needs the same seeds and the same items."
         )
     return {
@@ -142,15 +145,5 @@ def reference_of(methods: Sequence[str], wanted: str | None) -> str:
     return wanted if wanted is not None else methods[0]
 
 
-def in_words(place: Place) -> str:
-    """A place in sentences."""
-    model, task = place
-    return f"{task} ({model})" if model else task
-
-
 def _item(item: str) -> str:
     return "" if item == WHOLE else f", item {item}"
-
-
-def _run(row: Score) -> str:
-    return f"{row.method}, seed {row.seed}{_item(row.item)}, {in_words(row.place)}"

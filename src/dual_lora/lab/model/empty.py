@@ -1,63 +1,53 @@
-"""A model with its method, as tensors that have shapes and no data.
+"""The one way to build a model without weights: tensors that have shapes and no data.
 
-Built on the meta device by transformers and PEFT themselves, then turned into fake CPU tensors, on which operators
-choose their kernels as on real ones (a meta tensor would get the slow attention that keeps every score).
+transformers and PEFT themselves build it on the meta device, so no formula of ours counts its parameters. To simulate a
+step (`lab/cost`) it becomes fake CPU tensors, on which operators choose their kernels as on real ones: a meta tensor
+would get the slow attention that keeps every score.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.study.budget import UNCOUNTED
 
 if TYPE_CHECKING:
     from torch import nn
     from torch._subclasses import FakeTensorMode
+    from transformers import PreTrainedConfig
 
-    from dual_lora.lab.cost.options import Setting
+    from dual_lora.lab.recipe.schema import Recipe
 
-# A GPU's fused attention drops inside; the CPU's, which is simulated, would fall back to keeping every score.
-_ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+_AT_START = ("pissa", "olora", "lora_ga")  # aliases of LoRA that decompose weights before the first step
+_REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
 
 
-def empty_model(setting: Setting, layers: int | None = None) -> nn.Module:
-    """The adapted model on the meta device, in training mode. layers: only so many of its blocks.
+def load_config(path: str, **more: Any) -> PreTrainedConfig:
+    """The configuration of the model at `path`; of a published name nothing is fetched. more: values laid over it.
 
-    Raises UserError where the method does not fit the model.
+    path: a folder, its config.json, a GGUF file, package:NAME, or a name that is published or on the hub.
     """
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
-    from dual_lora.lab.model.bounds import check_config
-    from dual_lora.lab.model.load import gather_for_head, quiet
-    from dual_lora.lab.model.methods import method_config
+    from dual_lora.lab.model.load import Location, locate, quiet
+    from dual_lora.lab.recipe.published import known_name, published_config
 
-    config = shortened(setting.config, layers)
-    _prepare(config, setting)
-    factory: Any = AutoModelForCausalLM
-    if setting.head == "classification":
-        factory, config.num_labels = AutoModelForSequenceClassification, setting.classes
-    with quiet(), torch.device("meta"):
-        try:
-            base = factory.from_config(
-                config, dtype=getattr(torch, setting.dtype), attn_implementation=setting.attention
-            )
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{setting.name} has no {setting.head} head: {str(error).splitlines()[0]}") from error
-        gather_for_head(base)
-        method = {k: UNCOUNTED.get(k, v) for k, v in setting.method.items()}
-        adapter = method_config(method, setting.head, 100, _fresh(base) if setting.head == "classification" else [])
-        if adapter is None:
-            return base.train()
-        check_config(adapter, base, "method")
-        try:
-            return get_peft_model(base, adapter, low_cpu_mem_usage=True).train()
-        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-            message = " ".join(str(error).split())
-            raise UserError(f"The method {method['name']} does not fit {setting.name}: {message}") from error
+    here = Path(path).expanduser()
+    try:
+        with quiet():
+            if known_name(path) and not here.exists():
+                return published_config(path, **more)
+            location = Location(str(here)) if here.name == "config.json" else locate(path)
+            return AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
 
 
 def shortened(config: Any, layers: int | None) -> Any:
@@ -70,20 +60,71 @@ def shortened(config: Any, layers: int | None) -> Any:
     return config
 
 
-def _prepare(config: Any, setting: Setting) -> None:
-    config.use_cache = False  # as Trainer sets it
+def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attention: str | None = None) -> Any:
+    """The untrained model on the meta device. name: how errors call it. Raises UserError where it lacks the head."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from dual_lora.lab.model.load import gather_for_head, quiet
+
+    factory: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if setting.on == "gpu":
-        for name in _ATTENTION_DROPOUT:
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-    if hasattr(config, "num_experts"):  # the loop over experts looks at the routing, which empty tensors do not have
-        config._experts_implementation = "grouped_mm"
+    with quiet(), torch.device("meta"):
+        try:
+            base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{name} has no {head} head: {str(error).splitlines()[0]}") from error
+    gather_for_head(base)
+    return base
 
 
-def _fresh(model: Any) -> list[str]:
-    """Modules of the head, which a pretrained checkpoint does not hold."""
+def adapted(
+    base: Any, method: dict[str, Any], head: str, name: str, steps: int = 100, fresh: Sequence[str] = ()
+) -> Any:
+    """A copy of an empty model with a recipe's method on it; the model itself for full fine-tuning.
+
+    On the meta device where the method allows that, else on the CPU. Raises UserError where it does not fit.
+    """
+    import torch
+    from peft import get_peft_model
+
+    from dual_lora.lab.model.bounds import check_config
+    from dual_lora.lab.model.load import quiet
+    from dual_lora.lab.model.methods import method_config
+
+    config = method_config(_without_start(method), head, steps, list(fresh))
+    if config is None:
+        return base
+    check_config(config, base, f"The method {method['name']}")
+    with quiet():
+        try:
+            with torch.device("meta"):
+                return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
+        except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
+            if count_of(base) > _REAL_LIMIT:
+                raise _misfit(method, name, on_meta) from on_meta
+        try:
+            real = copy.deepcopy(base).to_empty(device="cpu")
+            for tensor in real.parameters():
+                torch.nn.init.normal_(tensor, std=0.02)
+            return get_peft_model(real, config)
+        except Exception as error:
+            raise _misfit(method, name, error) from error
+
+
+def _without_start(method: dict[str, Any]) -> dict[str, Any]:
+    """The method without a start that draws or decomposes weights, which an empty model has not."""
+    starts = "init_lora_weights" in method or str(method["name"]).lower().replace("-", "_") in _AT_START
+    return {**method, "init_lora_weights": False} if starts else method
+
+
+def _misfit(method: dict[str, Any], name: str, error: Exception) -> UserError:
+    return UserError(f"The method {method['name']} does not fit {name}: {' '.join(str(error).split())}")
+
+
+def new_modules(model: Any) -> list[str]:
+    """Modules of a classifier's head, which a pretrained checkpoint does not hold."""
     body = model.base_model_prefix + "."
     return sorted(
         name
@@ -92,8 +133,43 @@ def _fresh(model: Any) -> list[str]:
     )
 
 
+def count_of(model: Any) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Adapted layers by the last part of their name, and numbers of parameters (a fresh head is trained too)."""
+
+    layers: dict[str, int]
+    trainable: int
+    all_parameters: int
+
+
+def fit(recipe: Recipe, classes: int = 2) -> Fit:
+    """Put the recipe's method on its empty model. classes: of a classification head, which the data would tell.
+
+    Raises UserError for a model whose configuration is not known here, for a method that does not fit, and for a name
+    among the target modules that no layer has.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    part, method = recipe.model, recipe.method
+    labels = {"classification": {"num_labels": classes}, "regression": {"num_labels": 1}}.get(part.head, {})
+    base = empty_base(load_config(part.path, **labels), part.head, part.path)
+    model = adapted(base, method, part.head, part.path, recipe.train.steps or 1000)
+    names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    targets = method.get("target_modules")
+    wanted = targets if isinstance(targets, list) else []
+    if idle := [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]:
+        raise UserError(f"{part.path} has no layer {', '.join(idle)} (method.target_modules).")
+    layers = dict(Counter(name.rpartition(".")[2] for name in names))
+    return Fit(layers, sum(p.numel() for p in model.parameters() if p.requires_grad), count_of(model))
+
+
 def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn every parameter, buffer and strength into a fake CPU tensor, in place; tied ones stay tied.
+    """Turn every parameter, buffer and strength into a fake CPU tensor, in location; tied ones stay tied.
 
     The count of warm-up steps stays on the meta device: a layer reads it where it can, and no product uses it.
     """

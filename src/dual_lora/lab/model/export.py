@@ -7,7 +7,7 @@ losses and the verdict.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,11 @@ def export_lora(
     at most so many of them, 0 for no measurement. opened: the source, where the caller has it open already. Raises
     UserError for what cannot be converted.
     """
-    from dual_lora.method.conversion import convert_to_lora, write_adapter
+    from dual_lora.method.conversion import convert_to_lora
 
-    tuned, target = _open(source, out, base, dtype, kind="DUAL_LORA", opened=opened)
-    records = _records(tuned, data, limit)
-    conversion: Any = _converted(convert_to_lora, tuned, rank, progress)
-    layers = [loss._asdict() for loss in conversion.losses]
-
-    def judged(folder: Path) -> Exported:
-        write_adapter(folder, conversion.config, conversion.state_dict)
-        return _judged("lora", tuned, folder, out, layers, conversion.median, records, base, dtype, progress)
-
-    return _written(tuned, target, judged)
+    export = _Export(source, out, base, dtype, data, limit, progress, kind="DUAL_LORA", opened=opened)
+    made: Any = export.converted(convert_to_lora, rank)
+    return export.written("lora", made, made.losses, made.median)
 
 
 def export_dual_lora(
@@ -88,20 +81,11 @@ def export_dual_lora(
 
     r1: rank of the magnitude; left out: LoRA's rank.
     """
-    from dual_lora.method.conversion import write_adapter
     from dual_lora.method.from_lora import convert_to_dual_lora
 
-    tuned, target = _open(source, out, base, dtype, kind="LORA")
-    records = _records(tuned, data, limit)
-    start: Any = _converted(convert_to_dual_lora, tuned, r1, progress)
-    layers = [kept._asdict() for kept in start.kept]
-    lost = (1 - start.median**2) ** 0.5
-
-    def judged(folder: Path) -> Exported:
-        write_adapter(folder, start.config, start.state_dict)
-        return _judged("dual-lora", tuned, folder, out, layers, lost, records, base, dtype, progress)
-
-    return _written(tuned, target, judged)
+    export = _Export(source, out, base, dtype, data, limit, progress, kind="LORA")
+    made: Any = export.converted(convert_to_dual_lora, r1)
+    return export.written("dual-lora", made, made.kept, (1 - made.median**2) ** 0.5)
 
 
 def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
@@ -143,49 +127,89 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-def _open(
-    source: str | Path, out: str | Path, base: str | None, dtype: str | None, kind: str, opened: Tuned | None = None
-) -> tuple[Tuned, Path]:
-    target = free_folder(out)
-    tuned = opened or open_tuned(source, base, dtype)
-    name = {"DUAL_LORA": "Dual LoRA", "LORA": "LoRA"}[kind]
+class _Export:
+    """One conversion: the adapter that was opened, where the new one goes, and on what the loss is measured."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        out: str | Path,
+        base: str | None,
+        dtype: str | None,
+        data: str | None,
+        limit: int,
+        progress: bool,
+        kind: str,
+        opened: Tuned | None = None,
+    ):
+        self.out, self.target, self.progress = out, free_folder(out), progress
+        self.opened_as = base, dtype
+        self.tuned = opened or open_tuned(source, base, dtype)
+        _check_kind(self.tuned, source, kind)
+        self.records = _records(self.tuned, data, limit)
+
+    def converted(self, convert: Callable[..., Any], rank: Any) -> Any:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from torch.linalg import LinAlgError
+
+        count = sum(isinstance(m, BaseTunerLayer) for m in self.tuned.model.modules())
+        with Bar("converting layers", count, self.progress) as bar, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
+            try:
+                return convert(self.tuned.model, rank, advance=bar.advance)
+            except (ValueError, TypeError, LinAlgError) as error:
+                raise UserError(str(error)) from error
+
+    def written(self, method: str, made: Any, layers: Sequence[Any], lost: float) -> Exported:
+        """Write the folder whole, with what the conversion has lost. lost: by the median layer, of its update."""
+        from dual_lora.method.conversion import write_adapter
+
+        results: list[Exported] = []
+
+        def write(folder: Path) -> None:
+            self.tuned.tokenizer.save_pretrained(str(folder))
+            if self.tuned.recipe is not None:
+                write_note(folder, self.tuned.recipe, self.tuned.classes)
+            write_adapter(folder, made.config, made.state_dict)
+            parameters, weights = _sizes(folder)
+            loss = self._losses(folder) if self.records else {}
+            verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
+            rows = [layer._asdict() for layer in layers]
+            count = len(self.records)
+            results.append(Exported(str(self.out), method, rows, parameters, weights, loss, count, verdict, advice))
+            (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
+
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        write_folder_atomically(self.target, write)
+        return results[0]
+
+    def _losses(self, folder: Path) -> dict[str, float]:
+        """Mean loss of the base, of the adapter and of what was written."""
+        tuned, data = self.tuned, _data(self.tuned)
+        task: Task = "classification" if tuned.classes else "loss"
+        batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
+        spec = EvaluatePart(tasks=[task], batch_size=batch)
+        unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
+        before = evaluate(unfiled, data, spec, examples=self.records, progress=self.progress).metrics
+        with quiet():
+            converted = open_tuned(folder, *self.opened_as)
+        after = evaluate(converted, data, spec, examples=self.records, variants=["tuned"], progress=self.progress)
+        return {
+            "base": before["base"]["loss"],
+            "adapter": before["tuned"]["loss"],
+            "converted": after.metrics["tuned"]["loss"],
+        }
+
+
+def _check_kind(tuned: Tuned, source: str | Path, kind: str) -> None:
+    name, other = {"DUAL_LORA": ("Dual LoRA", "dual-lora"), "LORA": ("LoRA", "lora")}[kind]
     config = tuned.model.peft_config.get("default") if tuned.adapted else None
     found = getattr(config, "peft_type", None)
-    if getattr(found, "value", found) != kind:
-        what = f"a {getattr(found, 'value', found)} adapter" if tuned.adapted else "no adapter"
-        other = {"DUAL_LORA": "--to dual-lora", "LORA": "--to lora"}[kind]
-        hint = f" (The other way round is {other}.)" if tuned.adapted else ""
+    found = getattr(found, "value", found)
+    if found != kind:
+        what = f"a {found} adapter" if tuned.adapted else "no adapter"
+        hint = f" (The other way round is --to {other}.)" if tuned.adapted else ""
         raise UserError(f"{source} holds {what}, expected a {name} adapter.{hint}")
-    return tuned, target
-
-
-def _converted(convert: Callable[..., Any], tuned: Tuned, rank: Any, progress: bool) -> Any:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from torch.linalg import LinAlgError
-
-    count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
-    with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
-        try:
-            return convert(tuned.model, rank, advance=bar.advance)
-        except (ValueError, TypeError, LinAlgError) as error:
-            raise UserError(str(error)) from error
-
-
-def _written(tuned: Tuned, target: Path, judged: Callable[[Path], Exported]) -> Exported:
-    """Write the folder whole: `judged` writes the adapter into it and says what it lost."""
-    results: list[Exported] = []
-
-    def write(folder: Path) -> None:
-        tuned.tokenizer.save_pretrained(str(folder))
-        if tuned.recipe is not None:
-            write_note(folder, tuned.recipe, tuned.classes)
-        results.append(judged(folder))
-        (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_folder_atomically(target, write)
-    return results[0]
 
 
 def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
@@ -204,24 +228,6 @@ def _data(tuned: Tuned) -> DataPart:
     return tuned.recipe.data if tuned.recipe else DataPart()
 
 
-def _judged(
-    method: str,
-    tuned: Tuned,
-    folder: Path,
-    out: str | Path,
-    layers: list[dict[str, Any]],
-    lost: float,
-    records: list[Example],
-    base: str | None,
-    dtype: str | None,
-    progress: bool,
-) -> Exported:
-    parameters, weights = _sizes(folder)
-    loss = _losses(tuned, folder, records, base, dtype, progress) if records else {}
-    verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-    return Exported(str(out), method, layers, parameters, weights, loss, len(records), verdict, advice)
-
-
 def _sizes(folder: Path) -> tuple[int, int]:
     """Numbers in the factors, and in the weights that they change: a layer's two factors A [r, I] and B [O, r]."""
     from safetensors import safe_open
@@ -231,22 +237,3 @@ def _sizes(folder: Path) -> tuple[int, int]:
     factors = {key: s for key, s in shapes.items() if "lora_" in key and len(s) == 2}
     weights = sum(s[0] * factors[key.replace("lora_B", "lora_A")][1] for key, s in factors.items() if "lora_B" in key)
     return sum(s[0] * s[1] for s in factors.values()), weights
-
-
-def _losses(
-    tuned: Tuned, folder: Path, records: list[Example], base: str | None, dtype: str | None, progress: bool
-) -> dict[str, float]:
-    """Mean loss of the base, of the adapter and of what was written."""
-    task: Task = "classification" if tuned.classes else "loss"
-    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
-    spec = EvaluatePart(tasks=[task], batch_size=batch)
-    unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
-    before = evaluate(unfiled, _data(tuned), spec, examples=records, progress=progress)
-    with quiet():
-        converted = open_tuned(folder, base, dtype)
-    after = evaluate(converted, _data(tuned), spec, examples=records, variants=["tuned"], progress=progress)
-    return {
-        "base": before.metrics["base"]["loss"],
-        "adapter": before.metrics["tuned"]["loss"],
-        "converted": after.metrics["tuned"]["loss"],
-    }

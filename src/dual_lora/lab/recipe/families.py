@@ -62,12 +62,12 @@ class _Draft:
 
     def _lay(self, values: dict[str, Any], over: dict[str, Any], source: str, prefix: str) -> None:
         for key, value in over.items():
-            place = f"{prefix}{key}"
+            setting = f"{prefix}{key}"
             if isinstance(value, dict) and value:
-                self._lay(values.setdefault(key, {}), value, source, f"{place}.")
+                self._lay(values.setdefault(key, {}), value, source, f"{setting}.")
             else:
                 values[key] = value
-                self.source[place] = source
+                self.source[setting] = source
 
 
 def family(path: Path) -> dict[str, Member]:
@@ -118,7 +118,7 @@ def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[
     draft.source.pop("about", None)
     origin = {
         "sources": {s: sources[s] for s in used},
-        "settings": {s: [place for place, by in draft.source.items() if by == s] for s in used},
+        "settings": {s: [setting for setting, by in draft.source.items() if by == s] for s in used},
         "reported": {s: figures for s, figures in draft.reported.items() if figures},
     }
     values = {"name": name, "about": about, **_ordered(draft.values), "origin": origin}
@@ -143,16 +143,16 @@ def marks_of(origin: dict[str, Any]) -> dict[str, str]:
     """Setting -> "paper", "ours", or "predecessor (dora)"."""
     kinds = {name: text.partition(":")[0] for name, text in origin["sources"].items()}
     shown = {name: kind if name == kind else f"{kind} ({name})" for name, kind in kinds.items()}
-    return {place: shown[name] for name, places in origin["settings"].items() for place in places}
+    return {setting: shown[name] for name, settings in origin["settings"].items() for setting in settings}
 
 
 def marked_yaml(values: dict[str, Any], marks: dict[str, str], default: str = "") -> str:
     """YAML with a comment behind every setting: its mark, or ``default`` where it has none."""
     rows = list(_rows(values, ""))
-    width = min(max((len(line) for line, place in rows if place), default=0), 70)
+    width = min(max((len(line) for line, setting in rows if setting), default=0), 70)
     lines = []
-    for line, place in rows:
-        mark = marks.get(place, default) if place else ""
+    for line, setting in rows:
+        mark = marks.get(setting, default) if setting else ""
         lines.append(f"{line:<{width}}  # {mark}" if mark else line)
     return "\n".join(lines) + "\n"
 

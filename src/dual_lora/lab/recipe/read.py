@@ -124,7 +124,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _problem(item: Any) -> str:
-    place = ".".join(str(p) for p in item["loc"])
+    field = ".".join(str(p) for p in item["loc"])
     if item["type"] == "extra_forbidden":
         parent, wrong = _part_at(item["loc"][:-1]), str(item["loc"][-1])
         everywhere = [f"{part}.{f}" for part in Recipe.model_fields for f in _names(_part_at((part,)))]
@@ -132,21 +132,21 @@ def _problem(item: Any) -> str:
         hint = suggest(wrong, known)
         if not hint.startswith(" Did"):
             hint = suggest(wrong, everywhere) if suggest(wrong, everywhere).startswith(" Did") else hint
-        return f"unknown field {place!r}.{hint}"
+        return f"unknown field {field!r}.{hint}"
     if item["type"] == "missing":
-        return f"field {place!r} is missing."
+        return f"field {field!r} is missing."
     if item["type"] in ("dict_type", "model_type", "model_attributes_type"):
-        key = {"model": "path", "method": "name", "data": "train"}.get(place)
+        key = {"model": "path", "method": "name", "data": "train"}.get(field)
         if key is None or not isinstance(item["input"], str):
-            return f"{place} is {item['input']!r}, expected a mapping of fields to values."
+            return f"{field} is {item['input']!r}, expected a mapping of fields to values."
         value = item["input"]
-        return f"{place} is {value!r}, expected {place}: {{{key}: {value}}}, or as a flag --{place}.{key} {value}."
+        return f"{field} is {value!r}, expected {field}: {{{key}: {value}}}, or as a flag --{field}.{key} {value}."
     if item["type"] == "literal_error":
-        return f"{place} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
+        return f"{field} is {item['input']!r}, expected {item['ctx']['expected']}.{_near_literal(item)}"
     text = item["msg"].removeprefix("Value error, ")
-    if not place:
+    if not field:
         return f"{text}."
-    return f"{place} is {item['input']!r}: {text[0].lower()}{text[1:]}."
+    return f"{field} is {item['input']!r}: {text[0].lower()}{text[1:]}."
 
 
 def _near_literal(item: Any) -> str:

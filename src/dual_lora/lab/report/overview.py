@@ -7,7 +7,7 @@ from typing import Any
 
 from dual_lora.lab.report.blocks import MOODS, Answer, Axis, Block, Cards, Chart, Section, Table, Text, View, slug
 from dual_lora.lab.report.columns import Row, columns
-from dual_lora.lab.report.studies import place, verdict_title
+from dual_lora.lab.report.studies import scenario, verdict_title
 
 BETTER, WORSE, *_ = MOODS
 Studies = list[tuple[str, dict[str, Any]]]  # (its name on this page, results)
@@ -44,7 +44,8 @@ def _main_pair(studies: Studies) -> list[Block]:
     turned = [(name, c if c["candidate"] == candidate else _turned(c)) for name, c in found[pair]]
     counts = Counter(c["verdict"] for _, c in turned)
     words = ", ".join(f"{counts[verdict]} × {verdict}" for verdict in sorted(counts, key=_sure))
-    sure = [c["difference"] > 0 for _, c in turned if MOODS.get(c["verdict"]) == "same" and _sign_is_sure(c)]
+    alike = [c for _, c in turned if MOODS.get(c["verdict"]) == "same" and c.get("p_holm") is not None]
+    sure = [c["difference"] > 0 for c in alike if c["p_holm"] < 1 - c["confidence"]]
     if sure:
         counted = {"better": sure.count(True), "worse": sure.count(False)}
         each = [f"{n} significantly {word}, by little" for word, n in counted.items() if n]
@@ -55,7 +56,7 @@ def _main_pair(studies: Studies) -> list[Block]:
             k: None if c[of] is None else c[of] / c["margin"]
             for k, of in (("x", "difference"), ("low", "low"), ("high", "high"))
         }
-        | {"label": f"{name} · {place(c)}, {c['metric']}", "mood": MOODS.get(c["verdict"], "open")}
+        | {"label": f"{name} · {scenario(c)}, {c['metric']}", "mood": MOODS.get(c["verdict"], "open")}
         | {"note": f"{c['verdict']}; {c['metric']} {c['difference']:+.4g}, margin {c['margin']:g}"}
         for name, c in turned
         if c.get("margin") and c["difference"] is not None
@@ -74,10 +75,6 @@ def _turned(c: Row) -> Row:
     return {**c, "verdict": {BETTER: WORSE, WORSE: BETTER}.get(c["verdict"], c["verdict"]), **figures}
 
 
-def _sign_is_sure(c: Row) -> bool:
-    return c.get("p_holm") is not None and c["p_holm"] < 1 - c["confidence"]
-
-
 def _sure(verdict: str) -> int:
     return [*MOODS, verdict].index(verdict)
 
@@ -85,11 +82,11 @@ def _sure(verdict: str) -> int:
 def _answer(name: str, results: dict[str, Any]) -> Answer:
     """The verdicts of a study, each with the methods that it was passed on; sure ones first."""
     comparisons = results["comparisons"]
-    many = len({place(c) for c in comparisons}) > 1
-    several = len({(place(c), c["metric"]) for c in comparisons}) > len({place(c) for c in comparisons})
+    many = len({scenario(c) for c in comparisons}) > 1
+    several = len({(scenario(c), c["metric"]) for c in comparisons}) > len({scenario(c) for c in comparisons})
     passed: dict[str, list[str]] = {}
     for c in comparisons:
-        who = f"{c['candidate']} on {place(c)}" if many else c["candidate"]
+        who = f"{c['candidate']} on {scenario(c)}" if many else c["candidate"]
         passed.setdefault(c["verdict"], []).append(f"{who} by {c['metric']}" if several else who)
     against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
     seeds = max((c["spread"]["seeds"] for c in comparisons), default=None)

@@ -154,6 +154,5 @@ def watch(
 
 
 def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
-    """Files with times and sizes. SQLite writes beside its file first."""
-    files = (each for file in find(sources) for each in (file, file.with_name(file.name + "-wal")))
-    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in files if each.exists()]
+    """Files with times and sizes."""
+    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in find(sources) if each.exists()]

@@ -11,13 +11,14 @@ from dual_lora.lab.report.columns import Row, columns
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
-from dual_lora.lab.study.notes import amended, company, loads
+from dual_lora.lab.study.notes import amended, at_a_time, numbers_at_a_time
 
 SCORES = (
-    "place metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings about"
+    "scenario metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings "
+    "about"
 )
 COST = (
-    "place method train_seconds steps_per_second tokens_per_second peak_memory adapter_bytes merge_seconds "
+    "scenario method train_seconds steps_per_second tokens_per_second peak_memory adapter_bytes merge_seconds "
     "forward_slowdown decode_slowdown"
 )
 
@@ -36,7 +37,7 @@ def verdict_title(name: str) -> str:
     return f"Verdicts: {name}"
 
 
-def place(row: Row) -> str:
+def scenario(row: Row) -> str:
     """Task, and the model where the study has several."""
     return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
 
@@ -58,10 +59,11 @@ def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block
         blocks.append(_differences(study, metric, [c for c in comparisons if c["metric"] == metric], source))
     if comparisons:
         spread = [
-            {**c, "place": place(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]} for c in comparisons
+            {**c, "scenario": scenario(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]}
+            for c in comparisons
         ]
         named = columns(
-            "candidate reference place metric verdict difference low high p_holm visible seeds items",
+            "candidate reference scenario metric verdict difference low high p_holm visible seeds items",
             low=f"{comparisons[0]['confidence']:.0%} from",
         )
         note = f"Chance of any false alarm in the study: {study['level']:g} at most."
@@ -71,7 +73,7 @@ def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block
 
 
 def _verdict(c: Row) -> Verdict:
-    subject = f"{c['candidate']} against {c['reference']} on {place(c)}"
+    subject = f"{c['candidate']} against {c['reference']} on {scenario(c)}"
     rest = c["sentence"].removeprefix(subject)
     return Verdict(c["verdict"], MOODS.get(c["verdict"], "open"), subject if rest != c["sentence"] else "", rest)
 
@@ -79,7 +81,7 @@ def _verdict(c: Row) -> Verdict:
 def _differences(study: Row, metric: str, comparisons: list[Row], source: Source) -> Chart:
     margin = comparisons[0].get("margin")
     points = [
-        {"label": f"{c['candidate']} · {place(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
+        {"label": f"{c['candidate']} · {scenario(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
         | {"note": c["verdict"] + f" than {c['reference']}" * (MOODS.get(c["verdict"]) in ("good", "bad"))}
         | {"mood": MOODS.get(c["verdict"], "open")}
         for c in comparisons
@@ -98,11 +100,13 @@ def _details(results: dict[str, Any], source: Source) -> list[Block]:
     untrained = results.get("untrained", [])
     search = (results["study"].get("search") or {}).get("metric")
     warning = "Times and speeds are not comparable: not all runs shared the machine alike."
-    warning = warning if len(loads(methods)) > 1 else ""
+    warning = warning if len(numbers_at_a_time(methods)) > 1 else ""
     cost = [
-        {"place": place(m), "method": m["method"], "company": company(m), **m["cost"]} for m in methods if m.get("cost")
+        {"scenario": scenario(m), "method": m["method"], "at_a_time": at_a_time(m), **m["cost"]}
+        for m in methods
+        if m.get("cost")
     ]
-    beside = columns(COST + " company" * bool(warning))
+    beside = columns(COST + " at_a_time" * bool(warning))
     blocks: list[Block] = [
         _scores_chart(name, methods, untrained, source),
         _scores(name, methods, untrained, source),
@@ -117,9 +121,9 @@ def _details(results: dict[str, Any], source: Source) -> list[Block]:
 def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: Source) -> Chart:
     """One row a method: its mean and every seed, one picture a task."""
     views = []
-    for where in dict.fromkeys(place(m) for m in methods if m["score"] is not None):
-        here = [m for m in methods if place(m) == where and m["score"] is not None]
-        points: list[Row] = [{"label": "(untrained)", "x": u["score"]} for u in untrained if place(u) == where]
+    for where in dict.fromkeys(scenario(m) for m in methods if m["score"] is not None):
+        here = [m for m in methods if scenario(m) == where and m["score"] is not None]
+        points: list[Row] = [{"label": "(untrained)", "x": u["score"]} for u in untrained if scenario(u) == where]
         points += [
             {
                 "label": m["method"],
@@ -134,12 +138,12 @@ def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: S
 
 
 def _scores(name: str, methods: list[Row], untrained: list[Row], source: Source) -> Table:
-    rows = [{**u, "place": place(u), "method": "(untrained)"} for u in untrained]
+    rows = [{**u, "scenario": scenario(u), "method": "(untrained)"} for u in untrained]
     for m in methods:
         share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
         done = sum(s["status"] != "missing" for s in m["seeds"])
         rows.append(
-            m | {"place": place(m), "share": share, "seeds": done, "settings": settings_in_words(m["settings"])}
+            m | {"scenario": scenario(m), "share": share, "seeds": done, "settings": settings_in_words(m["settings"])}
         )
     named = SCORES.replace(" diverged", " forgetting diverged") if any(r.get("forgetting") for r in rows) else SCORES
     return Table(f"{name}: scores table", columns(named, settings="chosen settings"), rows, source)
@@ -151,8 +155,8 @@ def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -
     metric: what trials are judged by; None for the task's own.
     """
     views = []
-    for where in dict.fromkeys(place(m) for m in methods):
-        here = [m for m in methods if place(m) == where and m["trials"]]
+    for where in dict.fromkeys(scenario(m) for m in methods):
+        here = [m for m in methods if scenario(m) == where and m["trials"]]
         keys = [key for m in here for key, v in m["trials"][0]["settings"].items() if isinstance(v, int | float)]
         if not keys:
             continue
@@ -174,9 +178,9 @@ def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: So
     """Quality against each cost, a chart a task."""
     note = f"Joined by a line: methods that no other beats in both quality and cost. {warning}".rstrip()
     blocks: list[Block] = []
-    for where in dict.fromkeys(place(f) for f in fronts):
+    for where in dict.fromkeys(scenario(f) for f in fronts):
         views = []
-        for f in (f for f in fronts if place(f) == where):
+        for f in (f for f in fronts if scenario(f) == where):
             points = [
                 {"series": p["method"], "x": p["cost"], "y": p["quality"], "label": p["method"], "front": p["front"]}
                 | {"note": "no other is better in both" if p["front"] else ""}
@@ -192,14 +196,14 @@ def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: So
 def _runs(name: str, methods: list[Row], source: Source) -> Table:
     """Every run that the figures come from, by the name of its folder."""
     rows = [
-        {**run, "run": run["key"], "place": place(m), "method": m["method"], "kind": kind}
+        {**run, "run": run["key"], "scenario": scenario(m), "method": m["method"], "kind": kind}
         | {"settings": settings_in_words(m["settings"] if kind == "final" else run["settings"])}
         for m in methods
         for kind, runs in (("search", m["trials"]), ("final", m["seeds"]))
         for run in runs
     ]
     note = "A run's recipe, record and scores lie in the study's folder of runs under this name."
-    named = columns("run place method kind seed settings status score seconds")
+    named = columns("run scenario method kind seed settings status score seconds")
     return Table(f"{name}: runs", named, rows, source, note, folded=True)
 
 
@@ -212,13 +216,13 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
         job
         | {k: (run["outcome"] or {}).get(k) for k in ("metric", "score")}
         | {k: run[k] for k in ("status", "seconds", "error")}
-        | {"place": place(job) if "task" in job else "", "settings": settings_in_words(job.get("settings"))}
+        | {"scenario": scenario(job) if "task" in job else "", "settings": settings_in_words(job.get("settings"))}
         for run in reversed(runs)
         if run["status"] != "planned"
         for job in [run["job"]]
     ]
     ended = f"{counts['done'] + counts['diverged']} of {len(runs)} runs known so far have ended ({words})."
     blocks: list[Block] = [Text(study.get("question") or name, "lead"), Text(ended)]
-    named = columns("status kind method place seed settings metric score seconds error")
+    named = columns("status kind method scenario seed settings metric score seconds error")
     table = Table(f"{name}: runs so far", named, rows, Source(short_path(file)))
     return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], "Under way")]

@@ -105,7 +105,8 @@ def evaluate(
                         rows = _GENERATION[task](model, tuned.tokenizer, examples, prompter, spec, bar.advance)
                 _check_numbers(rows, tuned, variant)
                 seconds[variant] += round(time.perf_counter() - start, 3)
-                metrics[variant] |= _named(task, figures(task, rows, examples), metrics[variant])
+                for name, value in figures(task, rows, examples).items():  # with the task before a name that is taken
+                    metrics[variant][f"{task}_{name}" if name in metrics[variant] else name] = value
                 items += [
                     {
                         "variant": variant,
@@ -186,11 +187,6 @@ def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
         raise UserError(
             f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
         )
-
-
-def _named(task: str, found: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
-    """The figures under their names, with the task before a name that is taken."""
-    return {f"{task}_{name}" if name in taken else name: value for name, value in found.items()}
 
 
 def _long(examples: list[Example], prompter: Prompter, data: DataPart, tuned: Tuned) -> int:

@@ -6,7 +6,6 @@ As PEFT's method comparison measures it: mean loss a token over whole texts, eac
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 from dual_lora.lab.data.encode import IGNORED, Encoded
@@ -21,7 +20,7 @@ NAME = "forgetting"
 LONGEST = 768  # tokens of a text, as in PEFT's comparison
 
 
-def forgetting_rows(tuned: Tuned, spec: EvaluatePart, advance: Callable[[int], None] = lambda _: None) -> Rows:
+def forgetting_rows(tuned: Tuned, spec: EvaluatePart) -> Rows:
     """For each text its tokens, and its summed loss (nats) with the base and with the adapter.
 
     Raises UserError for an encoder, and for records without a text.
@@ -32,13 +31,13 @@ def forgetting_rows(tuned: Tuned, spec: EvaluatePart, advance: Callable[[int], N
     texts = encoded_texts(spec.forgetting, tuned.tokenizer, _positions(tuned.model))
     size = spec.batch_size
     with tuned.as_variant("tuned") as model:
-        after = loss_rows(model, tuned.tokenizer, texts, size, advance)
+        after = loss_rows(model, tuned.tokenizer, texts, size)
     if _leaves_base_alone(tuned):
         with tuned.as_variant("base") as model:
-            before = loss_rows(model, tuned.tokenizer, texts, size, advance)
+            before = loss_rows(model, tuned.tokenizer, texts, size)
     else:
         base = load_model(_part(tuned), device=str(tuned.model.device)).model.eval()
-        before = loss_rows(base, tuned.tokenizer, texts, size, advance)
+        before = loss_rows(base, tuned.tokenizer, texts, size)
         del base
         gc.collect()
     return [

@@ -69,7 +69,7 @@ def card_text(
     base = data.base_model = known_base(before, recipe, base_model)
     data.license = licence or data.license
     record = read_object(folder.record)
-    results = _evaluations(folder)
+    results = [read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json"))]
     adapter = recipe.method["name"] != "full"
     data.library_name = "peft" if adapter else "transformers"
     data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
@@ -89,7 +89,7 @@ def card_text(
             _scores(results),
             _table("Cost", _cost(record)),
             _licence(data.license, base),
-            _versions(record),
+            "### Framework versions\n\n" + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items()),
         )
         if part
     )
@@ -188,11 +188,6 @@ def _loss(result: Mapping[str, Any]) -> str:
     return ", ".join(f"{value:.4f} {name}" for name, value in found.items() if value is not None) or "not recorded"
 
 
-def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
-    files = sorted((folder.path / "evaluation").glob("*/result.json"))
-    return [read_object(file) for file in files]
-
-
 def _scores(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return "## Scores\n\nNone were measured."
@@ -244,10 +239,6 @@ def _licence(licence: str | None, base: str | None) -> str:
     of = f" [{base}](https://huggingface.co/{base})" if base else " the base model"
     said = f"{cell(licence)}." if licence else "Not given: ask the author before you use it."
     return f"## Licence\n\n{said} The licence of{of} holds as well."
-
-
-def _versions(record: Mapping[str, Any]) -> str:
-    return "### Framework versions\n\n" + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items())
 
 
 def _table(title: str, rows: Mapping[str, str]) -> str:

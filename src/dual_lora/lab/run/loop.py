@@ -131,58 +131,18 @@ class _Loss:
 
 # Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, and
 # what the recipe has fields for.
-ARGUMENTS = frozenset(
-    [
-        "accelerator_config",
-        "activation_checkpointing_kwargs",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "auto_find_batch_size",
-        "average_tokens_across_devices",
-        "bf16_full_eval",
-        "data_seed",
-        "dataloader_drop_last",
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-        "ddp_broadcast_buffers",
-        "ddp_bucket_cap_mb",
-        "ddp_find_unused_parameters",
-        "ddp_timeout",
-        "eval_accumulation_steps",
-        "eval_delay",
-        "eval_on_start",
-        "fp16_full_eval",
-        "fsdp",
-        "fsdp_config",
-        "full_determinism",
-        "gradient_checkpointing_kwargs",
-        "group_by_length",
-        "include_num_input_tokens_seen",
-        "jit_mode_eval",
-        "label_smoothing_factor",
-        "length_column_name",
-        "lr_scheduler_kwargs",
-        "neftune_noise_alpha",
-        "optim_args",
-        "optim_target_modules",
-        "parallelism_config",
-        "skip_memory_metrics",
-        "tf32",
-        "torch_compile",
-        "torch_compile_backend",
-        "torch_compile_mode",
-        "torch_empty_cache_steps",
-        "train_sampling_strategy",
-        "use_cache",
-        "use_cpu",
-        "use_liger_kernel",
-        "warmup_ratio",
-        "warmup_steps",
-    ]
-)
+_ALLOWED = """
+    accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
+    average_tokens_across_devices bf16_full_eval data_seed dataloader_drop_last dataloader_num_workers
+    dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
+    fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs group_by_length
+    include_num_input_tokens_seen jit_mode_eval label_smoothing_factor length_column_name lr_scheduler_kwargs
+    neftune_noise_alpha optim_args optim_target_modules parallelism_config skip_memory_metrics tf32
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps train_sampling_strategy
+    use_cache use_cpu use_liger_kernel warmup_ratio warmup_steps
+"""
+ARGUMENTS = frozenset(_ALLOWED.split())
 
 
 def _arguments(

@@ -24,7 +24,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{p: v for p in PACKAGES if (v := _version(p))},
+            **{p: v for p in PACKAGES if (v := version_of(p))},
             "torch": str(torch.__version__),  # names the build, CPU's or CUDA's, which the package's metadata may not
         },
         "device": device_name(),
@@ -94,7 +94,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version, None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -135,7 +136,7 @@ _DECIDING = (
 @functools.cache
 def code_version() -> str:
     """The version of the code that decides a run's scores: a hash of ours, and the libraries that it trains with."""
-    libraries = [f"{name} {(_version(name) or '?').partition('+')[0]}" for name in ("torch", "transformers", "peft")]
+    libraries = [f"{name} {(version_of(name) or '?').partition('+')[0]}" for name in ("torch", "transformers", "peft")]
     return ", ".join([_source(_DECIDING), *libraries])
 
 

@@ -28,22 +28,33 @@ def score_loss(
     return loss_rows(model, tokenizer, [prompter.encode(example) for example in examples], spec.batch_size, advance)
 
 
-def loss_rows(model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance) -> Rows:
+def loss_rows(
+    model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance = lambda _: None
+) -> Rows:
     """Summed negative log-likelihood (nats) of each row's labels and their number."""
     collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
     rows: Rows = [{}] * len(encoded)
-    for part in _batches([len(e.input_ids) for e in encoded], batch_size):
-        batch = _to(model, collate([encoded[i] for i in part]))
-        labels = batch.pop("labels")
-        with torch.inference_mode():
-            logits = model(**batch).logits[:, :-1].float()
+    for part, found, labels in _logits(model, encoded, collate, batch_size, advance):
+        logits = found[:, :-1].float()
         targets = labels[:, labels.shape[1] - logits.shape[1] :]
         nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         sums, counts = nats.view_as(targets).double().sum(1).tolist(), (targets != IGNORED).sum(1).tolist()
         for i, total, count in zip(part, sums, counts, strict=True):
             rows[i] = {"nats": total, "tokens": count}
-        advance(len(part))
     return rows
+
+
+def _logits(
+    model: Any, encoded: list[Encoded], collate: Collator, size: int, advance: Advance
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Of each batch the rows' indices, their logits and their labels."""
+    for part in _batches([len(e.input_ids) for e in encoded], size):
+        batch = _to(model, collate([encoded[i] for i in part]))
+        labels = batch.pop("labels")
+        with torch.inference_mode():
+            logits = model(**batch).logits
+        yield part, logits, labels
+        advance(len(part))
 
 
 def score_choice(
@@ -168,20 +179,15 @@ def score_classification(
     advance: Advance,
 ) -> Rows:  # fmt: skip
     """The most probable class of each text and its cross-entropy (nats)."""
-    encoded: list[Encoded]
     encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
     collate = Collator(tokenizer.pad_token_id, classification=True)
     rows: Rows = [{}] * len(encoded)
-    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
-        batch = _to(model, collate([encoded[i] for i in part]))
-        labels = batch.pop("labels")
-        with torch.inference_mode():
-            logits = model(**batch).logits.float()
+    for part, found, labels in _logits(model, encoded, collate, spec.batch_size, advance):
+        logits = found.float()
         nats, best = cross_entropy(logits, labels, reduction="none").tolist(), logits.argmax(1).tolist()
         for i, loss, number in zip(part, nats, best, strict=True):
             name = classes[number]
             rows[i] = {"correct": name == examples[i].label, "predicted": name, "nats": loss}
-        advance(len(part))
     return rows
 
 
@@ -193,14 +199,9 @@ def score_regression(
     encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
     collate = Collator(tokenizer.pad_token_id, classification=True)
     rows: Rows = [{}] * len(encoded)
-    for part in _batches([len(e.input_ids) for e in encoded], spec.batch_size):
-        batch = _to(model, collate([encoded[i] for i in part]))
-        batch.pop("labels")
-        with torch.inference_mode():
-            values = model(**batch).logits.float().flatten().tolist()
-        for i, value in zip(part, values, strict=True):
+    for part, logits, _ in _logits(model, encoded, collate, spec.batch_size, advance):
+        for i, value in zip(part, logits.float().flatten().tolist(), strict=True):
             rows[i] = {"predicted": value}
-        advance(len(part))
     return rows
 
 

@@ -299,7 +299,7 @@ def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
-    """The order of the examples hangs on how many are taken at once, over all processes."""
+    """The order of the examples depends on the global batch size, over all processes."""
     try:
         record = read_object(folder.record)
         was_on = int(record["processes"])

@@ -110,7 +110,7 @@ class Watch(TrainerCallback):
     def interruptible(self) -> Iterator[None]:
         """The first signal ends the run after the current step, with a checkpoint; a second Ctrl-C at once.
 
-        A second SIGTERM does not: a launcher and a leader both send it, and who cannot wait sends SIGKILL. Ctrl-C
+        A second SIGTERM does not: a launcher and a scheduler both send it, and who cannot wait sends SIGKILL. Ctrl-C
         reaches the processes of a launcher twice, from the terminal and from the launcher.
         """
         came = 0.0

@@ -1,19 +1,13 @@
-"""How large is a method on a model, and which rank makes it as large as another? Counted on the meta device.
-
-The model is built from its configuration without weights, the method is put on it by PEFT itself, and what would
-train is counted: no formula of ours that could differ from what PEFT does.
-"""
+"""How large is a method on a model, and which rank makes it as large as another? Counted on an empty model."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.recipe.schema import ModelPart, Recipe
 
@@ -28,10 +22,7 @@ RANK_FIELDS = {
     "cpt": "num_virtual_tokens",
     "adaption_prompt": "adapter_len",
 }
-# Fields that draw or decompose weights at the start: without meaning on the meta device, and without parameters.
-UNCOUNTED = {"init_lora_weights": False}
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
-_REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class Size:
     trainable: int
     base: int
     multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
+    width: int = 0  # of the model
 
 
 def rank_field(method: str) -> str | None:
@@ -90,94 +82,25 @@ class Scale:
     def _count(
         self, recipe: Recipe, classes: int | None, frozen: list[str], named: Mapping[str, Iterable[str]]
     ) -> Size:
-        from dual_lora.lab.model.methods import method_config
         from dual_lora.lab.run.loop import check_patterns
 
-        base = self._base(recipe.model, classes)
-        total = _numbers_in(base)
+        part = recipe.model
+        base = self._base(part, classes)
         multiplied = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in _LINEAR)
-        method = {k: UNCOUNTED.get(k, v) for k, v in recipe.method.items()}
-        steps = recipe.train.steps or 100
-        config = method_config({**method, **_counting(str(method["name"]))}, recipe.model.head, steps, [])
-        adapted = base if config is None else adapted_model(recipe, base, config)
+        model = adapted(base, recipe.method, part.head, part.path, recipe.train.steps or 100)
         for field, patterns in named.items():
-            check_patterns(field, patterns, adapted)
+            check_patterns(field, patterns, model)
         still = [Pattern(text, "freeze") for text in frozen]
-        trained = ((n, p) for n, p in adapted.named_parameters() if p.requires_grad)
-        return Size(sum(p.numel() for n, p in trained if not any(s.search(n) for s in still)), total, multiplied)
+        trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+        trainable = sum(p.numel() for n, p in trained if not any(s.search(n) for s in still))
+        return Size(trainable, count_of(base), multiplied, getattr(base.config, "hidden_size", 0))
 
     def _base(self, part: ModelPart, classes: int | None) -> Any:
         key = (part.path, part.head, classes)
         if key not in self._models:
-            self._models[key] = empty_model(part, classes)
+            labels = {"num_labels": classes} if classes else {}
+            self._models[key] = empty_base(load_config(part.path, **labels), part.head, part.path)
         return self._models[key]
-
-
-def adapted_model(recipe: Recipe, base: Any, config: Any) -> Any:
-    """A copy of an empty model with the recipe's method on it, on the meta device where the method allows that.
-
-    Raises UserError when the method does not fit the model.
-    """
-    import torch
-    from peft import get_peft_model
-
-    from dual_lora.lab.model.bounds import check_config
-
-    check_config(config, base, f"The method {recipe.method['name']}")
-    try:
-        with torch.device("meta"):
-            return get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True)
-    except Exception as on_meta:  # some methods look at values when they start, which meta tensors have not
-        if _numbers_in(base) > _REAL_LIMIT:
-            raise _misfit(recipe, on_meta) from on_meta
-    try:
-        real = copy.deepcopy(base).to_empty(device="cpu")
-        for tensor in real.parameters():
-            torch.nn.init.normal_(tensor, std=0.02)
-        return get_peft_model(real, config)
-    except Exception as error:
-        raise _misfit(recipe, error) from error
-
-
-def _misfit(recipe: Recipe, error: Exception) -> UserError:
-    message = " ".join(str(error).split())
-    return UserError(f"The method {recipe.method['name']} does not fit {recipe.model.path}: {message}")
-
-
-def _numbers_in(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def _counting(method: str) -> dict[str, Any]:
-    """Settings under which an alias that decomposes weights at the start can be counted."""
-    return {"init_lora_weights": False} if method.lower() in ("pissa", "olora", "lora_ga") else {}
-
-
-def empty_model(part: ModelPart, classes: int | None) -> Any:
-    """The model of a recipe without weights, on the meta device."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from dual_lora.lab.model.load import locate, quiet
-    from dual_lora.lab.recipe.published import known_name, published_config
-
-    more = {"num_labels": classes} if classes else {}
-    try:
-        with quiet():
-            if known_name(part.path) and not Path(part.path).exists():  # written down in code: nothing is fetched
-                config = published_config(part.path, **more)
-            else:
-                place = locate(part.path)
-                config = AutoConfig.from_pretrained(place.name, **place.arguments(), **more)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"The configuration of {part.path!r} could not be read: {str(error).splitlines()[0]}"
-        ) from error
-    factory: Any = AutoModelForCausalLM if part.head == "causal" else AutoModelForSequenceClassification
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return factory.from_config(config)
 
 
 def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> int:

@@ -37,8 +37,8 @@ class Cell:
     overlap: str = ""  # what validation and test records have in common, in a sentence
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Model and task: the cells of one place are compared with each other."""
+    def scenario(self) -> tuple[str, str]:
+        """Model and task: the cells of one scenario are compared with each other."""
         return self.model, self.task
 
     @property
@@ -119,7 +119,7 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
 
 def base_jobs(cells: Iterable[Cell]) -> list[Job]:
     """The untrained language model on each task; a classifier has none (its head is drawn at random)."""
-    first = {cell.place: cell for cell in reversed(list(cells)) if cell.recipe.model.head == "causal"}
+    first = {cell.scenario: cell for cell in reversed(list(cells)) if cell.recipe.model.head == "causal"}
     full = MethodEntry.model_validate({"name": "full"})
     bases = [Cell(c.model, c.task, UNTRAINED, full, c.recipe, c.metric, c.size, None) for c in first.values()]
     return [_job(c, "base", 0, {"method": {"name": "full"}, "train": {}}, c.metric, "test") for c in bases]

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.cost.forecast import Clock, estimates, measured_speed
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
 from dual_lora.lab.progress import Bar, console, in_words
@@ -22,7 +21,8 @@ from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, place_name, read_outcome
+from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, read_outcome, task_name
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.precision import settled_study
 from dual_lora.lab.study.probes import match_by_probes
@@ -69,16 +69,16 @@ def compare(
     if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
-    place = folder.runs(runs)
+    runs_folder = folder.runs(runs)
     try:
         with folder:
-            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, place, update)
-            return Runner(study, folder, place, options, cells).run()
+            folder.read(update).begin(study.model_dump(mode="json"), _recipes(study), chosen, runs_folder, update)
+            return Runner(study, folder, runs_folder, options, cells).run()
     except (DiskFull, OSError) as error:
         if not (isinstance(error, DiskFull) or is_disk_full(error)):
             raise
         raise UserError(
-            f"The disk is full ({error}). Every finished run is safe in {place}. Make room, then start the same "
+            f"The disk is full ({error}). Every finished run is safe in {runs_folder}. Make room, then start the same "
             "command again: it goes on from there."
         ) from error
 
@@ -86,8 +86,8 @@ def compare(
 def _recipes(study: Study) -> dict[str, Any]:
     """What every task is, without its method; recipes are files of their own, and so are their data."""
     return {
-        f"{place_name(model, task)} {part}": value
-        for model, task, recipe in plan.places(study)
+        f"{task_name(model, task)} {part}": value
+        for model, task, recipe in plan.scenarios(study)
         for part, value in {**recipe.model_dump(mode="json"), "records": fingerprint(recipe)}.items()
         if part in ("model", "data", "train", "evaluate", "records")
     }
@@ -99,7 +99,7 @@ class Runner:
     def __init__(self, study: Study, folder: StudyFolder, runs: Path, options: Options, cells: list[Cell]):
         self.study, self.folder, self.runs, self.options, self.cells = study, folder, runs, options, cells
         self.failed: dict[str, str] = {}
-        self.clock = Clock({})
+        self.times = RunTimes()
         self.done: dict[str, Outcome] = {}
         self.trials: dict[tuple[str, str, str], list[Job]] = {}
         self.chosen: dict[tuple[str, str, str], Settings | None] = {}
@@ -112,7 +112,7 @@ class Runner:
         """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
         if self.options.progress:
-            self.clock.estimates = estimates(self.cells, measured_speed())
+            self.times.estimates = estimates(self.cells, Speed())
         bases = base_jobs(self.cells)
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
@@ -162,8 +162,8 @@ class Runner:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
         paired = [job for job in jobs if job.kind in ("trial", "final")]
-        for place in dict.fromkeys(job.place for job in paired):
-            outcomes = [self._outcome(job) for job in paired if job.place == place]
+        for scenario in dict.fromkeys(job.scenario for job in paired):
+            outcomes = [self._outcome(job) for job in paired if job.scenario == scenario]
             codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
             if len(codes) > 1:
                 old += [outcome for outcome in outcomes if outcome and outcome.code not in (None, now)]
@@ -195,7 +195,7 @@ class Runner:
             self.warnings.add(message)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
-        remaining = self.clock.left([*left.values(), *self.later], self.options.workers)
+        remaining = self.times.left([*left.values(), *self.later], self.options.workers)
         note = f"about {in_words(remaining)} left" if left and remaining is not None else ""
         if job is None:
             return note
@@ -212,7 +212,7 @@ class Runner:
 
     def _learn(self, job: Job, outcome: Outcome) -> None:
         self.done[job.key] = outcome
-        self.clock.learn(job, outcome.seconds)
+        self.times.learn(job, outcome.seconds)
 
     def _ended(self, jobs: Iterable[Job]) -> list[Ended]:
         return [(job, self._outcome(job)) for job in jobs]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dual_lora.lab.study import metrics, notes, verdicts
-from dual_lora.lab.study.job import place_name, settings_in_words
+from dual_lora.lab.study.job import settings_in_words, task_name
 from dual_lora.lab.study.study import Study
 
 Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
@@ -54,10 +54,10 @@ def conclude(
     )
 
 
-def about_pairs(study: Study, place: tuple[str, str], metric: str) -> dict[str, Any]:
-    """What all comparisons of one place are judged by."""
+def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[str, Any]:
+    """What all comparisons of one scenario are judged by."""
     return {
-        "task": place_name(*place),
+        "task": task_name(*scenario),
         "metric": metric,
         "margin": study.margin.get(metric),
         "confidence": 1 - study.level,
@@ -66,9 +66,9 @@ def about_pairs(study: Study, place: tuple[str, str], metric: str) -> dict[str, 
     }
 
 
-def placed(pair: verdicts.Comparison, place: tuple[str, str]) -> verdicts.Comparison:
+def in_scenario(pair: verdicts.Comparison, scenario: tuple[str, str]) -> verdicts.Comparison:
     """The comparison with its model and task, and which way its metric is better."""
-    return dataclasses.replace(pair, place=place, better=metrics.better(pair.metric))
+    return dataclasses.replace(pair, scenario=scenario, better=metrics.better(pair.metric))
 
 
 def _lost(method: dict[str, Any]) -> int | None:
@@ -82,13 +82,13 @@ def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparis
 
     The score that a diverged run counts with says only that it is no better than that: no ground for equivalence.
     """
-    lost = {name: _lost(at[(*c.place, name)]) for name in (c.candidate, c.reference)}
+    lost = {name: _lost(at[(*c.scenario, name)]) for name in (c.candidate, c.reference)}
     silent: dict[str, Any] = {"p": None, "p_same": None, "visible": None}
     gone = [name for name, n in lost.items() if n is None]
     if gone:
         note = f"No run of {' or '.join(gone)} came to an end with a score."
         return dataclasses.replace(c, verdict=verdicts.Verdict.DIVERGED, note=note, **silent)
-    whole = at[(*c.place, c.candidate)].get("whole")  # the score of a whole test set, made elsewhere
+    whole = at[(*c.scenario, c.candidate)].get("whole")  # the score of a whole test set, made elsewhere
     if c.items == 1 and c.seeds > 1 and not whole:
         return dataclasses.replace(c, verdict=verdicts.Verdict.ONE_ITEM, **silent)
     some = [f"{n} of {name}" for name, n in lost.items() if n]
@@ -103,9 +103,9 @@ def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparis
 def _plain(c: verdicts.Comparison) -> dict[str, Any]:
     sign = metrics.direction(c.better)
     scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
-    model, task = c.place
+    model, task = c.scenario
     values = dataclasses.asdict(c) | scores | {"sentence": c.sentence, "model": model, "task": task}
-    del values["place"]
+    del values["scenario"]
     if c.verdict is verdicts.Verdict.DIVERGED:  # figures of a method that has none
         absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
         figures = dict.fromkeys(("difference", "error", "seed_error"))
@@ -117,7 +117,7 @@ def _plain(c: verdicts.Comparison) -> dict[str, Any]:
 
 def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
     """A method that did not learn the task is like another in nothing that anybody asked about."""
-    why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.place, name)) in unlearned}
+    why = {name: unlearned[key] for name in (c.candidate, c.reference) if (key := (*c.scenario, name)) in unlearned}
     if not why:
         return c
     alike = c.verdict is verdicts.Verdict.EQUIVALENT
@@ -138,7 +138,7 @@ def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str])
 
 def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
     """A verdict holds for the settings that one search chose, so it names them: another might choose others."""
-    mine, other = (settings_in_words(at[(*c.place, name)]["settings"]) for name in (c.candidate, c.reference))
+    mine, other = (settings_in_words(at[(*c.scenario, name)]["settings"]) for name in (c.candidate, c.reference))
     if not (mine or other):
         return c
     settings = (
@@ -150,5 +150,5 @@ def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
 def _with_doubt(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
     """A verdict on a method that was not searched to its best says so."""
     loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
-    end = ends.get((*c.place, loser)) if loser else None
+    end = ends.get((*c.scenario, loser)) if loser else None
     return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c

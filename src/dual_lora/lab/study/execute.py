@@ -91,7 +91,7 @@ class _Worker:
 
     process: Any
     line: Connection
-    slot: int  # which of the places side by side it has
+    slot: int  # which of the workers it is: its share of cores and cards
     key: str | None = None
 
 
@@ -119,7 +119,8 @@ def _in_processes(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: 
                 try:
                     error, full = worker.line.recv()
                     if options.fresh:
-                        _dismiss(worker)
+                        worker.line.close()
+                        worker.process.join()
                         team.remove(worker)
                 except (EOFError, OSError):
                     worker.process.join()
@@ -168,11 +169,6 @@ def _share(slot: int, workers: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": cores, "CUDA_VISIBLE_DEVICES": visible[slot % cards].strip()}
 
 
-def _dismiss(worker: _Worker) -> None:
-    worker.line.close()
-    worker.process.join()
-
-
 @guarded()
 def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
     """Do the jobs that come down the line, until it is closed. Answers with the error, and whether the disk is full."""
@@ -218,7 +214,9 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
 
     if not ray.is_initialized():
         try:
-            ray.init(log_to_driver=False, include_dashboard=False, **_local(options.workers))
+            # A Ray of our own with so many workers, unless the surroundings name a cluster.
+            own = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": options.workers}
+            ray.init(log_to_driver=False, include_dashboard=False, **own)
         except Exception as error:
             raise UserError(f"Ray could not be reached or started: {described(error)}") from error
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
@@ -242,8 +240,3 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
         for task in pending:
             with contextlib.suppress(Exception):
                 ray.cancel(task)
-
-
-def _local(workers: int) -> dict[str, Any]:
-    """A Ray of our own with so many workers, unless the surroundings name a cluster."""
-    return {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}

@@ -9,8 +9,8 @@ from typing import Literal
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Finished
-from dual_lora.lab.study.conclude import about_pairs, placed
-from dual_lora.lab.study.job import place_name, read_scores
+from dual_lora.lab.study.conclude import about_pairs, in_scenario
+from dual_lora.lab.study.job import read_scores, task_name
 from dual_lora.lab.study.study import Study
 
 METRIC: Literal["forgetting"] = "forgetting"
@@ -28,7 +28,7 @@ def forgetting_tables(
             features = [read_scores(runs, job.key, METRIC) for job, _ in f.finals]
         except (OSError, ValueError):
             said.append(
-                f"Forgetting of {f.cell.method} on {place_name(*f.cell.place)} is not compared: not every run of it "
+                f"Forgetting of {f.cell.method} on {task_name(*f.cell.scenario)} is not compared: not every run of it "
                 "came to an end with a figure."
             )
             continue
@@ -42,10 +42,10 @@ def with_metric(
     """The same pairs, in what they forget."""
     found = []
     for pair in pairs:
-        a, b = (tables.get((*pair.place, name)) for name in (pair.candidate, pair.reference))
+        a, b = (tables.get((*pair.scenario, name)) for name in (pair.candidate, pair.reference))
         if a is not None and b is not None:
-            about = about_pairs(study, pair.place, METRIC)
+            about = about_pairs(study, pair.scenario, METRIC)
             found.append(
-                placed(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about), pair.place)
+                in_scenario(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about), pair.scenario)
             )
     return found

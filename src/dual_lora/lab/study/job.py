@@ -60,12 +60,12 @@ class Job:
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def place(self) -> tuple[str, str]:
-        """Model and task: runs of one place are compared with each other."""
+    def scenario(self) -> tuple[str, str]:
+        """Model and task: runs of one scenario are compared with each other."""
         return self.model, self.task
 
     def __str__(self) -> str:
-        where = f"{self.method} on {place_name(*self.place)}"
+        where = f"{self.method} on {task_name(*self.scenario)}"
         more = {"trial": f", {settings_in_words(self.settings)}", "final": f", seed {self.seed}"}
         return where + more.get(self.kind, "")
 
@@ -185,7 +185,7 @@ def _file_print(path: Path) -> str:
     return _prints[at]
 
 
-def place_name(model: str, task: str) -> str:
+def task_name(model: str, task: str) -> str:
     """How a task with a model is called in sentences."""
     return f"{task} ({model})" if model else task
 

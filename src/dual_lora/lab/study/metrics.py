@@ -3,7 +3,7 @@
 Every metric here is a function of item means: accuracy of the mean of right answers, loss of the means of nats and
 tokens, Matthews' correlation and F1 of the mean confusion matrix, BLEU of the mean n-gram counts, Pearson's correlation
 of the mean products. So an item's share in any of them is defined (`pseudo_values`), and paired tests over items work
-for all of them. Spearman's correlation is none: an item's rank hangs on all others.
+for all of them. Spearman's correlation is none: an item's rank depends on all others.
 """
 
 from __future__ import annotations

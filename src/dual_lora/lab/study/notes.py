@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Finished
-from dual_lora.lab.study.job import place_name
+from dual_lora.lab.study.job import task_name
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
 
@@ -54,7 +54,7 @@ def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
         chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
         if chance > 0.05:
-            near.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({chance:.0%})")
+            near.append(f"{m['method']} on {task_name(m['model'], m['task'])} ({chance:.0%})")
     if not near:
         return []
     return [
@@ -78,7 +78,7 @@ def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
         if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
             (score,) = scores
             notes.append(
-                f"Every trial of {m['method']} on {place_name(m['model'], m['task'])} that did not diverge scored "
+                f"Every trial of {m['method']} on {task_name(m['model'], m['task'])} that did not diverge scored "
                 f"{score:.4g}: the search could not choose, and the first of them was taken."
             )
     return notes
@@ -105,8 +105,7 @@ def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -
 def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
     """Methods that have not learned their task; unlearned: (model, task, method) -> why."""
     return [
-        f"{method} has not learned {place_name(model, task)}: {why}."
-        for (model, task, method), why in unlearned.items()
+        f"{method} has not learned {task_name(model, task)}: {why}." for (model, task, method), why in unlearned.items()
     ]
 
 
@@ -149,7 +148,7 @@ def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) 
     for m in methods:
         points = [t["settings"] for t in m["trials"] if t.get("beyond")]
         if rates := dict.fromkeys(f"{point[RATE]:g}" for point in points if RATE in point):
-            found.append(f"{m['method']} on {place_name(m['model'], m['task'])} ({', '.join(rates)})")
+            found.append(f"{m['method']} on {task_name(m['model'], m['task'])} ({', '.join(rates)})")
     if not found or search is None:
         return []
     return [
@@ -161,13 +160,13 @@ def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) 
 def code_versions(methods: Sequence[dict[str, Any]]) -> list[str]:
     """Places whose final runs were done by different versions of the code, or do not all say by which."""
     said = []
-    for place in dict.fromkeys((m["model"], m["task"]) for m in methods):
-        seeds = [seed for m in methods if (m["model"], m["task"]) == place for seed in m["seeds"]]
+    for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
+        seeds = [seed for m in methods if (m["model"], m["task"]) == scenario for seed in m["seeds"]]
         codes = {seed.get("code") for seed in seeds if seed["status"] != "missing"}
         if len(codes) > 1:
             names = "; ".join(sorted(str(code or "not recorded") for code in codes))
             said.append(
-                f"The runs on {place_name(*place)} were done by several versions of the code ({names}): a difference "
+                f"The runs on {task_name(*scenario)} were done by several versions of the code ({names}): a difference "
                 "may be the code's."
             )
     return said
@@ -180,7 +179,7 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
         if f.complete:
             continue
         done = sum(outcome is not None for _, outcome in f.finals)
-        where = f"{f.cell.method} on {place_name(*f.cell.place)}"
+        where = f"{f.cell.method} on {task_name(*f.cell.scenario)}"
         state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
         alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
         notes.append(f"{where} is not compared with anything{alone}: {state}.")
@@ -189,16 +188,16 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
 
 def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
     """Tasks with one test item."""
-    places = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
-    return [f"{place_name(*place)} has one test item: it says nothing about others." for place in places]
+    scenarios = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    return [f"{task_name(*scenario)} has one test item: it says nothing about others." for scenario in scenarios]
 
 
-def loads(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
+def numbers_at_a_time(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
     """All numbers of runs at a time in these methods of a results.json; None where a run does not say."""
     return {n for m in methods for n in m.get("measured_beside", [])}
 
 
-def company(method: Mapping[str, Any]) -> str:
+def at_a_time(method: Mapping[str, Any]) -> str:
     """How many runs there were at a time when this method's were measured, "?" where it was not recorded."""
     return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
@@ -209,19 +208,19 @@ def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
     for m in methods:
         if m["measured_beside"]:
             groups.setdefault(tuple(m["measured_beside"]), []).append(
-                f"{m['method']} on {place_name(m['model'], m['task'])}"
+                f"{m['method']} on {task_name(m['model'], m['task'])}"
             )
-    found = loads(methods)
+    found = numbers_at_a_time(methods)
     if found <= {1}:
         return []
     if len(found) == 1:
-        (load,) = found
-        if load is None:
+        (number,) = found
+        if number is None:
             return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
-        return [f"{load} runs went side by side: times and speeds are comparable with each other only."]
+        return [f"{number} runs went side by side: times and speeds are comparable with each other only."]
     parts = "; ".join(
-        f"{' and '.join('unknown' if n is None else str(n) for n in load)}: {', '.join(names)}"
-        for load, names in groups.items()
+        f"{' and '.join('unknown' if n is None else str(n) for n in numbers)}: {', '.join(names)}"
+        for numbers, names in groups.items()
     )
     return [
         "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
@@ -232,7 +231,7 @@ def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
 def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
     """Methods that did best at an end of their search; ends: (model, task, method) -> which."""
     return [
-        f"{method} on {place_name(model, task)} did best with {end}: it may do better beyond."
+        f"{method} on {task_name(model, task)} did best with {end}: it may do better beyond."
         for (model, task, method), end in ends.items()
     ]
 
@@ -244,7 +243,7 @@ def precisions(finished: Sequence[Finished]) -> list[str]:
         recipe = f.cell.recipe
         mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
         groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(
-            f"{f.cell.method} on {place_name(*f.cell.place)}"
+            f"{f.cell.method} on {task_name(*f.cell.scenario)}"
         )
     if len(groups) < 2:
         return [f"All runs: {words}." for words in groups]
@@ -263,7 +262,7 @@ def single_seed(study: Study) -> list[str]:
 def unmeasured(finished: Sequence[Finished]) -> list[str]:
     """Costs of use that a method would not be measured by, and why."""
     return [
-        f"{name.replace('_', ' ')} of {f.cell.method} on {place_name(*f.cell.place)} could not be measured: {why}"
+        f"{name.replace('_', ' ')} of {f.cell.method} on {task_name(*f.cell.scenario)} could not be measured: {why}"
         for f in finished
         for _, outcome in f.finals
         if outcome

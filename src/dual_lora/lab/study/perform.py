@@ -53,7 +53,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
             try:
                 came: Figures = {"status": "done"} | (_base(job, runs) if job.kind == "base" else _trained(job, runs))
             except Exception as error:
-                if not _diverged(error):
+                if not (isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)):
                     raise
                 came = {"status": "diverged", "error": str(error)}
             came |= {"warnings": said, "runs_at_a_time": at_a_time, "code": code}
@@ -190,10 +190,6 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
         warnings.filterwarnings("always", message=OURS)
         warnings.showwarning = show
         yield
-
-
-def _diverged(error: Exception) -> bool:
-    return isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)
 
 
 def _callbacks(job: Job) -> list[Any]:

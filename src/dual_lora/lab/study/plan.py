@@ -23,7 +23,7 @@ def lay_out(study: Study) -> list[Cell]:
     scale = Scale()
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
-    for model, task, base in places(study):
+    for model, task, base in scenarios(study):
         metric, overlap = _metric(study, task, base), _keep_test_apart(study, task, base)
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
@@ -35,13 +35,13 @@ def lay_out(study: Study) -> list[Cell]:
     return cells
 
 
-def places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+def scenarios(study: Study) -> Iterator[tuple[str, str, Recipe]]:
     """Every model with every task, as a recipe that has no method yet, in the study's precision."""
-    for model, task, recipe in written_places(study):
+    for model, task, recipe in written_scenarios(study):
         yield model, task, settled_here(recipe) if study.precision == AUTO else settled(recipe, study.precision)
 
 
-def written_places(study: Study) -> Iterator[tuple[str, str, Recipe]]:
+def written_scenarios(study: Study) -> Iterator[tuple[str, str, Recipe]]:
     """The same as they are written, with `auto` where a recipe says so."""
     for model, over_model in (study.models or {"": {}}).items():
         for task, entry in study.tasks.items():

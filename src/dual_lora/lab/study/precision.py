@@ -12,7 +12,7 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.precision import AUTO, DTYPES, FIELDS, Fast, Short, fast_precision, leaves_open
 from dual_lora.lab.study.folder import StudyFolder
-from dual_lora.lab.study.plan import written_places
+from dual_lora.lab.study.plan import written_scenarios
 from dual_lora.lab.study.study import Study
 
 
@@ -27,7 +27,7 @@ def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, A
             raise UserError(f"{name}: auto is one choice for the whole study; write bf16 and none to compare the two.")
     if study.precision != AUTO:
         return _filled_in(study, study.precision), {"asked": study.precision, "precision": study.precision}
-    if not any(leaves_open(recipe) for _, _, recipe in written_places(study)) and _filled_in(study, "bf16") == study:
+    if not any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)) and _filled_in(study, "bf16") == study:
         return study, {}
     before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
     if before not in (AUTO, *DTYPES):
@@ -56,6 +56,6 @@ def _filled_in(study: Study, precision: Short) -> Study:
             if (laid.get(part) or {}).get(name) == AUTO:
                 laid[part][name] = words[precision]
                 values["precision"] = precision
-    if any(leaves_open(recipe) for _, _, recipe in written_places(study)):
+    if any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)):
         values["precision"] = precision
     return Study.model_validate(values)

@@ -25,7 +25,7 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
     for cell in matched:
         target = study.budget.value
         if target is None:
-            model = next(c for c in like if c.place == cell.place)
+            model = next(c for c in like if c.scenario == cell.scenario)
             target = _need(study, model, first[model.at])
         if study.budget.match == "time":
             _fit_steps(study, cell, first[cell.at], target)

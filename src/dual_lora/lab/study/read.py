@@ -95,13 +95,13 @@ def build_study(values: dict[str, Any], where: str = "the study") -> Study:
 
 
 def _problem(item: Any) -> str:
-    place = ".".join(str(p) for p in item["loc"])
+    field = ".".join(str(p) for p in item["loc"])
     if item["type"] == "extra_forbidden":
-        return f"unknown field {place!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
+        return f"unknown field {field!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
     if item["type"] == "missing":
-        return f"field {place!r} is missing."
+        return f"field {field!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
-    return (f"{place}: " if place else "") + message + ("" if message.endswith((".", "?")) else ".")
+    return (f"{field}: " if field else "") + message + ("" if message.endswith((".", "?")) else ".")
 
 
 def _known_at(loc: tuple[Any, ...]) -> list[str]:

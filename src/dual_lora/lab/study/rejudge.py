@@ -21,7 +21,7 @@ from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.conclude import about_pairs, conclude, placed
+from dual_lora.lab.study.conclude import about_pairs, conclude, in_scenario
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT
 
@@ -58,8 +58,8 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> verdicts.Comparison:
-    place = (c["model"], c["task"])
-    two = [at[(*place, c[side])] for side in ("candidate", "reference")]
+    scenario = (c["model"], c["task"])
+    two = [at[(*scenario, c[side])] for side in ("candidate", "reference")]
     spread, sign = c["spread"], metrics.sign(c["metric"])
     own = (c["candidate_score"], c["reference_score"])
     scores = tuple(sign * (math.nan if value is None else value) for value in own)
@@ -67,16 +67,16 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
     if any(value is None for value in figures[:2]):  # every run diverged
         figures = 0.0, 0.0, 0.0
     elif figures[2] is None:
-        figures = *figures[:2], _seed_error(two, at, place, spread["error"])
+        figures = *figures[:2], _seed_error(two, at, scenario, spread["error"])
     s = stats.Spread(*figures, spread["seeds"], spread["items"])
-    about = about_pairs(study, place, c["metric"])
-    return placed(verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), place)  # type: ignore[arg-type]
+    about = about_pairs(study, scenario, c["metric"])
+    return in_scenario(verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), scenario)  # type: ignore[arg-type]
 
 
-def _seed_error(two: list[dict[str, Any]], at: Any, place: tuple[str, str], error: float) -> float:
-    """The seeds' part of the error. A diverged run has the worst score of its place, as it had when it was judged."""
+def _seed_error(two: list[dict[str, Any]], at: Any, scenario: tuple[str, str], error: float) -> float:
+    """The seeds' part of the error. A diverged run has the worst score of its scenario, as it had before."""
     sign = metrics.sign(two[0]["metric"])
-    here = [m for key, m in at.items() if key[:2] == place]
+    here = [m for key, m in at.items() if key[:2] == scenario]
     worst = min((sign * s["score"] for m in here for s in m["seeds"] if s["score"] is not None), default=0.0)
     a, b = ([worst if s["score"] is None else sign * s["score"] for s in m["seeds"]] for m in two)
     if len(a) < 2:

@@ -12,9 +12,9 @@ import numpy as np
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished
-from dual_lora.lab.study.conclude import about_pairs, conclude, placed
+from dual_lora.lab.study.conclude import about_pairs, conclude, in_scenario
 from dual_lora.lab.study.forgetting import forgetting_tables, with_metric
-from dual_lora.lab.study.job import Job, Outcome, place_name, read_scores
+from dual_lora.lab.study.job import Job, Outcome, read_scores, task_name
 from dual_lora.lab.study.study import Study
 
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
@@ -41,7 +41,7 @@ def build_results(
     amendments: Sequence[dict[str, Any]] = (),
     plan: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a place.
+    """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a scenario.
 
     amendments, plan: as the study's folder has them.
     """
@@ -82,15 +82,18 @@ def _score_tables(
     raw: dict[tuple[str, str, str], list[Any]] = {}
     for f in finished:
         if f.complete:
-            none = [None] * seeds
-            raw[f.cell.at] = none if f.diverged_in_search else [_features(*ended, runs) for ended in f.finals]
+            raw[f.cell.at] = [None] * seeds  # what every item of a run adds; None for one that diverged
+            for i, (job, outcome) in enumerate(f.finals if not f.diverged_in_search else ()):
+                if outcome and outcome.status == "done":
+                    raw[f.cell.at][i] = read_scores(runs, job.key)
     tables = {}
-    for place in dict.fromkeys(key[:2] for key in raw):
-        here = {key: rows for key, rows in raw.items() if key[:2] == place}
-        metric = next(f.cell.metric for f in finished if f.cell.place == place)
-        good = {key: metrics.score_table(metric, alive) for key, rows in here.items() if (alive := _alive(rows))}
+    for scenario in dict.fromkeys(key[:2] for key in raw):
+        here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
+        metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
+        came = {key: [row for row in rows if row is not None] for key, rows in here.items()}
+        good = {key: metrics.score_table(metric, rows) for key, rows in came.items() if rows}
         if not good:
-            said.append(f"Every run on {place_name(*place)} diverged: there is nothing to compare.")
+            said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
         worst = min(table.mean(1).min() for table in good.values())
         items = next(iter(good.values())).shape[1]
@@ -101,41 +104,32 @@ def _score_tables(
             lost = sum(row is None for row in rows)
             if lost == seeds:
                 said.append(
-                    f"Every run of {key[2]} on {place_name(*place)} diverged: it has no score there, and ranks last."
+                    f"Every run of {key[2]} on {task_name(*scenario)} diverged: it has no score there, and ranks last."
                 )
             elif lost:
                 said.append(
-                    f"{lost} of {seeds} runs of {key[2]} on {place_name(*place)} diverged; each counts with the worst "
-                    f"score of any run there ({metrics.sign(metric) * worst:.4g})."
+                    f"{lost} of {seeds} runs of {key[2]} on {task_name(*scenario)} diverged; each counts with the "
+                    f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
             tables[key] = table
     return tables
-
-
-def _alive(rows: list[Any]) -> list[Any]:
-    return [row for row in rows if row is not None]
-
-
-def _features(job: Job, outcome: Outcome | None, runs: Path) -> stats.Table | None:
-    """What every item of a finished run adds; None for one that diverged."""
-    return read_scores(runs, job.key) if outcome and outcome.status == "done" else None
 
 
 def _pairs(
     study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
 ) -> list[verdicts.Comparison]:
     pairs = []
-    for place in dict.fromkeys(f.cell.place for f in finished):
-        here = [f.cell for f in finished if f.cell.place == place and f.cell.at in tables]
+    for scenario in dict.fromkeys(f.cell.scenario for f in finished):
+        here = [f.cell for f in finished if f.cell.scenario == scenario and f.cell.at in tables]
         names = [cell.method for cell in here]
         if study.pairs == "all":
             wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
         else:
             wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
-        about = about_pairs(study, place, here[0].metric) if here else {}
+        about = about_pairs(study, scenario, here[0].metric) if here else {}
         for a, b in wanted:
-            pair = verdicts.compare_pair(tables[(*place, a)], tables[(*place, b)], names=(a, b), **about)
-            pairs.append(placed(pair, place))
+            pair = verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
+            pairs.append(in_scenario(pair, scenario))
     return pairs
 
 

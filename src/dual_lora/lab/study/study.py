@@ -198,7 +198,7 @@ class Study(Part):
         )
 
     @model_validator(mode="after")
-    def _hangs_together(self) -> Study:
+    def _is_consistent(self) -> Study:
         if not self.tasks or not self.methods:
             raise ValueError("a study needs at least one task and one method")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dual_lora.lab.cost.forecast import Forecast
 from dual_lora.lab.progress import in_words
-from dual_lora.lab.study.job import settings_in_words
-from dual_lora.lab.study.notes import amended, company, loads
+from dual_lora.lab.study.forecast import Forecast
+from dual_lora.lab.study.job import settings_in_words, task_name
+from dual_lora.lab.study.notes import amended, at_a_time, numbers_at_a_time
 from dual_lora.lab.terminal import Console
 
 _COLOURS = {"significantly better": "green", "significantly worse": "red", "equivalent within the margin": "cyan"}
@@ -51,7 +51,7 @@ def verdict_table(results: dict[str, Any]) -> Table:
         table.add_row(
             c["candidate"],
             c["reference"],
-            _place(c) + f" · {c['metric']}",
+            task_name(c["model"], c["task"]) + f" · {c['metric']}",
             Text(c["verdict"], style=_COLOURS.get(c["verdict"], "yellow")),
             _number(c["difference"], "+.4f"),
             "" if c["low"] is None else f"{c['low']:+.4f} … {c['high']:+.4f}",
@@ -72,12 +72,14 @@ def score_table(results: dict[str, Any]) -> Table:
         table.add_column("forgetting", justify="right")
     table.add_column("chosen")
     for row in results.get("untrained", []):
-        table.add_row(_place(row) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}")
+        table.add_row(
+            task_name(row["model"], row["task"]) + f" · {row['metric']}", "(untrained)", f"{row['score']:.4f}"
+        )
     for m in results["methods"]:
         chosen = settings_in_words(m["settings"])
         diverged = "all trials" if m["diverged_in_search"] else str(m["diverged"] or "")
         table.add_row(
-            _place(m) + f" · {m['metric']}",
+            task_name(m["model"], m["task"]) + f" · {m['metric']}",
             m["method"],
             _number(m["score"], ".4f"),
             _number(m["score_deviation"], ".4f"),
@@ -99,12 +101,12 @@ def cost_table(results: dict[str, Any]) -> Table:
         table.add_column(column)
     for column in ("train", "steps/s", "tokens/s", "peak MiB", "adapter MiB", "merge s", "forward ×", "decode ×"):
         table.add_column(column, justify="right")
-    if beside := len(loads(results["methods"])) > 1:
+    if beside := len(numbers_at_a_time(results["methods"])) > 1:
         table.add_column("runs at a time")  # or times and speeds would be compared that can't be
     for m in results["methods"]:
         c = m["cost"]
         table.add_row(
-            _place(m),
+            task_name(m["model"], m["task"]),
             m["method"],
             in_words(c["train_seconds"]) if c["train_seconds"] is not None else "",
             _number(c["steps_per_second"], ".2f"),
@@ -114,7 +116,7 @@ def cost_table(results: dict[str, Any]) -> Table:
             _number(c["merge_seconds"], ".2f"),
             _number(c["forward_slowdown"], ".2f"),
             _number(c["decode_slowdown"], ".2f"),
-            *([company(m)] if beside else []),
+            *([at_a_time(m)] if beside else []),
         )
     return table
 
@@ -130,7 +132,7 @@ def show_forecast(f: Forecast, console: Console | None = None) -> None:
         table.add_column(column, justify="right")
     for row in f.rows:
         table.add_row(
-            _place(row) + f" · {row['metric']}",
+            task_name(row["model"], row["task"]) + f" · {row['metric']}",
             row["method"],
             "" if row["rank"] is None else str(row["rank"]),
             f"{row['trainable_parameters']:,}",
@@ -145,10 +147,6 @@ def show_forecast(f: Forecast, console: Console | None = None) -> None:
         f"{f.runs} runs, {f.done} of them finished; about {in_words(f.seconds)} left with {f.workers} at a time "
         f"(by {f.basis}); about {f.adapter_bytes / 2**20:,.0f} MiB of adapters. Nothing was run."
     )
-
-
-def _place(row: dict[str, Any]) -> str:
-    return f"{row['task']} ({row['model']})" if row["model"] else str(row["task"])
 
 
 def _number(value: float | None, form: str) -> str:

@@ -29,14 +29,14 @@ def use_cost(tuned: Any, examples: list[Any], recipe: Any) -> tuple[dict[str, fl
     problems: dict[str, str] = {}
     with quiet():
         batch = _batch(tuned, examples, recipe)
-        ways: dict[str, Callable[[], float]] = {
+        measured: dict[str, Callable[[], float]] = {
             "forward_slowdown": lambda: _ratio(tuned, lambda model: model(**batch)),
             "decode_slowdown": lambda: _ratio(tuned, lambda model: _decode(model, batch, tuned.tokenizer)),
             "merge_seconds": lambda: _merge_seconds(tuned.model),
         }
         if recipe.model.head != "causal":
-            del ways["decode_slowdown"]
-        for name, measure in ways.items():
+            del measured["decode_slowdown"]
+        for name, measure in measured.items():
             try:
                 cost[name] = measure()
             except Exception as error:  # whatever a foreign method raises: it is recorded, and the run stays finished

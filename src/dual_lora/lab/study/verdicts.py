@@ -64,7 +64,7 @@ class Comparison:
     spread: stats.Spread
     verdict: Verdict
     note: str = ""
-    place: tuple[str, str] = ("", "")  # model and task, for programs
+    scenario: tuple[str, str] = ("", "")  # model and task, for programs
     better: str = "more"  # or "less", of the metric; the difference is positive where it is better in both cases
 
     @property

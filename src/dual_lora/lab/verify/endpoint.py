@@ -140,7 +140,8 @@ class Endpoint:
         except _Refused as error:
             if error.status in (400, 422, 501):
                 try:
-                    return self._post("/completions", {**body, "logprobs": 5} if not echo else _without(body, "echo"))
+                    body.pop("echo", None)
+                    return self._post("/completions", body if echo else {**body, "logprobs": 5})
                 except _Refused as again:
                     error = again
             raise UserError(str(error)) from None
@@ -254,10 +255,6 @@ def _number(value: Any) -> float | None:
 def _is_echo(told: list[Entry], length: int) -> bool:
     """Whether these are the prompt's own tokens, with or without the one that was generated."""
     return len(told) in (length, length + 1) and all(entry.logprob is not None for entry in told[1:length])
-
-
-def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in body.items() if key != name}
 
 
 def _clean(text: str) -> str:

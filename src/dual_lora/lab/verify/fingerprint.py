@@ -23,7 +23,7 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.progress import console
 from dual_lora.lab.verify.diagnose import Known
-from dual_lora.lab.verify.guesses import LiveGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, rows_of
 from dual_lora.lab.verify.prompts import both, built_in_probes
 from dual_lora.lab.verify.strength import adapted_layers, parts
@@ -139,7 +139,7 @@ def make(tuned: Tuned) -> Fingerprint:
     config = tuned.model.peft_config["default"]
     found = built_in_probes(tuned)
     probes = _telling(found, *both(tuned, found))
-    known, guesses = known_of(tuned, probes), LiveGuesses(tuned.model, probes)
+    known, guesses = known_of(tuned, probes), ModelGuesses(tuned.model, probes)
     columns = {"base": known.base, "tuned": known.tuned}
     if adapted_layers(tuned.model):
         columns |= {f"× {s}": pattern for s in STRENGTHS if (pattern := guesses.scaled(s)) is not None}
@@ -214,7 +214,7 @@ def hash_of_base(model: Any) -> str:
     return total.hexdigest()
 
 
-def _lost(model: Any, guesses: LiveGuesses) -> Iterator[tuple[str, Tensor]]:
+def _lost(model: Any, guesses: ModelGuesses) -> Iterator[tuple[str, Tensor]]:
     wanted = [name for name in LOST if name in parts(model)]
     for name, pattern in guesses.parts():
         if name in wanted:

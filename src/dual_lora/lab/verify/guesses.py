@@ -16,7 +16,7 @@ from dual_lora.lab.verify.strength import adapted_layers, parts, strengths
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
 
-class LiveGuesses:
+class ModelGuesses:
     """Forward passes of a loaded model, over the probes that the candidate was asked."""
 
     def __init__(self, model: Any, probes: list[Probe]):
@@ -63,12 +63,8 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rows=rows,
         rounding=max(rms(rounded - own), rms(base_rounded - base), 1e-6),
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
-        warms_up=_warms_up(tuned.model),
+        warms_up=any(hasattr(layer, "warmup_factor") for layer in adapted_layers(tuned.model).values()),
     )
-
-
-def _warms_up(model: Any) -> bool:
-    return any(hasattr(layer, "warmup_factor") for layer in adapted_layers(model).values())
 
 
 def _may_be_copied(model: Any) -> bool:

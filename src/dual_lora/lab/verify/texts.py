@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from dual_lora.lab.verify.diagnose import Finding, Word
+from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
 from dual_lora.lab.verify.prompts import BUILT_IN
 
+OTHER: Final = "other tokenizer"
+TEMPLATE: Final = "wrong chat template"
 PLAIN = BUILT_IN[:3]
 CONVERSATIONS = 3
 OTHERWISE = 0.25  # share of tokens: some are no text by themselves, and are written in several ways
@@ -49,14 +51,14 @@ def compare_tokenizers(
     """What differs between two tokenizers on these texts and conversations; None if nothing does."""
     for text in texts:
         if own(text, add_special_tokens=False).input_ids != other(text, add_special_tokens=False).input_ids:
-            return _other(f"it makes other tokens of {_short(text)!r}")
+            return Finding(OTHER, f"it makes other tokens of {_short(text)!r}")
     for conversation in conversations:
         written = [_written(tokenizer, conversation.messages) for tokenizer in (own, other)]
         if written[1] is None:
-            return _template("it has no chat template, and the adapter was trained with one")
+            return Finding(TEMPLATE, "it has no chat template, and the adapter was trained with one")
         if written[0] != written[1]:
-            return _template(
-                f"it writes a conversation as {_short(written[1])!r}, the adapter as {_short(written[0])!r}"
+            return Finding(
+                TEMPLATE, f"it writes a conversation as {_short(written[1])!r}, the adapter as {_short(written[0])!r}"
             )
     return None
 
@@ -64,9 +66,9 @@ def compare_tokenizers(
 def compare_hashes(hashes: tuple[str, str | None], other: Any, chat: bool) -> Finding | None:
     """The same where only the hashes of tokenizer and template are known."""
     if hash_of_tokenizer(other) != hashes[0]:
-        return _other("its vocabulary is not that of the adapter's tokenizer")
+        return Finding(OTHER, "its vocabulary is not that of the adapter's tokenizer")
     if chat and hash_of_template(other) != hashes[1]:
-        return _template("its chat template is not the one that the adapter was saved with")
+        return Finding(TEMPLATE, "its chat template is not the one that the adapter was saved with")
     return None
 
 
@@ -87,25 +89,29 @@ def compare_server(
     differing = [pair for pair in said.values() if _bare(pair[0]) != _bare(pair[1]) and not _is_number(pair[0])]
     if len(differing) > OTHERWISE * len(said):
         theirs, ours = differing[0]
-        return _other(f"of {len(said)} tokens it writes {len(differing)} otherwise, {theirs!r} for {ours!r}"), []
+        return Finding(
+            OTHER, f"of {len(said)} tokens it writes {len(differing)} otherwise, {theirs!r} for {ours!r}"
+        ), []
     for text, count in plain.items():
         told = endpoint.text_tokens(text)
         if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
-            return _other(f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
+            return Finding(OTHER, f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
     asked, otherwise = 0, 0
     for conversation in talks[:CONVERSATIONS]:
         tokens, entries = endpoint.prompt_tokens(conversation.messages)
         if tokens is None:
             return None, ["the server counts no tokens of a conversation: its chat template was not checked"]
         if tokens != conversation.tokens:
-            return _template(
-                f"it makes {tokens} tokens of a conversation, the adapter's template {conversation.tokens}"
+            return Finding(
+                TEMPLATE, f"it makes {tokens} tokens of a conversation, the adapter's template {conversation.tokens}"
             ), []
         if conversation.first is not None and entries:
             asked += 1
             otherwise += _bare(entries[0].token) != _bare(conversation.first)
     if right and asked and otherwise > asked / 2:
-        return _template(f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"), []
+        return Finding(
+            TEMPLATE, f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"
+        ), []
     return None, [] if talks else ["the adapter's prompts use no chat template: none was checked"]
 
 
@@ -123,18 +129,6 @@ def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
     if not tokenizer.chat_template:
         return None
     return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-
-
-def _other(cause: str) -> Finding:
-    return _finding("other tokenizer", cause)
-
-
-def _template(cause: str) -> Finding:
-    return _finding("wrong chat template", cause)
-
-
-def _finding(word: Word, cause: str) -> Finding:
-    return Finding(word, cause)
 
 
 def _short(text: str | None) -> str:

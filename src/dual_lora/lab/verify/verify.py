@@ -20,7 +20,7 @@ from dual_lora.lab.verify.causes import causes_in, config_differences, explained
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
-from dual_lora.lab.verify.guesses import LiveGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, score
 from dual_lora.lab.verify.prompts import both, choose, find_probes
 from dual_lora.lab.verify.texts import (
@@ -98,7 +98,7 @@ def verify(
     saved = fingerprints.read(folder) if folder else None
     if endpoint is not None and model is not None:
         server = Endpoint(endpoint, model, timeout)
-        own = _stored(saved) if saved and prompts is None else _live(str(source), prompts, base, dtype)
+        own = _from_fingerprint(saved) if saved and prompts is None else _from_model(str(source), prompts, base, dtype)
         report = _of_server(str(source), own, server)
     elif against is None and adapter is None:
         report = _of_itself(str(source), saved, prompts, base, dtype)
@@ -132,15 +132,15 @@ def _reference(
 ) -> Reference:
     """The loaded model if there is one, else the fingerprint."""
     try:
-        return _live(source, prompts, base, dtype)
+        return _from_model(source, prompts, base, dtype)
     except UserError as error:
         if saved is None or prompts is not None:
             raise
-        own = _stored(saved)
+        own = _from_fingerprint(saved)
         return replace(own, where=f"{own.where} ({error})")
 
 
-def _live(source: str, prompts: str | None, base: str | None, dtype: str | None) -> Reference:
+def _from_model(source: str, prompts: str | None, base: str | None, dtype: str | None) -> Reference:
     tuned = _opened(source, base, dtype)
     probes, where = find_probes(tuned, prompts)
     pair = both(tuned, probes)
@@ -153,7 +153,7 @@ def _live(source: str, prompts: str | None, base: str | None, dtype: str | None)
     conversations = [Conversation(p.messages, p.start) for p in probes if p.messages]
     exact = _dtype_of(tuned.model) == torch.float32
     return Reference(
-        probes, known, LiveGuesses(tuned.model, probes), texts, plain_counts(tuned.tokenizer), conversations, where,
+        probes, known, ModelGuesses(tuned.model, probes), texts, plain_counts(tuned.tokenizer), conversations, where,
         exact, tuned,
     )  # fmt: skip
 
@@ -167,7 +167,7 @@ def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
     return tuned
 
 
-def _stored(saved: Fingerprint) -> Reference:
+def _from_fingerprint(saved: Fingerprint) -> Reference:
     probes = saved.asked()
     conversations = [
         Conversation(tuple(dict(m) for m in p.messages), p.start, p.first) for p in saved.probes if p.messages
@@ -182,14 +182,14 @@ def _of_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
     if saved is None or prompts is not None:
-        own = _live(source, prompts, base, dtype)
+        own = _from_model(source, prompts, base, dtype)
         finding = judge(own.known.tuned, own.known, own.guesses, exact=True)
         if finding.word == "undecided":
             finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
         notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
         return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
     tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in ("float32", "bfloat16", "float16") else None))
-    own = _stored(saved)
+    own = _from_fingerprint(saved)
     with tuned.as_variant("tuned") as model:
         found = score(model, own.probes)
     exact = own.exact and _dtype_of(tuned.model) == torch.float32
@@ -291,11 +291,13 @@ def _plain(path: str) -> tuple[Tuned, Any]:
 
     if (Path(path) / "adapter_config.json").is_file():
         raise UserError(f"{path} is an adapter: give it by --adapter.")
-    place = locate(path)
+    location = locate(path)
     dtype = "float32"
-    if place.gguf_file is None:
+    if location.gguf_file is None:
         try:
-            dtype = str(getattr(AutoConfig.from_pretrained(place.name), "dtype", None) or dtype).removeprefix("torch.")
+            dtype = str(getattr(AutoConfig.from_pretrained(location.name), "dtype", None) or dtype).removeprefix(
+                "torch."
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
     if dtype not in ("float32", "bfloat16", "float16"):

@@ -31,7 +31,7 @@ from dual_lora.lab.run.train import recipe_of_run
 
 
 @dataclass
-class Setting:
+class OpenedRun:
     """One run as it stood before its first step.
 
     origin: the effect at the start of layers whose base weight the method changed there (PiSSA, OLoRA); an update is
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def method(self) -> str:
-        """The method's name, with its setting that an alias stands for."""
+        """The method's name, as the recipe has it."""
         return str(self.recipe.method["name"])
 
     @cached_property
@@ -116,7 +116,7 @@ class Setting:
                 layer._set_steps_left("default", count)
 
 
-def open_setting(path: str | Path, device: str | None = None) -> Setting:
+def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     """Build a run's model as it was before its first step. Raises UserError for folders that are no runs.
 
     The same seed gives the same factors; the base model is read from where the recipe says.
@@ -132,7 +132,7 @@ def open_setting(path: str | Path, device: str | None = None) -> Setting:
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
     config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
     if config is None:
-        return Setting(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
+        return OpenedRun(folder.path, recipe, record, loaded.model, loaded.tokenizer, classes)
     before = _sizes(loaded.model)
     if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
         ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
@@ -141,7 +141,7 @@ def open_setting(path: str | Path, device: str | None = None) -> Setting:
     model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
     origin = {name: found for name, found in snapshot(model).items() if name in changed}
-    return Setting(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
+    return OpenedRun(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)
 
 
 def _processes(record: dict[str, Any]) -> int:
