@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from typing import get_args
 from unittest import mock
 
 import torch
@@ -24,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from dual_lora.core import triton_launch
 from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Factors, Form, Ste
 from dual_lora.core.triton_compose import compose
 from dual_lora.core.triton_gradient import TILES, UNALIGNED, factor_gradients
 
@@ -153,7 +154,7 @@ def kernels(row):
     what = {"kernel": "gradient of G, routed experts", "inputs": str(bf16.dtype), "tile": tile, "deterministic": False}
     yield what, partial(gradients_by, row, tile, None, experts, [of_all], deterministic=False, routed=routed)
     # The interpreter takes what the compiler may refuse, so every branch of the kernel is compiled once.
-    forms = [Form(ste="identity"), Form(ste="hardtanh"), Form(magnitude="identity"), Form(direction="identity")]
+    forms = [*(Form(ste=name) for name in get_args(Ste)[1:]), Form(magnitude="identity"), Form(direction="identity")]
     every = [adapter(4, form) for form in (*forms, Form(live_zero=True))]
     half = torch.empty(T, O, dtype=torch.float16)
     what = {"kernel": "gradient", "inputs": str(half.dtype), "tile": tile, "deterministic": False, "forms": "every"}

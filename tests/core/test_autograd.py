@@ -15,7 +15,12 @@ from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Factors, Form, delta_weight
 
-FORMS = [Form(), Form("identity"), Form("hardtanh"), Form(magnitude="identity"), Form(direction="identity")]
+FORMS = [
+    Form(),
+    *map(Form, ("identity", "hardtanh", "surrogate")),
+    Form(magnitude="identity"),
+    Form(direction="identity"),
+]
 
 
 def gaussian(T=7, I=20, O=30, r1=3, r2=4, dtype=torch.float32):

@@ -182,7 +182,9 @@ def test_strength_zero_is_the_base_and_moves_nothing(form):
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [{}, {"ste": "identity"}, {"ste": "hardtanh"}, {"magnitude": "identity"}], ids=name_of)
+@pytest.mark.parametrize(
+    "form", [{}, {"ste": "identity"}, {"ste": "hardtanh"}, {"ste": "surrogate"}, {"magnitude": "identity"}], ids=name_of
+)
 def test_low_precision(low, form, small_blocks):
     case = make_case(low=low, forms=[form])
     got = run(operator, case)
@@ -235,7 +237,9 @@ def test_both_strengths_of_zero_magnitude():
 
 
 @both
-@pytest.mark.parametrize("form", [{}, {"ste": "hardtanh"}, {"magnitude": "identity"}], ids=name_of)
+@pytest.mark.parametrize(
+    "form", [{}, {"ste": "hardtanh"}, {"ste": "surrogate"}, {"magnitude": "identity"}], ids=name_of
+)
 def test_negative_strength(form, dtype, small_blocks):
     """An adapter may be taken away from the base, as users of LoRA do."""
     case = make_case(T=20, forms=[form], dtype=dtype)._replace(scales=[-0.5])

@@ -49,7 +49,7 @@ def test_form_codes_differ():
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (Form(ste="clamp"), "Unknown ste 'clamp': choose one of 'clip', 'identity', 'hardtanh'"),
+        (Form(ste="clamp"), "Unknown ste 'clamp': choose one of 'clip', 'identity', 'hardtanh', 'surrogate'"),
         (Form(magnitude="gelu"), "Unknown magnitude 'gelu': choose one of 'relu', 'identity'"),
         (Form(direction="tanh"), "Unknown direction 'tanh': choose one of 'sign', 'identity'"),
     ],

@@ -28,6 +28,7 @@ FORMS = [
     Form(),
     Form("identity"),
     Form("hardtanh"),
+    Form("surrogate"),
     Form(magnitude="identity"),
     Form(direction="identity"),
     Form(live_zero=True),

@@ -123,8 +123,8 @@ def test_clip_acts_on_the_unscaled_gradient(loss_scale):
 
 @both_ways
 def test_several_adapters_share_one_pass(deterministic):
-    forms = [{}, {"direction": "identity"}, {"ste": "hardtanh", "magnitude": "identity"}]
-    case = make_case(T=33, O=63, I=100, ranks=[(3, 5), (17, 1), (2, 9)], forms=forms)
+    forms = [{}, {"direction": "identity"}, {"ste": "hardtanh", "magnitude": "identity"}, {"ste": "surrogate"}]
+    case = make_case(T=33, O=63, I=100, ranks=[(3, 5), (17, 1), (2, 9), (4, 4)], forms=forms)
     assert_close(ours(case, deterministic=deterministic), truth(case), torch.float32)
 
 

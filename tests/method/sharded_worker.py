@@ -377,6 +377,7 @@ def filled_after_sharding(mesh, folder):
 CASES = {
     "torch": by_torch,
     "identity": lambda mesh, folder: by_torch(mesh, folder, ste="identity"),
+    "surrogate": lambda mesh, folder: by_torch(mesh, folder, ste="surrogate"),
     "sequence": lambda mesh, folder: by_torch(mesh, folder, sequence=True),
     "dropout": dropout,
     "plan": by_plan,

@@ -59,7 +59,7 @@ def update(layer, factors):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh", "surrogate"])
 def test_value_and_gradients(layout, ste):
     base, x = multihead(layout), inputs()
     model, layer = adapted(base, call, ste=ste)

@@ -70,7 +70,7 @@ def test_ranks(given, ranks):
         (dict(warmup_steps=0.1), ["warmup_steps", "whole number", "0.1"]),
         (dict(dropout=1.0), ["dropout must be at least 0 and below 1", "1.0"]),
         (dict(dropout=-0.1), ["dropout must be at least 0 and below 1", "-0.1"]),
-        (dict(ste="clamp"), ["Unknown ste 'clamp'", "'clip', 'identity', 'hardtanh'"]),
+        (dict(ste="clamp"), ["Unknown ste 'clamp'", "'clip', 'identity', 'hardtanh', 'surrogate'"]),
         (dict(magnitude_activation="gelu"), ["Unknown magnitude", "'gelu'", "'relu', 'identity'"]),
         (dict(direction_activation="tanh"), ["Unknown direction", "'tanh'", "'sign', 'identity'"]),
         (dict(init_weights="pissa"), ["Unknown init_weights 'pissa'", "'zero'"]),

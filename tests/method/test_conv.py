@@ -33,9 +33,10 @@ def weights_of(base, layer, factors):
     return {"weight": base.weight.detach() + delta(layer, factors).view(base.weight.shape)}
 
 
+@pytest.mark.parametrize("ste", ["clip", "surrogate"])
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradients(name):
-    assert_judged(*case(name), weights_of)
+def test_value_and_gradients(name, ste):
+    assert_judged(*case(name), weights_of, ste=ste)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,7 +24,7 @@ def weights_of(base, layer, factors):
     return {"weight": base.weight.detach() + update}
 
 
-@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh"])
+@pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh", "surrogate"])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}], ids=str)
 def test_value_and_gradients(options, ste):
     assert_judged(embedding(**options), IDS, weights_of, ste=ste)

@@ -72,9 +72,10 @@ def update(wrapper, factors, adapter="default"):
 
 @LAYOUT
 @IMPLEMENTATION
-def test_value_and_gradients(layout, implementation):
+@pytest.mark.parametrize("ste", ["clip", "surrogate"])
+def test_value_and_gradients(layout, implementation, ste):
     base = base_model(layout, implementation)
-    model = adapted(base)
+    model = adapted(base, ste=ste)
     layers = wrappers(model)
     assert set(layers) == {"gate_up_proj", "down_proj"}
     factors = {

@@ -133,7 +133,7 @@ def test_rows_that_do_not_end_with_a_block():
 
 
 @KIND
-@pytest.mark.parametrize("ste", ["clip", "identity"])
+@pytest.mark.parametrize("ste", ["clip", "identity", "surrogate"])
 def test_value_and_gradients(kind, ste):
     model, layer, base = wrapped(kind, ste=ste)
     assert isinstance(layer, QuantizedLinear)

@@ -45,7 +45,7 @@ def gradients(model, scale=None, known=True, autocast=False, **options):
 def test_clip_under_fp16_autocast_is_refused_in_words(model):
     with fp16(), pytest.raises(RuntimeError, match="gradient scaler") as caught:
         model(points())
-    for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'"):
+    for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'", "'surrogate'"):
         assert way_out in str(caught.value)
 
 
@@ -107,7 +107,9 @@ def test_a_scaler_over_a_base_in_fp16():
         torch.testing.assert_close(grads[1][n], g, rtol=0.02, atol=0.02 * g.abs().max().item(), msg=n)
 
 
-@pytest.mark.parametrize("options", [dict(ste="identity"), dict(ste="hardtanh"), dict(direction_activation="identity")])
+@pytest.mark.parametrize(
+    "options", [dict(ste="identity"), dict(ste="surrogate"), dict(direction_activation="identity")]
+)
 def test_other_estimators_are_allowed(options):
     with fp16():
         assert adapted(init_weights=False, **options)(points()).dtype == torch.float16
@@ -174,7 +176,7 @@ def test_a_scale_that_changes_is_followed(model):
         assert all(torch.equal(seen[0][n], later[n]) for n in later)
 
 
-@pytest.mark.parametrize("ste", ["identity", "hardtanh"])
+@pytest.mark.parametrize("ste", ["identity", "hardtanh", "surrogate"])
 def test_the_others_are_indifferent_to_scale(ste):
     model = adapted(init_weights=False, ste=ste)
     plain, scaled = gradients(model), gradients(model, scale=65536.0, known=False)

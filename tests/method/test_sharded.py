@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
-CASES = ["torch", "identity", "sequence", "dropout", "fsdp2", "reference", "filled", "switched", "refusals"]
+CASES = [
+    "torch",
+    "identity",
+    "surrogate",
+    "sequence",
+    "dropout",
+    "fsdp2",
+    "reference",
+    "filled",
+    "switched",
+    "refusals",
+]
 if importlib.util.find_spec("transformers.distributed.tensor_parallel"):  # 5.17 and later; earlier shards are refused
     CASES.append("plan")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .ieee import ieee_fp32
 from .product import addmm_, factors_mm, left, mm, mm_columns
-from .reference import Factors, Form, direction, magnitude, product_gradients
+from .reference import Factors, Form, direction, magnitude, mean_square_of, product_gradients, steepness
 
 
 class Sizes(NamedTuple):
@@ -51,24 +51,33 @@ class RowSource(Protocol):
 
 
 class Adapter(NamedTuple):
-    """One adapter's share of an update: its factors, its scale s (0-dim fp32 tensor) and its form."""
+    """One adapter's share of an update: its factors, its scale s (0-dim fp32 tensor) and its form.
+
+    mean_square: rms(Q)² of the whole matrix, where the factors are those of a part and the form asks for it.
+    """
 
     factors: Factors
     scale: Tensor
     form: Form
+    mean_square: Tensor | None = None
+
+    def whole(self) -> Adapter:
+        """The same with the mean square of this Q, if the form asks for one and it is not known."""
+        known = self.mean_square is not None or self.form.ste != "surrogate" or self.form.direction != "sign"
+        return self if known else self._replace(mean_square=mean_square_of(self.factors.C, self.factors.D))
 
     def working(self) -> Adapter:
         """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
         if all(t.dtype == dtype for t in (*self.factors, self.scale)):
             return self
-        return Adapter(Factors(*(f.to(dtype) for f in self.factors)), self.scale.to(dtype), self.form)
+        return self._replace(factors=Factors(*(f.to(dtype) for f in self.factors)), scale=self.scale.to(dtype))
 
 
 def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:
     """Raise ValueError for factors that do not make a weight of that shape, [O, I] or [E, O, I]."""
     *E, O, I = shape
-    for (A, B, C, D), _, _ in adapters:
+    for (A, B, C, D), *_ in adapters:
         received = A.shape, B.shape, C.shape, D.shape
         r1, r2 = received[0][-2], received[2][-2]
         expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
@@ -256,9 +265,9 @@ class _Tile:
         return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
-        """(T, memory to spare) of adapter k in the paper's form, (P, Q) in the others."""
+        """(T, Q) of adapter k in the paper's form, (P, Q) in the others."""
         if k not in self._products:
-            (A, B, C, D), _, form = self.work.adapters[k]
+            (A, B, C, D), _, form, _ = self.work.adapters[k]
             with ieee_fp32():
                 P = factors_mm(B[self.rows], A[:, self.cols], self.buffer(f"P{k}"))
                 Q = factors_mm(D[self.rows], C[:, self.cols], self.buffer(f"Q{k}"))
@@ -279,7 +288,7 @@ class _Tile:
             # A block of columns is read at a third of the cost by a copy that converts nothing.
             near = base if base.is_contiguous() or base.dtype != out.dtype else out.copy_(base)
             base = total.copy_(near)
-        for k, (_, scale, form) in enumerate(self.work.adapters):
+        for k, (_, scale, form, _) in enumerate(self.work.adapters):
             T, Q = self.products(k)
             if not _is_paper(form):
                 T = magnitude(T, form) * direction(Q, form)
@@ -296,7 +305,7 @@ class _FactorSums:
     """The four small gradients of one adapter, summed over tiles."""
 
     def __init__(self, adapter: Adapter, loss_scale: Tensor | None):
-        factors, self.scale, self.form = adapter
+        factors, self.scale, self.form, self.mean_square = adapter.whole()
         self.loss_scale = loss_scale
         self.grads = Factors(*map(torch.zeros_like, factors))
         self.paper = _is_paper(self.form)
@@ -305,19 +314,32 @@ class _FactorSums:
         s: Any = _number(self.scale)
         L: Any = 1.0 if loss_scale is None else _number(loss_scale)
         self.bound: Any = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
+        self.one = self.scale.new_ones(())
+        self.steep: Any = 0.0 if self.mean_square is None else _number(steepness(self.mean_square))
 
     def add(self, tile: _Tile, first: Tensor, second: Tensor, G: Tensor) -> None:
         """Mask G and add its reductions; overwrites the two products."""
         if self.paper:
+            if self.mean_square is not None:
+                self._narrow(first, second)
             dP, dQ = self._masked(first, second, G)
         else:
-            dP, dQ = product_gradients(G, first, second, self.scale, self.form, self.loss_scale)
+            rest = self.scale, self.form, self.loss_scale, self.mean_square
+            dP, dQ = product_gradients(G, first, second, *rest)
         A, B, C, D = self.factors
         rows, cols = tile.rows, tile.cols
         addmm_(self.grads.A[:, cols], B[rows].t(), dP)
         addmm_(self.grads.B[rows].t(), A[:, cols], dP.t())
         addmm_(self.grads.C[:, cols], D[rows].t(), dQ)
         addmm_(self.grads.D[rows].t(), C[:, cols], dQ.t())
+
+    def _narrow(self, T: Tensor, Q: Tensor) -> None:
+        """T times the surrogate's derivative, which is above 0: T's signs and zeros, so the mask in it, stay."""
+        if isinstance(self.steep, float):
+            torch.addcmul(self.one, Q, Q, value=self.steep, out=Q)
+        else:
+            Q.mul_(Q).mul_(self.steep).add_(1)
+        T.div_(Q)
 
     def _masked(self, T: Tensor, spare: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
         dP = torch.sign(T, out=spare).mul_(G)

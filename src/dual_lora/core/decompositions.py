@@ -64,7 +64,7 @@ def embedding(
     used = (indices != padding_idx).unsqueeze(-1)
     adapters = [
         Adapter(Factors(A, B[indices], C, D[indices]), scale * used, form)
-        for (A, B, C, D), scale, form in adapters_of(factors, scales, forms)
+        for (A, B, C, D), scale, form, _ in adapters_of(factors, scales, forms)
     ]
     y = _composed(None if weight is None else weight[indices], adapters, dtype)
     if max_norm is None:
@@ -75,11 +75,11 @@ def embedding(
 
 def _composed(weight: Tensor | None, adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """The rounding to `dtype` of the fp32 sum W + ΣΔW."""
-    (A, *_), _, _ = adapters[0].working()
+    A = adapters[0].working().factors.A
     total = None if weight is None else weight.to(torch.promote_types(dtype, A.dtype))
     with without_autocast(A.device):
         for adapter in adapters:
-            (A, B, C, D), scale, form = adapter.working()
+            (A, B, C, D), scale, form, _ = adapter.working()
             delta = scale * magnitude(B @ A, form) * direction(D @ C, form)
             total = delta if total is None else total + delta
     assert total is not None

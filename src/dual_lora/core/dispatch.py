@@ -155,16 +155,23 @@ def refuse_double_backward(ctx: Any, *grads: Any) -> None:
 
 
 def adapters_of(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[int]) -> list[Adapter]:
-    """The adapters that an operator got as flat lists, four factors for each scale and form."""
-    return [
-        Adapter(Factors(*factors[4 * k : 4 * k + 4]), scale, Form.from_code(form))
-        for k, (scale, form) in enumerate(zip(scales, forms, strict=True))
-    ]
+    """The adapters that an operator got as flat lists, four factors for each scale and form.
+
+    A scale of more than one number is that of a part: rms(Q)² of the whole stands behind it.
+    """
+    adapters = []
+    for k, (scale, form) in enumerate(zip(scales, forms, strict=True)):
+        four, known = Factors(*factors[4 * k : 4 * k + 4]), None
+        if scale.ndim:
+            scale, known = scale[0], scale[1]
+        adapters.append(Adapter(four, scale, Form.from_code(form), known))
+    return adapters
 
 
 def flat(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], list[int]]:
     """Factors, scales and forms of adapters as an operator takes them; `adapters_of` is the inverse."""
-    return [f for a in adapters for f in a.factors], [a.scale for a in adapters], [a.form.code for a in adapters]
+    scales = [a.scale if a.mean_square is None else torch.stack([a.scale, a.mean_square]) for a in adapters]
+    return [f for a in adapters for f in a.factors], scales, [a.form.code for a in adapters]
 
 
 def flat_gradients(grads: Sequence[Factors], factors: Sequence[Tensor]) -> list[Tensor]:

@@ -68,8 +68,9 @@ def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> lis
     """The adapters of some rows; P = 0 at the padding, so that ΔW and the gradients vanish there."""
     used = (rows != padding_idx).unsqueeze(-1)
     return [
-        Adapter(Factors(A, B.index_select(0, rows) * used, C, D.index_select(0, rows)), scale, form)
-        for (A, B, C, D), scale, form in adapters
+        a._replace(factors=Factors(A, B.index_select(0, rows) * used, C, D.index_select(0, rows)))
+        for a in adapters
+        for A, B, C, D in [a.factors]
     ]
 
 
@@ -88,7 +89,8 @@ def _embedding(
 @torch.library.impl("dual_lora::embedding_backward", "default")
 def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(dispatch.adapters_of(factors, scales, forms), rows, padding_idx)
+    whole = [a.whole() for a in dispatch.adapters_of(factors, scales, forms)]
+    adapters = _rows_of(whole, rows, padding_idx)
     with dispatch.without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
         dy = dy.to(torch.promote_types(dy.dtype, torch.float32))

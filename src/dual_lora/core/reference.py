@@ -18,10 +18,16 @@ from torch import Tensor
 
 from .ieee import ieee_fp32
 
-Ste = Literal["clip", "identity", "hardtanh"]
+Ste = Literal["clip", "identity", "hardtanh", "surrogate"]
 Magnitude = Literal["relu", "identity"]
 Direction = Literal["sign", "identity"]
 _STES, _MAGNITUDES, _DIRECTIONS = get_args(Ste), get_args(Magnitude), get_args(Direction)
+
+SHARPNESS = 4.0
+"""k of the surrogate derivative, chosen by `results/surrogates/make.py`."""
+
+TINY = 1e-30
+"""A mean square of Q below this counts as zero."""
 
 
 class Factors(NamedTuple):
@@ -41,7 +47,11 @@ class Form(NamedTuple):
     """Which member of the family is computed. The defaults are the paper's method.
 
     ste: straight-through estimator of Sign's gradient H.
-        "clip" (the paper): clip(H, -1, 1); "identity": H; "hardtanh": H where |Q| <= 1, else 0.
+        "clip" (the paper): clip(H, -1, 1); "identity": H; "hardtanh": H where |Q| <= 1, else 0;
+        "surrogate": H / (1 + (k Q / rms(Q))²), k = 4. A surrogate gradient (Neftci, Mostafa & Zenke 2019, "Surrogate
+        gradient learning in spiking neural networks"): the derivative of atan in the place of Sign's, as in Fang et al.
+        2021; SuperSpike (Zenke & Ganguli 2018) has that of a fast sigmoid. Its width follows Q's root mean square
+        over the whole matrix, a constant in backward, so that it is the same at every scale of D and C.
     magnitude: "relu", or "identity" for the ablation without ReLU.
     direction: "sign", or "identity" for the ablation without Sign (then `ste` plays no part).
     live_zero: take ReLU's derivative at exactly 0 as 1, which lets a zero B train (the ramp-free start).
@@ -90,6 +100,22 @@ def direction(Q: Tensor, form: Form) -> Tensor:
     return 2 * (Q > 0).to(Q.dtype) - 1 if form.direction == "sign" else Q
 
 
+def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
+    """rms(Q)² of Q = D C, 0-dim ([E] for experts), from r2 × r2 numbers: ‖D C‖² = ⟨DᵀD, C Cᵀ⟩.
+
+    In fp64 where the device is known to have it: the terms may cancel, and neither autocast nor TF32 rounds them.
+    """
+    wide = torch.float64 if C.device.type in ("cpu", "cuda") else torch.float32
+    c, d = C.detach().to(wide), D.detach().to(wide)
+    total = (d.mT @ d).mul(c @ c.mT).sum((-2, -1))
+    return (total / (D.shape[-2] * C.shape[-1])).to(C.dtype)
+
+
+def steepness(mean_square: Tensor) -> Tensor:
+    """(k / rms(Q))², by which the surrogate narrows; 0 where Q is zero, which makes it the identity."""
+    return torch.where(mean_square < TINY, 0.0, SHARPNESS**2 / mean_square)
+
+
 def product_gradients(
     G: Tensor,
     P: Tensor,
@@ -97,11 +123,13 @@ def product_gradients(
     scale: Tensor | float,
     form: Form,
     loss_scale: Tensor | float | None = None,
+    mean_square: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """∂L/∂P and ∂L/∂Q from G = ∂L/∂W, all [O, I].
 
     loss_scale: the factor L that a gradient scaler has put on the loss. The clip looks at values, so it acts on
         the unscaled gradient: clip(H / L, -1, 1) · L.
+    mean_square: rms(Q)² of the whole matrix for the surrogate, where this Q is a part; by default of this Q.
     """
     H = scale * G * magnitude(P, form)
     dP = scale * G * direction(Q, form)
@@ -111,6 +139,9 @@ def product_gradients(
         dQ = H
     elif form.ste == "hardtanh":
         dQ = torch.where(Q.abs() <= 1, H, 0.0)
+    elif form.ste == "surrogate":
+        whole = Q.square().mean((-2, -1), keepdim=True) if mean_square is None else mean_square
+        dQ = H / (1 + steepness(whole) * Q.square())
     elif loss_scale is None:
         dQ = H.clamp(-1, 1)
     else:

@@ -86,7 +86,7 @@ def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], s
 
 
 def _ranks(adapters: Sequence[Adapter]) -> tuple[tuple[int, int, Form], ...]:
-    return tuple((f.A.shape[-2], f.C.shape[-2], form) for f, _, form in adapters)
+    return tuple((a.factors.A.shape[-2], a.factors.C.shape[-2], a.form) for a in adapters)
 
 
 def is_right(launch: Launch) -> bool:

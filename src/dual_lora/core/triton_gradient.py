@@ -27,7 +27,7 @@ from torch import Tensor
 from . import triton_launch
 from .blocked import Adapter
 from .ieee import wants_tf32
-from .reference import Factors
+from .reference import Factors, steepness
 from .triton_launch import Tile
 from .triton_product import expert, product, product_gradients
 
@@ -81,7 +81,10 @@ def factor_gradients(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     fp32 = "tf32" if wants_tf32() else "ieee"
-    given = (dy, x, routed, loss_scale, *(t for a in adapters for t in (*a.factors, a.scale)))
+    adapters = [a.whole() for a in adapters]
+    # The other estimators read no steepness, and get their scale for one.
+    steeps = tuple(a.scale if a.mean_square is None else steepness(a.mean_square) for a in adapters)
+    given = (dy, x, routed, loss_scale, *steeps, *(t for a in adapters for t in (*a.factors, a.scale)))
     settings = tile, deterministic, fp32, triton_launch.PRODUCTS, tuple(a.form for a in adapters)
     key = x.device, gradient_kernel.fn, *settings, triton_launch.signature(given)
     plan = triton_launch.plans.get(key)
@@ -90,7 +93,7 @@ def factor_gradients(
         results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
         letters = zip(*(a.factors for a in adapters), strict=True)
         targets = zip(*(r.targets for r in results), strict=True)
-        plan.launch(dy, x, routed, *letters, *targets, tuple(a.scale for a in adapters), loss_scale)
+        plan.launch(dy, x, routed, *letters, *targets, tuple(a.scale for a in adapters), steeps, loss_scale)
         return [r.total() for r in results]
     s = triton_launch.stack(adapters)
     _check(dy, x, s)
@@ -107,7 +110,7 @@ def factor_gradients(
         x.device,
         gradient_kernel,
         (down * across, batch, 1),
-        (dy, x, routed, *s.letters, *targets, s.scales, loss_scale),
+        (dy, x, routed, *s.letters, *targets, s.scales, steeps, loss_scale),
         (x.shape[-2], O, I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
         result=(down, across * tile.splits),
         TOKENS=tile.tokens,
@@ -187,6 +190,7 @@ def gradient_kernel(
     dCs,
     dDs,
     scales,  # tuple of pointers to one number
+    steeps,  # tuple of pointers, [E] each for the surrogate
     loss_scale,  # pointer to one number, or None
     T,
     O,
@@ -234,7 +238,7 @@ def gradient_kernel(
             C, D = Cs[n] + e * I * R2[n], Ds[n] + e * O * R2[n]
             P = product(B, A, rows, part, O, I, R1[n], CHUNK, PRODUCTS)
             Q = product(D, C, rows, part, O, I, R2[n], CHUNK, PRODUCTS)
-            dP, dQ = product_gradients(splits[j] * tl.load(scales[n]), P, Q, loss_scale, FORMS[n])
+            dP, dQ = product_gradients(splits[j] * tl.load(scales[n]), P, Q, loss_scale, steeps[n] + e, FORMS[n])
             if PRECISION == "bf16":  # at once: it halves what waits in registers
                 dP, dQ = dP.to(tl.bfloat16), dQ.to(tl.bfloat16)
             _add_factors(dP, B, A, dBs[n] + share_i * O * R1[n], dAs[n] + share_o * I * R1[n],

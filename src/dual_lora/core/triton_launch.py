@@ -110,7 +110,7 @@ def stack(adapters: Sequence[Adapter]) -> Stack:
     if len(shape) not in (2, 3):
         raise ValueError(f"The factors make a weight of shape {tuple(shape)}: expected [O, I] or [E, O, I].")
     check_factors(adapters, *shape)
-    for factors, scale, _ in adapters:
+    for factors, scale, *_ in adapters:
         for name, t in zip(("A", "B", "C", "D", "scale"), (*factors, scale), strict=True):
             if t.dtype != torch.float32:
                 raise ValueError(f"{name} is {t.dtype}: the kernels take torch.float32 alone (Adapter.working).")

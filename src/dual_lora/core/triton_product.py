@@ -12,9 +12,10 @@ import triton.language as tl
 from .reference import Form
 
 # A form reaches the kernels as Form.code, a compile-time integer; these are its bits.
-STE = tl.constexpr(Form(ste="identity").code | Form(ste="hardtanh").code)
+STE = tl.constexpr(Form(ste="identity").code | Form(ste="hardtanh").code | Form(ste="surrogate").code)
 CLIP = tl.constexpr(Form(ste="clip").code)
 HARDTANH = tl.constexpr(Form(ste="hardtanh").code)
+SURROGATE = tl.constexpr(Form(ste="surrogate").code)
 SIGNED = tl.constexpr(Form(magnitude="identity").code)
 UNSIGNED = tl.constexpr(Form(direction="identity").code)
 LIVE_ZERO = tl.constexpr(Form(live_zero=True).code)
@@ -63,8 +64,11 @@ def displacement(P, Q, FORM: tl.constexpr):
 
 
 @triton.jit
-def product_gradients(G, P, Q, loss_scale, FORM: tl.constexpr):
-    """∂L/∂P and ∂L/∂Q; G already carries the scale s. loss_scale: pointer to one fp32, or None."""
+def product_gradients(G, P, Q, loss_scale, steep, FORM: tl.constexpr):
+    """∂L/∂P and ∂L/∂Q; G already carries the scale s. loss_scale: pointer to one fp32, or None.
+
+    steep: pointer to the surrogate's `steepness`; the other estimators do not read it.
+    """
     H = G * magnitude(P, FORM)
     dP = G * direction(Q, FORM)
     if not SIGNED & FORM:
@@ -76,6 +80,8 @@ def product_gradients(G, P, Q, loss_scale, FORM: tl.constexpr):
     if not UNSIGNED & FORM:
         if STE & FORM == HARDTANH:
             dQ = tl.where(tl.abs(Q) <= 1, H, 0.0)
+        elif STE & FORM == SURROGATE:
+            dQ = H / (1 + tl.load(steep) * Q * Q)
         elif STE & FORM == CLIP:
             if loss_scale is not None:
                 L = tl.load(loss_scale)

@@ -91,6 +91,7 @@ class MultiheadAttention(DualLoraLayer):
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """An adapter's share of every input projection."""
         parts, start = {}, 0
+        adapter = adapter.whole()
         A, B, C, D = adapter.factors
         for name, weight in self._merge_parameters().items():
             O, I = weight.shape

@@ -66,7 +66,10 @@ class DualLoraConfig(PeftConfig):
         },
     )
     ste: Ste = field(
-        default="clip", metadata={"help": "Straight-through estimator of Sign: 'clip', 'identity' or 'hardtanh'."}
+        default="clip",
+        metadata={
+            "help": "Straight-through estimator of Sign: 'clip' (the paper), 'identity', 'hardtanh' or 'surrogate'."
+        },
     )
     magnitude_activation: Magnitude = field(
         default="relu", metadata={"help": "'relu' (the method) or 'identity' (ablation without ReLU)."}

@@ -79,8 +79,8 @@ def check_clip_is_safe(operand: Tensor, training: bool, warned: Warned) -> None:
             "Dual LoRA's 'clip' estimator looks at gradient values, and in fp16 a gradient scaler multiplies them by "
             "up to 65,536 without a layer being able to see it: training would silently be another method. Make the "
             "scaler known (`with dual_lora.grad_scaler(scaler): …`, or `dual_lora.DualLoraCallback()` in a Trainer; "
-            "without a scaler, `torch.amp.GradScaler(enabled=False)`), train in bf16, or choose ste='identity' or "
-            "'hardtanh', which are indifferent to scale."
+            "without a scaler, `torch.amp.GradScaler(enabled=False)`), train in bf16, or choose ste='identity', "
+            "'hardtanh' or 'surrogate', which are indifferent to scale."
         )
     if not torch.compiler.is_compiling():
         warned.once(

@@ -79,6 +79,7 @@ class Part(NamedTuple):
 
     def of(self, adapter: Adapter) -> Adapter:
         """The adapter of this part, from whole factors."""
+        adapter = adapter.whole()
         A, B, C, D = adapter.factors
         mine = slice(self.start, self.stop)
         if self.dim == 0:
