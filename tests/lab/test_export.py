@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,10 +128,16 @@ def test_the_wrong_kind_and_a_filled_folder(trained, tmp_path, tiny_lm):
 # GGUF, with a program in the place of llama.cpp's converter.
 
 STAND_IN = """#!{python}
-import pathlib, struct, sys
+import json, pathlib, struct, sys
 folder, *options = sys.argv[1:]
+if "{name}" == "convert_lora_to_gguf.py":
+    config = json.loads((pathlib.Path(folder) / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 2, config
+    folder = options[options.index("--base") + 1]
+    assert json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+else:
+    assert (pathlib.Path(folder) / "model.safetensors").is_file() and (pathlib.Path(folder) / "config.json").is_file()
 given = dict(zip(options[::2], options[1::2]))
-assert (pathlib.Path(folder) / "model.safetensors").is_file() and (pathlib.Path(folder) / "config.json").is_file()
 if given["--outtype"] == "broken":
     sys.exit("no such type")
 header = b"GGUF" if given["--outtype"] != "wrong" else b"abcd"
@@ -145,10 +152,11 @@ def converter(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     folder = tmp_path / "llama.cpp"
     folder.mkdir()
-    script = folder / export_gguf.SCRIPT
-    script.write_text(STAND_IN.format(python=sys.executable))
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    return script
+    for name in (export_gguf.SCRIPT, export_gguf.LORA_SCRIPT):
+        script = folder / name
+        script.write_text(STAND_IN.format(python=sys.executable, name=name))
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    return folder / export_gguf.SCRIPT
 
 
 def test_gguf(call, trained, tmp_path, converter):
@@ -168,6 +176,43 @@ def test_gguf(call, trained, tmp_path, converter):
         export_gguf.export_gguf(source, out, converter=str(converter))
     with pytest.raises(UserError, match=r"ends in \.gguf"):
         export_gguf.export_gguf(source, tmp_path / "folder", converter=str(converter))
+
+
+def test_gguf_lora(call, trained, tmp_path, converter):
+    source, out = trained("dual_lora"), tmp_path / "adapter.gguf"
+    options = ("--to", "gguf-lora", "--rank", 2, "--converter", converter)
+    code, text, _ = call("export", source, out, *options, "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert (result["folder"], result["method"], len(result["layers"])) == (str(out), "lora", 14)
+    assert out.read_bytes().endswith(b"f32")
+    (converter.parent / export_gguf.LORA_SCRIPT).unlink()
+    code, _, error = call("export", source, tmp_path / "other.gguf", *options)
+    assert code != 0
+    assert "convert_lora_to_gguf.py, which llama.cpp has beside" in " ".join(error.split())
+
+
+def test_smaller_types_are_made_by_llama_cpps_quantiser(trained, tmp_path, converter):
+    source, out = trained("dual_lora"), tmp_path / "model.gguf"
+    with pytest.raises(UserError, match=r"llama-quantize was not found.*--outtype q8_0"):
+        export_gguf.export_gguf(source, out, quantize="Q4_K_M", converter=str(converter))
+    assert not out.exists()
+    tool = converter.parent / "build" / "bin" / export_gguf.QUANTISER
+    tool.parent.mkdir(parents=True)
+    tool.write_text(
+        f"#!{sys.executable}\nimport pathlib, sys\nsource, target, kind = sys.argv[1:]\n"
+        "pathlib.Path(target).write_bytes(pathlib.Path(source).read_bytes() + kind.encode())\n"
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    result = export_gguf.export_gguf(source, out, outtype="f16", quantize="Q4_K_M", converter=str(converter))
+    assert out.read_bytes().endswith(b"f16Q4_K_M")
+    assert result.tensors == 7
+
+
+def test_a_modelfile_lies_beside_the_merged_model(trained, tmp_path, converter):
+    result = export_gguf.export_gguf(trained("dual_lora"), tmp_path / "model.gguf", converter=str(converter))
+    assert result.modelfile is None or Path(result.modelfile).read_text().startswith("FROM ./model.gguf\n")
+    assert (result.modelfile is None) == bool(result.remark)
 
 
 def test_the_converter_is_found_by_option_variable_and_path_in_this_order(converter, monkeypatch, tmp_path):

@@ -29,7 +29,7 @@ def running(command, log, port, seconds=180, **environment):
                 urllib.request.urlopen(f"{url}/models", timeout=5).read()
                 break
             except (urllib.error.URLError, OSError):
-                last = log.read_text(errors="replace")[-3000:]
+                last = log.read_text(errors="replace")
                 assert process.poll() is None, f"the server has ended: {last}"
                 assert time.monotonic() < until, f"the server does not answer: {last}"
                 time.sleep(1)

