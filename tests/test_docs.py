@@ -17,7 +17,7 @@ from pages import PAGES, ROOT, blocks, commands, name_of
 
 pytest.importorskip("cyclopts")
 KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study"}
-KEYWORDS = {"for", "done"}
+KEYWORDS = {"for", "done", "until", "kill"}
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 RUNS = [page for page in PAGES if any("run" in block.marks for block in blocks(page))]
 
@@ -139,7 +139,7 @@ def check_command(line, where):
             sys.path.pop(0)
         assert there, where
     else:
-        assert program in {"cat", "cd", "pytest", "git"}, where
+        assert program in {"cat", "cd", "curl", "pytest", "git", "vllm"}, where
 
 
 def parse(words, where):
@@ -150,7 +150,7 @@ def parse(words, where):
 
     words, _ = _modules(words)
     assert words[0] in {name for name, *_ in COMMANDS}, where
-    words = words[: min((words.index(sign) for sign in (">", "|") if sign in words), default=len(words))]
+    words = words[: min((words.index(sign) for sign in (">", "|", "||") if sign in words), default=len(words))]
     try:
         build_app(words[0]).parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:

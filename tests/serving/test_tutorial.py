@@ -1,12 +1,10 @@
-"""docs/tutorials/serving.md from top to bottom: its Python runs, its commands run in one shell, the verdicts are right."""
+"""docs/tutorials/serving.md from top to bottom: its Python, its commands in one shell, and the verdicts they give."""
 
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 from pages import ROOT, blocks
 from serving.test_vllm import PYTHON, pytestmark  # noqa: F401  (long, and skipped without vLLM)
