@@ -1,4 +1,8 @@
-"""TRL's GRPOTrainer, rewarded for likeness to the right tool call: `python examples/trl_grpo.py --steps 10`."""
+"""TRL's GRPOTrainer, rewarded for likeness to the right tool call: `python examples/trl_grpo.py --steps 10`.
+
+With `--vllm http://localhost:8000/v1` a server writes the completions. It gets the adapter's factors before each step
+(`docs/how-to/merge-and-serve.md` says how it is started), and has the same base model under the name `--served`.
+"""
 
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -11,6 +15,7 @@ from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.serving.rollout import VllmRollout
 
 
 def likeness(completions, answer, **kwargs):
@@ -24,10 +29,13 @@ def main(
     out: Path = Path("runs/trl-grpo"),
     steps: int = 10,
     learning_rate: float = 1e-3,
+    vllm: str | None = None,
+    served: str = "mine",
 ) -> GRPOTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelPart(path=model, dtype="auto"))
     rows = [{"prompt": prompt, "answer": answer["content"]} for *prompt, answer in tool_calls.chats("train", 200)]
+    rollout = VllmRollout(vllm, served) if vllm else None
     trainer = GRPOTrainer(
         model=base.model,
         reward_funcs=likeness,
@@ -49,8 +57,12 @@ def main(
         peft_config=DualLoraConfig(
             r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM"
         ),
+        rollout_func=rollout,
     )
     trainer.train()
+    if rollout:
+        rollout.server.send(trainer.model)  # as it is after the last step
+        print(f"factors sent: {rollout.server.bytes_sent:,} bytes in {steps + 1} times")
     trainer.save_model(str(out / "adapter"))
     return trainer
 
