@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import gguf as export_gguf
 from dual_lora.lab.model.export import REPORT, export_dual_lora, export_lora, in_words
+from dual_lora.lab.model.mlx import write_mlx
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
@@ -190,6 +193,31 @@ def test_gguf_lora(call, trained, tmp_path, converter):
     code, _, error = call("export", source, tmp_path / "other.gguf", *options)
     assert code != 0
     assert "convert_lora_to_gguf.py, which llama.cpp has beside" in " ".join(error.split())
+
+
+def test_mlx_lora_says_what_the_lora_says(call, trained, tmp_path):
+    source = trained("dual_lora")
+    code, _, _ = call("export", source, tmp_path / "mlx", "--to", "mlx-lora", "--rank", 2, "--limit", 0)
+    assert code == 0
+    export_lora(source, tmp_path / "lora", 2, limit=0, progress=False)
+    ours = load_file(tmp_path / "mlx" / "adapters.safetensors")
+    theirs = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    parameters = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
+    assert parameters["rank"] == 2
+    assert "self_attn.q_proj" in parameters["keys"]
+    assert len(ours) == len(theirs) == 28
+    for name in {name.rpartition(".")[0] for name in ours}:
+        a, b = ours[f"{name}.lora_a"], ours[f"{name}.lora_b"]
+        A, B = (theirs[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        torch.testing.assert_close(parameters["scale"] * (a @ b).T, B @ A)
+
+
+def test_mlx_has_no_place_for_a_head(tmp_path):
+    (tmp_path / "lora").mkdir()
+    save_file({"base_model.model.lm_head.lora_A.weight": torch.ones(2, 4)}, tmp_path / "lora/adapter_model.safetensors")
+    (tmp_path / "lora/adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
+    with pytest.raises(UserError, match=r"no place for base_model\.model\.lm_head.*--to merged"):
+        write_mlx(tmp_path / "lora", tmp_path)
 
 
 def test_smaller_types_are_made_by_llama_cpps_quantiser(trained, tmp_path, converter):

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from dual_lora.lab.model.export import Exported
     from dual_lora.lab.model.gguf import GgufResult
 
-Target = Literal["merged", "gguf", "gguf-lora", "lora", "dual-lora"]
-TARGETS = "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, dual-lora: an adapter."
+Target = Literal["merged", "gguf", "gguf-lora", "mlx-lora", "lora", "dual-lora"]
+TARGETS = (
+    "merged: plain model; gguf: the same for llama.cpp and Ollama; lora, gguf-lora, mlx-lora, dual-lora: an adapter."
+)
 # Which options belong to which target; the others are refused, so that none is silently without effect.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "merged": (),
     "gguf": ("outtype", "quantize", "converter"),
     "gguf-lora": ("rank", "energy", "data", "limit", "outtype", "converter"),
+    "mlx-lora": ("rank", "energy", "data", "limit"),
     "lora": ("rank", "energy", "data", "limit"),
     "dual-lora": ("rank", "data", "limit"),
 }
@@ -81,6 +84,10 @@ def export(
 
             shared |= {"outtype": outtype or "f32", "converter": converter}
             _, exported = export_gguf_lora(source, out, keep, **shared)
+        elif to == "mlx-lora":
+            from dual_lora.lab.model.mlx import export_mlx_lora
+
+            exported = export_mlx_lora(source, out, keep, **shared)
         else:
             exported = export_lora(source, out, keep, **shared)
         finish(asdict(exported), _card(exported), json)
