@@ -100,6 +100,7 @@ def test_other_tokenizer(run_folder, tuned, tmp_path, tiny_lm):
         ((200, {}, b'{"choices": []}'), "gives no log-probabilities"),
         ((302, {"Location": "http://127.0.0.1:9/"}, b""), "another address"),
         ((500, {}, b'{"error": {"message": "out of \\u001b[31mmemory"}}'), "out of  [31mmemory"),
+        ((400, {}, b'{"detail": "Unsupported fields: logprobs"}'), "Unsupported fields: logprobs"),
         ((401, {}, b""), "DUAL_LORA_API_KEY"),
     ],
 )

@@ -183,8 +183,8 @@ class Endpoint:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:
             told = json.loads(error.read(1 << 16))
-            told = told.get("error", told) if isinstance(told, dict) else told
-            text = told.get("message", "") if isinstance(told, dict) else str(told)
+            told = told.get("error", told) if isinstance(told, dict) else told  # OpenAI's way, or FastAPI's
+            text = told.get("message", told.get("detail", "")) if isinstance(told, dict) else str(told)
         except (ValueError, OSError, RecursionError):
             text = ""
         if error.code in (401, 403):
