@@ -11,13 +11,15 @@ import dual_lora
 
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-RINGS = ["core", "method", "lab"]  # from the inside out
+RINGS = ["core", "method", "serving", "lab"]  # from the inside out
 
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
     "core": {"torch", "triton"},
     # The last ones are imported where a user's model or loop has brought them.
     "method": {"torch", "peft", "transformers", "safetensors", "deepspeed", "bitsandbytes", "torchao", "hqq"},
+    # vLLM brings the last two, and runs what imports them.
+    "serving": {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "vllm", "fastapi"},
     "": set(),
 }
 EXTRAS = [  # without accelerate and yaml, which PEFT itself needs
@@ -42,7 +44,7 @@ def dotted(path):
 
 
 def ring(name):
-    """core, method or lab; "" for the package's own files."""
+    """core, method, serving or lab; "" for the package's own files."""
     parts = name.split(".")
     if len(parts) < 2:
         return ""

@@ -4,10 +4,12 @@ import importlib.util
 
 import pytest
 import torch
+from vllm_server import folder, logprobs, needs_vllm, served, verdict  # noqa: F401
 
 from dual_lora.serving.client import AdapterServer, ServerError
 from pages import ROOT
-from serving.test_vllm import as_form, folder, logprobs, pytestmark, served, verdict  # noqa: F401
+
+pytestmark = needs_vllm
 
 
 def test_grpo_with_a_server(folder, tmp_path):  # noqa: F811

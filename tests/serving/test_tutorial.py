@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_server import PYTHON, needs_vllm
+
 from pages import ROOT, blocks
-from serving.test_vllm import PYTHON, pytestmark  # noqa: F401  (long, and skipped without vLLM)
+
+pytestmark = needs_vllm
 
 PAGE = ROOT / "docs" / "tutorials" / "serving.md"
 

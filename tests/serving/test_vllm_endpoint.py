@@ -4,10 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from adapters import METHODS, trained
 
 from dual_lora.serving.compose import AdapterError
 from dual_lora.serving.vllm_endpoint import AdapterEndpoint
-from serving.test_compose import METHODS, trained
 
 
 class Engine:

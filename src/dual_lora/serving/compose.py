@@ -237,9 +237,7 @@ def _adapted(model: nn.Module, folder: Path, files: Mapping[str, Tensor], device
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTuner
 
-    import dual_lora  # noqa: F401  (registers its method with PEFT)
-
-    try:
+    try:  # of our own method PEFT knows: whoever imports this module has imported the package
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted: Any = PeftModel.from_pretrained(

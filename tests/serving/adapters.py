@@ -1,0 +1,54 @@
+"""Small base models and adapters of many methods, off their start, for what serves them."""
+
+import peft
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dual_lora import DualLoraConfig
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+METHODS = {
+    "dual-lora": lambda: DualLoraConfig(r=4, target_modules=TARGETS, warmup_steps=0),
+    "dual-lora, all layers": lambda: DualLoraConfig(r=4, target_modules="all-linear", warmup_steps=0),
+    "lora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS),
+    "lora with biases": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, bias="all"),
+    "dora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=TARGETS),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"], save_projection=True),
+    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "modules to save": lambda: DualLoraConfig(
+        r=4, target_modules=TARGETS, warmup_steps=0, modules_to_save=["lm_head", "norm"]
+    ),
+    "embedding": lambda: DualLoraConfig(r=4, target_modules=["embed_tokens"], warmup_steps=0),
+    "tokens": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[1, 5]),
+}
+
+
+def small(**other):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **{"hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": False, **other},
+            intermediate_size=48,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=64,
+            attention_bias=True,
+        )
+    )
+
+
+def trained(config, folder, **other):
+    """A base model's folder and an adapter's whose every tensor is off its start; and the merged weights."""
+    base = small(**other)
+    base.save_pretrained(folder / "base")
+    model = peft.get_peft_model(base, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder / "adapter")
+    return model.merge_and_unload().state_dict()
