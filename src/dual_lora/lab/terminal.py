@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import rich.console
 from rich.segment import Segment
+from rich.table import Table
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the new line
 
@@ -49,6 +50,24 @@ class _Shown:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rich_proxied_file, name)
+
+
+def figures(
+    title: str,
+    left: Sequence[str],
+    right: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    end: Sequence[str] = (),
+    **more: Any,
+) -> Table:
+    """A table with texts on the left, figures on the right, and texts at the end. more: as rich's Table has it."""
+    table = Table(title=title, title_justify="left", **more)
+    for columns, justify in ((left, "left"), (right, "right"), (end, "left")):
+        for column in columns:
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 @contextmanager

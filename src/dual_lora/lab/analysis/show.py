@@ -9,7 +9,7 @@ from rich.table import Table
 from dual_lora.lab.analysis.analyze import Analysis
 from dual_lora.lab.analysis.summary import last_state, mean_over_layers
 from dual_lora.lab.analysis.walk import RunAnalysis
-from dual_lora.lab.terminal import Console
+from dual_lora.lab.terminal import Console, figures
 
 # Key -> (table, heading, how it is written). Means over layers at the last state.
 _OVERVIEW: dict[str, tuple[str, str, str]] = {
@@ -52,15 +52,13 @@ def show(analysis: Analysis, console: Console | None = None) -> None:
     console = console if console.is_terminal else Console(width=190, file=console.file)
     rows = overview(analysis)
     kept = {key: value for key, value in _OVERVIEW.items() if any(row[key] is not None for row in rows)}
-    table = Table(title="At the last state, means over layers", title_justify="left")
-    table.add_column("run")
-    table.add_column("step", justify="right")
-    for _, heading, _ in kept.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        figures = [_written(row[key], kind) for key, (_, _, kind) in kept.items()]
-        table.add_row(f"{row['run']} ({row['method']})", str(row["step"]), *figures)
-    console.print(table)
+    table = [
+        [f"{row['run']} ({row['method']})", str(row["step"])]
+        + [_written(row[key], kind) for key, (_, _, kind) in kept.items()]
+        for row in rows
+    ]
+    headings = ["step", *(heading for _, heading, _ in kept.values())]
+    console.print(figures("At the last state, means over layers", ["run"], headings, table))
     contributing = [run for run in analysis.runs if run.contribution]
     if contributing:
         console.print(_contribution_table(contributing))
@@ -70,21 +68,13 @@ def show(analysis: Analysis, console: Console | None = None) -> None:
 
 
 def _contribution_table(runs: list[RunAnalysis]) -> Table:
-    table = Table(title="Held-out loss with a group changed", title_justify="left")
-    for column in ("run", "group", "what"):
-        table.add_column(column)
-    for column in ("loss", "± over draws"):
-        table.add_column(column, justify="right")
-    for run in runs:
-        for row in run.contribution:
-            table.add_row(
-                run.name,
-                row["group"],
-                row["what"],
-                _written(row["loss"], ".4f"),
-                _written(row["spread"], ".4f"),
-            )
-    return table
+    rows = [
+        [run.name, row["group"], row["what"], _written(row["loss"], ".4f"), _written(row["spread"], ".4f")]
+        for run in runs
+        for row in run.contribution
+    ]
+    left, right = ("run", "group", "what"), ("loss", "± over draws")
+    return figures("Held-out loss with a group changed", left, right, rows)
 
 
 def _written(value: float | None, kind: str) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 from dual_lora.lab.amounts import duration as duration
 from dual_lora.lab.amounts import size as size
 from dual_lora.lab.run.write import json_text
-from dual_lora.lab.terminal import Console
+from dual_lora.lab.terminal import Console, figures
 
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
@@ -39,9 +39,4 @@ def facts_card(title: str, facts: Mapping[str, str]) -> Panel:
 
 def figures_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A table with the first column on the left and figures on the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return figures(title, columns[:1], columns[1:], rows, box=box.SIMPLE_HEAD)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.terminal import figures
 
 if TYPE_CHECKING:
     from dual_lora.lab.demo import DemoResult
@@ -83,16 +84,11 @@ def _before_after(result: DemoResult) -> Table:
 
 
 def _scores(result: DemoResult) -> Table:
-    table = Table(title="Exact match", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("test set", "what is new in it"):
-        table.add_column(name)
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
+    rows = []
     for name, about in SETS.items():
         pair = (result.exact_match[variant][name] for variant in ("base", "tuned"))
-        cells = (f"{right}/{count} = {right / count:.0%}" for right, count in pair)
-        table.add_row(name, about, *cells)
-    return table
+        rows.append([name, about, *(f"{right}/{count} = {right / count:.0%}" for right, count in pair)])
+    return figures("Exact match", ("test set", "what is new in it"), ("before", "after"), rows, box=box.SIMPLE_HEAD)
 
 
 def _facts(result: DemoResult) -> Panel:
