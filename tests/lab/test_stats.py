@@ -327,6 +327,9 @@ def test_what_came_without_a_p_keeps_its_reason_and_costs_the_others_nothing():
 
 
 def test_bad_input_is_named():
+    for shape in ((0, 3), (3, 0), (2, 2, 2)):
+        with pytest.raises(ValueError, match="expected \\[seeds, items\\], at least one of each"):
+            stats.table(np.zeros(shape))
     with pytest.raises(ValueError, match="same seeds and items"):
         verdicts.compare_pair(np.ones((3, 4)), np.ones((3, 5)))
     with pytest.raises(ValueError, match="not finite"):

@@ -155,11 +155,14 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
     entry = _resolved(budget.like, study.methods[budget.like])
     field_name = rank_field(entry.name)
     rank = entry.fields.get(field_name) if field_name else None
-    return _size(scale, base, classes, entry, rank).trainable
+    return _at_rank(scale, base, classes, entry, rank)[1].trainable
 
 
-def _size(scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None) -> Size:
-    return _counted(scale, _with_method(base, entry, fields_at(entry, rank)), classes, entry)
+def _at_rank(
+    scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None
+) -> tuple[Recipe, Size]:
+    recipe = _with_method(base, entry, fields_at(entry, rank))
+    return recipe, _counted(scale, recipe, classes, entry)
 
 
 def _counted(scale: Scale, recipe: Recipe, classes: int | None, entry: MethodEntry) -> Size:
@@ -172,31 +175,26 @@ def _sized(
 ) -> tuple[Recipe, Size, int | None, float | None, list[str]]:
     """Recipe, size, rank, mismatch and notes of one method under the budget."""
     field_name = rank_field(entry.name)
-    written = entry.fields.get(field_name) if field_name else None
-    if written is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
-        written = _sum_of(entry.fields)
+    rank = entry.fields.get(field_name) if field_name else None
+    if rank is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
+        rank = _sum_of(entry.fields)
     anchor = study.budget.like is not None and study.origin(name) == study.budget.like
-    free = target is None or entry.unmatched
-    if free or anchor:
-        rank = written if isinstance(written, int) else None
-        size = _size(scale, base, classes, entry, rank)
+    if target is None or entry.unmatched or anchor:
+        rank = rank if isinstance(rank, int) else None
+        recipe, size = _at_rank(scale, base, classes, entry, rank)
         notes = ["outside the budget"] if entry.unmatched and target else []
-        mismatch = size.trainable / target - 1 if target and anchor else None
-        return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, notes
-    assert target is not None
-    if written is not None and field_name in entry.fields:
+        return recipe, size, rank, size.trainable / target - 1 if target and anchor else None, notes
+    if rank is not None and field_name in entry.fields:
         raise UserError(
             f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
             "unmatched: true to run this method outside the budget."
         )
-    rank = written
-    if written is None and field_name:
-        step = rank_denominator(
-            entry.fields.values(), 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
-        )
+    if rank is None and field_name:
+        least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
+        step = rank_denominator(entry.fields.values(), least)
         top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: _size(scale, base, classes, entry, r).trainable, target, step, top)
-    size = _size(scale, base, classes, entry, rank)
+        rank = solve_rank(lambda r: _at_rank(scale, base, classes, entry, r)[1].trainable, target, step, top)
+    recipe, size = _at_rank(scale, base, classes, entry, rank)
     mismatch = size.trainable / target - 1
     if abs(mismatch) > study.budget.tolerance:
         nearest = (
@@ -207,7 +205,7 @@ def _sized(
             f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
             "budget, or raise budget.tolerance."
         )
-    return _with_method(base, entry, fields_at(entry, rank)), size, rank, mismatch, []
+    return recipe, size, rank, mismatch, []
 
 
 def _sum_of(fields: dict[str, Any]) -> int | None:
