@@ -1,15 +1,17 @@
 """Mutation testing: small errors are put into a module one at a time; a test has to notice each.
 
-    python -m scripts.mutate dual_lora.lab.study.statistics tests/lab/test_stats.py
+    python -m scripts.mutate dual_lora.lab.study.statistics tests/lab/test_stats.py -k "not level"
 
-Prints the mutants that survive, with their line. Tests and libraries are imported once; every mutant runs in a process
-that is forked from there, so that it costs its tests alone. A mutant that runs for too long counts as noticed.
+What follows the module is given to pytest. Prints the mutants that survive, with their line. Tests and libraries are
+imported once; every mutant runs in a process that is forked from there, so that it costs its tests alone. A mutant that
+runs for too long counts as noticed.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
+import gc
 import importlib
 import itertools
 import os
@@ -113,6 +115,7 @@ def main(module: str, *tests: str) -> int:
     """Print what survives; the number of survivors, 0 for none."""
     tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8"))
     pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--collect-only", *tests])
+    gc.freeze()  # or every mutant's collection of garbage would copy the memory that it shares
     if not passes(module, tree, [*tests]):
         raise SystemExit("The tests fail without a mutant.")
     survived = count = 0

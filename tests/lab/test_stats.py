@@ -110,6 +110,13 @@ def test_seeds_with_the_same_mean_are_no_proof_of_little_noise():
     assert stats.difference_p(stats.spread(d)) > 0.1
 
 
+def test_errors_do_not_depend_on_the_difference():
+    d = draw(np.random.default_rng(0), 4, 6, NOISES["mixed"])
+    mean, error, seed_error = stats.error_parts(d)
+    moved = stats.error_parts(d + 7)
+    np.testing.assert_allclose(moved, (mean + 7, error, seed_error), rtol=1e-9)
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_intervals_cover_the_truth(noise):
     random = np.random.default_rng(1)
