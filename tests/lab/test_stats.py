@@ -1,6 +1,7 @@
 """The statistics keep their word: false alarms at their level, power as stated, one seed no winner."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_p_interval_and_equivalence_are_one_rule(seeds):
     s = stats.spread(draw(np.random.default_rng(seeds), seeds, 30, NOISES["mixed"], 0.3))
     p = stats.difference_p(s)
     assert stats.interval(s, 1 - p)[0] == pytest.approx(0, abs=1e-9)
-    same = stats.same_p(s, 3.0)
+    same = stats.same_p(s, 3.0, counted=False)
     low, high = stats.interval(s, 1 - 2 * same)
     assert max(abs(low), abs(high)) == pytest.approx(3.0)
     many = stats.error_parts(np.stack([draw(np.random.default_rng(seeds), seeds, 30, NOISES["mixed"], 0.3)] * 2))
@@ -108,6 +109,26 @@ def test_seeds_with_the_same_mean_are_no_proof_of_little_noise():
     d = np.zeros((2, 20))
     d[0, :7] = d[1, 10:17] = 1.0
     assert stats.difference_p(stats.spread(d)) > 0.1
+
+
+def test_error_parts_are_the_two_way_table_s():
+    """Clark 1973, with the mean squares written out."""
+    d = draw(np.random.default_rng(1), 3, 5, (2.0, 2.0, 1.0), shift=1.5)
+    S, N = d.shape
+    rows, columns, mean = d.mean(1), d.mean(0), d.mean()
+    left = [d[s, i] - rows[s] - columns[i] + mean for s in range(S) for i in range(N)]
+    seeds, items = N * sum((rows - mean) ** 2) / (S - 1), S * sum((columns - mean) ** 2) / (N - 1)
+    rest = sum(x * x for x in left) / ((S - 1) * (N - 1))
+    assert seeds > 2 * rest < items, "or the larger mean square alone would be taken"
+    found = stats.spread(d)
+    assert found.difference == pytest.approx(mean)
+    assert found.error == pytest.approx(math.sqrt((seeds + items - rest) / (S * N)))
+    assert found.seed_error == pytest.approx(math.sqrt(seeds / (S * N)))
+
+
+def test_rounding_grows_with_the_scores():
+    d = np.array([[1e6, 1e6 + 1e-9], [1e6, 1e6]])
+    assert stats.spread(d).error == pytest.approx(1e6 / 4), "one difference that was seen four times, no noise of 1e-9"
 
 
 def test_errors_do_not_depend_on_the_difference():
@@ -342,6 +363,6 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="not finite"):
         stats.spread([[1.0, np.nan], [1.0, 2.0]])
     with pytest.raises(ValueError, match="positive margin"):
-        stats.same_p(stats.spread([[1.0, 0.0], [1.0, 2.0]]), 0.0)
+        stats.same_p(stats.spread([[1.0, 0.0], [1.0, 2.0]]), 0.0, counted=False)
     with pytest.raises(ValueError, match="at least two"):
         stats.difference_p(stats.spread([[1.0, 2.0]]))

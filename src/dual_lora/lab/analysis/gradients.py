@@ -124,11 +124,12 @@ def gradient_pass(
 
 def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
     """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
-    form, scale = matrix.adapter.form, strength * matrix.adapter.scale
+    adapter = matrix.adapter.whole()  # the surrogate is as wide as all of Q is, not as a block of it
+    form, scale = adapter.form, strength * adapter.scale
     tally = torch.zeros(6, dtype=torch.float64)
     for g, p, q in blocks(G, matrix.product("magnitude"), matrix.product("direction")):
         H = product_gradients(g, p, q, scale, form._replace(ste="identity"))[1]
-        kept = product_gradients(g, p, q, scale, form)[1]
+        kept = product_gradients(g, p, q, scale, form, mean_square=adapter.mean_square)[1]
         counts = (kept != H).sum(), (H != 0).sum(), torch.tensor(H.numel(), device=H.device)
         tally[:3] += torch.stack(counts).double().cpu()
         tally[3:5] += torch.stack([H.double().abs().sum(), kept.double().abs().sum()]).cpu()

@@ -114,7 +114,7 @@ def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds
     return np.asarray(np.sqrt(sum(squares)))
 
 
-def interval(s: Spread, confidence: float = 0.95) -> tuple[float, float]:
+def interval(s: Spread, confidence: float) -> tuple[float, float]:
     """The interval of the mean difference. With one seed: for other items only."""
     half = float(half_width(1 - confidence, s.seed_error, s.item_error, s.seeds, s.items))
     return s.difference - half, s.difference + half
@@ -143,7 +143,7 @@ def difference_p(s: Spread) -> float:
     return _two_sided(abs(s.difference), s)
 
 
-def same_p(s: Spread, margin: float, counted: bool = False) -> float:
+def same_p(s: Spread, margin: float, counted: bool) -> float:
     """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
 
     counted: an item adds a right or a wrong answer. Two methods may then agree on few items by luck, which has the
@@ -183,7 +183,7 @@ def power(difference: float, s: Spread, level: float) -> float:
     return float(stats.norm.cdf((abs(difference) - half) / s.error).mean())
 
 
-def smallest_visible(s: Spread, level: float = 0.05, wanted: float = 0.8) -> float | None:
+def smallest_visible(s: Spread, level: float, wanted: float) -> float | None:
     """The smallest true difference found with chance `wanted`; None with one seed, where none ever is, and without
     any noise to judge it by."""
     if s.seeds < 2 or s.error == 0:
