@@ -126,6 +126,23 @@ def test_error_parts_are_the_two_way_table_s():
     assert found.seed_error == pytest.approx(math.sqrt(seeds / (S * N)))
 
 
+@pytest.mark.parametrize(("seed_error", "df"), [(0.0, 199), (0.1, 4)], ids=["all items'", "all seeds'"])
+def test_an_error_of_one_part_has_that_part_s_degrees_of_freedom(seed_error, df):
+    s = stats.Spread(0.3, 0.1, seed_error, 5, 200)
+    assert stats.difference_p(s) == pytest.approx(2 * scipy_stats.t.sf(3, df), rel=1e-5)
+
+
+def test_a_difference_beyond_the_margin_does_not_look_alike():
+    s = stats.Spread(0.5, 0.1, 0.1, 5, 100)
+    assert stats.same_p(s, 0.4, counted=False) == pytest.approx(scipy_stats.t.cdf(1, 4))
+    assert stats.same_p(s, 0.6, counted=False) == pytest.approx(scipy_stats.t.sf(1, 4))
+
+
+def test_two_seeds_can_find_a_difference():
+    assert stats.smallest_visible(stats.Spread(0.0, 0.1, 0.1, 2, 100), 0.05, 0.8) > 1, "a t quantile of 12.7"
+    assert stats.smallest_visible(stats.Spread(0.0, 0.1, 0.0, 1, 100), 0.05, 0.8) is None
+
+
 def test_rounding_grows_with_the_scores():
     d = np.array([[1e6, 1e6 + 1e-9], [1e6, 1e6]])
     assert stats.spread(d).error == pytest.approx(1e6 / 4), "one difference that was seen four times, no noise of 1e-9"
