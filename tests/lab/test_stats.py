@@ -130,6 +130,14 @@ def test_error_parts_are_the_two_way_table_s():
 def test_an_error_of_one_part_has_that_part_s_degrees_of_freedom(seed_error, df):
     s = stats.Spread(0.3, 0.1, seed_error, 5, 200)
     assert stats.difference_p(s) == pytest.approx(2 * scipy_stats.t.sf(3, df), rel=1e-5)
+    half = scipy_stats.t.isf(0.025, df) * 0.1
+    assert stats.interval(s, 0.95) == pytest.approx((0.3 - half, 0.3 + half))
+
+
+def test_one_seed_has_the_items_error_alone():
+    d = np.array([[0.0, 1.0, 0.0, 1.0]])
+    assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4)
+    assert stats.spread(np.full((1, 4), 0.5)) == stats.Spread(0.5, 0.0, 0.0, 1, 4)
 
 
 def test_a_difference_beyond_the_margin_does_not_look_alike():
@@ -351,6 +359,7 @@ def test_differences_that_cancel_are_not_taken_for_none():
     swapped = np.array([[1.0, -1.0], [-1.0, 1.0]])
     judged = verdicts.judge([verdicts.compare_pair(swapped, 0 * swapped, margin=0.02)])[0]
     assert judged.verdict is verdicts.Verdict.INCONCLUSIVE
+    assert judged.difference == 0
     assert judged.low < -0.5
     assert judged.high > 0.5
 
