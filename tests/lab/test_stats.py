@@ -134,6 +134,11 @@ def test_an_error_of_one_part_has_that_part_s_degrees_of_freedom(seed_error, df)
     assert stats.interval(s, 0.95) == pytest.approx((0.3 - half, 0.3 + half))
 
 
+def test_without_any_error_a_difference_is_certain():
+    assert stats.difference_p(stats.Spread(0.1, 0.0, 0.0, 3, 10)) == 0.0
+    assert stats.difference_p(stats.Spread(0.0, 0.0, 0.0, 3, 10)) == 1.0
+
+
 def test_one_seed_has_the_items_error_alone():
     d = np.array([[0.0, 1.0, 0.0, 1.0]])
     assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4)
