@@ -100,7 +100,7 @@ def gradient_pass(
 
     cut: share of the entries of H = s G ⊙ ReLU(P) that the estimator changes, cut_moving: the same among entries with
     H ≠ 0; lost: share of Σ|H| that is gone; largest_H: the largest |H|. Under "clip" these are entries beyond ±1, under
-    "hardtanh" those with |Q| > 1. The clip acts on each micro-batch, so a batch here should be one of training's.
+    "hardtanh" those with |Q| > 1, under "surrogate" all where Q is not 0. The clip acts on each micro-batch, so a batch here should be one of training's.
     The factors' gradients are summed over the batches; the model is left without gradients.
     """
     layers = adapted_layers(model)
@@ -136,12 +136,13 @@ def gradient_pass(
 def _estimator_tally(matrix: Factored, G: Matrix, strength: float) -> Tensor:
     """Entries cut, entries with H ≠ 0, all entries, Σ|H|, Σ|STE(H)|, max |H|; fp64 [6]."""
     form, scale = matrix.adapter.form, strength * matrix.adapter.scale
+    whole = matrix.adapter.whole().mean_square
     P, Q = matrix.product("magnitude"), matrix.product("direction")
     tally = torch.zeros(6, dtype=torch.float64)
     for span in row_spans(matrix):
         args = G.rows(*span), P.rows(*span), Q.rows(*span), scale
         H = product_gradients(*args, form._replace(ste="identity"))[1]
-        kept = product_gradients(*args, form)[1]
+        kept = product_gradients(*args, form, mean_square=whole)[1]
         counts = (kept != H).sum(), (H != 0).sum(), torch.tensor(H.numel(), device=H.device)
         tally[:3] += torch.stack(counts).double().cpu()
         tally[3:5] += torch.stack([H.double().abs().sum(), kept.double().abs().sum()]).cpu()
