@@ -100,7 +100,8 @@ def gradient_pass(
 
     cut: share of the entries of H = s G ⊙ ReLU(P) that the estimator changes, cut_moving: the same among entries with
     H ≠ 0; lost: share of Σ|H| that is gone; largest_H: the largest |H|. Under "clip" these are entries beyond ±1, under
-    "hardtanh" those with |Q| > 1, under "surrogate" all where Q is not 0. The clip acts on each micro-batch, so a batch here should be one of training's.
+    "hardtanh" those with |Q| > 1, under "surrogate" all. The clip acts on each micro-batch, so a batch here should be
+    one of training's.
     The factors' gradients are summed over the batches; the model is left without gradients.
     """
     layers = adapted_layers(model)
