@@ -313,7 +313,7 @@ def matrix(seed, O, I, r=16):
 
 def look(O, I):
     a, b = matrix(0, O, I), matrix(1, O, I)
-    measure(a), changes(a, b), leading_subspaces(a, 8, iterations=0)
+    measure(a), changes(a, b), leading_subspaces(a, 8)
 
 look(64, 64)
 before = peak()

