@@ -22,7 +22,7 @@ from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.report.report import report
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import OWN, RunFolder, files_in
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.compare import compare
 
@@ -88,6 +88,9 @@ def check_run(folder, whole):
     """What lies in a run's folder is whole, or not declared whole."""
     if folder.adapter.is_dir():
         assert weights(folder.adapter) == whole
+    # Only a half-written checkpoint keeps `--overwrite` from starting anew: it might be another program's.
+    others = [file for file in files_in(folder.path, OWN)[1] if "checkpoints" not in file.parts]
+    assert not others, f"--overwrite takes {others} for somebody else's"
     for file in (folder.recipe, folder.record):
         if file.exists():
             assert parsed(file.read_bytes(), file.suffix), f"{file.name} is cut off"
@@ -120,6 +123,31 @@ def test_train(values, trained, tmp_path):
         assert weights(folder.adapter) == whole, f"{kind} at {event}: {what}"
         assert json.loads(folder.record.read_text())["state"] == "finished"
     counted("train", disk, len(again))
+
+
+def test_overwrite(values, trained, tmp_path):
+    """What is killed while it removes a run, or begins the next one, can be given again."""
+    disk = Disk(tmp_path / "place")
+    shutil.copytree(trained, disk.root / "run")
+    with disk.recorded():
+        folder = RunFolder(disk.root / "run")
+        folder.open(resume=False, overwrite=True)
+        folder.close()
+        with pytest.raises(KeyboardInterrupt):
+            run(build_recipe(values), folder.path, progress=False, callbacks=[Interrupted()])
+    for state, (kind, event, what) in disk.states.items():
+        disk.restore(state)
+        assert visible(disk.root).keys() <= {f"run/{name}" for name in visible(trained)}
+        folder = RunFolder(disk.root / "run")
+        folder.open(resume=False, overwrite=True)
+        folder.close()
+        assert not visible(disk.root), f"{kind} at {event}: {what}"
+    counted("overwrite", disk, len(disk.states))
+
+
+class Interrupted(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        raise KeyboardInterrupt
 
 
 WRITES = {

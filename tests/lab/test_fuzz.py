@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -26,18 +27,25 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 
 def fuzzed(examples, given_by, check):
-    """Run `check` on so many examples, always the same; or on ever new ones for `LONG` seconds."""
+    """Run `check` on so many examples, always the same; or on ever new ones for `LONG` seconds, whatever they find."""
     quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    end = time.monotonic() + LONG
+    end, found = time.monotonic() + LONG, []
     while True:
         phases = (Phase.generate, Phase.shrink) if LONG else (Phase.generate,)
         how = settings(max_examples=40 if LONG else examples, derandomize=not LONG, phases=phases, **quiet)
         each = how(given(given_by)(check))
         if LONG:
             each = seed(random.SystemRandom().randrange(2**64))(each)
-        each()
+        try:
+            each()
+        except (AssertionError, ExceptionGroup) as error:
+            if not LONG:
+                raise
+            found.append(error)
+            print("\n".join(["", *traceback.format_exception(error, chain=False), *getattr(error, "__notes__", ())]))
         if time.monotonic() > end:
             break
+    assert not found, f"{len(found)} examples were not handled; they are printed above"
 
 
 @pytest.fixture(autouse=True)

@@ -78,28 +78,29 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
         check_plain(self.path, ENTRIES)
-        # A run that was killed before its recipe stood there has left a lock and half a file: that is still empty.
+        # A run that was killed before its record stood there has left a lock and half a file: that is still empty.
         filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
-        others = self._not_of_the_run() if filled and not resume else []
-        if filled and not resume and not overwrite:
-            hint = "" if others else "--resume to go on, --overwrite to start anew, or "
-            raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
-        if filled and not self.is_run:
+        ours = filled and self._has_record()
+        if filled and not resume:
+            others = files_in(self.path, OWN)[1] if ours else [self.recipe]
+            if not overwrite:
+                hint = "" if others else "--resume to go on, --overwrite to start anew, or "
+                raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
+            if others and self.is_run:
+                raise UserError(not_ours(self.path, others[0]))
+        if filled and not (ours or self.is_run):
             raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
-        if others:
-            raise UserError(not_ours(self.path, others[0]))
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
         self._take()
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)
 
-    def _not_of_the_run(self) -> list[Path]:
-        """What lies here and was not written by a run, all of it where there is no record of one."""
+    def _has_record(self) -> bool:
+        """Whether a run has begun here. One killed as it began, or was removed, may have a record and no recipe."""
         with contextlib.suppress(OSError, ValueError):
-            if self.is_run and {"state", "method", "versions"} <= read_object(self.record).keys():
-                return files_in(self.path, OWN)[1]
-        return [self.recipe]
+            return {"state", "method", "versions"} <= read_object(self.record).keys()
+        return False
 
     def _take(self) -> None:
         from filelock import FileLock, Timeout
@@ -172,12 +173,14 @@ def remove_own(folder: Path, own: Iterable[str], keep: str = "") -> None:
     ours, others = files_in(folder, own)
     if others:
         raise UserError(not_ours(folder, others[0]))
-    for file in ours:
-        if file.name != keep:
-            file.unlink()
-    for each in sorted({p for file in ours for p in file.parents if folder in p.parents}, reverse=True):
-        with contextlib.suppress(OSError):  # an empty folder of somebody else lies in it
-            each.rmdir()
+    # What says that the rest is ours goes last: a list after what it lists, then the files at the top, the record last.
+    for file in sorted(ours, key=lambda file: (file.parent == folder, file.name == WHOLE, file.name)):
+        if file.name == keep:
+            continue
+        file.unlink()
+        with contextlib.suppress(OSError):  # something else lies in it
+            while (file := file.parent) != folder:
+                file.rmdir()
 
 
 def not_ours(folder: Path, other: Path) -> str:

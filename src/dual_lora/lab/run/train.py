@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
-from dual_lora.lab.run.hub_card import write_card
+from dual_lora.lab.run.hub_card import card_text
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.watch import RankAllocation, Watch
-from dual_lora.lab.run.write import json_text, mark_whole, write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
 from dual_lora.method.verified import VerifyAdapter
 
@@ -145,8 +145,7 @@ def _train(
     model = apply_method(loaded, config, recipe.model.path, part.seed)
     check_patterns("train.rates", part.rates, model)
     if wants_gradients(config) and main:
-        model.save_pretrained(str(folder.start))
-        mark_whole(folder.start)
+        write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
     checkpoint = folder.last_checkpoint()
     start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
@@ -203,15 +202,18 @@ def _train(
         check_finite(model, done)
         target = folder.full_model if config is None else folder.adapter
         result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
-        _save(trainer, result.tuned, recipe, target, main)
-        result.adapter_bytes = sum(f.stat().st_size for f in target.glob("*.safetensors")) if main else 0
+
+        def add_card(part: Path) -> None:
+            result.adapter_bytes = sum(f.stat().st_size for f in part.glob("*.safetensors"))
+            card = part / "README.md"
+            text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
+            write_atomically(card, text)
+
+        _save(trainer, result.tuned, recipe, target, main, add_card)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
         write_json(folder.record, record)
-        if result.state == "finished":
-            write_card(folder, recipe, fresh=True)
-            mark_whole(target)  # the card is ours too
     return result
 
 
@@ -239,9 +241,9 @@ def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
 
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
+    write_json(folder.record, record)  # first: a recipe alone may be the user's own
     if not folder.is_run:
         write_atomically(folder.recipe, recipe.to_yaml())
-    write_json(folder.record, record)
     kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
     write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))
 
@@ -255,7 +257,9 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
     return [RankAllocation()] if is_kind(config, "ADALORA") else []
 
 
-def _save(trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool) -> None:
+def _save(
+    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, add_card: Callable[[Path], None]
+) -> None:
     def write(folder: Path) -> None:
         with quiet():
             if (start := target.with_name("start")).is_dir():
@@ -267,6 +271,7 @@ def _save(trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bo
         write_note(folder, recipe, tuned.classes)
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             fingerprint.leave(tuned, folder)
+        add_card(folder)  # before the folder is listed: the card is ours too
 
     if main:
         write_folder_atomically(target, write, listed=True)
