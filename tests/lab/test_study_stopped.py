@@ -374,7 +374,7 @@ def test_a_ray_cluster_s_workers_get_the_permission_of_the_command(tiny, tmp_pat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv(permission.VARIABLE, raising=False)
-    methods = {"lora": {"r": 4}, "mine": {"name": "my_methods:lora", "r": 4}}
+    methods = {"lora": {"r": 4}, "mine": {"name": "my_methods:lora"}}
     study = write_study(tiny, **SHORT | {"methods": methods})
     ray.shutdown()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

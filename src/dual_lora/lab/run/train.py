@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, write_note
 from dual_lora.lab.progress import Bar, console
-from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
@@ -33,6 +33,7 @@ from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, m
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
+from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_once, same_sharding
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
@@ -94,7 +95,7 @@ def run(
     try:
         if resume and folder.is_run:
             recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
-            _same_recipe(recipe, folder)
+            same_recipe(recipe, folder)
             if folder.result is not None and (finished := _finished(folder)):
                 return finished
         recipe = precision.settled_here(recipe)
@@ -111,14 +112,6 @@ def run(
     finally:
         if main:
             folder.close()
-
-
-def recipe_of_run(out: str | Path) -> Recipe:
-    """The recipe that a run folder was made with."""
-    folder = RunFolder(Path(out))
-    if not folder.is_run:
-        raise UserError(f"{out} is not a run: it holds no recipe.yaml.")
-    return build_recipe(parse_yaml(read_yaml_text(folder.recipe), str(folder.recipe)), str(folder.recipe))
 
 
 def _train(
@@ -157,7 +150,7 @@ def _train(
     }
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if checkpoint:
-        _same_rows_at_once(folder, part.batch_size, processes)
+        same_rows_at_once(folder, part.batch_size, processes)
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
     if recipe.origin is not None:
@@ -173,13 +166,14 @@ def _train(
         checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
         callbacks = [*_callbacks_of(config), *checks, *more]
         rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
-        trainer = build_trainer(
-            model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
-        )
-        if checkpoint:
-            _same_sharding(checkpoint, trainer)
-        with watch.interruptible():
-            _go(trainer, watch, checkpoint)
+        with _clear_beginning(watch, checkpoint, part.arguments):
+            trainer = build_trainer(
+                model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
+            )
+            if checkpoint:
+                same_sharding(checkpoint, trainer)
+            with watch.interruptible():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     done = trainer.state.global_step
     seconds = earlier + watch.seconds()
@@ -217,17 +211,25 @@ def _train(
     return result
 
 
-def _go(trainer: Trainer, watch: Watch, checkpoint: Path | None) -> None:
+@contextmanager
+def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[str]) -> Iterator[None]:
+    """Errors before the first step: the checkpoint was not what it should be, or a further argument."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        yield
     except UserError:
         raise
     except Exception as error:
-        if checkpoint is None or watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+        if watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+            raise
+        if checkpoint is not None:
+            raise UserError(
+                f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
+                "earlier one or from the start."
+            ) from error
+        if not arguments:
             raise
         raise UserError(
-            f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
-            "earlier one or from the start."
+            f"Training could not begin: {described(error)} Look at train.arguments ({', '.join(arguments)})."
         ) from error
 
 
@@ -284,59 +286,6 @@ def _plain(config: Any) -> dict[str, Any]:
     if config is None:
         return {"name": "full"}
     return json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
-
-
-def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [
-        f"{part}.{key}" if isinstance(old[part], dict) else part
-        for part in old
-        if part not in ("evaluate", "about", "name", "origin")
-        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
-        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
-        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
-    ]
-    if changed:
-        raise UserError(
-            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
-            "resume it without changes, or give another --out."
-        )
-
-
-def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
-    """The order of the examples depends on the global batch size, over all processes."""
-    try:
-        record = read_object(folder.record)
-        was_on = int(record["processes"])
-        before, now = int(record.get("rows_at_once", batch_size * processes)), batch_size * processes
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"The record {folder.record} could not be read ({error!r}), so how the run was made is not known: begin it "
-            "anew in another --out."
-        ) from None
-    if before == now:
-        return
-    fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
-    raise UserError(
-        f"The run {folder.path} took {before} examples at once, on {was_on} process(es); here it would "
-        f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
-        f"{fitting}on {was_on} process(es), or give another --out."
-    )
-
-
-def _same_sharding(checkpoint: Path, trainer: Trainer) -> None:
-    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
-    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
-    if before == now:
-        return
-    if before:
-        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
-    else:
-        advice = "Start it without FSDP, as before"
-    raise UserError(
-        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
-        f"{'with' if now else 'without'} it. {advice}."
-    )
 
 
 def _finished(folder: RunFolder) -> RunResult | None:
