@@ -124,6 +124,7 @@ DAMAGED = {
     "half of the scores": (".scores", "[[1.0, 2.0], [1"),
     "scores that are no numbers": (".scores", json.dumps([["a", 1]] * 40)),
     "scores of NaN": (".scores", "[" + ", ".join(["[NaN, 1]"] * 40) + "]"),
+    "scores by name": (".scores", json.dumps({"a": 1})),
 }
 
 
