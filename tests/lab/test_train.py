@@ -172,7 +172,7 @@ def test_a_checkpoint_without_all_its_bytes_is_passed_over(lm_values, tmp_path, 
     cut = folder.checkpoints / "checkpoint-4/optimizer.pt"
     cut.write_bytes(cut.read_bytes()[:-10])
     (folder.checkpoints / "checkpoint-5").mkdir()
-    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-2"
+    assert folder.last_checkpoint() == (2, folder.checkpoints / "checkpoint-2")
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert (folder.checkpoints / "checkpoint-2" / WHOLE).is_file()
 

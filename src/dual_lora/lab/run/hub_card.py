@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dual_lora.lab.amounts import duration, size
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -66,7 +66,19 @@ def card_text(
 
     record: of the run, if its file does not have it yet. fresh: the earlier card is PEFT's of a moment ago.
     """
-    before = read_card(earlier, fresh)
+    with damaged(f"The record or an evaluation of the run {folder.path}"):
+        return _card_text(folder, recipe, read_card(earlier, fresh), base_model, licence, repo, record)
+
+
+def _card_text(
+    folder: RunFolder,
+    recipe: Recipe,
+    before: ModelCard | None,
+    base_model: str | None,
+    licence: str | None,
+    repo: str,
+    record: Mapping[str, Any] | None,
+) -> str:
     ours = before is not None and BEGIN in before.text
     data: Any = before.data if before else ModelCardData()
     base = data.base_model = known_base(before, recipe, base_model)

@@ -140,8 +140,7 @@ def _train(
     if wants_gradients(config) and main:
         write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
-    checkpoint = folder.last_checkpoint()
-    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    start, checkpoint = folder.last_checkpoint()
     counts = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
