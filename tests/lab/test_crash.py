@@ -248,12 +248,12 @@ def test_compare(tmp_path, monkeypatch):
 
     monkeypatch.setattr("dual_lora.lab.study.execute.perform", perform_or_copy)
     again = tried(different(disk, kinds), 1)
+    counted("compare", disk, len(again))
     for state, (kind, event, what) in again:
         disk.restore(state)
         results = compare(study, disk.root / "out", progress=False)
         assert results["complete"], f"{kind} at {event}: {what}"
         assert outcome(results) == outcome(expected), f"{kind} at {event}: {what}"
-    counted("compare", disk, len(again))
 
 
 def killed_at(number, command, disk):
