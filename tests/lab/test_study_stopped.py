@@ -391,3 +391,15 @@ def test_a_ray_cluster_s_workers_get_the_permission_of_the_command(tiny, tmp_pat
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def test_what_lies_in_a_runs_place_is_not_removed(tiny, short, tmp_path):
+    """A folder of the user's, or of somebody else, under the name that the run's own would have."""
+    key = short["methods"][0]["seeds"][0]["key"]
+    mine = tmp_path / "out/runs" / key / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    results = compare(write_study(tiny, **SHORT), tmp_path / "out", progress=False)
+    assert mine.read_text() == "years of work"
+    assert len(results["failed"]) == 1
+    assert "is not a run" in results["failed"][0]

@@ -137,8 +137,6 @@ def _train(
         show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
     model = apply_method(loaded, config, recipe.model.path, part.seed)
     check_patterns("train.rates", part.rates, model)
-    if wants_gradients(config) and main:
-        write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
     start, checkpoint = folder.last_checkpoint()
     counts = {
@@ -159,6 +157,8 @@ def _train(
     earlier = _seconds_before(folder, start)
     if main:
         _begin(recipe, folder, record, start)
+        if wants_gradients(config):
+            write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
     with Bar("training", steps, progress and main, start) as bar, quiet():
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)

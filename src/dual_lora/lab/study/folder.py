@@ -126,7 +126,7 @@ class StudyFolder:
         known = self.known
         if isinstance(before := known.study.get("search"), dict):
             before.setdefault("extend", 0)  # what an earlier version did
-        changed = _changed(known.study, study, ["search"])
+        changed = _changed(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
         changed |= _changed(known.recipes, recipes, recipes)
         if changed and not update:
@@ -174,7 +174,7 @@ class StudyFolder:
         write_json(self.file, self.known.model_dump(mode="json"))
 
 
-def _changed(before: Plain, now: Plain, inside: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+def _changed(before: Plain, now: Plain, inside: Iterable[str] = ("search",)) -> dict[str, tuple[Any, Any]]:
     """Field: (old, new) of what differs, field by field `inside` some. One that was not known is none of them."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for name in sorted(before.keys() & now.keys()):

@@ -97,8 +97,6 @@ def _trained(job: Job, runs: Path) -> Figures:
     from dual_lora.lab.run.train import run
 
     recipe, folder = job.recipe, runs / job.key
-    if folder.exists() and not (folder / "recipe.yaml").exists():
-        shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), **more)
