@@ -29,7 +29,7 @@ test: $(VENV)/.ready ## the test suite (no network, no GPU needed; a quarter of 
 test-all: $(VENV)/.ready ## the same with the long tests
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
-crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (an hour)
+crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (a quarter of an hour)
 	DUAL_LORA_CRASH=all $(PY) -m pytest tests/lab/test_crash.py -s
 
 fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an hour; prints how many
