@@ -29,11 +29,11 @@ test: $(VENV)/.ready ## the test suite (no network, no GPU needed; a quarter of 
 test-all: $(VENV)/.ready ## the same with the long tests
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10
 
-crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (an hour)
+crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at every file event, and without power (a quarter of an hour)
 	DUAL_LORA_CRASH=all $(PY) -m pytest tests/lab/test_crash.py -s
 
 fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an hour; prints how many
-	DUAL_LORA_FUZZ=600 $(PY) -m pytest tests/lab/test_fuzz.py -s
+	DUAL_LORA_FUZZ=450 $(PY) -m pytest tests/lab/test_fuzz.py -s
 
 # Of each subject the tests that say most in the least time: 1,300 in less than a minute of two cores' time.
 QUICK := $(patsubst %,tests/core/test_%.py,reference op autograd handle product ieee) \

@@ -34,5 +34,8 @@ def _is_ours(folder: Any, subfolder: str) -> bool:
     path = os.path.join(folder, subfolder, "adapter_config.json") if isinstance(folder, str | os.PathLike) else ""
     if not os.path.isfile(path):
         return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("peft_type") == "DUAL_LORA"
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get("peft_type") == "DUAL_LORA"
+    except (ValueError, AttributeError, RecursionError):  # damaged: transformers says so itself
+        return False

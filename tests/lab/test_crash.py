@@ -7,6 +7,7 @@ if nothing had happened. A few processes are killed in earnest, to see that the 
 
 import json
 import os
+import re
 import shutil
 import signal
 from functools import cache
@@ -22,18 +23,19 @@ from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.report.report import report
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import OWN, RunFolder, files_in
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.perform import perform
 
 ALL = os.environ.get("DUAL_LORA_CRASH") == "all"
 CARD = "README.md"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if ALL else 600)]
 
 
-def tried(disk, few):
+def tried(states, few):
     """The states from which a command is given again: all of them, or a few of each kind, evenly apart."""
-    states = list(disk.states.items())
+    states = list(states.items())
     if ALL:
         return states
     chosen = []
@@ -88,11 +90,13 @@ def check_run(folder, whole):
     """What lies in a run's folder is whole, or not declared whole."""
     if folder.adapter.is_dir():
         assert weights(folder.adapter) == whole
+    # Only a half-written checkpoint keeps `--overwrite` from starting anew: it might be another program's.
+    others = [file for file in files_in(folder.path, OWN)[1] if "checkpoints" not in file.parts]
+    assert not others, f"--overwrite takes {others} for somebody else's"
     for file in (folder.recipe, folder.record):
         if file.exists():
             assert parsed(file.read_bytes(), file.suffix), f"{file.name} is cut off"
-    checkpoint = folder.last_checkpoint()
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    return folder.last_checkpoint()[0]
 
 
 def test_train(values, trained, tmp_path):
@@ -112,7 +116,7 @@ def test_train(values, trained, tmp_path):
         disk.restore(state)
         promised = max((step for after, step in saved if event > after), default=0)
         assert check_run(folder, whole) >= promised or folder.adapter.is_dir(), f"{kind} at {event}: {what}"
-    again = tried(disk, 4)
+    again = tried(disk.states, 4)
     for state, (kind, event, what) in again:
         disk.restore(state)
         result = run(recipe, disk.root / "run", resume=True, progress=False)
@@ -120,6 +124,31 @@ def test_train(values, trained, tmp_path):
         assert weights(folder.adapter) == whole, f"{kind} at {event}: {what}"
         assert json.loads(folder.record.read_text())["state"] == "finished"
     counted("train", disk, len(again))
+
+
+def test_overwrite(values, trained, tmp_path):
+    """What is killed while it removes a run, or begins the next one, can be given again."""
+    disk = Disk(tmp_path / "place")
+    shutil.copytree(trained, disk.root / "run")
+    with disk.recorded():
+        folder = RunFolder(disk.root / "run")
+        folder.open(resume=False, overwrite=True)
+        folder.close()
+        with pytest.raises(KeyboardInterrupt):
+            run(build_recipe(values), folder.path, progress=False, callbacks=[Interrupted()])
+    for state, (kind, event, what) in disk.states.items():
+        disk.restore(state)
+        assert visible(disk.root).keys() <= {f"run/{name}" for name in visible(trained)}
+        folder = RunFolder(disk.root / "run")
+        folder.open(resume=False, overwrite=True)
+        folder.close()
+        assert not visible(disk.root), f"{kind} at {event}: {what}"
+    counted("overwrite", disk, len(disk.states))
+
+
+class Interrupted(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        raise KeyboardInterrupt
 
 
 WRITES = {
@@ -144,7 +173,7 @@ def test_a_folder_is_there_whole_or_not_at_all(command, trained, tmp_path):
         assert visible(disk.root) in ({}, {f"new/{name}": content for name, content in whole.items()}), (
             f"{kind} at {event}: {what}"
         )
-    again = tried(disk, 1)
+    again = tried(disk.states, 1)
     for state, (kind, event, what) in again:
         disk.restore(state)
         if not out.exists() or not any(out.iterdir()):
@@ -180,26 +209,51 @@ def outcome(results):
     ]
 
 
-def test_compare(tmp_path):
+def different(disk, kinds):
+    """Of a study's states the first of each kind: a run is stopped as another one of its kind is.
+
+    kinds: key of each run -> trial, final or base.
+    """
+    first = {}
+    for state, (kind, event, what) in disk.states.items():
+        same = re.sub("[0-9a-f]{16}", lambda found: kinds.get(found[0], ""), what)
+        done = "" if same != what and "/runs/" in what else sum(name.count(".") == 1 for name, _ in state)
+        first.setdefault((kind, same, done), (state, (kind, event, what)))
+    return dict(first.values())
+
+
+def test_compare(tmp_path, monkeypatch):
     small = {"seeds": 1, "search": {"space": {"learning_rate": [1e-2]}}}
-    study = tiny_study.write_study(tmp_path / "study", **({} if ALL else small))
+    study = tiny_study.write_study(tmp_path / "study", **small)
     disk = Disk(tmp_path / "place")
     disk.root.mkdir()
     with disk.recorded():
         expected = compare(study, disk.root / "out", progress=False)
     assert outcome(expected)
+    kept = shutil.copytree(disk.root / "out", tmp_path / "kept")
+    kinds = {key: job["kind"] for key, job in json.loads((kept / "study.json").read_text())["jobs"].items()}
     for state, (kind, event, what) in disk.states.items():
         for name, content in dict(state).items():
             if name.endswith((".json", ".yaml")) and content is not None and "/checkpoints/" not in name:
                 hidden = any(part.startswith(".") for part in name.split("/"))
                 assert hidden or "/adapter/" in name or parsed(content, name[-5:]), f"{name}, {kind} at {event}: {what}"
-    again = tried(disk, 1)
+
+    def perform_or_copy(job, runs, *rest):
+        """A run of which nothing is there would only be done as it was recorded."""
+        if not list(runs.glob(f"{job.key}*")):
+            runs.mkdir(exist_ok=True)
+            for path in (kept / "runs").glob(f"{job.key}*"):
+                (shutil.copytree if path.is_dir() else shutil.copy)(path, runs / path.name)
+        return perform(job, runs, *rest)
+
+    monkeypatch.setattr("dual_lora.lab.study.execute.perform", perform_or_copy)
+    again = tried(different(disk, kinds), 1)
+    counted("compare", disk, len(again))
     for state, (kind, event, what) in again:
         disk.restore(state)
         results = compare(study, disk.root / "out", progress=False)
         assert results["complete"], f"{kind} at {event}: {what}"
         assert outcome(results) == outcome(expected), f"{kind} at {event}: {what}"
-    counted("compare", disk, len(again))
 
 
 def killed_at(number, command, disk):

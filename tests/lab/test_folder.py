@@ -208,7 +208,7 @@ def test_a_list_reaches_no_file_elsewhere(copied, mine):
     assert copied / "adapter/adapter_model.safetensors" in others
     for wrong in ("[1]", "[" * 100_000, '{"a": "b"}', "{", "null"):
         (copied / "checkpoints/checkpoint-4/complete.json").write_text(wrong)
-        assert RunFolder(copied).last_checkpoint() == copied / "checkpoints/checkpoint-2"
+        assert RunFolder(copied).last_checkpoint() == (2, copied / "checkpoints/checkpoint-2")
 
 
 def test_resume_leaves_checkpoints_of_another_trainer(copied, tiny_lm, questions):
@@ -219,6 +219,16 @@ def test_resume_leaves_checkpoints_of_another_trainer(copied, tiny_lm, questions
     shutil.rmtree(copied / "adapter")
     run(build_recipe(values(tiny_lm, questions)), copied, resume=True, progress=False)
     assert (other / "optimizer.pt").read_text() == "a week of computing"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-x", "checkpoint-²", "checkpoint-"])
+def test_a_checkpoint_of_no_step_is_passed_over(name, copied, tiny_lm, questions):
+    """Whole by its list, and named by somebody else."""
+    shutil.rmtree(copied / "adapter")
+    shutil.rmtree(copied / "checkpoints/checkpoint-2")
+    (copied / "checkpoints/checkpoint-4").rename(copied / "checkpoints" / name)
+    assert RunFolder(copied).last_checkpoint() == (0, None)
+    assert run(build_recipe(values(tiny_lm, questions)), copied, resume=True, progress=False).state == "finished"
 
 
 @pytest.mark.parametrize("name", [".", "..", "...", "", "a/b", "../x", "/etc"])

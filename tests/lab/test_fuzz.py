@@ -8,36 +8,46 @@ import os
 import random
 import shutil
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import report_material
 import tiny_study
 import yaml
-from fuzzing import attempt, counts, written
+from fuzzing import attempt, counts, mutated, written
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
+from dual_lora.lab.study.compare import compare
 
 LONG = float(os.environ.get("DUAL_LORA_FUZZ", "0"))  # seconds for each target
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]
 
 
 def fuzzed(examples, given_by, check):
-    """Run `check` on so many examples, always the same; or on ever new ones for `LONG` seconds."""
+    """Run `check` on so many examples, always the same; or on ever new ones for `LONG` seconds, whatever they find."""
     quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    end = time.monotonic() + LONG
+    end, found = time.monotonic() + LONG, []
     while True:
         phases = (Phase.generate, Phase.shrink) if LONG else (Phase.generate,)
         how = settings(max_examples=40 if LONG else examples, derandomize=not LONG, phases=phases, **quiet)
         each = how(given(given_by)(check))
         if LONG:
             each = seed(random.SystemRandom().randrange(2**64))(each)
-        each()
+        try:
+            each()
+        except (AssertionError, ExceptionGroup) as error:
+            if not LONG:
+                raise
+            found.append(error)
+            print("\n".join(["", *traceback.format_exception(error, chain=False), *getattr(error, "__notes__", ())]))
         if time.monotonic() > end:
             break
+    assert not found, f"{len(found)} examples were not handled; they are printed above"
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +73,9 @@ def values(lm_values):
 
 @pytest.fixture
 def source(values, tmp_path):
-    """A finished run, with its checkpoint."""
+    """A finished run, with its checkpoint and its scores."""
     run(build_recipe(values), tmp_path / "source", progress=False)
+    evaluate(tmp_path / "source", progress=False)
     return tmp_path / "source"
 
 
@@ -162,12 +173,19 @@ COMMANDS = (
     ["export", "it", "merged", "--to", "lora", "--rank", "2", "--limit", "2", "--json"],
     ["analyze", "it", "--held-out", "2", "--json"],
     ["generate", "it", "is fire warm ?", "--max-new-tokens", "2", "--json"],
+    ["verify", "it", "--json"],
+    ["card", "it", "--base-model", "a/b", "--json"],
+    ["push", "it", "a/b", "--base-model", "a/b", "--json"],  # nobody is there to say yes
 )
 
 
 def test_runs(source):
     names = ["recipe.yaml", "record.json", "adapter/lab.json", "adapter/adapter_config.json"]
     names += ["checkpoints/checkpoint-1/complete.json", "checkpoints/checkpoint-1/trainer_state.json"]
+    names += [
+        "adapter/fingerprint.json",
+        *(str(f.relative_to(source)) for f in source.glob("evaluation/*/result.json")),
+    ]
     content = {name: values_in(source / name) for name in names}
     some = st.sampled_from(names).flatmap(
         lambda name: st.tuples(
@@ -203,7 +221,7 @@ def test_adapters(source):
         Path("it/adapter_config.json").write_bytes(data)
         attempt(f"adapter, {command[0]}", command, Path.cwd())
 
-    commands = [c for c in COMMANDS if c[0] in ("evaluate", "merge", "export", "generate")]
+    commands = [c for c in COMMANDS if c[0] in ("evaluate", "merge", "export", "generate", "verify")]
     fuzzed(50, st.tuples(written(config, "json", extra), st.sampled_from(commands)), check)
 
 
@@ -238,3 +256,64 @@ def test_results(tmp_path):
         attempt("results", ["report", "it", "--out", "page.html", "--tables", fresh("tables"), "--json"], Path.cwd())
 
     fuzzed(40, some, check)
+
+
+def test_study_folders(tmp_path):
+    study = tiny_study.write_study(tmp_path / "study", **tiny_study.SHORT)
+    whole = tmp_path / "whole"
+    compare(study, whole, progress=False)
+    runs = sorted(f"runs/{file.name}" for file in (whole / "runs").glob("*.json"))
+    names = ["study.json", "study.yaml", "results.json", *runs[:2], *runs[:2]]
+    content = {name: values_in(whole / name) for name in names}
+    given = [str(study), "--out", "it"]
+    commands = (
+        ["compare", *given, "--dry-run"],
+        ["compare", *given],
+        ["compare", *given, "--update"],
+        ["report", "it"],
+    )
+    some = st.sampled_from(names).flatmap(
+        lambda name: st.tuples(
+            st.just(name), written(content[name], "yaml" if "yaml" in name else "json"), st.sampled_from(commands)
+        )
+    )
+
+    def check(example):
+        name, data, command = example
+        shutil.copytree(whole, fresh())
+        (Path("it") / name).write_bytes(data)
+        more = ["--out", "page.html"] if command[0] == "report" else []
+        attempt(f"study's folder, {command[0]}", [*command, *more, "--json"], Path.cwd())
+
+    fuzzed(20, some, check)
+
+
+def test_scores():
+    sample = {"doc_id": 0, "doc_hash": "a", "prompt_hash": "b", "filter": "none", "metrics": ["acc"], "acc": 1}
+    log = "{}/seed-1/samples_t_2026-01-01T00-00-00.0.jsonl"
+    result = {
+        "run_info": {"experiment_name": "lora/a", "train_config": {"model_id": "m", "seed": 1}},
+        "train_info": {"status": "success", "metrics": [{"test accuracy": 0.5}], "train_time": 1, "file_size": 2},
+    }
+    better = {"higher_is_better": {"t": {"acc": True}}}
+    table = [["method", "seed", "item", "score"], ["lora", "1", "a", "0.5"], ["hira", "1", "a", "1"]]
+    kinds = {log.format("hira"): sample, "results/hira.json": result, "lora/seed-1/results_1.json": better}
+    some = st.sampled_from(sorted(kinds)).flatmap(lambda name: st.tuples(st.just(name), written(kinds[name], "json")))
+    tables = mutated(table).map(lambda rows: ("s.csv", _csv(rows)))
+
+    def check(example):
+        name, data = example
+        fresh()
+        other = {"results/hira.json": ("results/lora.json", result)}.get(name, (log.format("lora"), sample))
+        for file, content in ((other[0], json.dumps(other[1]).encode()), (name, data)):
+            (Path("it") / file).parent.mkdir(parents=True, exist_ok=True)
+            (Path("it") / file).write_bytes(content)
+        attempt("scores", ["judge", "it/s.csv" if name == "s.csv" else "it", "--json"], Path.cwd())
+
+    fuzzed(60, some | tables, check)
+
+
+def _csv(rows):
+    rows = rows if isinstance(rows, list) else [rows]
+    lines = [",".join(map(str, row)) if isinstance(row, list) else str(row) for row in rows]
+    return "\n".join(lines).encode("utf-8", "surrogatepass")

@@ -130,6 +130,19 @@ def test_patterns_that_end_train_as_before(lm_values, tmp_path):
     assert {shape[0] for name, shape in shapes.items() if "v_proj.lora_A" in name} == {4}
 
 
+@pytest.mark.parametrize("given", [{"adam_beta1": 7}, {"lr_scheduler_kwargs": {"x": 1}}])
+def test_arguments_that_only_the_optimizer_refuses(given, lm_values, tmp_path):
+    lm_values["train"] |= {"arguments": given, "schedule": "cosine"}
+    with pytest.raises(UserError, match=r"Training could not begin: .* Look at train\.arguments \((adam|lr)_"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_a_base_in_fp16_without_autocast_trains(lm_values, tmp_path):
+    lm_values["model"]["dtype"] = "float16"
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    assert run(build_recipe(lm_values), tmp_path / "run", progress=False).state == "finished"
+
+
 def test_our_own_searches_end(monkeypatch):
     from dual_lora.lab.run.extraction import answer_in
 

@@ -270,6 +270,15 @@ def test_push_leaves_class_names_as_they_are():
     assert recipe["model"]["path"] == "/m"
 
 
+@pytest.mark.parametrize("content", ["null", "[1]", "{}", '{"result": {"loss": "low"}, "versions": 3}'])
+@pytest.mark.parametrize("name", ["record.json", "evaluation/x/result.json", "adapter/lab.json"])
+def test_what_is_damaged_is_said(name, content, copy):
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match="damaged"), prepared(copy, "me/it", base_model="org/tiny"):
+        pass
+
+
 def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
     with pytest.raises(UserError, match="give its name on the hub"), prepared(copy, "me/warm"):
         pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -124,6 +125,58 @@ def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_pa
     assert command("judge", file) == 1
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out
+
+
+LOG = "lora/seed-1/samples_t_2026-01-01T00-00-00.0.jsonl"
+SAMPLE = {"doc_id": 0, "doc_hash": "a", "metrics": ["acc"], "acc": 1}
+RESULT = {
+    "run_info": {"experiment_name": "lora/a", "train_config": {"model_id": "m", "seed": 1}},
+    "train_info": {"status": "success", "metrics": [{"test accuracy": 0.5}]},
+}
+
+
+def changed_result(**train):
+    return json.dumps(RESULT | {"train_info": RESULT["train_info"] | train})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (LOG, None, "is no regular file"),
+        (LOG, b"\xff\xfe", "is not text in UTF-8"),
+        (LOG, "[" * 100_000, "nested too deeply"),
+        (LOG, json.dumps(SAMPLE | {"metrics": 3}), "its metrics are no list of names"),
+        (LOG, json.dumps(SAMPLE | {"metrics": [["acc"]]}), "its metrics are no list of names"),
+        (LOG, json.dumps(SAMPLE | {"acc": 10**400}), "is no number"),
+        (LOG, json.dumps(SAMPLE | {"acc": None}), "is no number"),
+        ("results/a.json", None, "holds no scores"),
+        ("results/a.json", changed_result(metrics=["x"]), "is no result of PEFT"),
+        ("results/a.json", changed_result(metrics=[["test accuracy"]]), "is no result of PEFT"),
+        ("results/a.json", changed_result(metrics=[{"test accuracy": 10**400}]), "is no number"),
+    ],
+)
+def test_hostile_scores_are_one_sentence(name, content, words, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(file)
+    else:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words):
+        judge(tmp_path)
+
+
+def test_costs_that_are_no_figures_are_not_known(tmp_path):
+    (tmp_path / "results").mkdir()
+    for seed, time in enumerate(["long", -1, 10**400, [1]]):
+        result = json.loads(changed_result(train_time=time, num_total_params="many", num_trainable_params=5))
+        result["run_info"]["train_config"]["seed"] = seed
+        for method in ("lora", "hira"):
+            result["run_info"]["experiment_name"] = f"{method}/a-seed{seed}"
+            (tmp_path / f"results/{method}{seed}.json").write_text(json.dumps(result))
+    found = judge(tmp_path)["methods"][0]
+    assert found["cost"]["train_seconds"] is None
+    assert (found["trainable_parameters"], found["base_parameters"]) == (5, None)
 
 
 def test_wrong_options_are_one_sentence(tmp_path):

@@ -40,7 +40,7 @@ def test_a_signal_saves_a_checkpoint_and_the_record_says_so(number, lm_values, t
     assert (result.state, result.steps, result.stopped_by) == ("interrupted", 3, number)
     folder = RunFolder(tmp_path / "run")
     assert json.loads(folder.record.read_text())["state"] == "interrupted"
-    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-3"
+    assert folder.last_checkpoint() == (3, folder.checkpoints / "checkpoint-3")
     assert run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False).steps == 6
     run(build_recipe(lm_values), tmp_path / "straight", progress=False)
     weights = "adapter/adapter_model.safetensors"

@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 
 from tiny_study import SHORT, die, ended, figures, in_child, job, outcomes, write_study
 
+from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import execute as executors
 from dual_lora.lab.study import perform
@@ -123,6 +124,7 @@ DAMAGED = {
     "half of the scores": (".scores", "[[1.0, 2.0], [1"),
     "scores that are no numbers": (".scores", json.dumps([["a", 1]] * 40)),
     "scores of NaN": (".scores", "[" + ", ".join(["[NaN, 1]"] * 40) + "]"),
+    "scores by name": (".scores", json.dumps({"a": 1})),
 }
 
 
@@ -358,3 +360,46 @@ def test_ray_gives_the_same_results(tiny, whole, tmp_path):
     pytest.importorskip("ray")
     results = compare(write_study(tiny), tmp_path / "out", executor="ray", workers=2, progress=False)
     assert figures(results) == figures(whole)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_s_workers_get_the_permission_of_the_command(tiny, tmp_path, monkeypatch):
+    """The cluster was started before, by somebody who allowed nothing; the module lies where its workers look."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    imported = tmp_path / "imported"
+    imported.mkdir()
+    code = f"import os, pathlib\n(pathlib.Path({str(imported)!r}) / str(os.getpid())).touch()\n"
+    (tmp_path / "my_methods.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(permission.VARIABLE, raising=False)
+    methods = {"lora": {"r": 4}, "mine": {"name": "my_methods:lora"}}
+    study = write_study(tiny, **SHORT | {"methods": methods})
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with pytest.raises(UserError, match="--allow-module my_methods"):
+            compare(study, tmp_path / "out", executor="ray", progress=False)
+        assert not list(imported.iterdir())
+        monkeypatch.setenv(permission.VARIABLE, "my_methods")
+        results = compare(study, tmp_path / "out", executor="ray", progress=False)
+        assert results["failed"] == []
+        assert {file.name for file in imported.iterdir()} > {str(os.getpid())}, "a worker has imported it too"
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_what_lies_in_a_runs_place_is_not_removed(tiny, short, tmp_path):
+    """A folder of the user's, or of somebody else, under the name that the run's own would have."""
+    key = short["methods"][0]["seeds"][0]["key"]
+    mine = tmp_path / "out/runs" / key / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    results = compare(write_study(tiny, **SHORT), tmp_path / "out", progress=False)
+    assert mine.read_text() == "years of work"
+    assert len(results["failed"]) == 1
+    assert "is not a run" in results["failed"][0]

@@ -172,7 +172,7 @@ def test_a_checkpoint_without_all_its_bytes_is_passed_over(lm_values, tmp_path, 
     cut = folder.checkpoints / "checkpoint-4/optimizer.pt"
     cut.write_bytes(cut.read_bytes()[:-10])
     (folder.checkpoints / "checkpoint-5").mkdir()
-    assert folder.last_checkpoint() == folder.checkpoints / "checkpoint-2"
+    assert folder.last_checkpoint() == (2, folder.checkpoints / "checkpoint-2")
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert (folder.checkpoints / "checkpoint-2" / WHOLE).is_file()
 
@@ -433,6 +433,7 @@ def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
         ({"rates": {"lora_[": 2.0}}, r"train.rates is .*lora_\[.* is not a regular expression"),
         ({"rates": {"dual_lora_D": 0.0}}, "dual_lora_D: 0.0 is no multiple of a learning rate"),
         ({"rates": {"magnitude": 2.0}}, "train.rates: 'magnitude' fits no trainable parameter"),
+        ({"arguments": {"dataloader_num_workers": 100_000}}, "dataloader_num_workers is 100000, expected 0 to 256"),
         ({"arguments": {"adam_beta_2": 0.9}}, "no field 'adam_beta_2'. Did you mean 'adam_beta2'"),
         ({"optimizer": "adamw_tosrch"}, "adamw_tosrch.*Did you mean 'adamw_torch'"),
         ({"validate_every": 2}, r"No validation records are named: set data\.validation, .*or data\.holdout"),

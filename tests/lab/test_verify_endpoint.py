@@ -1,7 +1,10 @@
 """A served adapter is judged over HTTP: by servers that echo prompts and by those that do not."""
 
+import contextlib
 import json
 import shutil
+import socket
+import threading
 
 import faulty
 import pytest
@@ -110,6 +113,31 @@ def test_bad_servers_get_one_sentence(answer, said, run_folder, tuned):
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+def test_a_number_without_end_is_no_logprob(run_folder, tuned):
+    told = {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [{"a": -(10**400)}]}
+    answer = (200, {}, json.dumps({"choices": [{"logprobs": told}]}).encode())
+    with served(tuned.model, tuned.tokenizer, answer=answer) as (url, _), pytest.raises(UserError) as caught:
+        judged(run_folder, url)
+    assert "gives no log-probabilities" in str(caught.value)
+
+
+def test_a_server_that_answers_byte_by_byte_is_not_waited_for(run_folder):
+    """Each byte comes within the time, the answer never does."""
+    end = threading.Event()
+
+    def drip(connection):
+        while not end.wait(0.1):
+            with contextlib.suppress(OSError):
+                connection.send(b"H")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=lambda: drip(server.accept()[0]), daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        with pytest.raises(UserError, match="did not answer within 1 s"):
+            judged(run_folder, url, timeout=1.0)
+        end.set()
 
 
 def test_no_server_no_logprobs_no_model(run_folder, tuned):

@@ -100,3 +100,13 @@ def test_the_callback_in_a_trainer_without_a_scaler(tmp_path):
     trainer.train()
     assert layers(trainer.model)
     assert layer(trainer.model).steps_left("default") == 3
+
+
+def test_the_callback_says_that_a_trainer_scales_no_loss(tmp_path):
+    """A base in fp16 without autocast has no gradient scaler: the clip needs nothing but to know that."""
+    model = adapted(llama().half(), target_modules=["q_proj"], warmup_steps=2, task_type="CAUSAL_LM")
+    trainer = trainer_of(tmp_path, model, callbacks=[DualLoraCallback()], max_steps=3)
+    before = state(model)
+    trainer.train()
+    assert changed(model, before)
+    assert scaler._current is None

@@ -23,7 +23,7 @@ from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import OWN as OF_A_RUN
 from dual_lora.lab.run.folder import check_plain, files_in, remove_own
-from dual_lora.lab.run.write import WHOLE, mark_whole, write_folder_atomically, write_json
+from dual_lora.lab.run.write import WHOLE, write_folder_atomically, write_json
 
 if TYPE_CHECKING:
     from dual_lora.lab.run.evaluate import EvalResult
@@ -182,8 +182,7 @@ def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
 
     with _stage("merging and checking", seconds, progress):
         if not (out / "merged").is_dir():
-            merge(out / "run", out / "merged")
-            mark_whole(out / "merged")
+            merge(out / "run", out / "merged", listed=True)
         last = TEST_SETS[-1]
         plain = _open_merged(out, recipe)
         checked = evaluate(plain, recipe.data, recipe.evaluate, examples=sets[last][:BASE_EXAMPLES], progress=progress)

@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -34,6 +35,17 @@ def described(error: BaseException) -> str:
     name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     said = " ".join([str(error), *getattr(error, "__notes__", [])])
     return (name + " ".join(said.split()))[:KEPT_OF_AN_ERROR]
+
+
+@contextmanager
+def damaged(what: str) -> Iterator[None]:
+    """What a file that holds something else than it should makes its reader raise, in a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise UserError(f"{what} is damaged ({described(error)}).") from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -24,6 +26,20 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
     if state.st_size > largest:
         raise ValueError(f"it has {state.st_size:,} bytes, and at most {largest:,} are read")
     return file
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[TextIO]:
+    """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file."""
+    try:
+        with regular(file).open(encoding="utf-8-sig", newline="") as lines:
+            yield lines
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not text in UTF-8 (byte {error.start}).") from None
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}.") from None
 
 
 def read_json(file: Path) -> Any:

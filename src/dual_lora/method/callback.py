@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
-from .scaler import forget_with, set_grad_scaler
+from . import scaler as known
 
 
 class DualLoraCallback(TrainerCallback):
-    """Makes the Trainer's fp16 gradient scaler known to the `clip` estimator.
+    """Makes the Trainer's fp16 gradient scaler known to the `clip` estimator, or that it has none.
 
     Only fp16 training with ste="clip" needs it: `Trainer(…, callbacks=[DualLoraCallback()])`. The warm-up needs no
     callback.
@@ -22,9 +23,11 @@ class DualLoraCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs.get("optimizer")
         scaler = getattr(optimizer, "scaler", None)
-        set_grad_scaler(scaler)
         if scaler is not None:
-            forget_with(optimizer, scaler)
+            known.set_grad_scaler(scaler)
+            known.forget_with(optimizer, scaler)
+        elif known._current is None:  # DeepSpeed's would be known by now
+            known.set_grad_scaler(torch.amp.GradScaler(enabled=False))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_grad_scaler(None)
+        known.set_grad_scaler(None)

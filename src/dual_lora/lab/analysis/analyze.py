@@ -26,7 +26,7 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics, surroundings
-from dual_lora.lab.run.train import recipe_of_run
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.write import write_atomically
 
 FORMAT = "dual-lora analysis"

@@ -27,7 +27,7 @@ from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import show_gradients, wants_gradients
 from dual_lora.lab.run.loop import mean_loss
 from dual_lora.lab.run.prepare import classes_of, collator, in_order
-from dual_lora.lab.run.train import recipe_of_run
+from dual_lora.lab.run.resume import recipe_of_run
 
 
 @dataclass

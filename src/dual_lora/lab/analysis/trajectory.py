@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_finite_weights
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import read_object
-from dual_lora.lab.run.folder import RunFolder, is_whole
+from dual_lora.lab.run.folder import RunFolder
 
 
 class State(NamedTuple):
@@ -32,9 +32,7 @@ def states_of(run: Path, limit: int | None = None) -> list[State]:
     folder = RunFolder(run)
     if not folder.is_run:
         raise UserError(f"{run} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
-    steps = {
-        int(p.name.rpartition("-")[2]): p for p in folder.checkpoints.glob("checkpoint-*") if is_whole(p)
-    }  # a checkpoint without its mark was cut off while it was written
+    steps = folder.whole_checkpoints()
     if folder.result is not None:
         end = _last_step(folder)
         steps[end] = folder.result

@@ -9,7 +9,6 @@ is better. Items are documents, known by their number and hash: two runs that sa
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number
-from dual_lora.lab.read import read_json
+from dual_lora.lab.read import opened, parse_json, read_json
 
 _SAMPLES = re.compile(r"samples_(?P<task>.+)_\d{4}-\d\d-\d\dT[\d\-:.]+\.jsonl$")
 _SEED = re.compile(r"(?:seed|run)?[-_ ]?(\d+)$", re.IGNORECASE)
@@ -70,15 +69,17 @@ def _run_of(folder: Path, file: Path) -> tuple[str, int]:
 
 def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None]) -> Iterator[tuple[Score, str]]:
     """Scores with their prompts' hashes. aside: takes the metrics that are no mean over items."""
-    with file.open(encoding="utf-8") as lines:
+    with opened(file) as lines:
         for count, line in enumerate(lines, 1):
             where = f"{file}, line {count}"
             try:
-                sample = json.loads(line)
+                sample = parse_json(line)
             except ValueError as error:
                 raise UserError(f"{where}: not valid JSON ({error}).") from None
             if not isinstance(sample, dict) or any(name not in sample for name in NEEDED):
                 raise UserError(f"{where} is no sample of the harness: expected {', '.join(NEEDED)} in each.")
+            if not (isinstance(sample["metrics"], list) and all(isinstance(name, str) for name in sample["metrics"])):
+                raise UserError(f"{where} is no sample of the harness: its metrics are no list of names.")
             item = f"{sample['doc_id']} {str(sample['doc_hash'])[:8]}"
             variant = sample.get("filter") or "none"
             for name in sample["metrics"]:

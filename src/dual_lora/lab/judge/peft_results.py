@@ -19,7 +19,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.train import recipe_of_run
+from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.write import write_json
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")

@@ -15,8 +15,9 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
-from dual_lora.lab.read import read_json
+from dual_lora.lab.read import read_json, regular
 
+MOST = 1e18  # of seconds, bytes or parameters
 FORGOTTEN = ("forgetting", "drift")  # less of them is better
 _SEED = re.compile(r"[-_]+seed[-_]?(\d+)$")
 
@@ -28,8 +29,11 @@ def result_files(folder: Path) -> list[Path]:
 
 
 def _is_result(file: Path) -> bool:
-    with file.open(encoding="utf-8", errors="replace") as text:
-        return '"run_info"' in text.read(200)
+    try:
+        with regular(file).open("rb") as text:
+            return b'"run_info"' in text.read(200)
+    except (OSError, ValueError):  # a pipe, a broken link
+        return False
 
 
 def read_peft(folder: Path) -> Scores:
@@ -42,7 +46,7 @@ def read_peft(folder: Path) -> Scores:
         try:
             result = read_json(file)
             run, train = result["run_info"], result["train_info"]
-            config, last = run["train_config"], train["metrics"][-1] if train["metrics"] else {}
+            config, last = run["train_config"], dict(train["metrics"][-1]) if train["metrics"] else {}
             name, status = str(run["experiment_name"]), train["status"]
             scenario, seed = (str(config["model_id"]), task), seed_number(config["seed"], str(file))
             cost = _cost(train)
@@ -76,13 +80,16 @@ def _without_seed(name: str, seed: int) -> str:
 
 
 def _cost(train: dict[str, Any]) -> dict[str, float | None]:
-    return {
-        "train_seconds": train.get("train_time"),
-        "peak_memory": train.get("accelerator_memory_max"),
-        "trainable_parameters": train.get("num_trainable_params"),
-        "all_parameters": train.get("num_total_params"),
-        "adapter_bytes": train.get("file_size"),
+    """What is known of it; a figure that is none is not."""
+    names = {
+        "train_seconds": "train_time",
+        "peak_memory": "accelerator_memory_max",
+        "trainable_parameters": "num_trainable_params",
+        "all_parameters": "num_total_params",
+        "adapter_bytes": "file_size",
     }
+    told = {name: train.get(theirs) for name, theirs in names.items()}
+    return {n: v if isinstance(v, int | float) and 0 <= v < MOST else None for n, v in told.items()}
 
 
 def _medians(costs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,6 +133,8 @@ def method_entry(folder: Path) -> dict[str, Any]:
             own["target_modules"] = values["target_modules"]
         entry = {"name": name, **own}
     kwargs = (_json(training) if training.is_file() else {}).get("optimizer_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise UserError(f"{training}: optimizer_kwargs is {kwargs!r:.100}, expected settings by name.")
     rates = {"learning_rate": kwargs.get("lr"), "weight_decay": kwargs.get("weight_decay")}
     given = {key: value for key, value in rates.items() if value is not None}
     return entry | ({"train": given} if given else {})

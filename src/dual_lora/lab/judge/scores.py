@@ -54,8 +54,8 @@ def number(text: Any, where: str, what: str = "score") -> float:
     """A finite number, or a UserError that says what to do instead."""
     try:
         value = float(text)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: the {what} {text!r} is no number.") from None
+    except (TypeError, ValueError, OverflowError):  # JSON's whole numbers have no end
+        raise UserError(f"{where}: the {what} {str(text)[:40]!r} is no number.") from None
     if not math.isfinite(value):
         raise UserError(
             f"{where}: the {what} is {text}. Give a diverged run the worst score of its task, do not leave it out."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.judge.scores import WHOLE, Score, Scores, number, seed_number
+from dual_lora.lab.read import opened
 
 NEEDED = ("method", "seed", "score")
 OPTIONAL = ("item", "task", "model", "metric")
@@ -17,10 +18,8 @@ NAMELESS = {"task": "task", "metric": "score", "model": "", "item": WHOLE}
 def read_table(file: Path) -> Scores:
     """The scores of a table. Raises UserError for unknown or missing columns, with file and line for a wrong row."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
+        with opened(file) as lines:
             return Scores(list(_rows(file, lines)))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text in UTF-8 (byte {error.start}).") from None
     except csv.Error as error:
         raise UserError(f"{file} is no table: {error}.") from None
 

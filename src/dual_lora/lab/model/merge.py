@@ -20,11 +20,13 @@ class MergeResult:
     dtype: str
 
 
-def merge(source: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None) -> MergeResult:
+def merge(
+    source: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None, listed: bool = False
+) -> MergeResult:
     """Write the merged model of a run or adapter folder to ``out``, with its tokenizer.
 
-    The folder is a plain transformers model: it loads without this package. Raises UserError if ``out`` holds
-    anything, or ``source`` holds no adapter.
+    The folder is a plain transformers model: it loads without this package. listed: with a list of its files (see
+    `mark_whole`). Raises UserError if ``out`` holds anything, or ``source`` holds no adapter.
     """
     target = free_folder(out)
     tuned = open_tuned(source, base, dtype)
@@ -41,6 +43,6 @@ def merge(source: str | Path, out: str | Path, *, base: str | None = None, dtype
             tuned.tokenizer.save_pretrained(str(folder))
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_folder_atomically(target, write)
+        write_folder_atomically(target, write, listed)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."))

@@ -56,7 +56,7 @@ def clear_failures(folder: RunFolder) -> Iterator[None]:
 
 
 def _kept_checkpoint(folder: RunFolder) -> str:
-    last = folder.last_checkpoint()
+    _, last = folder.last_checkpoint()
     if last is None:
         return "There is no checkpoint yet."
     return f"The last good checkpoint is {last}; `{folder.resume_command}` goes on from it."

@@ -26,7 +26,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_object
-from dual_lora.lab.run.write import REMAINS, WHOLE, sizes_of, sync
+from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
 
 LOCK = ".lock"
 FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
@@ -78,40 +78,30 @@ class RunFolder:
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
         check_plain(self.path, ENTRIES)
-        # A run that was killed before its recipe stood there has left a lock and half a file: that is still empty.
+        # A run that was killed before its record stood there has left a lock and half a file: that is still empty.
         filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
-        others = self._not_of_the_run() if filled and not resume else []
-        if filled and not resume and not overwrite:
-            hint = "" if others else "--resume to go on, --overwrite to start anew, or "
-            raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
-        if filled and not self.is_run:
+        ours = filled and self._has_record()
+        if filled and not resume:
+            others = files_in(self.path, OWN)[1] if ours else [self.recipe]
+            if not overwrite:
+                hint = "" if others else "--resume to go on, --overwrite to start anew, or "
+                raise UserError(f"The output folder {self.path} is not empty: give {hint}another --out.")
+            if others and self.is_run:
+                raise UserError(not_ours(self.path, others[0]))
+        if filled and not (ours or self.is_run):
             raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
-        if others:
-            raise UserError(not_ours(self.path, others[0]))
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
-        self._take()
+        busy = f"The output folder {self.path} is in use by another run; wait for it or give another --out."
+        self._lock = hold(self.path / LOCK, busy)
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)
 
-    def _not_of_the_run(self) -> list[Path]:
-        """What lies here and was not written by a run, all of it where there is no record of one."""
+    def _has_record(self) -> bool:
+        """Whether a run has begun here. One killed as it began, or was removed, may have a record and no recipe."""
         with contextlib.suppress(OSError, ValueError):
-            if self.is_run and {"state", "method", "versions"} <= read_object(self.record).keys():
-                return files_in(self.path, OWN)[1]
-        return [self.recipe]
-
-    def _take(self) -> None:
-        from filelock import FileLock, Timeout
-
-        # The operating system frees the lock when its holder dies, however that happens.
-        self._lock = FileLock(self.path / LOCK)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"The output folder {self.path} is in use by another run; wait for it or give another --out."
-            ) from None
+            return {"state", "method", "versions"} <= read_object(self.record).keys()
+        return False
 
     def close(self) -> None:
         if self._lock is None:
@@ -122,24 +112,21 @@ class RunFolder:
             with contextlib.suppress(OSError):  # the user's own link to a folder stays
                 self.path.rmdir()
 
-    def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint. What an interrupted write has left is passed over, and written over later."""
-        return next((path for path in reversed(self._checkpoints()) if is_whole(path)), None)
+    def whole_checkpoints(self) -> dict[int, Path]:
+        """By their steps, the newest last. What an interrupted write has left is passed over."""
+        named = [(path.name.removeprefix("checkpoint-"), path) for path in self.checkpoints.glob("checkpoint-*")]
+        steps = sorted((int(step), path) for step, path in named if step.isascii() and step.isdigit())
+        return {step: path for step, path in steps if (files := listed_in(path).values()) and all(files)}
+
+    def last_checkpoint(self) -> tuple[int, Path | None]:
+        """Step and folder of the newest whole checkpoint; (0, None) without one."""
+        return max(self.whole_checkpoints().items(), default=(0, None))
 
     def keep_newest(self, count: int) -> None:
         """Remove all but the ``count`` newest whole checkpoints."""
-        for path in [p for p in self._checkpoints() if is_whole(p)][:-count]:
+        for path in list(self.whole_checkpoints().values())[:-count]:
             (path / WHOLE).unlink()  # first: a half-removed checkpoint must not look whole
             shutil.rmtree(path)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.checkpoints.glob("checkpoint-*"), key=_step)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether every file that was written into a checkpoint is there in its full size."""
-    sizes = sizes_of(folder)
-    return bool(sizes) and all(_has_size(file, size) for file, size in sizes.items())
 
 
 def check_plain(folder: Path, names: Iterable[str]) -> None:
@@ -162,7 +149,7 @@ def files_in(folder: Path, own: Iterable[str]) -> tuple[list[Path], list[Path]]:
     """
     ours = {file for pattern in (*own, *REMAINS) for file in folder.glob(pattern)}
     for note in [file for file in ours if file.name == WHOLE]:
-        ours |= {file for file, size in sizes_of(note.parent).items() if _has_size(file, size)}
+        ours |= {file for file, same in listed_in(note.parent).items() if same}
     there = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return [path for path in there if path in ours], [path for path in there if path not in ours]
 
@@ -172,12 +159,14 @@ def remove_own(folder: Path, own: Iterable[str], keep: str = "") -> None:
     ours, others = files_in(folder, own)
     if others:
         raise UserError(not_ours(folder, others[0]))
-    for file in ours:
-        if file.name != keep:
-            file.unlink()
-    for each in sorted({p for file in ours for p in file.parents if folder in p.parents}, reverse=True):
-        with contextlib.suppress(OSError):  # an empty folder of somebody else lies in it
-            each.rmdir()
+    # What says that the rest is ours goes last: a list after what it lists, then the files at the top, the record last.
+    for file in sorted(ours, key=lambda file: (file.parent == folder, file.name == WHOLE, file.name)):
+        if file.name == keep:
+            continue
+        file.unlink()
+        with contextlib.suppress(OSError):  # something else lies in it
+            while (file := file.parent) != folder:
+                file.rmdir()
 
 
 def not_ours(folder: Path, other: Path) -> str:
@@ -186,12 +175,3 @@ def not_ours(folder: Path, other: Path) -> str:
         f"{folder} holds {other.relative_to(folder)}, which this program has not written, or not to its end, or which "
         "was changed since. Nothing was removed: move it away, or give another --out."
     )
-
-
-def _has_size(file: Path, size: int) -> bool:
-    return file.is_file() and file.stat().st_size == size
-
-
-def _step(checkpoint: Path) -> int:
-    digits = checkpoint.name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dual_lora.lab.amounts import duration, size
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -38,17 +38,16 @@ def write_card(
     *,
     base_model: str | None = None,
     licence: str | None = None,
-    fresh: bool = False,
 ) -> Path:
     """Write the card of a finished run beside its weights and return its path.
 
     base_model: the base's name on a hub, where the recipe names a folder. licence: of the adapter, as the hub names it.
-    Left out, both are what an earlier card says. fresh: the card that is there is PEFT's of a moment ago.
+    Left out, both are what an earlier card says.
     """
     if folder.result is None:
         raise UserError(f"The run {folder.path} is not finished: `{folder.resume_command}` goes on with it.")
     file = folder.result / "README.md"
-    write_atomically(file, card_text(folder, recipe, file, base_model=base_model, licence=licence, fresh=fresh))
+    write_atomically(file, card_text(folder, recipe, file, base_model=base_model, licence=licence))
     return file
 
 
@@ -60,15 +59,31 @@ def card_text(
     base_model: str | None = None,
     licence: str | None = None,
     repo: str = HERE,
+    record: Mapping[str, Any] | None = None,
     fresh: bool = False,
 ) -> str:
-    """The card as text. earlier: a card whose metadata and own words are kept; it need not exist."""
-    before = read_card(earlier, fresh)
+    """The card as text. earlier: a card whose metadata and own words are kept; it need not exist.
+
+    record: of the run, if its file does not have it yet. fresh: the earlier card is PEFT's of a moment ago.
+    """
+    with damaged(f"The record or an evaluation of the run {folder.path}"):
+        return _card_text(folder, recipe, read_card(earlier, fresh), base_model, licence, repo, record)
+
+
+def _card_text(
+    folder: RunFolder,
+    recipe: Recipe,
+    before: ModelCard | None,
+    base_model: str | None,
+    licence: str | None,
+    repo: str,
+    record: Mapping[str, Any] | None,
+) -> str:
     ours = before is not None and BEGIN in before.text
     data: Any = before.data if before else ModelCardData()
     base = data.base_model = known_base(before, recipe, base_model)
     data.license = licence or data.license
-    record = read_object(folder.record)
+    record = record or read_object(folder.record)
     results = [read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json"))]
     adapter = recipe.method["name"] != "full"
     data.library_name = "peft" if adapter else "transformers"

@@ -21,6 +21,7 @@ from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
 
+MOST_WORKERS = 256  # processes that read data
 LORAPLUS = "loraplus"  # the one optimizer that is not transformers'
 
 
@@ -196,6 +197,11 @@ def check_names(part: TrainPart) -> None:
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
                 f"away, and what has a field of its own is set there. Allowed are {', '.join(sorted(ARGUMENTS))}."
             )
+    workers = part.arguments.get("dataloader_num_workers", 0)
+    if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):
+        raise UserError(
+            f"train.arguments.dataloader_num_workers is {workers!r}, expected 0 to {MOST_WORKERS} processes."
+        )
     if _own_optimizer(part.optimizer):
         return
     optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import dual_lora
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -82,8 +82,9 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
             if WEIGHTS.fullmatch(file.name) or file.name in VOCABULARY:
                 shutil.copyfile(file, target / file.name)
             elif file.name in SETTINGS:
-                values = read_object(file)
-                clean = _clean_note(values, base) if file.name == "lab.json" else _clean_settings(values, base)
+                with damaged(str(file)):
+                    values = read_object(file)
+                    clean = _clean_note(values, base) if file.name == "lab.json" else _clean_settings(values, base)
                 (target / file.name).write_text(
                     json.dumps(clean, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
                 )

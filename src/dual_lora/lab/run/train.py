@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,20 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, write_note
 from dual_lora.lab.progress import Bar, console
-from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
-from dual_lora.lab.run.hub_card import write_card
+from dual_lora.lab.run.hub_card import card_text
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
 from dual_lora.lab.run.prepare import prepare
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
+from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_once, same_sharding
 from dual_lora.lab.run.watch import RankAllocation, Watch
-from dual_lora.lab.run.write import json_text, mark_whole, write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
 from dual_lora.method.verified import VerifyAdapter
 
@@ -94,7 +95,7 @@ def run(
     try:
         if resume and folder.is_run:
             recipe = asked = precision.settled_as(recipe, recipe_of_run(folder.path))
-            _same_recipe(recipe, folder)
+            same_recipe(recipe, folder)
             if folder.result is not None and (finished := _finished(folder)):
                 return finished
         recipe = precision.settled_here(recipe)
@@ -111,14 +112,6 @@ def run(
     finally:
         if main:
             folder.close()
-
-
-def recipe_of_run(out: str | Path) -> Recipe:
-    """The recipe that a run folder was made with."""
-    folder = RunFolder(Path(out))
-    if not folder.is_run:
-        raise UserError(f"{out} is not a run: it holds no recipe.yaml.")
-    return build_recipe(parse_yaml(read_yaml_text(folder.recipe), str(folder.recipe)), str(folder.recipe))
 
 
 def _train(
@@ -144,12 +137,8 @@ def _train(
         show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
     model = apply_method(loaded, config, recipe.model.path, part.seed)
     check_patterns("train.rates", part.rates, model)
-    if wants_gradients(config) and main:
-        model.save_pretrained(str(folder.start))
-        mark_whole(folder.start)
 
-    checkpoint = folder.last_checkpoint()
-    start = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    start, checkpoint = folder.last_checkpoint()
     counts = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
@@ -158,7 +147,7 @@ def _train(
     }
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if checkpoint:
-        _same_rows_at_once(folder, part.batch_size, processes)
+        same_rows_at_once(folder, part.batch_size, processes)
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
     if recipe.origin is not None:
@@ -168,19 +157,22 @@ def _train(
     earlier = _seconds_before(folder, start)
     if main:
         _begin(recipe, folder, record, start)
+        if wants_gradients(config):
+            write_folder_atomically(folder.start, lambda part: model.save_pretrained(str(part)), listed=True)
 
     with Bar("training", steps, progress and main, start) as bar, quiet():
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
         checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
         callbacks = [*_callbacks_of(config), *checks, *more]
         rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
-        trainer = build_trainer(
-            model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
-        )
-        if checkpoint:
-            _same_sharding(checkpoint, trainer)
-        with watch.interruptible():
-            _go(trainer, watch, checkpoint)
+        with _clear_beginning(watch, checkpoint, part.arguments):
+            trainer = build_trainer(
+                model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
+            )
+            if checkpoint:
+                same_sharding(checkpoint, trainer)
+            with watch.interruptible():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     done = trainer.state.global_step
     seconds = earlier + watch.seconds()
@@ -203,29 +195,40 @@ def _train(
         check_finite(model, done)
         target = folder.full_model if config is None else folder.adapter
         result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
-        _save(trainer, result.tuned, recipe, target, main)
-        result.adapter_bytes = sum(f.stat().st_size for f in target.glob("*.safetensors")) if main else 0
+
+        def add_card(part: Path) -> None:
+            result.adapter_bytes = sum(f.stat().st_size for f in part.glob("*.safetensors"))
+            card = part / "README.md"
+            text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
+            write_atomically(card, text)
+
+        _save(trainer, result.tuned, recipe, target, main, add_card)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
         write_json(folder.record, record)
-        if result.state == "finished":
-            write_card(folder, recipe, fresh=True)
-            mark_whole(target)  # the card is ours too
     return result
 
 
-def _go(trainer: Trainer, watch: Watch, checkpoint: Path | None) -> None:
+@contextmanager
+def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[str]) -> Iterator[None]:
+    """Errors before the first step: the checkpoint was not what it should be, or a further argument."""
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        yield
     except UserError:
         raise
     except Exception as error:
-        if checkpoint is None or watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+        if watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+            raise
+        if checkpoint is not None:
+            raise UserError(
+                f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
+                "earlier one or from the start."
+            ) from error
+        if not arguments:
             raise
         raise UserError(
-            f"The checkpoint {checkpoint} could not be read: {described(error)} Remove it to go on from an "
-            "earlier one or from the start."
+            f"Training could not begin: {described(error)} Look at train.arguments ({', '.join(arguments)})."
         ) from error
 
 
@@ -239,9 +242,9 @@ def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
 
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
+    write_json(folder.record, record)  # first: a recipe alone may be the user's own
     if not folder.is_run:
         write_atomically(folder.recipe, recipe.to_yaml())
-    write_json(folder.record, record)
     kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
     write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))
 
@@ -255,7 +258,9 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
     return [RankAllocation()] if is_kind(config, "ADALORA") else []
 
 
-def _save(trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool) -> None:
+def _save(
+    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, add_card: Callable[[Path], None]
+) -> None:
     def write(folder: Path) -> None:
         with quiet():
             if (start := target.with_name("start")).is_dir():
@@ -267,6 +272,7 @@ def _save(trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bo
         write_note(folder, recipe, tuned.classes)
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             fingerprint.leave(tuned, folder)
+        add_card(folder)  # before the folder is listed: the card is ours too
 
     if main:
         write_folder_atomically(target, write, listed=True)
@@ -279,59 +285,6 @@ def _plain(config: Any) -> dict[str, Any]:
     if config is None:
         return {"name": "full"}
     return json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
-
-
-def _same_recipe(recipe: Recipe, folder: RunFolder) -> None:
-    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [
-        f"{part}.{key}" if isinstance(old[part], dict) else part
-        for part in old
-        if part not in ("evaluate", "about", "name", "origin")
-        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
-        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
-        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
-    ]
-    if changed:
-        raise UserError(
-            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
-            "resume it without changes, or give another --out."
-        )
-
-
-def _same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
-    """The order of the examples depends on the global batch size, over all processes."""
-    try:
-        record = read_object(folder.record)
-        was_on = int(record["processes"])
-        before, now = int(record.get("rows_at_once", batch_size * processes)), batch_size * processes
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(
-            f"The record {folder.record} could not be read ({error!r}), so how the run was made is not known: begin it "
-            "anew in another --out."
-        ) from None
-    if before == now:
-        return
-    fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
-    raise UserError(
-        f"The run {folder.path} took {before} examples at once, on {was_on} process(es); here it would "
-        f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
-        f"{fitting}on {was_on} process(es), or give another --out."
-    )
-
-
-def _same_sharding(checkpoint: Path, trainer: Trainer) -> None:
-    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
-    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
-    if before == now:
-        return
-    if before:
-        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
-    else:
-        advice = "Start it without FSDP, as before"
-    raise UserError(
-        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
-        f"{'with' if now else 'without'} it. {advice}."
-    )
 
 
 def _finished(folder: RunFolder) -> RunResult | None:

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
-from dual_lora.lab.run.write import write_atomically, write_json
+from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
@@ -83,18 +83,9 @@ class StudyFolder:
         self.known = Known()
 
     def __enter__(self) -> StudyFolder:
-        from filelock import FileLock, Timeout
-
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.path / "study.lock")
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
-            ) from None
-        except OSError as error:  # a link in place of the lock, a folder that may not be written
-            raise UserError(f"The study in {self.path} cannot be held: {error}. Give another --out.") from None
+        busy = f"Another process is working on the study in {self.path}. Wait for it, or give another --out."
+        self._lock = hold(self.path / "study.lock", busy)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -137,9 +128,7 @@ class StudyFolder:
             before.setdefault("extend", 0)  # what an earlier version did
         changed = _changed(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
-        for part in recipes:
-            inside = _changed(known.recipes.get(part, {}), recipes[part])
-            changed |= {f"{part}.{name}": pair for name, pair in inside.items()}
+        changed |= _changed(known.recipes, recipes, recipes)
         if changed and not update:
             raise UserError(
                 f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "
@@ -185,13 +174,13 @@ class StudyFolder:
         write_json(self.file, self.known.model_dump(mode="json"))
 
 
-def _changed(before: Plain, now: Plain) -> dict[str, tuple[Any, Any]]:
-    """Field: (old, new) of what differs; of the search field by field. A field that was not known is none of them."""
+def _changed(before: Plain, now: Plain, inside: Iterable[str] = ("search",)) -> dict[str, tuple[Any, Any]]:
+    """Field: (old, new) of what differs, field by field `inside` some. One that was not known is none of them."""
     pairs: dict[str, tuple[Any, Any]] = {}
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
-        if name == "search" and isinstance(old, dict) and isinstance(new, dict):
-            pairs |= {f"search.{key}": pair for key, pair in _changed(old, new).items()}
+        if name in inside and isinstance(old, dict) and isinstance(new, dict):
+            pairs |= {f"{name}.{key}": pair for key, pair in _changed(old, new).items()}
         elif old != new:
             pairs[name] = old, new
     return pairs

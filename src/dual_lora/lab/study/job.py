@@ -148,7 +148,10 @@ def _look_up(runs: Path, key: str) -> Outcome | str | None:
 
 def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "scores") -> NDArray[np.float64]:
     """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
-    scores = np.asarray(read_json(run_file(runs, key, what)), dtype=np.float64)
+    try:
+        scores = np.asarray(read_json(run_file(runs, key, what)), dtype=np.float64)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"Not a table of numbers: {error}.") from None
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(f"Scores of shape {scores.shape}: expected finite ones, [items, what each adds].")
     return scores

@@ -23,7 +23,7 @@ from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.run.failures import Diverged, NotFinite
 from dual_lora.lab.run.record import code_version
-from dual_lora.lab.run.write import write_json
+from dual_lora.lab.run.write import hold, write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Outcome, read_outcome, run_file, write_outcome
 
@@ -74,17 +74,11 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Hold a lock beside the run's folder, so that nobody else runs the same job. The folder may be no link."""
-    from filelock import FileLock, Timeout
-
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {folder.readlink()}, expected a run's own folder: remove the link.")
-    try:
-        with FileLock(folder.with_suffix(".lock"), timeout=WAIT_SECONDS):
-            yield
-    except Timeout:
-        raise UserError(
-            f"The run {folder} is still held by another process; wait for it, then start the study again."
-        ) from None
+    busy = f"The run {folder} is still held by another process; wait for it, then start the study again."
+    with hold(folder.with_suffix(".lock"), busy, WAIT_SECONDS):
+        yield
 
 
 def retire(runs: Path, outcome: Outcome) -> None:
@@ -103,8 +97,6 @@ def _trained(job: Job, runs: Path) -> Figures:
     from dual_lora.lab.run.train import run
 
     recipe, folder = job.recipe, runs / job.key
-    if folder.exists() and not (folder / "recipe.yaml").exists():
-        shutil.rmtree(folder)  # killed before training began: there is nothing to go on from
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), **more)

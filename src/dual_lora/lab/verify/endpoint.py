@@ -11,9 +11,11 @@ import http.client
 import json
 import math
 import os
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -155,8 +157,7 @@ class Endpoint:
             self.url + path, json.dumps({"model": self.model, **body}).encode(), headers, method="POST"
         )
         try:
-            with self._open(request, timeout=self.timeout) as reply:
-                text = reply.read(LARGEST + 1)
+            text = _within(self.timeout, lambda: self._read(request))
         except urllib.error.HTTPError as error:
             raise _Refused(self._said(path, error), error.code) from None
         except TimeoutError:
@@ -177,6 +178,10 @@ class Endpoint:
         if not isinstance(told, dict):
             raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
         return told
+
+    def _read(self, request: urllib.request.Request) -> bytes:
+        with self._open(request, timeout=self.timeout) as reply:
+            return reply.read(LARGEST + 1)
 
     def _said(self, path: str, error: urllib.error.HTTPError) -> str:
         if 300 <= error.code < 400:
@@ -247,9 +252,23 @@ def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:
     return Entry(token, _number(value), others)
 
 
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """What `work` returns; TimeoutError if it takes longer. A socket's own limit is for each byte anew."""
+    came: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            came.set_result(work())
+        except BaseException as error:
+            came.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return came.result(seconds)
+
+
 def _number(value: Any) -> float | None:
-    """JSON has no minus infinity: servers say null, or a very low number."""
-    return max(float(value), -1e4) if isinstance(value, int | float) and math.isfinite(value) else None
+    """JSON has no minus infinity: servers say null, or a very low number. Nor has it an end of whole numbers."""
+    return max(float(value), -1e4) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
 
 def _is_echo(told: list[Entry], length: int) -> bool:

@@ -22,6 +22,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.progress import console
+from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
 from dual_lora.lab.verify.guesses import ModelGuesses, known_of
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, rows_of
@@ -183,14 +184,14 @@ def read(folder: Path) -> Fingerprint | None:
     file = folder / FILE
     if not file.is_file():
         return None
-    if file.stat().st_size > LARGEST:
-        raise UserError(f"{file} has {file.stat().st_size:,} bytes, a fingerprint has at most {LARGEST:,}: remove it.")
     try:
-        return Fingerprint.model_validate_json(file.read_bytes())
+        return Fingerprint.model_validate_json(regular(file, LARGEST).read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{file} is no fingerprint of an adapter ({at}: {first['msg']}): remove it.") from None
+    except ValueError as error:
+        raise UserError(f"{file} is no fingerprint of an adapter ({error}): remove it.") from None
 
 
 def can_be_made(tuned: Tuned) -> bool:

@@ -15,6 +15,7 @@ from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataPart
 from dual_lora.lab.verify.logprobs import Probe, rows_of, score
 
@@ -107,7 +108,8 @@ def _from_file(path: str, data: DataPart) -> tuple[list[Example], list[str]]:
     if not Path(path).is_file():
         raise UserError(f"There is no file of prompts {path}.")
     if Path(path).suffix == ".txt":
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        with opened(Path(path)) as text:
+            lines = [line.strip() for line in text]
         if not any(lines):
             raise UserError(f"{path} holds no prompts: write one a line.")
         return [], [line for line in lines if line]
