@@ -107,6 +107,11 @@ def test_the_mean_square_survives_cancellation(dtype):
     )
 
 
+def test_the_mean_square_of_factors_in_bf16_is_not_rounded():
+    C, D = torch.randn(3, I).bfloat16(), torch.randn(O, 3).bfloat16()
+    torch.testing.assert_close(mean_square_of(C, D), mean_square_of(C.float(), D.float()), rtol=0, atol=0)
+
+
 def test_mean_squares_of_experts_are_their_own():
     C, D = torch.randn(4, 3, I), torch.randn(4, O, 3) * torch.tensor([1.0, 10, 0, 1e-3]).view(4, 1, 1)
     want = torch.stack([(d @ c).square().mean() for c, d in zip(C, D, strict=True)])

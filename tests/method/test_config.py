@@ -11,6 +11,7 @@ from tiny import adapted, layers, llama
 from torch import nn
 
 from dual_lora import DualLoraConfig
+from dual_lora.core.reference import Form
 
 
 def test_help_describes_every_field():
@@ -148,12 +149,19 @@ def test_saved_and_read_again(tmp_path):
     assert DualLoraConfig(**{k: v for k, v in config.to_dict().items() if k != "peft_type"}) == config
 
 
-def test_default_configuration_survives_the_round_trip(tmp_path):
-    config = DualLoraConfig()
+@pytest.mark.parametrize("options", [{}, {"ste": "surrogate"}], ids=["default", "surrogate"])
+def test_a_configuration_survives_the_round_trip(tmp_path, options):
+    config = DualLoraConfig(**options)
     config.save_pretrained(tmp_path)
     again = DualLoraConfig.from_pretrained(tmp_path)
     again.inference_mode, again.peft_version = False, config.peft_version
     assert again == config
+
+
+@pytest.mark.parametrize("saved", [{}, {"ste": "clip"}, {"ste": "hardtanh"}], ids=str)
+def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "DUAL_LORA", "r": 8, **saved}))
+    assert DualLoraConfig.from_pretrained(tmp_path).form == Form(saved.get("ste", "clip"))
 
 
 @pytest.mark.parametrize("r", [2, 8, 16])

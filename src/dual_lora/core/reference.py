@@ -108,7 +108,7 @@ def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
     wide = torch.float64 if C.device.type in ("cpu", "cuda") else torch.float32
     c, d = C.detach().to(wide), D.detach().to(wide)
     total = (d.mT @ d).mul(c @ c.mT).sum((-2, -1))
-    return (total / (D.shape[-2] * C.shape[-1])).to(C.dtype)
+    return (total / (D.shape[-2] * C.shape[-1])).to(torch.promote_types(C.dtype, torch.float32))
 
 
 def steepness(mean_square: Tensor) -> Tensor:
