@@ -57,7 +57,7 @@ def kill_after_first_checkpoint(process, out):
     psutil.wait_procs(workers)
 
 
-@pytest.fixture(params=["fsdp2", pytest.param("ddp", marks=pytest.mark.long)])
+@pytest.fixture(params=["fsdp2", "ddp"])
 def killed(request, lm_values, write_recipe, tmp_path):
     """(strategy, recipe, folder of a run of two processes that was killed)."""
     lm_values["method"] = {"name": "dual_lora", "r": 4}
@@ -70,6 +70,7 @@ def killed(request, lm_values, write_recipe, tmp_path):
     return request.param, recipe, out
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_with_any_number_of_processes(killed, lm_values, tmp_path):
     strategy, recipe, out = killed
     lm_values["train"]["batch_size"] = 4

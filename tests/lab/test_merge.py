@@ -26,7 +26,7 @@ print(json.dumps([model(ids).logits.double().tolist(), model.config.id2label]))
 """
 
 
-@pytest.mark.parametrize("kind", ["causal", "classification"])
+@pytest.mark.parametrize("kind", ["causal", pytest.param("classification", marks=pytest.mark.long)])
 def test_merged_model_needs_nothing_of_ours(kind, lm_values, encoder_values, tmp_path):
     values = lm_values if kind == "causal" else encoder_values
     values["method"] = {"name": "dual_lora", "r": 8}
