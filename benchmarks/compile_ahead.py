@@ -24,8 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from dual_lora.core import triton_launch
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form, Ste
+from dual_lora.core.reference import Adapter, Factors, Form, Ste
 from dual_lora.core.triton_compose import compose
 from dual_lora.core.triton_gradient import TILES, UNALIGNED, factor_gradients
 

@@ -25,9 +25,8 @@ from torch import Tensor
 from benchmarks import judge, layers, ledger
 from benchmarks.measure import Measured, Ratio
 from dual_lora.core import reference
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form, scaling
+from dual_lora.core.reference import Adapter, Factors, Form, scaling
 
 NO_GPU = (
     "No GPU is present, so nothing was measured and no gate was met or missed. The kernels are judged without one, in"

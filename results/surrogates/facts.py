@@ -18,9 +18,8 @@ from torch.nn.functional import cross_entropy, gelu, linear
 from transformers import AutoModel
 
 from dual_lora.core import reference
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.model.load import locate
 
 KEYS, LABELS, BATCH, STEPS = 1024, 64, 128, 500

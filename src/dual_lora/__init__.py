@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ._on_import import when_imported
 
 if TYPE_CHECKING:
-    from .core.blocked import Adapter
     from .core.decompositions import decompositions
     from .core.op import dual_lora_linear
-    from .core.reference import Factors, Form, delta_weight
+    from .core.reference import Adapter, Factors, Form, delta_weight
     from .method.cache import composed_weights
     from .method.callback import DualLoraCallback
     from .method.config import DualLoraConfig
@@ -46,7 +45,7 @@ _HOMES = {
     "save_as_dual_lora": ".method.from_lora",
     "dual_lora_linear": ".core.op",
     "decompositions": ".core.decompositions",
-    "Adapter": ".core.blocked",
+    "Adapter": ".core.reference",
     "Factors": ".core.reference",
     "Form": ".core.reference",
     "delta_weight": ".core.reference",

@@ -128,9 +128,8 @@ def truth(case):
 
 def operator(x, weight, bias, factors, scales, forms, loss_scale=None):
     """The package's operator on the inputs of a case."""
-    from dual_lora.core.blocked import Adapter
     from dual_lora.core.op import dual_lora_linear
-    from dual_lora.core.reference import Factors, Form
+    from dual_lora.core.reference import Adapter, Factors, Form
 
     dtype = factors[0][0].dtype
     adapters = [

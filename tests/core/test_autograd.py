@@ -9,11 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from dual_lora.core import blocked, product
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 
 FORMS = [
     Form(),

@@ -11,11 +11,10 @@ from formula import FORMS, name_of
 from torch import nn
 
 from dual_lora.core import decompositions
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 
 O, I, T = 20, 12, 5
 TWO = (Form(), Form())

@@ -12,10 +12,9 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 import triton
 
 from dual_lora.core import blocked, dispatch, triton_launch, triton_linear
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 
 CUDA = torch.device("cuda", 0)
 

@@ -9,9 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dual_lora.core import blocked
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 
 OPS = torch.ops.dual_lora
 

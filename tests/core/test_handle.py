@@ -6,10 +6,9 @@ from test_autograd import gaussian
 from test_op import Rows
 
 from dual_lora.core import op
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.handle import handle, source_of
 from dual_lora.core.op import dual_lora_linear, through_rows
-from dual_lora.core.reference import Form
+from dual_lora.core.reference import Adapter, Form
 
 
 def opener_of(W):

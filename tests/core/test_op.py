@@ -6,9 +6,8 @@ from formula import FORMS, expected, make_case, name_of, operator, reference, ru
 from numerics import assert_close, assert_relative_rule
 
 from dual_lora.core import blocked
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form, delta_weight
+from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 

@@ -5,10 +5,9 @@ import torch
 from numerics import assert_close, error
 
 from dual_lora.core import blocked, dispatch
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form, mean_square_of
+from dual_lora.core.reference import Adapter, Factors, Form, mean_square_of
 
 SURROGATE = Form("surrogate")
 O, I = 90, 70

@@ -19,8 +19,7 @@ from dual_lora.core import (
     triton_launch,
     triton_linear,
 )
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.gpu_trials import every
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,7 @@ from numerics import assert_close, assert_relative_rule
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
 from dual_lora.core import triton_gradient
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form, delta_weight, product_gradients
+from dual_lora.core.reference import Adapter, Factors, Form, delta_weight, product_gradients
 from dual_lora.core.triton_gradient import factor_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

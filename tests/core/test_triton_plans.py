@@ -19,7 +19,7 @@ from benchmarks import host
 host.without_launches()
 from triton.compiler import CompiledKernel
 from dual_lora.core import triton_gradient, triton_launch
-from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Adapter
 from dual_lora.core.reference import Factors, Form
 from dual_lora.core.triton_compose import compose
 

@@ -297,7 +297,7 @@ def test_a_layer_of_7b_size_is_measured_in_little_memory():
     script = """
 import resource, torch
 torch.set_num_threads(1)
-from dual_lora.core.blocked import Adapter
+from dual_lora.core.reference import Adapter
 from dual_lora.core.reference import Factors, Form
 from dual_lora.lab.analysis.likeness import leading_subspaces
 from dual_lora.lab.analysis.matrices import Factored

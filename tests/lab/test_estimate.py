@@ -8,8 +8,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
 from dual_lora.core import blocked
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.cost import simulate as simulation
 from dual_lora.lab.cost.activations import MemoryTracker
 from dual_lora.lab.cost.flops import linear, linear_backward, register_own

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from . import blocked, dispatch
-from .blocked import Adapter
-from .reference import Factors
+from .reference import Adapter, Factors
 
 torch.library.define(
     "dual_lora::weight",

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from . import compose_op, embedding_op, op  # noqa: F401 - they define the operators
-from .blocked import Adapter
 from .dispatch import adapters_of, without_autocast
-from .reference import Factors, direction, magnitude
+from .reference import Adapter, Factors, direction, magnitude
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

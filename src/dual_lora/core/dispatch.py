@@ -21,8 +21,8 @@ from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from . import blocked
-from .blocked import Adapter, RowSource
-from .reference import Factors, Form
+from .blocked import RowSource
+from .reference import Adapter, Factors, Form
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import blocked, dispatch
-from .blocked import Adapter
-from .reference import Factors
+from .reference import Adapter, Factors
 
 _ARGUMENTS = (
     "Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, int padding_idx,"

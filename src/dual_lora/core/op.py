@@ -20,8 +20,9 @@ from torch._C import _functorch
 from torch.nn import Parameter
 
 from . import dispatch
-from .blocked import Adapter, Needs, RowSource, check_factors
+from .blocked import Needs, RowSource
 from .handle import Handle, handle, source_of
+from .reference import Adapter, check_factors
 
 _PLAIN = Tensor, Parameter
 ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time

@@ -11,6 +11,7 @@ This file is slow and keeps several O × I tensors for backward: it is for judgi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -114,6 +115,42 @@ def mean_square_of(C: Tensor, D: Tensor) -> Tensor:
 def steepness(mean_square: Tensor) -> Tensor:
     """(k / rms(Q))², by which the surrogate narrows; 0 where Q is zero, which makes it the identity."""
     return torch.where(mean_square < TINY, 0.0, SHARPNESS**2 / mean_square)
+
+
+class Adapter(NamedTuple):
+    """One adapter's share of an update: its factors, its scale s (0-dim fp32 tensor) and its form.
+
+    mean_square: rms(Q)² of the whole matrix, where the factors are those of a part and the form asks for it.
+    """
+
+    factors: Factors
+    scale: Tensor
+    form: Form
+    mean_square: Tensor | None = None
+
+    def whole(self) -> Adapter:
+        """The same with the mean square of this Q, if the form asks for one and it is not known."""
+        known = self.mean_square is not None or self.form.ste != "surrogate" or self.form.direction != "sign"
+        return self if known else self._replace(mean_square=mean_square_of(self.factors.C, self.factors.D))
+
+    def working(self) -> Adapter:
+        """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
+        dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
+        if all(t.dtype == dtype for t in (*self.factors, self.scale)):
+            return self
+        return self._replace(factors=Factors(*(f.to(dtype) for f in self.factors)), scale=self.scale.to(dtype))
+
+
+def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:
+    """Raise ValueError for factors that do not make a weight of that shape, [O, I] or [E, O, I]."""
+    *E, O, I = shape
+    for (A, B, C, D), *_ in adapters:
+        received = A.shape, B.shape, C.shape, D.shape
+        r1, r2 = received[0][-2], received[2][-2]
+        expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
+        if received != expected:
+            got, wanted = (dict(zip("ABCD", map(tuple, shapes), strict=True)) for shapes in (received, expected))
+            raise ValueError(f"Factors of shapes {got} do not fit a weight {[*shape]}: expected {wanted}.")
 
 
 def product_gradients(

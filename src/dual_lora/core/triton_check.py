@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import triton_compose, triton_gradient, triton_launch
-from .blocked import Adapter, RowSource
-from .reference import Factors, Form, delta_weight, product_gradients
+from .blocked import RowSource
+from .reference import Adapter, Factors, Form, delta_weight, product_gradients
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error against fp64, relative to the largest entry: some roundings of the dtype."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_launch
-from .blocked import Adapter
+from .reference import Adapter
 from .triton_launch import Tile
 from .triton_product import displacement, expert, product
 

@@ -25,9 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_launch
-from .blocked import Adapter
 from .ieee import wants_tf32
-from .reference import Factors, steepness
+from .reference import Adapter, Factors, steepness
 from .triton_launch import Tile
 from .triton_product import expert, product, product_gradients
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import triton_check, triton_compose, triton_gradient
-from .blocked import Adapter, Gradients, Needs, RowSource
-from .reference import Factors
+from .blocked import Gradients, Needs, RowSource
+from .reference import Adapter, Factors
 
 
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:

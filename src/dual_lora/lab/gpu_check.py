@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from dual_lora.core import dispatch
-from dual_lora.core.blocked import Adapter
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.run.record import version_of
 
 RANK = 16  # r1 = r2

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from dual_lora.core import triton_compose, triton_gradient, triton_launch
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form, direction
+from dual_lora.core.reference import Adapter, Factors, Form, direction
 from dual_lora.core.triton_check import Launch, Layout
 from dual_lora.core.triton_compose import compose
 

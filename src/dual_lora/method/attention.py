@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.blocked import Adapter
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.dispatch import autocast_dtype, refuse_meta
-from ..core.reference import Factors
+from ..core.reference import Adapter, Factors
 from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, Linear

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import blocked
-from ..core.blocked import Adapter
 from ..core.embedding_op import dual_lora_embedding
+from ..core.reference import Adapter
 from . import sharded
 from .layer import MapLayer, is_plain
 from .quantized import find_backend

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.blocked import Adapter
 from ..core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
+from ..core.reference import Adapter
 from . import sharded
 from .config import DualLoraConfig
 from .layer import DualLoraLayer, is_exporting, is_traced

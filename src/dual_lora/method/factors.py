@@ -12,8 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core.blocked import Adapter
-from ..core.reference import Factors, Form, scaling
+from ..core.reference import Adapter, Factors, Form, scaling
 from . import offloaded, sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig

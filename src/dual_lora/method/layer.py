@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import dispatch
-from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.op import dual_lora_linear
+from ..core.reference import Adapter
 from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig

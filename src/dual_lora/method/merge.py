@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.blocked import Adapter
+from ..core.reference import Adapter
 from . import sharded
 from .cache import composed_weights
 from .factors import FactorsLayer

@@ -26,10 +26,10 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype
 from ..core.handle import Handle, handle
 from ..core.op import dual_lora_linear, through_rows
+from ..core.reference import Adapter
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import Linear, is_exporting, is_plain

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..core import dispatch
-from ..core.blocked import Adapter
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.op import dual_lora_linear
-from ..core.reference import Factors
+from ..core.reference import Adapter, Factors
 from .replaced import replaced
 
 if dist.is_available():

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from dual_lora.core import blocked
-from dual_lora.core.blocked import Adapter
-from dual_lora.core.reference import Factors, Form
+from dual_lora.core.reference import Adapter, Factors, Form
 
 BLOCK = 1 << 22  # elements of a block: 16 MiB of fp32
 
