@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import Exported, export_lora
@@ -78,14 +79,13 @@ def export_gguf_lora(
     *,
     base: str | None = None,
     dtype: str | None = None,
-    data: str | None = None,
-    limit: int = 200,
     outtype: str = "f32",
     converter: str | None = None,
+    **measured: Any,
 ) -> tuple[GgufResult, Exported]:
     """Write the nearest LoRA of a Dual LoRA as a GGUF adapter (llama.cpp's --lora); and say what it loses.
 
-    rank, data, limit: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile needs the base's GGUF
+    rank, and `data` and `limit` by name: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile needs the base's GGUF
     file as well, which is not known here: none is written.
     """
     target = _free_file(out)
@@ -96,7 +96,7 @@ def export_gguf_lora(
         model = tuned.model.get_base_model()
         model.config.architectures = [type(model).__name__]  # as a saved model has it
         model.config.save_pretrained(part)
-        exported = export_lora(source, lora, rank, base=base, dtype=dtype, data=data, limit=limit, opened=tuned)
+        exported = export_lora(source, lora, rank, base=base, dtype=dtype, opened=tuned, **measured)
         arguments = [str(lora), "--base", part, "--outfile", str(written), "--outtype", outtype]
         tensors = _run([*command, *arguments], written)
         written.replace(target)
