@@ -139,6 +139,16 @@ def test_without_any_error_a_difference_is_certain():
     assert stats.difference_p(stats.Spread(0.0, 0.0, 0.0, 3, 10)) == 1.0
 
 
+def test_power_by_hand_where_only_items_vary():
+    half = scipy_stats.t.isf(0.025, 199) * 0.1
+    found = stats.power(0.3, stats.Spread(0.0, 0.1, 0.0, 5, 200), 0.05)
+    assert found == pytest.approx(scipy_stats.norm.cdf((0.3 - half) / 0.1))
+
+
+def test_a_margin_that_no_answers_can_reach():
+    assert stats.same_p(stats.Spread(0.0, 0.0, 0.0, 3, 10), 2.0, counted=True) == 0.0
+
+
 def test_one_seed_has_the_items_error_alone():
     d = np.array([[0.0, 1.0, 0.0, 1.0]])
     assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4)
