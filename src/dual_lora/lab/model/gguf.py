@@ -85,8 +85,8 @@ def export_gguf_lora(
 ) -> tuple[GgufResult, Exported]:
     """Write the nearest LoRA of a Dual LoRA as a GGUF adapter (llama.cpp's --lora); and say what it loses.
 
-    rank, and `data` and `limit` by name: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile needs the base's GGUF
-    file as well, which is not known here: none is written.
+    rank, and `data` and `limit` by name: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile
+    needs the base's GGUF file as well, which is not known here: none is written.
     """
     target = _free_file(out)
     command = _beside(find_converter(converter), LORA_SCRIPT)
