@@ -109,7 +109,7 @@ def as_form(folder):
 
 
 @contextmanager
-def running(command, log, port, seconds=180, **environment):
+def running(command, log, port, seconds=400, **environment):
     """Start a server and wait until it lists its models; yields the URL that clients use."""
     with log.open("wb") as file:
         process = subprocess.Popen(
