@@ -145,6 +145,13 @@ def test_power_by_hand_where_only_items_vary():
     assert found == pytest.approx(scipy_stats.norm.cdf((0.3 - half) / 0.1))
 
 
+def test_one_seed_s_sentence_names_its_items_where_there_are_several():
+    random = np.random.default_rng(0)
+    for items, said in ((7, "two trained models on 7 items only"), (1, "two trained models only")):
+        pair = verdicts.compare_pair(random.random((1, items)), random.random((1, items)))
+        assert said in verdicts.judge([pair])[0].sentence
+
+
 def test_a_margin_that_no_answers_can_reach():
     assert stats.same_p(stats.Spread(0.0, 0.0, 0.0, 3, 10), 2.0, counted=True) == 0.0
 
@@ -325,6 +332,9 @@ def test_identical_runs():
     assert judged.p == 1.0
     assert judged.low == judged.high == 0.0
     assert judged.visible is None, "nothing varied: there is no noise to judge by"
+    assert verdicts.false_alarm([judged], 0.05) is None
+    assert "100% interval" not in judged.sentence
+    assert "90% interval +0 to +0" in judged.sentence
 
 
 @pytest.mark.parametrize(("seeds", "items"), [(2, 1), (2, 2), (3, 1)])

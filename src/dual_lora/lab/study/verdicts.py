@@ -161,7 +161,7 @@ def compare_spread(
         p_same_holm=None,
         same_low=same_low,
         same_high=same_high,
-        visible=stats.smallest_visible(s, 1 - confidence, wanted_power),
+        visible=None,  # at a level that `judge` knows
         power=wanted_power,
         margin=margin,
         spread=s,
