@@ -1,13 +1,14 @@
 """What a swap asks of a server, in which order; a refused adapter changes nothing. The engine is a stand-in."""
 
 import asyncio
+import sys
 from types import SimpleNamespace
 
 import pytest
 from adapters import METHODS, trained
 
 from dual_lora.serving.compose import AdapterError
-from dual_lora.serving.vllm_endpoint import AdapterEndpoint
+from dual_lora.serving.vllm_endpoint import FILES, AdapterEndpoint
 
 
 class Engine:
@@ -53,6 +54,34 @@ def started(folder, **other):
     return endpoint, engine, str(folder / "other" / "adapter")
 
 
+class Refused(Exception):
+    """FastAPI's HTTPException, which is in vLLM's environment alone."""
+
+
+class Request:
+    def __init__(self, body):
+        self.body = body
+
+    async def json(self):
+        return self.body
+
+    async def form(self, **limits):
+        return self.body
+
+
+def asked(endpoint, method, body=None):
+    """(status, answer) of the route's own function."""
+    routes = {}
+    app = SimpleNamespace(add_api_route=lambda path, call, methods, **_: routes.update({methods[0]: call}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fastapi", SimpleNamespace(HTTPException=Refused, Request=Request))
+        endpoint.attach_router(app)
+    try:
+        return 200, asyncio.run(routes[method](*([] if method == "GET" else [Request(body)])))
+    except Refused as error:
+        return error.args
+
+
 def test_swap(tmp_path):
     endpoint, engine, other = started(tmp_path)
     assert endpoint.adapter == engine.loaded
@@ -81,6 +110,42 @@ def test_a_failed_swap_brings_the_old_adapter_back(tmp_path):
         asyncio.run(endpoint.swap(other))
     assert engine.loaded == endpoint.adapter == before
     assert engine.asked[-2:] == ["reset", "resume"]
+
+
+@pytest.mark.parametrize("old_is_gone", [True, False], ids=["base", "old adapter"])
+def test_after_a_failed_swap_the_server_says_what_it_has(old_is_gone, tmp_path):
+    endpoint, engine, other = started(tmp_path)
+    before = endpoint.adapter
+    engine.fails = {other, before} if old_is_gone else {other}
+    status, said = asked(endpoint, "POST", {"adapter": other})
+    assert status == 500
+    assert "no memory" in said
+    left = None if old_is_gone else before
+    assert engine.loaded == endpoint.adapter == left
+    assert f"The server has {left or 'the base model'}." in said
+    assert engine.asked[-2:] == ["reset", "resume"]
+
+
+def test_a_server_of_parts_answers_nothing_until_a_swap_works(tmp_path):
+    endpoint, engine, other = started(tmp_path)
+    engine.fails = {other, endpoint.adapter, None}
+    status, said = asked(endpoint, "POST", {"adapter": other})
+    assert status == 500
+    assert "parts of two models" in said
+    assert "resume" not in engine.asked
+    assert asked(endpoint, "GET")[0] == 500
+    engine.fails = set()
+    assert asked(endpoint, "POST", {"adapter": other}) == (200, {"adapter": other})
+    assert asked(endpoint, "GET") == (200, {"adapter": engine.loaded})
+    assert engine.asked[-1] == "resume"
+
+
+def test_a_form_of_texts_in_the_place_of_files(tmp_path):
+    endpoint, engine, _ = started(tmp_path)
+    status, said = asked(endpoint, "PUT", dict.fromkeys(FILES, "a text"))
+    assert status == 400
+    assert "Expected the files" in said
+    assert engine.asked == []
 
 
 def test_a_server_without_the_loader_is_told(tmp_path):

@@ -6,7 +6,9 @@ does more than one composed weight wait beside the model. Every PEFT method that
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 Stream = Iterable[tuple[str, Tensor]]
+_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -59,6 +62,7 @@ class ComposedWeights:
         self._places = _places(peft_model)
         self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._places.keys())
         self._refuse_shared(shared)
+        self._try_one_of_each_kind()
 
     @property
     def names(self) -> set[str]:
@@ -87,37 +91,65 @@ class ComposedWeights:
         for name, tensor in weights:
             own = self._own_name(name)
             if own in self._trained:
-                tensor = self._trained[own].to(tensor.dtype)
+                tensor = self._finite(own, self._trained[own].to(tensor.dtype))
             elif own in self._places:
                 self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
                 with _training_defaults():
-                    tensor = self._composed(self._places[own], tensor)
+                    tensor = self._finite(own, self._composed(own, tensor))
             left.discard(own)
             yield name, tensor
         if left:
             raise AdapterError(self._not_found(sorted(left)))
 
-    def _composed(self, place: _Place, tensor: Tensor) -> Tensor:
-        empty = place.plain._parameters[place.parameter]
-        bias = getattr(place.plain, "bias", None)
-        place.plain._parameters[place.parameter] = nn.Parameter(
+    def _composed(self, own: str, tensor: Tensor) -> Tensor:
+        place, plain = self._places[own], self._places[own].plain
+        own_weight, bias = plain._parameters[place.parameter], getattr(plain, "bias", None)
+        if not isinstance(own_weight, _Absent):  # embeddings that were saved with the adapter
+            tensor = cast("Tensor", own_weight).detach().to(tensor.device, tensor.dtype)
+        plain._parameters[place.parameter] = nn.Parameter(
             tensor.to(self.device, copy=True),  # some methods merge in place
             requires_grad=False,
         )
-        if isinstance(bias, _Absent):
-            place.plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
+        if bias is not None:
+            plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
+        wrapper = copy.copy(place.wrapper)  # what a merge keeps, as the original weight, goes with the copy
+        wrapper.merged_adapters = []
         try:
-            place.wrapper.merge(safe_merge=True)
-            merged = place.plain._parameters[place.parameter]
-            assert merged is not None
-            if isinstance(bias, _Absent) and torch.any(cast("Tensor", place.plain.bias)):
+            wrapper.merge(safe_merge=True)
+            merged = plain._parameters[place.parameter]
+            if merged is None or wrapper.get_base_layer() is not plain:
+                raise AdapterError(f"{self.folder} replaces {own}: merge it and serve the merged folder.")
+            if bias is not None and torch.any(cast("Tensor", plain.bias)):
                 raise AdapterError(f"{self.folder} changes biases as well: merge it and serve the merged folder.")
             return merged.detach().to(tensor.device, tensor.dtype)
+        except AdapterError:
+            raise
+        except Exception as error:  # whatever a method has against being merged
+            raise AdapterError(f"{self.folder} cannot be merged into {own}: {_first_line(error)}") from error
         finally:
-            place.plain._parameters[place.parameter] = empty
-            if isinstance(bias, _Absent):
-                place.plain.bias = bias
-            place.wrapper.merged_adapters = []
+            plain._parameters[place.parameter] = own_weight
+            if bias is not None:
+                plain.bias = bias
+
+    def _try_one_of_each_kind(self) -> None:
+        """Compose into one weight of ones for each kind of layer, so that what has no merge is refused at once."""
+        kinds: dict[Any, str] = {}
+        for own in sorted(self._places, key=lambda own: -math.prod(self._shapes[own])):  # the smallest stays
+            place = self._places[own]
+            kinds[type(place.wrapper), type(place.plain), getattr(place.plain, "bias", None) is None] = own
+        with _training_defaults():
+            for own in kinds.values():
+                place = self._places[own]
+                ones = torch.ones(self._shapes[own], dtype=place.plain.get_parameter(place.parameter).dtype)
+                self._finite(own, self._composed(own, ones))
+
+    def _finite(self, own: str, tensor: Tensor) -> Tensor:
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(
+                f"{own} with {self.folder} is beyond what {tensor.dtype} holds, or computed from the base's weights as "
+                "they were when the adapter was made: merge it and serve the merged folder."
+            )
+        return tensor
 
     def _own_name(self, name: str) -> str:
         """A checkpoint's name as the model has it: some checkpoints were saved without the head's prefix, or with."""
@@ -187,8 +219,8 @@ def _names_of_shared(model: nn.Module) -> set[str]:
     return {name for several in names.values() if len(several) > 1 for name in several}
 
 
-def _check_files(folder: Path) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises AdapterError for a folder that is not a whole adapter of finite numbers."""
+def _check_files(folder: Path) -> set[str]:
+    """Names of the adapter's tensors. Raises AdapterError unless the folder is a whole adapter of finite numbers."""
     weights = folder / "adapter_model.safetensors"
     for file in (folder / "adapter_config.json", weights):
         if not file.is_file():
@@ -196,27 +228,37 @@ def _check_files(folder: Path) -> dict[str, Tensor]:
     try:
         json.loads((folder / "adapter_config.json").read_text("utf-8"))
         with safe_open(str(weights), framework="pt") as tensors:
-            files = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+            names = set(tensors.keys())
+            wrong = sorted(name for name in names if not _all_finite(tensors.get_tensor(name)))
     except (SafetensorError, ValueError, OSError) as error:
         raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
-    wrong = sorted(name for name, t in files.items() if t.is_floating_point() and not torch.isfinite(t).all())
     if wrong:
         raise AdapterError(f"{weights} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
-    return files
+    return names
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def _empty_model(config: Any) -> nn.Module:
     import transformers
 
-    if isinstance(config, str | Path):
-        config = transformers.AutoConfig.from_pretrained(str(config))
-    name = (config.architectures or ["none"])[0]
-    factory = getattr(transformers, name, None)
-    if factory is None:
-        raise AdapterError(f"transformers has no model {name}, which the base model's config.json names.")
+    try:
+        if isinstance(config, str | Path):
+            config = transformers.AutoConfig.from_pretrained(str(config), trust_remote_code=False)
+        name = (config.architectures or ["none"])[0]
+        with torch.device("meta"):
+            model = getattr(transformers, name)._from_config(config)
+    except Exception as error:  # no such file or class, code of the model's own, values that the class can't have
+        raise AdapterError(
+            f"The base model's config.json describes no model of transformers: {_first_line(error)}"
+        ) from error
     shared: dict[int, nn.Parameter] = {}  # tied weights stay one
-    with torch.device("meta"):
-        model = factory._from_config(config)
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -225,34 +267,42 @@ def _empty_model(config: Any) -> nn.Module:
 
 
 class _Absent(nn.Parameter):
-    """A weight of the base model that is not here: its shape and precision on a real device, and one number."""
+    """A weight of the base model that is not here: its shape and precision on a real device, and one number: NaN.
+
+    So what a method computes from it (the start of PiSSA, OLoRA, PSOFT, OSF) can't pass for a weight.
+    """
 
 
 def _absent(parameter: Tensor) -> nn.Parameter:
-    one = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+    one = torch.full((), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
     return _Absent(one, requires_grad=False)
 
 
-def _adapted(model: nn.Module, folder: Path, files: Mapping[str, Tensor], device: torch.device) -> Any:
+def _adapted(model: nn.Module, folder: Path, files: set[str], device: torch.device) -> Any:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTuner
 
     try:  # of our own method PEFT knows: whoever imports this module has imported the package
         config = PeftConfig.from_pretrained(str(folder))
+        if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
+            raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
+        start = getattr(config, "init_lora_weights", True)
+        if isinstance(start, str) and start.startswith(_FROM_THE_BASE):
+            raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
         config.inference_mode = True
         adapted: Any = PeftModel.from_pretrained(
             model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise AdapterError(f"{folder} does not fit the base model: {first}") from error
+        raise AdapterError(f"{folder} does not fit the base model: {_first_line(error)}") from error
     if not isinstance(adapted.base_model, BaseTuner):
         raise AdapterError(f"{folder} is an adapter of the kind {config.peft_type}, which has no weights to merge.")
-    expected = get_peft_model_state_dict(adapted)
+    # True and False, since "auto" asks a hub for the model that the adapter's file names as its base.
+    expected, known = (get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True))
     missing = sorted(name for name in expected if name not in files)
     if missing:
         raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
-    unknown = set(files) - set(expected)
+    unknown = files - set(known)
     if unknown:
         raise AdapterError(
             f"{folder} has {sorted(unknown)[0]} and {len(unknown) - 1} more tensors that the base model has no layer "

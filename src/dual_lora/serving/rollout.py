@@ -30,13 +30,24 @@ class VllmRollout:
             self._sent_at = trainer.state.global_step
         tokenizer = trainer.processing_class
         ids = [_tokens(tokenizer, prompt) for prompt in prompts]
-        settings = {"temperature": trainer.temperature, "top_p": trainer.top_p}
-        done = self.server.complete(ids, trainer.max_completion_length, **settings)
+        done = self.server.complete(ids, trainer.max_completion_length, **_sampling(trainer))
         return {
             "prompt_ids": [one.prompt for one in done],
             "completion_ids": [one.tokens for one in done],
             "logprobs": [one.logprobs for one in done],
         }
+
+
+def _sampling(trainer: Any) -> dict[str, Any]:
+    """Every setting of TRL's, those at their default as well: for what is left out vLLM takes the base's own."""
+    return {
+        "temperature": trainer.temperature,
+        "top_p": trainer.top_p,
+        "top_k": trainer.top_k or 0,
+        "min_p": trainer.min_p or 0.0,
+        "repetition_penalty": trainer.repetition_penalty,
+        **(trainer.args.generation_kwargs or {}),
+    }
 
 
 def _tokens(tokenizer: Any, prompt: Any) -> list[int]:

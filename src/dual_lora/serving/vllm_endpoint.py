@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from .compose import AdapterError, ComposedWeights, checkpoint_of
 from .vllm import KEY, LOAD_FORMAT
 
+logger = logging.getLogger(__name__)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROUTE = "/v1/dual_lora/adapter"  # below /v1, where `vllm serve --api-key` asks for the key
 
@@ -33,6 +35,7 @@ class AdapterEndpoint:
         self.lock = asyncio.Lock()
         self.engine: Any = None
         self.adapter: str | None = None
+        self.whole = True  # False: the weights are those of no one model
         self.files: Any = None  # the folder of an adapter that came by a request; it goes when the next one works
 
     def attach_router(self, app: Any) -> None:
@@ -40,6 +43,8 @@ class AdapterEndpoint:
         from fastapi import HTTPException, Request
 
         async def now() -> dict[str, str | None]:
+            if not self.whole and not self.lock.locked():
+                raise HTTPException(500, self._left())
             return {KEY: self.adapter}
 
         async def answer(adapter: str | None, files: Any = None) -> dict[str, str | None]:
@@ -48,7 +53,9 @@ class AdapterEndpoint:
                     await self.swap(adapter)
                     self.files = files
             except AdapterError as error:
-                raise HTTPException(400, f"{error} The server still has {self.adapter or 'the base model'}.") from error
+                raise HTTPException(400, f"{error} {self._left()}") from error
+            except Exception as error:  # a worker's, which has changed its weights by then
+                raise HTTPException(500, f"The swap failed: {error} {self._left()}") from error
             return {KEY: self.adapter}
 
         async def by_folder(request: Request) -> dict[str, str | None]:
@@ -63,7 +70,7 @@ class AdapterEndpoint:
 
         async def by_files(request: Request) -> dict[str, str | None]:
             form = await request.form(max_files=len(FILES), max_fields=0)
-            if set(form) != set(FILES):
+            if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
                 raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
             folder = tempfile.TemporaryDirectory(prefix="adapter-")
             for name in FILES:
@@ -94,16 +101,33 @@ class AdapterEndpoint:
         if adapter is not None:
             await asyncio.to_thread(self._check, config.model_config, adapter)
         await self.engine.pause_generation(mode="wait", clear_cache=True)
+        self.whole = False
         try:
-            try:
-                await self._load(adapter)
-            except Exception:
-                await self._load(self.adapter)
-                raise
-            self.adapter = adapter
+            await self._load(adapter)
+            self.adapter, self.whole = adapter, True
+        except Exception:
+            await self._load_what_is_left()
+            raise
         finally:
-            await self.engine.reset_prefix_cache()
-            await self.engine.resume_generation()
+            if self.whole:
+                await self.engine.reset_prefix_cache()
+                await self.engine.resume_generation()
+
+    async def _load_what_is_left(self) -> None:
+        """After a failed swap the adapter as before, or else the base model. If both fail, the server stays paused."""
+        for known in dict.fromkeys((self.adapter, None)):
+            try:
+                await self._load(known)
+            except Exception:
+                logger.exception("%s cannot be loaded", known or "The base model")
+            else:
+                self.adapter, self.whole = known, True
+                return
+
+    def _left(self) -> str:
+        if not self.whole:
+            return "The server has parts of two models and answers nothing until a swap works."
+        return f"The server has {self.adapter or 'the base model'}."
 
     async def _load(self, adapter: str | None) -> None:
         extra = {**self.engine.vllm_config.load_config.model_loader_extra_config, KEY: adapter}

@@ -77,8 +77,8 @@ def _check(tokenizer: Any, around: dict[str, tuple[str, str]], default: str, sta
     """Raise UserError unless the pieces give what the tokenizer gives, for conversations that were not used above."""
     for chat in (
         [("user", "One line.")],
-        [("user", " spaces around \n"), ("assistant", "Yes."), ("user", 'A "quoted" question?')],
-        [("system", "Be brief."), ("user", "Why?"), ("assistant", "So."), ("user", "And then?")],
+        [("user", " spaces around \n"), ("assistant", " Yes.\n"), ("user", 'A "quoted" question?')],
+        [("system", " Be brief.\n"), ("user", "Why?"), ("assistant", "So."), ("user", "And then?")],
     ):
         whole = chat if chat[0][0] == "system" or not default else [("system", default), *chat]
         own = "".join(content.join(around[role]) for role, content in whole) + start

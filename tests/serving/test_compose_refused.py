@@ -1,0 +1,102 @@
+"""Adapters whose composed weights would not be the merged model's are refused as soon as they are opened."""
+
+import json
+
+import peft
+import pytest
+import torch
+from adapters import TARGETS, small
+from safetensors.torch import load_file
+
+from dual_lora import DualLoraConfig
+from dual_lora.serving.compose import AdapterError, ComposedWeights
+
+REFUSED = {
+    "biases of its own": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True),
+    "biases beside trained ones": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, bias="all"),
+    "a bias where there is none": lambda: peft.LoraConfig(r=4, target_modules=["down_proj"], lora_bias=True),
+    "norms in place of norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "a start from the base: psoft": lambda: peft.PsoftConfig(r=4, target_modules=TARGETS),
+    "a start from the base: osf": lambda: peft.OSFConfig(target_modules=TARGETS),
+    "a start from the base: pissa": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
+    "a start from the base: olora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
+    "a start from the base: lora_ga": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="lora_ga"),
+    "layers in another order": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, layer_replication=[[1, 2], [0, 1]]),
+    "fewer layers": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, layer_replication=[[0, 1]]),
+    "no merge": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, alora_invocation_tokens=[5]),
+}
+
+
+def saved(config, folder, **other):
+    """The adapter off its start, saved beside its base; the PEFT model."""
+    small().save_pretrained(folder / "base")
+    model = peft.get_peft_model(small(), config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    model.save_pretrained(folder / "adapter", **other)
+    return model
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_never_something_else_in_silence(name, tmp_path):
+    saved(REFUSED[name](), tmp_path)
+    with pytest.raises(AdapterError) as raised:
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_composition_leaves_nothing_for_the_next(tmp_path):
+    """Neither the weights of the first stream, which would be held beside the model, nor its results."""
+    saved(DualLoraConfig(r=4, target_modules=TARGETS, warmup_steps=0), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    composed = ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    first = dict(composed.stream(weights.items()))
+    second = dict(composed.stream((name, weight + 1) for name, weight in weights.items()))
+    for name in composed.names:
+        torch.testing.assert_close(second[name], first[name] + 1)
+
+
+@pytest.mark.parametrize("adapted", [["q_proj"], ["embed_tokens"]], ids=["beside", "under the adapter"])
+def test_embeddings_that_were_saved_with_the_adapter(adapted, tmp_path):
+    model = saved(peft.LoraConfig(r=4, target_modules=adapted), tmp_path)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings()
+        getattr(embedding, "base_layer", embedding).weight.add_(1)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    after = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+    for name, weight in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(after[name], weight, msg=name)
+
+
+def test_what_half_precision_does_not_hold(tmp_path):
+    model = saved(peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]), tmp_path)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.fill_(1e5)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(AdapterError, match=r"lm_head\.weight .*float16 holds"):
+        dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream((n, w.half()) for n, w in weights.items()))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"auto_map": {"AutoConfig": "own.Config"}, "model_type": "own"},
+        {"architectures": ["AutoModelForCausalLM"]},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": None},
+    ],
+    ids=["code of its own", "no class of models", "another class", "none"],
+)
+def test_a_base_that_transformers_does_not_know(changed, tmp_path, monkeypatch):
+    saved(peft.LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked to let a base's code run"))
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    (tmp_path / "base" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(AdapterError, match="describes no model of transformers"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    assert not (tmp_path / "ran").exists()
