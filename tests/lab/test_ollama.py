@@ -27,6 +27,10 @@ TEMPLATES = {
 }
 REFUSED = {
     "trims": CHATML.replace("m['content']", "m['content'] | trim") + ANSWER,
+    "trims answers": CHATML.replace(
+        "m['content']", "(m['content'] | trim if m['role'] == 'assistant' else m['content'])"
+    )
+    + ANSWER,
     "first turn differs": "{% for m in messages %}{{ loop.index }}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
     + ANSWER,
     "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
