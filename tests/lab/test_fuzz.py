@@ -179,6 +179,13 @@ COMMANDS = (
 )
 
 
+def damaged(names, content, *more):
+    """One of a folder's files by its name, what is written in its place, and a draw from each of `more`."""
+    return st.sampled_from(names).flatmap(
+        lambda name: st.tuples(st.just(name), written(content[name], "yaml" if "yaml" in name else "json"), *more)
+    )
+
+
 def test_runs(source):
     names = ["recipe.yaml", "record.json", "adapter/lab.json", "adapter/adapter_config.json"]
     names += ["checkpoints/checkpoint-1/complete.json", "checkpoints/checkpoint-1/trainer_state.json"]
@@ -187,11 +194,7 @@ def test_runs(source):
         *(str(f.relative_to(source)) for f in source.glob("evaluation/*/result.json")),
     ]
     content = {name: values_in(source / name) for name in names}
-    some = st.sampled_from(names).flatmap(
-        lambda name: st.tuples(
-            st.just(name), written(content[name], "yaml" if "yaml" in name else "json"), st.sampled_from(COMMANDS)
-        )
-    )
+    some = damaged(names, content, st.sampled_from(COMMANDS))
 
     def check(example):
         name, data, command = example
@@ -247,7 +250,7 @@ def test_results(tmp_path):
     material = report_material.write(tmp_path / "material")
     names = ["study/results.json", "runs/dual/analysis/analysis.json"]
     content = {name: values_in(material / name) for name in names}
-    some = st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), written(content[name], "json")))
+    some = damaged(names, content)
 
     def check(example):
         name, data = example
@@ -272,11 +275,7 @@ def test_study_folders(tmp_path):
         ["compare", *given, "--update"],
         ["report", "it"],
     )
-    some = st.sampled_from(names).flatmap(
-        lambda name: st.tuples(
-            st.just(name), written(content[name], "yaml" if "yaml" in name else "json"), st.sampled_from(commands)
-        )
-    )
+    some = damaged(names, content, st.sampled_from(commands))
 
     def check(example):
         name, data, command = example

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .vllm_endpoint import FILES, ROUTE
+from .compose import FILES
+from .vllm_endpoint import ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 

@@ -11,9 +11,8 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,20 +20,12 @@ from torch import Tensor, nn
 
 Stream = Iterable[tuple[str, Tensor]]
 _FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
+FILES = ("adapter_config.json", "adapter_model.safetensors")  # an adapter's folder, as PEFT saves it
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16}
 
 
 class AdapterError(ValueError):
     """An adapter that can't be served, in one sentence."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint's tensor is adapted: the wrapped module, the plain one inside, its parameter's name."""
-
-    wrapper: Any
-    plain: nn.Module
-    parameter: str
 
 
 class ComposedWeights:
@@ -59,15 +50,15 @@ class ComposedWeights:
         shared = _names_of_shared(self._model)
         with _training_defaults():
             peft_model = _adapted(self._model, self.folder, files, self.device)
-        self._places = _places(peft_model)
-        self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._places.keys())
+        self._layers = _layers(peft_model)
+        self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._layers.keys())
         self._refuse_shared(shared)
         self._try_one_of_each_kind()
 
     @property
     def names(self) -> set[str]:
         """The base model's parameters that the adapter changes."""
-        return {*self._places, *self._trained}
+        return {*self._layers, *self._trained}
 
     def check(self, checkpoint: Mapping[str, tuple[tuple[int, ...], bool]]) -> None:
         """Raise AdapterError unless the checkpoint holds every adapted weight in the shape of the model.
@@ -92,7 +83,7 @@ class ComposedWeights:
             own = self._own_name(name)
             if own in self._trained:
                 tensor = self._finite(own, self._trained[own].to(tensor.dtype))
-            elif own in self._places:
+            elif own in self._layers:
                 self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
                 with _training_defaults():
                     tensor = self._finite(own, self._composed(own, tensor))
@@ -102,24 +93,25 @@ class ComposedWeights:
             raise AdapterError(self._not_found(sorted(left)))
 
     def _composed(self, own: str, tensor: Tensor) -> Tensor:
-        place, plain = self._places[own], self._places[own].plain
-        own_weight, bias = plain._parameters[place.parameter], getattr(plain, "bias", None)
+        layer = self._layers[own]
+        plain = layer.get_base_layer()
+        own_weight, bias = plain.weight, getattr(plain, "bias", None)
         if not isinstance(own_weight, _Absent):  # embeddings that were saved with the adapter
-            tensor = cast("Tensor", own_weight).detach().to(tensor.device, tensor.dtype)
-        plain._parameters[place.parameter] = nn.Parameter(
+            tensor = own_weight.detach().to(tensor.device, tensor.dtype)
+        plain.weight = nn.Parameter(
             tensor.to(self.device, copy=True),  # some methods merge in place
             requires_grad=False,
         )
         if bias is not None:
             plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
-        wrapper = copy.copy(place.wrapper)  # what a merge keeps, as the original weight, goes with the copy
-        wrapper.merged_adapters = []
+        layer = copy.copy(layer)  # what a merge keeps, as the original weight, goes with the copy
+        layer.merged_adapters = []
         try:
-            wrapper.merge(safe_merge=True)
-            merged = plain._parameters[place.parameter]
-            if merged is None or wrapper.get_base_layer() is not plain:
+            layer.merge(safe_merge=True)
+            merged = plain._parameters["weight"]
+            if merged is None or layer.get_base_layer() is not plain:
                 raise AdapterError(f"{self.folder} replaces {own}: merge it and serve the merged folder.")
-            if bias is not None and torch.any(cast("Tensor", plain.bias)):
+            if bias is not None and torch.any(plain.bias):
                 raise AdapterError(f"{self.folder} changes biases as well: merge it and serve the merged folder.")
             return merged.detach().to(tensor.device, tensor.dtype)
         except AdapterError:
@@ -127,20 +119,20 @@ class ComposedWeights:
         except Exception as error:  # whatever a method has against being merged
             raise AdapterError(f"{self.folder} cannot be merged into {own}: {_first_line(error)}") from error
         finally:
-            plain._parameters[place.parameter] = own_weight
+            plain._parameters["weight"] = own_weight
             if bias is not None:
                 plain.bias = bias
 
     def _try_one_of_each_kind(self) -> None:
         """Compose into one weight of ones for each kind of layer, so that what has no merge is refused at once."""
         kinds: dict[Any, str] = {}
-        for own in sorted(self._places, key=lambda own: -math.prod(self._shapes[own])):  # the smallest stays
-            place = self._places[own]
-            kinds[type(place.wrapper), type(place.plain), getattr(place.plain, "bias", None) is None] = own
+        for own in sorted(self._layers, key=lambda own: -math.prod(self._shapes[own])):  # the smallest stays
+            layer = self._layers[own]
+            plain = layer.get_base_layer()
+            kinds[type(layer), type(plain), getattr(plain, "bias", None) is None] = own
         with _training_defaults():
             for own in kinds.values():
-                place = self._places[own]
-                ones = torch.ones(self._shapes[own], dtype=place.plain.get_parameter(place.parameter).dtype)
+                ones = torch.ones(self._shapes[own], dtype=self._layers[own].get_base_layer().weight.dtype)
                 self._finite(own, self._composed(own, ones))
 
     def _finite(self, own: str, tensor: Tensor) -> Tensor:
@@ -221,12 +213,12 @@ def _names_of_shared(model: nn.Module) -> set[str]:
 
 def _check_files(folder: Path) -> set[str]:
     """Names of the adapter's tensors. Raises AdapterError unless the folder is a whole adapter of finite numbers."""
-    weights = folder / "adapter_model.safetensors"
-    for file in (folder / "adapter_config.json", weights):
+    config, weights = (folder / name for name in FILES)
+    for file in (config, weights):
         if not file.is_file():
             raise AdapterError(f"{file} is missing: expected the folder of an adapter as PEFT saves it.")
     try:
-        json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        json.loads(config.read_text("utf-8"))
         with safe_open(str(weights), framework="pt") as tensors:
             names = set(tensors.keys())
             wrong = sorted(name for name in names if not _all_finite(tensors.get_tensor(name)))
@@ -311,11 +303,11 @@ def _adapted(model: nn.Module, folder: Path, files: set[str], device: torch.devi
     return adapted.eval()
 
 
-def _places(adapted: Any) -> dict[str, _Place]:
-    """For each adapted parameter, by its name in the base model, the layer that composes it."""
+def _layers(adapted: Any) -> dict[str, Any]:
+    """For each adapted weight, by its name in the base model, the PEFT layer that composes it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    places: dict[str, _Place] = {}
+    layers: dict[str, Any] = {}
     for name, module in adapted.base_model.model.named_modules():
         if not isinstance(module, BaseTunerLayer) or not hasattr(module, "get_base_layer"):
             continue
@@ -323,10 +315,10 @@ def _places(adapted: Any) -> dict[str, _Place]:
         own = name.replace(".base_layer", "").removesuffix(".token_adapter")
         if "weight" not in plain._parameters or not hasattr(module, "merge"):
             raise AdapterError(f"{own} ({type(plain).__name__}) has no one weight: merge and serve the merged folder.")
-        if f"{own}.weight" in places:
+        if f"{own}.weight" in layers:
             raise AdapterError(f"{own} is adapted twice: merge the adapter and serve the merged folder.")
-        places[f"{own}.weight"] = _Place(module, plain, "weight")
-    return places
+        layers[f"{own}.weight"] = module
+    return layers
 
 
 def _trained_as_they_are(adapted: Any, names: set[str]) -> dict[str, Tensor]:

@@ -17,11 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .compose import AdapterError, ComposedWeights, checkpoint_of
+from .compose import FILES, AdapterError, ComposedWeights, checkpoint_of
 from .vllm import KEY, LOAD_FORMAT
 
 logger = logging.getLogger(__name__)
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 ROUTE = "/v1/dual_lora/adapter"  # below /v1, where `vllm serve --api-key` asks for the key
 
 

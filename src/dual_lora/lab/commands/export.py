@@ -83,7 +83,7 @@ def export(
             from dual_lora.lab.model.gguf import export_gguf_lora
 
             shared |= {"outtype": outtype or "f32", "converter": converter}
-            _, exported = export_gguf_lora(source, out, keep, **shared)
+            exported = export_gguf_lora(source, out, keep, **shared)
         elif to == "mlx-lora":
             from dual_lora.lab.model.mlx import export_mlx_lora
 

@@ -82,7 +82,7 @@ def export_gguf_lora(
     outtype: str = "f32",
     converter: str | None = None,
     **measured: Any,
-) -> tuple[GgufResult, Exported]:
+) -> Exported:
     """Write the nearest LoRA of a Dual LoRA as a GGUF adapter (llama.cpp's --lora); and say what it loses.
 
     rank, and `data` and `limit` by name: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile
@@ -98,9 +98,9 @@ def export_gguf_lora(
         model.config.save_pretrained(part)
         exported = export_lora(source, lora, rank, base=base, dtype=dtype, opened=tuned, **measured)
         arguments = [str(lora), "--base", part, "--outfile", str(written), "--outtype", outtype]
-        tensors = _run([*command, *arguments], written)
+        _run([*command, *arguments], written)
         written.replace(target)
-    return GgufResult(str(target), target.stat().st_size, tensors, command[-1]), replace(exported, folder=str(target))
+    return replace(exported, folder=str(target))
 
 
 def _free_file(out: str | Path) -> Path:
