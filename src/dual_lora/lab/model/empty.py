@@ -169,7 +169,7 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
 
 
 def become_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Turn every parameter, buffer and strength into a fake CPU tensor, in location; tied ones stay tied.
+    """Turn every parameter, buffer and strength into a fake CPU tensor, in place; tied ones stay tied.
 
     The count of warm-up steps stays on the meta device: a layer reads it where it can, and no product uses it.
     """
