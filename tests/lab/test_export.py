@@ -243,6 +243,15 @@ def test_a_modelfile_lies_beside_the_merged_model(trained, tmp_path, converter):
     assert (result.modelfile is None) == bool(result.remark)
 
 
+def test_a_modelfile_of_the_user_is_left(trained, tmp_path, converter):
+    mine = tmp_path / "model.Modelfile"
+    mine.write_text("FROM mine\n")
+    result = export_gguf.export_gguf(trained("dual_lora"), tmp_path / "model.gguf", converter=str(converter))
+    assert mine.read_text() == "FROM mine\n"
+    assert result.modelfile is None
+    assert "is there already" in result.remark
+
+
 def test_the_converter_is_found_by_option_variable_and_path_in_this_order(converter, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"was not found.*git clone.*--to merged"):
         export_gguf.find_converter()

@@ -30,7 +30,8 @@ VARIABLE = "DUAL_LORA_GGUF_CONVERTER"
 class GgufResult:
     """Where the file lies, its size in bytes, its number of tensors, what wrote it, and Ollama's Modelfile.
 
-    modelfile: its path, or None where the tokenizer's chat template cannot be written as Ollama's; `remark` says why.
+    modelfile: its path, or None where one is there or the tokenizer's chat template cannot be written as Ollama's;
+    `remark` says why.
     """
 
     file: str
@@ -129,6 +130,8 @@ def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
     from dual_lora.lab.model.ollama import modelfile
 
     file = target.with_suffix(".Modelfile")
+    if os.path.lexists(file):
+        return None, f"{file} is there already, and is left as it is"
     try:
         text = modelfile(AutoTokenizer.from_pretrained(model), f"./{target.name}")
     except UserError as error:
