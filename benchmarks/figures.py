@@ -45,22 +45,23 @@ def newest(rows: Iterable[Mapping[str, Any]], work: str, subject: str, against: 
 
 
 def tables(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A table of a processor with units for bf16, and one of a processor without, if any was measured."""
-    rows = list(rows)
-    fast = [row for row in rows if row.get("bf16_units", True)]
-    plain = [row for row in rows if not row.get("bf16_units", True)]
-    return table(fast) + (f"\n\nOn a processor without units for bf16:\n\n{table(plain, whole=False)}" if plain else "")
+    """A table of each kind of machine, in the order in which they came into the ledger."""
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == "gate" and row["threads"] == THREADS and row["work"] in {line[1] for line in LINES}:
+            machines.setdefault(row["device"], []).append(row)
+    return "\n\n".join(f"On {device}:\n\n{table(own)}" for device, own in machines.items())
 
 
-def table(rows: Iterable[Mapping[str, Any]], whole: bool = True) -> str:
-    """The table in Markdown, with where and when its rows were measured. whole: every line has to be there."""
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The table of one kind of machine in Markdown: a line of every work measured there, and when that was."""
     rows = list(rows)
-    measured = {row["work"] for row in rows}
+    measured = {row["work"] for row in rows if row["kind"] == "gate" and row["threads"] == THREADS}
     lines = ["| cost of Dual LoRA, times that of | " + " | ".join(NAMES.values()) + " |"]
     lines.append("|---" * (1 + len(NAMES)) + "|")
     used = []
     for text, work, subject, others in LINES:
-        if not whole and work not in measured:
+        if work not in measured:
             continue
         cells = dict.fromkeys(NAMES, "")
         for against in others:
@@ -68,16 +69,18 @@ def table(rows: Iterable[Mapping[str, Any]], whole: bool = True) -> str:
             used.append(row)
             cells[against] = f"{row['ratio']:.2f}"
         lines.append(f"| {text} | " + " | ".join(cells.values()) + " |")
-    devices = " and ".join(sorted({r["device"] for r in used}))
     days = sorted({r["date"][:10] for r in used})
     days = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     lines += [
         "",
-        f"Ratios of medians, one thread, r = 32 in all methods, {devices}, {days} (`make bench`; every run is a row of",
+        f"Ratios of medians, one thread, r = 32 in all methods, {days} (`make bench`; every run is a row of",
         "[`benchmarks/ledger.jsonl`](../../benchmarks/ledger.jsonl)).",
     ]
-    if not whole:
-        lines += ["", "Figures in bf16 say how many products each method has, and how slow they are there: use fp32."]
+    if not all(r.get("bf16_units", True) for r in used):
+        lines += [
+            "",
+            "It has no units for bf16: figures in bf16 say how slow and how many products there are. Use fp32.",
+        ]
     if all(r.get("fp32_products") == "torch.mm" for r in used):
         lines += ["", "All methods' products in fp32 are torch.mm's there, ours too."]
     if any(r.get("fp32_products") == "oneDNN" for r in used):

@@ -96,9 +96,12 @@ def _processor() -> str:
     import torch
 
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = said["model name"]
+        if not any(figure.isdigit() for figure in name):  # virtual machines: the maker's name alone
+            name += f" (family {said['cpu family']}, model {said['model']})"
+    except (OSError, KeyError):
         name = platform.processor() or platform.machine()
     held = f", oneDNN held to {isa}" if (isa := os.environ.get("ONEDNN_MAX_CPU_ISA")) else ""
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{held}"

@@ -20,6 +20,7 @@ from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import compare as comparing
 from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
+from dual_lora.lab.study.amendments import changes
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.job import damage, read_outcome, run_file
@@ -90,12 +91,12 @@ def test_a_change_before_any_final_run_is_no_late_one(tiny, tmp_path, monkeypatc
 
 
 def test_a_field_that_came_later_changes_no_study():
-    assert folders._changed({"a": 1}, {"a": 1, "new": 2}) == {}
-    assert folders._changed({"a": 1, "search": None}, {"a": 2, "search": {"x": 1}}) == {
+    assert changes({"a": 1}, {"a": 1, "new": 2}) == {}
+    assert changes({"a": 1, "search": None}, {"a": 2, "search": {"x": 1}}) == {
         "a": (1, 2),
         "search": (None, {"x": 1}),
     }
-    assert folders._changed({"search": {"x": 1}}, {"search": {"x": 2, "why": ""}}) == {"search.x": (1, 2)}
+    assert changes({"search": {"x": 1}}, {"search": {"x": 2, "why": ""}}) == {"search.x": (1, 2)}
 
 
 def test_a_new_field_of_the_program_writes_no_new_plan(tmp_path):

@@ -113,3 +113,10 @@ def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
     assert made._note(left) == "about 60 s left"
     made.later = [job] * 9
     assert made._note(left) == "about 10 min left"
+    made.times.learn(
+        job, 15.0
+    )  # four times as fast as was foretold: so are, until one was seen, the runs of the search
+    assert made.times.expect(dataclasses.replace(job, kind="trial")) == 15.0
+    assert made.times.expect(job) == 15.0
+    made.times.learn(dataclasses.replace(job, kind="trial"), 30.0)
+    assert made.times.expect(dataclasses.replace(job, kind="trial")) == 30.0

@@ -26,20 +26,11 @@ from pydantic import BaseModel
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
+from dual_lora.lab.study.amendments import Amendment, Changes, amendment, changes
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
-
-
-class Amendment(BaseModel):
-    """A change of the study after it was begun: what, when, and how many final runs had ended by then."""
-
-    date: str
-    what: str
-    ended: int
-    of: int
-    fields: dict[str, tuple[Any, Any]] = {}  # field: (old, new)
 
 
 class Plan(BaseModel):
@@ -126,9 +117,9 @@ class StudyFolder:
         known = self.known
         if isinstance(before := known.study.get("search"), dict):
             before.setdefault("extend", 0)  # what an earlier version did
-        changed = _changed(known.study, study)
+        changed = changes(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
-        changed |= _changed(known.recipes, recipes, recipes)
+        changed |= changes(known.recipes, recipes, recipes)
         if changed and not update:
             raise UserError(
                 f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "
@@ -148,14 +139,11 @@ class StudyFolder:
         self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
 
-    def amend(self, what: str, runs: Path, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
+    def amend(self, what: str, runs: Path, fields: Changes | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""
-        finals = [key for key, job in self.known.jobs.items() if job.kind == "final"]
-        ended, of = sum(read_outcome(runs, key) is not None for key in finals), len(finals)
-        if not self.known.jobs:
-            ended, of = _finals_in(self.path / "results.json")
-        today = time.strftime("%Y-%m-%d")
-        self.known.amendments.append(Amendment(date=today, what=what, ended=ended, of=of, fields=changed or {}))
+        finals = (key for key, job in self.known.jobs.items() if job.kind == "final")
+        ended = (read_outcome(runs, key) is not None for key in finals)
+        self.known.amendments.append(amendment(what, ended, self.path / "results.json", fields or {}))
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""
@@ -172,27 +160,6 @@ class StudyFolder:
     def write(self) -> None:
         """Bring study.json up to date."""
         write_json(self.file, self.known.model_dump(mode="json"))
-
-
-def _changed(before: Plain, now: Plain, inside: Iterable[str] = ("search",)) -> dict[str, tuple[Any, Any]]:
-    """Field: (old, new) of what differs, field by field `inside` some. One that was not known is none of them."""
-    pairs: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(before.keys() & now.keys()):
-        old, new = before[name], now[name]
-        if name in inside and isinstance(old, dict) and isinstance(new, dict):
-            pairs |= {f"{name}.{key}": pair for key, pair in _changed(old, new).items()}
-        elif old != new:
-            pairs[name] = old, new
-    return pairs
-
-
-def _finals_in(file: Path) -> tuple[int, int]:
-    """How many final runs the results of an earlier version show, and of how many."""
-    try:
-        seeds = [seed for method in read_json(file)["methods"] for seed in method["seeds"]]
-        return sum(seed["status"] != "missing" for seed in seeds), len(seeds)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0, 0
 
 
 def progress(file: Path) -> Plain | None:

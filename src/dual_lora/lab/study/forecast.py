@@ -89,21 +89,29 @@ def _seconds(cell: Cell, cost: Cost) -> tuple[float, float]:
 
 
 class RunTimes:
-    """Expected seconds of runs: the mean of like runs that have ended, else the estimate."""
+    """Expected seconds of runs: the mean of like runs that have ended, else the estimate times the others' error."""
 
     def __init__(self, estimates: dict[tuple[str, str, str, str], float] | None = None):
         self.estimates = estimates or {}
         self._seen: dict[tuple[str, ...], list[float]] = {}
+        self._off: list[float] = []  # seconds that a run took, over its estimate
 
     def learn(self, job: Job, seconds: float) -> None:
         """A run took so long."""
         for key in _likes(job):
             self._seen.setdefault(key, []).append(seconds)
+        if estimate := self._estimate(job):
+            self._off.append(seconds / estimate)
 
     def expect(self, job: Job) -> float | None:
         """Seconds that the job will take, by the most similar runs known."""
-        seen = next((self._seen[key] for key in _likes(job) if key in self._seen), None)
-        return statistics.fmean(seen) if seen else self.estimates.get((job.kind, *job.scenario, job.method))
+        if seen := next((self._seen[key] for key in _likes(job) if key in self._seen), None):
+            return statistics.fmean(seen)
+        estimate = self._estimate(job)
+        return estimate * statistics.median(self._off) if estimate and self._off else estimate
+
+    def _estimate(self, job: Job) -> float | None:
+        return self.estimates.get((job.kind, *job.scenario, job.method))
 
     def left(self, jobs: Iterable[Job], workers: int) -> float | None:
         """Seconds until all jobs are done; None while nothing is known about one of them."""
