@@ -1,6 +1,6 @@
-"""Fill in docs/explanation/evidence.md: `python -m scripts.evidence --write`.
+"""Fill in the pages of docs/explanation that quote results: `python -m scripts.evidence --write`.
 
-page.md beside this file is the text, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
+The .md files beside this one are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
 A line <!-- holds: STUDY/METHOD is VERDICT; ... --> says what the words around it rest on; it stops the script when the
 results say otherwise.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from .facts import ROOT, quoted, verdict
 
 HERE = Path(__file__).parent
-PAGE = ROOT / "docs" / "explanation" / "evidence.md"
+DOCS = ROOT / "docs" / "explanation"
 _FIGURE = re.compile(r"\{\{(.+?)\}\}")
 _HOLDS = re.compile(r"^<!-- holds: (.+?) -->\n", re.MULTILINE | re.DOTALL)
 
@@ -31,19 +31,21 @@ def filled(text: str) -> str:
     return _FIGURE.sub(lambda match: quoted(match[1]), _HOLDS.sub("", text))
 
 
-def page() -> str:
-    """The page."""
-    return filled((HERE / "page.md").read_text(encoding="utf-8"))
+def pages() -> dict[Path, str]:
+    """Each page with its figures."""
+    return {DOCS / text.name: filled(text.read_text(encoding="utf-8")) for text in sorted(HERE.glob("*.md"))}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the page, or write it."""
+    """Print the pages, or write them."""
     parser = argparse.ArgumentParser(prog="python -m scripts.evidence", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/explanation/evidence.md")
-    if parser.parse_args(argv).write:
-        PAGE.write_text(page(), encoding="utf-8")
-    else:
-        print(page(), end="")
+    parser.add_argument("--write", action="store_true", help="into docs/explanation")
+    write = parser.parse_args(argv).write
+    for file, text in pages().items():
+        if write:
+            file.write_text(text, encoding="utf-8")
+        else:
+            print(text, end="")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The page that quotes results is the one that the script writes, and no figure in its text is typed."""
+"""The pages that quote results are those that the script writes, and no figure in their texts is typed."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from evidence import __main__ as evidence
 from evidence import facts
 
 
-def test_the_page_is_up_to_date():
-    assert evidence.PAGE.read_text(encoding="utf-8") == evidence.page(), "run python -m scripts.evidence --write"
+def test_the_pages_are_up_to_date():
+    assert len(evidence.pages()) == 2
+    for file, text in evidence.pages().items():
+        assert file.read_text(encoding="utf-8") == text, "run python -m scripts.evidence --write"
 
 
-def test_no_figure_of_a_result_is_typed():
+@pytest.mark.parametrize("name", [file.name for file in evidence.pages()])
+def test_no_figure_of_a_result_is_typed(name):
     """Settings stand between backticks or as powers of ten; a decimal number elsewhere would be a result."""
-    text = (evidence.HERE / "page.md").read_text(encoding="utf-8")
+    text = (evidence.HERE / name).read_text(encoding="utf-8")
     text = re.sub(r"\{\{.+?\}\}|<!--.+?-->|`[^`]*`", "", text, flags=re.DOTALL)
     assert re.findall(r"\d*\.\d+", text) == []
     assert re.findall(r"\d+ ?%", text.replace("90 %", "").replace("largest 1 %", "")) == []
 
 
 def test_every_study_is_quoted():
-    text = evidence.page()
+    text = evidence.pages()[evidence.DOCS / "evidence.md"]
     for results in (facts.ROOT / "results" / "studies").glob("*/results.json"):
         assert f"`{results.parent.name}`" in text, results.parent.name
 
