@@ -113,6 +113,29 @@ def test_names_are_stable_and_leave_with_the_run(tmp_path, monkeypatch):
     assert os.environ["WANDB_PROJECT"] == "mine"
 
 
+def test_a_resumed_run_is_found_again_in_mlflow_and_two_folders_are_two_runs_in_trackio(tmp_path, monkeypatch):
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TAGS"):
+        monkeypatch.delenv(name, raising=False)
+    runs = {}  # what a server knows: by experiment and filter
+
+    def search_runs(experiment_names, filter_string, **_):
+        return runs.get((*experiment_names, filter_string), [])
+
+    monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(search_runs=search_runs))
+    report = Report(("mlflow", "trackio"), "sst2", "lora/seed-1")
+    with reported(report, tmp_path / "a") as first:
+        assert "MLFLOW_RUN_ID" not in os.environ
+        tag = json.loads(os.environ["MLFLOW_TAGS"])["run"]
+        found = types.SimpleNamespace(info=types.SimpleNamespace(run_id="its-own"))
+        runs["dual-lora/sst2", f"tags.run = '{tag}'"] = [found]
+    with reported(report, tmp_path / "a") as again:
+        assert os.environ["MLFLOW_RUN_ID"] == "its-own"
+    with reported(report, tmp_path / "b") as other:
+        assert "MLFLOW_RUN_ID" not in os.environ, "another folder is another run"
+    assert "MLFLOW_RUN_ID" not in os.environ
+    assert first["run_name"] == again["run_name"] != other["run_name"]
+
+
 @pytest.mark.slow
 def test_a_study_reports_its_final_runs_by_their_task_and_method(board, tmp_path):
     from dual_lora.lab.study.compare import compare

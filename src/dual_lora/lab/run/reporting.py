@@ -67,12 +67,15 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
         "MLFLOW_TAGS": json.dumps({"task": report.task, "run": known}),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
     }
+    if "mlflow" in report.to and (earlier := _in_mlflow(names)):
+        names["MLFLOW_RUN_ID"] = earlier
     added = {name: value for name, value in names.items() if name not in os.environ}
     os.environ |= added
     try:
         yield {
             "report_to": list(report.to),
-            "run_name": f"{report.task}/{report.run}",
+            # trackio takes two runs of one name for one
+            "run_name": f"{report.task}/{report.run}" + (f"-{known}" if "trackio" in report.to else ""),
             "project": PROJECT,
             "trackio_static_space_id": False,  # its dashboard stays on this machine
         }
@@ -83,3 +86,15 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
             module = sys.modules.get(name)
             if name == "wandb" and getattr(module, "run", None) is not None:
                 module.finish()  # type: ignore[union-attr]
+
+
+def _in_mlflow(names: dict[str, str]) -> str | None:
+    """MLflow gives a run its identifier: that of the run with our tags, if it is there already."""
+    import mlflow
+
+    tag = json.loads(names["MLFLOW_TAGS"])["run"]
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", names["MLFLOW_EXPERIMENT_NAME"])
+    found = mlflow.search_runs(
+        experiment_names=[experiment], filter_string=f"tags.run = '{tag}'", max_results=1, output_format="list"
+    )
+    return found[0].info.run_id if found else None
