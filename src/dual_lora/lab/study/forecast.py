@@ -59,13 +59,13 @@ def estimates(cells: Iterable[Cell], speed: Speed) -> dict[tuple[str, str, str, 
     """Seconds of every kind of run of these cells, by arithmetic."""
     found: dict[tuple[str, str, str, str], float] = {}
     for cell in cells:
-        training, use = _seconds(cell, speed.of(cell))
+        training, use = run_seconds(cell, speed.of(cell))
         found |= {(kind, *cell.scenario, cell.method): training + use for kind in ("trial", "final")}
         found["base", *cell.scenario, UNTRAINED] = use
     return found
 
 
-def _seconds(cell: Cell, cost: Cost) -> tuple[float, float]:
+def run_seconds(cell: Cell, cost: Cost) -> tuple[float, float]:
     """Seconds of training, and of everything else, of one run; by the lengths of its first records."""
     from dual_lora.lab.data.examples import load_split
 
@@ -132,7 +132,7 @@ class Forecast:
 
 
 def forecast(
-    source: str | Path,
+    source: str | Path | Study,
     out: str | Path | None = None,
     *,
     runs: str | Path | None = None,
@@ -140,7 +140,7 @@ def forecast(
     workers: int | None = None,
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
-    study = read_study(source)
+    study = source if isinstance(source, Study) else read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
