@@ -91,7 +91,7 @@ def estimated(cells: Sequence[Cell], speed: Speed) -> list[Pace]:
     """The paces by arithmetic."""
     paces = []
     for cell in cells:
-        training, use = run_seconds(cell, speed.of(cell))
+        training, use = run_seconds(cell, speed)
         records = len(load_split(cell.recipe.data, "test"))
         paces.append(Pace(START_SECONDS, training / planned_steps(cell.recipe), (use - START_SECONDS) / records))
     return paces

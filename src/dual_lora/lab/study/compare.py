@@ -112,7 +112,7 @@ class Runner:
         """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
         if self.options.progress:
-            self.times.estimates = estimates(self.cells, Speed())
+            self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
