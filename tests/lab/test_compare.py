@@ -172,7 +172,7 @@ def test_a_model_of_nan_has_diverged_however_well_it_scores(figures, items, tmp_
 
     def scored(job, runs):
         measured = SimpleNamespace(metrics={"tuned": figures}, items=items)
-        return perform._scored(job, runs, measured, [SimpleNamespace(label="x", messages=None)], ["x"])
+        return perform._scored(job, runs, measured, [SimpleNamespace(label="x", messages=None, part="")], ["x"])
 
     monkeypatch.setattr(perform, "_base", scored)
     made = job(kind="base")

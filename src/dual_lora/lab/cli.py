@@ -33,6 +33,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
+    ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
     ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),

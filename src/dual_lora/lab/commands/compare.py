@@ -39,12 +39,20 @@ def compare(
         Parameter(help="Send what the final runs log there; most of them are on the network."),
     ] = (),
     dry_run: Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")] = False,
+    on: Annotated[
+        str | None,
+        Parameter(
+            help="With --dry-run: time and memory on a card by its published figures, e.g. h100-80gb, a100-80gb."
+        ),
+    ] = None,
     list: Annotated[bool, Parameter(help="Show the shipped studies.")] = False,
     json: Json = False,
 ) -> None:
     """Compare fine-tuning methods by a study: equal budgets, equal search, fresh seeds, and a verdict in words.
 
     Example: `dual-lora compare quick --dry-run`, then `dual-lora compare quick --executor process`
+
+    On a card that is not here: `dual-lora compare gpu-commonsense --dry-run --on h100-80gb`
 
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
@@ -57,11 +65,13 @@ def compare(
         return
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
+    if on is not None and not dry_run:
+        raise UserError("--on names a card for --dry-run; the study itself runs on what is here.")
     if dry_run:
         from dual_lora.lab.study.forecast import forecast
         from dual_lora.lab.study.tables import show_forecast
 
-        expected = forecast(study, out, runs=runs, executor=executor, workers=workers)
+        expected = forecast(study, out, runs=runs, executor=executor, workers=workers, on=on)
         if json:
             finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
         else:

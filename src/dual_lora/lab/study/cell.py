@@ -15,6 +15,7 @@ from dual_lora.lab.study.search import beyond, choose, dotted
 from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
 
 PROBE_STEPS = 8
+PROBE_RECORDS = 64
 UNTRAINED = "(untrained)"
 Ended = tuple[Job, Outcome | None]
 
@@ -115,6 +116,16 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
     if rank is not None:
         over["method"] = fields_at(cell.entry, rank)
     return _job(cell, "probe", study.seeds[0], over, cell.metric, "none")
+
+
+def pace_job(study: Study, cell: Cell) -> Job:
+    """A few steps and a few validation records, to learn what a whole run costs.
+
+    It logs, so that its first steps, which warm up, can be told from the others.
+    """
+    limit = min(PROBE_RECORDS, cell.recipe.data.test_limit or PROBE_RECORDS)
+    over = {"train": {"steps": PROBE_STEPS, "log_every": PROBE_STEPS // 4}, "data": {"test_limit": limit}}
+    return _job(cell, "probe", study.seeds[0], over, cell.metric, "validation")
 
 
 def base_jobs(cells: Iterable[Cell]) -> list[Job]:

@@ -35,7 +35,7 @@ WRITE_SECONDS = 30.0  # between two writings of results.json while runs go on
 
 
 def compare(
-    source: str | Path,
+    source: str | Path | Study,
     out: str | Path | None = None,
     *,
     runs: str | Path | None = None,
@@ -46,7 +46,7 @@ def compare(
     progress: bool = True,
     report_to: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run the study in a YAML file (or the shipped one of that name) in the folder `out`, and return its results.
+    """Run a study, that of a YAML file or the shipped one of that name in the folder `out`, and return its results.
 
     runs: where the single runs lie, `out`/runs unless told. Studies that name the same folder share what they have in
     common: a run is known by its contents, and done once.
@@ -58,7 +58,7 @@ def compare(
     Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
     go on; the results then say what is missing ("complete": false, "failed").
     """
-    study = read_study(source)
+    study = source if isinstance(source, Study) else read_study(source)
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read(update)
@@ -112,7 +112,7 @@ class Runner:
         """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
         if self.options.progress:
-            self.times.estimates = estimates(self.cells, Speed())
+            self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dual_lora.lab.cost.calibrate import Cost, cost_of, known_rates, rough_cost
+from dual_lora.lab.cost.cards import DECODE_SECONDS, Card, card
+from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.recipe.schema import DataPart, Recipe
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
@@ -24,23 +29,40 @@ from dual_lora.lab.study.study import Study
 START_SECONDS = 8.0  # imports, loading, tokenizing
 BYTES_A_SECOND = 1e10  # of weights read while decoding, on a CPU core
 CHARACTERS_A_TOKEN = 4.0
+RECORD_SECONDS = 2e-4  # to tokenize a training record
+SOME = 200  # records whose lengths are looked at
+TEMPLATES = {"alpaca": ALPACA, "llm-adapters": " ".join(LLM_ADAPTERS.split())}  # blanks in a row are one token
 # Products of the size of the weights in one training step, per token: forward, gradient of x, gradient of W.
 PRODUCTS = {"full": 6, "dual_lora": 6, "hira": 6, "loha": 6, "lokr": 6, "dora": 5}
 
 
-class Speed:
-    """What this machine's calibration says of a cell's steps; without one, what plain products let guess."""
+class Records(NamedTuple):
+    """A set of records: how many, the tokens of one, by the lengths of some, and the choices of the first."""
 
-    def __init__(self) -> None:
-        self.known = known_rates()
+    count: int
+    tokens: float
+    choices: int
+
+
+class Speed:
+    """What this machine's calibration says of a cell's steps; without one, what plain products let guess.
+
+    card: a GPU that is taken by its published figures instead.
+    """
+
+    def __init__(self, card: Card | None = None) -> None:
+        self.card, self.known = card, None if card else known_rates()
+        self._records: dict[tuple[str, str], Records] = {}
 
     @cached_property
     def rough(self) -> Cost:
-        return rough_cost()
+        return self.card.cost if self.card else rough_cost()
 
     @property
     def basis(self) -> str:
         """What estimates follow from, in words."""
+        if self.card:
+            return self.card.basis
         if self.known:
             return f"arithmetic and this machine's calibration of {self.known.get('date')}"
         rate = self.rough.rate / 1e9
@@ -54,37 +76,54 @@ class Speed:
         found = (cost_of(self.known or {}, name, dtype, cell.size.width) for name in names)
         return next((cost for cost in found if cost is not None), None) or self.rough
 
+    def records(self, data: DataPart, split: str) -> Records:
+        """What is to be known of a set; it is read once."""
+        asked = data.model_dump_json(), split
+        if asked not in self._records:
+            self._records[asked] = _records(data, split)
+        return self._records[asked]
 
-def estimates(cells: Iterable[Cell], speed: Speed) -> dict[tuple[str, str, str, str], float]:
+    def token(self, cell: Cell) -> float:
+        """Seconds of one more token of a batch of answers."""
+        return DECODE_SECONDS if self.card else 4.0 * cell.size.multiplied / BYTES_A_SECOND
+
+
+def _records(data: DataPart, split: str) -> Records:
+    examples = load_split(data, split)
+    frame = TEMPLATES.get(data.template, "")
+    some = examples[:: max(1, len(examples) // SOME)]
+    texts = ("".join(e.text) or frame + "".join(str(m["content"]) for m in e.messages) for e in some)
+    tokens = (min(data.max_length, len(text) / CHARACTERS_A_TOKEN + 8) for text in texts)
+    return Records(len(examples), statistics.fmean(tokens), len(examples[0].choices))
+
+
+def estimates(study: Study, cells: Iterable[Cell], speed: Speed) -> dict[tuple[str, str, str, str], float]:
     """Seconds of every kind of run of these cells, by arithmetic."""
     found: dict[tuple[str, str, str, str], float] = {}
     for cell in cells:
-        training, use = _seconds(cell, speed.of(cell))
-        found |= {(kind, *cell.scenario, cell.method): training + use for kind in ("trial", "final")}
+        training, use = run_seconds(cell, speed)
+        found["final", *cell.scenario, cell.method] = training + use
         found["base", *cell.scenario, UNTRAINED] = use
+        for job in trial_jobs(study, cell)[:1]:
+            found["trial", *cell.scenario, cell.method] = sum(run_seconds(cell, speed, job.recipe, "validation"))
     return found
 
 
-def _seconds(cell: Cell, cost: Cost) -> tuple[float, float]:
-    """Seconds of training, and of everything else, of one run; by the lengths of its first records."""
-    from dual_lora.lab.data.examples import load_split
+def run_seconds(cell: Cell, speed: Speed, recipe: Recipe | None = None, split: str = "test") -> tuple[float, float]:
+    """Seconds of training, and of everything else, of one run; by the lengths of some of its records.
 
-    recipe, size = cell.recipe, cell.size
-    rows, tested = load_split(recipe.data, "train"), load_split(recipe.data, "test")
-
-    def tokens(example: Any) -> float:
-        text = "".join(example.text) or "".join(str(m["content"]) for m in example.messages)
-        return min(recipe.data.max_length, len(text) / CHARACTERS_A_TOKEN + 8)
-
-    a_pass = statistics.fmean(tokens(e) for e in rows[:200]) * recipe.train.batch_size
-    products = PRODUCTS.get(str(recipe.method["name"]), 4)
+    recipe: of a run that differs from the cell's; split: the records that judge it.
+    """
+    recipe, size, cost = recipe or cell.recipe, cell.size, speed.of(cell)
+    rows, judged = speed.records(recipe.data, "train"), speed.records(recipe.data, split)
+    a_pass = rows.tokens * recipe.train.batch_size
+    products = PRODUCTS.get(str(recipe.method["name"]), 4) + 2 * recipe.train.gradient_checkpointing
     step = cost.seconds((products * size.multiplied + 6 * size.trainable) * a_pass, size.multiplied + size.trainable)
-    choices = max(1, len(tested[0].choices)) if "choice" in recipe.evaluate.tasks[:1] else 1
-    read = statistics.fmean(tokens(e) for e in tested[:200]) * len(tested) * choices
-    use = START_SECONDS + cost.seconds(2 * size.multiplied * read, 0)
+    choices = max(1, judged.choices) if "choice" in recipe.evaluate.tasks[:1] else 1
+    read = judged.tokens * judged.count * choices
+    use = START_SECONDS + RECORD_SECONDS * rows.count + cost.seconds(2 * size.multiplied * read, 0)
     if cell.metric in ("exact_match", "bleu"):
-        batches = len(tested) / recipe.evaluate.batch_size
-        use += 4.0 * size.multiplied * recipe.evaluate.max_new_tokens * batches / BYTES_A_SECOND
+        use += speed.token(cell) * recipe.evaluate.max_new_tokens * math.ceil(judged.count / recipe.evaluate.batch_size)
     return planned_steps(recipe) * recipe.train.accumulate * step, use
 
 
@@ -137,26 +176,31 @@ class Forecast:
     workers: int
     adapter_bytes: int
     basis: str
+    memory: float | None = None  # of the card, where one was named
 
 
 def forecast(
-    source: str | Path,
+    source: str | Path | Study,
     out: str | Path | None = None,
     *,
     runs: str | Path | None = None,
     executor: str = "serial",
     workers: int | None = None,
+    on: str | None = None,
 ) -> Forecast:
-    """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run."""
-    study = read_study(source)
+    """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run.
+
+    on: a card of `cards`, whose published figures are taken in the place of this machine's speed.
+    """
+    study = source if isinstance(source, Study) else read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
     runs_folder = folder.runs(runs)
     _match_as_far_as_probed(study, cells, runs_folder)
-    speed = Speed()
-    times = RunTimes(estimates(cells, speed))
+    speed = Speed(card(on) if on else None)
+    times = RunTimes(estimates(study, cells, speed))
     rows, left, done = [], [], 0
     jobs: dict[tuple[str, str, str], list[Job]] = {}
     for cell in cells:
@@ -176,6 +220,7 @@ def forecast(
                 "trials": len(trials),
                 "seeds": len(study.seeds),
                 "metric": cell.metric,
+                "peak_memory": _peak(cell) if speed.card else None,
             }
         )
     for job in [j for group in jobs.values() for j in group] + base_jobs(cells):
@@ -197,7 +242,18 @@ def forecast(
         side_by_side,
         sum(4 * cell.size.trainable * len(study.seeds) for cell in cells if cell.entry.name != "full"),
         "finished runs of this study" if done else speed.basis,
+        speed.card.memory if speed.card else None,
     )
+
+
+def _peak(cell: Cell) -> float:
+    """Bytes of a GPU at the fullest moment of a training step, every row at full length."""
+    from dual_lora.lab.cost.memory import memory_of
+    from dual_lora.lab.cost.options import from_recipe
+    from dual_lora.lab.cost.simulate import simulate
+
+    options = from_recipe(cell.recipe, on="gpu", **({"classes": cell.classes} if cell.classes else {}))
+    return memory_of(options, simulate(options)).peak
 
 
 def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> None:

@@ -161,9 +161,9 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     """What the data files held: a changed file makes another run."""
     from dual_lora.lab.data.records import find
 
-    prints = {}
-    for split in ("train", "validation", "test"):
-        source = getattr(recipe.data, split)
+    prints, data = {}, recipe.data
+    sources = {split: getattr(data, split) for split in ("train", "validation", "test")}
+    for split, source in (sources | {f"test {name}": source for name, source in data.tests.items()}).items():
         files = [name.strip() for name in (source or "").split(" + ")]
         if found := [_file_print(find(name)) for name in files if name and not name.startswith("hub:")]:
             prints[split] = "+".join(found)

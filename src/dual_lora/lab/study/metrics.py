@@ -60,6 +60,11 @@ def counted(metric: str) -> bool:
     return metric not in ("loss", "bleu", "pearson", "mse", "forgetting")
 
 
+def a_share(metric: str) -> bool:
+    """Whether it is the share of right answers: then several test sets have a mean, in which each counts alike."""
+    return metric in ("exact_match", "choice", "accuracy")
+
+
 def evaluation(metric: str, head: str) -> str:
     """The evaluation that yields the metric on a model with this head. Raises UserError if none does."""
     if metric not in METRICS:

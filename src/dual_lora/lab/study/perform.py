@@ -139,8 +139,11 @@ def _constant(metric: str, examples: list[Any]) -> dict[str, float]:
     """How often one answer to everything is right, the best of them, where being right is what counts."""
     if metric not in ("choice", "exact_match"):
         return {}
-    (_, most), *_ = Counter(example.target for example in examples).most_common(1)
-    return {"constant": most / len(examples)}
+    parts: dict[str, Counter[str]] = {}
+    for example in examples:
+        parts.setdefault(example.part, Counter())[example.target] += 1
+    most = [targets.most_common(1)[0][1] / targets.total() for targets in parts.values()]
+    return {"constant": sum(most) / len(most)}
 
 
 def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: list[str]) -> Figures:
@@ -149,6 +152,7 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     other = [item for item in measured.items if item.get("task") == "forgetting"]
     own = [item for item in measured.items if item.get("task") != "forgetting"]
     shares = metrics.features(job.metric, own, labels, classes, prompts)
+    shares = [[counts * x for x in row] for counts, row in zip(_counts(examples, len(shares)), shares, strict=True)]
     score = metrics.value(job.metric, np.asarray(shares, dtype=np.float64).mean(0))
     (figures,) = measured.metrics.values()
     if not math.isfinite(score) or not _all_finite(figures, measured.items):
@@ -158,6 +162,14 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
         write_json(run_file(runs, job.key, "forgetting"), texts)
     write_json(run_file(runs, job.key, "scores"), shares)
     return {"score": score, "metric": job.metric, "figures": figures, "items": len(shares)}
+
+
+def _counts(examples: list[Any], items: int) -> list[float]:
+    """How often each item counts, 1 in the mean. Of several test sets each counts alike, however large it is."""
+    sizes = Counter(example.part for example in examples)
+    if len(sizes) == 1:
+        return [1.0] * items
+    return [items / (len(sizes) * sizes[example.part]) for example in examples]
 
 
 def _all_finite(figures: dict[str, float], items: list[dict[str, Any]]) -> bool:

@@ -24,7 +24,8 @@ def lay_out(study: Study) -> list[Cell]:
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
     for model, task, base in scenarios(study):
-        metric, overlap = _metric(study, task, base), _keep_test_apart(study, task, base)
+        metric = _metric(study, task, base)
+        overlap = _keep_test_apart(study, task, base, metric)
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
@@ -99,37 +100,40 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
     return metric
 
 
-def _keep_test_apart(study: Study, task: str, recipe: Recipe) -> str:
+def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> str:
     """Refuse records that stand in two sets. Returns what has to be said of those that the recipe declares."""
     from dual_lora.lab.data.overlap import shared, undeclared
     from dual_lora.lab.data.records import find
 
     data = recipe.data
-    if data.tests:
+    if data.tests and not metrics.a_share(metric):
         raise UserError(
-            f"tasks.{task}: the recipe has several test sets ({', '.join(data.tests)}), and a task of a study has one: "
-            f"make each a task of its own, NAME: {{recipe: {study.tasks[task].recipe}, data: {{test: FILE}}}}."
+            f"tasks.{task}: the recipe has several test sets ({', '.join(data.tests)}), and {metric} has no "
+            "mean over them: make each a task of its own, "
+            f"NAME: {{recipe: {study.tasks[task].recipe}, data: {{test: FILE}}}}."
         )
-    if not data.test:
+    tests = list(data.tests.values()) or [data.test or ""]
+    if not all(tests):
         raise UserError(f"tasks.{task}: the recipe names no test records: set data.test.")
 
     def files(source: str) -> set[str]:
         names = (name.strip() for name in source.split(" + "))
         return {name if name.startswith("hub:") else str(find(name).resolve()) for name in names}
 
-    def same(a: str, b: str) -> bool:
-        return bool(files(a) & files(b))
+    def tested(source: str | None) -> str:
+        """Which test records are those of this source, "" if none are."""
+        return next((test for test in tests if source and files(source) & files(test)), "")
 
-    if data.train and same(data.train, data.test) and data.overlap != "all":
-        raise UserError(f"tasks.{task}: data.train and data.test are the same records, {data.test}.")
+    if data.overlap != "all" and (same := tested(data.train)):
+        raise UserError(f"tasks.{task}: data.train and data.test are the same records, {same}.")
     if study.search is not None and not data.validation and not data.holdout:
         raise UserError(
             f"tasks.{task}: a search needs validation records: set search.holdout (or data.holdout) to the number of "
             "records to take out of training, or name data.validation."
         )
-    if study.search is not None and data.validation and same(data.validation, data.test):
+    if study.search is not None and (same := tested(data.validation)):
         raise UserError(
-            f"tasks.{task}: data.validation and data.test are the same records, {data.test}. Tuning on test records "
+            f"tasks.{task}: data.validation and data.test are the same records, {same}. Tuning on test records "
             "makes every comparison worthless: use data.holdout to take validation records out of training."
         )
     if why := undeclared(data):

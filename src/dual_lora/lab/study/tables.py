@@ -119,10 +119,12 @@ def show_forecast(f: Forecast, console: Console | None = None) -> None:
             _number(row["mismatch"], "+.1%") or ", ".join(row["notes"]),
             *(str(row[name]) for name in ("steps", "trials", "seeds")),
             in_words(row["seconds"]),
+            *([f"{row['peak_memory'] / 1e9:.1f}"] if f.memory else []),
         ]
         for row in f.rows
     ]
-    right = ("rank", "trainable", "mismatch", "steps", "trials", "seeds", "time")
+    card = (f"GB of {f.memory / 1e9:.0f}",) if f.memory else ()
+    right = ("rank", "trainable", "mismatch", "steps", "trials", "seeds", "time", *card)
     console.print(figures("", ("task", "method"), right, rows))
     console.print(
         f"{f.runs} runs, {f.done} of them finished; about {in_words(f.seconds)} left with {f.workers} at a time "

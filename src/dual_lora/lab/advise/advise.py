@@ -1,0 +1,162 @@
+"""`dual-lora advise`: make the paired study as long as the minutes allow, run it, and say what follows.
+
+What lies in the folder is an ordinary study: `compare` goes on with it, `report` and `rejudge` read it. Beside it
+stands `recommended.yaml`, the recipe with the method and the learning rate that were found best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dual_lora.lab.advise import pace
+from dual_lora.lab.advise.paired import paired_study, recipe_of
+from dual_lora.lab.advise.said import Advice, advice_of
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.study.cell import Cell, fields_at, pace_job
+from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.execute import Options, run_jobs
+from dual_lora.lab.study.folder import StudyFolder
+from dual_lora.lab.study.forecast import Forecast, Speed, forecast
+from dual_lora.lab.study.job import Job, Outcome, read_outcome
+from dual_lora.lab.study.plan import lay_out
+from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.study import Study
+
+HOPELESS = 4  # times the minutes, by arithmetic: not even a few steps are tried
+
+
+def folder_of(source: str | Path, minutes: float, out: str | Path | None) -> Path:
+    """Where the study lies: a folder for each number of minutes, for another number is another study."""
+    return Path(out) if out is not None else Path("studies") / f"advise-{recipe_of(source)[1].name}-{minutes:g}min"
+
+
+def advise(
+    source: str | Path,
+    minutes: float,
+    out: str | Path | None = None,
+    *,
+    metric: str | None = None,
+    margin: float | None = None,
+    update: bool = False,
+    progress: bool = True,
+) -> Advice:
+    """Run the paired study of a recipe in `out`, and say which method to use. Called again, it goes on.
+
+    metric: that judges, the recipe's first evaluation unless told. margin: the difference that is too small to matter.
+    Raises UserError for everything that a person can put right, too few minutes among it, and for runs that failed.
+    """
+    made = _Made(source, minutes, out, metric, margin)
+    study = made.begun or made.fitted(progress)
+    results = compare(study, made.folder.path, update=update, progress=progress)
+    if not results["complete"]:
+        raise UserError(
+            f"{len(results['failed'])} runs failed, so there is no advice yet: {results['failed'][0]} Put it right and "
+            "give the same command again."
+        )
+    advice = advice_of(results, made.whole, made.work, source, minutes, made.folder.path)
+    if advice.use is not None:
+        _write_recipe(source, made, advice)
+    return advice
+
+
+def plan(
+    source: str | Path,
+    minutes: float,
+    out: str | Path | None = None,
+    *,
+    metric: str | None = None,
+    margin: float | None = None,
+) -> Forecast:
+    """`--dry-run`: what the study would be, by arithmetic unless its first steps have been measured."""
+    made = _Made(source, minutes, out, metric, margin)
+    return forecast(made.begun or made.guessed(), made.folder.path)
+
+
+class _Made:
+    """The study of an advice: as it was begun in its folder, or to be fitted to the minutes."""
+
+    def __init__(
+        self, source: str | Path, minutes: float, out: str | Path | None, metric: str | None, margin: float | None
+    ):
+        if not 0 < minutes < 1e6:
+            raise UserError(f"--minutes is {minutes:g}, expected a number above 0.")
+        self.source, self.minutes = source, minutes
+        whole = paired_study(source, minutes, metric, margin)
+        self.folder = StudyFolder(folder_of(source, minutes, out)).read()
+        self.begun = _begun(whole, self.folder)
+        self.whole, _ = settled_study(whole, self.folder)
+        self.cells = lay_out(self.whole)
+        self.runs = self.folder.runs(None)
+        self.probes = [pace_job(self.whole, cell) for cell in self.cells]
+
+    @property
+    def work(self) -> pace.Work:
+        """What is to be done, at the measured pace."""
+        return pace.work_of(
+            self.cells, pace.measured(self._ended(), self.runs) if self._all() else self._by_arithmetic()
+        )
+
+    def fitted(self, progress: bool) -> Study:
+        """The study that fits, by measured steps."""
+        if not self._all():
+            guess = self.work
+            bare = guess._replace(paces=tuple(p._replace(start=0.0) for p in guess.paces))  # the start is a wild guess
+            if bare.seconds(guess.least) > HOPELESS * 60 * self.minutes:
+                raise pace.too_few(self.source, self.minutes, guess, 0.0, Speed().basis)
+            _measure(self.probes, self.runs, progress)
+        spent = sum(outcome.seconds for _, outcome in self._ended())
+        basis = f"a few measured steps of each in {self.folder.path}"
+        return pace.fitted(self.whole, self.source, self.minutes, self.work, spent, basis)
+
+    def guessed(self) -> Study:
+        """The study that fits, without running anything."""
+        basis = "a few measured steps of each" if self._all() else Speed().basis
+        return pace.fitted(self.whole, self.source, self.minutes, self.work, 0.0, basis)
+
+    def _ended(self) -> list[tuple[Job, Outcome]]:
+        found = [(job, read_outcome(self.runs, job.key)) for job in self.probes]
+        return [(job, outcome) for job, outcome in found if outcome is not None]
+
+    def _all(self) -> bool:
+        return len(self._ended()) == len(self.probes)
+
+    def _by_arithmetic(self) -> list[pace.Pace]:
+        return pace.estimated(self.cells, Speed())
+
+
+def _begun(whole: Study, folder: StudyFolder) -> Study | None:
+    """The study as the folder has it, with its seeds and steps; None where there is none yet."""
+    if not folder.known.study:
+        return None
+    known = build_study(folder.known.study, f"{folder.path}/study.json")
+    if (known.name, known.question, known.margin) != (whole.name, whole.question, whole.margin):
+        raise UserError(
+            f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe, --minutes and "
+            "--margin to go on with it, or another --out."
+        )
+    return known
+
+
+def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:
+    """A few steps of each method. Raises UserError where they fail."""
+    with Bar("measuring", len(jobs), progress, timed=False) as bar:
+        for done, (key, outcome, error) in enumerate(run_jobs(Options(progress=progress), jobs, runs), 1):
+            job = next(job for job in jobs if job.key == key)
+            if outcome is None:
+                raise UserError(f"The first steps of {job.method} failed: {error}")
+            bar.to(done, f"{job.method}: a few steps")
+
+
+def _write_recipe(source: str | Path, made: _Made, advice: Advice) -> None:
+    """The recipe with the method that was found best, at its own number of steps."""
+    cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
+    recipe = recipe_of(source)[1]
+    method = {"name": cell.entry.name, **fields_at(cell.entry, cell.rank)}
+    over = {"method": method, "train": {"learning_rate": advice.rate}}
+    best = build_recipe(merged(recipe.model_dump(mode="json", exclude={"origin"}), over))
+    write_atomically(made.folder.path / "recommended.yaml", best.to_yaml())

@@ -1,0 +1,155 @@
+"""What the runs of an advice cost, and what fits into the user's minutes.
+
+    seconds of a run = start + steps · step + records · record
+
+A few measured steps and evaluated records of each method give the three numbers; before them, `estimate`'s model of
+time does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dual_lora.lab.advise.paired import EXTEND, Length, of_length
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.record import read_metrics
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.cell import Cell, base_jobs
+from dual_lora.lab.study.forecast import START_SECONDS, Speed, run_seconds
+from dual_lora.lab.study.job import Job, Outcome
+from dual_lora.lab.study.plan import planned_steps
+from dual_lora.lab.study.study import Study
+
+TRIALS = 3 + EXTEND
+GOOD_SEEDS, FEW_SEEDS, MOST_SEEDS = 5, 3, 20
+LONG_ENOUGH = 0.25  # of the recipe's steps: with fewer, seeds are given up for steps
+LEAST_SHARE, LEAST_STEPS = 0.05, 20  # of the recipe's steps: fewer say nothing about it
+
+
+class Pace(NamedTuple):
+    """Seconds that a method's runs take: each one's start, a step, and an evaluated record."""
+
+    start: float
+    step: float
+    record: float
+
+    def run(self, steps: float, records: int) -> float:
+        """Of a whole run."""
+        return self.start + steps * self.step + records * self.record
+
+
+class Work(NamedTuple):
+    """What an advice would do: the paces of its methods, the records that judge, and the recipe's own steps."""
+
+    paces: tuple[Pace, ...]
+    validation: int
+    test: int
+    steps: int
+    bases: int = 0  # runs of the untrained model
+
+    def seconds(self, length: Length) -> float:
+        """Of all runs together."""
+        one = sum(
+            TRIALS * pace.run(length.steps, self.validation) + length.seeds * pace.run(length.steps, self.test)
+            for pace in self.paces
+        )
+        return one + self.bases * self.paces[0].run(0, self.test)
+
+    @property
+    def least(self) -> Length:
+        """The shortest study that says anything."""
+        return Length(FEW_SEEDS, min(self.steps, max(LEAST_STEPS, math.ceil(LEAST_SHARE * self.steps))))
+
+    def fitting(self, seconds: float) -> Length | None:
+        """The best study that fits: the recipe's own steps with as many seeds as there is time for, at least five; else
+        fewer steps; at last three seeds. None where nothing fits.
+        """
+        for seeds in range(MOST_SEEDS, GOOD_SEEDS - 1, -1):
+            if self.seconds(whole := Length(seeds, self.steps)) <= seconds:
+                return whole
+        for seeds, least in ((GOOD_SEEDS, math.ceil(LONG_ENOUGH * self.steps)), (FEW_SEEDS, self.least.steps)):
+            start = self.seconds(Length(seeds, 0))
+            steps = math.floor((seconds - start) / (self.seconds(Length(seeds, 1)) - start))
+            if steps >= max(least, self.least.steps):
+                return Length(seeds, min(steps, self.steps))
+        return None
+
+
+def work_of(cells: Sequence[Cell], paces: Sequence[Pace]) -> Work:
+    """The work of these cells. cells: of a study with the recipe's own steps."""
+    recipe = cells[0].recipe
+    validation, test = (len(load_split(recipe.data, split)) for split in ("validation", "test"))
+    return Work(tuple(paces), validation, test, planned_steps(recipe), len(base_jobs(cells)))
+
+
+def estimated(cells: Sequence[Cell], speed: Speed) -> list[Pace]:
+    """The paces by arithmetic."""
+    paces = []
+    for cell in cells:
+        training, use = run_seconds(cell, speed)
+        records = len(load_split(cell.recipe.data, "test"))
+        paces.append(Pace(START_SECONDS, training / planned_steps(cell.recipe), (use - START_SECONDS) / records))
+    return paces
+
+
+def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
+    """The paces by `pace_job`s that have ended. What the first steps of a process warm up is no step's time."""
+    paces = []
+    for job, outcome in ended:
+        if outcome.training is None or outcome.training.seconds is None:
+            raise UserError(f"The first steps of {job.method} came to nothing: the loss was not finite.")
+        training, evaluation = outcome.training.seconds, outcome.evaluation_seconds or 0.0
+        logged = [line for line in read_metrics(RunFolder(runs / job.key).metrics) if line.get("seconds") is not None]
+        first, last = (logged[0], logged[-1]) if logged else ({}, {})
+        if last.get("step", 0) > first.get("step", 0):
+            step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        else:
+            step = training / max(1, outcome.training.steps)
+        records = len(load_split(job.recipe.data, "validation"))
+        paces.append(Pace(outcome.seconds - training - evaluation, max(step, 1e-6), evaluation / records))
+    start = min(pace.start for pace in paces)  # the first run of a process imports as well
+    return [pace._replace(start=start) for pace in paces]
+
+
+def too_few(source: object, minutes: float, work: Work, spent: float, basis: str) -> UserError:
+    """What to say when no study fits into the minutes. spent: seconds that measuring took."""
+    least = work.least
+    needed = math.ceil((work.seconds(least) + spent) / 60 + 0.05)
+    steps, record = [f"{pace.step:.2g} s" for pace in work.paces], max(pace.record for pace in work.paces)
+    return UserError(
+        f"{minutes:g} minutes are too few for {source} here: three methods, each with {TRIALS} trials and "
+        f"{least.seeds} seeds of {least.steps} steps, take about {needed} min (a step {', '.join(steps)}; the "
+        f"{work.test} test records {work.test * record:.0f} s a run; by {basis}). Give --minutes {needed}, or fewer "
+        "test records (data.test_limit in the recipe)."
+    )
+
+
+def needed_seeds(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
+    """Seeds with which a difference of the margin would be seen; None where even `MOST_SEEDS` are too few.
+
+    The seeds' part of the error falls with their root, the items' part stays.
+    """
+    for seeds in range(spread.seeds, MOST_SEEDS + 1):
+        visible = stats.smallest_visible(with_seeds(spread, seeds), level, power)
+        if visible is not None and visible <= margin:
+            return seeds
+    return None
+
+
+def with_seeds(spread: stats.Spread, seeds: int) -> stats.Spread:
+    """What the spread would be with another number of seeds."""
+    seed_error = spread.seed_error * math.sqrt(spread.seeds / seeds)
+    return stats.Spread(spread.difference, math.hypot(seed_error, spread.item_error), seed_error, seeds, spread.items)
+
+
+def fitted(study: Study, source: object, minutes: float, work: Work, spent: float, basis: str) -> Study:
+    """The study as long as the minutes allow. Raises UserError where they are too few, saying how many are needed."""
+    length = work.fitting(60 * minutes - spent)
+    if length is None:
+        raise too_few(source, minutes, work, spent, basis)
+    return of_length(study, length)

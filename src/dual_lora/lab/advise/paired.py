@@ -1,0 +1,139 @@
+"""The study behind an advice: LoRA, Dual LoRA and Dual LoRA without Sign on one recipe, of equal size.
+
+What the recipe's own `method` says about LoRA or Dual LoRA holds for that one; its rank, alpha, dropout and modules
+hold for all three.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.study import metrics
+from dual_lora.lab.study.plan import planned_steps
+from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.study import Study
+
+LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
+SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
+EXTEND = 1  # more rates, where the best is the first or the last
+RANK = 16  # where the recipe's method has none
+HELD_OUT = (16, 400)  # validation records, least and most, where the recipe has none: a tenth of its training records
+# The difference that is too small to matter, as in the shipped studies. An mse has a unit of its own.
+MARGINS = {
+    "accuracy": 0.01, "f1": 0.01, "matthews": 0.03, "exact_match": 0.01, "choice": 0.01, "loss": 0.02, "bleu": 1.0,
+    "pearson": 0.01,
+}  # fmt: skip
+SHARED = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "target_parameters", "trainable_token_indices", "fan_in_fan_out",
+)  # fmt: skip
+
+
+class Length(NamedTuple):
+    """How many final seeds each method gets, and how many optimizer steps each of its runs."""
+
+    seeds: int
+    steps: int
+
+
+def recipe_of(source: str | Path) -> tuple[str, Recipe]:
+    """The recipe, and a name for it that holds in any working folder."""
+    path = Path(source)
+    path = path / "recipe.yaml" if path.is_dir() else path
+    return (str(path.resolve()) if path.is_file() else str(source)), read_recipe(source)
+
+
+def paired_study(source: str | Path, minutes: float, metric: str | None = None, margin: float | None = None) -> Study:
+    """The study, with the recipe's own number of steps and five seeds: see `of_length`.
+
+    Raises UserError for a recipe without test records, or whose metric needs a margin from the user.
+    """
+    name, recipe = recipe_of(source)
+    if not recipe.data.train or not (recipe.data.test or recipe.data.tests):
+        raise UserError(
+            f"{source}: an advice needs training records and test records that nobody trains on: set data.train and "
+            "data.test in the recipe."
+        )
+    metric = metric or metrics.default_metric(recipe.evaluate.tasks, recipe.model.head)
+    metrics.evaluation(metric, recipe.model.head)
+    margin = MARGINS.get(metric) if margin is None else margin
+    if margin is None:
+        raise UserError(
+            f"The unit of {metric} is your data's: say with --margin which difference is too small to matter."
+        )
+    rate = recipe.train.learning_rate
+    over: dict[str, Any] = {"train": {"steps": planned_steps(recipe)}}
+    if recipe.evaluate.forgetting is not None:
+        over["evaluate"] = {"forgetting": None}  # one question
+    values = {
+        "name": f"advise-{recipe.name.lstrip('.')}",
+        "question": f"Is Dual LoRA worth it on {recipe.name}? Asked with {minutes:g} minutes.",
+        "tasks": {recipe.name: {"recipe": name, "metric": metric}},
+        "overrides": over,
+        "methods": methods_of(recipe),
+        "reference": LORA,
+        "budget": {"match": "parameters", "like": LORA},
+        "search": {
+            "space": {"learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / SPREAD, 1.0, SPREAD)]},
+            "extend": EXTEND,
+            "holdout": _held_out(recipe),
+        },
+        "seeds": 5,
+        "margin": {metric: margin},
+        "cost": False,
+    }
+    return build_study(values, f"the advice on {source}")
+
+
+def of_length(study: Study, length: Length) -> Study:
+    """The study with so many seeds and steps. A ramp that a method writes down is cut with the steps."""
+    values = study.model_dump(mode="json")
+    share = length.steps / values["overrides"]["train"]["steps"]
+    values["overrides"]["train"]["steps"] = length.steps
+    values["seeds"] = list(range(1, length.seeds + 1))
+    for method in values["methods"].values():
+        if method.get("warmup_steps"):
+            method["warmup_steps"] = max(1, round(method["warmup_steps"] * share))
+    return build_study(values)
+
+
+def length_of(study: Study) -> Length:
+    """Seeds and steps of such a study."""
+    return Length(len(study.seeds), study.overrides["train"]["steps"])
+
+
+def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The three methods, as a study writes them; LoRA has the rank, the others' are solved for."""
+    own = {key: value for key, value in recipe.method.items() if value is not None}
+    kind = str(own.pop("name")).lower().replace("-", "_")
+    shared = {key: own[key] for key in SHARED if key in own}
+    alpha, dropout = own.get("lora_alpha", own.get("alpha")), own.get("lora_dropout", own.get("dropout"))
+    r1, r2 = own.pop("r1", None), own.pop("r2", None)
+    whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
+    rank = own.pop("r", whole) or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
+    lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
+    dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}
+    if kind == "lora":
+        lora = own
+    elif kind == "dual_lora":
+        dual = own
+        dual.pop("direction_activation", None)
+        if whole:
+            dual |= {"r1": f"{r1}r/{whole}", "r2": f"{r2}r/{whole}"}
+    return {
+        LORA: {"name": "lora", "r": rank, **shared, **lora},
+        DUAL: {"name": "dual_lora", **shared, **dual},
+        NO_SIGN: {"name": "dual_lora", **shared, **dual, "direction_activation": "identity"},
+    }
+
+
+def _held_out(recipe: Recipe) -> int | None:
+    if recipe.data.validation or recipe.data.holdout:
+        return None
+    least, most = HELD_OUT
+    return min(most, max(least, len(load_split(recipe.data, "train")) // 10))

@@ -1,0 +1,222 @@
+"""An advice in plain English: the answer first, with how sure it is, then the figures and how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from dual_lora.lab.advise.pace import MOST_SEEDS, TRIALS, Work, needed_seeds, with_seeds
+from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
+from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
+from dual_lora.lab.study import notes
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.search import RATE
+from dual_lora.lab.study.study import Study
+from dual_lora.lab.study.verdicts import Verdict
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `dual-lora advise` says. use: the method, None if not known; rate: the learning rate that was best for it.
+
+    sentences: the answer, then one for each other method. methods: rows of the table. how: how it was decided.
+    needed: minutes that a clear answer would take, None where the answer is clear or more minutes would not give it.
+    """
+
+    use: str | None
+    why: Why
+    sentences: list[str]
+    methods: list[Values]
+    how: list[str]
+    notes: list[str]
+    next: str
+    rate: float | None
+    needed: int | None
+    minutes: float
+    seconds: float
+    out: str
+
+    def plain(self) -> Values:
+        """For `--json`."""
+        return dataclasses.asdict(self) | {"why": str(self.why)}
+
+
+def advice_of(results: Values, whole: Study, work: Work, source: object, minutes: float, out: Path) -> Advice:
+    """From a finished study's results. whole: the same study at the recipe's own length."""
+    study = build_study(results["study"])
+    methods = {m["method"]: m for m in results["methods"]}
+    judged = {c["candidate"]: c for c in results["comparisons"]}
+    failed = {name for name, m in methods.items() if _failed(m, results.get("untrained", []))}
+    rivals = [_rival(c, methods, failed) for c in judged.values()]
+    found = recommend(rivals, LORA, LORA in failed)
+    (margin,) = study.margin.values()
+    needed, records = _needed(found, rivals, judged, study, work)
+    about = [_about(rival, judged[rival.name]) for rival in rivals]
+    rival = next((r for r in rivals if r.name == found.use), next(r for r in rivals if r.name == DUAL))
+    left_open = _open(judged, minutes, margin, needed, records)
+    again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
+    return Advice(
+        found.use,
+        found.why,
+        [_answer(found, rival, judged[rival.name], margin, left_open), *about],
+        [_row(m, judged.get(m["method"]), methods[LORA]) for m in results["methods"]],
+        _how(study, whole, work, methods, next(iter(study.margin)), margin),
+        results["notes"],
+        f"dual-lora train {quote(str(out / 'recommended.yaml'))}" if found.use else again if needed else "",
+        (methods[found.use]["settings"] or {}).get(RATE) if found.use else None,
+        needed,
+        minutes,
+        results["provenance"]["seconds_of_runs"],
+        str(out),
+    )
+
+
+def _failed(method: Values, untrained: list[Values]) -> bool:
+    lost = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
+    return lost or bool(notes.why_unlearned(method, untrained))
+
+
+def _rival(c: Values, methods: Values, failed: set[str]) -> Rival:
+    name = c["candidate"]
+    return Rival(
+        name, Verdict(c["verdict"]), c["difference"], c["high"], c["margin"], _times(methods[name], methods[LORA]),
+        name in failed,
+    )  # fmt: skip
+
+
+def _times(method: Values, lora: Values) -> float | None:
+    """A step's time as a multiple of LoRA's."""
+    own, theirs = (m["cost"]["steps_per_second"] for m in (method, lora))
+    return theirs / own if own and theirs else None
+
+
+def _needed(
+    found: Recommendation, rivals: list[Rival], judged: Values, study: Study, work: Work
+) -> tuple[int | None, int | None]:
+    """Minutes that would show a difference of the margin, or, where no number of seeds would, test records."""
+    if found.why is not Why.OPEN:
+        return None, None
+    level, now, wanted = study.level / len(rivals), len(study.seeds), 0
+    for rival in rivals:
+        c = judged[rival.name]
+        if rival.ruled_out or c["visible"] is None:
+            continue
+        spread = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+        enough = needed_seeds(spread, rival.margin, level, study.power)
+        if enough is None:
+            visible = stats.smallest_visible(with_seeds(spread, MOST_SEEDS), level, study.power) or 0.0
+            return None, int(float(f"{spread.items * (visible / rival.margin) ** 2:.2g}"))
+        wanted = max(wanted, enough)
+    if not wanted or now >= MOST_SEEDS:
+        return None, None
+    longer = Length(min(MOST_SEEDS, max(wanted, math.ceil(1.5 * now))), work.steps)
+    return 5 * math.ceil(work.seconds(longer) / 300 + 0.1), None
+
+
+def _figure(c: Values, alike: bool = False) -> str:
+    """The difference with an interval: that of the test of equivalence, or the plain one."""
+    if c["difference"] is None:
+        return ""
+    what = f"{'' if c['better'] == 'more' else 'reduction of '}{c['metric']} {c['difference']:+.3g}"
+    share = 2 * c["confidence"] - 1 if alike else c["confidence"]
+    low, high = (c["same_low"], c["same_high"]) if alike else (c["low"], c["high"])
+    return what if low is None else f"{what} [{share:.0%}: {low:+.3g} to {high:+.3g}]"
+
+
+def _step(rival: Rival) -> str:
+    return "" if rival.time is None else f"a step of {rival.name} takes {rival.time:.2f} times LoRA's time"
+
+
+def _about(rival: Rival, c: Values) -> str:
+    """One method against LoRA: the verdict, the figure, the time."""
+    figure = _figure(c, rival.verdict is Verdict.EQUIVALENT)
+    more = "; ".join(part for part in (figure, _step(rival)) if part)
+    return f"{rival.name} against LoRA: {rival.verdict}{f' ({more})' if more else ''}."
+
+
+def _answer(found: Recommendation, rival: Rival, c: Values, margin: float, open_: str) -> str:
+    """The answer in a sentence. rival, c: the method that it is about; open_: what a study that left it open says."""
+    step = f", and {_step(rival)}" if rival.time is not None else ""
+    if found.why is Why.BETTER:
+        return f"Use {found.use}: it is significantly better than LoRA ({_figure(c)}){step}."
+    if found.why is Why.QUICKER:
+        return f"Use {found.use}: it is as good as LoRA within ±{margin:g} ({_figure(c, alike=True)}){step}."
+    if found.why is Why.NO_GAIN:
+        return f"Use LoRA: {_no_gain(rival, c, margin)}{step}.{_tie(rival)}"
+    if found.why is Why.NOTHING_LEARNED:
+        return (
+            "Not known: LoRA did not learn the task in these runs, and nothing else did significantly better. Give "
+            "more --minutes, or another train.learning_rate in the recipe."
+        )
+    return f"Not known: {open_} Until then use LoRA{step}.{_tie(rival)}"
+
+
+def _no_gain(rival: Rival, c: Values, margin: float) -> str:
+    if rival.failed:
+        return f"{rival.name} did not learn the task"
+    if rival.verdict is Verdict.EQUIVALENT:
+        return f"no difference that matters was seen ({_figure(c, alike=True)}, within ±{margin:g})"
+    if rival.verdict is Verdict.WORSE:
+        return f"{rival.name} is significantly worse ({_figure(c)})"
+    return f"a gain of {margin:g} or more by {rival.name} is ruled out ({_figure(c)})"
+
+
+def _tie(rival: Rival) -> str:
+    """Why a tie goes to LoRA; its cost is named only where these runs show it."""
+    if rival.failed or rival.verdict is Verdict.WORSE:
+        return ""
+    if rival.time is not None and rival.time > 1:
+        return " A tie goes to LoRA, because it costs less."
+    return " A tie goes to LoRA, which every library and server takes."
+
+
+def _open(judged: Values, minutes: float, margin: float, needed: int | None, records: int | None) -> str:
+    """What a study that left the answer open could have seen, and what would settle it."""
+    seen = max((c["visible"] for c in judged.values() if c["visible"] is not None), default=None)
+    could = "nothing" if seen is None else f"a difference of {seen:.2g}"
+    if needed:
+        out = f"Give --minutes {needed}."
+    elif records:
+        out = f"More minutes alone will not settle it: that takes about {records:,} test records, or a larger --margin."
+    else:
+        out = "Give more test records, or a larger --margin."
+    return f"with {minutes:g} minutes {could} could have been seen, and what matters begins at {margin:g}. {out}"
+
+
+def _row(m: Values, c: Values | None, lora: Values) -> Values:
+    pace = m["cost"]["steps_per_second"]
+    own = ("method", "score", "score_deviation", "rank", "trainable_parameters", "settings")
+    from_pair = ("difference", "low", "high", "confidence", "verdict", "visible")
+    return (
+        {name: m[name] for name in own}
+        | {name: c[name] if c else None for name in from_pair}
+        | {"metric": m["metric"], "step_seconds": 1 / pace if pace else None, "times_lora": _times(m, lora)}
+        | {"peak_memory": m["cost"]["peak_memory"]}
+    )
+
+
+def _how(study: Study, whole: Study, work: Work, methods: Values, metric: str, margin: float) -> list[str]:
+    length, full = length_of(study), length_of(whole).steps
+    sizes = sorted({m["trainable_parameters"] for m in methods.values()})
+    short = (
+        f"Runs have {length.steps} of the recipe's {full} steps: of a longer training this says less."
+        if length.steps < full
+        else f"Runs have the recipe's own {full} steps."
+    )
+    rates = ", ".join(f"{rate:g}" for rate in study.search.space["learning_rate"]) if study.search else ""
+    return [
+        f"Each method was tuned alike (learning rates {rates}; at most {TRIALS} trials) on {work.validation} "
+        f"validation records, then trained with {length.seeds} new seeds and judged by {metric} on {work.test} test "
+        f"records. They train {' to '.join(f'{size:,}' for size in sizes)} parameters each.",
+        f"{short} Differences below {margin:g} count as none (--margin).",
+        "A method is recommended for its score only if it is significantly better, and LoRA only if a gain of "
+        f"{margin:g} is ruled out: either is wrong in at most {study.level:.0%} of such studies, for the settings "
+        "named here.",
+    ]

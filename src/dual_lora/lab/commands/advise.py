@@ -1,0 +1,118 @@
+"""dual-lora advise"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from dual_lora.lab.commands.card import figures_table, finish, size
+from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.interrupt import exit_status
+
+if TYPE_CHECKING:
+    from dual_lora.lab.advise.said import Advice
+
+
+def advise(
+    recipe: Annotated[str, Parameter(help="Recipe file, or the name of a shipped recipe.")],
+    *,
+    minutes: Annotated[float, Parameter(help="About how long it may take; steps and seeds are fitted to it.")] = 20,
+    out: Annotated[
+        Path | None, Parameter(help="Folder of its study. [default: studies/advise-NAME-MINUTESmin]")
+    ] = None,
+    metric: Annotated[
+        str | None, Parameter(help="What judges and tunes. [default: the recipe's first evaluation]")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        Parameter(help="Difference too small to matter. [default: accuracy 0.01, loss 0.02, matthews 0.03, bleu 1]"),
+    ] = None,
+    update: Annotated[
+        bool, Parameter(help="Go on although the recipe's data or the code have changed; what is valid is kept.")
+    ] = False,
+    dry_run: Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Should I use Dual LoRA here? A small paired study on your own data answers, LoRA included.
+
+    Example: `dual-lora advise sst2-minilm --minutes 20`
+
+    Your own data: `dual-lora advise my-recipe.yaml --minutes 60 --margin 0.005`
+
+    LoRA, Dual LoRA and Dual LoRA without Sign get equal parameters, equal tuning and the same seeds. Stopped at any
+    moment, the same command goes on where it was; `dual-lora report` shows the study with all its figures.
+    """
+    from dual_lora.lab.advise.advise import advise as run
+    from dual_lora.lab.advise.advise import plan
+
+    question: dict[str, Any] = {"metric": metric, "margin": margin}
+    if dry_run:
+        from dual_lora.lab.study.tables import show_forecast
+
+        expected = plan(recipe, minutes, out, **question)
+        if json:
+            finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
+        else:
+            show_forecast(expected)
+        return
+    try:
+        advice = run(recipe, minutes, out, update=update, **question)
+    except KeyboardInterrupt as error:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(exit_status(error)) from None
+    finish(advice.plain(), _card(advice), json)
+
+
+def _card(advice: Advice) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from dual_lora.lab.progress import in_words
+
+    answer, *others = advice.sentences
+    after = [f"{advice.out}: the study, {in_words(advice.seconds)} of runs (dual-lora report {advice.out})."]
+    after += [f"Go on with: {advice.next}"] if advice.next else []
+    return Group(
+        Text(f"\n{answer}\n", style="bold"),
+        *others,
+        _table(advice),
+        Text("How it was decided", style="bold"),
+        *(Text(f"• {line}") for line in [*advice.how, *advice.notes]),
+        "",
+        *(Text(line) for line in after),
+    )
+
+
+def _table(advice: Advice) -> Any:
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = [
+        [
+            m["method"],
+            number(m["score"], ".4f"),
+            number(m["difference"], "+.4f"),
+            "" if m["low"] is None else f"{m['low']:+.4f} … {m['high']:+.4f}",
+            number(m["step_seconds"], ".3g"),
+            number(m["times_lora"], ".2f"),
+            "" if m["peak_memory"] is None else size(m["peak_memory"]),
+            ", ".join(f"{value:g}" for value in (m["settings"] or {}).values()),
+        ]
+        for m in advice.methods
+    ]
+    share = next((m["confidence"] for m in advice.methods if m["confidence"]), 0.95)
+    titles = (
+        "",
+        advice.methods[0]["metric"],
+        "better by",
+        f"{share:.0%} interval",
+        "s a step",
+        "× LoRA",
+        "peak",
+        "rate",
+    )
+    return figures_table("", titles, rows)

@@ -1,0 +1,361 @@
+"""`dual-lora advise`: a study that fits into the minutes, its answer, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+pytest.importorskip("peft")
+
+from tiny_study import outcomes, write_model, write_records
+
+from dual_lora.lab.advise import advise as advising
+from dual_lora.lab.advise import pace, said
+from dual_lora.lab.advise.advise import advise, plan
+from dual_lora.lab.advise.pace import Pace, Work, needed_seeds, with_seeds
+from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, of_length, paired_study
+from dual_lora.lab.advise.rule import Why
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
+from dual_lora.lab.study import perform
+from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.job import Outcome
+from dual_lora.lab.study.rejudge import rejudge
+
+SOME = 1.5  # minutes: enough on a crowded machine too
+NEVER = 100_000  # steps of a ramp: λ stays near 0, and the method can't learn within the run
+
+
+pytestmark = pytest.mark.slow  # most of these tests look at one study of a minute
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """Folder with a tiny language model and its data: is a prompt's last letter an early one?"""
+    folder = tmp_path_factory.mktemp("letters")
+    write_model(folder / "model")
+    write_records(folder / "train.jsonl", 1, 256)
+    write_records(folder / "test.jsonl", 2, 100)
+    return folder
+
+
+def recipe_file(folder, name="letters", **changes):
+    values = {
+        "name": name,
+        "model": {"path": str(folder / "model")},
+        "data": {
+            "train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "template": "plain",
+            "overlap": 2, "holdout": 64,
+        },
+        "train": {"steps": 30, "batch_size": 16, "learning_rate": 1e-2},
+        "evaluate": {"tasks": ["loss"], "batch_size": 64},
+    }  # fmt: skip
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | changes), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora_wins(letters):
+    """The advice on a task that LoRA can learn within the steps, and Dual LoRA can't: its ramp is too long."""
+    recipe = recipe_file(letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pace, "MOST_SEEDS", 5)
+        return recipe, letters / "lora-wins", advise(recipe, SOME, letters / "lora-wins", progress=False)
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Studies of two seeds and twenty steps, however fast the machine is."""
+    monkeypatch.setattr(pace, "fitted", lambda study, *_: of_length(study, Length(2, 20)))
+
+
+def test_where_lora_wins(lora_wins):
+    recipe, out, advice = lora_wins
+    assert (advice.use, advice.why) == (LORA, Why.NO_GAIN)
+    assert advice.sentences[0].startswith("Use LoRA: Dual LoRA ")
+    results = json.loads((out / "results.json").read_text())
+    scores = {m["method"]: m["score"] for m in results["methods"]}
+    assert scores[LORA] < min(scores[DUAL], scores[NO_SIGN]), "losses"
+    assert max(abs(m["mismatch"]) for m in results["methods"]) < 0.05
+    best = read_recipe(out / "recommended.yaml")
+    assert best.method == {"name": "lora", "r": 4, "lora_alpha": 8}
+    chosen = next(m["settings"]["train.learning_rate"] for m in results["methods"] if m["method"] == LORA)
+    assert best.train.learning_rate == chosen
+    assert best.train.steps == read_recipe(recipe).train.steps, "the recipe's own length"
+    assert advice.next == f"dual-lora train {out / 'recommended.yaml'}"
+
+
+def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path):
+    recipe, out, advice = lora_wins
+    assert advice.seconds < 2 * 60 * SOME
+    before = outcomes(out)
+    code, shown, _ = call("compare", out / "study.yaml", "--out", out, "--json")
+    assert code == 0
+    assert json.loads(shown)["complete"]
+    assert outcomes(out) == before, "compare finds nothing left to do"
+    code, _, _ = call("report", out, "--out", tmp_path / "report.html")
+    assert code == 0
+    again = rejudge(json.loads((out / "results.json").read_text()))
+    assert again["amendments"][-1]["changed"] == []
+    code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out)
+    assert code == 0
+    assert outcomes(out) == before
+    assert "Use LoRA" in " ".join(shown.split())
+    assert "How it was decided" in shown
+    code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--dry-run")
+    assert "0 s left" in " ".join(shown.split())
+
+
+def test_another_question_in_its_folder_is_refused(lora_wins):
+    recipe, out, _ = lora_wins
+    with pytest.raises(UserError, match=r"holds another study.*Asked with 1\.5 minutes.*another --out"):
+        advise(recipe, 20, out, progress=False)
+    with pytest.raises(UserError, match="Give the same recipe, --minutes and --margin"):
+        advise(recipe, SOME, out, margin=0.5, progress=False)
+
+
+def test_where_dual_lora_wins(letters, call, short):
+    """LoRA can learn next to nothing: its scale is a millionth. The best recipe then trains Dual LoRA."""
+    recipe = recipe_file(letters, "weak", method={"name": "lora", "r": 4, "alpha_pattern": {".*": 1e-6}})
+    out = letters / "dual-wins"
+    code, shown, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+    assert code == 0
+    advice = json.loads(shown)
+    assert advice["use"] in (DUAL, NO_SIGN)
+    assert advice["why"] == "significantly better than LoRA"
+    assert advice["sentences"][0].startswith(f"Use {advice['use']}: it is significantly better than LoRA (reduction of")
+    best = read_recipe(out / "recommended.yaml")
+    assert best.method["name"] == "dual_lora"
+    assert "alpha_pattern" not in best.method, "what the recipe says of LoRA is LoRA's"
+    code, _, _ = call("train", out / "recommended.yaml", "--train.steps", 2, "--out", out / "trained")
+    assert code == 0
+
+
+def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
+    """Stopped while it measures, and again among its runs: no finished run is repeated, and the plan stays."""
+    recipe, out = recipe_file(letters), tmp_path / "out"
+    original, ended = perform._trained, []
+
+    def until(count):
+        def trained(job, runs):
+            if len(ended) == count:
+                raise KeyboardInterrupt
+            ended.append(job.key)
+            return original(job, runs)
+
+        return trained
+
+    for count in (2, 8):
+        monkeypatch.setattr(perform, "_trained", until(count))
+        code, _, err = call("advise", recipe, "--minutes", SOME, "--out", out)
+        assert code == 130
+        assert "The same command goes on from here." in err
+    planned = json.loads((out / "study.json").read_text())["study"]
+    monkeypatch.setattr(perform, "_trained", until(None))
+    monkeypatch.setattr(pace, "measured", lambda *_: [Pace(9.0, 9.0, 9.0)] * 3)  # another pace changes nothing now
+    code, _, _ = call("advise", recipe, "--minutes", SOME, "--out", out, "--json")
+    assert code == 0
+    assert len(ended) == len(set(ended)), "a run was done twice"
+    assert json.loads((out / "study.json").read_text())["study"] == planned
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"]
+    assert results["amendments"] == []
+
+
+def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch):
+    recipe = recipe_file(letters)
+    slow = [Pace(1.0, 0.5, 0.01), Pace(1.0, 0.7, 0.01), Pace(1.0, 0.6, 0.01)]
+    monkeypatch.setattr(pace, "estimated", lambda *_: slow)
+    with pytest.raises(UserError, match=r"0\.1 minutes are too few.*Give --minutes (\d+), or fewer test") as found:
+        advise(recipe, 0.1, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists(), "hopeless by arithmetic: nothing was run"
+    needed = int(str(found.value).partition("--minutes ")[2].partition(",")[0])
+    with pytest.raises(UserError, match=f"Give --minutes {needed}"):
+        plan(recipe, needed - 1, tmp_path / "out")
+    enough = plan(recipe, needed, tmp_path / "out")
+    assert enough.rows[0]["steps"] >= 20
+    assert enough.done == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked", "message"),
+    [
+        ({"data": {"train": "train.jsonl"}}, {}, "test records that nobody trains on: set data.train and data.test"),
+        ({"model": {"path": "x", "head": "regression"}, "evaluate": {}}, {"metric": "mse"}, "unit of mse.*--margin"),
+        ({}, {"metric": "accuracy"}, "A language model has no accuracy: choose choice, exact_match"),
+        ({}, {"metric": "los"}, "Did you mean 'loss'"),
+        ({}, {"minutes": 0}, "--minutes is 0, expected a number above 0"),
+        ({}, {"minutes": float("nan")}, "--minutes is nan"),
+        ({}, {"margin": -1.0}, "margin -1.0 for loss: expected a positive number"),
+        ({"method": {"name": "lora", "r": 1}}, {}, "cannot be matched within 5%"),
+        ({"method": {"name": "lora", "rr": 1}}, {}, "method lora has no field 'rr'"),
+    ],
+)
+def test_errors_are_one_sentence(letters, changes, asked, message, tmp_path):
+    recipe = recipe_file(letters, "wrong", **changes)
+    with pytest.raises(UserError, match=message):
+        advise(recipe, **{"minutes": SOME, "out": tmp_path / "out", "progress": False} | asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_by_name(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("advise", "sst2-minilmm", "--dry-run")
+    assert code == 1
+    assert "Did you mean 'sst2-minilm'" in " ".join(err.split())
+    monkeypatch.setattr(advising, "recipe_of", lambda source: (source, SimpleNamespace(name=source)))
+    assert str(advising.folder_of("sst2-minilm", 20, None)) == "studies/advise-sst2-minilm-20min"
+
+
+def methods(**method):
+    return methods_of(build_recipe({"model": {"path": "x"}, "method": method}))
+
+
+def test_what_the_recipe_says_of_its_method_is_kept():
+    found = methods(name="dual_lora", r1=4, r2=12, alpha=20, dropout=0.1, ste="hardtanh", target_modules=["q_proj"])
+    assert found[LORA] == {"name": "lora", "r": 16, "target_modules": ["q_proj"], "lora_alpha": 20, "lora_dropout": 0.1}
+    assert found[DUAL]["ste"] == "hardtanh"
+    assert (found[DUAL]["r1"], found[DUAL]["r2"]) == ("4r/16", "12r/16")
+    assert found[NO_SIGN] == found[DUAL] | {"direction_activation": "identity"}
+    found = methods(name="lora", r=8, lora_alpha=32, use_rslora=True)
+    assert found[LORA] == {"name": "lora", "r": 8, "lora_alpha": 32, "use_rslora": True}
+    assert found[DUAL] == {"name": "dual_lora", "alpha": 32}
+    assert methods(name="full")[LORA] == {"name": "lora", "r": 16, "lora_alpha": "2r"}
+    assert "direction_activation" not in methods(name="dual_lora", direction_activation="identity")[DUAL]
+
+
+def test_a_shorter_study_has_shorter_ramps(letters):
+    recipe = recipe_file(letters, "ramped", method={"name": "dual_lora", "r": 4, "warmup_steps": 15})
+    short = of_length(paired_study(recipe, 1), Length(3, 20))
+    assert length_of(short) == (3, 20)
+    assert {short.methods[name].fields["warmup_steps"] for name in (DUAL, NO_SIGN)} == {10}
+
+
+def test_a_tenth_is_held_out_where_a_recipe_has_no_validation(letters):
+    data = {"train": str(letters / "train.jsonl"), "test": str(letters / "test.jsonl")}
+    assert paired_study(recipe_file(letters, "bare", data=data), 1).search.holdout == 25
+    assert paired_study(recipe_file(letters), 1).search.holdout is None
+
+
+WORK = Work((Pace(1.0, 0.1, 0.01), Pace(1.0, 0.2, 0.01), Pace(1.0, 0.15, 0.01)), 50, 100, 400, 1)
+
+
+def test_more_minutes_never_make_a_smaller_study():
+    before = Length(0, 0)
+    sizes = set()
+    for seconds in range(60, 6000, 7):
+        found = WORK.fitting(seconds)
+        if found is None:
+            assert before == Length(0, 0)
+            assert WORK.seconds(WORK.least) > seconds
+            continue
+        assert WORK.seconds(found) <= seconds
+        assert found.seeds >= before.seeds
+        assert found.steps >= before.steps or found.seeds > before.seeds
+        assert found.steps >= WORK.least.steps
+        sizes.add(found)
+        before = found
+    assert {length.seeds for length in sizes} >= {3, 5, 6, 20}
+    assert before == Length(20, 400)
+
+
+def test_the_pace_is_that_of_the_later_steps(tmp_path):
+    ended = []
+    for i, key in enumerate("ab"):
+        (tmp_path / key).mkdir()
+        lines = [{"step": 2, "seconds": 30.0}, {"step": 4, "seconds": 30.2}, {"step": 8, "seconds": 30.6}]
+        (tmp_path / key / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        job = SimpleNamespace(key=key, method=key, recipe=read_recipe(recipe_file_of(tmp_path)))
+        took = {"seconds": 40.0 - 5 * i, "training": {"seconds": 31.0, "steps": 8}, "evaluation_seconds": 2.0}
+        ended.append((job, Outcome(key=key, status="done", **took)))
+    first, second = pace.measured(ended, tmp_path)
+    assert first.step == pytest.approx(0.1), "the first steps compile kernels"
+    assert first.start == second.start == pytest.approx(2.0), "the first run of a process imports"
+    assert first.record == pytest.approx(2.0 / 10)
+    with pytest.raises(UserError, match="loss was not finite"):
+        pace.measured([(ended[0][0], Outcome(key="a", status="diverged", seconds=1.0))], tmp_path)
+
+
+def recipe_file_of(folder):
+    write_records(folder / "train.jsonl", 1, 40)
+    data = {"train": str(folder / "train.jsonl"), "validation": str(folder / "train.jsonl"), "test_limit": 10}
+    (folder / "r.yaml").write_text(yaml.safe_dump({"model": {"path": "x"}, "data": data}))
+    return folder / "r.yaml"
+
+
+def test_needed_seeds_are_just_enough():
+    spread = stats.Spread(0.005, 0.01, 0.0098, 5, 1000)
+    enough = needed_seeds(spread, 0.02, 0.025, 0.8)
+    assert 5 < enough < 20
+    assert stats.smallest_visible(with_seeds(spread, enough), 0.025, 0.8) <= 0.02
+    assert stats.smallest_visible(with_seeds(spread, enough - 1), 0.025, 0.8) > 0.02
+    assert needed_seeds(stats.Spread(0.0, 0.01, 0.001, 5, 1000), 0.02, 0.025, 0.8) is None, "the items' error stays"
+
+
+def judged(letters, results, minutes=20.0):
+    """The advice on results that were changed by hand."""
+    whole = paired_study(recipe_file(letters), minutes)
+    return said.advice_of(results, whole, WORK, "mine.yaml", minutes, letters / "x y")
+
+
+def test_not_known_says_what_would_settle_it(lora_wins, letters):
+    """The results of a real study, with a difference that its noise hides."""
+    _, out, _ = lora_wins
+    results = json.loads((out / "results.json").read_text())
+    for m in results["methods"]:
+        m["score"] = 0.3
+    for c in results["comparisons"]:
+        c |= {
+            "verdict": "inconclusive",
+            "difference": 0.004,
+            "low": -0.03,
+            "high": 0.04,
+            "visible": 0.05,
+            "margin": 0.02,
+        }
+        c["spread"] |= {"error": 0.01, "seed_error": 0.0098}
+    advice = judged(letters, results)
+    assert (advice.use, advice.why, advice.rate) == (None, Why.OPEN, None)
+    assert advice.needed > 20
+    assert f"with 20 minutes a difference of 0.05 could have been seen, and what matters begins at 0.02. Give --minutes {advice.needed}." in advice.sentences[0]  # fmt: skip  # noqa: E501
+    assert "Until then use LoRA" in advice.sentences[0]
+    assert advice.next == f"dual-lora advise mine.yaml --minutes {advice.needed}"
+    for c in results["comparisons"]:
+        c["spread"] |= {"error": 0.02, "seed_error": 0.001}
+    advice = judged(letters, results)
+    assert advice.needed is None
+    assert advice.next == ""
+    assert "More minutes alone will not settle it: that takes about" in advice.sentences[0]
+
+
+def test_a_tie_names_the_cost_only_where_it_is_there(lora_wins, letters):
+    _, out, _ = lora_wins
+    results = json.loads((out / "results.json").read_text())
+    for m in results["methods"]:
+        m["score"] = 0.3
+    for c in results["comparisons"]:
+        c |= {"verdict": "equivalent within the margin", "difference": 0.001, "same_low": -0.01, "same_high": 0.01}
+    for times, use, words in (
+        (0.7, LORA, "A tie goes to LoRA, because it costs less."),
+        (1.05, LORA, "A tie goes to LoRA, which every library and server takes."),
+        (1.5, DUAL, "as good as LoRA within ±0.02"),
+    ):
+        for m in results["methods"]:
+            m["cost"]["steps_per_second"] = {LORA: 1.0, DUAL: times}.get(m["method"], 0.5)
+        advice = judged(letters, results)
+        assert advice.use == use
+        assert words in advice.sentences[0]
+        assert f"a step of Dual LoRA takes {1 / times:.2f} times LoRA's time" in advice.sentences[0]
+
+
+def test_a_study_that_failed_gives_no_advice(lora_wins, monkeypatch):
+    recipe, out, _ = lora_wins
+    half = {"complete": False, "failed": ["Dual LoRA on letters, seed 2: the dog ate it."]}
+    monkeypatch.setattr(advising, "compare", lambda *_, **__: half)
+    with pytest.raises(UserError, match=r"1 runs failed, so there is no advice yet: .*the dog ate it\. Put it right"):
+        advise(recipe, SOME, out, progress=False)
