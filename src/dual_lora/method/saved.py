@@ -68,7 +68,6 @@ def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
             f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
             "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
             "choose fewer `warmup_steps`.",
-            UserWarning,
             stacklevel=3,
         )
 
@@ -95,7 +94,6 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         if absent:
             warnings.warn(
                 f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep their random start.",
-                UserWarning,
                 stacklevel=3,
             )
         return

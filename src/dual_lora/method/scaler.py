@@ -20,18 +20,18 @@ from .precision import Warned
 _current: torch.amp.GradScaler | None = None
 
 
-def set_grad_scaler(scaler: torch.amp.GradScaler | None) -> None:
-    """Make a gradient scaler known from here on, or (None) forget it."""
+def set_grad_scaler(scaler: torch.amp.GradScaler | None, owner: object = None) -> None:
+    """Make a gradient scaler known from here on, or (None) forget it.
+
+    owner: when it is gone, so is the scaler: a run that ended by an error leaves nothing to the next one.
+    """
     global _current
     _current = scaler
+    if owner is not None:
+        weakref.finalize(owner, _forget, scaler)
 
 
-def forget_with(owner: object, scaler: torch.amp.GradScaler) -> None:
-    """Forget the scaler when its owner is gone: a run that ended by an error leaves nothing to the next one."""
-    weakref.finalize(owner, _forget, scaler)
-
-
-def _forget(scaler: torch.amp.GradScaler) -> None:
+def _forget(scaler: torch.amp.GradScaler | None) -> None:
     if _current is scaler:
         set_grad_scaler(None)
 

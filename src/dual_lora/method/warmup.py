@@ -188,7 +188,6 @@ class _Backward:
                 "the parameters yourself, or by an optimizer that is no torch.optim.Optimizer, call "
                 "`dual_lora.count_step(model)` after every update, or set warmup_steps=0. If you accumulate as many "
                 "gradients, all is well.",
-                UserWarning,
                 stacklevel=2,
             )
 
