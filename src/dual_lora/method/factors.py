@@ -179,6 +179,11 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         A, B, C, D = self._stored(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
 
+    def clips(self, adapter: str) -> bool:
+        """Whether the adapter trains by the clip, which looks at the values of gradients."""
+        form = self.forms[adapter]
+        return form.ste == "clip" and form.direction == "sign" and bool(self.trainable_factors(adapter))
+
     # Warm-up.
 
     def steps_left(self, adapter: str) -> int:

@@ -64,7 +64,11 @@ def hotswap_from_state_dict(
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
-            layer.set_ranks(adapter_name, *layer_options(config, _key(name.removeprefix(root), layer)))
+            # Patterns know what it was called when it was made: not inside other parameters' wrappers, or an attention.
+            key = name.removeprefix(root).split(".base_layer")[0]
+            if isinstance(layer, ParamWrapper):
+                key = f"{key}.{layer.parameter_name}"
+            layer.set_ranks(adapter_name, *layer_options(config, key))
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
@@ -82,12 +86,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                     f"Hot swapping the adapter did not succeed: {key} has shape {got} in place of {old}, where the "
                     "rank alone may differ. Was it trained on another base model?"
                 )
-
-
-def _key(name: str, layer: DualLoraLayer) -> str:
-    """What the layer was called when it was made, by which the patterns of a configuration know it."""
-    name = name.split(".base_layer")[0]  # inside other parameters' wrappers, or inside an attention
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def _write(old: Tensor, new: Tensor | None) -> None:
@@ -165,13 +163,11 @@ def install() -> None:
     theirs: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
 
     @wraps(theirs)
-    def from_state_dict(
-        model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
-    ) -> None:
+    def from_state_dict(model: Any, state_dict: Any, adapter_name: str, config: Any, *more: Any, **named: Any) -> None:
         if isinstance(config, DualLoraConfig):
             hotswap_from_state_dict(model, state_dict, adapter_name, config)
         else:
-            theirs(model, state_dict, adapter_name, config, parameter_prefix)
+            theirs(model, state_dict, adapter_name, config, *more, **named)
 
     their_preparation: Callable[..., None] = hotswap.prepare_model_for_compiled_hotswap
 

@@ -90,18 +90,14 @@ class DualLoraLayer(MergeLayer):
         """
         dtype = autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix = None if weight is None else self._matrix(weight)
-        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(names, operand), dtype=dtype)
+        make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
         if keeps and weight is not None and self._may_keep():
             return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
-        return Composed(make(), matrix, adapters)
+        return Composed(make(loss_scale=self._loss_scale(names, operand)), matrix, adapters)
 
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        clips = any(
-            self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
-            for n in names
-        )
-        if not (clips and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and any(map(self.clips, names))):
             return None
         check_clip_is_safe(operand, self.training, self.warned)
         return loss_scale(operand.device)

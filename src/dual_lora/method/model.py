@@ -119,27 +119,25 @@ class DualLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r1, r2, alpha = layer_options(config, current_key)
-        is_tied = target_name in (getattr(config, "target_modules_to_tie", None) or ())
+        layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
             target.update_layer(adapter_name, r1, r2, alpha, config=config)
-            if is_tied:
-                target.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
-            return
-        warned = vars(self).setdefault("_warned", Warned())
-        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
-        options |= get_quantization_kwargs(self.model)
-        if parameter_name is not None:
-            options["parameter_name"] = parameter_name
-        if is_read(parent, target):
-            new: nn.Module = ReadLinear(target, adapter_name, config=config, **options)
         else:
-            new = self._create_new_module(config, adapter_name, target, **options)
-        if is_tied:
-            cast(DualLoraLayer, new).tie(adapter_name, cast(Any, self.model).get_input_embeddings())
-        if adapter_name not in self.active_adapters:
-            new.requires_grad_(False)  # a further adapter does not train before it is chosen
-        self._replace_module(parent, target_name, new, target)
+            warned = vars(self).setdefault("_warned", Warned())
+            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
+            options |= get_quantization_kwargs(self.model)
+            if parameter_name is not None:
+                options["parameter_name"] = parameter_name
+            if is_read(parent, target):
+                layer = ReadLinear(target, adapter_name, config=config, **options)
+            else:
+                layer = self._create_new_module(config, adapter_name, target, **options)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # a further adapter does not train before it is chosen
+            self._replace_module(parent, target_name, layer, target)
+        if target_name in (getattr(config, "target_modules_to_tie", None) or ()):
+            layer.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
 
     @staticmethod
     def _create_new_module(config: DualLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:

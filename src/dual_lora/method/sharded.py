@@ -170,9 +170,8 @@ class _StandIn:
             summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
             adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
         mine = [self.part.of(a) for a in adapters]
-        if not self.with_base:
-            return layer._product(x, None, bias, names, mine)
-        return layer._product(x, weight, bias, names, mine, self.weight)
+        whole = self.weight if self.with_base else None
+        return layer._product(x, weight if self.with_base else None, bias, names, mine, whole)
 
 
 def _local(bias: Tensor | None) -> Tensor | None:
