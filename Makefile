@@ -63,7 +63,7 @@ test-oldest:         ## core and method with the oldest supported versions, in a
 	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets pytest pytest-timeout
-	$(VENV)-oldest/bin/python -m pytest tests/core tests/method -m "not slow and not model" -p no:cacheprovider
+	$(VENV)-oldest/bin/python -m pytest tests/core tests/method tests/verify -m "not slow and not model" -p no:cacheprovider
 
 lint: $(VENV)/.ready ## style, spelling, and words that this project has better ones for (scripts/vocabulary.txt)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

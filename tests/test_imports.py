@@ -11,13 +11,14 @@ import dual_lora
 
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-RINGS = ["core", "method", "serving", "lab"]  # from the inside out
+RINGS = ["core", "method", "verify", "serving", "lab"]  # from the inside out
 
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
     "core": {"torch", "triton"},
     # The last ones are imported where a user's model or loop has brought them.
     "method": {"torch", "peft", "transformers", "safetensors", "deepspeed", "bitsandbytes", "torchao", "hqq"},
+    "verify": {"torch", "peft", "transformers"},
     # vLLM brings the last two, and runs what imports them.
     "serving": {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "vllm", "fastapi"},
     "": set(),
@@ -44,7 +45,7 @@ def dotted(path):
 
 
 def ring(name):
-    """core, method, serving or lab; "" for the package's own files."""
+    """core, method, verify, serving or lab; "" for the package's own files."""
     parts = name.split(".")
     if len(parts) < 2:
         return ""
@@ -77,7 +78,7 @@ def test_imports_point_inwards(path):
     for name in imports(path):
         if name.split(".")[0] == "dual_lora":
             other = ring(name)
-            # The package's own file lists names of core and method, and no ring looks at it but lab.
+            # The package's own file lists names of the rings inside lab, and no ring looks at it but lab.
             if own == "":
                 assert other != "lab", f"{dotted(path)} imports {name}"
             elif own != "lab":
@@ -93,6 +94,12 @@ def test_what_studies_are_made_of_knows_no_study():
         for path in (ROOT / "lab" / folder).rglob("*.py"):
             studies = [name for name in imports(path) if name.startswith("dual_lora.lab.study")]
             assert not studies, f"{dotted(path)} imports {studies[0]}"
+
+
+def test_what_verifies_any_method_knows_none():
+    for path in (ROOT / "verify").rglob("*.py"):
+        others = [name for name in imports(path) if ring(name) not in ("", "verify")]
+        assert not others, f"{dotted(path)} imports {others[0]}"
 
 
 def test_one_file_builds_models_without_weights():

@@ -52,7 +52,7 @@ def distribution(name):
     return canonicalize_name(CALLED.get(name) or (installed[0] if installed else name))
 
 
-@pytest.mark.parametrize("ring", ["core", "method", "lab"])
+@pytest.mark.parametrize("ring", ["core", "method", "verify", "lab"])
 def test_every_import_is_declared(ring):
     """The method's rings need the base dependencies, or an extra that says what it is for; the laboratory its own."""
     declared = {*BASE, *(EXTRAS["lab"] if ring == "lab" else ()), *EXTRAS["quantized"], *EXTRAS["dev"], *EXTRAS["ray"]}

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .method.layer import DualLoraLayer
     from .method.model import DualLoraModel
     from .method.scaler import grad_scaler
-    from .method.verified import VerifyAdapter
     from .method.warmup import count_step
+    from .verify.callback import VerifyAdapter
 
 __version__ = "0.2.0"
 
@@ -38,7 +38,7 @@ _HOMES = {
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
     "count_step": ".method.warmup",
-    "VerifyAdapter": ".method.verified",
+    "VerifyAdapter": ".verify.callback",
     "convert_to_lora": ".method.conversion",
     "save_as_lora": ".method.conversion",
     "convert_to_dual_lora": ".method.from_lora",

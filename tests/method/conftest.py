@@ -9,8 +9,9 @@ from dual_lora.method import scaler, warmup
 @pytest.fixture(autouse=True)
 def _fresh_state():
     composed_weights.clear()
-    composed_weights._warned = False
+    composed_weights._warned.clear()
     scaler.set_grad_scaler(None)
+    scaler._told = False
     warmup._layers.clear()
     yield
     composed_weights.clear()

@@ -20,7 +20,7 @@ from torch import nn
 from dual_lora import DualLoraConfig
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.reference import delta_weight
-from dual_lora.method import attention
+from dual_lora.method import layer as layer_module
 
 PACKED, SEPARATE = {}, {"kdim": 5, "vdim": 12}
 LAYOUTS = pytest.mark.parametrize("layout", [PACKED, SEPARATE], ids=["packed", "separate"])
@@ -133,7 +133,7 @@ def test_composed_weights_are_not_kept_for_backward(layout, monkeypatch):
         made.append(weakref.ref(W))
         return W
 
-    monkeypatch.setattr(attention, "dual_lora_weight", spied)
+    monkeypatch.setattr(layer_module, "dual_lora_weight", spied)
     model, _ = adapted(multihead(layout), call)
     y = model(inputs().requires_grad_())[0]
     assert len(made) == (2 if layout is PACKED else 4)
@@ -157,7 +157,7 @@ def test_inference_composes_once(monkeypatch):
     x = inputs()
     made = []
     monkeypatch.setattr(
-        attention, "dual_lora_weight", lambda *args, **kwargs: made.append(1) or dual_lora_weight(*args, **kwargs)
+        layer_module, "dual_lora_weight", lambda *args, **kwargs: made.append(1) or dual_lora_weight(*args, **kwargs)
     )
     with torch.no_grad():
         once, twice = model(x)[0], model(x)[0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.compose_op import dual_lora_weight
-from dual_lora.method import conv
+from dual_lora.method import layer as layer_module
 
 CASES = {
     "1d": (nn.Conv1d, (4, 6, 3), {"stride": 2, "padding": 1}),
@@ -68,7 +68,7 @@ def test_the_composed_weight_is_not_kept_for_backward(monkeypatch):
         made.append(weakref.ref(W))
         return W
 
-    monkeypatch.setattr(conv, "dual_lora_weight", spied)
+    monkeypatch.setattr(layer_module, "dual_lora_weight", spied)
     y = model(x.requires_grad_())
     assert len(made) == 1
     assert made[0]() is None

@@ -409,6 +409,9 @@ def test_autocast(dtype):
     y.float().sum().backward()
     assert layer.factors("default").A.grad.dtype == torch.float32
     assert base.weight.dtype == torch.uint8
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for rows in (4, 1000):  # by the kept weight, and without
+            assert model.eval()(torch.randn(rows, I, dtype=dtype)).dtype == torch.bfloat16
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """The clip and the scale of the loss: gradient scalers, their refusal, and gradient accumulation."""
 
 import gc
+import warnings
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +152,66 @@ def test_a_known_scaler_changes_nothing(model):
     unknown = gradients(model, scale=65536.0, known=False)
     directions = [n for n in plain if "dual_lora_C" in n or "dual_lora_D" in n]
     assert all((unknown[n] - plain[n]).abs().max() > 0.01 * plain[n].abs().max() for n in directions)
+
+
+def test_what_an_unknown_scaler_does_to_each_factor():
+    """By the formula in fp64: A and B are linear in the loss, the clip makes another method of C and D."""
+    model = adapted(nn.Sequential(nn.Linear(12, 5)), target_modules=["0"], init_weights=False)
+    layer, x, L = model.base_model.model[0], points(64), 1024.0
+    (L * loss_of(model, x)).backward()
+    A, B, C, D = (f.detach().double() for f in layer.factors("default"))
+    base, s, x = layer.get_base_layer().double(), layer.scaling["default"], x.double()
+    sign, P = torch.where(D @ C > 0, 1.0, -1.0).double(), B @ A
+    y = x @ (base.weight + s * P.clamp(min=0) * sign).t() + base.bias
+    G = (60 * y / len(x)).t() @ x
+    dP, H = s * G * sign * (P > 0), s * G * P.clamp(min=0)
+
+    def gradients(dQ):
+        return dict(A=B.t() @ dP, B=dP @ A.t(), C=D.t() @ dQ, D=dQ @ C.t())
+
+    right, wrong = gradients(H.clamp(-1, 1)), gradients((L * H).clamp(-1, 1) / L)
+    for name, expected in wrong.items():
+        found = getattr(layer, f"dual_lora_{name}")["default"].grad.double() / L
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+        error = (expected - right[name]).norm() / right[name].norm()
+        assert error == 0 if name in "AB" else error > 0.5, name
+
+
+def steps_by(scaler, model, known=False):
+    """What is said in some steps by a scaler, which is known, if at all, during the passes alone."""
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            with grad_scaler(scaler) if known else nullcontext():
+                scaler.scale(loss_of(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    return [str(w.message) for w in caught if "was not told of" in str(w.message)]
+
+
+class OwnScaler(torch.amp.GradScaler):
+    def step(self, optimizer, *args, **kwargs):
+        return super().step(optimizer, *args, **kwargs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", [torch.amp.GradScaler, OwnScaler])
+def test_an_unknown_scaler_is_noticed_in_its_step(kind, autocast):
+    """In fp32 and bf16 nothing is refused before, as few would use a scaler there."""
+    model = adapted(init_weights=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (told,) = steps_by(kind("cpu", init_scale=1024.0), model)
+    assert "dual_lora.grad_scaler(scaler)" in told
+    assert "'surrogate'" in told
+
+
+@pytest.mark.parametrize("case", ["known", "disabled", "identity", "no sign"])
+def test_a_scaler_that_does_no_harm_is_not_spoken_of(case):
+    options = {"identity": dict(ste="identity"), "no sign": dict(direction_activation="identity")}.get(case, {})
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=case != "disabled")
+    assert not steps_by(scaler, adapted(init_weights=False, **options), known=case == "known")
 
 
 def test_a_known_scaler_under_fp16_autocast(model):

@@ -286,7 +286,10 @@ class _FactorSums:
         if self.paper:
             if self.mean_square is not None:
                 self._narrow(first, second)
-            dP, dQ = self._masked(first, second, G)
+            dP = torch.sign(first, out=second).mul_(G)
+            dQ = first.mul_(dP)
+            if self.form.ste == "clip":
+                dQ.clamp_(-self.bound, self.bound)
         else:
             rest = self.scale, self.form, self.loss_scale, self.mean_square
             dP, dQ = product_gradients(G, first, second, *rest)
@@ -304,13 +307,6 @@ class _FactorSums:
         else:
             Q.mul_(Q).mul_(self.steep).add_(1)
         T.div_(Q)
-
-    def _masked(self, T: Tensor, spare: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-        dP = torch.sign(T, out=spare).mul_(G)
-        dQ = T.mul_(dP)
-        if self.form.ste == "clip":
-            dQ.clamp_(-self.bound, self.bound)
-        return dP, dQ
 
 
 def _spans(length: int, step: int) -> Iterator[slice]:

@@ -88,12 +88,12 @@ def recomposing(*composed: Composed) -> Iterator[None]:
     Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: there the weight is kept
     during the backward of one checkpoint alone.
     """
-    nested = getattr(_active, "recipes", None) is not None
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if traced or not torch.is_grad_enabled() or (not nested and _hooks_are_set()):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         yield
-    elif nested:
+    elif getattr(_active, "recipes", None) is not None:
         _add(composed)
+        yield
+    elif _hooks_are_set():
         yield
     else:
         _active.recipes = {}

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from . import blocked
 from .blocked import RowSource
+from .handle import Handle, source_of
 from .reference import Adapter, Factors, Form
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
@@ -55,12 +56,17 @@ def implementation(
 
 
 def compose(
-    weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dtype: torch.dtype, out: Tensor | None = None
+    weight: Tensor | RowSource | Handle | None,
+    adapters: Sequence[Adapter],
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """W + ΣΔW, [O, I]: the rounding to `dtype` of the fp32 sum, by whom the layer's forward is computed as well.
 
     `out` may be the weight itself.
     """
+    if isinstance(weight, Handle):
+        weight = source_of(weight.number)
     device = adapters[0].scale.device
     with without_autocast(device):
         return implementation(device, dtype, weight, adapters).compose(weight, adapters, dtype, out)
@@ -83,7 +89,6 @@ def triton(device: torch.device) -> ModuleType | None:
         warnings.warn(
             f"Dual LoRA's Triton kernels are not used on {torch.cuda.get_device_name(device)}: {reason}. PyTorch's own "
             f"operations compute the same, slower; {SWITCH}=plain chooses them without this warning.",
-            UserWarning,
             stacklevel=2,
         )
         return None

@@ -133,6 +133,14 @@ class Adapter(NamedTuple):
         known = self.mean_square is not None or self.form.ste != "surrogate" or self.form.direction != "sign"
         return self if known else self._replace(mean_square=mean_square_of(self.factors.C, self.factors.D))
 
+    def without_row(self, row: int | None) -> Adapter:
+        """The same with ΔW = 0 in that row, the padding's of an embedding; None: in no row."""
+        if row is None:
+            return self
+        B = self.factors.B
+        here = torch.arange(B.shape[0], device=B.device) == row
+        return self._replace(factors=self.factors._replace(B=B.masked_fill(here.unsqueeze(1), 0.0)))
+
     def working(self) -> Adapter:
         """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32

@@ -118,7 +118,6 @@ def _find(launch: Launch) -> bool:
         f"Dual LoRA's {launch.kernel} kernel is not used with {_input(launch)} and tiles of {launch.tile.rows} × "
         f"{launch.tile.cols} on {device}: {reason}. PyTorch's own operations compute the same, slower. "
         "`dual-lora gpu-check` tries every way of launching it; please report what it says.",
-        UserWarning,
         stacklevel=2,
     )
     return False

@@ -166,7 +166,8 @@ def tile_for(O: int, I: int, batch: int, dy: Tensor | None, x: Tensor) -> Tile:
     What cannot be read 16 bytes at a time takes more registers: then the largest would spill in its loop over tokens.
     """
     tiles = TILES[triton_launch.target(x.device), x.element_size()]
-    aligned = all(map(triton_launch.is_aligned, (x,) if dy is None else (dy, x)))
+    given = (x,) if dy is None else (dy, x)
+    aligned = all(t.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in t.stride()) for t in given)
     for tile in tiles:
         programs = batch * triton_launch.count(O, tile.rows) * triton_launch.count(I, tile.cols)
         fits = aligned or tile.rows * tile.cols <= UNALIGNED

@@ -176,11 +176,6 @@ def first_launch(
     plans[key] = Plan(program, grid, (*numbers, *(constants[name] for name in names)), device, result)
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether its rows, or its columns, can be read 16 bytes at a time."""
-    return tensor.data_ptr() % 16 == 0 and all(n == 1 or n % 16 == 0 for n in tensor.stride())
-
-
 def count(size: int, tile: int) -> int:
     """How many tiles cover `size`. (Triton's `cdiv` takes 5 µs of Python a call.)"""
     return -(-size // tile)

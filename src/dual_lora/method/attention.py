@@ -9,15 +9,14 @@ nn.MultiheadAttention calls none of its projections: its forward runs with the c
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core import dispatch
-from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.dispatch import autocast_dtype, refuse_meta
+from ..core.compose_op import recomposing
+from ..core.dispatch import refuse_meta
 from ..core.reference import Adapter, Factors
 from . import sharded
 from .config import DualLoraConfig
@@ -89,26 +88,21 @@ class MultiheadAttention(DualLoraLayer):
 
     def _parts(self, adapter: Adapter) -> dict[str, Adapter]:
         """An adapter's share of every input projection."""
-        parts, start = {}, 0
         adapter = adapter.whole()
-        A, B, C, D = adapter.factors
+        parts, start = {}, 0
         for name, weight in self._merge_parameters().items():
             O, I = weight.shape
-            rows = slice(start, start + O)
-            parts[name] = adapter._replace(factors=Factors(A[:, :I], B[rows], C[:, :I], D[rows]))
+            A, B, C, D = adapter.factors.rows(start, start + O)
+            parts[name] = adapter._replace(factors=Factors(A[:, :I], B, C[:, :I], D))
             start += O
         return parts
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of the stacked input projections, fp32, [3E, I]; zero where a separate projection has no columns."""
-        out = torch.zeros(self.out_features, self.in_features)
-        start = 0
         with torch.no_grad():
-            for part in self._parts(self.adapter(adapter)).values():
-                delta = dispatch.compose(None, [part], torch.float32)
-                out[start : start + delta.shape[0], : delta.shape[1]] = delta
-                start += delta.shape[0]
-        return out
+            parts = self._parts(self.adapter(adapter)).values()
+            deltas = [dispatch.compose(None, [part], torch.float32) for part in parts]
+            return torch.cat([nn.functional.pad(d, (0, self.in_features - d.shape[1])) for d in deltas])
 
     # Merge: like every layer's, for one or three weights and the output projection.
 
@@ -167,35 +161,19 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), out.weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
-        scale = self._loss_scale(names, query)
         parts = [self._parts(self.adapter(n)) for n in names]
-        keeper = self if self._base._qkv_same_embed_dim else None
+        one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(keeper, weight, names, [p[name] for p in parts], scale)
+            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps=one)
             for name, weight in self._merge_parameters().items()
         }
-        outs = {"weight": self._composed(self._out, out.weight, names, [self._out.adapter(n) for n in names], scale)}
+        to_out = self._out._composed(out.weight, names, [self._out.adapter(n) for n in names], out.weight)
         with (
-            recomposing(*ins.values(), *outs.values()),
+            recomposing(*ins.values(), to_out),
             replaced(self._base, {name: c.result for name, c in ins.items()}),
-            replaced(out, {name: c.result for name, c in outs.items()}),
+            replaced(out, {"weight": to_out.result}),
         ):
             return self.base_layer(query, *args, **kwargs)
-
-    def _composed(
-        self,
-        keeper: DualLoraLayer | None,
-        weight: Tensor,
-        names: list[str],
-        adapters: list[Adapter],
-        scale: Tensor | None,
-    ) -> Composed:
-        """A composed weight, kept by the layer `keeper` in inference."""
-        dtype = autocast_dtype(weight.device, weight.dtype) or weight.dtype
-        make = partial(dual_lora_weight, weight, adapters, scale, dtype=dtype)
-        if keeper is None or not self._may_keep():
-            return Composed(make(), weight, adapters)
-        return Composed(keeper._kept_weight(weight, names, dtype, make), weight, adapters)
 
     def __getattr__(self, name: str) -> Any:
         """As nn.Module; what encoder layers read off an attention is the base's."""
@@ -205,8 +183,3 @@ class MultiheadAttention(DualLoraLayer):
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()
-
-
-def dispatch_attention(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.MultiheadAttention, or None."""
-    return MultiheadAttention(*args, **kwargs) if isinstance(base, nn.MultiheadAttention) else None

@@ -12,7 +12,6 @@ Entries are also dropped on backward into their factors, `train()`, loading, mer
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
+
+from .precision import Warned
 
 
 def _state(tensor: Tensor) -> tuple[int, int, int, int]:
@@ -50,7 +51,7 @@ class ComposedWeights:
     def __init__(self, limit_bytes: int = 4 << 30):
         self.limit_bytes = limit_bytes
         self._entries: weakref.WeakKeyDictionary[nn.Module, _Entry] = weakref.WeakKeyDictionary()
-        self._warned = False
+        self._warned = Warned()
         self._lock = threading.RLock()  # several threads may generate at once
 
     @property
@@ -82,15 +83,11 @@ class ComposedWeights:
                     [t.register_post_accumulate_grad_hook(forget) for t in sources if t.requires_grad and t.is_leaf],
                 )
                 return weight
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose "
-                "their weight at every step, which makes generation slow. Raise "
-                "`dual_lora.composed_weights.limit_bytes`, or merge the adapter (`merge_adapter()`).",
-                UserWarning,
-                stacklevel=2,
-            )
+        self._warned.once(
+            f"The cache of composed weights is full ({self.limit_bytes / 2**30:.1f} GiB): further layers compose their "
+            "weight at every step, which makes generation slow. Raise `dual_lora.composed_weights.limit_bytes`, or "
+            "merge the adapter (`merge_adapter()`)."
+        )
         return weight
 
     def _forget(self, layer: weakref.ref[nn.Module], factor: Tensor) -> None:

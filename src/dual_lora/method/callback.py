@@ -24,8 +24,7 @@ class DualLoraCallback(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         scaler = getattr(optimizer, "scaler", None)
         if scaler is not None:
-            known.set_grad_scaler(scaler)
-            known.forget_with(optimizer, scaler)
+            known.set_grad_scaler(scaler, owner=optimizer)
         elif known._current is None:  # DeepSpeed's would be known by now
             known.set_grad_scaler(torch.amp.GradScaler(enabled=False))
 

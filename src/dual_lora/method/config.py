@@ -126,10 +126,8 @@ class DualLoraConfig(PeftConfig):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
         for key, rank in self.rank_pattern.items():
             self.ranks_of(rank, where=f"rank_pattern[{key!r}]")
-        for name, alpha in [
-            ("alpha", self.alpha),
-            *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items()),
-        ]:
+        alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in alphas.items():
             if alpha is not None and not _is_positive(alpha):
                 raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
         if not _is_positive(self.init_std):

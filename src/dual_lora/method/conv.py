@@ -7,13 +7,12 @@ composed weight.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.dispatch import autocast_dtype, in_dtype_of
+from ..core.compose_op import recomposing
+from ..core.dispatch import in_dtype_of
 from .layer import MapLayer, is_plain
 
 
@@ -41,15 +40,9 @@ class _Conv(MapLayer):
     def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
         base: Any = self.get_base_layer()
         x = in_dtype_of(base.weight, x)
-        dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        adapters = [self.adapter(n) for n in names]
-        matrix = None if weight is None else self._matrix(weight)
-        if weight is not None and self._may_keep():
-            W = self._kept_weight(weight, names, dtype, partial(dual_lora_weight, matrix, adapters, dtype=dtype))
-            return base._conv_forward(x, self._from_matrix(W), bias)
-        W = dual_lora_weight(matrix, adapters, self._loss_scale(names, x), dtype=dtype)
-        with recomposing(Composed(W, matrix, adapters)):
-            return base._conv_forward(x, self._from_matrix(W), bias)
+        composed = self._composed(weight, names, [self.adapter(n) for n in names], x)
+        with recomposing(composed):
+            return base._conv_forward(x, self._from_matrix(composed.result), bias)
 
 
 class Conv1d(_Conv):
@@ -62,11 +55,3 @@ class Conv2d(_Conv):
 
 class Conv3d(_Conv):
     """Dual LoRA on nn.Conv3d."""
-
-
-_LAYERS: dict[type[nn.Module], type[_Conv]] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Conv3d: Conv3d}
-
-
-def dispatch_conv(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.Conv1d, Conv2d and Conv3d, or None."""
-    return next((layer(*args, **kwargs) for kind, layer in _LAYERS.items() if isinstance(base, kind)), None)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .layer import DualLoraLayer, Linear
@@ -103,7 +104,6 @@ def convert_to_lora(
         warnings.warn(
             f"{what} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
             "Choose a larger rank, or merge the adapter (`merge_and_unload()`), which loses nothing.",
-            UserWarning,
             stacklevel=2,
         )
     return conversion
@@ -138,15 +138,12 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
 
 def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """What the configurations of both methods say alike of a converted adapter."""
-    same = {k: getattr(config, k, None) for k in ("modules_to_save", "task_type", "base_model_name_or_path")}
-    return same | {"target_modules": target_names(model, layers), "inference_mode": True}
-
-
-def target_names(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    """`target_modules` that match these layers and no other: the last parts of the names where that suffices."""
+    # `target_modules` match these layers and no other: by the last parts of their names where that suffices.
     short = {name.rpartition(".")[2] for name in layers}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    return sorted(short if matched == set(layers) else {name.removeprefix(PREFIX) for name in layers})
+    targets = sorted(short if matched == set(layers) else {name.removeprefix(PREFIX) for name in layers})
+    same = {k: getattr(config, k, None) for k in ("modules_to_save", "task_type", "base_model_name_or_path")}
+    return same | {"target_modules": targets, "inference_mode": True}
 
 
 def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -159,8 +156,6 @@ def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
 
 def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:
     """An adapter folder as PEFT reads it."""
-    from safetensors.torch import save_file
-
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from .cache import composed_weights
-from .layer import DualLoraLayer
-from .scaler import forget_with, set_grad_scaler
+from .layer import layers_of
+from .scaler import set_grad_scaler
 
 
 def connect() -> None:
@@ -27,21 +24,16 @@ def connect() -> None:
     DeepSpeedEngine._take_model_step = _counted(DeepSpeedEngine._take_model_step)
 
 
-def _layers(model: nn.Module) -> Iterator[DualLoraLayer]:
-    return (module for module in model.modules() if isinstance(module, DualLoraLayer))
-
-
 def _after_init(init: Any) -> Any:
     @functools.wraps(init)
     def wrapped(engine: Any, *args: Any, **kwargs: Any) -> None:
         init(engine, *args, **kwargs)
-        layers = list(_layers(engine.module))
+        layers = layers_of(engine.module)
         if not layers:
             return
         if engine.fp16_enabled():
             scaler: Any = _LossScale(engine)
-            set_grad_scaler(scaler)
-            forget_with(engine, scaler)
+            set_grad_scaler(scaler, owner=engine)
         if engine.zero_optimization_stage() == 3:
             from deepspeed.runtime.zero import register_external_parameter
 
@@ -56,7 +48,7 @@ def _after_init(init: Any) -> Any:
 def _counted(take_model_step: Any) -> Any:
     @functools.wraps(take_model_step)
     def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        before = [(layer, a, layer.steps_left(a)) for layer in _layers(engine.module) for a in layer.adapter_names()]
+        before = [(layer, a, layer.steps_left(a)) for layer in layers_of(engine.module) for a in layer.adapter_names()]
         result = take_model_step(engine, *args, **kwargs)
         composed_weights.clear()  # ZeRO writes to the factors through what it has flattened
         if engine.was_step_applied():

@@ -25,6 +25,16 @@ class Embedding(MapLayer):
     takes_dropout = False
     takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
 
+    def _matrix_shape(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        coded = not base.weight.is_floating_point() or base.weight.dtype.itemsize == 1
+        if coded or find_backend(base) is not None:  # its rows take no sum
+            raise ValueError(
+                f"Dual LoRA cannot work on a quantised embedding ({type(base).__name__}, weight {base.weight.dtype}). "
+                "Leave it out of `target_modules`, or out of the quantisation."
+            )
+        return super()._matrix_shape()
+
     def _is_plain(self) -> bool:
         # A scaled embedding (Gemma's) has a forward of its own: the base's rows times `embed_scale`.
         base: Any = self.base_layer
@@ -69,25 +79,5 @@ class Embedding(MapLayer):
     # Merge and ΔW leave the row of the padding alone, as the forward does.
 
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        return blocked.compose(weight, [self._without_padding(a) for a in adapters], dtype)
-
-    def _without_padding(self, adapter: Adapter) -> Adapter:
         base: Any = self.get_base_layer()
-        if base.padding_idx is None:
-            return adapter
-        B = adapter.factors.B.detach().clone()
-        B[base.padding_idx] = 0
-        return adapter._replace(factors=adapter.factors._replace(B=B))
-
-
-def dispatch_embedding(base: nn.Module, *args: Any, **kwargs: Any) -> nn.Module | None:
-    """The adapted layer for nn.Embedding, or None; ValueError for a quantised one, whose rows take no sum."""
-    if not isinstance(base, nn.Embedding):
-        return None
-    coded = not base.weight.is_floating_point() or base.weight.dtype.itemsize == 1
-    if coded or find_backend(base) is not None:
-        raise ValueError(
-            f"Dual LoRA cannot work on a quantised embedding ({type(base).__name__}, weight {base.weight.dtype}). "
-            "Leave it out of `target_modules`, or out of the quantisation."
-        )
-    return Embedding(*args, **kwargs)
+        return blocked.compose(weight, [a.without_row(base.padding_idx) for a in adapters], dtype)

@@ -50,8 +50,8 @@ class ParamWrapper(DualLoraLayer):
 
     _parameter = get_param
 
-    def _shape(self) -> tuple[int, ...]:
-        shape = self._stored_shape()
+    def _stored_shape(self) -> tuple[int, ...]:
+        shape = super()._stored_shape()
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"dual_lora.ParamWrapper was initialized with {len(shape)} dimensional Parameter, but only 2d and 3d "
@@ -62,10 +62,12 @@ class ParamWrapper(DualLoraLayer):
     @property
     def num_experts(self) -> int:
         """Number of experts, 1 for a parameter that is a single matrix."""
-        return self._shape()[0] if len(self._shape()) == 3 else 1
+        return self._stored_shape()[0] if len(self._stored_shape()) == 3 else 1
 
-    def _is_transposed(self) -> bool:
-        return len(self._shape()) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
+    @property
+    def fan_in_fan_out(self) -> bool:  # type: ignore[override]
+        """Whether the experts' weights are stored as [I, O]."""
+        return len(self._stored_shape()) == 3 and bool(getattr(self.get_base_layer(), "is_transposed", False))
 
     def _matrix_shape(self) -> tuple[int, int]:
         dtype = self.get_param().dtype
@@ -74,17 +76,10 @@ class ParamWrapper(DualLoraLayer):
                 f"Dual LoRA cannot add an update to the parameter {self.parameter_name!r} of {dtype}, which holds "
                 "numbers in a code of its own (a scale, a packing). Load the base model in bf16 or fp32."
             )
-        O, I = self._shape()[-2:]
-        return (I, O) if self._is_transposed() else (O, I)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.transpose(-1, -2) if self._is_transposed() else weight
-
-    _from_matrix = _matrix  # type: ignore[assignment]
+        return super()._matrix_shape()
 
     def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
-        experts = (self.num_experts,) if len(self._shape()) == 3 else ()
-        return [(*experts, *shape) for shape in super()._factor_shapes(r1, r2)]
+        return [(*self._stored_shape()[:-2], *shape) for shape in super()._factor_shapes(r1, r2)]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
@@ -137,7 +132,7 @@ class ParamWrapper(DualLoraLayer):
         scale = self._loss_scale(names, parameter)
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):
-            experts = _Experts(weight, adapters, scale, self._is_transposed())
+            experts = _Experts(weight, adapters, scale, self.fan_in_fan_out)
             with recomposing(), replaced(base, {self.parameter_name: experts}):
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
@@ -152,7 +147,7 @@ class ParamWrapper(DualLoraLayer):
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """The experts of every token, where the module is told them; None if all have to be composed."""
-        if len(self._shape()) == 2 or is_traced():
+        if len(self._stored_shape()) == 2 or is_traced():
             return None
         arguments = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
         for name in ROUTING_ARGUMENTS:

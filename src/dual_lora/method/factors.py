@@ -23,6 +23,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
     """Factors, warm-up and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     takes_dropout = True  # whether the adapter may see another input than the base
+    fan_in_fan_out = False  # whether the weight is stored as [I, O]
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
@@ -65,16 +66,14 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def _matrix_shape(self) -> tuple[int, int]:
         """(O, I) of the weight as a matrix."""
-        O, I = self._stored_shape()
-        return O, I
+        O, I = self._stored_shape()[-2:]
+        return (I, O) if self.fan_in_fan_out else (O, I)
 
     def _matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as a view [O, I]."""
-        return weight
+        """The stored weight as a view [O, I], or a matrix [O, I] in the layout of the stored weight."""
+        return weight.mT if self.fan_in_fan_out else weight
 
-    def _from_matrix(self, matrix: Tensor) -> Tensor:
-        """A matrix [O, I] in the layout of the stored weight."""
-        return matrix
+    _from_matrix = _matrix
 
     def _parameter(self) -> nn.Parameter:
         """The adapted parameter of the base layer."""
@@ -165,12 +164,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors = self.factors(name)
-        scale, alone = self._scale(name, factors.A), self.tied.get(name)
-        if alone is not None:
-            B = factors.B
-            padding = torch.arange(B.shape[0], device=B.device) == alone
-            factors = factors._replace(B=B.masked_fill(padding.unsqueeze(1), 0.0))
-        return Adapter(factors, scale, self.forms[name])
+        adapter = Adapter(factors, self._scale(name, factors.A), self.forms[name])
+        return adapter.without_row(self.tied.get(name))
 
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]
@@ -183,6 +178,11 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """The trainable factors in the order B, A, D, C; the first one's optimizer counts the adapter's steps."""
         A, B, C, D = self._stored(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
+
+    def clips(self, adapter: str) -> bool:
+        """Whether the adapter trains by the clip, which looks at the values of gradients."""
+        form = self.forms[adapter]
+        return form.ste == "clip" and form.direction == "sign" and bool(self.trainable_factors(adapter))
 
     # Warm-up.
 

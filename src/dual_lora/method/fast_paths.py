@@ -11,8 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..core.compose_op import dual_lora_weight
-from ..core.dispatch import autocast_dtype
 from .layer import DualLoraLayer, Linear
 
 # What each module looks at before it takes its fast path, and nowhere else.
@@ -48,6 +46,4 @@ class ReadLinear(Linear):
         names = self._present(self.active_adapters)
         if self.merged or self.disable_adapters or not names:
             return weight
-        dtype = autocast_dtype(weight.device) or weight.dtype
-        scale = self._loss_scale(names, weight)
-        return dual_lora_weight(weight, [self.adapter(n) for n in names], scale, dtype=dtype)
+        return self._composed(weight, names, [self.adapter(n) for n in names], weight, keeps=False).result

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
-from .layer import DualLoraLayer
+from .layer import DualLoraLayer, layers_of
+from .model import layer_options
 from .precision import mark_as_stored
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
@@ -60,7 +61,17 @@ def hotswap_from_state_dict(
         tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
         root = next(tuners, "")
         for name, layer in layers.items():
-            _swap(layer, name, new, adapter_name, config, _key(name.removeprefix(root), layer))
+            composed_weights.drop(layer)
+            for letter in RANK_DIMENSION:
+                _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
+            # Patterns know what it was called when it was made: not inside other parameters' wrappers, or an attention.
+            key = name.removeprefix(root).split(".base_layer")[0]
+            if isinstance(layer, ParamWrapper):
+                key = f"{key}.{layer.parameter_name}"
+            layer.set_ranks(adapter_name, *layer_options(config, key))
+            layer.warmup_steps[adapter_name] = config.warmup_steps
+            left = new.get(f"{name}.dual_lora_left")
+            layer._set_steps_left(adapter_name, 0 if left is None else int(left))
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
@@ -77,26 +88,6 @@ def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adap
                 )
 
 
-def _key(name: str, layer: DualLoraLayer) -> str:
-    """What the layer was called when it was made, by which the patterns of a configuration know it."""
-    name = name.split(".base_layer")[0]  # inside other parameters' wrappers, or inside an attention
-    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
-
-
-def _swap(
-    layer: DualLoraLayer, name: str, new: dict[str, Tensor], adapter: str, config: DualLoraConfig, key: str
-) -> None:
-    from .model import layer_options
-
-    composed_weights.drop(layer)
-    for letter in RANK_DIMENSION:
-        _write(getattr(layer, f"dual_lora_{letter}")[adapter], new.get(f"{name}.dual_lora_{letter}"))
-    layer.set_ranks(adapter, *layer_options(config, key))
-    layer.warmup_steps[adapter] = config.warmup_steps
-    left = new.get(f"{name}.dual_lora_left")
-    layer._set_steps_left(adapter, 0 if left is None else int(left))
-
-
 def _write(old: Tensor, new: Tensor | None) -> None:
     """Copy into the tensor that is there; only a larger rank needs one of its own."""
     old.zero_()  # seen by a graph that waits for its backward, as a write to `.data` is not
@@ -109,14 +100,14 @@ def _write(old: Tensor, new: Tensor | None) -> None:
         old[tuple(slice(0, n) for n in new.shape)].copy_(new)
 
 
-def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> bool:
-    """Pad the factors of every adapter with zeros to a total rank, halved (r1 one more, if odd); whether there was any.
+def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> None:
+    """Pad the factors of every adapter with zeros to a total rank, halved (r1 one more, if odd); None: leave them.
 
     Raises ValueError, with nothing changed, for an adapter that is larger already.
     """
-    layers = [module for module in model.modules() if isinstance(module, DualLoraLayer)]
-    if target_rank is None or not layers:
-        return bool(layers)
+    layers = layers_of(model)
+    if target_rank is None:
+        return
     if target_rank < 2:
         raise ValueError(f"target_rank is the total r1 + r2 and has to be at least 2, got {target_rank}.")
     r1, r2 = target_rank - target_rank // 2, target_rank // 2
@@ -145,7 +136,6 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
             mark_as_stored(layer._stored(adapter))
     for one in config.values() if isinstance(config, dict) else [config] if config else []:
         _pad_config(one, r1, r2)
-    return True
 
 
 def _pad_config(config: DualLoraConfig, r1: int, r2: int) -> None:
@@ -173,19 +163,17 @@ def install() -> None:
     theirs: Callable[..., None] = hotswap.hotswap_adapter_from_state_dict
 
     @wraps(theirs)
-    def from_state_dict(
-        model: Any, state_dict: Any, adapter_name: str, config: Any, parameter_prefix: str = "lora_"
-    ) -> None:
+    def from_state_dict(model: Any, state_dict: Any, adapter_name: str, config: Any, *more: Any, **named: Any) -> None:
         if isinstance(config, DualLoraConfig):
             hotswap_from_state_dict(model, state_dict, adapter_name, config)
         else:
-            theirs(model, state_dict, adapter_name, config, parameter_prefix)
+            theirs(model, state_dict, adapter_name, config, *more, **named)
 
     their_preparation: Callable[..., None] = hotswap.prepare_model_for_compiled_hotswap
 
     @wraps(their_preparation)
     def prepare(model: Any, *, target_rank: Any = None, config: Any = None, check_compiled: Any = "error") -> None:
-        if not any(isinstance(module, DualLoraLayer) for module in model.modules()):
+        if not layers_of(model):
             their_preparation(model, target_rank=target_rank, config=config, check_compiled=check_compiled)
             return
         _check_compiled(model, check_compiled)

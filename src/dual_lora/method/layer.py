@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import dispatch
+from ..core.compose_op import Composed, dual_lora_weight
 from ..core.dispatch import autocast_dtype, in_dtype_of
+from ..core.handle import Handle
 from ..core.op import dual_lora_linear
 from ..core.reference import Adapter
 from . import sharded
@@ -79,16 +81,32 @@ class DualLoraLayer(MergeLayer):
         own = (t for n in names for t in (*self._stored(n), self.dual_lora_scale[n]))
         return composed_weights.get(self, [weight, *own], (tuple(names), dtype), make)
 
+    def _composed(
+        self, weight: Tensor | None, names: list[str], adapters: list[Adapter], operand: Tensor, keeps: bool = True
+    ) -> Composed:
+        """The composed weight of a layer that calls a function of its own with it; kept in inference, if `keeps`.
+
+        operand: what the function computes with, in whose precision (or autocast's) it is composed.
+        """
+        dtype = autocast_dtype(operand.device, operand.dtype) or operand.dtype
+        matrix = None if weight is None else self._matrix(weight)
+        make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
+        if keeps and weight is not None and self._may_keep():
+            return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
+        return Composed(make(loss_scale=self._loss_scale(names, operand)), matrix, adapters)
+
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        clips = any(
-            self.forms[n].ste == "clip" and self.forms[n].direction == "sign" and self.trainable_factors(n)
-            for n in names
-        )
-        if not (clips and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and any(map(self.clips, names))):
             return None
         check_clip_is_safe(operand, self.training, self.warned)
         return loss_scale(operand.device)
+
+
+def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLayer]:
+    """The adapted layers of a model; of an adapter, those that have it."""
+    found = (module for module in model.modules() if isinstance(module, DualLoraLayer))
+    return [layer for layer in found if adapter is None or adapter in layer.scaling]
 
 
 class MapLayer(DualLoraLayer):
@@ -154,27 +172,12 @@ class Linear(MapLayer):
     takes_parts = True
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out, self.merges_parts = fan_in_fan_out, not fan_in_fan_out
         super().__init__(base_layer, *args, **kwargs)
-
-    def _matrix_shape(self) -> tuple[int, int]:
-        O, I = self._stored_shape()
-        return (I, O) if self.fan_in_fan_out else (O, I)
-
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.fan_in_fan_out else weight
-
-    _from_matrix = _matrix  # type: ignore[assignment]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
         return True
-
-    def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
-        if self.fan_in_fan_out:
-            return super()._merged_part(parameter, original, names)
-        with torch.no_grad():
-            return sharded.merged_part(parameter, original, [self.adapter(n) for n in self.scaling if n in names])
 
     def _is_plain(self) -> bool:
         return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward) or sharded.takes_product(self.base_layer)
@@ -184,37 +187,32 @@ class Linear(MapLayer):
         base: Any = self.base_layer
         if sharded.is_sharded(base.weight):
             return sharded.product(self, x, names)
-        x = in_dtype_of(base.weight, x)
-        if self._may_cache(x):
-            return self._cached_product(x, names)
-        scale = self._loss_scale(names, x)
-        return dual_lora_linear(x, self._matrix(base.weight), base.bias, [self.adapter(n) for n in names], scale)
+        x, adapters = in_dtype_of(base.weight, x), [self.adapter(n) for n in names]
+        return self._product(x, self._matrix(base.weight), base.bias, names, adapters, base.weight)
 
-    def _may_cache(self, x: Tensor) -> bool:
-        return self._may_keep() and x.numel() <= CACHED_ROWS * self.in_features
-
-    def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
-        bias: Any = self.base_layer.bias
+    def _product(
+        self,
+        x: Tensor,
+        weight: Tensor | Handle | None,
+        bias: Tensor | None,
+        names: list[str],
+        adapters: list[Adapter],
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
+        if source is None or not self._may_keep() or x.numel() > CACHED_ROWS * self.in_features:
+            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(names, x))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        make = partial(self._composed, [self.adapter(n) for n in names], dtype)
-        weight = self._kept_weight(self._base_tensor(), names, dtype, make)
-        return nn.functional.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
-
-    def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        return dispatch.compose(self._matrix(self._parameter()), adapters, dtype)
-
-    def _base_tensor(self) -> Tensor:
-        """The base's own tensor, by which a changed weight is told."""
-        return self._parameter()
+        composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))
+        return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """dropout(x) ΔWᵀ, [..., O]."""
         x = self.dual_lora_dropout[name](x)
-        if sharded.is_sharded(getattr(self.get_base_layer(), "weight", None)):
-            return sharded.product(self, x, [name], with_base=False)
         base: Any = self.get_base_layer()
-        x = in_dtype_of(base.weight, x)
-        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
+        if sharded.is_sharded(getattr(base, "weight", None)):
+            return sharded.product(self, x, [name], with_base=False)
+        return self._product(in_dtype_of(base.weight, x), None, None, [name], [self.adapter(name)])
 
 
 def is_traced() -> bool:

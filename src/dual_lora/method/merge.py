@@ -21,6 +21,8 @@ from .precision import Warned
 class MergeLayer(FactorsLayer):
     """Adapters that merge into the base weight and come out of it again."""
 
+    merges_parts = False  # whether a merge may write to a part of a weight that is sharded
+
     def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
         super().__init__(base_layer, warned, **kwargs)
         self.merged_adapters: list[str] = []
@@ -113,24 +115,23 @@ class MergeLayer(FactorsLayer):
 
     def _merged(self, originals: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """What a merge puts there: the rounding of W + ΣΔW, summed in the order in which the adapters were added."""
-        parameter, original = self._parameter(), originals["weight"]
-        if sharded.is_sharded(parameter):
-            return {"weight": self._merged_part(parameter, original, names)}
+        parameter: Any = self._parameter()
+        original = originals["weight"]
+        if sharded.is_sharded(parameter) and not self.merges_parts:
+            raise ValueError(
+                f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load "
+                "it on the base model in one process, and merge there."
+            )
         adapters = [self.adapter(name) for name in self.scaling if name in names]
         with torch.no_grad():
+            if sharded.is_sharded(parameter):
+                return {"weight": sharded.merged_part(parameter, original, adapters)}
             merged = self._compose(self._matrix(original), adapters, original.dtype)
             return {"weight": self._from_matrix(merged).contiguous()}
 
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         """W + ΣΔW as matrices, by whom the forward is computed as well."""
         return dispatch.compose(weight, adapters, dtype)
-
-    def _merged_part(self, parameter: Any, original: Tensor, names: list[str]) -> Tensor:
-        """The same of a sharded weight, for the part of it that is here."""
-        raise ValueError(
-            f"Cannot merge Dual LoRA into a sharded {type(self.get_base_layer()).__name__}. Save the adapter, load it "
-            "on the base model in one process, and merge there."
-        )
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -27,7 +27,6 @@ def warn_unfinished(name: str, config: Any, layers: list[DualLoraLayer]) -> None
             f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of {config.warmup_steps} optimizer "
             "steps before full strength: the merged model is what the adapter is now (λ below 1). Train it to the end "
             "of the warm-up, or choose fewer `warmup_steps`, about a tenth of the run's.",
-            UserWarning,
             stacklevel=4,
         )
 
@@ -41,7 +40,6 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
             f"{errors[len(errors) // 2]:.1%} of ΔW's norm in the median layer and {errors[-1]:.1%} in the worst (each "
             "layer's `merge_error`). Unmerging brings the old weights back bit for bit. For an exact merge, merge into "
             "the base model in bf16 or fp32 and quantise the result.",
-            UserWarning,
             stacklevel=4,
         )
 

@@ -25,17 +25,23 @@ from torch import Tensor, nn
 
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
 from . import merge_checks, saved
-from .attention import dispatch_attention
+from .attention import MultiheadAttention
 from .config import DualLoraConfig
-from .conv import dispatch_conv
-from .embedding import dispatch_embedding
+from .conv import Conv1d, Conv2d, Conv3d
+from .embedding import Embedding
 from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
-from .layer import DualLoraLayer, dispatch_default
+from .layer import DualLoraLayer, dispatch_default, layers_of
 from .precision import Warned
 from .quantized import dispatch_quantized
 
-DISPATCHERS = [dispatch_embedding, dispatch_conv, dispatch_attention, dispatch_quantized, dispatch_default]
+LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.MultiheadAttention: MultiheadAttention,
+}
 SUPPORTED = (
     "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
     "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
@@ -48,6 +54,7 @@ class DualLoraModel(BaseTuner):
     Dual LoRA (Xu et al., arXiv 2512.03402): W + λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
     """
 
+    peft_config: dict[str, Any]
     prefix: str = "dual_lora_"
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
@@ -66,15 +73,14 @@ class DualLoraModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: DualLoraConfig) -> None:  # type: ignore[override]
         super()._check_new_adapter_config(config)
-        others: dict[str, Any] = self.peft_config
-        for name, other in others.items():
-            if other is config or not (config.target_parameters and getattr(other, "target_parameters", None)):
-                continue
-            if set(config.target_parameters) != set(other.target_parameters):
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(other.target_parameters or ())
+            if wanted and theirs and theirs != wanted:
                 raise ValueError(
                     "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
-                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
-                    f"{sorted(other.target_parameters)} for adapter '{name}': by the nesting of the wrappers it is "
+                    f"parameters, but got {sorted(wanted)} for the new adapter and "
+                    f"{sorted(theirs)} for adapter '{name}': by the nesting of the wrappers it is "
                     "known to which parameter a saved factor belongs."
                 )
 
@@ -84,16 +90,12 @@ class DualLoraModel(BaseTuner):
         TRL's trainers make it for a model that comes with an adapter, and then copy what has ".default." in its name,
         as LoRA's weights have. Names of factors end in ".default": the reference would silently be another model.
         """
-        configs: dict[str, Any] = self.peft_config
-        is_reference = adapter_name == "ref" and configs["ref"] is configs.get("default")
+        is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         set_fast_paths(model)
         if is_reference:
-            for layer in self._layers_with("default"):
+            for layer in layers_of(self.model, "default"):
                 _copy_factors(layer, "default", adapter_name)
-
-    def _layers_with(self, adapter_name: str) -> list[DualLoraLayer]:
-        return [m for m in self.model.modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling]
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = self.target_module_mapping.get(model_config.get("model_type", ""))
@@ -117,27 +119,25 @@ class DualLoraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         r1, r2, alpha = layer_options(config, current_key)
-        is_tied = target_name in (getattr(config, "target_modules_to_tie", None) or ())
+        layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
             target.update_layer(adapter_name, r1, r2, alpha, config=config)
-            if is_tied:
-                target.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
-            return
-        warned = vars(self).setdefault("_warned", Warned())
-        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
-        options |= get_quantization_kwargs(self.model)
-        if parameter_name is not None:
-            options["parameter_name"] = parameter_name
-        if is_read(parent, target):
-            new: nn.Module = ReadLinear(target, adapter_name, config=config, **options)
         else:
-            new = self._create_new_module(config, adapter_name, target, **options)
-        if is_tied:
-            cast(DualLoraLayer, new).tie(adapter_name, cast(Any, self.model).get_input_embeddings())
-        if adapter_name not in self.active_adapters:
-            new.requires_grad_(False)  # a further adapter does not train before it is chosen
-        self._replace_module(parent, target_name, new, target)
+            warned = vars(self).setdefault("_warned", Warned())
+            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
+            options |= get_quantization_kwargs(self.model)
+            if parameter_name is not None:
+                options["parameter_name"] = parameter_name
+            if is_read(parent, target):
+                layer = ReadLinear(target, adapter_name, config=config, **options)
+            else:
+                layer = self._create_new_module(config, adapter_name, target, **options)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # a further adapter does not train before it is chosen
+            self._replace_module(parent, target_name, layer, target)
+        if target_name in (getattr(config, "target_modules_to_tie", None) or ()):
+            layer.tie(adapter_name, cast(Any, self.model).get_input_embeddings())
 
     @staticmethod
     def _create_new_module(config: DualLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -151,7 +151,10 @@ class DualLoraModel(BaseTuner):
                 return layer(target, adapter_name, config=config, **kwargs)
         if "parameter_name" in kwargs:
             return ParamWrapper(target, adapter_name, config=config, **kwargs)
-        for dispatch in DISPATCHERS:
+        for kind, layer in LAYERS.items():
+            if isinstance(base, kind):
+                return layer(target, adapter_name, config=config, **kwargs)
+        for dispatch in (dispatch_quantized, dispatch_default):
             new = dispatch(base, target, adapter_name, config=config, **kwargs)
             if new is not None:
                 return new
@@ -170,7 +173,6 @@ class DualLoraModel(BaseTuner):
             warnings.warn(
                 "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's "
                 "dtype, because bf16 factors flip signs and change ΔW by 4.6 %.",
-                UserWarning,
                 stacklevel=3,
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
@@ -185,26 +187,18 @@ class DualLoraModel(BaseTuner):
         if merge:
             self._refuse_shared_weights(adapter_names)
             for name in adapter_names or self.active_adapters:
-                merge_checks.warn_unfinished(name, self.peft_config[name], self._layers_with(name))
-        layers = merge_checks.quantised(self.model)
+                merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
+        layers = merge_checks.quantised(self.model)  # of the others none is held while they go
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             merge_checks.warn_of_rounding(layers)
         set_fast_paths(model)
         return model
 
-    @property
-    def _replicates_layers(self) -> bool:
-        return any(getattr(config, "layer_replication", None) for config in self.peft_config.values())
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        if self._replicates_layers:
-            raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
-
     def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        if not self._replicates_layers:  # which has an error of its own
-            merge_checks.refuse_shared_weights(self.model, adapter_names)
+        if any(config.layer_replication for config in self.peft_config.values()):
+            raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
+        merge_checks.refuse_shared_weights(self.model, adapter_names)
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -216,17 +210,15 @@ class DualLoraModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for m in self.modules() if isinstance(m, DualLoraLayer) for name in m.adapter_names()}
+        known = {name for layer in layers_of(self) for name in layer.adapter_names()}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. Loaded: "
                 f"{', '.join(sorted(known))}."
             )
-        beams = kwargs.get("num_beams")
-        repeated = adapter_names
-        if isinstance(beams, int) and beams > 1:
-            repeated = [name for name in adapter_names for _ in range(beams)]
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
         handles = [
@@ -249,7 +241,7 @@ class DualLoraModel(BaseTuner):
         Exactly; into quantised layers as closely as they allow, which is then said.
         """
         self._refuse_shared_weights(adapter_names)
-        before = [(m, list(m.merged_adapters)) for m in self.modules() if isinstance(m, DualLoraLayer)]
+        before = [(layer, list(layer.merged_adapters)) for layer in layers_of(self)]
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except ValueError:
@@ -294,7 +286,7 @@ class DualLoraModel(BaseTuner):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
         self.inject_adapter(self.model, adapter_name)
-        for layer in self._layers_with(source):
+        for layer in layers_of(self.model, source):
             _copy_factors(layer, source, adapter_name)
             if adapter_name in layer.tied:
                 continue  # the factors are the embedding's

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from ..core import dispatch
 from ..core.dispatch import autocast_dtype
 from ..core.handle import Handle, handle
-from ..core.op import dual_lora_linear, through_rows
-from ..core.reference import Adapter
+from ..core.op import through_rows
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .layer import Linear, is_exporting, is_plain
@@ -44,11 +43,9 @@ class QuantizedLinear(Linear):
 
     takes_parts = False
 
-    def __init__(self, base_layer: nn.Module, *args: Any, get_apply_tensor_subclass: Any = None, **kwargs: Any) -> None:
-        backend = find_backend(base_layer, get_apply_tensor_subclass)
-        assert backend is not None
+    def __init__(self, base_layer: nn.Module, *args: Any, quantization_backend: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        self.quantization_backend: Any = backend
+        self.quantization_backend: Any = quantization_backend
         self.merge_error: float | None = None  # ‖requantised - exact‖ / ‖ΣΔW‖ of what is merged
         self._kept: Any = None
         self._handle = self._new_handle()
@@ -96,19 +93,10 @@ class QuantizedLinear(Linear):
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
             x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # the library's own, where it says so
-        if self._may_cache(x):
-            return self._cached_product(x, names).to(given)
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
-        adapters = [self.adapter(name) for name in names]
-        y = dual_lora_linear(x, self._handle, bias, adapters, self._loss_scale(names, x))
+        stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
+        y = self._product(x, self._handle, bias, names, [self.adapter(name) for name in names], stored)
         return y if autocast is not None else y.to(given)
-
-    def _composed(self, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        return dispatch.compose(row_source(self.base_layer, self.quantization_backend), adapters, dtype)
-
-    def _base_tensor(self) -> Tensor:
-        base: Any = self.base_layer
-        return base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's forward; with the dequantised weight's gradient where the library's own stops."""
@@ -118,8 +106,7 @@ class QuantizedLinear(Linear):
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        x = self.dual_lora_dropout[name](x)
-        return dual_lora_linear(x, None, None, [self.adapter(name)], self._loss_scale([name], x))
+        return self._product(self.dual_lora_dropout[name](x), None, None, [name], [self.adapter(name)])
 
     # Merge.
 
@@ -220,4 +207,4 @@ def dispatch_quantized(
             f"({backend.backend_name}). Setting fan_in_fan_out to False.",
             stacklevel=2,
         )
-    return QuantizedLinear(*args, config=config, get_apply_tensor_subclass=get_apply_tensor_subclass, **kwargs)
+    return QuantizedLinear(*args, config=config, quantization_backend=backend, **kwargs)

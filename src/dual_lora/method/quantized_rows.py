@@ -102,12 +102,8 @@ class _HqqRows:
             whole = stored[first:last]
         else:  # the high halves hold the first half of the groups, the low halves the second
             half = stored.shape[0]
-            whole = torch.cat(
-                [
-                    stored[min(first, half) : min(last, half)] >> 4,
-                    stored[max(first - half, 0) : max(last - half, 0)] & 15,
-                ]
-            )
+            high, low = stored[min(first, half) : min(last, half)], stored[max(first - half, 0) : max(last - half, 0)]
+            whole = torch.cat([high >> 4, low & 15])
         scale, zero = meta["scale"][first:last], meta["zero"][first:last]
         return ((whole.to(scale.dtype) - zero) * scale).view(stop - start, I).to(self.base.compute_dtype)
 

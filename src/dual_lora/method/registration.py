@@ -25,7 +25,6 @@ def register() -> None:
                 warnings.warn(
                     f"PEFT has its own method {member} ({tuner.__module__}): that one is used, and this package's "
                     "is not registered.",
-                    UserWarning,
                     stacklevel=2,
                 )
             return

@@ -37,12 +37,8 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
 
 def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state with a count for every layer; 0 steps left where there is none."""
-    state = dict(state)
-    for key in list(state):
-        stem, found, _ = key.rpartition(".dual_lora_B")
-        if found:
-            state.setdefault(f"{stem}.dual_lora_left", torch.tensor(0, dtype=torch.int32))
-    return state
+    stems = [key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key]
+    return {f"{stem}.dual_lora_left": torch.tensor(0, dtype=torch.int32) for stem in stems} | state
 
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
@@ -68,7 +64,6 @@ def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
             f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
             "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
             "choose fewer `warmup_steps`.",
-            UserWarning,
             stacklevel=3,
         )
 
@@ -95,7 +90,6 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         if absent:
             warnings.warn(
                 f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep their random start.",
-                UserWarning,
                 stacklevel=3,
             )
         return

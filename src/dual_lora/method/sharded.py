@@ -14,7 +14,6 @@ replaced.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -24,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..core import dispatch
-from ..core.dispatch import autocast_dtype, in_dtype_of
-from ..core.op import dual_lora_linear
+from ..core.dispatch import in_dtype_of
 from ..core.reference import Adapter, Factors
 from .replaced import replaced
 
@@ -115,15 +113,11 @@ def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> 
         return layer.base_layer(x)
 
 
-def _group(weight: DTensor, part: Part) -> dist.ProcessGroup:
-    return weight.device_mesh.get_group(part.mesh_dim)
-
-
 def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
     """Give every process of the weight the first one's factors, once: each has drawn its own random start."""
     for factor in factors:
         if not getattr(factor, "_dual_lora_agreed", False):
-            group = _group(weight, part_of(weight))
+            group = weight.device_mesh.get_group(part_of(weight).mesh_dim)
             dist.broadcast(factor.data, src=dist.get_global_rank(group, 0), group=group)
             factor._dual_lora_agreed = True  # type: ignore[attr-defined]
 
@@ -170,16 +164,14 @@ class _StandIn:
         layer, names = self.layer, self.names
         weight = self.weight.to_local()
         x = in_dtype_of(weight, x)
-        whole = [layer.adapter(name) for name in names]
-        if self.with_base and layer._may_cache(x):
-            dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-            make = partial(dispatch.compose, weight, [self.part.of(a) for a in whole], dtype)
-            composed = layer._kept_weight(self.weight, names, dtype, make)
-            return linear(x.to(dtype), composed, bias if bias is None else bias.to(dtype))
-        summed = iter(_SumGradients.apply(_group(self.weight, self.part), *(f for a in whole for f in a.factors)))
-        mine = [self.part.of(a._replace(factors=Factors(*islice(summed, 4)))) for a in whole]
-        scale = layer._loss_scale(names, x)
-        return dual_lora_linear(x, weight if self.with_base else None, bias, mine, scale)
+        adapters = [layer.adapter(name) for name in names]
+        if torch.is_grad_enabled():
+            group = self.weight.device_mesh.get_group(self.part.mesh_dim)
+            summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
+            adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
+        mine = [self.part.of(a) for a in adapters]
+        whole = self.weight if self.with_base else None
+        return layer._product(x, weight if self.with_base else None, bias, names, mine, whole)
 
 
 def _local(bias: Tensor | None) -> Tensor | None:

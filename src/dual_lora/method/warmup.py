@@ -7,7 +7,7 @@ that a gradient scaler has skipped does not count. Layers that are past their wa
 hook's list. Updates without a torch.optim.Optimizer are counted by `count_step`.
 
 The hook also notices the worst failure of such methods, the silent no-op: factors that no optimizer holds, that get no
-gradient, or whose gradient stays zero.
+gradient, or whose gradient stays zero; and a gradient scaler that the clip does not know.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .cache import composed_weights
 from .precision import Warned
+from .scaler import warn_of_unknown
 
 if TYPE_CHECKING:
     from .factors import FactorsLayer
@@ -36,6 +38,7 @@ BACKWARDS_ALLOWED = 100
 
 # What runs an optimizer's `step` between its hooks; the local variable `self` is the optimizer.
 _STEP = Optimizer.profile_hook_step(Optimizer.step).__code__  # type: ignore[attr-defined]
+_SCALER_STEP = torch.amp.GradScaler.step.__code__
 
 
 class _Record:
@@ -89,11 +92,10 @@ def count_step(model: nn.Module) -> None:
                 _count(layer, adapter)
 
 
-def _count(layer: FactorsLayer, adapter: str) -> _Record:
+def _count(layer: FactorsLayer, adapter: str) -> None:
     record = _record(layer, adapter)
     record.steps, record.foreign, record.backwards = record.steps + 1, 0, 0
     layer.step(adapter)
-    return record
 
 
 def _record(layer: FactorsLayer, adapter: str) -> _Record:
@@ -102,12 +104,14 @@ def _record(layer: FactorsLayer, adapter: str) -> _Record:
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
-    if not _layers or _was_skipped(optimizer):
+    # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.
+    skipped = getattr(optimizer, "found_inf", None)
+    if not _layers or (skipped is not None and bool(skipped)):
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    outermost = _outermost()
-    if outermost is not None:
-        _inside.setdefault(outermost, set()).update(held)
+    running = _running(_STEP)
+    if len(running) > 1:
+        _inside.setdefault(running[-1], set()).update(held)
         return
     if optimizer in _inside:
         if not _inside[optimizer]:
@@ -127,6 +131,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     _count(layer, adapter)
                     if record.steps == OWN_STEPS_WATCHED:
                         _check_gradients(optimizer, adapter, factors, record.steps)
+                        if layer.clips(adapter):
+                            warn_of_unknown(_running(_SCALER_STEP), _warned.setdefault(optimizer, Warned()))
             elif factors[0].grad is not None:
                 record.foreign += 1
                 if record.foreign == FOREIGN_STEPS_ALLOWED:
@@ -144,24 +150,18 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(torch._dynamo.disable(_after_step))
 
 
-def _outermost() -> Optimizer | None:
-    """The optimizer in whose step the present one is made, by the call stack; None if that is the outermost itself.
+def _running(method: CodeType) -> list[Any]:
+    """The objects whose `method` runs, the outermost last, by the call stack.
 
     A list kept by hooks before and after a step would be wrong for ever after a step that raised an error.
     """
-    running = []
+    found = []
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _STEP:
-            running.append(frame.f_locals["self"])
+        if frame.f_code is method:
+            found.append(frame.f_locals["self"])
         frame = frame.f_back  # type: ignore[assignment]
-    return running[-1] if len(running) > 1 else None
-
-
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """A gradient scaler tells fused optimizers to leave everything as it is through this attribute."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
+    return found
 
 
 class _Backward:
@@ -188,7 +188,6 @@ class _Backward:
                 "the parameters yourself, or by an optimizer that is no torch.optim.Optimizer, call "
                 "`dual_lora.count_step(model)` after every update, or set warmup_steps=0. If you accumulate as many "
                 "gradients, all is well.",
-                UserWarning,
                 stacklevel=2,
             )
 

@@ -37,7 +37,7 @@ from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_on
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
-from dual_lora.method.verified import VerifyAdapter
+from dual_lora.verify.callback import VerifyAdapter
 
 
 @dataclass

@@ -8,8 +8,8 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, ge
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig, VerifyAdapter
-from dual_lora.method import verified
-from dual_lora.method.labels import label_problems
+from dual_lora.verify.callback import FILLED
+from dual_lora.verify.labels import label_problems
 
 CONFIGS = {
     "dual_lora": lambda: DualLoraConfig(r=4, warmup_steps=4, task_type="CAUSAL_LM"),
@@ -159,7 +159,7 @@ def test_an_adapter_that_loses_a_tensor_when_it_is_saved(method, tmp_path, monke
     callback = check(adapted, rows(), tmp_path)
     assert len(callback.problems) == 1
     assert "saved and loaded anew, gives other logits" in callback.problems[0]
-    assert not any(bool((p == verified.FILLED).all()) for p in adapted.parameters())
+    assert not any(bool((p == FILLED).all()) for p in adapted.parameters())
 
 
 def test_strict_raises(tmp_path):
