@@ -340,6 +340,26 @@ def test_a_weight_that_is_computed_is_not_merged_into(norm):
     torch.testing.assert_close(model(x), want)
 
 
+def test_a_weight_that_is_computed_is_computed_once():
+    """As by the base alone: spectral_norm takes a step of its power iteration each time."""
+
+    class Counted(torch.nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            self.calls += 1
+            return 2 * weight
+
+    counted = Counted()
+    base = torch.nn.Sequential(OrderedDict(it=torch.nn.Linear(5, 6)))
+    torch.nn.utils.parametrize.register_parametrization(base.it, "weight", counted)
+    model, x = adapted(base, target_modules=["it"], init_weights=False), torch.randn(3, 5)
+    counted.calls = 0
+    y = model(x)
+    assert counted.calls == 1
+    torch.testing.assert_close(y, base.it.base_layer(x) + x @ layer(model).get_delta_weight("default").t())
+
+
 def test_replicated_layers_cannot_be_merged():
     model = adapted(llama(), target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)])
     assert len(layers(model)) == 4

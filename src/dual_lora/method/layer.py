@@ -185,10 +185,11 @@ class Linear(MapLayer):
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """One product with the composed weight."""
         base: Any = self.base_layer
-        if sharded.is_sharded(base.weight):
+        weight = base.weight  # once: a parametrisation computes it
+        if sharded.is_sharded(weight):
             return sharded.product(self, x, names)
-        x, adapters = in_dtype_of(base.weight, x), [self.adapter(n) for n in names]
-        return self._product(x, self._matrix(base.weight), base.bias, names, adapters, base.weight)
+        x, adapters = in_dtype_of(weight, x), [self.adapter(n) for n in names]
+        return self._product(x, self._matrix(weight), base.bias, names, adapters, weight)
 
     def _product(
         self,
