@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -327,6 +328,11 @@ def test_not_known_says_what_would_settle_it(lora_wins, letters):
     assert advice.next == f"dual-lora advise mine.yaml --minutes {advice.needed}"
     for c in results["comparisons"]:
         c["spread"] |= {"error": 0.02, "seed_error": 0.001}
+    short = judged(letters, results)
+    assert short.needed == 5 * math.ceil(WORK.seconds(Length(5, WORK.steps)) / 300 + 0.1), (
+        "first the recipe's own length"
+    )
+    results["study"]["overrides"]["train"]["steps"] = WORK.steps
     advice = judged(letters, results)
     assert advice.needed is None
     assert advice.next == ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dual_lora.lab.advise.pace import MOST_SEEDS, TRIALS, Work, needed_seeds, with_seeds
+from dual_lora.lab.advise.pace import GOOD_SEEDS, MOST_SEEDS, TRIALS, Work, needed_seeds, with_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
 from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
 from dual_lora.lab.study import notes
@@ -60,7 +60,7 @@ def advice_of(results: Values, whole: Study, work: Work, source: object, minutes
     needed, records = _needed(found, rivals, judged, study, work)
     about = [_about(rival, judged[rival.name]) for rival in rivals]
     rival = next((r for r in rivals if r.name == found.use), next(r for r in rivals if r.name == DUAL))
-    left_open = _open(judged, minutes, margin, needed, records)
+    left_open = _open([judged[r.name] for r in rivals if not r.ruled_out], minutes, margin, needed, records)
     again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
     return Advice(
         found.use,
@@ -104,19 +104,22 @@ def _needed(
     if found.why is not Why.OPEN:
         return None, None
     level, now, wanted = study.level / len(rivals), len(study.seeds), 0
+    short = length_of(study).steps < work.steps  # then noise too is a short run's: first the recipe's own length
     for rival in rivals:
         c = judged[rival.name]
         if rival.ruled_out or c["visible"] is None:
             continue
         spread = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
         enough = needed_seeds(spread, rival.margin, level, study.power)
+        if enough is None and short:
+            enough = GOOD_SEEDS
         if enough is None:
             visible = stats.smallest_visible(with_seeds(spread, MOST_SEEDS), level, study.power) or 0.0
             return None, int(float(f"{spread.items * (visible / rival.margin) ** 2:.2g}"))
         wanted = max(wanted, enough)
-    if not wanted or now >= MOST_SEEDS:
+    if not wanted or (now >= MOST_SEEDS and not short):
         return None, None
-    longer = Length(min(MOST_SEEDS, max(wanted, math.ceil(1.5 * now))), work.steps)
+    longer = Length(min(MOST_SEEDS, max(wanted, now if short else math.ceil(1.5 * now))), work.steps)
     return 5 * math.ceil(work.seconds(longer) / 300 + 0.1), None
 
 
@@ -155,7 +158,10 @@ def _answer(found: Recommendation, rival: Rival, c: Values, margin: float, open_
             "Not known: LoRA did not learn the task in these runs, and nothing else did significantly better. Give "
             "more --minutes, or another train.learning_rate in the recipe."
         )
-    return f"Not known: {open_} Until then use LoRA{step}.{_tie(rival)}"
+    step = (
+        f"costs less: {_step(rival)}" if rival.time is not None and rival.time > 1 else "every library and server takes"
+    )
+    return f"Not known: {open_} Until then use LoRA, which {step}."
 
 
 def _no_gain(rival: Rival, c: Values, margin: float) -> str:
@@ -177,9 +183,9 @@ def _tie(rival: Rival) -> str:
     return " A tie goes to LoRA, which every library and server takes."
 
 
-def _open(judged: Values, minutes: float, margin: float, needed: int | None, records: int | None) -> str:
+def _open(pairs: list[Values], minutes: float, margin: float, needed: int | None, records: int | None) -> str:
     """What a study that left the answer open could have seen, and what would settle it."""
-    seen = max((c["visible"] for c in judged.values() if c["visible"] is not None), default=None)
+    seen = max((c["visible"] for c in pairs if c["visible"] is not None), default=None)
     could = "nothing" if seen is None else f"a difference of {seen:.2g}"
     if needed:
         out = f"Give --minutes {needed}."

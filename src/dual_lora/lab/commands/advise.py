@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from dual_lora.lab.commands.card import figures_table, finish, size
+from dual_lora.lab.commands.card import finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.interrupt import exit_status
 
@@ -79,7 +79,9 @@ def _card(advice: Advice) -> Any:
     return Group(
         Text(f"\n{answer}\n", style="bold"),
         *others,
+        "",
         _table(advice),
+        "",
         Text("How it was decided", style="bold"),
         *(Text(f"• {line}") for line in [*advice.how, *advice.notes]),
         "",
@@ -88,15 +90,16 @@ def _card(advice: Advice) -> Any:
 
 
 def _table(advice: Advice) -> Any:
+    from dual_lora.lab.terminal import figures
+
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
     rows = [
         [
-            m["method"],
+            m["method"].replace("Dual LoRA without", "without"),
             number(m["score"], ".4f"),
-            number(m["difference"], "+.4f"),
-            "" if m["low"] is None else f"{m['low']:+.4f} … {m['high']:+.4f}",
+            number(m["difference"], "+.3f") + ("" if m["low"] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"),
             number(m["step_seconds"], ".3g"),
             number(m["times_lora"], ".2f"),
             "" if m["peak_memory"] is None else size(m["peak_memory"]),
@@ -105,14 +108,8 @@ def _table(advice: Advice) -> Any:
         for m in advice.methods
     ]
     share = next((m["confidence"] for m in advice.methods if m["confidence"]), 0.95)
-    titles = (
-        "",
-        advice.methods[0]["metric"],
-        "better by",
-        f"{share:.0%} interval",
-        "s a step",
-        "× LoRA",
-        "peak",
-        "rate",
-    )
-    return figures_table("", titles, rows)
+    titles = ("", "score", f"better by [{share:.0%}]", "s/step", "× LoRA", "peak", "rate")
+    table = figures("", titles[:1], titles[1:], rows, box=None)
+    for column in table.columns:
+        column.no_wrap = True
+    return table

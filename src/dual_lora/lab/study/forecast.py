@@ -39,7 +39,7 @@ PRODUCTS = {"full": 6, "dual_lora": 6, "hira": 6, "loha": 6, "lokr": 6, "dora": 
 class Records(NamedTuple):
     """A set of records: how many, the tokens of one, by the lengths of some, and the choices of the first."""
 
-    count: int
+    number: int
     tokens: float
     choices: int
 
@@ -120,10 +120,12 @@ def run_seconds(cell: Cell, speed: Speed, recipe: Recipe | None = None, split: s
     products = PRODUCTS.get(str(recipe.method["name"]), 4) + 2 * recipe.train.gradient_checkpointing
     step = cost.seconds((products * size.multiplied + 6 * size.trainable) * a_pass, size.multiplied + size.trainable)
     choices = max(1, judged.choices) if "choice" in recipe.evaluate.tasks[:1] else 1
-    read = judged.tokens * judged.count * choices
-    use = START_SECONDS + RECORD_SECONDS * rows.count + cost.seconds(2 * size.multiplied * read, 0)
+    read = judged.tokens * judged.number * choices
+    use = START_SECONDS + RECORD_SECONDS * rows.number + cost.seconds(2 * size.multiplied * read, 0)
     if cell.metric in ("exact_match", "bleu"):
-        use += speed.token(cell) * recipe.evaluate.max_new_tokens * math.ceil(judged.count / recipe.evaluate.batch_size)
+        use += (
+            speed.token(cell) * recipe.evaluate.max_new_tokens * math.ceil(judged.number / recipe.evaluate.batch_size)
+        )
     return planned_steps(recipe) * recipe.train.accumulate * step, use
 
 
