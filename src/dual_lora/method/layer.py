@@ -68,9 +68,12 @@ class DualLoraLayer(MergeLayer):
             self.unmerge()
         return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
-    def _may_keep(self) -> bool:
-        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant."""
-        if self.training or torch.is_grad_enabled():
+    def _may_keep(self, decodes: bool = False) -> bool:
+        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant.
+
+        decodes: one token of each sequence comes, as in generation, which trainers call in training mode as well.
+        """
+        if torch.is_grad_enabled() or (self.training and not decodes):
             return False
         return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
 
@@ -187,11 +190,13 @@ class Linear(MapLayer):
         x = in_dtype_of(base.weight, x)
         if self._may_cache(x):
             return self._cached_product(x, names)
+        if self.training and not is_traced():
+            composed_weights.drop(self)  # generation is over: its memory is for training now
         scale = self._loss_scale(names, x)
         return dual_lora_linear(x, self._matrix(base.weight), base.bias, [self.adapter(n) for n in names], scale)
 
     def _may_cache(self, x: Tensor) -> bool:
-        return self._may_keep() and x.numel() <= CACHED_ROWS * self.in_features
+        return x.numel() <= CACHED_ROWS * self.in_features and self._may_keep(x.dim() == 3 and x.shape[1] == 1)
 
     def _cached_product(self, x: Tensor, names: list[str]) -> Tensor:
         bias: Any = self.base_layer.bias
