@@ -88,7 +88,7 @@ release-check: $(VENV)/.ready ## build wheel and sdist, and install the wheel in
 	$(PY) -m pip install --quiet build twine
 	$(PY) -m scripts.release_check
 
-bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (thirteen minutes)
+bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (fourteen minutes)
 	$(PY) -m benchmarks
 
 bench-curves: $(VENV)/.ready ## costs as they grow (tokens, size, rank, adapters) beside the flop limit, and their drawings

@@ -1,6 +1,7 @@
-"""A step of TRL's GRPO on a SmolLM2-135M-shaped Llama: completions, reference, loss, backward, AdamW. No server.
+"""A step of TRL's GRPO on a third of SmolLM2-135M: completions, reference, loss, backward, AdamW. No server.
 
-The settings of `examples/trl_grpo.py`: eight prompts, four completions of 32 tokens each, a KL term to the reference,
+A third of its layers and of its vocabulary, so that head and layers cost in proportion what they cost there. The
+settings of `examples/trl_grpo.py`: eight prompts, four completions of 32 tokens each, a KL term to the reference,
 which is the model with its adapter disabled.
 """
 
@@ -14,10 +15,11 @@ import torch
 
 from . import layers
 from .measure import Measured, Unavailable, median_ratio, torch_threads
-from .step import SMOLLM2_135M, TARGETS, base_model
+from .step import TARGETS, base_model
 
-PROMPT, COMPLETION, BATCH, GENERATIONS = 160, 32, 8, 4
+PROMPT, COMPLETION, BATCH, GENERATIONS = 40, 32, 8, 4
 RANK = 16
+THIRD = {"num_hidden_layers": 10, "vocab_size": 16384}
 
 
 class Run:
@@ -26,6 +28,7 @@ class Run:
     def __init__(self, method: str, folder: str, **changes: Any):
         try:
             from datasets import Dataset
+            from transformers import PrinterCallback
             from trl import GRPOConfig, GRPOTrainer
         except ImportError as error:
             raise Unavailable(f"TRL is not installed ({error})") from error
@@ -33,8 +36,8 @@ class Run:
         words = [f"w{n}" for n in torch.randint(3, 4000, (64 * PROMPT,), generator=torch.Generator().manual_seed(1))]
         prompts = [" ".join(words[k * PROMPT : (k + 1) * PROMPT]) for k in range(64)]
         self.trainer = GRPOTrainer(
-            model=base_model(**changes),
-            reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+            model=base_model(**{**THIRD, **changes}),
+            reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
             args=GRPOConfig(
                 folder, max_steps=1, per_device_train_batch_size=BATCH, num_generations=GENERATIONS,
                 max_completion_length=COMPLETION, generation_kwargs={"min_new_tokens": COMPLETION}, beta=0.04,
@@ -42,10 +45,12 @@ class Run:
                 disable_tqdm=True, gradient_checkpointing=False, seed=0,
             ),
             train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=_tokenizer(changes.get("vocab_size", SMOLLM2_135M["vocab_size"])),
+            processing_class=_tokenizer({**THIRD, **changes}["vocab_size"]),
             peft_config=layers.config(method, TARGETS, RANK),
             callbacks=[_clock(self)],
         )  # fmt: skip
+
+        self.trainer.remove_callback(PrinterCallback)
 
     def step(self) -> float:
         """Seconds of one optimizer step with its completions, without what surrounds a training."""
