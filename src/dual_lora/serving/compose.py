@@ -276,6 +276,13 @@ def _check_shapes(model: nn.Module, folder: Path, config: Any, files: Shapes) ->
         raise AdapterError(f"{folder} is an adapter of the kind {config.peft_type}, which has no weights to merge.")
     # True and False, since "auto" asks a hub for the model that the adapter's file names as its base.
     expected, known = (get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True))
+    for name in sorted(files.keys() & known.keys()):
+        shape = files[name]
+        if shape != tuple(known[name].shape):
+            raise AdapterError(
+                f"{folder} does not fit the base model: {name} has the shape {shape}, where configuration and base "
+                f"ask for {tuple(known[name].shape)}."
+            )
     missing = sorted(name for name in expected if name not in files)
     if missing:
         raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
@@ -285,12 +292,6 @@ def _check_shapes(model: nn.Module, folder: Path, config: Any, files: Shapes) ->
             f"{folder} has {unknown[0]} and {len(unknown) - 1} more tensors that the base model has no layer "
             "for: is its base another model?"
         )
-    for name, shape in files.items():
-        if shape != tuple(known[name].shape):
-            raise AdapterError(
-                f"{folder} does not fit the base model: {name} has the shape {shape}, where configuration and base "
-                f"ask for {tuple(known[name].shape)}."
-            )
 
 
 def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device: torch.device) -> Any:
