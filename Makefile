@@ -57,10 +57,13 @@ $(VENV)-vllm/.ready:
 	@touch $@
 
 # llama.cpp's server as xllamacpp carries it, and its converters out of llama-cpp-python's sources, which nobody builds.
+# Beside them the runtimes of OpenVINO and ONNX, whose builder runs in the package's own environment.
 $(VENV)-llama-cpp/.ready:
 	test -x $(VENV)-llama-cpp/bin/python || $(PYTHON) -m venv $(VENV)-llama-cpp
 	$(VENV)-llama-cpp/bin/python -m pip install --quiet xllamacpp
 	$(VENV)-llama-cpp/bin/python -m pip install --quiet --no-deps --target $(VENV)-llama-cpp/converter sentencepiece
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --target $(VENV)-llama-cpp/genai openvino-genai onnxruntime-genai
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --no-deps --target $(VENV)-llama-cpp/builder onnxruntime-genai
 	$(VENV)-llama-cpp/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)-llama-cpp "llama-cpp-python==0.3.36"
 	mkdir -p $(VENV)-llama-cpp/llama.cpp
 	tar -xzf $(VENV)-llama-cpp/llama_cpp_python-0.3.36.tar.gz -C $(VENV)-llama-cpp/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_*' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'

@@ -13,6 +13,8 @@ from vllm_server import folder, free_port, running, verdict  # noqa: F401
 from dual_lora.lab.model.gguf import export_gguf, export_gguf_lora, find_converter
 
 HOME = Path(os.environ.get("DUAL_LORA_LLAMA_CPP", Path(__file__).parents[2] / ".venv-llama-cpp")).absolute()
+# The converters run in this Python, and need a package that it has not.
+CONVERTED = {"PYTHONPATH": os.pathsep.join([str(HOME / "converter"), os.environ.get("PYTHONPATH", "")])}
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="no environment with llama.cpp: make serving"),
@@ -30,8 +32,8 @@ def served(tmp_path, *files):
 def exported(folder, tmp_path_factory):  # noqa: F811
     """Merged in q8_0, the base alone, and the update as a LoRA of full rank."""
     out, converter = tmp_path_factory.mktemp("gguf"), str(HOME / "llama.cpp")
-    monkeypatch = pytest.MonkeyPatch()  # the converters run in this Python
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HOME / "converter"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("PYTHONPATH", CONVERTED["PYTHONPATH"])
     export_gguf(folder / "one", out / "merged.gguf", outtype="q8_0", converter=converter)
     options = {"dtype": "float32", "limit": 0, "progress": False, "converter": converter}
     export_gguf_lora(folder / "one", out / "whole.gguf", 1.0, **options)
