@@ -148,6 +148,8 @@ class Largest(TorchDispatchMode):
         ("hira", "r"),
         ("oft", "oft_block_size"),
         ("vera", "r"),
+        ("boft", "boft_block_num"),
+        ("shira", "r"),
     ],
 )
 def test_a_huge_rank_allocates_nothing(name, field, tmp_path):

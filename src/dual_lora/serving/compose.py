@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .files import AdapterError, Shapes, shapes_of
+from .fitting import check_before_loading, check_shapes, first_line, method_of
 
 Stream = Iterable[tuple[str, Tensor]]
-_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -40,8 +40,8 @@ class ComposedWeights:
         self.folder, self.device = Path(adapter), torch.device(device)
         files, on_meta = shapes_of(self.folder), _meta_model(config)
         with _training_defaults():
-            method = _method(self.folder)
-            _check_shapes(copy.deepcopy(on_meta), self.folder, copy.deepcopy(method), files)
+            method = method_of(self.folder)
+            check_before_loading(copy.deepcopy(on_meta), self.folder, copy.deepcopy(method), files)
         self._model = _without_weights(on_meta)
         self._prefix = getattr(self._model, "base_model_prefix", "")
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
@@ -119,7 +119,7 @@ class ComposedWeights:
         except AdapterError:
             raise
         except Exception as error:  # whatever a method has against being merged
-            raise AdapterError(f"{self.folder} cannot be merged into {own}: {_first_line(error)}") from error
+            raise AdapterError(f"{self.folder} cannot be merged into {own}: {first_line(error)}") from error
         finally:
             plain._parameters["weight"] = own_weight
             if bias is not None:
@@ -200,10 +200,6 @@ def _names_of_shared(model: nn.Module) -> set[str]:
     return {name for several in names.values() if len(several) > 1 for name in several}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
 def _meta_model(config: Any) -> nn.Module:
     import transformers
 
@@ -215,7 +211,7 @@ def _meta_model(config: Any) -> nn.Module:
             model = getattr(transformers, name)._from_config(config)
     except Exception as error:  # no such file or class, code of the model's own, values that the class can't have
         raise AdapterError(
-            f"The base model's config.json describes no model of transformers: {_first_line(error)}"
+            f"The base model's config.json describes no model of transformers: {first_line(error)}"
         ) from error
     return model
 
@@ -242,58 +238,6 @@ def _absent(parameter: Tensor) -> nn.Parameter:
     return _Absent(one, requires_grad=False)
 
 
-def _method(folder: Path) -> Any:
-    """The adapter's PEFT configuration. Raises AdapterError for one that can't act on the base's checkpoint."""
-    from peft import PeftConfig
-
-    try:  # of our own method PEFT knows: whoever imports this module has imported the package
-        config = PeftConfig.from_pretrained(str(folder))
-        if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
-            raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(_FROM_THE_BASE):
-            raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
-    except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {_first_line(error)}") from error
-    config.inference_mode = True
-    return config
-
-
-def _check_shapes(model: nn.Module, folder: Path, config: Any, files: Shapes) -> None:
-    """Raise AdapterError unless the files hold the tensors that the configuration asks for on this model.
-
-    All on the meta device: a rank of billions in somebody's configuration allocates nothing.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTuner
-
-    try:
-        with torch.device("meta"):
-            adapted: Any = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {_first_line(error)}") from error
-    if not isinstance(adapted.base_model, BaseTuner):
-        raise AdapterError(f"{folder} is an adapter of the kind {config.peft_type}, which has no weights to merge.")
-    # True and False, since "auto" asks a hub for the model that the adapter's file names as its base.
-    expected, known = (get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True))
-    for name in sorted(files.keys() & known.keys()):
-        shape = files[name]
-        if shape != tuple(known[name].shape):
-            raise AdapterError(
-                f"{folder} does not fit the base model: {name} has the shape {shape}, where configuration and base "
-                f"ask for {tuple(known[name].shape)}."
-            )
-    missing = sorted(name for name in expected if name not in files)
-    if missing:
-        raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
-    unknown = sorted(files.keys() - known.keys())
-    if unknown:
-        raise AdapterError(
-            f"{folder} has {unknown[0]} and {len(unknown) - 1} more tensors that the base model has no layer "
-            "for: is its base another model?"
-        )
-
-
 def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device: torch.device) -> Any:
     """The PEFT model with the adapter's tensors, which are read here and nowhere else."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -303,7 +247,8 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
             model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {_first_line(error)}") from error
+        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}") from error
+    check_shapes(adapted, folder, files)
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     wrong = sorted(n for n in files if loaded[n].is_floating_point() and not torch.isfinite(loaded[n]).all())
     if wrong:
