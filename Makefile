@@ -56,7 +56,20 @@ $(VENV)-vllm/.ready:
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
-serving: $(VENV)/.ready $(VENV)-vllm/.ready ## a real vLLM server on the CPU, in an environment of its own: serve, ask, swap
+# llama.cpp's server as xllamacpp carries it, and its converters out of llama-cpp-python's sources, which nobody builds.
+# Beside them the runtimes of OpenVINO and ONNX, whose builder runs in the package's own environment.
+$(VENV)-llama-cpp/.ready:
+	test -x $(VENV)-llama-cpp/bin/python || $(PYTHON) -m venv $(VENV)-llama-cpp
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet xllamacpp
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --no-deps --target $(VENV)-llama-cpp/converter sentencepiece
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --target $(VENV)-llama-cpp/genai openvino-genai onnxruntime-genai
+	$(VENV)-llama-cpp/bin/python -m pip install --quiet --no-deps --target $(VENV)-llama-cpp/builder onnxruntime-genai
+	$(VENV)-llama-cpp/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(VENV)-llama-cpp "llama-cpp-python==0.3.36"
+	mkdir -p $(VENV)-llama-cpp/llama.cpp
+	tar -xzf $(VENV)-llama-cpp/llama_cpp_python-0.3.36.tar.gz -C $(VENV)-llama-cpp/llama.cpp --strip-components 3 --wildcards '*/vendor/llama.cpp/convert_*' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	@touch $@
+
+serving: $(VENV)/.ready $(VENV)-vllm/.ready $(VENV)-llama-cpp/.ready ## real servers on the CPU, vLLM and llama.cpp, in environments of their own: serve, ask, swap
 	$(PY) -m pytest tests/serving
 
 test-oldest:         ## core and method with the oldest supported versions, in an environment of its own
@@ -88,7 +101,7 @@ release-check: $(VENV)/.ready ## build wheel and sdist, and install the wheel in
 	$(PY) -m pip install --quiet build twine
 	$(PY) -m scripts.release_check
 
-bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (thirteen minutes)
+bench: $(VENV)/.ready ## the CPU gates: correctness first, then ratios against LoRA and others (fourteen minutes)
 	$(PY) -m benchmarks
 
 bench-curves: $(VENV)/.ready ## costs as they grow (tokens, size, rank, adapters) beside the flop limit, and their drawings
@@ -130,4 +143,4 @@ $(TOOLS)/.ready:
 	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -33,6 +33,7 @@ def _one(work: str, *limit: object, **kwargs: object) -> Gate:
 
 FLOOR = "floor"  # what no exact way avoids, as products alone
 STEP = "step SmolLM2-135M 4×256 fp32"
+GRPO = "GRPO step, a third of SmolLM2-135M"
 
 GATES: tuple[Gate, ...] = (
     _one(STEP, "lora", 1.40, 1.30, "1.29 by flops"),
@@ -40,6 +41,7 @@ GATES: tuple[Gate, ...] = (
     _one(STEP, "dora", 1.10),
     _one(STEP, "hira", 0.75),
     Gate(STEP, (Limit("naive", 0.72), Limit("lora", 1.29, None, "1.29 by flops"))),
+    _one(GRPO, "lora", 1.35, 1.10, "1.26 by flops", threads=1),
     _one("memory of that step", "lora", 1.00, 0.95, threads=1),
     _one("linear 4096 T2048 fp32", "lora", 1.50, None, "1.39 by flops"),
     _one("linear 4096 T2048 fp32", "full", 1.10),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .gates import STEP
+from .gates import GRPO, STEP
 from .measure import Measured
 
 
@@ -96,6 +96,12 @@ def _merge(dtype: str) -> Callable[[int, float], dict[str, Measured]]:
     return run
 
 
+def _grpo(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import grpo
+
+    return {GRPO: grpo.measure(threads, seconds)}
+
+
 def _host(threads: int, seconds: float) -> dict[str, Measured]:
     from . import host
 
@@ -131,5 +137,6 @@ WORKS: tuple[Work, ...] = (
     Work(("linear 4096 T2048 fp32",), linear(4096, 4096, 2048, "float32", WITH_FLOOR), None,
          {"O": 4096, "I": 4096, "T": 2048}),
     Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
+    Work((GRPO,), _grpo, 1, {"prompts": 8, "prompt": 40, "completion": 32}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),
 )  # fmt: skip

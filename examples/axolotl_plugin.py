@@ -8,7 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraConfig, VerifyAdapter
 
 
 class DualLoraArgs(BaseModel):
@@ -43,3 +43,6 @@ class DualLoraPlugin(BasePlugin):
         if cfg.lora_model_dir:
             return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference), config
         return get_peft_model(model, config), config
+
+    def add_callbacks_pre_trainer(self, cfg, model):
+        return [VerifyAdapter()]  # warns where an adapter does not learn, or is another one when it is loaded anew

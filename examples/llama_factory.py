@@ -1,7 +1,8 @@
 """LLaMA-Factory on an adapter made beforehand: `python examples/llama_factory.py start.yaml` with train's YAML.
 
 LLaMA-Factory makes LoRA and OFT adapters only, but continues whatever PEFT can load. So this makes the untrained
-adapter, names it in the arguments (`adapter_name_or_path`) and hands over to `llamafactory-cli train`.
+adapter, names it in the arguments (`adapter_name_or_path`) and hands over to `llamafactory-cli train`. `VerifyAdapter`
+warns where an adapter does not learn, or is another one when it is loaded anew.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraConfig, VerifyAdapter
 
 
 def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
@@ -34,7 +35,7 @@ def main(arguments: Path, folder: Path = Path("runs/llama-factory-start"), warmu
     """Train with the arguments of a YAML file."""
     from llamafactory.train.tuner import run_exp
 
-    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps))
+    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps), callbacks=[VerifyAdapter()])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -208,6 +209,26 @@ def test_the_ledger_is_appended_to_and_names_a_broken_line(tmp_path):
 
 
 # Works, judged at tiny sizes.
+
+
+@pytest.mark.slow
+def test_a_grpo_step_generates_and_trains():
+    pytest.importorskip("trl")
+    from benchmarks import grpo
+
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
+    measured = grpo.measure(1, 0.0, (1, 1), **tiny)
+    assert {name: len(costs) for name, costs in measured.costs.items()} == {"dual": 1, "lora": 1}
+    assert all(cost > 0 for costs in measured.costs.values() for cost in costs)
+    with tempfile.TemporaryDirectory() as folder:
+        run = grpo.Run("dual", folder, **tiny)
+        before = {name: p.clone() for name, p in run.trainer.model.named_parameters() if p.requires_grad}
+        run.step()
+        moved = {
+            name for name, p in run.trainer.model.named_parameters() if p.requires_grad and not p.equal(before[name])
+        }
+    assert moved == before.keys()
 
 
 @pytest.fixture

@@ -35,6 +35,15 @@ def test_the_adapter_is_known(settings):
     assert PluginManager.get_instance().supports_adapter("dual_lora")
 
 
+def test_training_is_watched(settings):
+    from axolotl.integrations.base import PluginManager
+
+    from dual_lora import VerifyAdapter
+
+    [callback] = PluginManager.get_instance().add_callbacks_pre_trainer(settings, llama())
+    assert isinstance(callback, VerifyAdapter)
+
+
 def test_trains_and_continues(settings, tmp_path):
     from axolotl.loaders.adapter import load_adapter
 

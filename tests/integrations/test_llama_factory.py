@@ -7,6 +7,8 @@ import yaml
 from tiny import factor, layers, train
 from transformers import AutoModelForCausalLM
 
+from dual_lora import VerifyAdapter
+
 pytestmark = pytest.mark.slow
 
 ARGUMENTS = {"stage": "sft", "do_train": True, "lora_rank": 8, "lora_target": "q_proj,down_proj", "lora_alpha": 16}
@@ -51,7 +53,10 @@ def test_llama_factory_itself(example, tiny_lm, tmp_path, monkeypatch):
         "use_cpu": True,
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(arguments))
-    example("llama_factory").main(tmp_path / "train.yaml", tmp_path / "start", warmup_steps=4)
+    watched, module = [], example("llama_factory")
+    monkeypatch.setattr(module, "VerifyAdapter", lambda: watched.append(VerifyAdapter()) or watched[0])
+    module.main(tmp_path / "train.yaml", tmp_path / "start", warmup_steps=4)
+    assert watched[0].problems == []
     before, after = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("start", "out"))
     assert before.keys() == after.keys()
     for name, tensor in after.items():

@@ -88,6 +88,32 @@ def test_used_for_few_rows(model, rows):
     assert composed_weights.bytes_held > 0
 
 
+def test_a_model_in_training_mode_that_decodes(model, compositions):
+    """As RL trainers generate: without gradients, and never in eval mode."""
+    model.train()
+    step = points(3).unsqueeze(1)  # one token of three sequences
+    expected = truth(model, step)
+    for _ in range(4):
+        torch.testing.assert_close(run(model, step), expected, rtol=1e-5, atol=1e-6)
+    assert len(compositions) == 2, "composed anew for each token"
+    train(model, 1, lr=0.1)
+    assert composed_weights.bytes_held == 0
+    torch.testing.assert_close(run(model, step), truth(model, step), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(run(model, step), expected, atol=1e-3)
+    assert composed_weights.bytes_held > 0
+    model(points())
+    assert composed_weights.bytes_held == 0, "the memory is for training"
+    run(model, points(3))
+    run(model, points(4).unsqueeze(0))
+    assert composed_weights.bytes_held == 0, "those are sequences"
+
+
+def test_dropout_in_training_mode_keeps_nothing():
+    model = adapted(init_weights=False, dropout=0.5).train()
+    run(model, points(3).unsqueeze(1))
+    assert composed_weights.bytes_held == 0
+
+
 def change_factor(model):
     with torch.no_grad():
         layer(model).dual_lora_B["default"].mul_(2)

@@ -17,6 +17,8 @@ METHODS = {
     "hira": lambda: peft.HiraConfig(r=4, target_modules=TARGETS),
     "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=TARGETS),
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"], save_projection=True),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj"]),
+    "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
     "modules to save": lambda: DualLoraConfig(
         r=4, target_modules=TARGETS, warmup_steps=0, modules_to_save=["lm_head", "norm"]

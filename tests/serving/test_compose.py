@@ -1,14 +1,20 @@
 """Weights composed on the way into a server are the merged model's, for any method; what can't be served is refused."""
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
+import safetensors
 import torch
 from adapters import METHODS, small, trained
+from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dual_lora.serving.compose import AdapterError, ComposedWeights, checkpoint_of
+from dual_lora.serving import files
+from dual_lora.serving.compose import ComposedWeights
+from dual_lora.serving.files import AdapterError, checkpoint_of
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -104,7 +110,7 @@ FAULTS = {
     "a tensor less": "not saved whole",
     "other ranks": "does not fit the base model",
     "another base": "does not fit the base model",
-    "fewer layers in the base": "does not fit the base model",
+    "fewer layers in the base": "that the base model has no layer for",
     "quantised base": "is quantised",
     "weights of another name": "does not hold under that name",
 }
@@ -117,6 +123,66 @@ def test_refused_in_one_sentence(fault, tmp_path):
     with pytest.raises(AdapterError, match=FAULTS[fault]) as raised:
         ComposedWeights(tmp_path / "base", tmp_path / "adapter").check(checkpoint_of(tmp_path / "base"))
     assert "\n" not in str(raised.value)
+
+
+class Largest(TorchDispatchMode):
+    """Counts the numbers of the largest tensor that is made, but for the meta device."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(one, torch.Tensor) and not one.is_meta:
+                self.numbers = max(self.numbers, one.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("dual-lora", "r1"),
+        ("lora", "r"),
+        ("dora", "r"),
+        ("loha", "r"),
+        ("hira", "r"),
+        ("oft", "oft_block_size"),
+        ("vera", "r"),
+        ("boft", "boft_block_num"),
+        ("shira", "r"),
+    ],
+)
+def test_a_huge_rank_allocates_nothing(name, field, tmp_path):
+    trained(METHODS[name](), tmp_path)
+    with Largest() as largest:
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: 1 << 20}))
+    with pytest.raises(AdapterError, match="does not fit the base model") as raised, Largest() as refused:
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(raised.value)
+    assert refused.numbers <= largest.numbers < 64 * 64
+
+
+def test_tensors_are_read_once(tmp_path, monkeypatch):
+    trained(METHODS["modules to save"](), tmp_path)
+    whole, read = save_and_load.safe_load_file, []
+    monkeypatch.setattr(save_and_load, "safe_load_file", lambda file, **kw: read.append(file) or whole(file, **kw))
+
+    class HeaderAlone:
+        def __init__(self, *args, **kwargs):
+            self.file = safetensors.safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            opened = self.file.__enter__()
+            return SimpleNamespace(keys=opened.keys, get_slice=opened.get_slice)
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+    monkeypatch.setattr(files, "safe_open", HeaderAlone)
+    ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    assert len(read) == 1
 
 
 def test_a_layer_that_never_passes_is_an_error(tmp_path):

@@ -9,7 +9,8 @@ from adapters import TARGETS, small
 from safetensors.torch import load_file
 
 from dual_lora import DualLoraConfig
-from dual_lora.serving.compose import AdapterError, ComposedWeights
+from dual_lora.serving.compose import ComposedWeights
+from dual_lora.serving.files import AdapterError
 
 REFUSED = {
     "biases of its own": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True),

@@ -1,134 +1,63 @@
 """What a swap asks of a server, in which order; a refused adapter changes nothing. The engine is a stand-in."""
 
 import asyncio
-import sys
-from types import SimpleNamespace
+import json
 
 import pytest
-from adapters import METHODS, trained
+from stand_in import Request, answered, asked, main_of, routes_of, started
 
-from dual_lora.serving.compose import AdapterError
-from dual_lora.serving.vllm_endpoint import FILES, AdapterEndpoint
-
-
-class Engine:
-    """Keeps what it was asked for; the worker's weights are the adapter that was loaded last."""
-
-    def __init__(self, base, adapter, load_format="dual_lora"):
-        from transformers import AutoConfig
-
-        extra = {"adapter": adapter, "num_threads": 2}
-        self.vllm_config = SimpleNamespace(
-            load_config=SimpleNamespace(load_format=load_format, model_loader_extra_config=extra),
-            model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(base), model=str(base), revision=None),
-        )
-        self.asked, self.extra, self.loaded, self.fails = [], extra, adapter, set()
-
-    async def collective_rpc(self, method, args=()):
-        self.asked.append(method)
-        if method == "update_config":
-            self.extra = args[0]["load_config"]["model_loader_extra_config"]
-        elif self.extra["adapter"] in self.fails:
-            self.loaded = "half of one"
-            raise RuntimeError("the worker has no memory left")
-        else:
-            self.loaded = self.extra["adapter"]
-
-    async def pause_generation(self, **kwargs):
-        self.asked.append("pause")
-
-    async def resume_generation(self):
-        self.asked.append("resume")
-
-    async def reset_prefix_cache(self):
-        self.asked.append("reset")
-
-
-def started(folder, **other):
-    for name in ("one", "other"):
-        (folder / name).mkdir(parents=True)
-        trained(METHODS["dual-lora"](), folder / name)
-    engine = Engine(folder / "one" / "base", str(folder / "one" / "adapter"), **other)
-    endpoint = AdapterEndpoint()
-    asyncio.run(endpoint.init_state(engine, None, None))
-    return endpoint, engine, str(folder / "other" / "adapter")
-
-
-class Refused(Exception):
-    """FastAPI's HTTPException, which is in vLLM's environment alone."""
-
-
-class Request:
-    def __init__(self, body):
-        self.body = body
-
-    async def json(self):
-        return self.body
-
-    async def form(self, **limits):
-        return self.body
-
-
-def asked(endpoint, method, body=None):
-    """(status, answer) of the route's own function."""
-    routes = {}
-    app = SimpleNamespace(add_api_route=lambda path, call, methods, **_: routes.update({methods[0]: call}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "fastapi", SimpleNamespace(HTTPException=Refused, Request=Request))
-        endpoint.attach_router(app)
-    try:
-        return 200, asyncio.run(routes[method](*([] if method == "GET" else [Request(body)])))
-    except Refused as error:
-        return error.args
+from dual_lora.serving import vllm_endpoint
+from dual_lora.serving.files import FILES, AdapterError
+from dual_lora.serving.vllm_endpoint import FILES_BYTES, JSON_BYTES
 
 
 def test_swap(tmp_path):
     endpoint, engine, other = started(tmp_path)
-    assert endpoint.adapter == engine.loaded
-    asyncio.run(endpoint.swap(other))
+    assert main_of(endpoint) == engine.loaded
+    asyncio.run(endpoint.served.swap(other))
     assert engine.asked == ["pause", "update_config", "reload_weights", "reset", "resume"]
-    assert engine.loaded == endpoint.adapter == other
+    assert engine.loaded == main_of(endpoint) == other
     assert engine.extra["num_threads"] == 2, "the loader's other settings stay"
-    asyncio.run(endpoint.swap(None))
-    assert engine.loaded is endpoint.adapter is None
+    asyncio.run(endpoint.served.swap(None))
+    assert engine.loaded is main_of(endpoint) is None
 
 
 def test_a_bad_folder_does_not_stop_the_server(tmp_path):
     endpoint, engine, _ = started(tmp_path)
-    before = endpoint.adapter
+    before = main_of(endpoint)
     with pytest.raises(AdapterError, match="is missing"):
-        asyncio.run(endpoint.swap(str(tmp_path / "nothing")))
+        asyncio.run(endpoint.served.swap(str(tmp_path / "nothing")))
     assert engine.asked == []
-    assert engine.loaded == endpoint.adapter == before
+    assert engine.loaded == main_of(endpoint) == before
 
 
 def test_a_failed_swap_brings_the_old_adapter_back(tmp_path):
     endpoint, engine, other = started(tmp_path)
-    before = endpoint.adapter
+    before = main_of(endpoint)
     engine.fails = {other}
     with pytest.raises(RuntimeError, match="no memory"):
-        asyncio.run(endpoint.swap(other))
-    assert engine.loaded == endpoint.adapter == before
+        asyncio.run(endpoint.served.swap(other))
+    assert engine.loaded == main_of(endpoint) == before
     assert engine.asked[-2:] == ["reset", "resume"]
 
 
 @pytest.mark.parametrize("old_is_gone", [True, False], ids=["base", "old adapter"])
 def test_after_a_failed_swap_the_server_says_what_it_has(old_is_gone, tmp_path):
     endpoint, engine, other = started(tmp_path)
-    before = endpoint.adapter
+    before = main_of(endpoint)
     engine.fails = {other, before} if old_is_gone else {other}
     status, said = asked(endpoint, "POST", {"adapter": other})
     assert status == 500
     assert "no memory" in said
     left = None if old_is_gone else before
-    assert engine.loaded == endpoint.adapter == left
+    assert engine.loaded == main_of(endpoint) == left
     assert f"The server has {left or 'the base model'}." in said
     assert engine.asked[-2:] == ["reset", "resume"]
 
 
 def test_a_server_of_parts_answers_nothing_until_a_swap_works(tmp_path):
     endpoint, engine, other = started(tmp_path)
-    engine.fails = {other, endpoint.adapter, None}
+    engine.fails = {other, main_of(endpoint), None}
     status, said = asked(endpoint, "POST", {"adapter": other})
     assert status == 500
     assert "parts of two models" in said
@@ -150,7 +79,61 @@ def test_a_form_of_texts_in_the_place_of_files(tmp_path):
 
 def test_a_server_without_the_loader_is_told(tmp_path):
     endpoint, engine, other = started(tmp_path, load_format="auto")
-    assert endpoint.adapter is None
+    assert main_of(endpoint) is None
     with pytest.raises(AdapterError, match="--load-format dual_lora"):
-        asyncio.run(endpoint.swap(other))
+        asyncio.run(endpoint.served.swap(other))
     assert engine.asked == []
+
+
+@pytest.mark.parametrize(("method", "path", "most"), [
+    ("POST", "adapter", JSON_BYTES), ("POST", "adapters", JSON_BYTES), ("PUT", "adapter", FILES_BYTES)
+])  # fmt: skip
+def test_a_request_that_is_too_large_is_not_read(method, path, most, tmp_path, monkeypatch):
+    endpoint, engine, _ = started(tmp_path)
+    announced = Request(body=b"{}", headers={"content-length": str(most + 1)})
+    status, said = asked(endpoint, method, path=path, request=announced)
+    assert status == 413
+    assert f"{most:,} bytes" in said
+    assert announced.taken == 0, "refused before the first byte of it is read"
+
+    monkeypatch.setattr(vllm_endpoint, "JSON_BYTES", 500)
+    monkeypatch.setattr(vllm_endpoint, "FILES_BYTES", 500)
+    silent = Request(headers={"transfer-encoding": "chunked"})
+    silent.body_parts = [bytes(100)] * 100
+    status, said = asked(endpoint, method, path=path, request=silent)
+    assert (status, silent.taken) == (413, 6), "no more is read than what shows that it is too large"
+    assert engine.asked == []
+
+
+def test_two_swaps_at_once_come_one_after_the_other(tmp_path):
+    endpoint, engine, other = started(tmp_path)
+    before, routes = main_of(endpoint), routes_of(endpoint)
+
+    async def both(*folders):
+        bodies = (json.dumps({"adapter": folder}).encode() for folder in folders)
+        return await asyncio.gather(*(answered(routes["POST", "adapter"], body) for body in bodies))
+
+    assert asyncio.run(both(other, None)) == [(200, {"adapter": other}), (200, {"adapter": None})]
+    assert engine.asked == ["pause", "update_config", "reload_weights", "reset", "resume"] * 2
+    assert main_of(endpoint) == engine.loaded
+    engine.fails = {other}
+    (failed, _), (worked, _) = asyncio.run(both(other, before))
+    assert (failed, worked) == (500, 200)
+    assert main_of(endpoint) == engine.loaded == before
+
+
+def test_a_swap_waits_for_the_running_requests(tmp_path):
+    endpoint, engine, other = started(tmp_path)
+    turns = endpoint.served.turns
+
+    async def main():
+        await turns.enter(None)
+        swap = asyncio.ensure_future(endpoint.served.swap(other))
+        await asyncio.sleep(2)
+        assert not swap.done()
+        assert engine.asked == []
+        turns.leave()
+        await swap
+        assert engine.loaded == other
+
+    asyncio.run(main())

@@ -59,9 +59,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def served(folder, adapter, log, *options, **environment):
+def served(folder, adapter, log, *options, extra=None, **environment):
     port = free_port()
-    extra = json.dumps({"adapter": str(folder / adapter)} if adapter else {})
+    extra = json.dumps({**({"adapter": str(folder / adapter)} if adapter else {}), **(extra or {})})
     command = [
         *(PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "base", "--served-model-name", "m"),
         *("--load-format", "dual_lora", "--model-loader-extra-config", extra, "--port", port, "--dtype", "float32"),
@@ -82,18 +82,16 @@ def ask(url, method="GET", body=None, kind="application/json"):
         return error.code, json.load(error)
 
 
-def logprobs(url):
-    _, answer = ask(
-        f"{url}/completions",
-        "POST",
-        {"model": "m", "prompt": "The sky is", "max_tokens": 8, "temperature": 0, "logprobs": 3},
-    )
+def logprobs(url, model="m"):
+    asked = {"model": model, "prompt": "The sky is", "max_tokens": 8, "temperature": 0, "logprobs": 3}
+    status, answer = ask(f"{url}/completions", "POST", asked)
+    assert (status, answer.get("model")) == (200, model), answer
     return answer["choices"][0]["logprobs"]
 
 
-def verdict(folder, adapter, url):
+def verdict(folder, adapter, url, model="m"):
     program = Path(sys.executable).with_name("dual-lora")
-    command = [program, "verify", folder / adapter, "--endpoint", url, "--model", "m", "--json"]
+    command = [program, "verify", folder / adapter, "--endpoint", url, "--model", model, "--json"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[-1])["verdict"]

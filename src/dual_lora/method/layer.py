@@ -70,9 +70,12 @@ class DualLoraLayer(MergeLayer):
             self.unmerge()
         return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
-    def _may_keep(self) -> bool:
-        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant."""
-        if self.training or torch.is_grad_enabled():
+    def _may_keep(self, decodes: bool = False) -> bool:
+        """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant.
+
+        decodes: one token of each sequence comes, as in generation, which trainers call in training mode as well.
+        """
+        if torch.is_grad_enabled() or (self.training and not decodes):
             return False
         return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
 
@@ -201,7 +204,10 @@ class Linear(MapLayer):
         source: Tensor | None = None,
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
-        if source is None or not self._may_keep() or x.numel() > CACHED_ROWS * self.in_features:
+        few = x.numel() <= CACHED_ROWS * self.in_features
+        if source is None or not few or not self._may_keep(decodes=x.dim() == 3 and x.shape[1] == 1):
+            if self.training and not is_traced():
+                composed_weights.drop(self)  # generation is over: its memory is for training now
             return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(names, x))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))

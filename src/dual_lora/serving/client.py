@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .compose import FILES
+from .files import FILES
 from .vllm_endpoint import ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"

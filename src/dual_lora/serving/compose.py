@@ -7,7 +7,6 @@ does more than one composed weight wait beside the model. Every PEFT method that
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .files import AdapterError, Shapes, shapes_of
+from .fitting import check_before_loading, check_shapes, first_line, method_of
+
 Stream = Iterable[tuple[str, Tensor]]
-_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
-FILES = ("adapter_config.json", "adapter_model.safetensors")  # an adapter's folder, as PEFT saves it
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16}
-
-
-class AdapterError(ValueError):
-    """An adapter that can't be served, in one sentence."""
 
 
 class ComposedWeights:
@@ -43,13 +38,16 @@ class ComposedWeights:
 
     def __init__(self, config: Any, adapter: str | Path, device: str | torch.device = "cpu"):
         self.folder, self.device = Path(adapter), torch.device(device)
-        files = _check_files(self.folder)
-        self._model = _empty_model(config)
+        files, on_meta = shapes_of(self.folder), _meta_model(config)
+        with _training_defaults():
+            method = method_of(self.folder)
+            check_before_loading(copy.deepcopy(on_meta), self.folder, copy.deepcopy(method), files)
+        self._model = _without_weights(on_meta)
         self._prefix = getattr(self._model, "base_model_prefix", "")
         self._shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         shared = _names_of_shared(self._model)
         with _training_defaults():
-            peft_model = _adapted(self._model, self.folder, files, self.device)
+            peft_model = _adapted(self._model, self.folder, method, files, self.device)
         self._layers = _layers(peft_model)
         self._trained = _trained_as_they_are(peft_model, self._shapes.keys() - self._layers.keys())
         self._refuse_shared(shared)
@@ -59,6 +57,10 @@ class ComposedWeights:
     def names(self) -> set[str]:
         """The base model's parameters that the adapter changes."""
         return {*self._layers, *self._trained}
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter changes the weight that a checkpoint has under this name."""
+        return self._own_name(name) in self.names
 
     def check(self, checkpoint: Mapping[str, tuple[tuple[int, ...], bool]]) -> None:
         """Raise AdapterError unless the checkpoint holds every adapted weight in the shape of the model.
@@ -117,7 +119,7 @@ class ComposedWeights:
         except AdapterError:
             raise
         except Exception as error:  # whatever a method has against being merged
-            raise AdapterError(f"{self.folder} cannot be merged into {own}: {_first_line(error)}") from error
+            raise AdapterError(f"{self.folder} cannot be merged into {own}: {first_line(error)}") from error
         finally:
             plain._parameters["weight"] = own_weight
             if bias is not None:
@@ -178,19 +180,6 @@ class ComposedWeights:
             )
 
 
-def checkpoint_of(folder: str | Path) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Names of a checkpoint's tensors, with shape and whether they are floating-point; reads headers only."""
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                part = tensors.get_slice(name)
-                found[name] = (tuple(part.get_shape()), part.get_dtype() in ("F32", "BF16", "F16"))
-    if not found:
-        raise AdapterError(f"{folder} holds no *.safetensors file: which model is the base?")
-    return found
-
-
 @contextmanager
 def _training_defaults() -> Iterator[None]:
     """Servers load weights in inference mode and with half precision as the default type; a merge knows neither."""
@@ -211,33 +200,7 @@ def _names_of_shared(model: nn.Module) -> set[str]:
     return {name for several in names.values() if len(several) > 1 for name in several}
 
 
-def _check_files(folder: Path) -> set[str]:
-    """Names of the adapter's tensors. Raises AdapterError unless the folder is a whole adapter of finite numbers."""
-    config, weights = (folder / name for name in FILES)
-    for file in (config, weights):
-        if not file.is_file():
-            raise AdapterError(f"{file} is missing: expected the folder of an adapter as PEFT saves it.")
-    try:
-        json.loads(config.read_text("utf-8"))
-        with safe_open(str(weights), framework="pt") as tensors:
-            names = set(tensors.keys())
-            wrong = sorted(name for name in names if not _all_finite(tensors.get_tensor(name)))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
-    if wrong:
-        raise AdapterError(f"{weights} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
-    return names
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-
-def _empty_model(config: Any) -> nn.Module:
+def _meta_model(config: Any) -> nn.Module:
     import transformers
 
     try:
@@ -248,8 +211,13 @@ def _empty_model(config: Any) -> nn.Module:
             model = getattr(transformers, name)._from_config(config)
     except Exception as error:  # no such file or class, code of the model's own, values that the class can't have
         raise AdapterError(
-            f"The base model's config.json describes no model of transformers: {_first_line(error)}"
+            f"The base model's config.json describes no model of transformers: {first_line(error)}"
         ) from error
+    return model
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """The model with absent weights on a real device in the place of those on the meta device."""
     shared: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -270,36 +238,21 @@ def _absent(parameter: Tensor) -> nn.Parameter:
     return _Absent(one, requires_grad=False)
 
 
-def _adapted(model: nn.Module, folder: Path, files: set[str], device: torch.device) -> Any:
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTuner
+def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device: torch.device) -> Any:
+    """The PEFT model with the adapter's tensors, which are read here and nowhere else."""
+    from peft import PeftModel, get_peft_model_state_dict
 
-    try:  # of our own method PEFT knows: whoever imports this module has imported the package
-        config = PeftConfig.from_pretrained(str(folder))
-        if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
-            raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(_FROM_THE_BASE):
-            raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
-        config.inference_mode = True
+    try:
         adapted: Any = PeftModel.from_pretrained(
             model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {_first_line(error)}") from error
-    if not isinstance(adapted.base_model, BaseTuner):
-        raise AdapterError(f"{folder} is an adapter of the kind {config.peft_type}, which has no weights to merge.")
-    # True and False, since "auto" asks a hub for the model that the adapter's file names as its base.
-    expected, known = (get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True))
-    missing = sorted(name for name in expected if name not in files)
-    if missing:
-        raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
-    unknown = files - set(known)
-    if unknown:
-        raise AdapterError(
-            f"{folder} has {sorted(unknown)[0]} and {len(unknown) - 1} more tensors that the base model has no layer "
-            "for: is its base another model?"
-        )
+        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}") from error
+    check_shapes(adapted, folder, files)
+    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
+    wrong = sorted(n for n in files if loaded[n].is_floating_point() and not torch.isfinite(loaded[n]).all())
+    if wrong:
+        raise AdapterError(f"{folder} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
     return adapted.eval()
 
 

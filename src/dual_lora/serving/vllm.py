@@ -9,10 +9,43 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-LOAD_FORMAT, KEY = "dual_lora", "adapter"
+LOAD_FORMAT = "dual_lora"
+KEY, NAMED, LIMIT = "adapter", "adapters", "limit_bytes"
+
+
+class Settings(NamedTuple):
+    """What `--model-loader-extra-config` says of adapters, and what it says to vLLM's own loader.
+
+    adapter: the folder of the one that the served names have. named: further ones, name → folder. limit_bytes: of the
+    composed weights that each process keeps in its main memory.
+    """
+
+    adapter: str | None
+    named: Mapping[str, str]
+    limit_bytes: int
+    own: dict[str, Any]
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> Settings:
+        """Raises ValueError, in one sentence."""
+        own = dict(extra)
+        adapter, named, limit = own.pop(KEY, None), own.pop(NAMED, {}), own.pop(LIMIT, 0)
+        if not isinstance(adapter, str | None):
+            raise ValueError(f"{KEY} is {adapter!r}, expected an adapter's folder.")
+        if not isinstance(named, dict) or not all(isinstance(folder, str) for folder in named.values()):
+            raise ValueError(f'{NAMED} is {named!r}, expected {{"NAME": "FOLDER", …}}.')
+        return cls(adapter, named, check_limit(limit), own)
+
+
+def check_limit(value: Any) -> int:
+    """A number of bytes, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{LIMIT} is {value!r}, expected a whole number of bytes, 0 or more.")
+    return value
 
 
 def register() -> None:
@@ -20,25 +53,30 @@ def register() -> None:
     from vllm.model_executor.model_loader import get_model_loader, register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+    from .copies import ComposedCopies
+
+    copies = ComposedCopies()  # of this process
+
     class ComposingModelLoader(DefaultModelLoader):
         """vLLM's own loader, which composes on the way from the file to the model."""
 
         def __init__(self, load_config: Any):
-            extra = dict(load_config.model_loader_extra_config)
-            self.adapter = extra.pop(KEY, None)
-            if self.adapter is not None and not isinstance(self.adapter, str):
-                raise ValueError(f"{KEY} is {self.adapter!r}, expected an adapter's folder.")
-            super().__init__(dataclasses.replace(load_config, load_format="auto", model_loader_extra_config=extra))
+            self.settings = Settings.read(load_config.model_loader_extra_config)
+            own = {"load_format": "auto", "model_loader_extra_config": self.settings.own}
+            super().__init__(dataclasses.replace(load_config, **own))
 
         def get_all_weights(self, model_config: Any, model: Any) -> Iterator[Any]:
             from .compose import ComposedWeights
+            from .files import version_of
 
-            weights = super().get_all_weights(model_config, model)
-            if self.adapter is None:
+            weights, adapter = super().get_all_weights(model_config, model), self.settings.adapter
+            copies.limit_bytes = self.settings.limit_bytes
+            if adapter is None:
                 return weights
             device = next((p.device for p in model.parameters()), "cpu")
-            composed = ComposedWeights(copy.deepcopy(model_config.hf_config), self.adapter, device)
-            return composed.stream(weights)
+            base = copy.deepcopy(model_config.hf_config)
+            key = (model_config.model, model_config.revision, str(Path(adapter).absolute()), version_of(adapter))
+            return copies.stream(key, weights, lambda: ComposedWeights(base, adapter, device))
 
     try:
         from vllm.config.load import LoadConfig

@@ -1,0 +1,85 @@
+"""Requests by model name: each waits for the turn of the adapter that it names, and keeps it to its last byte.
+
+An ASGI middleware around vLLM's own routes, for which one set of weights is all there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Container, MutableMapping
+from typing import Any
+
+from .turns import Turns
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+PATIENCE = 60.0  # seconds: who does not read an answer for so long would keep all others waiting
+
+
+class ByName:
+    """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie.
+
+    Every POST with a body takes a turn, whatever its path: a route of which nothing is known here may reach the model.
+    One that names no adapter (a served name of the base, another body than JSON) has the turn of None.
+    """
+
+    def __init__(self, app: Any, turns: Turns, names: Container[str], own: str):
+        self.app, self.turns, self.names, self.own = app, turns, names, own
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if not self._may_reach_the_model(scope):
+            await self.app(scope, receive, send)
+            return
+        body, receive = await _read_json(scope, receive)
+        model = body.get("model")
+        name = model if isinstance(model, str) and model in self.names else None
+        if name is not None and body.get("background"):
+            await _refuse(
+                send, 400, f"A request to {name} cannot run in the background: its turn ends with its answer."
+            )
+            return
+        try:
+            await self.turns.enter(name)
+        except Exception as error:
+            await _refuse(send, 503, str(error))
+            return
+        try:
+            await self.app(scope, receive, lambda message: asyncio.wait_for(send(message), PATIENCE))
+        finally:
+            self.turns.leave()
+
+    def _may_reach_the_model(self, scope: Message) -> bool:
+        if scope["type"] != "http":
+            return scope["type"] == "websocket"
+        headers = dict(scope["headers"])
+        has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        return scope["method"] == "POST" and has_body and not path.startswith(self.own)
+
+
+async def _read_json(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """The body's object, or an empty one; and the same body to be received again."""
+    if b"json" not in dict(scope["headers"]).get(b"content-type", b""):
+        return {}, receive
+    messages = [await receive()]
+    while messages[-1].get("more_body"):
+        messages.append(await receive())
+
+    async def again() -> Message:
+        return messages.pop(0) if messages else await receive()
+
+    try:
+        body = json.loads(b"".join(message.get("body", b"") for message in messages))
+    except (ValueError, RecursionError):  # the route says what is wrong
+        return {}, again
+    return body if isinstance(body, dict) else {}, again
+
+
+async def _refuse(send: Send, status: int, why: str) -> None:
+    """An error as OpenAI's clients read it."""
+    body = json.dumps({"error": {"message": why, "type": "ServerError", "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,57 @@
+"""Files that servers read: an adapter's folder as PEFT saves it, and the base model's checkpoint. Headers alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+Shapes = dict[str, tuple[int, ...]]
+
+
+class AdapterError(ValueError):
+    """An adapter that can't be served, in one sentence."""
+
+
+def _paths(folder: str | Path) -> list[Path]:
+    paths = [Path(folder) / name for name in FILES]
+    for file in paths:
+        try:
+            found = file.is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, or none
+            raise AdapterError(f"No adapter's folder can have the name {str(folder)!r:.100}.") from error
+        if not found:
+            raise AdapterError(f"{file} is missing: expected the folder of an adapter as PEFT saves it.")
+    return paths
+
+
+def shapes_of(folder: str | Path) -> Shapes:
+    """Names and shapes of an adapter's tensors. Raises AdapterError where a file is missing or half-written."""
+    config, weights = _paths(folder)
+    try:
+        json.loads(config.read_text("utf-8"))
+        with safe_open(str(weights), framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
+
+
+def version_of(folder: str | Path) -> tuple[tuple[int, ...], ...]:
+    """Tells an adapter's files from others that have come in their place. Raises AdapterError if one is missing."""
+    states = [file.stat() for file in _paths(folder)]
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states)
+
+
+def checkpoint_of(folder: str | Path) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Names of a checkpoint's tensors, with shape and whether they are floating-point; reads headers only."""
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                part = tensors.get_slice(name)
+                found[name] = (tuple(part.get_shape()), part.get_dtype() in ("F32", "BF16", "F16"))
+    if not found:
+        raise AdapterError(f"{folder} holds no *.safetensors file: which model is the base?")
+    return found

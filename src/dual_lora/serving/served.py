@@ -1,0 +1,190 @@
+"""Which adapter a vLLM server has, which ones it knows by name, and how another takes the place of the loaded one.
+
+Only the factors are new. The base model's weights are read again from its own file, so that no swap leaves a trace:
+back on an earlier adapter, the weights are what they were, bit for bit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .compose import ComposedWeights
+from .files import AdapterError, checkpoint_of, version_of
+from .turns import Turns
+from .vllm import KEY, LIMIT, LOAD_FORMAT, Settings
+
+logger = logging.getLogger(__name__)
+_CHECKING = threading.Lock()  # what makes a model without weights changes settings of the whole process meanwhile
+
+
+class Adapter(NamedTuple):
+    """A folder, and its files as they were when they were checked."""
+
+    folder: str
+    version: Any
+
+
+class ServedAdapters:
+    """The adapters of one server, and whose turn it is.
+
+    Attributes:
+        main: the adapter that the server's own names have; None: the base model alone.
+        named: further adapters by the names that requests give in `model`.
+        loaded: the one whose weights the server has now.
+        whole: False where its weights are those of no one model.
+    """
+
+    def __init__(self) -> None:
+        self.turns = Turns(self._become)
+        self.engine: Any = None
+        self.main: Adapter | None = None
+        self.named: dict[str, Adapter] = {}
+        self.loaded: Adapter | None = None
+        self.whole = True
+        self.swapping = False
+        self.limit_bytes = 0  # of composed weights, for each of the server's processes
+        self._alone = True  # whether one process takes all requests
+        self._cards: list[Any] = []  # vLLM's list of the names that it serves; the first one stands in answers
+        self._own: list[Any] = []  # those that it began with
+        self._shown: str | None = None
+
+    async def start(self, engine: Any, models: Any, processes: int = 1) -> None:
+        """Take what the server was started with. models: vLLM's list of names. processes: that take requests."""
+        self.engine, self._alone = engine, processes == 1
+        self._cards, self._own = models, list(models)
+        load = engine.vllm_config.load_config
+        if load.load_format != LOAD_FORMAT:
+            return
+        settings = Settings.read(load.model_loader_extra_config)
+        if settings.adapter is not None:
+            self.main = self.loaded = Adapter(settings.adapter, version_of(settings.adapter))
+        if settings.named or settings.limit_bytes:
+            await self.give_names(settings.named, settings.limit_bytes)
+
+    def left(self) -> str:
+        """What the server has, in a sentence."""
+        if not self.whole:
+            return "The server has parts of two models and answers nothing until a swap works."
+        return f"The server has {self.main.folder if self.main else 'the base model'}."
+
+    async def swap(self, folder: str | None) -> None:
+        """Let the server's own names have another adapter; None: the base model alone. Waits for running requests.
+
+        Raises AdapterError with the server as it was.
+        """
+        self._check_start()
+        wanted = None if folder is None else await self._checked(folder)
+        await self.turns.enter(object())
+        try:
+            try:
+                await self._load_instead(wanted)
+            except Exception:
+                if self.whole and self.loaded is None:  # nor could the main adapter be loaded again
+                    self.main = None
+                raise
+            self.main = wanted
+        finally:
+            self.turns.leave()
+
+    async def give_names(self, named: Mapping[str, str | None], limit_bytes: int) -> None:
+        """Let requests ask for adapters by name; None takes a name away. All of them or, with AdapterError, none."""
+        self._check_start()
+        if not self._alone:
+            raise AdapterError("Adapters by name need one process that takes all requests: --api-server-count 1.")
+        adapters = {}
+        for name, folder in named.items():
+            if not name or any(card.name == name for card in self._own):
+                raise AdapterError(f"{name!r} cannot be an adapter's name: it is empty, or a name of the base model.")
+            if folder is not None:
+                adapters[name] = await self._checked(folder)
+        for name in named:
+            self.named.pop(name, None)
+        self.named.update(adapters)
+        self.limit_bytes = limit_bytes
+        self.turns.prepare_again()
+        self._show(self._shown)
+
+    async def _become(self, name: Any) -> None:
+        """Prepare for the requests that give this name; None: one of the server's own. An object(): for a swap."""
+        if not isinstance(name, str | None):
+            return
+        if not self.whole:
+            raise AdapterError(self.left())
+        if name is not None and name not in self.named:
+            raise AdapterError(f"The server no longer knows an adapter {name}.")
+        wanted = self.main if name is None else self.named[name]
+        if wanted != self.loaded:
+            if wanted is not None and version_of(wanted.folder) != wanted.version:
+                raise AdapterError(f"The files in {wanted.folder} have changed since they were checked: post it again.")
+            try:
+                await self._load_instead(wanted)
+            except Exception as error:
+                raise RuntimeError(f"{wanted.folder if wanted else 'The base'} cannot be loaded: {error}") from error
+        self._show(name)
+
+    def _show(self, name: str | None) -> None:
+        """Let vLLM list all names, that of the running requests first."""
+        self._shown = name if name in self.named else None
+        if self._own:
+            card = type(self._own[0])
+            named = sorted((card(n, a.folder) for n, a in self.named.items()), key=lambda c: c.name != self._shown)
+            self._cards[:] = [*named, *self._own] if self._shown else [*self._own, *named]
+
+    async def _load_instead(self, wanted: Adapter | None) -> None:
+        """Pause, load, resume. Where that fails, the server has what `_load_what_is_left` found."""
+        await self.engine.pause_generation(mode="wait", clear_cache=True)
+        self.whole, self.swapping = False, True
+        try:
+            await self._load(wanted)
+        except Exception:
+            await self._load_what_is_left()
+            raise
+        finally:
+            self.swapping = False
+            if self.whole:
+                await self.engine.reset_prefix_cache()
+                await self.engine.resume_generation()
+
+    async def _load_what_is_left(self) -> None:
+        """After a failed swap the adapter as before, or else the base model. If both fail, the server stays paused."""
+        for known in dict.fromkeys((self.loaded, self.main, None)):
+            try:
+                await self._load(known)
+            except Exception:
+                logger.exception("%s cannot be loaded", known.folder if known else "The base model")
+            else:
+                return
+
+    async def _load(self, adapter: Adapter | None) -> None:
+        extra = self.engine.vllm_config.load_config.model_loader_extra_config
+        extra = {**extra, KEY: adapter and adapter.folder, LIMIT: self.limit_bytes}
+        await self.engine.collective_rpc("update_config", args=({"load_config": {"model_loader_extra_config": extra}},))
+        await self.engine.collective_rpc("reload_weights")
+        self.loaded, self.whole = adapter, True
+
+    def _check_start(self) -> None:
+        if self.engine.vllm_config.load_config.load_format != LOAD_FORMAT:
+            raise AdapterError(f"The server was started without --load-format {LOAD_FORMAT}.")
+
+    async def _checked(self, folder: str) -> Adapter:
+        """Everything that can be wrong with a folder, found before anything is changed."""
+        version = version_of(folder)
+        await asyncio.to_thread(_check, self.engine.vllm_config.model_config, folder)
+        return Adapter(folder, version)
+
+
+def _check(model_config: Any, folder: str) -> None:
+    with _CHECKING:
+        composed = ComposedWeights(copy.deepcopy(model_config.hf_config), folder)
+    base = Path(model_config.model)
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        base = Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
+    composed.check(checkpoint_of(base))

@@ -1,0 +1,99 @@
+"""Whose turn it is: requests for one adapter run together, those for another wait until these have ended.
+
+One batch cannot hold several full-rank updates, and a running request must keep its weights to its end. Who comes
+while somebody waits joins the end of the queue, so that nobody waits for more than one turn of each other adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass, field
+
+_NOBODY = object()
+
+
+@dataclass
+class _Group:
+    key: Hashable
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+class Turns:
+    """`enter` and `leave` around each request. prepare: makes a key the active one, while nothing runs.
+
+    Where `prepare` fails, all who wait for that key get its error. An object() as key is a turn that nobody shares.
+    """
+
+    def __init__(self, prepare: Callable[[Hashable], Awaitable[None]]):
+        self.running = 0
+        self._prepare = prepare
+        self._now: Hashable = _NOBODY
+        self._outdated = False  # while it prepares: what it prepares for has another meaning by now
+        self._queue: list[_Group] = []
+        self._preparing: asyncio.Task[None] | None = None
+
+    async def enter(self, key: Hashable) -> None:
+        """Wait for the key's turn. Cancelled or with an error, the turn was not taken."""
+        if key == self._now and not self._queue:
+            self.running += 1
+            return
+        group = next((g for g in self._queue if g.key == key), None)
+        if group is None:
+            group = _Group(key)
+            self._queue.append(group)
+        mine = asyncio.get_running_loop().create_future()
+        group.waiting.append(mine)
+        self._go_on()
+        try:
+            await mine
+        except asyncio.CancelledError:
+            if mine.done() and not mine.cancelled() and mine.exception() is None:  # admitted in the same moment
+                self.running -= 1
+            self._go_on()
+            raise
+
+    def leave(self) -> None:
+        """The request has ended."""
+        self.running -= 1
+        self._go_on()
+
+    def prepare_again(self) -> None:
+        """Whoever comes next is prepared for anew: the keys have another meaning now."""
+        self._now = _NOBODY
+        self._outdated = True
+
+    def _go_on(self) -> None:
+        while self._queue and self._preparing is None:
+            group = self._queue[0]
+            if group.key == self._now or all(one.done() for one in group.waiting):  # done: cancelled
+                self._queue.remove(group)
+                self._admit(group)
+            elif self.running:
+                return
+            else:
+                self._preparing = asyncio.ensure_future(self._prepare_for(group))
+
+    async def _prepare_for(self, group: _Group) -> None:
+        self._now, self._outdated, failed = _NOBODY, False, None
+        try:
+            await self._prepare(group.key)
+        except Exception as error:
+            failed = error
+        finally:
+            self._preparing = None
+        if failed is None and not self._outdated:
+            self._now = group.key
+        self._queue.remove(group)
+        self._admit(group, failed)
+        self._go_on()
+
+    def _admit(self, group: _Group, failed: Exception | None = None) -> None:
+        for one in group.waiting:
+            if one.done():
+                continue
+            if failed is None:
+                self.running += 1
+                one.set_result(None)
+            else:
+                one.set_exception(failed)

@@ -1,0 +1,224 @@
+"""Requests by model name, around a small ASGI app: each is answered with its own adapter's weights, to its end."""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from stand_in import asked, main_of, started
+
+from dual_lora.serving import by_name
+from dual_lora.serving.by_name import ByName
+from dual_lora.serving.vllm_endpoint import OWN
+
+
+class Server:
+    """The middleware around an app that answers with the weights that the engine has, before and after some time."""
+
+    def __init__(self, folder, **other):
+        self.endpoint, self.engine, self.other = started(folder, **other)
+        self.served = self.endpoint.served
+        self.app = ByName(self.answer, self.served.turns, self.served.named, OWN)
+        self.one = main_of(self.endpoint)
+        self.shown = []
+
+    async def answer(self, scope, receive, send):
+        body, more = b"", True
+        while more and scope["type"] == "http" and scope["method"] == "POST":
+            message = await receive()
+            body, more = body + message["body"], message.get("more_body")
+        before = self.engine.loaded
+        self.shown.append(self.served.cards[0].name)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not self.engine.paused or scope["type"] != "http" or not body
+        said = json.dumps([body.decode(errors="replace"), before, self.engine.loaded]).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+
+    async def ask(self, body, method="POST", path="/v1/completions", kind=b"application/json", parts=2):
+        """(status, answer)."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        cut = len(data) // parts
+        left = [data[:cut], data[cut:]] if parts == 2 else [data]
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
+        await self.app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
+        return sent[0]["status"], json.loads(sent[1]["body"])
+
+    def run(self, *bodies):
+        async def together():
+            return await asyncio.gather(*(self.ask(body) for body in bodies))
+
+        return asyncio.run(together())
+
+    def names(self, named, **other):
+        return asked(self.endpoint, "POST", {"adapters": named, **other}, "adapters")
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    assert server.names({"b": server.other})[0] == 200
+    return server
+
+
+def test_each_request_has_its_own_weights_to_its_end(server):
+    bodies = [{"model": model, "n": n} for n, model in enumerate(["m", "b", "b", "m", "b", None, "b", "m"])]
+    for body, (status, (echo, before, after)) in zip(bodies, server.run(*bodies), strict=True):
+        assert status == 200
+        assert json.loads(echo) == body, "the body reaches the route as it came"
+        assert before == after == (server.other if body["model"] == "b" else server.one)
+    assert server.engine.asked.count("reload_weights") == 1, "those that wait for one adapter go together"
+    assert server.shown == ["m", "m", "m", "m", "b", "b", "b", "b"], "an answer has the first name of vLLM's list"
+    assert {card.name for card in server.served.cards} == {"m", "b"}
+    assert server.served.turns.running == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"null", b'{"model": 3}', b'{"model": {"b": 1}}', b"[" * 100_000])
+def test_an_odd_body_goes_to_the_route_as_it_is(body, server):
+    status, (echo, before, _) = asyncio.run(server.ask(body))
+    assert (status, echo, before) == (200, body.decode(), server.one)
+
+
+def test_what_cannot_reach_the_model_waits_for_nobody(server):
+    async def main():
+        await server.served.turns.enter("b")
+        for method, path, body in (
+            ("GET", "/health", b""),
+            ("POST", "/resume", b""),
+            ("POST", f"{OWN}adapters", b"{}"),
+        ):
+            assert (await asyncio.wait_for(server.ask(body, method, path), 1))[0] == 200
+        waits = asyncio.ensure_future(server.ask(b"--edge", kind=b"multipart/form-data; boundary=edge"))
+        await asyncio.sleep(0.1)
+        assert not waits.done(), "nobody knows what a route does with it"
+        server.served.turns.leave()
+        assert (await waits)[1][1] == server.one
+
+    asyncio.run(main())
+
+
+def test_a_request_in_the_background_would_outlive_its_turn(server):
+    [(status, said)] = server.run({"model": "b", "background": True})
+    assert status == 400
+    assert "background" in said["error"]["message"]
+    assert server.engine.asked == []
+
+
+def test_a_client_that_reads_nothing_loses_its_turn(server, monkeypatch):
+    monkeypatch.setattr(by_name, "PATIENCE", 0.05)
+
+    async def main():
+        async def receive():
+            return {"type": "http.request", "body": b"{}"}
+
+        async def never(message):
+            await asyncio.Event().wait()
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"2")]
+        with pytest.raises(asyncio.TimeoutError):
+            await server.app({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, never)
+        assert server.served.turns.running == 0
+        assert (await server.ask({"model": "b"}))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_names_that_are_refused_change_nothing(server, tmp_path):
+    before = asked(server.endpoint, "GET", path="adapters")
+    assert before == (200, {"adapters": {"b": server.other}, "limit_bytes": 0, "loaded": server.one})
+    for body in (
+        {"adapters": {"c": server.other, "d": str(tmp_path / "nothing")}},
+        {"adapters": {"m": server.other}},
+        {"adapters": {"": server.other}},
+        {"adapters": {"c": 3}},
+        {"adapters": {"c": "a\0b"}},
+        {"adapters": {"c": "x" * 10_000}},
+        {"adapters": [server.other]},
+        {"adapters": {"c": server.other}, "limit_bytes": -1},
+        {"adapters": {"c": server.other}, "limit_bytes": True},
+        {"limit": 5},
+        {},
+        None,
+        b"{",
+    ):
+        status, said = asked(server.endpoint, "POST", body if body is not None else b"null", "adapters")
+        assert status == 400, body
+        assert "\n" not in said
+        assert len(said) < 1000
+        assert asked(server.endpoint, "GET", path="adapters") == before
+    assert server.engine.asked == []
+    assert server.names({"b": None}, limit_bytes=7)[1] == {"adapters": {}, "limit_bytes": 7, "loaded": server.one}
+    assert [card.name for card in server.served.cards] == ["m"]
+
+
+def test_a_name_with_another_folder_is_the_other_adapter_from_now_on(server):
+    assert server.run({"model": "b"})[0][1][1] == server.other
+    server.names({"b": server.one})
+    assert server.run({"model": "b"})[0][1][1] == server.one
+    server.names({"b": None})
+    server.names({"c": server.other})
+    assert server.run({"model": "c"}, {"model": "b"})[1][1][1] == server.one, "vLLM itself says that there is no b"
+
+
+def test_files_that_have_changed_are_not_served_in_silence(server):
+    file = Path(server.other) / "adapter_model.safetensors"
+    written = file.stat()
+    file.write_bytes(file.read_bytes())
+    os.utime(file, ns=(written.st_atime_ns, written.st_mtime_ns))  # as rsync leaves it
+    [(status, said)] = server.run({"model": "b"})
+    assert status == 503
+    assert "have changed" in said["error"]["message"]
+    assert server.engine.asked == []
+    server.names({"b": server.other})
+    assert server.run({"model": "b"})[0][0] == 200
+
+
+def test_an_adapter_that_a_worker_cannot_load(server):
+    server.engine.fails = {server.other}
+    answers = server.run({"model": "b"}, {"model": "b"}, {"model": "m"})
+    assert [status for status, _ in answers] == [503, 503, 200]
+    assert "no memory" in answers[0][1]["error"]["message"]
+    assert answers[2][1][1] == server.one == main_of(server.endpoint)
+    assert server.engine.asked.count("update_config") == 2, "tried once for both, then the one before"
+
+
+def test_a_server_of_parts_answers_nothing(server):
+    server.engine.fails = {server.other, server.one, None}
+    assert [status for status, _ in server.run({"model": "b"}, {"model": "m"})] == [503, 503]
+    assert server.engine.paused
+    server.engine.fails = set()
+    assert server.run({"model": "m"})[0][0] == 503, "until a swap works"
+    assert asked(server.endpoint, "POST", {"adapter": server.one})[0] == 200
+    assert [answer[1] for _, answer in server.run({"model": "b"}, {"model": "m"})] == [server.other, server.one]
+
+
+def test_names_at_the_start(tmp_path):
+    limit, folders = 10**9, {}
+    for name in ("good", "bad"):
+        folders[name] = tmp_path / name
+    server = Server(
+        folders["good"], extra={"adapters": {"b": str(folders["good"] / "other" / "adapter")}, "limit_bytes": limit}
+    )
+    assert server.run({"model": "b"})[0][1][1] == server.other
+    assert server.engine.extra["limit_bytes"] == limit
+    with pytest.raises(ValueError, match="is missing"):
+        Server(folders["bad"], extra={"adapters": {"b": str(tmp_path / "nothing")}})
+
+
+def test_several_processes_that_take_requests(tmp_path):
+    server = Server(tmp_path, args=SimpleNamespace(api_server_count=2))
+    status, said = server.names({"b": server.other})
+    assert status == 400
+    assert "--api-server-count 1" in said
+    assert asked(server.endpoint, "POST", {"adapter": server.other})[0] == 200, "a swap pauses all of them"
