@@ -119,6 +119,17 @@ def test_another_question_in_its_folder_is_refused(lora_wins):
         advise(recipe, SOME, out, margin=0.5, progress=False)
 
 
+def test_a_recipe_that_was_changed_meanwhile_is_noticed(lora_wins, letters, tmp_path):
+    recipe, out, _ = lora_wins
+    text = recipe.read_text()
+    try:
+        recipe_file(letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "ste": "identity"})
+        with pytest.raises(UserError, match=r"The study has changed since it was started.*methods"):
+            advise(recipe, SOME, out, progress=False)
+    finally:
+        recipe.write_text(text)
+
+
 def test_where_dual_lora_wins(letters, call, short):
     """LoRA can learn next to nothing: its scale is a millionth. The best recipe then trains Dual LoRA."""
     recipe = recipe_file(letters, "weak", method={"name": "lora", "r": 4, "alpha_pattern": {".*": 1e-6}})
@@ -223,6 +234,7 @@ def test_what_the_recipe_says_of_its_method_is_kept():
     assert found[DUAL]["ste"] == "hardtanh"
     assert (found[DUAL]["r1"], found[DUAL]["r2"]) == ("4r/16", "12r/16")
     assert found[NO_SIGN] == found[DUAL] | {"direction_activation": "identity"}
+    assert methods(name="dual_lora", r=16, r1=4)[DUAL] == {"name": "dual_lora", "r1": "4r/16", "r2": "12r/16"}
     found = methods(name="lora", r=8, lora_alpha=32, use_rslora=True)
     assert found[LORA] == {"name": "lora", "r": 8, "lora_alpha": 32, "use_rslora": True}
     assert found[DUAL] == {"name": "dual_lora", "alpha": 32}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dual_lora.lab.advise import pace
-from dual_lora.lab.advise.paired import paired_study, recipe_of
+from dual_lora.lab.advise.paired import length_of, of_length, paired_study, recipe_of
 from dual_lora.lab.advise.said import Advice, advice_of
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import Bar
@@ -88,8 +88,11 @@ class _Made:
         self.source, self.minutes = source, minutes
         whole = paired_study(source, minutes, metric, margin)
         self.folder = StudyFolder(folder_of(source, minutes, out)).read()
-        self.begun = _begun(whole, self.folder)
+        _check_same_question(whole, self.folder)
         self.whole, _ = settled_study(whole, self.folder)
+        # What the recipe says today, as long as it was begun: `compare` sees what has changed since.
+        known = self.folder.known.study
+        self.begun = of_length(self.whole, length_of(build_study(known))) if known else None
         self.cells = lay_out(self.whole)
         self.runs = self.folder.runs(None)
         self.probes = [pace_job(self.whole, cell) for cell in self.cells]
@@ -129,17 +132,16 @@ class _Made:
         return pace.estimated(self.cells, Speed())
 
 
-def _begun(whole: Study, folder: StudyFolder) -> Study | None:
-    """The study as the folder has it, with its seeds and steps; None where there is none yet."""
+def _check_same_question(whole: Study, folder: StudyFolder) -> None:
+    """Raise UserError where the folder holds another study than this one, however long."""
     if not folder.known.study:
-        return None
+        return
     known = build_study(folder.known.study, f"{folder.path}/study.json")
     if (known.name, known.question, known.margin) != (whole.name, whole.question, whole.margin):
         raise UserError(
             f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe, --minutes and "
             "--margin to go on with it, or another --out."
         )
-    return known
 
 
 def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:

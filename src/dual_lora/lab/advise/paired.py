@@ -113,9 +113,10 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     kind = str(own.pop("name")).lower().replace("-", "_")
     shared = {key: own[key] for key in SHARED if key in own}
     alpha, dropout = own.get("lora_alpha", own.get("alpha")), own.get("lora_dropout", own.get("dropout"))
-    r1, r2 = own.pop("r1", None), own.pop("r2", None)
+    r, r1, r2 = (own.pop(key, None) for key in ("r", "r1", "r2"))
+    r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
-    rank = own.pop("r", whole) or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
+    rank = r or whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}
     if kind == "lora":
