@@ -147,6 +147,6 @@ def _count(what: str, verdict: str = "") -> int:
     if what == "studies":
         return len(names)
     if what == "amended":
-        return sum(len(a["changed"]) for name in names for a in study(name)["amendments"])
+        return sum(len(a.get("changed", ())) for name in names for a in study(name)["amendments"])
     comparisons = [c for name in names for c in study(name)["comparisons"]]
     return sum(not verdict or c["verdict"] == verdict for c in comparisons)

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dual_lora import DualLoraConfig, VerifyAdapter
 from dual_lora.verify.callback import FILLED
@@ -57,8 +57,8 @@ def train(peft_model, data, tmp_path, callback=None, steps=6, **more):
         use_cpu=True, save_strategy="no", disable_tqdm=True, lr_scheduler_type="constant", **more,
     )  # fmt: skip
     trainer = Trainer(model=peft_model, args=arguments, train_dataset=data, data_collator=collate)
-    if callback is not None:
-        trainer.add_callback(callback)
+    for each in callback if isinstance(callback, list) else filter(None, [callback]):
+        trainer.add_callback(each)
     trainer.train()
     return trainer
 
@@ -93,6 +93,19 @@ def test_a_tensor_without_gradient(tmp_path):
     assert len(callback.problems) == 1
     assert "2 (base_model.model.model.layers.1.self_attn.q_proj" in callback.problems[0]
     assert "no gradient in 4 steps" in callback.problems[0]
+
+
+def test_what_a_schedule_froze_is_no_fault(tmp_path):
+    class Freeze(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            for name, parameter in model.named_parameters():
+                if "lora_A" in name:
+                    parameter.requires_grad_(False)
+
+    adapted = get_peft_model(model(), CONFIGS["lora"]())
+    callback = VerifyAdapter(steps=4, tokenizer=Tokenizer())
+    train(adapted, rows(), tmp_path, [Freeze(), callback])
+    assert callback.problems == []
 
 
 def test_a_tensor_that_does_not_move(tmp_path):

@@ -92,12 +92,13 @@ class VerifyAdapter(TrainerCallback):
 
     def _judge(self, steps: int) -> None:
         self._judged = True
-        if self._silent:
+        trained = {name: p for name, p in self._trained.items() if p.requires_grad}  # others were frozen on purpose
+        if silent := self._silent & trained.keys():
             self._say(
-                f"{_some(self._silent)} of {len(self._trained)} trained tensors had no gradient in {steps} steps: "
+                f"{_some(silent)} of {len(self._trained)} trained tensors had no gradient in {steps} steps: "
                 "nothing that they compute reaches the loss"
             )
-        still = {n for n, p in self._trained.items() if n not in self._silent and _sums(p) == self._before[n]}
+        still = {n for n, p in trained.items() if n not in self._silent and _sums(p) == self._before[n]}
         if still:
             self._say(
                 f"{_some(still)} of {len(self._trained)} trained tensors have a gradient and did not move in "
