@@ -38,9 +38,6 @@ loop over matrix products.
 Four cells are bad. The assembler that comes with Triton 3.7.1 gives the kernel of two adapters 32 registers on sm_100,
 with a barrier between the adapters as well; with 3.9 it has 178 and spills nothing. Triton 3.4 spills 3.8 kB of the
 largest gradient tile on gfx942, and in the loop over tokens on sm_90 where inputs are not aligned; later ones do not.
-
-The rows of every form were compiled before there was `ste="surrogate"`. With it the one on sm_90 (Triton 3.9) has 255
-registers and spills 112 bytes, none of them in a loop.
 """
 KNOWN = {
     ("3.7.1", "sm_100", "compose, bf16, rank 16+8"),
