@@ -70,14 +70,14 @@ class DualLoraLayer(MergeLayer):
             self.unmerge()
         return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
 
-    def _may_keep(self, decodes: bool = False) -> bool:
+    def _may_keep(self, x: Tensor | None = None) -> bool:
         """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant.
 
-        decodes: one token of each sequence comes, as in generation, which trainers call in training mode as well.
+        x: one token of each sequence shows that a model generates, as trainers let it in training mode as well.
         """
-        if torch.is_grad_enabled() or (self.training and not decodes):
+        if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
-        return not (is_traced() or torch._C._len_torch_dispatch_stack())  # the latter: make_fx, fake tensors
+        return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
     def _kept_weight(self, weight: Tensor, names: list[str], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
@@ -204,8 +204,7 @@ class Linear(MapLayer):
         source: Tensor | None = None,
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
-        few = x.numel() <= CACHED_ROWS * self.in_features
-        if source is None or not few or not self._may_keep(decodes=x.dim() == 3 and x.shape[1] == 1):
+        if source is None or not self._may_keep(x) or x.numel() > CACHED_ROWS * self.in_features:
             if self.training and not is_traced():
                 composed_weights.drop(self)  # generation is over: its memory is for training now
             return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(names, x))
