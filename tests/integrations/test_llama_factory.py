@@ -51,6 +51,7 @@ def test_llama_factory_itself(example, tiny_lm, tmp_path, monkeypatch):
         "logging_steps": 1,
         "report_to": "none",
         "use_cpu": True,
+        "disable_gradient_checkpointing": True,  # its own fails with transformers 5.24
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(arguments))
     watched, module = [], example("llama_factory")

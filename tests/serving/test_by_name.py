@@ -90,6 +90,11 @@ def test_an_odd_body_goes_to_the_route_as_it_is(body, server):
     assert (status, echo, before) == (200, body.decode(), server.one)
 
 
+@pytest.mark.parametrize("kind", [b"Application/JSON; charset=utf-8", b"application/vnd.api+json", b"text/plain", b""])
+def test_a_name_is_read_whatever_the_body_is_called(kind, server):
+    assert asyncio.run(server.ask({"model": "b"}, kind=kind))[1][1] == server.other
+
+
 def test_what_cannot_reach_the_model_waits_for_nobody(server):
     async def main():
         await server.served.turns.enter("b")
@@ -99,6 +104,10 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
             ("POST", f"{OWN}adapters", b"{}"),
         ):
             assert (await asyncio.wait_for(server.ask(body, method, path), 1))[0] == 200
+        waiting = asyncio.ensure_future(server.app({"type": "websocket", "headers": []}, None, None))
+        await asyncio.sleep(0.1)
+        assert not waiting.done(), "it may ask the model anything"
+        waiting.cancel()
         waits = asyncio.ensure_future(server.ask(b"--edge", kind=b"multipart/form-data; boundary=edge"))
         await asyncio.sleep(0.1)
         assert not waits.done(), "nobody knows what a route does with it"

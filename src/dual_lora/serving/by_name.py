@@ -61,7 +61,7 @@ class ByName:
 
 async def _read_json(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
     """The body's object, or an empty one; and the same body to be received again."""
-    if b"json" not in dict(scope["headers"]).get(b"content-type", b""):
+    if scope["type"] != "http" or b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():
         return {}, receive
     messages = [await receive()]
     while messages[-1].get("more_body"):
