@@ -25,7 +25,9 @@ def test_a_traced_layer_is_the_layer(kind, grad):
     with torch.set_grad_enabled(grad):
         for _ in range(2):  # before anything is kept, and after
             traced = torch.jit.trace(model, (x,))
-            assert torch.equal(traced(x), model(x))
+            expected = model(x)  # without gradients one product and its bias may be rounded at once, by a kept weight
+            rounding = 8 * torch.finfo(expected.dtype).eps * expected.abs().max()
+            torch.testing.assert_close(traced(x), expected, rtol=0, atol=float(rounding))
 
 
 def test_a_traced_model_takes_other_batches():

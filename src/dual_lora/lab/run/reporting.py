@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -90,8 +91,7 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
 
 def _in_mlflow(names: dict[str, str]) -> str | None:
     """MLflow gives a run its identifier: that of the run with our tags, if it is there already."""
-    import mlflow
-
+    mlflow = importlib.import_module("mlflow")  # the user's choice, as the others are: no extra of ours
     tag = json.loads(names["MLFLOW_TAGS"])["run"]
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", names["MLFLOW_EXPERIMENT_NAME"])
     found = mlflow.search_runs(
