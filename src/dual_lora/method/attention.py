@@ -161,6 +161,7 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), out.weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
+        self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = [self._parts(self.adapter(n)) for n in names]
         one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
