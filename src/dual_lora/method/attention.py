@@ -161,14 +161,14 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), out.weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
-        self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
+        scale = self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = [self._parts(self.adapter(n)) for n in names]
         one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps=one)
+            name: self._composed(weight, names, [p[name] for p in parts], weight, scale, keeps=one)
             for name, weight in self._merge_parameters().items()
         }
-        to_out = self._out._composed(out.weight, names, [self._out.adapter(n) for n in names], out.weight)
+        to_out = self._out._composed(out.weight, names, [self._out.adapter(n) for n in names], out.weight, scale)
         with (
             recomposing(*ins.values(), to_out),
             replaced(self._base, {name: c.result for name, c in ins.items()}),

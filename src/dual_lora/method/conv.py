@@ -40,7 +40,7 @@ class _Conv(MapLayer):
     def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
         base: Any = self.get_base_layer()
         x = in_dtype_of(base.weight, x)
-        composed = self._composed(weight, names, [self.adapter(n) for n in names], x)
+        composed = self._composed(weight, names, [self.adapter(n) for n in names], x, self._loss_scale(names, x))
         with recomposing(composed):
             return base._conv_forward(x, self._from_matrix(composed.result), bias)
 

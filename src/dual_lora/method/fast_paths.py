@@ -46,4 +46,5 @@ class ReadLinear(Linear):
         names = self._present(self.active_adapters)
         if self.merged or self.disable_adapters or not names:
             return weight
-        return self._composed(weight, names, [self.adapter(n) for n in names], weight, keeps=False).result
+        scale = self._loss_scale(names, weight)
+        return self._composed(weight, names, [self.adapter(n) for n in names], weight, scale, keeps=False).result

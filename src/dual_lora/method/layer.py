@@ -85,7 +85,13 @@ class DualLoraLayer(MergeLayer):
         return composed_weights.get(self, [weight, *own], (tuple(names), dtype), make)
 
     def _composed(
-        self, weight: Tensor | None, names: list[str], adapters: list[Adapter], operand: Tensor, keeps: bool = True
+        self,
+        weight: Tensor | None,
+        names: list[str],
+        adapters: list[Adapter],
+        operand: Tensor,
+        scale: Tensor | None,
+        keeps: bool = True,
     ) -> Composed:
         """The composed weight of a layer that calls a function of its own with it; kept in inference, if `keeps`.
 
@@ -93,10 +99,10 @@ class DualLoraLayer(MergeLayer):
         """
         dtype = autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix = None if weight is None else self._matrix(weight)
-        make = partial(dual_lora_weight, matrix, adapters, dtype=dtype)
+        make = partial(dual_lora_weight, matrix, adapters, scale, dtype=dtype)
         if keeps and weight is not None and self._may_keep():
             return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
-        return Composed(make(loss_scale=self._loss_scale(names, operand)), matrix, adapters)
+        return Composed(make(), matrix, adapters)
 
     def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
