@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,16 @@ class Stopped(KeyboardInterrupt):
 def exit_status(error: KeyboardInterrupt) -> int:
     """What a shell expects of a program that a signal ended: 128 and the signal's number (Ctrl-C: 130)."""
     return 128 + getattr(error, "number", signal.SIGINT)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Where stopped, say that the same command goes on, and end with the status that a shell expects."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print("Interrupted. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(exit_status(error)) from None
 
 
 @contextmanager

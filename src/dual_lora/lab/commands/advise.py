@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from dual_lora.lab.commands.card import finish, size
+from dual_lora.lab.commands.card import finish, finish_forecast, size
 from dual_lora.lab.commands.parameters import Json
-from dual_lora.lab.interrupt import exit_status
+from dual_lora.lab.interrupt import resumable
 
 if TYPE_CHECKING:
     from dual_lora.lab.advise.said import Advice
@@ -51,19 +49,10 @@ def advise(
 
     question: dict[str, Any] = {"metric": metric, "margin": margin}
     if dry_run:
-        from dual_lora.lab.study.tables import show_forecast
-
-        expected = plan(recipe, minutes, out, **question)
-        if json:
-            finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
-        else:
-            show_forecast(expected)
+        finish_forecast(plan(recipe, minutes, out, **question), json)
         return
-    try:
+    with resumable():
         advice = run(recipe, minutes, out, update=update, **question)
-    except KeyboardInterrupt as error:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(exit_status(error)) from None
     finish(advice.plain(), _card(advice), json)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.panel import Panel
@@ -16,6 +17,9 @@ from dual_lora.lab.amounts import size as size
 from dual_lora.lab.run.write import json_text
 from dual_lora.lab.terminal import Console, figures
 
+if TYPE_CHECKING:
+    from dual_lora.lab.study.forecast import Forecast
+
 
 def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
     """Print ``result`` as one line if ``as_json``, else the card; of several processes only the first one speaks."""
@@ -25,6 +29,16 @@ def finish(result: Mapping[str, Any], card: Any, as_json: bool) -> None:
         print(json_text(result))
     else:
         Console().print(card)
+
+
+def finish_forecast(expected: Forecast, as_json: bool) -> None:
+    """Print what a study would do (`--dry-run`), as one line if ``as_json``, else as a table."""
+    from dual_lora.lab.study.tables import show_forecast
+
+    if as_json:
+        finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
+    else:
+        show_forecast(expected)
 
 
 def facts_card(title: str, facts: Mapping[str, str]) -> Panel:

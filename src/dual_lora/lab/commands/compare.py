@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +9,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.interrupt import exit_status
+from dual_lora.lab.interrupt import resumable
 
 
 def compare(
@@ -56,7 +54,7 @@ def compare(
 
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
-    from dual_lora.lab.commands.card import finish
+    from dual_lora.lab.commands.card import finish, finish_forecast
     from dual_lora.lab.study.read import read_study, shipped_studies
 
     if list or study is None:
@@ -69,23 +67,15 @@ def compare(
         raise UserError("--on names a card for --dry-run; the study itself runs on what is here.")
     if dry_run:
         from dual_lora.lab.study.forecast import forecast
-        from dual_lora.lab.study.tables import show_forecast
 
-        expected = forecast(study, out, runs=runs, executor=executor, workers=workers, on=on)
-        if json:
-            finish(dataclasses.asdict(expected) | {"study": expected.study.name}, None, True)
-        else:
-            show_forecast(expected)
+        finish_forecast(forecast(study, out, runs=runs, executor=executor, workers=workers, on=on), json)
         return
     from dual_lora.lab.study.compare import compare as run
     from dual_lora.lab.study.tables import show_results
 
-    try:
+    with resumable():
         options: dict[str, Any] = {"executor": executor, "workers": workers, "update": update, "keep": keep}
         results = run(study, out, runs=runs, report_to=report_to, **options)
-    except KeyboardInterrupt as error:
-        print("Interrupted. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(exit_status(error)) from None
     if json:
         finish(results, None, True)
     else:

@@ -68,8 +68,10 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
         "MLFLOW_TAGS": json.dumps({"task": report.task, "run": known}),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
     }
-    if "mlflow" in report.to and (earlier := _in_mlflow(names)):
-        names["MLFLOW_RUN_ID"] = earlier
+    if "mlflow" in report.to:
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", names["MLFLOW_EXPERIMENT_NAME"])
+        if earlier := _in_mlflow(experiment, known):
+            names["MLFLOW_RUN_ID"] = earlier
     added = {name: value for name, value in names.items() if name not in os.environ}
     os.environ |= added
     try:
@@ -89,11 +91,9 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
                 module.finish()  # type: ignore[union-attr]
 
 
-def _in_mlflow(names: dict[str, str]) -> str | None:
-    """MLflow gives a run its identifier: that of the run with our tags, if it is there already."""
+def _in_mlflow(experiment: str, tag: str) -> str | None:
+    """MLflow gives a run its identifier: that of the run with our tag, if it is there already."""
     mlflow = importlib.import_module("mlflow")  # the user's choice, as the others are: no extra of ours
-    tag = json.loads(names["MLFLOW_TAGS"])["run"]
-    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", names["MLFLOW_EXPERIMENT_NAME"])
     found = mlflow.search_runs(
         experiment_names=[experiment], filter_string=f"tags.run = '{tag}'", max_results=1, output_format="list"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,9 @@ class Amendment(BaseModel):
     fields: Changes = {}
 
 
-def amendment(what: str, ended: Iterable[bool], results: Path, fields: Changes) -> Amendment:
-    """A change of today. ended: of each final run, if none is known those that the `results` of old show."""
-    done = list(ended) or _ended_in(results)
-    return Amendment(date=time.strftime("%Y-%m-%d"), what=what, ended=sum(done), of=len(done), fields=fields)
+def amendment(what: str, ended: Collection[bool], fields: Changes) -> Amendment:
+    """A change of today. ended: whether each final run had."""
+    return Amendment(date=time.strftime("%Y-%m-%d"), what=what, ended=sum(ended), of=len(ended), fields=fields)
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] = ("search",)) -> Changes:
@@ -42,7 +41,8 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
     return pairs
 
 
-def _ended_in(results: Path) -> list[bool]:
+def ended_in(results: Path) -> list[bool]:
+    """Whether each final run had ended, by the results of an earlier version."""
     try:
         return [seed["status"] != "missing" for method in read_json(results)["methods"] for seed in method["seeds"]]
     except (OSError, ValueError, KeyError, TypeError):

@@ -58,7 +58,7 @@ def compare(
     Raises UserError for everything that a person can put right. Runs that fail with an error are recorded, the others
     go on; the results then say what is missing ("complete": false, "failed").
     """
-    study = source if isinstance(source, Study) else read_study(source)
+    study = read_study(source)
     if keep not in KEPT:
         raise UserError(f"keep is {keep!r}, expected one of {', '.join(KEPT)}.")
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read(update)

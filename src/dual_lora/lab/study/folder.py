@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
-from dual_lora.lab.study.amendments import Amendment, Changes, amendment, changes
+from dual_lora.lab.study.amendments import Amendment, Changes, amendment, changes, ended_in
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
@@ -141,9 +141,11 @@ class StudyFolder:
 
     def amend(self, what: str, runs: Path, fields: Changes | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""
-        finals = (key for key, job in self.known.jobs.items() if job.kind == "final")
-        ended = (read_outcome(runs, key) is not None for key in finals)
-        self.known.amendments.append(amendment(what, ended, self.path / "results.json", fields or {}))
+        finals = [key for key, job in self.known.jobs.items() if job.kind == "final"]
+        ended = [read_outcome(runs, key) is not None for key in finals]
+        if not self.known.jobs:
+            ended = ended_in(self.path / "results.json")
+        self.known.amendments.append(amendment(what, ended, fields or {}))
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""

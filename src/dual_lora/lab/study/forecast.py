@@ -194,7 +194,7 @@ def forecast(
 
     on: a card of `cards`, whose published figures are taken in the place of this machine's speed.
     """
-    study = source if isinstance(source, Study) else read_study(source)
+    study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
     study, _ = settled_study(study, folder)
     side_by_side = runs_side_by_side(executor, workers)

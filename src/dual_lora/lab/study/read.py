@@ -20,11 +20,13 @@ def shipped_studies() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "shipped").glob("*.yaml"))}
 
 
-def read_study(source: str | Path) -> Study:
-    """The study in a YAML file, or the shipped one of that name.
+def read_study(source: str | Path | Study) -> Study:
+    """The study in a YAML file, or the shipped one of that name; a Study is itself.
 
     Raises UserError for a missing file, broken YAML, and every unknown or impossible field (nearest name suggested).
     """
+    if isinstance(source, Study):
+        return source
     path = _study_file(str(source), Path(source))
     values = values_in(path)
     if not {"tasks", "methods", "extends"} & set(values) and {"model", "method", "data"} & set(values):
