@@ -47,7 +47,7 @@ def main() -> None:
     results = json.loads((folder / "results.json").read_text())
     tables = {name: (folder / f"{name}.csv").open("w", newline="") for name in ("widths", "middles")}
     writers = {name: csv.writer(file) for name, file in tables.items()}
-    for name, writer in writers.items():
+    for writer in writers.values():
         writer.writerow(("method", "seed", "score", "metric"))
     for method in results["methods"]:
         by_seed: dict[int, dict[float, float]] = defaultdict(dict)
