@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all tutorial crash fuzz serving test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz serving test-quick test-oldest lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -96,6 +96,10 @@ docs: $(VENV)/.ready ## the documentation site, into site/ (no network needed on
 pictures: $(VENV)/.ready ## the documentation's pictures (the report's needs Chromium) and the quick start's outputs
 	$(PY) -m scripts.pictures
 	$(PY) -m scripts.notebooks
+
+recording: $(VENV)/.ready ## the demo as an animated picture (runs the real one: four to ten minutes)
+	$(PY) -m pip install --quiet "termtosvg>=1.1" setuptools
+	$(PY) -m scripts.recording
 
 release-check: $(VENV)/.ready ## build wheel and sdist, and install the wheel in an empty environment for each Python that is here
 	$(PY) -m pip install --quiet build twine
