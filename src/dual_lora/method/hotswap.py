@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -34,7 +35,8 @@ def hotswap_from_state_dict(
 ) -> None:
     """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
 
-    Layers that the new adapter leaves out get ΔW = 0. Raises RuntimeError, with nothing changed, for tensors of layers
+    Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, so that it can
+    be saved. Raises RuntimeError, with nothing changed, for tensors of layers
     that the old adapter does not have and for shapes that differ in more than the rank; ValueError while the adapter is
     merged.
     """
@@ -59,7 +61,7 @@ def hotswap_from_state_dict(
         for key, value in others.items():
             known[key].copy_(value)
         tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
-        root = next(tuners, "")
+        root, stored = next(tuners, ""), {}
         for name, layer in layers.items():
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
@@ -69,9 +71,27 @@ def hotswap_from_state_dict(
             if isinstance(layer, ParamWrapper):
                 key = f"{key}.{layer.parameter_name}"
             layer.set_ranks(adapter_name, *layer_options(config, key))
+            stored[key] = _stored_options(layer, adapter_name)
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
+
+
+    configs = getattr(model, "peft_config", {})
+    if adapter_name in configs and stored:
+        configs[adapter_name] = own = copy.copy(configs[adapter_name])
+        own.r1, own.r2, own.alpha = usual = max(stored.values(), key=[*stored.values()].count)
+        own.r, own.warmup_steps = own.r1 + own.r2, config.warmup_steps
+        others = {f"^{re.escape(key)}": options for key, options in stored.items() if options != usual}
+        own.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
+        own.alpha_pattern = {key: alpha for key, (*_, alpha) in others.items()}
+
+
+def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
+    """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
+    factors = layer._stored(adapter)
+    r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
+    return r1, r2, layer.alpha[adapter] * math.sqrt(r1 * r2 / (layer.r1[adapter] * layer.r2[adapter]))
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
