@@ -35,10 +35,9 @@ def hotswap_from_state_dict(
 ) -> None:
     """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
 
-    Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, so that it can
-    be saved. Raises RuntimeError, with nothing changed, for tensors of layers
-    that the old adapter does not have and for shapes that differ in more than the rank; ValueError while the adapter is
-    merged.
+    Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, for saving.
+    Raises RuntimeError, with nothing changed, for tensors of layers that the old adapter does not have and for shapes
+    that differ in more than the rank; ValueError while the adapter is merged.
     """
     model = getattr(model, "_orig_mod", model)
     named = model.named_modules()
@@ -75,7 +74,6 @@ def hotswap_from_state_dict(
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
-
 
     configs = getattr(model, "peft_config", {})
     if adapter_name in configs and stored:
