@@ -60,7 +60,8 @@ def hotswap_from_state_dict(
         for key, value in others.items():
             known[key].copy_(value)
         tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
-        root, stored = next(tuners, ""), {}
+        root = next(tuners, "")
+        stored: dict[str, tuple[int, int, float]] = {}
         for name, layer in layers.items():
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
@@ -75,14 +76,21 @@ def hotswap_from_state_dict(
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
 
-    configs = getattr(model, "peft_config", {})
+    configs: Any = getattr(model, "peft_config", {})
     if adapter_name in configs and stored:
-        configs[adapter_name] = own = copy.copy(configs[adapter_name])
-        own.r1, own.r2, own.alpha = usual = max(stored.values(), key=[*stored.values()].count)
-        own.r, own.warmup_steps = own.r1 + own.r2, config.warmup_steps
-        others = {f"^{re.escape(key)}": options for key, options in stored.items() if options != usual}
-        own.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
-        own.alpha_pattern = {key: alpha for key, (*_, alpha) in others.items()}
+        configs[adapter_name] = changed = copy.copy(configs[adapter_name])
+        changed.warmup_steps = config.warmup_steps
+        _write_options(changed, stored)
+
+
+def _write_options(config: DualLoraConfig, layers: dict[str, tuple[int, int, float]]) -> None:
+    """The ranks and the α of every layer, as patterns where they are not the usual ones."""
+    usual = max(layers.values(), key=[*layers.values()].count)
+    config.r1, config.r2, config.alpha = usual
+    config.r = config.r1 + config.r2
+    others = {f"^{re.escape(key)}": options for key, options in layers.items() if options != usual}
+    config.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
+    config.alpha_pattern = {key: alpha for key, (*_, alpha) in others.items()}
 
 
 def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
