@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -31,11 +32,25 @@ def shapes_of(folder: str | Path) -> Shapes:
     """Names and shapes of an adapter's tensors. Raises AdapterError where a file is missing or half-written."""
     config, weights = _paths(folder)
     try:
+        _check_sizes(config, weights)
         json.loads(config.read_text("utf-8"))
         with safe_open(str(weights), framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except AdapterError:
+        raise
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
+
+
+def _check_sizes(config: Path, weights: Path) -> None:
+    """Raise AdapterError for what would be read for seconds, while nothing else runs in the process."""
+    size = config.stat().st_size
+    if size > CONFIG_BYTES:
+        raise AdapterError(f"{config} has {size:,} bytes, and at most {CONFIG_BYTES:,} are read.")
+    with weights.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < header <= weights.stat().st_size:
+        raise AdapterError(f"The header of {weights} has {header:,} bytes, and at most {HEADER_BYTES:,} are read.")
 
 
 def version_of(folder: str | Path) -> tuple[tuple[int, ...], ...]:

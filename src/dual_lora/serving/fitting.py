@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dual_lora.method.patterns import check_patterns
+
 from .files import AdapterError, Shapes
 
 _FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
@@ -43,6 +45,10 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     """
     from peft import get_peft_model
 
+    try:
+        check_patterns(config.to_dict(), model)
+    except ValueError as error:
+        raise AdapterError(f"{folder} does not fit the base model: {error}") from error
     sizes = {size for shape in files.values() for size in shape} | {
         size for p in model.parameters() for size in p.shape
     }
