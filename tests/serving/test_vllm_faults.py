@@ -9,7 +9,7 @@ from vllm_server import ask, folder, needs_vllm, served, verdict  # noqa: F401
 
 from dual_lora.lab.model.merge import merge
 
-pytestmark = [*needs_vllm[:-1], pytest.mark.timeout(1200)]
+pytestmark = [*needs_vllm[:-1], pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ class ServedAdapters:
         """What the server has, in a sentence."""
         if not self.whole:
             return "The server has parts of two models and answers nothing until a swap works."
-        return f"The server has {self.main.folder if self.main else 'the base model'}."
+        return f"The server has {_end_of(self.main.folder) if self.main else 'the base model'}."
 
     async def swap(self, folder: str | None, kept: Any = None) -> None:
         """Let the server's own names have another adapter; None: the base model alone. Waits for running requests.
@@ -104,7 +104,13 @@ class ServedAdapters:
         limit_bytes: None leaves the limit as it is. kept: held as long as one of these adapters is in use.
         """
         self.check_names(named)
-        adapters = {name: await self._checked(folder, kept) for name, folder in named.items() if folder is not None}
+        adapters = {}
+        for name, folder in named.items():
+            try:
+                if folder is not None:
+                    adapters[name] = await self._checked(folder, kept)
+            except AdapterError as error:
+                raise AdapterError(f"{name}: {error}") from error
         for name in named:
             self.named.pop(name, None)
         self.named.update(adapters)
@@ -195,6 +201,11 @@ class ServedAdapters:
         version = version_of(folder)
         await asyncio.to_thread(_check, self.engine.vllm_config.model_config, folder)
         return Adapter(folder, version, kept)
+
+
+def _end_of(folder: str) -> str:
+    """What tells a folder from others; in the answers that it sends vLLM puts <path> in the place of a whole path."""
+    return "/".join(Path(folder).parts[-2:])
 
 
 def _check(model_config: Any, folder: str) -> None:
