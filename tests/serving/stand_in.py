@@ -104,6 +104,8 @@ class Request:
 
     async def form(self, **limits):
         body = await self.body()
+        if isinstance(self.scope.get("form"), Exception):
+            raise self.scope["form"]
         return self.scope["form"] if "form" in self.scope else json.loads(body)
 
 

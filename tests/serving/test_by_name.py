@@ -16,7 +16,7 @@ from dual_lora.serving.by_name import ByName
 from dual_lora.serving.files import FILES
 from dual_lora.serving.vllm_endpoint import OWN
 
-BAD_NAMES = ["", "m", "a-lora", "..", "../adapter", "/etc", "a//b", "a/./b", "a\x1b[31m", "a\nb", "x" * 201]
+BAD_NAMES = ["", " ", "m", "m ", "a-lora", "..", "../adapter", "/etc", "a//b", "a/./b", "a\x1b[31m", "a\nb", "x" * 201]
 FORM = b"multipart/form-data; boundary=edge"
 
 

@@ -21,6 +21,7 @@ from .vllm import KEY, LIMIT, LOAD_FORMAT, Settings
 
 logger = logging.getLogger(__name__)
 LONGEST = 200  # characters of a name, which stands in lists, answers and logs
+_NO_PART = {"", ".", ".."}  # of a name between slashes: paths of requests are shortened on their way
 _CHECKING = threading.Lock()  # what makes a model without weights changes settings of the whole process meanwhile
 
 
@@ -185,10 +186,11 @@ class ServedAdapters:
         for name in names:
             if name in taken:
                 raise AdapterError(f"{name!r} cannot be an adapter's name: the base model or a LoRA has it.")
-            if not name.isprintable() or len(name) > LONGEST or {"", ".", ".."} & set(name.split("/")):
+            parts = name.split("/")
+            if not name.isprintable() or len(name) > LONGEST or any(p.strip() != p or p in _NO_PART for p in parts):
                 raise AdapterError(
-                    f"{name[:LONGEST]!r} cannot be an adapter's name: expected up to {LONGEST} printable characters, "
-                    "and between slashes no empty part, no . and no .."
+                    f"{name[:LONGEST]!r} cannot be an adapter's name: expected up to {LONGEST} printable characters "
+                    "without blanks at the ends, and between slashes neither nothing nor dots alone."
                 )
 
     def check_start(self) -> None:

@@ -104,10 +104,18 @@ class AdapterEndpoint:
                 )
             return await swap(wanted)
 
+        async def form_of(request: Any) -> Any:
+            try:
+                return await limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
+            except (HTTPException, OSError):
+                raise
+            except Exception as error:  # the reader's own, or of a client that has gone
+                raise HTTPException(400, f"The form cannot be read: {getattr(error, 'detail', error)}") from error
+
         async def brought(request: Any) -> Any:
             """The adapter's two files in a temporary folder, which goes with the last reference to it."""
             try:
-                form = await limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
+                form = await form_of(request)
                 if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
                     raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
                 folder = tempfile.TemporaryDirectory(prefix="adapter-")
