@@ -10,6 +10,7 @@ The files are those that `dual-lora compare`, `analyze` and the benchmarks write
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,29 @@ from dual_lora.lab.read import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+Row = dict[str, Any]
+
+
+def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
+    """Weighted by O · I where the rows have them; None where no row has the key."""
+    found = [(row[key], row.get("O", 1) * row.get("I", 1)) for row in rows if row.get(key) is not None]
+    total = sum(weight for _, weight in found)
+    return sum(value * weight for value, weight in found) / total if total else None
+
+
+def spread_over_layers(rows: Sequence[Row], key: str) -> tuple[float, float]:
+    """The values between which the middle 80 % of the layers lie, each layer counting once."""
+    values = sorted(row[key] for row in rows if row.get(key) is not None)
+    last = len(values) - 1
+    return values[round(0.1 * last)], values[round(0.9 * last)]
+
+
+def last_state(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the largest step."""
+    last = max((row["step"] for row in rows), default=0)
+    return [row for row in rows if row["step"] == last]
 
 
 def _frame(rows: Any) -> pd.DataFrame:
@@ -156,8 +180,8 @@ class AnalysisResults:
 
         Raises UserError for a measure that the table does not have.
         """
-        from dual_lora.lab.analysis.summary import mean_over_layers
         from dual_lora.lab.errors import suggest
+        from dual_lora.lab.results import mean_over_layers
 
         known = {key for run in self.raw["runs"] for row in run[table] for key in row}
         if measure not in known:

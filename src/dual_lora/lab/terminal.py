@@ -1,4 +1,4 @@
-"""What a terminal gets: text that comes from files is shown as it is and never obeyed.
+"""What a terminal gets: amounts as people read them, and text that comes from files as it is, never obeyed.
 
 A recipe's name, a record or a model's answer may hold escape codes, which move the cursor, rename the window, write to
 the clipboard or hide a line. Such characters are written as ``\\u001b``; colours come from `Console` alone.
@@ -79,3 +79,21 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def size(count: float) -> str:
+    """Bytes for people: 9.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3 min 20 s."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -7,8 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from dual_lora.lab.analysis.analyze import Analysis
-from dual_lora.lab.analysis.summary import last_state, mean_over_layers
 from dual_lora.lab.analysis.walk import RunAnalysis
+from dual_lora.lab.results import last_state, mean_over_layers
 from dual_lora.lab.terminal import Console, figures
 
 # Key -> (table, heading, how it is written). Means over layers at the last state.

@@ -10,8 +10,7 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.commands.parameters import Base, Dtype, Json
-from dual_lora.lab.recipe.flags import flag_values, flags
+from dual_lora.lab.commands.parameters import Base, Dtype, Json, flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
 

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.parameters import Json, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
-from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder

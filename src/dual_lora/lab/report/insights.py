@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.analysis.summary import last_state, mean_over_layers, spread_over_layers
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
 from dual_lora.lab.report.columns import COLUMNS, Row, columns, number
 from dual_lora.lab.report.gather import source_of
+from dual_lora.lab.results import last_state, mean_over_layers, spread_over_layers
 
 # What a reader chooses from, by the rows' keys; the columns say what they mean.
 OVER_TRAINING = (

@@ -27,10 +27,9 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.hub_card import card_text
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
-from dual_lora.lab.run.prepare import prepare
+from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_once, same_sharding
