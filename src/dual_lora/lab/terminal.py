@@ -10,12 +10,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.console
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
+if TYPE_CHECKING:
+    from dual_lora.lab.report import blocks
+
+MOODS = {"good": "green", "bad": "red", "same": "cyan", "open": "yellow"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the new line
 
 
@@ -68,6 +73,16 @@ def figures(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def printed(table: blocks.Table) -> Table:
+    """A report's table as a terminal shows it."""
+    shown = Table(title=table.title, title_justify="left")
+    for column in table.columns:
+        shown.add_column(column.label, justify="right" if column.is_number else "left")
+    for row in table.cells:
+        shown.add_row(*(Text(cell.text, style=MOODS.get(cell.mood, "")) for cell in row))
+    return shown
 
 
 @contextmanager
