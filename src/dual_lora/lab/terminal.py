@@ -57,19 +57,13 @@ class _Shown:
         return getattr(self.rich_proxied_file, name)
 
 
-def figures(
-    title: str,
-    left: Sequence[str],
-    right: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    end: Sequence[str] = (),
-    **more: Any,
-) -> Table:
-    """A table with texts on the left, figures on the right, and texts at the end. more: as rich's Table has it."""
+def figures(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]], **more: Any) -> Table:
+    """A table with texts on the left and figures on the right. more: as rich's Table has it."""
     table = Table(title=title, title_justify="left", **more)
-    for columns, justify in ((left, "left"), (right, "right"), (end, "left")):
-        for column in columns:
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in left:
+        table.add_column(column)
+    for column in right:
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     return table

@@ -13,7 +13,7 @@ from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished
 from dual_lora.lab.study.conclude import about_pairs, conclude
-from dual_lora.lab.study.job import Job, Outcome, read_scores, task_name
+from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
 from dual_lora.lab.study.study import Study
 
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
@@ -102,12 +102,10 @@ def _score_tables(
                 table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
             lost = sum(row is None for row in rows)
             if lost == seeds:
-                said.append(
-                    f"Every run of {key[2]} on {task_name(*scenario)} diverged: it has no score there, and ranks last."
-                )
+                said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
                 said.append(
-                    f"{lost} of {seeds} runs of {key[2]} on {task_name(*scenario)} diverged; each counts with the "
+                    f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
                     f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
             tables[key] = table
@@ -250,10 +248,7 @@ def _forgetting_tables(
         try:
             features = [read_scores(runs, job.key, "forgetting") for job, _ in f.finals]
         except (OSError, ValueError):
-            said.append(
-                f"Forgetting of {f.cell.method} on {task_name(*f.cell.scenario)} is not compared: not every run of it "
-                "came to an end with a figure."
-            )
+            said.append(f"Forgetting of {f.cell} is not compared: not every run of it came to an end with a figure.")
             continue
         tables[f.cell.at] = metrics.score_table("forgetting", features)
     return tables
