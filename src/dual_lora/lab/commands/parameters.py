@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 from pydantic import BaseModel, Field, create_model
@@ -14,6 +14,12 @@ from dual_lora.lab.recipe.schema import Precision, Recipe
 PLAIN_FLAGS = Parameter(negative_bool=(), negative_iterable=())
 
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
+DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
+Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
+ReportTo = Annotated[
+    tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
+    Parameter(help="Send what is logged there; most of them are on the network, so no recipe and no study can ask."),
+]
 Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
 
