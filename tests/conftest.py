@@ -1,5 +1,6 @@
 """Every test runs offline, on one thread, from one seed. Tiny models are built, never downloaded."""
 
+import functools
 import gc
 import os
 from collections import Counter
@@ -9,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import jinja2
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+# Every save writes PEFT's model card, whose template is compiled each time: a tenth of a tiny training.
+jinja2.Environment.compile = functools.lru_cache(64)(jinja2.Environment.compile)
 
 
 @pytest.fixture(autouse=True)

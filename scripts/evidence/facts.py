@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.analysis.summary import last_state, mean_over_layers
 from dual_lora.lab.report.columns import number
+from dual_lora.lab.results import last_state, mean_over_layers
 
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3

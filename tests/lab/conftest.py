@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 import yaml
@@ -45,6 +46,18 @@ def _tokenizer(folder):
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     return len(vocabulary)
+
+
+# Tests that look at what a finished run notes for `verify`, or at every file of its folder.
+FINGERPRINTS = {"test_crash", "test_fingerprint", "test_full_disk", "test_fuzz", "test_hub", "test_launched"}
+
+
+@pytest.fixture(autouse=True)
+def _no_fingerprint(request, monkeypatch):
+    """The fingerprint is a third of a tiny training: where nobody looks at it, none is made."""
+    name, module = request.path.stem, sys.modules.get("dual_lora.lab.verify.fingerprint")
+    if module and name not in FINGERPRINTS and not name.startswith("test_verify"):
+        monkeypatch.setattr(module, "leave", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from dual_lora.lab.cli import main
 from dual_lora.lab.cost import calibrate
-from dual_lora.lab.cost.fits import _last, largest, parse_size
 from dual_lora.lab.cost.memory import memory_of
 from dual_lora.lab.cost.options import StepOptions, from_model, from_recipe
-from dual_lora.lab.cost.side_by_side import counts
+from dual_lora.lab.cost.side_by_side import _last, counts, largest, parse_size
 from dual_lora.lab.cost.simulate import Step, simulate
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.published import published_config

@@ -14,7 +14,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.scoring import generate_all, score_choice, score_loss, summary
+from dual_lora.lab.run.scoring import Asked, generate_all, score_choice, score_loss, summary
 from dual_lora.lab.run.train import run
 
 
@@ -26,8 +26,8 @@ def loaded(lm_values):
 
 
 def test_loss_equals_that_of_the_model_row_by_row(loaded):
-    model, tokenizer, examples, prompter = loaded
-    rows = score_loss(model, tokenizer, examples, prompter, EvaluatePart(batch_size=5), lambda _: None)
+    model, _, examples, prompter = loaded
+    rows = score_loss(Asked(model, examples, prompter, EvaluatePart(batch_size=5)))
     for example, row in zip(examples, rows, strict=True):
         encoded = prompter.encode(example)
         out = model(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels]))
@@ -42,7 +42,7 @@ def test_choice_scores_equal_a_row_for_every_choice(longer, cached, loaded, monk
     """Also for choices that differ in more than their last token, and for a model that has no cache to share."""
     from dataclasses import replace
 
-    model, tokenizer, examples, prompter = loaded
+    model, _, examples, prompter = loaded
     if not cached:
         forward = model.forward
         signature = inspect.signature(forward)
@@ -54,7 +54,7 @@ def test_choice_scores_equal_a_row_for_every_choice(longer, cached, loaded, monk
             for e in examples
             if e.target == "true"
         ]
-    rows = score_choice(model, tokenizer, examples, prompter, EvaluatePart(batch_size=3), lambda _: None)
+    rows = score_choice(Asked(model, examples, prompter, EvaluatePart(batch_size=3)))
     for example, row in zip(examples, rows, strict=True):
         prompt = prompter.prompt_ids(example.prompt)
         for choice, score in zip(example.choices, row["scores"], strict=True):
@@ -116,18 +116,16 @@ def test_extraction_and_json_comparison(lm_values, loaded, monkeypatch):
 
     from dual_lora.lab.run import scoring
 
-    model, tokenizer, examples, prompter = loaded
+    model, _, examples, prompter = loaded
     texts = [f"well, it is {e.target} of course" for e in examples]
     monkeypatch.setattr(scoring, "generate_all", lambda *_: texts)
     spec = EvaluatePart(extract="true|false")
-    rows = scoring.score_exact_match(model, tokenizer, examples, prompter, spec, lambda _: None)
+    rows = scoring.score_exact_match(Asked(model, examples, prompter, spec))
     assert all(r["correct"] for r in rows)
     texts = ['{"b": 1, "a": 2}'] * len(examples)
     examples = [replace(e, answer='{"a": 2, "b": 1}') for e in examples]
     for compare, right in (("json", True), ("text", False)):
-        rows = scoring.score_exact_match(
-            model, tokenizer, examples, prompter, EvaluatePart(compare=compare), lambda _: None
-        )
+        rows = scoring.score_exact_match(Asked(model, examples, prompter, EvaluatePart(compare=compare)))
         assert all(r["correct"] is right for r in rows)
 
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import gguf as export_gguf
-from dual_lora.lab.model.export import REPORT, export_dual_lora, export_lora, in_words
-from dual_lora.lab.model.mlx import write_mlx
+from dual_lora.lab.model.export import REPORT, export_dual_lora, export_lora, in_words, write_mlx
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate

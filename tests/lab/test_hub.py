@@ -15,7 +15,7 @@ import yaml
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
-from dual_lora.lab.run import hub_card, public
+from dual_lora.lab.run import hub_card
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.push import prepared
@@ -115,7 +115,7 @@ def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):
     ],
 )
 def test_what_may_leave_this_machine(text, expected):
-    assert public.public(text) == expected
+    assert hub_card.public(text) == expected
 
 
 def test_markup_in_a_recipe_stays_text(copy):

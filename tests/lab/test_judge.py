@@ -16,8 +16,7 @@ from tiny_study import made
 from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
-from dual_lora.lab.judge.scores import tables
-from dual_lora.lab.judge.table_file import read_table
+from dual_lora.lab.judge.scores import read_table, tables
 from dual_lora.lab.study import verdicts
 
 

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.gguf import modelfile
 from dual_lora.lab.model.load import load_tokenizer
-from dual_lora.lab.model.ollama import modelfile
 
 pytestmark = [
     pytest.mark.model,

@@ -73,14 +73,14 @@ def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_
     from dual_lora.lab.run import evaluate as module
     from dual_lora.lab.run.train import run
 
-    slow = module._GENERATION["loss"]
+    slow = module._TASKS["loss"]
 
     def waits(*arguments):
         until(lambda: any(line.startswith("loss · base 0/") for line in log()))
         return slow(*arguments)
 
     run(build_recipe(lm_values | {"train": lm_values["train"] | {"steps": 1}}), tmp_path / "run", progress=False)
-    monkeypatch.setitem(module._GENERATION, "loss", waits)
+    monkeypatch.setitem(module._TASKS, "loss", waits)
     module.evaluate(tmp_path / "run", spec=module.EvaluatePart(tasks=["loss"]))
 
     def calibrating(say):

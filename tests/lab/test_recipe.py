@@ -2,8 +2,8 @@
 
 import pytest
 
+from dual_lora.lab.commands.parameters import flag_values, flags
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe, shipped_recipes
 from dual_lora.lab.recipe.schema import Recipe
 

@@ -79,7 +79,7 @@ def test_analysis_is_said_in_a_sentence(folder):
 
 
 def test_a_mean_over_layers_counts_entries():
-    from dual_lora.lab.analysis.summary import mean_over_layers, spread_over_layers
+    from dual_lora.lab.results import mean_over_layers, spread_over_layers
 
     rows = [{"O": 1, "I": 1, "zero": 0.0}, {"O": 1, "I": 3, "zero": 1.0}, {"O": 9, "I": 9}]
     assert mean_over_layers(rows, "zero") == 0.75

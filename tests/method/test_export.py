@@ -115,13 +115,8 @@ def exported(model, x):
     return torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
 
 
-@pytest.fixture(params=CASES)
-def case(request):
-    return CASES[request.param]()
-
-
 @pytest.fixture(params=[k if "expert" not in k else pytest.param(k, marks=pytest.mark.slow) for k in CASES])
-def quick_case(request):
+def case(request):
     return CASES[request.param]()
 
 
@@ -130,8 +125,8 @@ def ours(program):
 
 
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_exported_program(quick_case, merged):
-    model, x, other = quick_case
+def test_exported_program(case, merged):
+    model, x, other = case
     with torch.no_grad():
         expected = model(x), model(other)
     if merged:
@@ -237,10 +232,14 @@ def onnx_runs():
     return run
 
 
+# A merged model holds no operator of ours (`test_exported_program`), so a few stand for all of them.
+ONNX = [(name, False) for name in CASES] + [("llama", True), ("encoder", True), ("experts", True)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_onnx(case, merged, onnx_runs):
-    model, x, other = case
+@pytest.mark.parametrize(("name", "merged"), ONNX, ids=[f"{name}{'-merged' * merged}" for name, merged in ONNX])
+def test_onnx(name, merged, onnx_runs):
+    model, x, other = CASES[name]()
     with torch.no_grad():
         expected = [model(x), model(other)]
     if merged:

@@ -42,8 +42,8 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
     ("gpu-check", "dual_lora.lab.commands.gpu_check:gpu_check", "Try the GPU kernels, with or without a card."),
     ("schema", "dual_lora.lab.commands.schema:schema", "Print the JSON Schema of a recipe or a study, for editors."),
-    ("card", "dual_lora.lab.commands.model_card:card", "Write a run's card for a model hub."),
-    ("push", "dual_lora.lab.commands.push:push", "Upload a run's adapter and card to a model hub."),
+    ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
+    ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
 

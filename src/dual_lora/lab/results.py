@@ -10,155 +10,101 @@ The files are those that `dual-lora compare`, `analyze` and the benchmarks write
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+Row = dict[str, Any]
+
+
+def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
+    """Weighted by O · I where the rows have them; None where no row has the key."""
+    found = [(row[key], row.get("O", 1) * row.get("I", 1)) for row in rows if row.get(key) is not None]
+    total = sum(weight for _, weight in found)
+    return sum(value * weight for value, weight in found) / total if total else None
+
+
+def spread_over_layers(rows: Sequence[Row], key: str) -> tuple[float, float]:
+    """The values between which the middle 80 % of the layers lie, each layer counting once."""
+    values = sorted(row[key] for row in rows if row.get(key) is not None)
+    last = len(values) - 1
+    return values[round(0.1 * last)], values[round(0.9 * last)]
+
+
+def last_state(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the largest step."""
+    last = max((row["step"] for row in rows), default=0)
+    return [row for row in rows if row["step"] == last]
+
+
 def _frame(rows: Any) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows if isinstance(rows, dict) else list(rows))
 
 
-@dataclass(frozen=True)
+def _without(values: Row, keys: Sequence[str]) -> Row:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+@dataclass(frozen=True, eq=False)
 class StudyResults:
-    """What a study says. `raw` is the content of its results.json."""
+    """What a study says: `raw` is the content of its results.json, `sentences` are the verdicts in words.
+
+    verdicts: one row a comparison: candidate, reference, task, verdict, difference, low, high, p_holm, visible, …
+    methods: a row a method and task: score, size, settings, and its costs as cost_*.
+    seeds: a row a final run: model, task, method, seed, status, score, seconds. trials: a row a trial of the search,
+        its settings in columns of their own.
+    pareto: a row a method, task and cost: quality, cost, and whether no other is better in both (front).
+    """
 
     file: Path
     raw: dict[str, Any] = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        """The study's name."""
-        return self.raw["study"]["name"]
-
-    @property
-    def complete(self) -> bool:
-        """Whether every run has ended."""
-        return bool(self.raw["complete"])
-
-    @property
-    def sentences(self) -> list[str]:
-        """The verdicts in words."""
-        return [c["sentence"] for c in self.raw["comparisons"]]
-
-    @cached_property
-    def verdicts(self) -> pd.DataFrame:
-        """One row a comparison: candidate, reference, task, verdict, difference, low, high, p_holm, visible, …"""
-        rows = [{k: v for k, v in c.items() if k != "spread"} | dict(c["spread"]) for c in self.raw["comparisons"]]
-        return _frame(rows)
-
-    @cached_property
-    def methods(self) -> pd.DataFrame:
-        """One row a method and task: score, size, settings, and its costs as cost_*."""
-        nested = ("trials", "seeds", "cost", "peft_method")
-        return _frame(
-            [
-                {k: v for k, v in m.items() if k not in nested} | {f"cost_{k}": v for k, v in m["cost"].items()}
-                for m in self.raw["methods"]
-            ]
-        )
-
-    @cached_property
-    def seeds(self) -> pd.DataFrame:
-        """One row a final run: model, task, method, seed, status, score, seconds."""
-        return self._nested("seeds")
-
-    @cached_property
-    def trials(self) -> pd.DataFrame:
-        """One row a trial of the search, its settings in columns of their own."""
-        return self._nested("trials")
-
-    def _nested(self, part: str) -> pd.DataFrame:
-        return _frame(
-            [
-                {k: m[k] for k in ("model", "task", "method", "metric")}
-                | {k: v for k, v in item.items() if k not in ("settings", "figures")}
-                | (item.get("settings") or {})
-                for m in self.raw["methods"]
-                for item in m[part]
-            ]
-        )
-
-    @cached_property
-    def pareto(self) -> pd.DataFrame:
-        """One row a method, task and cost: quality, cost, and whether no other is better in both (front)."""
-        return _frame(
-            [
-                {k: f[k] for k in ("model", "task", "metric", "label")} | {"kind": f["cost"]} | point
-                for f in self.raw["pareto"]
-                for point in f["points"]
-            ]
-        )
+    name: str
+    complete: bool
+    sentences: list[str] = field(repr=False)
+    verdicts: pd.DataFrame = field(repr=False)
+    methods: pd.DataFrame = field(repr=False)
+    seeds: pd.DataFrame = field(repr=False)
+    trials: pd.DataFrame = field(repr=False)
+    pareto: pd.DataFrame = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnalysisResults:
-    """What an analysis found. Each table has a column `run`; `raw` is the content of the file."""
+    """What an analysis found: `raw` is the content of its file. Each table but `runs` has a column `run`.
+
+    runs: one row a run: name, folder, method, seed, model, data, command, magnitude_direction.
+    layers: a row a run, state and layer: signs, zeros, norms, flips, ranks. gradients: the same for shares of the
+        groups and what the estimator cuts. likeness: the same for likeness to full fine-tuning at the same step.
+    first_step: a row a run and layer: where the first step goes.
+    contribution: a row a run and variant: held-out loss with a group set back or drawn anew.
+    live: a row a run, look and layer, written by the callback during training.
+    """
 
     file: Path
     raw: dict[str, Any] = field(repr=False)
-
-    @cached_property
-    def runs(self) -> pd.DataFrame:
-        """One row a run: name, folder, method, seed, model, data, command, magnitude_direction."""
-        tables = ("layers", "gradients", "likeness", "first_step", "contribution", "live", "steps", "notes", "method")
-        return _frame(
-            [
-                {k: v for k, v in r.items() if k not in tables} | {"method": r["method"]["name"]}
-                for r in self.raw["runs"]
-            ]
-        )
-
-    @cached_property
-    def layers(self) -> pd.DataFrame:
-        """One row a run, state and layer: signs, zeros, norms, flips, ranks."""
-        return self._table("layers")
-
-    @cached_property
-    def gradients(self) -> pd.DataFrame:
-        """One row a run, state and layer: shares of the groups, what the estimator cuts."""
-        return self._table("gradients")
-
-    @cached_property
-    def likeness(self) -> pd.DataFrame:
-        """One row a run, state and layer: likeness to full fine-tuning at the same step."""
-        return self._table("likeness")
-
-    @cached_property
-    def first_step(self) -> pd.DataFrame:
-        """One row a run and layer: where the first step goes."""
-        return self._table("first_step")
-
-    @cached_property
-    def contribution(self) -> pd.DataFrame:
-        """One row a run and variant: held-out loss with a group set back or drawn anew."""
-        return self._table("contribution")
-
-    @cached_property
-    def live(self) -> pd.DataFrame:
-        """One row a run, look and layer, written by the callback during training."""
-        return self._table("live")
-
-    def _table(self, name: str) -> pd.DataFrame:
-        return _frame([{"run": run["name"], **row} for run in self.raw["runs"] for row in run[name]])
+    runs: pd.DataFrame = field(repr=False)
+    layers: pd.DataFrame = field(repr=False)
+    gradients: pd.DataFrame = field(repr=False)
+    likeness: pd.DataFrame = field(repr=False)
+    first_step: pd.DataFrame = field(repr=False)
+    contribution: pd.DataFrame = field(repr=False)
+    live: pd.DataFrame = field(repr=False)
 
     def over_training(self, measure: str, table: str = "layers") -> pd.DataFrame:
         """Means over layers (weighted by entries) of one measure: a row a step, a column a run.
 
         Raises UserError for a measure that the table does not have.
         """
-        from dual_lora.lab.analysis.summary import mean_over_layers
-        from dual_lora.lab.errors import suggest
-
         known = {key for run in self.raw["runs"] for row in run[table] for key in row}
         if measure not in known:
             raise UserError(f"The table {table} has no measure {measure!r}.{suggest(measure, known)}")
@@ -176,7 +122,33 @@ def load_study(path: str | Path) -> StudyResults:
     file, value = _read(path, "results.json")
     if "study" not in value or "comparisons" not in value:
         raise UserError(f"{file} is no study's results; `dual-lora compare` writes them.")
-    return StudyResults(file, value)
+    nested = ("trials", "seeds", "cost", "peft_method")
+    return StudyResults(
+        file,
+        value,
+        value["study"]["name"],
+        bool(value["complete"]),
+        [c["sentence"] for c in value["comparisons"]],
+        verdicts=_frame(_without(c, ("spread",)) | c["spread"] for c in value["comparisons"]),
+        methods=_frame(_without(m, nested) | {f"cost_{k}": v for k, v in m["cost"].items()} for m in value["methods"]),
+        seeds=_runs(value, "seeds"),
+        trials=_runs(value, "trials"),
+        pareto=_frame(
+            {k: f[k] for k in ("model", "task", "metric", "label")} | {"kind": f["cost"]} | point
+            for f in value["pareto"]
+            for point in f["points"]
+        ),
+    )
+
+
+def _runs(results: dict[str, Any], part: Literal["seeds", "trials"]) -> pd.DataFrame:
+    return _frame(
+        {k: m[k] for k in ("model", "task", "method", "metric")}
+        | _without(run, ("settings", "figures"))
+        | (run.get("settings") or {})
+        for m in results["methods"]
+        for run in m[part]
+    )
 
 
 def load_analysis(path: str | Path) -> AnalysisResults:
@@ -186,7 +158,13 @@ def load_analysis(path: str | Path) -> AnalysisResults:
     file, value = _read(path, "analysis.json")
     if value.get("format") != ANALYSIS:
         raise UserError(f"{file} is no analysis; `dual-lora analyze` writes them.")
-    return AnalysisResults(file, value)
+    runs, tables = value["runs"], ("layers", "gradients", "likeness", "first_step", "contribution", "live")
+    return AnalysisResults(
+        file,
+        value,
+        _frame(_without(r, (*tables, "steps", "notes")) | {"method": r["method"]["name"]} for r in runs),
+        **{name: _frame({"run": run["name"], **row} for run in runs for row in run[name]) for name in tables},
+    )
 
 
 def load_ledger(path: str | Path = "benchmarks/ledger.jsonl") -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What a terminal gets: text that comes from files is shown as it is and never obeyed.
+"""What a terminal gets: amounts as people read them, and text that comes from files as it is, never obeyed.
 
 A recipe's name, a record or a model's answer may hold escape codes, which move the cursor, rename the window, write to
 the clipboard or hide a line. Such characters are written as ``\\u001b``; colours come from `Console` alone.
@@ -10,12 +10,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import rich.console
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
+if TYPE_CHECKING:
+    from dual_lora.lab.report import blocks
+
+MOODS = {"good": "green", "bad": "red", "same": "cyan", "open": "yellow"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tab and the new line
 
 
@@ -52,22 +57,27 @@ class _Shown:
         return getattr(self.rich_proxied_file, name)
 
 
-def figures(
-    title: str,
-    left: Sequence[str],
-    right: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    end: Sequence[str] = (),
-    **more: Any,
-) -> Table:
-    """A table with texts on the left, figures on the right, and texts at the end. more: as rich's Table has it."""
+def figures(title: str, left: Sequence[str], right: Sequence[str], rows: Iterable[Sequence[Any]], **more: Any) -> Table:
+    """A table with texts on the left and figures on the right. more: as rich's Table has it."""
     table = Table(title=title, title_justify="left", **more)
-    for columns, justify in ((left, "left"), (right, "right"), (end, "left")):
-        for column in columns:
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in left:
+        table.add_column(column)
+    for column in right:
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def printed(table: blocks.Table) -> Table:
+    """A report's table as a terminal shows it, under a study's name: without that name in its title."""
+    title = table.title.rpartition(": ")[2]
+    shown = Table(title=title[:1].upper() + title[1:], title_justify="left")
+    for column in table.columns:
+        shown.add_column(column.label, justify="right" if column.is_number else "left")
+    for row in table.cells:
+        shown.add_row(*(Text(cell.text, style=MOODS.get(cell.mood, "")) for cell in row))
+    return shown
 
 
 @contextmanager
@@ -79,3 +89,21 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def size(count: float) -> str:
+    """Bytes for people: 9.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3 min 20 s."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -24,9 +24,8 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.gradient_start import show_gradients, wants_gradients
 from dual_lora.lab.run.loop import mean_loss
-from dual_lora.lab.run.prepare import classes_of, collator, in_order
+from dual_lora.lab.run.prepare import classes_of, collator, in_order, show_gradients, wants_gradients
 from dual_lora.lab.run.resume import recipe_of_run
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish, finish_forecast, size
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.parameters import DryRun, Json
 from dual_lora.lab.interrupt import resumable
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def advise(
     update: Annotated[
         bool, Parameter(help="Go on although the recipe's data or the code have changed; what is valid is kept.")
     ] = False,
-    dry_run: Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Should I use Dual LoRA here? A small paired study on your own data answers, LoRA included.

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import Json
 
 
@@ -43,7 +44,6 @@ def analyze(
     from dual_lora.lab.analysis.analyze import check_free, save
     from dual_lora.lab.analysis.show import overview, show
     from dual_lora.lab.analysis.walk import Options
-    from dual_lora.lab.commands.card import finish
     from dual_lora.lab.terminal import Console
 
     options = Options(states, layers, ranks, gradients, held_out)

@@ -12,10 +12,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dual_lora.lab.amounts import duration as duration
-from dual_lora.lab.amounts import size as size
 from dual_lora.lab.run.write import json_text
 from dual_lora.lab.terminal import Console, figures
+from dual_lora.lab.terminal import duration as duration
+from dual_lora.lab.terminal import size as size
 
 if TYPE_CHECKING:
     from dual_lora.lab.study.forecast import Forecast

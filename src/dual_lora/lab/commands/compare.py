@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.card import finish, finish_forecast
+from dual_lora.lab.commands.parameters import DryRun, Json, ReportTo
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import resumable
 
@@ -32,11 +33,8 @@ def compare(
     update: Annotated[
         bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.")
     ] = False,
-    report_to: Annotated[
-        tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-        Parameter(help="Send what the final runs log there; most of them are on the network."),
-    ] = (),
-    dry_run: Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")] = False,
+    report_to: ReportTo = (),
+    dry_run: DryRun = False,
     on: Annotated[
         str | None,
         Parameter(
@@ -54,7 +52,6 @@ def compare(
 
     Stopped at any moment, the same command goes on where it was; nothing finished is repeated.
     """
-    from dual_lora.lab.commands.card import finish, finish_forecast
     from dual_lora.lab.study.read import read_study, shipped_studies
 
     if list or study is None:

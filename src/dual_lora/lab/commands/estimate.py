@@ -112,7 +112,7 @@ def estimate(
             raise UserError(next(iter(refused.values())))
         proposals = {}
         if fits:
-            from dual_lora.lab.cost.fits import largest, parse_size
+            from dual_lora.lab.cost.side_by_side import largest, parse_size
 
             limit = parse_size(fits)
             for column in columns:

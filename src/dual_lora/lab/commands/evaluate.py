@@ -10,8 +10,7 @@ from cyclopts import Parameter
 from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
-from dual_lora.lab.commands.parameters import Base, Dtype, Json
-from dual_lora.lab.recipe.flags import flag_values, flags
+from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
 
@@ -20,7 +19,7 @@ EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
 
 
 def evaluate(
-    source: Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")],
+    source: Source,
     *,
     recipe: Annotated[str | None, Parameter(help="Recipe with the data; left out: the run's own.")] = None,
     base: Base = None,

@@ -85,7 +85,7 @@ def export(
             shared |= {"outtype": outtype or "f32", "converter": converter}
             exported = export_gguf_lora(source, out, keep, **shared)
         elif to == "mlx-lora":
-            from dual_lora.lab.model.mlx import export_mlx_lora
+            from dual_lora.lab.model.export import export_mlx_lora
 
             exported = export_mlx_lora(source, out, keep, **shared)
         else:

@@ -8,12 +8,12 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
-from dual_lora.lab.commands.parameters import Base
+from dual_lora.lab.commands.parameters import Base, Source
 from dual_lora.lab.errors import UserError
 
 
 def generate(
-    source: Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")],
+    source: Source,
     prompt: Annotated[
         str | None, Parameter(help="The prompt; left out or -: standard input.", allow_leading_hyphen=True)
     ] = None,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import Json
 
 
@@ -54,7 +55,6 @@ def judge(
     Of PEFT's method comparison: `dual-lora judge method_comparison/MetaMathQA --metric "test accuracy"`; and for it:
     `dual-lora judge studies/mine --peft method_comparison/mine`
     """
-    from dual_lora.lab.commands.card import finish
     from dual_lora.lab.study.tables import show_results
 
     if methods:

@@ -1,16 +1,56 @@
-"""Parameters that several commands have, each with one help text."""
+"""Parameters that several commands have, each with one help text; every field of a recipe as a flag."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from pydantic import BaseModel, Field, create_model
 
-from dual_lora.lab.recipe.schema import Precision
+from dual_lora.lab.read import parse_yaml
+from dual_lora.lab.recipe.schema import Precision, Recipe
 
 # A flag has no negative form, such as --no-json, unless its command names one.
 PLAIN_FLAGS = Parameter(negative_bool=(), negative_iterable=())
 
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
+DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
+Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
+ReportTo = Annotated[
+    tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
+    Parameter(help="Send what is logged there; most of them are on the network, so no recipe and no study can ask."),
+]
 Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
+
+
+def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
+    """``model`` with every field optional: what may be given as a flag over a recipe file."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        text = field.description or ""
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = flags(kind)
+        elif not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            text += "" if default in (None, "", {}, []) else f" [default: {default}]"
+        fields[name] = (kind | None, Field(None, description=text))
+    return create_model(model.__name__, **fields)
+
+
+def flag_values(given: BaseModel | None) -> dict[str, Any]:
+    """The flags that were given, as overrides.
+
+    Values of free mappings are read as YAML (``8`` is a number), their names with dashes or underscores, as all flags.
+    """
+    if given is None:
+        return {}
+    values = given.model_dump(exclude_unset=True)
+    for holder, key in ((values, "method"), (values.get("train", {}), "arguments")):
+        if key in holder:
+            holder[key] = {
+                name.replace("-", "_"): parse_yaml(value, f"--{key}.{name}") if isinstance(value, str) else value
+                for name, value in holder[key].items()
+            }
+    return values

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
-from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.parameters import Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
-from dual_lora.lab.recipe.flags import flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -33,10 +32,7 @@ def train(
             "`dual-lora analyze` takes it up)."
         ),
     ] = None,
-    report_to: Annotated[
-        tuple[Literal["wandb", "mlflow", "tensorboard", "trackio"], ...],
-        Parameter(help="Send what the run logs there; most of them are on the network, so no recipe can ask for it."),
-    ] = (),
+    report_to: ReportTo = (),
     json: Json = False,
     given: Annotated[
         RecipeFlags | None,

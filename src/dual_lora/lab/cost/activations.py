@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dual_lora.lab.cost.flops import flops_of
-from dual_lora.lab.cost.workspace import inner_bytes
+from dual_lora.lab.cost.operators import flops_of, inner_bytes
 
 ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
 

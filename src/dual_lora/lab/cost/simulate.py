@@ -139,7 +139,7 @@ def empty_model(options: StepOptions, layers: int | None = None) -> Any:
 
 
 def _run(options: StepOptions, model: Any) -> Step:
-    from dual_lora.lab.cost.flops import register_own
+    from dual_lora.lab.cost.operators import register_own
     from dual_lora.lab.model.load import quiet
 
     register_own()

@@ -6,7 +6,6 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from pathlib import Path
@@ -17,8 +16,7 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
 from dual_lora.lab.judge.peft_suite import read_peft, result_files
-from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, reference_of, tables
-from dual_lora.lab.judge.table_file import read_table
+from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
@@ -167,17 +165,20 @@ def _pairs(
     for method, runs in own.items():
         if method == against:
             continue
-        pair = verdicts.compare_pair(
-            sign * runs.table,
-            reference,
-            names=(method, against),
-            task=task_name(*scenario),
-            metric=metric,
-            margin=margin,
-            confidence=1 - level,
-            counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
+        pairs.append(
+            verdicts.compare_pair(
+                sign * runs.table,
+                reference,
+                names=(method, against),
+                task=task_name(*scenario),
+                scenario=scenario,
+                metric=metric,
+                better=better,
+                margin=margin,
+                confidence=1 - level,
+                counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
+            )
         )
-        pairs.append(dataclasses.replace(pair, scenario=scenario, better=better))
     return pairs
 
 

@@ -1,20 +1,27 @@
-"""Scores of runs that were made elsewhere, checked and put into paired tables [seeds, items]."""
+"""Scores of runs that were made elsewhere, read from a table, checked and put into paired tables [seeds, items]."""
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.read import opened
 from dual_lora.lab.study.job import task_name
 
 WHOLE = ""  # the item of a run that has one score for all of its test items
 Scenario = tuple[str, str]  # model ("" where there is one) and task
+# Columns of a table, and what stands for those that are left out.
+NEEDED = ("method", "seed", "score")
+OPTIONAL = ("item", "task", "model", "metric")
+NAMELESS = {"task": "task", "metric": "score", "model": "", "item": WHOLE}
 
 
 class Score(NamedTuple):
@@ -147,3 +154,49 @@ def reference_of(methods: Sequence[str], wanted: str | None) -> str:
 
 def _item(item: str) -> str:
     return "" if item == WHOLE else f", item {item}"
+
+
+def read_table(file: Path) -> Scores:
+    """The scores of a .csv or .tsv file with a header line.
+
+    Raises UserError for unknown or missing columns, with file and line for a wrong row.
+    """
+    try:
+        with opened(file) as lines:
+            return Scores(list(_rows(file, lines)))
+    except csv.Error as error:
+        raise UserError(f"{file} is no table: {error}.") from None
+
+
+def _rows(file: Path, lines: Iterator[str]) -> Iterator[Score]:
+    reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+    names = [name.strip() for name in next(reader, [])]
+    _check_columns(file, names)
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        where = f"{file}, line {reader.line_num}"
+        if len(cells) != len(names):
+            raise UserError(f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(names)}).")
+        row = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
+        for name in names:
+            if not row[name] and name not in ("model", "task", "metric"):
+                raise UserError(f"{where}: the {name} is empty.")
+        row = NAMELESS | {name: cell for name, cell in row.items() if cell}
+        value, seed = number(row["score"], where), seed_number(row["seed"], where)
+        yield Score((row["model"], row["task"]), row["method"], seed, row["item"], row["metric"], value, where)
+
+
+def _check_columns(file: Path, names: list[str]) -> None:
+    known = (*NEEDED, *OPTIONAL)
+    for name in names:
+        if name not in known:
+            hint = suggest(name, known)
+            raise UserError(f"{file} has a column {name!r}, which means nothing here.{hint} Rename or remove it.")
+        if names.count(name) > 1:
+            raise UserError(f"{file} has two columns {name!r}: keep one of them.")
+    if lacking := [name for name in NEEDED if name not in names]:
+        raise UserError(
+            f"{file} lacks the column {lacking[0]}: expected {', '.join(NEEDED)}, and as far as there are such "
+            f"{', '.join(OPTIONAL)}."
+        )

@@ -1,4 +1,4 @@
-"""Convert an adapter to LoRA, or a LoRA to a Dual LoRA start, and say what that loses on the user's records.
+"""Convert an adapter to LoRA (PEFT's or mlx-lm's), or a LoRA to a Dual LoRA start; say what that loses on records.
 
 A conversion is written as an adapter folder that PEFT loads, with conversion.json beside it: every layer's figures, the
 losses and the verdict.
@@ -6,6 +6,9 @@ losses and the verdict.
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -237,3 +240,45 @@ def _sizes(folder: Path) -> tuple[int, int]:
     factors = {key: s for key, s in shapes.items() if "lora_" in key and len(s) == 2}
     weights = sum(s[0] * factors[key.replace("lora_B", "lora_A")][1] for key, s in factors.items() if "lora_B" in key)
     return sum(s[0] * s[1] for s in factors.values()), weights
+
+
+# PEFT's name of a factor: the block that mlx-lm counts, and the layer within it.
+_FACTOR = re.compile(r"base_model\.model\.(?P<path>.+?\.\d+\.(?P<key>.+))\.lora_(?P<letter>[AB])\.weight")
+
+
+def export_mlx_lora(source: str | Path, out: str | Path, rank: int | float, **options: Any) -> Exported:
+    """Write the nearest LoRA of a Dual LoRA for mlx-lm on Apple's machines (`mlx_lm.generate --adapter-path OUT`).
+
+    rank and options are those of `export_lora`. Raises UserError for what no LoRA can hold, and for layers outside a
+    model's numbered blocks, which mlx-lm has none for.
+    """
+    target = free_folder(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
+        lora = Path(part) / "lora"
+        exported = export_lora(source, lora, rank, **options)
+        write_folder_atomically(target, lambda folder: write_mlx(lora, folder))
+    return replace(exported, folder=str(target))
+
+
+def write_mlx(lora: Path, folder: Path) -> None:
+    """Rewrite a LoRA's folder as PEFT has it into mlx-lm's: A [r, I] becomes lora_a [I, r], B [O, r] lora_b [r, O]."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((lora / "adapter_config.json").read_text("utf-8"))
+    factors, keys = {}, set()
+    for name, tensor in load_file(lora / "adapter_model.safetensors").items():
+        found = _FACTOR.fullmatch(name)
+        if found is None:
+            raise UserError(
+                f"mlx-lm has no place for {name}: it adapts the linear layers of a model's blocks alone. Merge instead "
+                "(--to merged), which mlx-lm converts."
+            )
+        keys.add(found["key"])
+        factors[f"{found['path']}.lora_{found['letter'].lower()}"] = tensor.t().contiguous()
+    save_file(factors, folder / "adapters.safetensors", {"format": "mlx"})
+    scale = config["lora_alpha"] / config["r"]
+    parameters = {"rank": config["r"], "scale": scale, "dropout": 0.0, "keys": sorted(keys)}
+    # mlx-lm adapts the last blocks of a model: -1 means all of them.
+    written = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

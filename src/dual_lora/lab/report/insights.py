@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.analysis.summary import last_state, mean_over_layers, spread_over_layers
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
 from dual_lora.lab.report.columns import COLUMNS, Row, columns, number
 from dual_lora.lab.report.gather import source_of
+from dual_lora.lab.results import last_state, mean_over_layers, spread_over_layers
 
 # What a reader chooses from, by the rows' keys; the columns say what they mean.
 OVER_TRAINING = (
@@ -39,6 +39,7 @@ LIKE_FULL = (
     "rest_1 agreement_1 agreement_10 overlap_left overlap_left_chance overlap_right overlap_right_chance "
     "angle_left angle_right"
 )
+MEANS = "Means over layers, weighted by their entries."
 BOUND = (
     "What can be said about rank in advance: BA has rank r1 and DC has rank r2, but ReLU and Sign act on single "
     "entries and keep no rank. They may raise it, up to min(O, I) from rank 2 on, and they may lower it; the examples "
@@ -58,7 +59,7 @@ def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[
     every_layer = [{"run": run["name"], **row} for run in runs for row in last_state(run["layers"])]
     blocks: list[Block] = [
         *(Text(_sentence(run)) for run in runs if run["layers"]),
-        _glance(title, runs, source),
+        Table(f"{title}: at a glance", columns(GLANCE), at_a_glance(runs), source, "At the last state. " + MEANS),
         _lines(f"{title}: over training", runs, "layers", OVER_TRAINING, source),
         _heat(title, runs, source),
         _lines(f"{title}: step by step, live", runs, "live", LIVE, source),
@@ -117,20 +118,16 @@ def _means(rows: list[Row]) -> Row:
     return {key: mean_over_layers(rows, key) for key in {k for r in rows for k in r} - {"layer", "step", "O", "I"}}
 
 
-def _glance(title: str, runs: list[Row], source: Source) -> Table:
+def at_a_glance(runs: list[Row]) -> list[Row]:
+    """One row a run: means over layers, weighted by their entries, at its last state."""
     rows = []
     for run in runs:
-        row = {
-            "run": run["name"],
-            "method": run["method"]["name"],
-            "seed": run["seed"],
-            "magdir": run["magnitude_direction"],
-        }
+        row = {"run": run["name"], "method": run["method"]["name"], "step": max(run["steps"], default=0)}
+        row |= {"seed": run["seed"], "magdir": run["magnitude_direction"]}
         for table in ("layers", "gradients", "likeness"):
             row |= _means(last_state(run[table]))
         rows.append(row | _means(run["first_step"]))
-    note = "At the last state; means over layers, weighted by their entries."
-    return Table(f"{title}: at a glance", columns(GLANCE), rows, source, note)
+    return rows
 
 
 def _axis(key: str) -> Axis:
@@ -194,7 +191,7 @@ def _ranks(title: str, runs: list[Row], examples: list[Row], source: Source) -> 
                 axis = Axis(COLUMNS[name].label, log=True)
                 views.append(View(f"{axis.label} of {what}", Axis("layer, in the model's order"), axis, points))
     keys = f"run step what {' '.join(RANKS)} rank_bound full"
-    table = Table(f"{title}: ranks", columns(keys), rows, source, "Means over layers, weighted by entries.")
+    table = Table(f"{title}: ranks", columns(keys), rows, source, MEANS)
     chart = Chart(f"{title}: ranks by layer", "dots", views, source, "At the last state.")
     named = columns("what size before operation after", what="matrix")
     bound: list[Block] = [Text(BOUND), Table(f"{title}: what ReLU and Sign do to a rank", named, examples, source)]

@@ -13,9 +13,9 @@ from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
 from dual_lora.lab.study.notes import amended, at_a_time, numbers_at_a_time
 
+VERDICTS = "candidate reference scenario metric verdict difference low high p_holm visible"
 SCORES = (
-    "scenario metric method score score_deviation seeds diverged rank trainable_parameters share mismatch settings "
-    "about"
+    "scenario metric method score score_deviation seeds forgetting diverged rank trainable_parameters mismatch settings"
 )
 COST = (
     "scenario method train_seconds steps_per_second tokens_per_second peak_memory adapter_bytes merge_seconds "
@@ -58,18 +58,18 @@ def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block
     for metric in dict.fromkeys(c["metric"] for c in comparisons):
         blocks.append(_differences(study, metric, [c for c in comparisons if c["metric"] == metric], source))
     if comparisons:
-        spread = [
-            {**c, "scenario": scenario(c), "seeds": c["spread"]["seeds"], "items": c["spread"]["items"]}
-            for c in comparisons
-        ]
-        named = columns(
-            "candidate reference scenario metric verdict difference low high p_holm visible seeds items",
-            low=f"{comparisons[0]['confidence']:.0%} from",
-        )
-        note = f"Chance of any false alarm in the study: {study['level']:g} at most."
-        blocks.append(Table(f"{study['name']}: verdicts", named, spread, source, note, folded))
+        blocks.append(verdict_table(results, f"{VERDICTS} seeds items", source, folded))
     blocks += [Text(note, "note") for note in [*amended(results), *results.get("notes", [])]]
     return blocks + [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
+
+
+def verdict_table(results: dict[str, Any], keys: str, source: Source | None = None, folded: bool = False) -> Table:
+    """One row a comparison. keys: of the columns."""
+    study, comparisons = results["study"], results["comparisons"]
+    rows = [c | {"scenario": scenario(c)} | {key: c["spread"][key] for key in ("seeds", "items")} for c in comparisons]
+    named = columns(keys, low=f"{comparisons[0]['confidence']:.0%} from")
+    note = f"Chance of any false alarm in the study: {study['level']:g} at most."
+    return Table(f"{study['name']}: verdicts", named, rows, source, note, folded)
 
 
 def _verdict(c: Row) -> Verdict:
@@ -97,22 +97,14 @@ def _differences(study: Row, metric: str, comparisons: list[Row], source: Source
 def _details(results: dict[str, Any], source: Source) -> list[Block]:
     """Scores, tuning, cost and runs of one study."""
     name, methods = results["study"]["name"], results["methods"]
-    untrained = results.get("untrained", [])
     search = (results["study"].get("search") or {}).get("metric")
-    warning = "Times and speeds are not comparable: not all runs shared the machine alike."
-    warning = warning if len(numbers_at_a_time(methods)) > 1 else ""
-    cost = [
-        {"scenario": scenario(m), "method": m["method"], "at_a_time": at_a_time(m), **m["cost"]}
-        for m in methods
-        if m.get("cost")
-    ]
-    beside = columns(COST + " at_a_time" * bool(warning))
+    better = {m["metric"]: m["better"] for m in methods}
     blocks: list[Block] = [
-        _scores_chart(name, methods, untrained, source),
-        _scores(name, methods, untrained, source),
+        _scores_chart(name, methods, results.get("untrained", []), source),
+        score_table(results, f"{SCORES} share about", source),
         _tuning(name, methods, search, source),
-        Table(f"{name}: cost", beside, cost, source, f"Medians over the seeds. {warning}".rstrip()),
-        *_trade_offs(name, results.get("pareto", []), {m["metric"]: m["better"] for m in methods}, source, warning),
+        cost_table(results, source),
+        *_trade_offs(name, results.get("pareto", []), better, source, _incomparable(methods)),
         _runs(name, methods, source),
     ]
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
@@ -137,16 +129,37 @@ def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: S
     return Chart(f"{name}: scores", "intervals", views, source, "Large marks are means, small ones single seeds.")
 
 
-def _scores(name: str, methods: list[Row], untrained: list[Row], source: Source) -> Table:
-    rows = [{**u, "scenario": scenario(u), "method": "(untrained)"} for u in untrained]
-    for m in methods:
-        share = m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None
-        done = sum(s["status"] != "missing" for s in m["seeds"])
+def score_table(results: dict[str, Any], keys: str, source: Source | None = None) -> Table:
+    """One row a method, the untrained model first. keys: of the columns."""
+    rows = [{**u, "scenario": scenario(u), "method": "(untrained)"} for u in results.get("untrained", [])]
+    for m in results["methods"]:
         rows.append(
-            m | {"scenario": scenario(m), "share": share, "seeds": done, "settings": settings_in_words(m["settings"])}
+            m
+            | {"scenario": scenario(m), "settings": settings_in_words(m["settings"])}
+            | {"share": m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None}
+            | {"seeds": sum(s["status"] != "missing" for s in m["seeds"])}
+            | {"diverged": "all trials" if m.get("diverged_in_search") else m.get("diverged") or None}
+            | {"mismatch": ", ".join(m.get("notes", [])) if m.get("mismatch") is None else m["mismatch"]}
         )
-    named = SCORES.replace(" diverged", " forgetting diverged") if any(r.get("forgetting") for r in rows) else SCORES
-    return Table(f"{name}: scores table", columns(named, settings="chosen settings"), rows, source)
+    named = columns(keys, settings="chosen settings")
+    return Table(f"{results['study']['name']}: scores table", named, rows, source)
+
+
+def cost_table(results: dict[str, Any], source: Source | None = None) -> Table:
+    """What training and use of every method cost."""
+    methods, warning = results["methods"], _incomparable(results["methods"])
+    rows = [
+        {"scenario": scenario(m), "method": m["method"], "at_a_time": at_a_time(m), **m["cost"]}
+        for m in methods
+        if m.get("cost")
+    ]
+    note = f"Medians over the seeds. {warning}".rstrip()
+    return Table(f"{results['study']['name']}: cost", columns(COST + " at_a_time" * bool(warning)), rows, source, note)
+
+
+def _incomparable(methods: list[Row]) -> str:
+    several = len(numbers_at_a_time(methods)) > 1
+    return "Times and speeds are not comparable: not all runs shared the machine alike." if several else ""
 
 
 def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> Chart:

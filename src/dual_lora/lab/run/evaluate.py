@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,23 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.run import scoring
 from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.forgetting import NAME as FORGETTING
 from dual_lora.lab.run.forgetting import forgetting_figures, forgetting_rows
-from dual_lora.lab.run.scoring import (
-    Rows,
-    figures,
-    score_choice,
-    score_classification,
-    score_exact_match,
-    score_loss,
-    score_regression,
-    score_texts,
-)
+from dual_lora.lab.run.scoring import Asked, Rows, figures
 from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
-_GENERATION = {
-    "loss": score_loss,
-    "choice": score_choice,
-    "exact_match": score_exact_match,
-    "bleu": score_texts,
-    "nlg": score_texts,
+_ENCODER = ("classification", "regression")
+_TASKS: dict[Task, Callable[[Asked], Rows]] = {
+    "loss": scoring.score_loss,
+    "choice": scoring.score_choice,
+    "exact_match": scoring.score_exact_match,
+    "bleu": scoring.score_texts,
+    "nlg": scoring.score_texts,
+    "classification": scoring.score_classification,
+    "regression": scoring.score_regression,
 }
-_ENCODER = {"classification": score_classification, "regression": score_regression}
 
 
 @dataclass
@@ -97,24 +92,15 @@ def evaluate(
             for task in tasks:
                 start = time.perf_counter()
                 with Bar(f"{task} · {variant}", len(examples), progress) as bar:
-                    if task in _ENCODER:
-                        rows: Rows = _ENCODER[task](
-                            model, tuned.tokenizer, examples, tuned.classes, spec, data.max_length, bar.advance
-                        )
-                    else:
-                        rows = _GENERATION[task](model, tuned.tokenizer, examples, prompter, spec, bar.advance)
+                    asked = Asked(model, examples, prompter, spec, tuned.classes, data.max_length, bar.advance)
+                    rows = _TASKS[task](asked)
                 _check_numbers(rows, tuned, variant)
                 seconds[variant] += round(time.perf_counter() - start, 3)
                 for name, value in figures(task, rows, examples).items():  # with the task before a name that is taken
                     metrics[variant][f"{task}_{name}" if name in metrics[variant] else name] = value
+                where = [example.where if task not in ("bleu", "nlg") else "" for example in examples]
                 items += [
-                    {
-                        "variant": variant,
-                        "task": task,
-                        "item": i,
-                        "where": examples[i].where if task not in ("bleu", "nlg") else "",
-                        **row,
-                    }
+                    {"variant": variant, "task": task, "item": i, "where": where[i], **row}
                     for i, row in enumerate(rows)
                 ]
     if spec.forgetting is not None and "tuned" in chosen:

@@ -14,13 +14,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dual_lora.lab.amounts import duration, size
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.public import cell, hub_name, is_hub_name, public, source_name
 from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.terminal import duration, size
 
 BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
 HERE = "path/to/this/folder"
@@ -260,3 +259,41 @@ def _table(title: str, rows: Mapping[str, str]) -> str:
     return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(
         f"| {name} | {cell(value)} |" for name, value in rows.items()
     )
+
+
+# A POSIX path of two parts or more, one in the home folder, one of Windows; not what stands behind "//" in a URL.
+_PATH = re.compile(r"(?<![\w.:/~])(?:~?/[^\s/\"'`|<>]+(?:/[^\s/\"'`|<>]*)+|~/[^\s\"'`|<>]+|[A-Za-z]:\\[^\s\"'`|<>]+)")
+_FILE_URL = re.compile(r"file://")
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,})"
+)
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+_HUB_NAME = re.compile(r"\w[\w.-]*(?:/\w[\w.-]*)?")
+REMOVED = "(removed)"
+
+
+def public(text: object) -> str:
+    """A text without local paths, of which the last part stays, and without tokens and passwords in URLs."""
+    text = _CREDENTIALS.sub("", _TOKEN.sub(REMOVED, _FILE_URL.sub("", str(text))))
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], text)
+
+
+def cell(text: object) -> str:
+    """The same in one line of a Markdown table: what means something to Markdown or HTML is written out."""
+    return re.sub(r"([\\|<>`*_\[\]!#])", r"\\\1", " ".join(public(text).split()))
+
+
+def source_name(source: str) -> str:
+    """Records by name: a hub's name as it is, of a file its name alone."""
+    parts = [part.strip() for part in source.split(" + ")]
+    return " + ".join(public(part) if part.startswith("hub:") else Path(part.replace("\\", "/")).name for part in parts)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a hub could have a model of that name."""
+    return _HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
+
+
+def hub_name(path: str) -> str | None:
+    """The name of a model on the hub; None for a folder, a file or a package on this machine."""
+    return path if is_hub_name(path) and not Path(path).exists() else None

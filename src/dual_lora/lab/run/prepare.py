@@ -1,11 +1,18 @@
-"""What a run starts from: the loaded model, the encoded rows and their order."""
+"""What a run starts from: the loaded model, the encoded rows and their order; of LoRA-GA, gradients of the first rows.
+
+LoRA-GA (Wang et al., arXiv 2407.05000): before the factors are made, PEFT wants to see gradients of the full weights.
+It averages those of the first batches of the run's own data order, and puts the leading directions into A and B.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
@@ -14,10 +21,12 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, training_or
 from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
 
+GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
 
 
@@ -107,3 +116,38 @@ def _fits_head(example: Any, head: str) -> None:
         raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
     if head == "causal" and not example.messages:
         raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")
+
+
+def wants_gradients(config: Any) -> bool:
+    """Whether the method starts from gradients."""
+    return getattr(config, "init_lora_weights", None) == "lora_ga"
+
+
+def show_gradients(
+    model: Any, config: Any, rows: Sequence[Any], batch_size: int, collate: Callable[..., Any], loss: Callable[..., Any]
+) -> None:
+    """Run forward and backward on the first rows and leave each target's gradient where PEFT's start looks for it."""
+    from peft.tuners.lora.loraga import preprocess_loraga
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    check_config(config, model, "method")
+    _maybe_include_all_linear_layers(config, model)  # get_peft_model resolves "all-linear" too late for this
+
+    def passes() -> None:
+        for start in range(0, min(len(rows), GRADIENT_BATCHES * batch_size), batch_size):
+            batch = collate(list(rows[start : start + batch_size]))
+            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            labels = batch.pop("labels")
+            loss(model(**batch), labels).backward()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook")  # the first layer's input is no tensor to train
+        preprocess_loraga(model, config, passes)
+
+
+def save_as_change(model: Any, start: Path, folder: Path) -> None:
+    """Save the adapter so that it fits the untouched base: PEFT takes the start in `start` off, at twice the rank.
+
+    The start subtracted itself from the base weights, by gradients that are gone when the adapter is loaded.
+    """
+    model.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(start))

@@ -17,8 +17,7 @@ from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.hub_card import card_text, known_base, read_card
-from dual_lora.lab.run.public import REMOVED, public, source_name
+from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
 
 # What PEFT, transformers, their tokenizers and the laboratory write beside weights.
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")

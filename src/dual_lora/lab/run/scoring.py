@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,27 @@ Rows = list[dict[str, Any]]
 Advance = Callable[[int], None]
 
 
-def score_loss(
-    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
-) -> Rows:
+@dataclass(frozen=True)
+class Asked:
+    """What a task asks of a model. prompter: for language models; classes, max_length: for encoders."""
+
+    model: Any
+    examples: list[Example]
+    prompter: Prompter
+    spec: EvaluatePart
+    classes: Sequence[str] = ()
+    max_length: int = 512
+    advance: Advance = lambda _: None
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.prompter.tokenizer
+
+
+def score_loss(asked: Asked) -> Rows:
     """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
-    return loss_rows(model, tokenizer, [prompter.encode(example) for example in examples], spec.batch_size, advance)
+    encoded = [asked.prompter.encode(example) for example in asked.examples]
+    return loss_rows(asked.model, asked.tokenizer, encoded, asked.spec.batch_size, asked.advance)
 
 
 def loss_rows(
@@ -57,10 +74,9 @@ def _logits(
         advance(len(part))
 
 
-def score_choice(
-    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
-) -> Rows:
+def score_choice(asked: Asked) -> Rows:
     """The choice with the largest log-likelihood, and all of them. A prompt is read once for all of its choices."""
+    examples, prompter, spec = asked.examples, asked.prompter, asked.spec
     prompts: list[list[int]] = []
     answers: list[list[list[int]]] = []
     for example in examples:
@@ -75,12 +91,13 @@ def score_choice(
     rows: Rows = [{}] * len(examples)
     at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
     for part in _batches([len(prompt) for prompt in prompts], at_a_time):
-        scores = _log_likelihoods(model, [prompts[i] for i in part], [answers[i] for i in part], tokenizer.pad_token_id)
+        own = [prompts[i] for i in part], [answers[i] for i in part]
+        scores = _log_likelihoods(asked.model, *own, asked.tokenizer.pad_token_id)
         for i, sums in zip(part, scores, strict=True):
             values = [x / len(a) if spec.per_token else x for x, a in zip(sums, answers[i], strict=True)]
             chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
             rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
-        advance(len(part))
+        asked.advance(len(part))
     return rows
 
 
@@ -143,14 +160,10 @@ def _logits_after(
     return torch.cat([first, read(follow, longest, **{name: cache}).logits], 1)
 
 
-def score_exact_match(
-    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
-) -> Rows:
+def score_exact_match(asked: Asked) -> Rows:
     """Greedy answers, and whether each one is the expected one."""
-    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in examples]
-    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
-    rows: Rows = []
-    for example, text in zip(examples, texts, strict=True):
+    spec, rows = asked.spec, []
+    for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = example.target if spec.extract else example.answer
         row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
@@ -158,51 +171,50 @@ def score_exact_match(
     return rows
 
 
-def score_texts(
-    model: Any, tokenizer: Any, examples: list[Example], prompter: Prompter, spec: EvaluatePart, advance: Advance
-) -> Rows:
+def score_texts(asked: Asked) -> Rows:
     """One greedy text for each different prompt, with all answers to this prompt as references."""
     references: dict[str, list[Example]] = {}
-    for example in examples:
-        references.setdefault(prompter.prompt_text(example.prompt, example.tools), []).append(example)
-    firsts = [group[0] for group in references.values()]
-    prompts = [prompter.prompt_ids(e.prompt, e.tools) for e in firsts]
-    texts = generate_all(model, tokenizer, prompts, spec.batch_size, spec.max_new_tokens, advance, search_of(spec))
+    for example in asked.examples:
+        references.setdefault(asked.prompter.prompt_text(example.prompt, example.tools), []).append(example)
+    texts = _generated(asked, [group[0] for group in references.values()])
     return [
         {"predicted": text.strip(), "references": [e.answer for e in group]}
         for text, group in zip(texts, references.values(), strict=True)
     ]
 
 
-def score_classification(
-    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
-    advance: Advance,
-) -> Rows:  # fmt: skip
+def _generated(asked: Asked, examples: list[Example]) -> list[str]:
+    """What the model writes after each example's prompt, by the search that the recipe wants."""
+    prompts, spec = [asked.prompter.prompt_ids(e.prompt, e.tools) for e in examples], asked.spec
+    how = spec.batch_size, spec.max_new_tokens, asked.advance, search_of(spec)
+    return generate_all(asked.model, asked.tokenizer, prompts, *how)
+
+
+def score_classification(asked: Asked) -> Rows:
     """The most probable class of each text and its cross-entropy (nats)."""
-    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
-    collate = Collator(tokenizer.pad_token_id, classification=True)
-    rows: Rows = [{}] * len(encoded)
-    for part, found, labels in _logits(model, encoded, collate, spec.batch_size, advance):
-        logits = found.float()
-        nats, best = cross_entropy(logits, labels, reduction="none").tolist(), logits.argmax(1).tolist()
+    rows: Rows = [{}] * len(asked.examples)
+    for part, found, labels in _encoder_logits(asked):
+        nats, best = cross_entropy(found, labels, reduction="none").tolist(), found.argmax(1).tolist()
         for i, loss, number in zip(part, nats, best, strict=True):
-            name = classes[number]
-            rows[i] = {"correct": name == examples[i].label, "predicted": name, "nats": loss}
+            name = asked.classes[number]
+            rows[i] = {"correct": name == asked.examples[i].label, "predicted": name, "nats": loss}
     return rows
 
 
-def score_regression(
-    model: Any, tokenizer: Any, examples: list[Example], classes: list[str], spec: EvaluatePart, max_length: int,
-    advance: Advance,
-) -> Rows:  # fmt: skip
+def score_regression(asked: Asked) -> Rows:
     """The value of each text."""
-    encoded, _ = encode_texts(examples, tokenizer, max_length, classes)
-    collate = Collator(tokenizer.pad_token_id, classification=True)
-    rows: Rows = [{}] * len(encoded)
-    for part, logits, _ in _logits(model, encoded, collate, spec.batch_size, advance):
-        for i, value in zip(part, logits.float().flatten().tolist(), strict=True):
+    rows: Rows = [{}] * len(asked.examples)
+    for part, found, _ in _encoder_logits(asked):
+        for i, value in zip(part, found.flatten().tolist(), strict=True):
             rows[i] = {"predicted": value}
     return rows
+
+
+def _encoder_logits(asked: Asked) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    encoded, _ = encode_texts(asked.examples, asked.tokenizer, asked.max_length, list(asked.classes))
+    collate = Collator(asked.tokenizer.pad_token_id, classification=True)
+    for part, found, labels in _logits(asked.model, encoded, collate, asked.spec.batch_size, asked.advance):
+        yield part, found.float(), labels
 
 
 def generate_all(

@@ -27,10 +27,9 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.gradient_start import save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.hub_card import card_text
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
-from dual_lora.lab.run.prepare import prepare
+from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import Report, check_reports, reported
 from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_once, same_sharding
@@ -76,6 +75,7 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
     names: tuple[str, str] | None = None,
+    passing: bool = False,
 ) -> RunResult:
     """Train by ``recipe`` into the folder ``out``.
 
@@ -83,6 +83,7 @@ def run(
     as if the run had never stopped. A finished run is left as it is. overwrite: remove the run that is in ``out``.
     callbacks: further callbacks of transformers' Trainer, after ours (the recipe does not record them).
     report_to: wandb, mlflow, tensorboard, trackio. names: of task and run in such reports; the recipe's unless told.
+    passing: nobody keeps the adapter, so none of its answers are noted for `verify`.
     Raises UserError for everything that a person can put right; the last checkpoint stays in any case.
     """
     folder = RunFolder(Path(out))
@@ -104,7 +105,7 @@ def run(
         with clear_failures(folder):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
             with reported(Report(to, task, name), folder.path) as reports:
-                return _train(recipe, asked, folder, main, progress, callbacks, reports)
+                return _train(recipe, asked, folder, main, progress, callbacks, reports, passing)
     except BaseException as error:
         if main:
             note_failure(folder, error)
@@ -122,6 +123,7 @@ def _train(
     progress: bool,
     more: Sequence[TrainerCallback],
     reports: dict[str, Any],
+    passing: bool,
 ) -> RunResult:
     part = recipe.train
     # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
@@ -194,15 +196,19 @@ def _train(
     if result.state == "finished":
         check_finite(model, done)
         target = folder.full_model if config is None else folder.adapter
-        result.tuned = Tuned(model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path)
+        tuned = result.tuned = Tuned(
+            model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path
+        )
 
-        def add_card(part: Path) -> None:
+        def complete(part: Path) -> None:
+            if not (passing or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+                fingerprint.leave(tuned, part)
             result.adapter_bytes = sum(f.stat().st_size for f in part.glob("*.safetensors"))
             card = part / "README.md"
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        _save(trainer, result.tuned, recipe, target, main, add_card)
+        _save(trainer, tuned, recipe, target, main, complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
@@ -259,7 +265,7 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
 
 
 def _save(
-    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, add_card: Callable[[Path], None]
+    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, complete: Callable[[Path], None]
 ) -> None:
     def write(folder: Path) -> None:
         with quiet():
@@ -270,9 +276,7 @@ def _save(
             tuned.tokenizer.save_pretrained(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(folder, recipe, tuned.classes)
-        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            fingerprint.leave(tuned, folder)
-        add_card(folder)  # before the folder is listed: the card is ours too
+        complete(folder)  # before the folder is listed: fingerprint and card are ours too
 
     if main:
         write_folder_atomically(target, write, listed=True)

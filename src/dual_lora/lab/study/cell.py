@@ -10,7 +10,7 @@ from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Size, rank_field
-from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, fingerprint, print_of_texts
+from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint, print_of_texts
 from dual_lora.lab.study.search import beyond, choose, dotted
 from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
 
@@ -46,6 +46,9 @@ class Cell:
     def at(self) -> tuple[str, str, str]:
         """Model, task and method: the cell's name among the study's cells."""
         return self.model, self.task, self.method
+
+    def __str__(self) -> str:
+        return cell_name(*self.at)
 
 
 @dataclass

@@ -58,17 +58,14 @@ def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[st
     """What all comparisons of one scenario are judged by."""
     return {
         "task": task_name(*scenario),
+        "scenario": scenario,
         "metric": metric,
+        "better": metrics.better(metric),
         "margin": study.margin.get(metric),
         "confidence": 1 - study.level,
         "wanted_power": study.power,
         "counted": metrics.counted(metric),
     }
-
-
-def in_scenario(pair: verdicts.Comparison, scenario: tuple[str, str]) -> verdicts.Comparison:
-    """The comparison with its model and task, and which way its metric is better."""
-    return dataclasses.replace(pair, scenario=scenario, better=metrics.better(pair.metric))
 
 
 def _lost(method: dict[str, Any]) -> int | None:

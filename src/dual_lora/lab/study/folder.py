@@ -26,11 +26,43 @@ from pydantic import BaseModel
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
-from dual_lora.lab.study.amendments import Amendment, Changes, amendment, changes, ended_in
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
+
+
+Changes = dict[str, tuple[Any, Any]]  # of a study after it was begun, field: (old, new)
+
+
+class Amendment(BaseModel):
+    """A change of the study after it was begun: what, when, and how many final runs had ended by then."""
+
+    date: str
+    what: str
+    ended: int
+    of: int
+    fields: Changes = {}
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] = ("search",)) -> Changes:
+    """What differs, field by field `inside` some. One that was not known is none of them."""
+    pairs: Changes = {}
+    for name in sorted(before.keys() & now.keys()):
+        old, new = before[name], now[name]
+        if name in inside and isinstance(old, dict) and isinstance(new, dict):
+            pairs |= {f"{name}.{key}": pair for key, pair in changes(old, new).items()}
+        elif old != new:
+            pairs[name] = old, new
+    return pairs
+
+
+def ended_in(results: Path) -> list[bool]:
+    """Whether each final run had ended, by the results of an earlier version."""
+    try:
+        return [seed["status"] != "missing" for method in read_json(results)["methods"] for seed in method["seeds"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 class Plan(BaseModel):
@@ -145,7 +177,10 @@ class StudyFolder:
         ended = [read_outcome(runs, key) is not None for key in finals]
         if not self.known.jobs:
             ended = ended_in(self.path / "results.json")
-        self.known.amendments.append(amendment(what, ended, fields or {}))
+        today = time.strftime("%Y-%m-%d")
+        self.known.amendments.append(
+            Amendment(date=today, what=what, ended=sum(ended), of=len(ended), fields=fields or {})
+        )
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""

@@ -65,7 +65,7 @@ class Job:
         return self.model, self.task
 
     def __str__(self) -> str:
-        where = f"{self.method} on {task_name(*self.scenario)}"
+        where = cell_name(*self.scenario, self.method)
         more = {"trial": f", {settings_in_words(self.settings)}", "final": f", seed {self.seed}"}
         return where + more.get(self.kind, "")
 
@@ -191,6 +191,11 @@ def _file_print(path: Path) -> str:
 def task_name(model: str, task: str) -> str:
     """How a task with a model is called in sentences."""
     return f"{task} ({model})" if model else task
+
+
+def cell_name(model: str, task: str, method: str) -> str:
+    """How a method on a task is called in sentences."""
+    return f"{method} on {task_name(model, task)}"
 
 
 def settings_in_words(settings: Settings | None) -> str:

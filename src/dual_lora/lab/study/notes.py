@@ -12,9 +12,13 @@ from numpy.typing import NDArray
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Finished
-from dual_lora.lab.study.job import task_name
+from dual_lora.lab.study.job import cell_name, task_name
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
+
+
+def _cell(method: Mapping[str, Any]) -> str:
+    return cell_name(method["model"], method["task"], method["method"])
 
 
 def end_of_search(method: dict[str, Any]) -> str:
@@ -54,7 +58,7 @@ def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
         chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
         if chance > 0.05:
-            near.append(f"{m['method']} on {task_name(m['model'], m['task'])} ({chance:.0%})")
+            near.append(f"{_cell(m)} ({chance:.0%})")
     if not near:
         return []
     return [
@@ -78,7 +82,7 @@ def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
         if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
             (score,) = scores
             notes.append(
-                f"Every trial of {m['method']} on {task_name(m['model'], m['task'])} that did not diverge scored "
+                f"Every trial of {_cell(m)} that did not diverge scored "
                 f"{score:.4g}: the search could not choose, and the first of them was taken."
             )
     return notes
@@ -148,7 +152,7 @@ def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) 
     for m in methods:
         points = [t["settings"] for t in m["trials"] if t.get("beyond")]
         if rates := dict.fromkeys(f"{point[RATE]:g}" for point in points if RATE in point):
-            found.append(f"{m['method']} on {task_name(m['model'], m['task'])} ({', '.join(rates)})")
+            found.append(f"{_cell(m)} ({', '.join(rates)})")
     if not found or search is None:
         return []
     return [
@@ -179,10 +183,9 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
         if f.complete:
             continue
         done = sum(outcome is not None for _, outcome in f.finals)
-        where = f"{f.cell.method} on {task_name(*f.cell.scenario)}"
         state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
         alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
-        notes.append(f"{where} is not compared with anything{alone}: {state}.")
+        notes.append(f"{f.cell} is not compared with anything{alone}: {state}.")
     return notes
 
 
@@ -207,9 +210,7 @@ def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
     groups: dict[tuple[int | None, ...], list[str]] = {}
     for m in methods:
         if m["measured_beside"]:
-            groups.setdefault(tuple(m["measured_beside"]), []).append(
-                f"{m['method']} on {task_name(m['model'], m['task'])}"
-            )
+            groups.setdefault(tuple(m["measured_beside"]), []).append(_cell(m))
     found = numbers_at_a_time(methods)
     if found <= {1}:
         return []
@@ -230,10 +231,7 @@ def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
 
 def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
     """Methods that did best at an end of their search; ends: (model, task, method) -> which."""
-    return [
-        f"{method} on {task_name(model, task)} did best with {end}: it may do better beyond."
-        for (model, task, method), end in ends.items()
-    ]
+    return [f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()]
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:
@@ -242,9 +240,7 @@ def precisions(finished: Sequence[Finished]) -> list[str]:
     for f in finished:
         recipe = f.cell.recipe
         mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
-        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(
-            f"{f.cell.method} on {task_name(*f.cell.scenario)}"
-        )
+        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(str(f.cell))
     if len(groups) < 2:
         return [f"All runs: {words}." for words in groups]
     return [
@@ -262,7 +258,7 @@ def single_seed(study: Study) -> list[str]:
 def unmeasured(finished: Sequence[Finished]) -> list[str]:
     """Costs of use that a method would not be measured by, and why."""
     return [
-        f"{name.replace('_', ' ')} of {f.cell.method} on {task_name(*f.cell.scenario)} could not be measured: {why}"
+        f"{name.replace('_', ' ')} of {f.cell} could not be measured: {why}"
         for f in finished
         for _, outcome in f.finals
         if outcome

@@ -51,7 +51,8 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
             try:
-                came: Figures = {"status": "done"} | (_base(job, runs) if job.kind == "base" else _trained(job, runs))
+                came = _base(job, runs) if job.kind == "base" else _trained(job, runs, keep)
+                came["status"] = "done"
             except Exception as error:
                 if not (isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)):
                     raise
@@ -90,7 +91,7 @@ def retire(runs: Path, outcome: Outcome) -> None:
                 old.replace(runs / f"{aside}-{secrets.token_hex(2)}{name}")
 
 
-def _trained(job: Job, runs: Path) -> Figures:
+def _trained(job: Job, runs: Path, keep: str) -> Figures:
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate
@@ -99,6 +100,7 @@ def _trained(job: Job, runs: Path) -> Figures:
     recipe, folder = job.recipe, runs / job.key
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
+    more["passing"] = not _stays(job, keep)
     result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), **more)
     if result.state != "finished":
         raise Stopped(result.stopped_by)
@@ -209,5 +211,10 @@ def _tidy(job: Job, folder: Path, keep: str) -> None:
     if keep == "all":
         return
     shutil.rmtree(folder / "model", ignore_errors=True)
-    if job.kind != "final" or keep == "nothing":
+    if not _stays(job, keep):
         shutil.rmtree(folder / "adapter", ignore_errors=True)
+
+
+def _stays(job: Job, keep: str) -> bool:
+    """Whether the run's adapter is kept once it is scored."""
+    return keep == "all" or (keep != "nothing" and job.kind == "final")

@@ -18,9 +18,12 @@ from dual_lora.lab.study.job import Settings
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
 
 
-def lay_out(study: Study) -> list[Cell]:
-    """The study's cells, budgets in parameters matched. Raises UserError for everything that can be known now."""
-    scale = Scale()
+def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
+    """The study's cells, budgets in parameters matched. Raises UserError for everything that can be known now.
+
+    scale: what has been counted for other studies, which is not counted again.
+    """
+    scale = scale or Scale()
     cells = []
     entries = {name: _resolved(name, entry) for name, entry in study.variants().items()}
     for model, task, base in scenarios(study):

@@ -21,7 +21,7 @@ from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.conclude import about_pairs, conclude, in_scenario
+from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT
 
@@ -70,7 +70,7 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
         figures = *figures[:2], _seed_error(two, at, scenario, spread["error"])
     s = stats.Spread(*figures, spread["seeds"], spread["items"])
     about = about_pairs(study, scenario, c["metric"])
-    return in_scenario(verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about), scenario)  # type: ignore[arg-type]
+    return verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 
 
 def _seed_error(two: list[dict[str, Any]], at: Any, scenario: tuple[str, str], error: float) -> float:

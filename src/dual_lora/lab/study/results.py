@@ -12,9 +12,8 @@ import numpy as np
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished
-from dual_lora.lab.study.conclude import about_pairs, conclude, in_scenario
-from dual_lora.lab.study.forgetting import forgetting_tables, with_metric
-from dual_lora.lab.study.job import Job, Outcome, read_scores, task_name
+from dual_lora.lab.study.conclude import about_pairs, conclude
+from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
 from dual_lora.lab.study.study import Study
 
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
@@ -49,7 +48,7 @@ def build_results(
     tables = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
     pairs = _pairs(study, finished, tables)
-    pairs += with_metric(pairs, study, forgetting_tables(finished, runs, lost))
+    pairs += _in_forgetting(pairs, study, _forgetting_tables(finished, runs, lost))
     said = conclude(study, pairs, methods, untrained, amendments)
     return {
         "format": RESULTS_FORMAT,
@@ -103,12 +102,10 @@ def _score_tables(
                 table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
             lost = sum(row is None for row in rows)
             if lost == seeds:
-                said.append(
-                    f"Every run of {key[2]} on {task_name(*scenario)} diverged: it has no score there, and ranks last."
-                )
+                said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
                 said.append(
-                    f"{lost} of {seeds} runs of {key[2]} on {task_name(*scenario)} diverged; each counts with the "
+                    f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
                     f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
             tables[key] = table
@@ -127,9 +124,10 @@ def _pairs(
         else:
             wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
         about = about_pairs(study, scenario, here[0].metric) if here else {}
-        for a, b in wanted:
-            pair = verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
-            pairs.append(in_scenario(pair, scenario))
+        pairs += [
+            verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
+            for a, b in wanted
+        ]
     return pairs
 
 
@@ -237,3 +235,33 @@ def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return fronts
+
+
+def _forgetting_tables(
+    finished: Sequence[Finished], runs: Path, said: list[str]
+) -> dict[tuple[str, str, str], stats.Table]:
+    """Item shares [seeds, texts] of every cell that has them for all of its runs."""
+    tables = {}
+    for f in finished:
+        if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.diverged_in_search:
+            continue
+        try:
+            features = [read_scores(runs, job.key, "forgetting") for job, _ in f.finals]
+        except (OSError, ValueError):
+            said.append(f"Forgetting of {f.cell} is not compared: not every run of it came to an end with a figure.")
+            continue
+        tables[f.cell.at] = metrics.score_table("forgetting", features)
+    return tables
+
+
+def _in_forgetting(
+    pairs: Sequence[verdicts.Comparison], study: Study, tables: dict[tuple[str, str, str], stats.Table]
+) -> list[verdicts.Comparison]:
+    """The same pairs, in what they forget."""
+    found = []
+    for pair in pairs:
+        a, b = (tables.get((*pair.scenario, name)) for name in (pair.candidate, pair.reference))
+        if a is not None and b is not None:
+            about = about_pairs(study, pair.scenario, "forgetting")
+            found.append(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about))
+    return found

@@ -30,7 +30,7 @@ class Verdict(StrEnum):
     UNLEARNED = "neither learned the task"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One candidate against one reference on one task; differences in the metric's unit, positive is better.
 
@@ -53,12 +53,12 @@ class Comparison:
     high: float
     confidence: float
     p: float | None
-    p_holm: float | None
+    p_holm: float | None = None
     p_same: float | None
-    p_same_holm: float | None
+    p_same_holm: float | None = None
     same_low: float
     same_high: float
-    visible: float | None
+    visible: float | None = None  # at a level that `judge` knows
     power: float
     margin: float | None
     spread: stats.Spread
@@ -136,10 +136,12 @@ def compare_spread(
     confidence: float = 0.95,
     wanted_power: float = 0.8,
     counted: bool = False,
+    scenario: tuple[str, str] = ("", ""),
+    better: str = "more",
 ) -> Comparison:
     """One comparison before correction, from the spread of its differences; pass all of them to `judge`.
 
-    counted: see `same_p`.
+    counted: see `same_p`. scenario, better: as in `Comparison`.
     """
     low, high = stats.interval(s, confidence)
     same_low, same_high = stats.interval(s, 2 * confidence - 1)
@@ -156,16 +158,15 @@ def compare_spread(
         high=high,
         confidence=confidence,
         p=stats.difference_p(s) if many else None,
-        p_holm=None,
         p_same=stats.same_p(s, margin, counted) if many and margin is not None else None,
-        p_same_holm=None,
         same_low=same_low,
         same_high=same_high,
-        visible=None,  # at a level that `judge` knows
         power=wanted_power,
         margin=margin,
         spread=s,
         verdict=Verdict.INCONCLUSIVE if many else Verdict.ONE_SEED,
+        scenario=scenario,
+        better=better,
     )
 
 

@@ -1,4 +1,4 @@
-"""dual-lora push"""
+"""dual-lora card, dual-lora push"""
 
 from __future__ import annotations
 
@@ -11,16 +11,42 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import facts_card, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.terminal import Console
+
+Run = Annotated[Path, Parameter(help="Folder of a finished run.")]
+BaseModel = Annotated[str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")]
+Licence = Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")]
+
+
+def card(
+    run: Run,
+    *,
+    base_model: BaseModel = None,
+    license: Licence = None,
+    json: Json = False,
+) -> None:
+    """Write a run's card for a model hub: README.md beside the adapter, with method, data, scores and cost.
+
+    Training writes one by itself. Again after `dual-lora evaluate`, it has the scores.
+
+    Example: `dual-lora card runs/boolq-smollm2 --license apache-2.0`
+    """
+    from dual_lora.lab.recipe.read import read_recipe
+    from dual_lora.lab.run.hub_card import write_card
+    from dual_lora.lab.run.push import finished_run
+
+    folder = finished_run(run)
+    file = write_card(folder, read_recipe(run), base_model=base_model, licence=license)
+    facts = {"card": str(file), "next": f"dual-lora push {run} NAME/REPOSITORY"}
+    finish({"card": str(file)}, facts_card("card", facts), json)
 
 
 def push(
-    run: Annotated[Path, Parameter(help="Folder of a finished run.")],
+    run: Run,
     repo: Annotated[str, Parameter(help="OWNER/NAME on the hub; it is made if it is not there.")],
     *,
-    base_model: Annotated[
-        str | None, Parameter(help="The base model's name on the hub, if the run had a folder.")
-    ] = None,
-    license: Annotated[str | None, Parameter(help="Licence of the adapter, as the hub names it: apache-2.0.")] = None,
+    base_model: BaseModel = None,
+    license: Licence = None,
     private: Annotated[bool, Parameter(help="Make a new repository private.")] = False,
     yes: Annotated[bool, Parameter(help="Upload without asking.")] = False,
     json: Json = False,
@@ -38,11 +64,8 @@ def push(
         if not yes:
             if not sys.stdin.isatty():
                 raise UserError("Nobody is there to answer whether to upload: give --yes.")
-            from dual_lora.lab.terminal import Console
-
-            Console(stderr=True).print(
-                facts_card(f"to {repo}{' (private)' if private else ', for everyone to see'}", facts)
-            )
+            title = f"to {repo}{' (private)' if private else ', for everyone to see'}"
+            Console(stderr=True).print(facts_card(title, facts))
             if input("Upload these files? [y/N] ").strip().lower() not in {"y", "yes"}:
                 raise UserError("Nothing was uploaded.")
         address = upload(ready, private=private)

@@ -1,0 +1,153 @@
+"""What one operator call costs: its arithmetic, and the memory that it uses inside itself.
+
+Arithmetic: torch's own formulas, and those that it lacks. Dual LoRA's linear layer: 2·T·O·I + 2·O·I·(r1 + r2) forward,
+4·T·O·I + 6·O·I·(r1 + r2) backward (P and Q again, four small gradients); without dx or the factors' gradients, less.
+
+Memory that a dispatch mode does not see: Dual LoRA's operator on a CPU works in blocks and tiles of the weight
+(`core/blocked.py`), on a GPU it composes one whole weight at a time (`core/triton_linear.py`). Where fp32 products go
+to oneDNN (`core/product.py`) each of them comes in memory of its own, beside the buffer that waits for it. A batched
+product of half-precision matrices on a CPU copies an operand that is one matrix for the whole batch. That is how an
+output head meets the last positions of every row (transformers' `logits_to_keep`): 450 MB for eight rows of
+SmolLM2-135M, measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from dual_lora.core.blocked import CPU
+from dual_lora.core.product import fp32_library
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating point operations of one call, 0 for what is not a product."""
+    packet = func._overloadpacket
+    own = _OURS.get(packet)
+    if own is not None:
+        return own(*args)
+    formula: Any = flop_registry.get(packet)
+    return int(formula(*args, **kwargs, out_val=out)) if formula else 0
+
+
+def linear(T: int, O: int, I: int, ranks: int) -> int:
+    """Forward of Dual LoRA's layer. ranks: r1 + r2 of all its adapters."""
+    return 2 * T * O * I + 2 * O * I * ranks
+
+
+def linear_backward(T: int, O: int, I: int, ranks: int, need_x: bool = True, need_factors: bool = True) -> int:
+    """Its backward: dx, the masked G, P and Q once more, the four small gradients."""
+    products = need_x + need_factors
+    return 2 * products * T * O * I + 2 * O * I * ranks + 4 * O * I * ranks * need_factors
+
+
+def _linear(x: Any, weight: Any, bias: Any, factors: Any, *rest: Any) -> int:
+    return linear(*_sizes(x, factors))
+
+
+def _linear_backward(
+    dy: Any, x: Any, weight: Any, factors: Any, scales: Any, forms: Any, loss_scale: Any, need_x: bool,
+    need_weight: bool, need_factors: bool,
+) -> int:  # fmt: skip
+    T, O, I, ranks = _sizes(x, factors)
+    return linear_backward(T, O, I, ranks, need_x, need_factors)
+
+
+def _sizes(x: Any, factors: Any) -> tuple[int, int, int, int]:
+    """T, O, I and the sum of all ranks (every other factor is A or C, [r, I])."""
+    I = x.shape[-1]
+    return x.numel() // I, factors[1].shape[0], I, sum(f.shape[0] for f in factors[::2])
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any) -> int:
+    B, heads, T, width = query.shape
+    return 2 * B * heads * T * key.shape[2] * (width + value.shape[-1])
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any) -> int:
+    """Scores again, and the gradients of scores, query, key and value."""
+    B, heads, T, width = query.shape
+    return 2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1])
+
+
+_OURS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def register_own() -> None:
+    """Count Dual LoRA's operators, once they are defined."""
+    import dual_lora.core.op  # noqa: F401
+
+    _OURS[torch.ops.dual_lora.linear] = _linear
+    _OURS[torch.ops.dual_lora.linear_backward] = _linear_backward
+
+
+def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
+    """Bytes that one call has had beyond its inputs and outputs."""
+    if func is torch.ops.aten.bmm.default and on == "cpu":
+        return sum(m.numel() * m.element_size() for m in args if m.stride(0) == 0 and m.element_size() == 2)
+    if func.namespace != "dual_lora":
+        return 0
+    name = func._schema.name
+    if name == "dual_lora::linear":
+        x, weight, factors = args[0], args[1], args[3]
+        return forward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on) * _copies(weight, on)
+    if name == "dual_lora::linear_backward":
+        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[7], args[9]
+        scaled = sum(f.numel() for f in factors) * 4 * need_factors
+        inside = backward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on, need_x, need_factors)
+        return inside * _copies(weight, on) + scaled
+    return 0
+
+
+def _copies(weight: Any, on: str) -> int:
+    """Of the weight, while it is composed: the kernels have a quantised one (its number stands for it) dequantised."""
+    return 2 if on == "gpu" and weight is not None and weight.ndim == 0 else 1
+
+
+def forward_bytes(T: int, O: int, I: int, itemsize: int, on: str) -> int:
+    """The composed block, the tiles, and y of the block where it comes in memory of its own."""
+    if on == "gpu":
+        return O * I * itemsize
+    rows = _part(O, CPU.block // itemsize // I)
+    y = T * rows * itemsize if _own_memory(itemsize) else 0
+    return rows * I * itemsize + _tiles(rows, I, itemsize) + y
+
+
+def backward_bytes(
+    T: int, O: int, I: int, itemsize: int, on: str, need_x: bool = True, need_factors: bool = True
+) -> int:
+    """The composed block and that of the gradient, the tiles, and the copies that oneDNN takes and gives."""
+    if on == "gpu":
+        return O * I * itemsize * need_x
+    cols = _part(I, CPU.block // itemsize // O)
+    own = _own_memory(itemsize)
+    blocks = need_x + need_factors
+    if own and need_factors:
+        blocks += 1 + (cols < I)  # the product, and that of the block before, which is still there
+    copies = (T * O + T * cols * need_x) * itemsize if own else 0
+    return blocks * O * cols * itemsize + _tiles(O, cols, itemsize) + copies
+
+
+def _tiles(rows: int, cols: int, itemsize: int) -> int:
+    """P and Q of one tile, and where the block is not fp32 itself its sum; all fp32."""
+    kept = 2 + (itemsize != 4) + 2 * _onednn()
+    return kept * 4 * _part(rows, CPU.tile // cols) * cols
+
+
+def _part(length: int, step: int) -> int:
+    """The length of the equal parts of about `step`, as the operator cuts."""
+    return -(-length // -(-length // max(step, 16)))
+
+
+def _onednn() -> bool:
+    return fp32_library() == "oneDNN"
+
+
+def _own_memory(itemsize: int) -> bool:
+    return itemsize == 4 and _onednn()
