@@ -192,6 +192,22 @@ def test_an_output_projection_that_is_named_as_well_is_adapted_once():
     assert all(grad.any() for grad in factors.values())
 
 
+def test_an_adapter_of_the_output_projection_alone_stays_beside_one_of_the_attention():
+    model, _ = adapted(multihead(PACKED), call, target_modules=["out_proj"])
+    x = inputs()
+    alone = model(x)[0]
+    model.add_adapter("whole", DualLoraConfig(target_modules=["it"], init_weights=False, r=4))
+    torch.testing.assert_close(model(x)[0], alone)
+    for names in (["default"], ["whole"], ["default", "whole"]):
+        model.base_model.set_adapter(names)
+        want = model(x)[0]
+        model.merge_adapter()
+        torch.testing.assert_close(model(x)[0], want, atol=1e-5, rtol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x)[0], want)
+    assert not torch.allclose(want, alone, atol=1e-2)
+
+
 def test_dropout_is_said_to_have_no_effect():
     with pytest.warns(UserWarning, match="dropout=0.5 has no effect on nn.MultiheadAttention"):
         adapted(multihead(PACKED), call, dropout=0.5)

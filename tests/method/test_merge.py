@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import MODELS, TARGETS, adapted, changed, layer, layers, llama, logits, points, state, train
+from torch import nn
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.reference import delta_weight
@@ -301,6 +302,18 @@ def test_what_cannot_be_combined_says_why_and_what_to_do(adapters, given, kind):
 
 
 # Tied weights.
+
+
+def test_a_module_of_two_names_is_said_to_be_adapted_under_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(12, 12)
+            self.block, self.again = nn.Sequential(nn.Linear(12, 12)), self.first
+
+    with pytest.warns(UserWarning, match="'again' is the same module as one that is adapted") as caught:
+        adapted(Twice(), target_modules=["first", "0"])
+    assert len([w for w in caught if "same module" in str(w.message)]) == 1
 
 
 def test_tied_weights_warn_before_they_are_merged():

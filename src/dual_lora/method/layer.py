@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import dispatch
 from ..core.compose_op import Composed, dual_lora_weight, recomposing
-from ..core.dispatch import autocast_dtype, in_dtype_of, without_autocast
+from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
 from ..core.reference import Adapter
@@ -93,12 +93,13 @@ class DualLoraLayer(MergeLayer):
         operand: Tensor,
         scale: Tensor | None,
         keeps: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> Composed:
         """The composed weight of a layer that calls a function of its own with it; kept in inference, if `keeps`.
 
-        operand: what the function computes with, in whose precision (or autocast's) it is composed.
+        operand: what the function computes with, in whose precision (or autocast's) it is composed, if not in `dtype`.
         """
-        dtype = autocast_dtype(operand.device, operand.dtype) or operand.dtype
+        dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix = None if weight is None else self._matrix(weight)
         make = partial(dual_lora_weight, matrix, adapters, scale, dtype=dtype)
         if keeps and weight is not None and self._may_keep():
@@ -137,8 +138,9 @@ class MapLayer(DualLoraLayer):
         if type(self.base_layer).forward in self.forwards:
             return False
         weight: Any = self.base_layer._parameters.get("weight")
-        held = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1 and not weight.is_meta
-        return held and not sharded.is_sharded(weight)
+        if weight is None or weight.is_meta or not weight.numel() or sharded.is_sharded(weight):  # offloaded, ZeRO-3
+            return False
+        return weight.is_floating_point() and weight.dtype.itemsize > 1
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """f(x; W + ΣΔW)."""
@@ -153,8 +155,7 @@ class MapLayer(DualLoraLayer):
         base: Any = self.base_layer
         weight = base.weight
         scale = self._loss_scale(names, weight)
-        with without_autocast(weight.device):
-            composed = self._composed(weight, names, self._updates(names), weight, scale)
+        composed = self._composed(weight, names, self._updates(names), weight, scale, dtype=weight.dtype)
         with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
 

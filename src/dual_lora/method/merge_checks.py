@@ -7,13 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from .layer import DualLoraLayer, MapLayer
+from .layer import DualLoraLayer, MapLayer, layers_of
 from .quantized import QuantizedLinear
 
 
 def quantised(model: nn.Module) -> list[QuantizedLinear]:
     """The quantised layers of a model."""
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+def warn_of_second_names(model: nn.Module) -> None:
+    """Say where a module that is adapted is called by another name as well: PEFT replaces it under the first alone."""
+    bases = {layer.get_base_layer(): layer for layer in layers_of(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in bases and name.rpartition(".")[2] != "base_layer":
+            bases[module].warned.once(
+                f"{name!r} is the same module as one that is adapted under another name: the adapter does not act "
+                "there until it is merged, which changes both. Give it a module of its own, or call the other name."
+            )
 
 
 def warn_unfinished(name: str, config: Any, layers: list[DualLoraLayer]) -> None:

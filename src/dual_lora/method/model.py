@@ -93,6 +93,7 @@ class DualLoraModel(BaseTuner):
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         set_fast_paths(model)
+        merge_checks.warn_of_second_names(model)
         if is_reference:
             for layer in layers_of(self.model, "default"):
                 _copy_factors(layer, "default", adapter_name)
