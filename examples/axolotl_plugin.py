@@ -8,7 +8,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 
-from dual_lora import DualLoraConfig, VerifyAdapter
+from dual_lora import DualLoraCallback, DualLoraConfig, VerifyAdapter
 
 
 class DualLoraArgs(BaseModel):
@@ -45,4 +45,6 @@ class DualLoraPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        return [VerifyAdapter()]  # warns where an adapter does not learn, or is another one when it is loaded anew
+        # The first tells fp16 training of its gradient scaler; the other warns where an adapter does not learn, or is
+        # another one when it is loaded anew.
+        return [DualLoraCallback(), VerifyAdapter()]

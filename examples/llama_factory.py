@@ -7,12 +7,11 @@ warns where an adapter does not learn, or is another one when it is loaded anew.
 
 from pathlib import Path
 
-import cyclopts
 import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dual_lora import DualLoraConfig, VerifyAdapter
+from dual_lora import DualLoraCallback, DualLoraConfig, VerifyAdapter
 
 
 def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
@@ -35,8 +34,11 @@ def main(arguments: Path, folder: Path = Path("runs/llama-factory-start"), warmu
     """Train with the arguments of a YAML file."""
     from llamafactory.train.tuner import run_exp
 
-    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps), callbacks=[VerifyAdapter()])
+    callbacks = [DualLoraCallback(), VerifyAdapter()]  # the first one is for fp16
+    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps), callbacks=callbacks)
 
 
 if __name__ == "__main__":
+    import cyclopts  # LLaMA-Factory does not bring it
+
     cyclopts.run(main, result_action="return_value")

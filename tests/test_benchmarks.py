@@ -283,7 +283,8 @@ def test_decoding_and_merging(single):
 def test_the_step_of_a_small_llama(single, monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
-    made = step_work.trainings(("dual", "lora", "naive"), step_work.tokens(2, 8) % 64, **small)
+    tokens = {name: ids % 64 for name, ids in step_work.tokens(2, 8).items()}
+    made = step_work.trainings(("dual", "lora", "naive"), tokens, **small)
     assert len(made["dual"].adapted()) == 14
     step_work.check(made["dual"], made["naive"])
     assert set(step_work.measure(made, 1, 0, (1, 1)).costs) == set(made)
@@ -295,6 +296,18 @@ def test_the_step_of_a_small_llama(single, monkeypatch):
         layer.forms["default"] = layer.forms["default"]._replace(magnitude="identity")
     with pytest.raises(judge.WrongResult, match="differs from naive"):
         step_work.check(made["dual"], made["naive"])
+
+
+def test_the_step_of_an_encoder_and_that_in_bf16(single, monkeypatch):
+    monkeypatch.setattr(step_work, "MINILM", {**step_work.MINILM, "hidden_size": 24, "intermediate_size": 48})
+    made = step_work.encoder_trainings(("dual", "naive"), 2, 8)
+    assert len(made["dual"].adapted()) == 6 * 6 + 1
+    step_work.check(made["dual"], made["naive"])
+    monkeypatch.setattr(step_work, "SMOLLM2_135M", {**step_work.SMOLLM2_135M, "hidden_size": 72, "vocab_size": 64})
+    low = step_work.trainings(("dual",), step_work.tokens(1, 4), num_hidden_layers=1, dtype=torch.bfloat16)["dual"]
+    low.step()
+    assert {p.dtype for p in low.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in low.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_child_measures_in_its_own_process(monkeypatch):

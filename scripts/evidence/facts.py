@@ -3,6 +3,7 @@
 STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
                              verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
                              change (with its interval), size (with its metric), sure; (untrained): score, constant
+                             METHOD@TASK where a study has several tasks
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -54,11 +55,13 @@ def verdict(name: str, candidate: str) -> str:
 
 
 def _method(results: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(m for m in results["methods"] if m["method"] == name)
+    method, _, task = name.partition("@")
+    return next(m for m in results["methods"] if m["method"] == method and task in ("", m["task"]))
 
 
-def _comparison(results: dict[str, Any], candidate: str) -> dict[str, Any]:
-    found = [c for c in results["comparisons"] if c["candidate"] == candidate]
+def _comparison(results: dict[str, Any], name: str) -> dict[str, Any]:
+    candidate, _, task = name.partition("@")
+    found = [c for c in results["comparisons"] if c["candidate"] == candidate and task in ("", c["task"])]
     if len(found) != 1:
         raise KeyError(f"{len(found)} comparisons of {candidate}")
     return found[0]

@@ -1,14 +1,23 @@
 """The Axolotl plugin, through Axolotl's own plugin manager and loader."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tiny import factor, layers, llama, train
+
+from pages import ROOT, blocks
 
 WHY = "Axolotl pins the versions of everything, so that it lives in an environment of its own"
 pytest.importorskip("axolotl.loaders.adapter", reason=WHY, exc_type=ImportError)
 pytestmark = pytest.mark.slow
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture
@@ -16,7 +25,7 @@ def settings(monkeypatch):
     from axolotl.integrations.base import PluginManager
     from axolotl.utils.dict import DictDefault
 
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    monkeypatch.syspath_prepend(EXAMPLES)
     PluginManager.get_instance().register("axolotl_plugin.DualLoraPlugin")
     yield DictDefault(
         adapter="dual_lora",
@@ -40,8 +49,8 @@ def test_training_is_watched(settings):
 
     from dual_lora import VerifyAdapter
 
-    [callback] = PluginManager.get_instance().add_callbacks_pre_trainer(settings, llama())
-    assert isinstance(callback, VerifyAdapter)
+    callbacks = PluginManager.get_instance().add_callbacks_pre_trainer(settings, llama())
+    assert any(isinstance(callback, VerifyAdapter) for callback in callbacks)
 
 
 def test_trains_and_continues(settings, tmp_path):
@@ -62,3 +71,31 @@ def test_trains_and_continues(settings, tmp_path):
     frozen, _ = load_adapter(llama(), settings, "dual_lora", inference=True)
     assert layers(frozen)
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("rate", [0.01, 0], ids=["trains", "does not move"])
+@pytest.mark.timeout(1800)
+def test_a_training_run_by_axolotls_own_command(rate, tiny_lm, tmp_path):
+    """The file in docs/how-to/integrations.md, and what `VerifyAdapter` makes of it."""
+    page = ROOT / "docs" / "how-to" / "integrations.md"
+    [block] = [block for block in blocks(page) if block.marks.get("file") == "train.yml"]
+    values = yaml.safe_load(block.code)
+    values |= {"base_model": str(tiny_lm), "learning_rate": rate, "dataset_prepared_path": str(tmp_path / "prepared")}
+    (tmp_path / "train.yml").write_text(yaml.safe_dump(values))
+    with (tmp_path / "conversations.jsonl").open("w") as file:
+        for answer in ["true", "false"] * 32:
+            question = {"role": "user", "content": f"Is it {answer}?"}
+            print(json.dumps({"messages": [question, {"role": "assistant", "content": answer}]}), file=file)
+    command = [Path(sys.executable).with_name("axolotl"), "train", "train.yml", "--launcher", "python"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *sys.path]), "AXOLOTL_DO_NOT_TRACK": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found
+    assert {int(steps) for name, steps in found.items() if name.endswith("dual_lora_left")} == {0}
+    assert ("VerifyAdapter of Dual LoRA" in said) == (rate == 0), said[-3000:]
+    if rate == 0:
+        assert "is the learning rate above 0?" in said

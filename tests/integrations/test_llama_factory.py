@@ -29,6 +29,7 @@ def test_the_adapter_made_beforehand_trains_from_its_start(example, tiny_lm, tmp
     assert factor(model) == pytest.approx(3 / 4)
 
 
+@pytest.mark.timeout(1800)
 def test_llama_factory_itself(example, tiny_lm, tmp_path, monkeypatch):
     monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")  # it asks for peft ≤ 0.20 and transformers ≤ 5.6
     pytest.importorskip("llamafactory.train.tuner", reason="LLaMA-Factory is not installed", exc_type=ImportError)
@@ -45,7 +46,7 @@ def test_llama_factory_itself(example, tiny_lm, tmp_path, monkeypatch):
         "dataset_dir": str(tmp_path),
         "template": "default",
         "output_dir": str(tmp_path / "out"),
-        "max_steps": 6,
+        "max_steps": 12,  # `VerifyAdapter` looks at ten
         "learning_rate": 1e-2,
         "per_device_train_batch_size": 2,
         "logging_steps": 1,

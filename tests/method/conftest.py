@@ -11,7 +11,6 @@ def _fresh_state():
     composed_weights.clear()
     composed_weights._warned.clear()
     scaler.set_grad_scaler(None)
-    scaler._told = False
     warmup._layers.clear()
     yield
     composed_weights.clear()

@@ -181,6 +181,17 @@ def test_encoder_layer():
     torch.testing.assert_close(merged, fast, atol=1e-5, rtol=1e-4)
 
 
+def test_an_output_projection_that_is_named_as_well_is_adapted_once():
+    """`target_modules` of a regular expression often name both: the second one would train nothing, and be saved."""
+    base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    targets = ["self_attn", "out_proj"]
+    model = get_peft_model(base, DualLoraConfig(target_modules=targets, init_weights=False, r=4))
+    model(inputs()).square().sum().backward()
+    factors = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert len(factors) == 8
+    assert all(grad.any() for grad in factors.values())
+
+
 def test_dropout_is_said_to_have_no_effect():
     with pytest.warns(UserWarning, match="dropout=0.5 has no effect on nn.MultiheadAttention"):
         adapted(multihead(PACKED), call, dropout=0.5)

@@ -214,6 +214,27 @@ def test_another_tensor_of_the_same_version_invalidates(model):
     torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-5)
 
 
+def test_factors_that_were_thawed_are_followed_through_backward(model):
+    """Kept while they were frozen, no hook of theirs tells of a backward; `.data` is then written by hand."""
+    factors = layer(model)._stored("default")
+    for f in factors:
+        f.requires_grad_(False)
+    run(model)
+    for f in factors:
+        f.requires_grad_(True)
+    model(points()).square().sum().backward()
+    for f in factors:
+        f.data.sub_(f.grad)
+    torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_transform_of_the_factors_is_refused_in_words(model):
+    name, B = next((n, p) for n, p in model.named_parameters() if "dual_lora_B.default" in n)
+    x = points()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(lambda B: torch.func.functional_call(model, {name: B}, x))(torch.stack([B, 2 * B]))
+
+
 def test_the_ramp_invalidates():
     model = adapted(warmup_steps=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)

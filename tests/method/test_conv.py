@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from judged import adapted, assert_judged, assert_merges_exactly, assert_survives_saving, delta
+from judged import adapted, assert_judged, assert_merges_exactly, assert_survives_saving, delta, expect
 from torch import nn
 
 from dual_lora import DualLoraConfig
@@ -31,6 +31,15 @@ def case(name):
 
 def weights_of(base, layer, factors):
     return {"weight": base.weight.detach() + delta(layer, factors).view(base.weight.shape)}
+
+
+def test_a_gradient_by_torch_func_of_the_input_alone():
+    base, x = case("1d")
+    model, layer = adapted(base)
+    mine = torch.func.grad(lambda x: model(x).square().sum())(x)
+    leaf, weights = x.clone().requires_grad_(), weights_of(base, layer, layer.factors("default"))
+    expect(base, weights, leaf).square().sum().backward()
+    torch.testing.assert_close(mine, leaf.grad, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ste", ["clip", "surrogate"])

@@ -41,11 +41,28 @@ def test_max_norm_shortens_the_composed_rows_and_leaves_the_weight_alone():
     assert torch.equal(layer.base_layer.weight, before)
 
 
+def test_a_pass_without_the_adapter_leaves_the_weight_alone_too():
+    """nn.Embedding with max_norm writes shortened rows into its weight: the adapter would then be on another one."""
+    model, layer = adapted(embedding(max_norm=0.5))
+    before, y = layer.base_layer.weight.detach().clone(), model(IDS)
+    with model.disable_adapter():
+        short = model(IDS)
+    torch.testing.assert_close(short, embedding(max_norm=0.5)(IDS))
+    assert torch.equal(layer.base_layer.weight, before)
+    assert torch.equal(model(IDS), y)
+
+
 def test_max_norm_of_a_sum_is_not_taken_of_its_parts():
     model, layer = adapted(embedding(max_norm=0.5))
     model.eval()
     with pytest.raises(ValueError, match="which shortens the sum"):
         layer(IDS, adapter_names=["default", "default"])
+
+
+def test_a_transform_is_refused_in_words():
+    model, _ = adapted(embedding())
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(model)(IDS)
 
 
 def test_only_rows_in_use_are_composed(monkeypatch):

@@ -188,6 +188,25 @@ def test_a_step_skipped_inside_a_wrapper_does_not_count():
     assert factor(model) == pytest.approx(0.3)
 
 
+def test_a_closure_that_trains_another_model_now_and_then_changes_no_count():
+    model = adapted(warmup_steps=10)
+    critic = nn.Linear(2, 1)
+    ours, theirs = torch.optim.SGD(trainable(model), lr=0.1), torch.optim.SGD(critic.parameters(), lr=0.1)
+    for k in range(6):
+
+        def closure(trains_critic=k in (0, 3)):
+            ours.zero_grad()
+            if trains_critic:
+                critic(torch.ones(1, 2)).sum().backward()
+                theirs.step()
+            value = loss(model)
+            value.backward()
+            return value
+
+        ours.step(closure)
+    assert factor(model) == pytest.approx(0.6)
+
+
 def test_two_optimizers_that_hold_the_same_factors_count_once():
     model = adapted(warmup_steps=10)
     first, second = torch.optim.SGD(trainable(model), lr=0.1), torch.optim.AdamW(trainable(model), lr=1e-3)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import hotswap
 from tiny import Mlp, layers, llama, logits, points
 from torch import nn
@@ -65,6 +65,29 @@ def test_a_swapped_adapter_has_the_patterns_of_one_that_is_made(kind):
     with torch.no_grad():
         output = (lambda m: logits(m)) if x is None else (lambda m: m(x))
         torch.testing.assert_close(output(model), output(wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("new", [dict(r=6, alpha=1.0), dict(r=2, alpha=9.0, warmup_steps=3), dict(r1=1, r2=7)], ids=str)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_swapped_adapter_is_saved_as_it_is(kind, new, tmp_path):
+    """By the ranks that are stored, which are padded, and the new strength: the old α would make it another model."""
+    make, _, targets, (first, _) = MODELS[kind]
+
+    def build(**options):
+        torch.manual_seed(0)
+        return get_peft_model(make(), DualLoraConfig(init_weights=False, **targets, **options)).eval()
+
+    model, other = build(r=6, warmup_steps=0), build(**{"rank_pattern": {first: 4}, **new})
+    old = model.peft_config["default"]
+    state = get_peft_model_state_dict(other)
+    hotswap.hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
+    assert (old.r, old.rank_pattern) == (6, {}), "another adapter may have the same configuration"
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(make(), tmp_path).eval()
+    for ours, theirs in zip(layers(again).values(), layers(model).values(), strict=True):
+        torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
+        assert ours.scaling["default"] == pytest.approx(theirs.scaling["default"])
 
 
 def tied_and(targets):

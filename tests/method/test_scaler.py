@@ -207,6 +207,12 @@ def test_an_unknown_scaler_is_noticed_in_its_step(kind, autocast):
     assert "'surrogate'" in told
 
 
+def test_another_scaler_than_the_known_one_is_noticed():
+    """A Trainer's, of a run that failed, may still be known when the next loop begins."""
+    scalers.set_grad_scaler(torch.amp.GradScaler("cpu", init_scale=2.0))
+    assert steps_by(torch.amp.GradScaler("cpu", init_scale=1024.0), adapted(init_weights=False))
+
+
 @pytest.mark.parametrize("case", ["known", "disabled", "identity", "no sign"])
 def test_a_scaler_that_does_no_harm_is_not_spoken_of(case):
     options = {"identity": dict(ste="identity"), "no sign": dict(direction_activation="identity")}.get(case, {})
@@ -302,6 +308,18 @@ def test_a_run_that_never_ended_leaves_no_scale_behind():
     del optimizer
     gc.collect()
     assert scalers.loss_scale(torch.device("cpu")) is None
+
+
+def test_a_run_without_a_scaler_that_never_ended_allows_nothing_afterwards(model):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    DualLoraCallback().on_train_begin(None, None, None, optimizer=optimizer)
+    run = torch.autocast("cpu", torch.float16)
+    with run:
+        model(points())
+    del optimizer
+    gc.collect()
+    with run, pytest.raises(RuntimeError, match="Make the scaler known"):
+        model(points())
 
 
 def test_deepspeeds_scale_keeps_no_engine_alive():

@@ -36,6 +36,24 @@ def test_a_change_between_forward_and_backward_comes_after_both(change, left):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_a_strength_written_as_for_lora_acts(mode):
+    """`layer.scaling[adapter] = …` is how much code sets a LoRA's."""
+    model, theirs = adapted(init_std=0.3).eval(), adapted(init_std=0.3).eval()
+    with mode():
+        model(points())
+        for ours, other in zip(layers(model).values(), layers(theirs).values(), strict=True):
+            ours.scaling["default"] *= 0.5
+            other.set_scale("default", 0.5)
+        assert torch.equal(model(points()), theirs(points()))
+
+
+def test_a_count_below_zero_is_none():
+    model = adapted(warmup_steps=4)
+    model.load_state_dict({n: t - 9 if "left" in n else t for n, t in model.state_dict().items()})
+    assert factor(model) == 1
+
+
 def test_whoever_writes_to_buffers_between_two_forwards_does_no_harm():
     """DistributedDataParallel of older versions does, before every forward."""
     model = adapted(init_std=0.3)

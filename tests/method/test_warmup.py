@@ -468,6 +468,16 @@ def test_gradients_of_zero_are_noticed():
     assert len(told(caught)) == 1
 
 
+def test_an_adapter_made_anew_is_watched_anew():
+    model = adapted(warmup_steps=0)
+    train(model, 6)
+    model.delete_adapter("default")
+    model.add_adapter("default", DualLoraConfig(r=4, warmup_steps=0, target_modules=["first", "second"]))
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="exactly zero in optimizer step 4"):
+        train(model, 8, loss=lambda: (model(points()) * 0).sum())
+
+
 def test_a_healthy_run_warns_of_nothing():
     """Above all not of the first step, whose gradients are zero by definition."""
     with warnings.catch_warnings(record=True) as caught:

@@ -2,14 +2,16 @@
 
 import asyncio
 import dataclasses
+import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import pytest
 from adapters import METHODS, trained
 
+from dual_lora.serving.files import FILES
 from dual_lora.serving.vllm_endpoint import AdapterEndpoint
 
 
@@ -66,9 +68,10 @@ def started(folder, args=None, extra=None, **other):
     engine = Engine(folder / "one" / "base", str(folder / "one" / "adapter"), **other)
     engine.vllm_config.load_config.model_loader_extra_config.update(extra or {})
     endpoint = AdapterEndpoint()
-    state = SimpleNamespace(openai_serving_models=SimpleNamespace(base_model_paths=[Card("m", "base")]))
+    models = SimpleNamespace(base_model_paths=[Card("m", "base")], lora_requests={"a-lora": None})
+    state = SimpleNamespace(openai_serving_models=models)
     asyncio.run(endpoint.init_state(engine, state, args or SimpleNamespace(api_server_count=None)))
-    endpoint.served.cards = state.openai_serving_models.base_model_paths
+    endpoint.served.cards = models.base_model_paths
     return endpoint, engine, str(folder / "other" / "adapter")
 
 
@@ -81,12 +84,10 @@ class Refused(Exception):
 
 
 class Request:
-    """Starlette's: what is received, in parts of 100,000 bytes."""
-
-    scope: ClassVar = {}
+    """Starlette's: what is received, in parts of 100,000 bytes. scope["form"]: the files that the body stands for."""
 
     def __init__(self, scope=None, receive=None, body=b"", headers=()):
-        self.headers, self.body_parts, self.taken = dict(headers), [body], 0
+        self.scope, self.headers, self.body_parts, self.taken = scope or {}, dict(headers), [body], 0
         self.receive = receive or self._receive
 
     async def _receive(self):
@@ -102,7 +103,22 @@ class Request:
         return whole
 
     async def form(self, **limits):
-        return json.loads(await self.body())
+        body = await self.body()
+        if isinstance(self.scope.get("form"), Exception):
+            raise self.scope["form"]
+        return self.scope["form"] if "form" in self.scope else json.loads(body)
+
+
+class File:
+    """Starlette's UploadFile."""
+
+    def __init__(self, data):
+        self.file = io.BytesIO(data)
+
+
+def files_of(folder):
+    """An adapter's two files as a form."""
+    return {name: File((Path(folder) / name).read_bytes()) for name in FILES}
 
 
 def routes_of(endpoint):
@@ -119,15 +135,15 @@ def routes_of(endpoint):
     return routes
 
 
-async def answered(call, body=None, request=None):
+async def answered(call, body=None, request=None, **parameters):
     """(status, answer) of one of them."""
     if body is not None or request is not None:
         request = [request or Request(body=body if isinstance(body, bytes) else json.dumps(body).encode())]
     try:
-        return 200, await call(*(request or []))
+        return 200, await call(*(request or []), **parameters)
     except Refused as error:
         return error.args
 
 
-def asked(endpoint, method, body=None, path="adapter", request=None):
-    return asyncio.run(answered(routes_of(endpoint)[method, path], body, request))
+def asked(endpoint, method, body=None, path="adapter", request=None, **parameters):
+    return asyncio.run(answered(routes_of(endpoint)[method, path], body, request, **parameters))

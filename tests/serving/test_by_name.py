@@ -1,17 +1,23 @@
 """Requests by model name, around a small ASGI app: each is answered with its own adapter's weights, to its end."""
 
 import asyncio
+import errno
+import gc
 import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from stand_in import asked, main_of, started
+from stand_in import File, Request, asked, files_of, main_of, started
 
-from dual_lora.serving import by_name
+from dual_lora.serving import by_name, vllm_endpoint
 from dual_lora.serving.by_name import ByName
+from dual_lora.serving.files import FILES
 from dual_lora.serving.vllm_endpoint import OWN
+
+BAD_NAMES = ["", " ", "m", "m ", "a-lora", "..", "../adapter", "/etc", "a//b", "a/./b", "a\x1b[31m", "a\nb", "x" * 201]
+FORM = b"multipart/form-data; boundary=edge"
 
 
 class Server:
@@ -95,6 +101,18 @@ def test_a_name_is_read_whatever_the_body_is_called(kind, server):
     assert asyncio.run(server.ask({"model": "b"}, kind=kind))[1][1] == server.other
 
 
+@pytest.mark.parametrize("name", [b'"model"', b"model"])
+@pytest.mark.parametrize("more", [b"", b"content-type: text/plain\r\n"])
+def test_a_form_names_its_model_too(name, more, server):
+    """Requests for sound come as forms: a file, and fields around it."""
+    head = b"--edge\r\nContent-Disposition: form-data; name="
+    sound = head + b'"file"; filename="model"\r\n\r\n\xff\x00\r\nname="model"\r\n'
+    field = head + name + b"\r\n" + more + b"\r\nb\r\n"
+    for body in (sound + field + b"--edge--\r\n", field + sound + b"--edge--\r\n"):
+        assert asyncio.run(server.ask(body, kind=FORM))[1][1] == server.other
+    assert asyncio.run(server.ask(sound + b"--edge--\r\n", kind=FORM))[1][1] == server.one
+
+
 def test_what_cannot_reach_the_model_waits_for_nobody(server):
     async def main():
         await server.served.turns.enter("b")
@@ -108,7 +126,7 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
         await asyncio.sleep(0.1)
         assert not waiting.done(), "it may ask the model anything"
         waiting.cancel()
-        waits = asyncio.ensure_future(server.ask(b"--edge", kind=b"multipart/form-data; boundary=edge"))
+        waits = asyncio.ensure_future(server.ask(b"--edge", kind=FORM))
         await asyncio.sleep(0.1)
         assert not waits.done(), "nobody knows what a route does with it"
         server.served.turns.leave()
@@ -148,8 +166,7 @@ def test_names_that_are_refused_change_nothing(server, tmp_path):
     assert before == (200, {"adapters": {"b": server.other}, "limit_bytes": 0, "loaded": server.one})
     for body in (
         {"adapters": {"c": server.other, "d": str(tmp_path / "nothing")}},
-        {"adapters": {"m": server.other}},
-        {"adapters": {"": server.other}},
+        *({"adapters": {name: server.other}} for name in BAD_NAMES),
         {"adapters": {"c": 3}},
         {"adapters": {"c": "a\0b"}},
         {"adapters": {"c": "x" * 10_000}},
@@ -169,6 +186,59 @@ def test_names_that_are_refused_change_nothing(server, tmp_path):
     assert server.engine.asked == []
     assert server.names({"b": None}, limit_bytes=7)[1] == {"adapters": {}, "limit_bytes": 7, "loaded": server.one}
     assert [card.name for card in server.served.cards] == ["m"]
+
+
+def put(server, name, files):
+    request = Request(scope={"form": files}, body=b"the files")
+    return asked(server.endpoint, "PUT", path="{name:path}", request=request, name=name)
+
+
+def test_an_adapter_that_is_sent_has_a_name(server):
+    before = server.run({"model": "m"})[0][1][1]
+    status, said = put(server, "org/c", files_of(server.other))
+    assert status == 200
+    folder = said["adapters"]["org/c"]
+    assert said["adapters"]["b"] == server.other
+    assert server.run({"model": "org/c"})[0][1][1] == folder
+    assert server.run({"model": "m"})[0][1][1] == before == main_of(server.endpoint)
+    assert (Path(folder) / FILES[1]).read_bytes() == (Path(server.other) / FILES[1]).read_bytes()
+
+    again = put(server, "org/c", files_of(server.one))[1]["adapters"]["org/c"]
+    assert again != folder
+    assert server.run({"model": "org/c"})[0][1][1] == again
+    gc.collect()
+    assert not Path(folder).exists(), "nobody has it any more"
+    server.names({"org/c": None})
+    gc.collect()
+    assert Path(again).exists(), "its weights are loaded, and may have to be loaded again"
+    assert server.run({"model": "m"})[0][0] == 200
+    gc.collect()
+    assert not Path(again).exists()
+
+
+def test_what_is_sent_and_refused_changes_nothing(server, monkeypatch):
+    before = asked(server.endpoint, "GET", path="adapters")
+    good = files_of(server.other)
+    for name in BAD_NAMES:
+        request = Request(body=b"{}")
+        status, said = asked(server.endpoint, "PUT", path="{name:path}", request=request, name=name)
+        assert (status, request.taken) == (400, 0), "refused before the files are read"
+        assert "The names are as they were." in said
+    torn = File(Path(server.other, FILES[1]).read_bytes()[:-9])
+    for files in ({}, {**good, "more": torn}, {**good, FILES[1]: "text"}, {**good, FILES[1]: torn}):
+        assert put(server, "c", files)[0] == 400
+        assert asked(server.endpoint, "GET", path="adapters") == before
+    monkeypatch.setattr(vllm_endpoint.shutil, "copyfileobj", full_disk)
+    main = asked(server.endpoint, "PUT", request=Request(scope={"form": good}))
+    for status, said in (put(server, "c", good), main):
+        assert status == 507
+        assert "No space left" in said
+    assert asked(server.endpoint, "GET", path="adapters") == before
+    assert server.engine.asked == []
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_name_with_another_folder_is_the_other_adapter_from_now_on(server):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from dual_lora import DualLoraConfig
 from dual_lora.serving.compose import ComposedWeights
-from dual_lora.serving.files import AdapterError
+from dual_lora.serving.files import CONFIG_BYTES, HEADER_BYTES, AdapterError
 
 REFUSED = {
     "biases of its own": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True),
@@ -46,6 +46,48 @@ def test_never_something_else_in_silence(name, tmp_path):
     with pytest.raises(AdapterError) as raised:
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.timeout(60)
+def test_a_pattern_without_an_end(field, tmp_path, monkeypatch):
+    """Two ways for each character of a name: `re` would hold the whole server for longer than anybody waits."""
+    monkeypatch.setattr("dual_lora.method.patterns.SECONDS", 1.0)
+    saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    trap = "(.|.)*x"
+    changed(tmp_path, {field: {trap: 2} if field == "rank_pattern" else trap})
+    with pytest.raises(AdapterError, match="takes too long on this model's names"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+def test_patterns_that_end_are_served(tmp_path):
+    config = peft.LoraConfig(
+        r=4, target_modules=r".*\.(q|v)_proj", rank_pattern={r"layers\.(0|1)\.self_attn\.q_proj": 2}
+    )
+    saved(config, tmp_path)
+    assert len(ComposedWeights(tmp_path / "base", tmp_path / "adapter").names) == 4
+
+
+def test_files_that_are_read_for_long(tmp_path):
+    saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
+    good = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    changed(tmp_path, {"note": "x" * CONFIG_BYTES})
+    with pytest.raises(AdapterError, match=r"adapter_config.json has 4,\d+,\d+ bytes, and at most"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(good)
+    header = b"{" + b" " * HEADER_BYTES + b"}"
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(AdapterError, match=r"header of .* has 16,\d+,\d+ bytes, and at most"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    weights.write_bytes(b"<!DOCTYPE html><html>")
+    with pytest.raises(AdapterError, match="damaged or still being written"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+
+
+def changed(folder, fields):
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 def test_a_composition_leaves_nothing_for_the_next(tmp_path):

@@ -18,7 +18,7 @@ CONVERTED = {"PYTHONPATH": os.pathsep.join([str(HOME / "converter"), os.environ.
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="no environment with llama.cpp: make serving"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
 ]
 
 

@@ -12,7 +12,7 @@ from vllm_server import PYTHON, ask, folder, free_port, running  # noqa: F401
 from dual_lora.lab.model.gguf import find_converter
 from dual_lora.lab.model.merge import merge
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 PROMPT, TOKENS = "The sky is", 12
 OPENVINO = """
 import openvino_genai, sys

@@ -77,6 +77,22 @@ def test_a_form_of_texts_in_the_place_of_files(tmp_path):
     assert engine.asked == []
 
 
+def test_a_form_that_cannot_be_read(tmp_path):
+    """What Starlette says of it comes in another shape than all else that the route says."""
+    endpoint, engine, _ = started(tmp_path)
+    status, said = asked(endpoint, "PUT", request=Request(scope={"form": Unreadable("Missing boundary.")}))
+    assert status == 400
+    assert said == "The form cannot be read: Missing boundary."
+    assert engine.asked == []
+
+
+class Unreadable(Exception):
+    """Starlette's HTTPException, of which FastAPI's is a kind."""
+
+    def __init__(self, detail):
+        self.detail = detail
+
+
 def test_a_server_without_the_loader_is_told(tmp_path):
     endpoint, engine, other = started(tmp_path, load_format="auto")
     assert main_of(endpoint) is None

@@ -23,7 +23,7 @@ PYTHON = Path(os.environ.get("DUAL_LORA_VLLM", Path(__file__).parents[2] / ".ven
 needs_vllm = [
     pytest.mark.long,
     pytest.mark.skipif(not PYTHON.is_file(), reason="no environment with vLLM: make serving"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),  # a start takes minutes beside other programs
 ]
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 METHODS = {
@@ -107,7 +107,7 @@ def as_form(folder):
 
 
 @contextmanager
-def running(command, log, port, seconds=400, **environment):
+def running(command, log, port, seconds=900, **environment):
     """Start a server and wait until it lists its models; yields the URL that clients use."""
     with log.open("wb") as file:
         process = subprocess.Popen(

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from . import blocked, dispatch
 from .reference import Adapter, Factors
@@ -88,7 +89,8 @@ def recomposing(*composed: Composed) -> Iterator[None]:
     Under gradient checkpointing (or other hooks on saved tensors) this stays out of the way: there the weight is kept
     during the backward of one checkpoint alone.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not torch.is_grad_enabled() or traced or _functorch.peek_interpreter_stack() is not None:
         yield
     elif getattr(_active, "recipes", None) is not None:
         _add(composed)

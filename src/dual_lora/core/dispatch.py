@@ -65,6 +65,7 @@ def compose(
 
     `out` may be the weight itself.
     """
+    refuse_transforms(None, adapters)
     if isinstance(weight, Handle):
         weight = source_of(weight.number)
     device = adapters[0].scale.device

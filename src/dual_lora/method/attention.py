@@ -4,7 +4,8 @@ The input projections are one stacked matrix [3E, I], as nn.MultiheadAttention p
 (`kdim`, `vdim`), I is the largest of the three widths and each projection uses the first columns that it has. The
 output projection is an adapted linear layer of its own, below `base_layer.out_proj`.
 
-nn.MultiheadAttention calls none of its projections: its forward runs with the composed weights in their places.
+nn.MultiheadAttention calls none of its projections: its forward runs with the composed input weights in their places,
+and reads the output projection's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..core.dispatch import refuse_meta
 from ..core.reference import Adapter, Factors
 from . import sharded
 from .config import DualLoraConfig
-from .layer import DualLoraLayer, Linear
+from .fast_paths import ReadLinear
+from .layer import DualLoraLayer
 from .replaced import replaced
 
 PACKED = ("in_proj_weight",)
@@ -30,22 +32,6 @@ READ_BY_ENCODERS = {
     *("embed_dim", "kdim", "vdim", "_qkv_same_embed_dim", "num_heads", "head_dim", "dropout", "batch_first"),
     *("in_proj_weight", "in_proj_bias", "out_proj", "bias_k", "bias_v", "add_zero_attn", "merge_masks"),
 }
-
-
-class OutProjection(Linear):
-    """The output projection; merged together with the attention that it belongs to."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge, without a word about what the attention has merged already."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        names = [name for name in names if name not in self.merged_adapters]
-        if names:
-            super().merge(safe_merge, names)
-
-    def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """Unmerge, without a word about what the attention has unmerged already."""
-        if self.merged:
-            super().unmerge(adapter_names)
 
 
 class MultiheadAttention(DualLoraLayer):
@@ -64,9 +50,9 @@ class MultiheadAttention(DualLoraLayer):
             )
         out = self._base.out_proj
         options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "config": config}
-        is_first = not isinstance(out, OutProjection)
+        is_first = not isinstance(out, ReadLinear)  # else it may have an adapter that the attention has not
         if is_first:
-            self._base.out_proj = OutProjection(out, adapter_name, warned=self.warned, **options)
+            self._base.out_proj = ReadLinear(out, adapter_name, warned=self.warned, **options)
         super().update_layer(adapter_name, r1, r2, alpha, config)
         if not is_first:
             out.update_layer(adapter_name, **options)
@@ -76,7 +62,7 @@ class MultiheadAttention(DualLoraLayer):
         return self.get_base_layer()
 
     @property
-    def _out(self) -> OutProjection:
+    def _out(self) -> ReadLinear:
         return self._base.out_proj
 
     def _merge_parameters(self) -> dict[str, Any]:
@@ -150,15 +136,14 @@ class MultiheadAttention(DualLoraLayer):
         """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
         self._check_forward_args(query, *args, **kwargs)
         names = self._at_work()
-        if self._out.merged_adapters != self.merged_adapters:
+        if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
-                f"The output projection has {self._out.merged_adapters} merged, the attention itself "
+                f"The output projection has {out_merged} merged, the attention itself "
                 f"{self.merged_adapters}: merge and unmerge the attention, which does both."
             )
         if not names:
             return self.base_layer(query, *args, **kwargs)
-        out: Any = self._out.get_base_layer()
-        for weight in (*self._merge_parameters().values(), out.weight):
+        for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
         scale = self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
@@ -168,12 +153,7 @@ class MultiheadAttention(DualLoraLayer):
             name: self._composed(weight, names, [p[name] for p in parts], weight, scale, keeps=one)
             for name, weight in self._merge_parameters().items()
         }
-        to_out = self._out._composed(out.weight, names, [self._out.adapter(n) for n in names], out.weight, scale)
-        with (
-            recomposing(*ins.values(), to_out),
-            replaced(self._base, {name: c.result for name, c in ins.items()}),
-            replaced(out, {"weight": to_out.result}),
-        ):
+        with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
             return self.base_layer(query, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

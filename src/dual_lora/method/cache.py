@@ -26,9 +26,10 @@ from torch.utils.hooks import RemovableHandle
 from .precision import Warned
 
 
-def _state(tensor: Tensor) -> tuple[int, int, int, int]:
-    """Tells a tensor that was replaced or written to, as long as its storage's address cannot be another's."""
-    return id(tensor), tensor._version, tensor.untyped_storage()._cdata, tensor.data_ptr()
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """Tells a tensor that was replaced, written to or thawed, as long as its storage's address cannot be another's."""
+    storage = tensor.untyped_storage()._cdata
+    return id(tensor), tensor._version, storage, tensor.data_ptr(), tensor.requires_grad
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -40,7 +41,7 @@ def version_of(tensor: Tensor) -> int | None:
 
 
 class _Entry(NamedTuple):
-    states: list[tuple[int, int, int, int]]
+    states: list[tuple[Any, ...]]
     storages: list[StorageWeakRef]  # weakly held, a freed storage's address does not come back
     extra: tuple[Any, ...]
     weight: Tensor

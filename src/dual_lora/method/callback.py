@@ -26,7 +26,7 @@ class DualLoraCallback(TrainerCallback):
         if scaler is not None:
             known.set_grad_scaler(scaler, owner=optimizer)
         elif known._current is None:  # DeepSpeed's would be known by now
-            known.set_grad_scaler(torch.amp.GradScaler(enabled=False))
+            known.set_grad_scaler(torch.amp.GradScaler(enabled=False), owner=optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         known.set_grad_scaler(None)

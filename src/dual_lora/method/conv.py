@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..core.compose_op import recomposing
 from ..core.dispatch import in_dtype_of
-from .layer import MapLayer, is_plain
+from .layer import MapLayer
 
 
 class _Conv(MapLayer):
+    forwards = nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward
+
     def _matrix_shape(self) -> tuple[int, int]:
         O, *rest = self._stored_shape()
         return O, math.prod(rest)
@@ -26,9 +28,6 @@ class _Conv(MapLayer):
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.view(self._stored_shape())
-
-    def _is_plain(self) -> bool:
-        return is_plain(self.base_layer, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         base: Any = self.base_layer

@@ -17,12 +17,14 @@ from ..core.reference import Adapter
 from . import sharded
 from .layer import MapLayer, is_plain
 from .quantized import find_backend
+from .replaced import replaced
 
 
 class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
 
     takes_dropout = False
+    forwards = (nn.Embedding.forward,)
     takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def _matrix_shape(self) -> tuple[int, int]:
@@ -35,13 +37,30 @@ class Embedding(MapLayer):
             )
         return super()._matrix_shape()
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As for every layer. With `max_norm`, nn.Embedding would shorten rows of W itself, and so change W + ΔW."""
+        base: Any = self.get_base_layer()
+        if base.max_norm is None or base.weight.is_meta:
+            return super().forward(x, *args, **kwargs)
+        with replaced(base, {"weight": base.weight.clone()}):
+            return super().forward(x, *args, **kwargs)
+
+    def _is_scaled(self) -> bool:
+        # Gemma's and others': the base's rows times `embed_scale`.
+        return hasattr(self.base_layer, "embed_scale") and isinstance(self.base_layer, nn.Embedding)
+
     def _is_plain(self) -> bool:
-        # A scaled embedding (Gemma's) has a forward of its own: the base's rows times `embed_scale`.
-        base: Any = self.base_layer
-        scaled = hasattr(base, "embed_scale") and isinstance(base, nn.Embedding)
         # The fused rows give the base's weight no gradient, which somebody may have thawed.
-        frozen = not base.weight.requires_grad
-        return frozen and is_plain(base, type(base).forward if scaled else nn.Embedding.forward)
+        base: Any = self.base_layer
+        scaled = (type(base).forward,) if self._is_scaled() else ()
+        return not base.weight.requires_grad and is_plain(base, *self.forwards, *scaled)
+
+    def _is_own(self) -> bool:
+        return not self._is_scaled() and super()._is_own()
+
+    def _updates(self, names: list[str]) -> list[Adapter]:
+        base: Any = self.get_base_layer()
+        return [a.without_row(base.padding_idx) for a in super()._updates(names)]
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         return self._lookup(x, self._parameter(), names)

@@ -52,6 +52,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         # The count as read last, with its tensor and that one's version: so that a device is not waited for.
         self._read: dict[str, tuple[Tensor, int | None, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
+        self._scaled: dict[str, float] = {}  # the strength in it, as code that knows LoRA writes to `scaling`
         self._disable_adapters = False
         self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
         self._tied_to: dict[str, FactorsLayer] = {}
@@ -104,6 +105,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
             raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
+        warmup.forget(self, adapter_name)
         self.set_ranks(adapter_name, r1, r2, alpha)
         self.forms[adapter_name] = config.form
         self.warmup_steps[adapter_name] = config.warmup_steps
@@ -212,7 +214,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)  # who loads or scales in inference mode may train afterwards
     def _set_steps_left(self, adapter: str, left: int) -> None:
-        left = min(left, self.warmup_steps[adapter])
+        left = max(0, min(left, self.warmup_steps[adapter]))
         # Another tensor, as the present one may be an inference tensor, which cannot be written to.
         stored = self.dual_lora_left[adapter] = torch.full_like(self.dual_lora_left[adapter], left)
         self._read[adapter] = stored, version_of(stored), left
@@ -224,7 +226,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """λ α/√(r1 r2) as a 0-dim tensor where the factors are."""
         if not torch.compiler.is_compiling():
             self.steps_left(adapter)
-            if self.dual_lora_scale[adapter].device != A.device:
+            if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter] != self.scaling[adapter]:
                 self._make_scale(adapter)
         return self.dual_lora_scale[adapter].to(A.device)
 
@@ -233,6 +235,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
         A = self.dual_lora_A[adapter]
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
+        self._scaled[adapter] = self.scaling[adapter]
         value = self.scaling[adapter] * self.warmup_factor(adapter)
         self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..core.compose_op import also_recompose
 from .layer import DualLoraLayer, Linear
 
 # What each module looks at before it takes its fast path, and nowhere else.
@@ -35,9 +36,21 @@ def is_read(parent: nn.Module, layer: nn.Module) -> bool:
 
 
 class ReadLinear(Linear):
-    """Dual LoRA on a linear layer whose weight is read."""
+    """Dual LoRA on a linear layer whose weight is read. An attention merges its output projection itself."""
 
     takes_dropout = False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge, without a word about what the attention has merged already."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in names if name not in self.merged_adapters]
+        if names:
+            super().merge(safe_merge, names)
+
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
+        """Unmerge, without a word about what the attention has unmerged already."""
+        if self.merged:
+            super().unmerge(adapter_names)
 
     @property
     def weight(self) -> Tensor:
@@ -47,4 +60,4 @@ class ReadLinear(Linear):
         if self.merged or self.disable_adapters or not names:
             return weight
         scale = self._loss_scale(names, weight)
-        return self._composed(weight, names, [self.adapter(n) for n in names], weight, scale, keeps=False).result
+        return also_recompose(self._composed(weight, names, self._updates(names), weight, scale))

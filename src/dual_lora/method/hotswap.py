@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -34,9 +35,9 @@ def hotswap_from_state_dict(
 ) -> None:
     """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
 
-    Layers that the new adapter leaves out get ΔW = 0. Raises RuntimeError, with nothing changed, for tensors of layers
-    that the old adapter does not have and for shapes that differ in more than the rank; ValueError while the adapter is
-    merged.
+    Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, for saving.
+    Raises RuntimeError, with nothing changed, for tensors of layers that the old adapter does not have and for shapes
+    that differ in more than the rank; ValueError while the adapter is merged.
     """
     model = getattr(model, "_orig_mod", model)
     named = model.named_modules()
@@ -60,6 +61,7 @@ def hotswap_from_state_dict(
             known[key].copy_(value)
         tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
         root = next(tuners, "")
+        stored: dict[str, tuple[int, int, float]] = {}
         for name, layer in layers.items():
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
@@ -69,9 +71,33 @@ def hotswap_from_state_dict(
             if isinstance(layer, ParamWrapper):
                 key = f"{key}.{layer.parameter_name}"
             layer.set_ranks(adapter_name, *layer_options(config, key))
+            stored[key] = _stored_options(layer, adapter_name)
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
+
+    configs: Any = getattr(model, "peft_config", {})
+    if adapter_name in configs and stored:
+        configs[adapter_name] = changed = copy.copy(configs[adapter_name])
+        changed.warmup_steps = config.warmup_steps
+        _write_options(changed, stored)
+
+
+def _write_options(config: DualLoraConfig, layers: dict[str, tuple[int, int, float]]) -> None:
+    """The ranks and the α of every layer, as patterns where they are not the usual ones."""
+    usual = max(layers.values(), key=[*layers.values()].count)
+    config.r1, config.r2, config.alpha = usual
+    config.r = config.r1 + config.r2
+    others = {f"^{re.escape(key)}": options for key, options in layers.items() if options != usual}
+    config.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
+    config.alpha_pattern = {key: alpha for key, (*_, alpha) in others.items()}
+
+
+def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float]:
+    """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
+    factors = layer._stored(adapter)
+    r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
+    return r1, r2, layer.alpha[adapter] * math.sqrt(r1 * r2 / (layer.r1[adapter] * layer.r2[adapter]))
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import dispatch
-from ..core.compose_op import Composed, dual_lora_weight
-from ..core.dispatch import autocast_dtype, in_dtype_of
+from ..core.compose_op import Composed, dual_lora_weight, recomposing
+from ..core.dispatch import autocast_dtype, in_dtype_of, without_autocast
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
 from ..core.reference import Adapter
@@ -25,6 +25,7 @@ from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .merge import MergeLayer
+from .replaced import replaced
 from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
@@ -121,14 +122,23 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLaye
 class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
 
-    Subclasses give `_is_plain`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
+    Subclasses give `forwards`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
     """
 
     takes_parts = False  # whether the weight may be sharded by tensor parallelism
+    forwards: tuple[Any, ...] = ()  # of base layers that compute f and nothing else, as they were at import
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
-        raise NotImplementedError
+        return is_plain(self.base_layer, *self.forwards)
+
+    def _is_own(self) -> bool:
+        """Whether the base is of a subclass with a forward of its own (a norm, a scale, a padding, other indices)."""
+        if type(self.base_layer).forward in self.forwards:
+            return False
+        weight: Any = self.base_layer._parameters.get("weight")
+        held = weight is not None and weight.is_floating_point() and weight.dtype.itemsize > 1 and not weight.is_meta
+        return held and not sharded.is_sharded(weight)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """f(x; W + ΣΔW)."""
@@ -137,6 +147,27 @@ class MapLayer(DualLoraLayer):
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """f(dropout(x); ΔW)."""
         raise NotImplementedError
+
+    def _own_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """The base's own forward with W + ΣΔW in its weight's place."""
+        base: Any = self.base_layer
+        weight = base.weight
+        scale = self._loss_scale(names, weight)
+        with without_autocast(weight.device):
+            composed = self._composed(weight, names, self._updates(names), weight, scale)
+        with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
+            return base(x, *args, **kwargs)
+
+    def _updates(self, names: list[str]) -> list[Adapter]:
+        """The adapters as they change the weight."""
+        return [self.adapter(name) for name in names]
+
+    def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """What an adapter adds to f(x; W)."""
+        if not self._is_own():
+            return self._adapter_branch(x, name)
+        x = self.dual_lora_dropout[name](x)
+        return self._own_call(x, [name], *args, **kwargs) - self.base_layer(x, *args, **kwargs)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W), to which adapters' outputs are added."""
@@ -156,11 +187,15 @@ class MapLayer(DualLoraLayer):
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
         dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
-        fused = [n for n in active if n not in dropped] if not (args or kwargs) and self._is_plain() else []
-        y = self._fused(x, fused) if fused else self._base_call(x, *args, **kwargs)
+        own, rest = self._is_own(), [n for n in active if n not in dropped]
+        fused = rest if own or (not (args or kwargs) and self._is_plain()) else []
+        if fused:
+            y = self._own_call(x, fused, *args, **kwargs) if own else self._fused(x, fused)
+        else:
+            y = self._base_call(x, *args, **kwargs)
         for name in active:
             if name not in fused:
-                y = y + self._adapter_branch(x, name).to(y.dtype)
+                y = y + self._branch(x, name, *args, **kwargs).to(y.dtype)
         return y
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
@@ -168,7 +203,7 @@ class MapLayer(DualLoraLayer):
         y = self._base_call(x, *args, **kwargs)
         for name in self._present(sorted(set(adapter_names))):
             index = [k for k, item in enumerate(adapter_names) if item == name]
-            y[index] = y[index] + self._adapter_branch(x[index], name).to(y.dtype)
+            y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
         return y
 
     def __repr__(self) -> str:
@@ -179,6 +214,7 @@ class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
     takes_parts = True
+    forwards = nn.Linear.forward, Conv1D.forward
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         self.fan_in_fan_out, self.merges_parts = fan_in_fan_out, not fan_in_fan_out
@@ -188,8 +224,14 @@ class Linear(MapLayer):
         """Whether PEFT's `convert_to_lora` may use ΔW; it is then an approximation, as ΔW is of high rank."""
         return True
 
+    def _matrix_shape(self) -> tuple[int, int]:
+        base: Any = self.get_base_layer()
+        if isinstance(base, nn.Linear) and not base.weight.is_floating_point():  # packed, as GGUF's codes are
+            return base.out_features, base.in_features
+        return super()._matrix_shape()
+
     def _is_plain(self) -> bool:
-        return is_plain(self.base_layer, nn.Linear.forward, Conv1D.forward) or sharded.takes_product(self.base_layer)
+        return super()._is_plain() or sharded.takes_product(self.base_layer)
 
     def _fused(self, x: Tensor, names: list[str]) -> Tensor:
         """One product with the composed weight."""

@@ -118,6 +118,8 @@ class DualLoraModel(BaseTuner):
         *,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, MultiheadAttention):
+            return  # its output projection, which it adapts itself
         r1, r2, alpha = layer_options(config, current_key)
         layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name

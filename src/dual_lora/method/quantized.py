@@ -84,6 +84,9 @@ class QuantizedLinear(Linear):
         known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
         return is_plain(self.base_layer, type(self.base_layer).forward) and known and not self._quantises_activations()
 
+    def _is_own(self) -> bool:
+        return False
+
     def _quantises_activations(self) -> bool:
         weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None
         return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__

@@ -22,7 +22,7 @@ from ..core.dispatch import autocast_dtype
 from .precision import Warned
 
 _current: torch.amp.GradScaler | None = None
-_told = False  # of any scaler, now or before
+_told: weakref.WeakSet[torch.amp.GradScaler] = weakref.WeakSet()  # now or before
 
 
 def set_grad_scaler(scaler: torch.amp.GradScaler | None, owner: object = None) -> None:
@@ -30,8 +30,10 @@ def set_grad_scaler(scaler: torch.amp.GradScaler | None, owner: object = None) -
 
     owner: when it is gone, so is the scaler: a run that ended by an error leaves nothing to the next one.
     """
-    global _current, _told
-    _current, _told = scaler, _told or scaler is not None
+    global _current
+    _current = scaler
+    if scaler is not None:
+        _told.add(scaler)
     if owner is not None:
         weakref.finalize(owner, _forget, scaler)
 
@@ -96,8 +98,8 @@ def check_clip_is_safe(operand: Tensor, training: bool, warned: Warned) -> None:
 
 
 def warn_of_unknown(scalers: list[torch.amp.GradScaler], warned: Warned) -> None:
-    """Warn of scalers that make a step of `clip` where none was ever made known, as can happen in fp32 and bf16."""
-    if not _told and any(scaler.is_enabled() for scaler in scalers):
+    """Warn of scalers that make a step of `clip` and were never made known, as can happen in fp32 and bf16."""
+    if any(scaler.is_enabled() and scaler not in _told for scaler in scalers):
         warned.once(
             "A gradient scaler that Dual LoRA was not told of multiplies the loss: the 'clip' estimator clips scaled "
             "gradients, so that those of the factors C and D are wrong. Make the scaler known (`with "

@@ -63,7 +63,8 @@ class _Record:
 
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDictionary()
-_inside: weakref.WeakKeyDictionary[Optimizer, set[int]] = weakref.WeakKeyDictionary()  # held by optimizers inside it
+# Of an optimizer, what others held that stepped inside its steps: ever, and inside the present one.
+_inside: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakKeyDictionary[Optimizer, Warned] = weakref.WeakKeyDictionary()  # once a run, not once a layer
 
 
@@ -76,6 +77,11 @@ def watch(layer: FactorsLayer) -> None:
             hooks: Any = factors[0]._post_accumulate_grad_hooks  # type: ignore[attr-defined]
             if not any(isinstance(hook, _Backward) for hook in (hooks or {}).values()):
                 _Backward(layer, adapter, factors[0])
+
+
+def forget(layer: FactorsLayer, adapter: str) -> None:
+    """Watch an adapter that is made anew as one that was not seen to train."""
+    _records.get(layer, {}).pop(adapter, None)
 
 
 def count_step(model: nn.Module) -> None:
@@ -111,13 +117,13 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     running = _running(_STEP)
     if len(running) > 1:
-        _inside.setdefault(running[-1], set()).update(held)
+        for seen in _inside.setdefault(running[-1], (set(), set())):
+            seen.update(held)
         return
     if optimizer in _inside:
-        if not _inside[optimizer]:
-            return  # what it wraps made no step: a gradient scaler inside it has skipped this one
-        held |= _inside[optimizer]
-        _inside[optimizer] = set()
+        ever, now = _inside[optimizer]
+        held = held - ever | now  # what it wraps and has made no step: a gradient scaler inside it has skipped this one
+        now.clear()
     for layer in list(_layers):
         done = True
         for adapter in layer.adapter_names():

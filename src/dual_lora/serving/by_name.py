@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from .turns import Turns
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+_MODEL_OF_FORM = re.compile(rb'\bname="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 PATIENCE = 60.0  # seconds: who does not read an answer for so long would keep all others waiting
 
 
@@ -22,7 +24,8 @@ class ByName:
     """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie.
 
     Every POST with a body takes a turn, whatever its path: a route of which nothing is known here may reach the model.
-    One that names no adapter (a served name of the base, another body than JSON) has the turn of None.
+    One that names no adapter (a served name of the base, a body that is neither JSON nor a form, a websocket) has the
+    turn of None.
     """
 
     def __init__(self, app: Any, turns: Turns, names: Container[str], own: str):
@@ -32,7 +35,7 @@ class ByName:
         if not self._may_reach_the_model(scope):
             await self.app(scope, receive, send)
             return
-        body, receive = await _read_json(scope, receive)
+        body, receive = await _read(scope, receive)
         model = body.get("model")
         name = model if isinstance(model, str) and model in self.names else None
         if name is not None and body.get("background"):
@@ -59,9 +62,9 @@ class ByName:
         return scope["method"] == "POST" and has_body and not path.startswith(self.own)
 
 
-async def _read_json(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
-    """The body's object, or an empty one; and the same body to be received again."""
-    if scope["type"] != "http" or b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():
+async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
+    """What the body says, of a form only its model; and the same body to be received again."""
+    if scope["type"] != "http":
         return {}, receive
     messages = [await receive()]
     while messages[-1].get("more_body"):
@@ -70,8 +73,12 @@ async def _read_json(scope: Message, receive: Receive) -> tuple[dict[str, Any], 
     async def again() -> Message:
         return messages.pop(0) if messages else await receive()
 
+    whole = b"".join(message.get("body", b"") for message in messages)
+    if b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():  # sound, beside other fields
+        model = _MODEL_OF_FORM.search(whole)
+        return {"model": model[1].decode(errors="replace")} if model else {}, again
     try:
-        body = json.loads(b"".join(message.get("body", b"") for message in messages))
+        body = json.loads(whole)
     except (ValueError, RecursionError):  # the route says what is wrong
         return {}, again
     return body if isinstance(body, dict) else {}, again

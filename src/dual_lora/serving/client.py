@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -18,9 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from .files import FILES
-from .vllm_endpoint import ROUTE
+from .vllm_endpoint import NAMES_ROUTE, ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would take the key, and the question, to whatever address an answer names."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class ServerError(RuntimeError):
@@ -49,19 +61,23 @@ class AdapterServer:
         self.url, self.model, self.timeout = url.rstrip("/").removesuffix("/v1"), model, timeout
         self.bytes_sent = 0
 
-    def send(self, model: Any, adapter_name: str = "default") -> int:
-        """Let the server have a PEFT model's adapter as it is now; returns the bytes sent. Raises ServerError."""
+    def send(self, model: Any, adapter_name: str = "default", name: str | None = None) -> int:
+        """Let the server have a PEFT model's adapter as it is now; returns the bytes sent. Raises ServerError.
+
+        name: by which requests then ask for it as their `model`; None: it takes the place of the main adapter.
+        """
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, selected_adapters=[adapter_name])
             saved = Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
-            files = {name: (saved / name).read_bytes() for name in FILES}
+            files = {file: (saved / file).read_bytes() for file in FILES}
         edge = uuid.uuid4().hex
         body = b""
-        for name, data in files.items():
-            head = f'--{edge}\r\nContent-Disposition: form-data; name="{name}"; filename="{name}"\r\n\r\n'
+        for file, data in files.items():
+            head = f'--{edge}\r\nContent-Disposition: form-data; name="{file}"; filename="{file}"\r\n\r\n'
             body += head.encode() + data + b"\r\n"
         body += f"--{edge}--\r\n".encode()
-        self._ask("PUT", ROUTE, body, f"multipart/form-data; boundary={edge}")
+        route = ROUTE if name is None else f"{NAMES_ROUTE}/{urllib.parse.quote(name, safe='')}"
+        self._ask("PUT", route, body, f"multipart/form-data; boundary={edge}")
         self.bytes_sent += len(body)
         return len(body)
 
@@ -72,13 +88,20 @@ class AdapterServer:
         wanted = {"logprobs": 0, "return_token_ids": True, "skip_special_tokens": False, **sampling}
         asked = {"model": self.model, "prompt": [list(p) for p in prompts], "max_tokens": max_tokens, **wanted}
         answer = self._ask("POST", "/v1/completions", json.dumps(asked).encode(), "application/json")
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != len(prompts) or any(choice.get("token_ids") is None for choice in choices):
-            raise ServerError(f"{self.url} gives no token ids for its completions: is it a vLLM of 0.10 or later?")
-        return [
-            Completion(list(prompt), choice["token_ids"], choice["logprobs"]["token_logprobs"])
-            for prompt, choice in zip(prompts, choices, strict=True)
-        ]
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            done = [
+                Completion(list(prompt), _whole(choice["token_ids"]), _finite(choice["logprobs"]["token_logprobs"]))
+                for prompt, choice in zip(prompts, choices, strict=True)
+            ]
+            if any(len(one.tokens) != len(one.logprobs) for one in done):
+                raise ValueError("it counts tokens and log-probabilities differently")
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerError(
+                f"{self.url} gives no token ids with log-probabilities for {len(prompts)} completions "
+                f"({type(error).__name__}: {error}): is it a vLLM of 0.10 or later?"
+            ) from error
+        return done
 
     def _ask(self, method: str, path: str, body: bytes, kind: str) -> Any:
         headers = {"Content-Type": kind}
@@ -86,13 +109,29 @@ class AdapterServer:
             headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+            with _OPENER.open(request, timeout=self.timeout) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read(10_000).decode(errors="replace")
+            if 300 <= error.code < 400:
+                raise ServerError(
+                    f"{self.url}{path} sends on to another address, which is not followed: name that one."
+                ) from error
             hint = (
                 " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if error.code == 404 else ""
             )
             raise ServerError(f"{self.url}{path} answers {error.code}: {said}{hint}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {error}") from error
+
+
+def _whole(numbers: Any) -> list[int]:
+    if not all(isinstance(number, int) for number in numbers):
+        raise ValueError("its token ids are no whole numbers")
+    return list(numbers)
+
+
+def _finite(numbers: Any) -> list[float]:
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("its log-probabilities are no finite numbers")
+    return list(numbers)

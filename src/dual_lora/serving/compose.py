@@ -119,7 +119,7 @@ class ComposedWeights:
         except AdapterError:
             raise
         except Exception as error:  # whatever a method has against being merged
-            raise AdapterError(f"{self.folder} cannot be merged into {own}: {first_line(error)}") from error
+            raise AdapterError(f"{self.folder} cannot be merged into {own}: {first_line(error)}.") from error
         finally:
             plain._parameters["weight"] = own_weight
             if bias is not None:
@@ -211,7 +211,7 @@ def _meta_model(config: Any) -> nn.Module:
             model = getattr(transformers, name)._from_config(config)
     except Exception as error:  # no such file or class, code of the model's own, values that the class can't have
         raise AdapterError(
-            f"The base model's config.json describes no model of transformers: {first_line(error)}"
+            f"The base model's config.json describes no model of transformers: {first_line(error)}."
         ) from error
     return model
 
@@ -247,7 +247,7 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
             model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}") from error
+        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error
     check_shapes(adapted, folder, files)
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
     wrong = sorted(n for n in files if loaded[n].is_floating_point() and not torch.isfinite(loaded[n]).all())

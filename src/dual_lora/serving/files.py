@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -23,7 +25,7 @@ def _paths(folder: str | Path) -> list[Path]:
         except (OSError, ValueError) as error:  # a name that is too long, or none
             raise AdapterError(f"No adapter's folder can have the name {str(folder)!r:.100}.") from error
         if not found:
-            raise AdapterError(f"{file} is missing: expected the folder of an adapter as PEFT saves it.")
+            raise AdapterError(f"{file.name} is missing in {folder}: expected an adapter's folder as PEFT saves it.")
     return paths
 
 
@@ -31,11 +33,33 @@ def shapes_of(folder: str | Path) -> Shapes:
     """Names and shapes of an adapter's tensors. Raises AdapterError where a file is missing or half-written."""
     config, weights = _paths(folder)
     try:
-        json.loads(config.read_text("utf-8"))
+        _check_sizes(config, weights)
+        _check_kind(json.loads(config.read_text("utf-8")), config)
         with safe_open(str(weights), framework="pt") as tensors:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except AdapterError:
+        raise
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}") from error
+        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}.") from error
+
+
+def _check_kind(values: Any, config: Path) -> None:
+    kind = values.get("peft_type") if isinstance(values, dict) else values
+    if not isinstance(kind, str):
+        raise AdapterError(f"{config.name} in {config.parent} names no method as its peft_type: is it an adapter's?")
+
+
+def _check_sizes(config: Path, weights: Path) -> None:
+    """Raise AdapterError for what would be read for seconds, while nothing else runs in the process."""
+    size = config.stat().st_size
+    if size > CONFIG_BYTES:
+        raise AdapterError(f"{config.name} in {config.parent} has {size:,} bytes; at most {CONFIG_BYTES:,} are read.")
+    with weights.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < header <= weights.stat().st_size:
+        raise AdapterError(
+            f"The header of {weights.name} in {weights.parent} has {header:,} bytes; at most {HEADER_BYTES:,} are read."
+        )
 
 
 def version_of(folder: str | Path) -> tuple[tuple[int, ...], ...]:

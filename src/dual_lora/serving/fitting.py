@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dual_lora.method.patterns import check_patterns
+
 from .files import AdapterError, Shapes
 
 _FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
@@ -15,7 +17,7 @@ _FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's start
 
 def first_line(error: Exception) -> str:
     """What an error says, as one line."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    return (str(error) or type(error).__name__).strip().splitlines()[0].removesuffix(".")
 
 
 def method_of(folder: Path) -> Any:
@@ -23,14 +25,17 @@ def method_of(folder: Path) -> Any:
     from peft import PeftConfig
 
     try:  # of our own method PEFT knows: whoever imports this module has imported the package
-        config = PeftConfig.from_pretrained(str(folder))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except KeyError as error:
+            raise ValueError(f"its peft_type is {error}, which this PEFT does not know") from error
         if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
             raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
         start = getattr(config, "init_lora_weights", True)
         if isinstance(start, str) and start.startswith(_FROM_THE_BASE):
             raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
     except Exception as error:  # whatever a foreign file makes PEFT raise
-        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}") from error
+        raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error
     config.inference_mode = True
     return config
 
@@ -43,6 +48,10 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     """
     from peft import get_peft_model
 
+    try:
+        check_patterns(config.to_dict(), model)
+    except ValueError as error:
+        raise AdapterError(f"{folder} does not fit the base model: {error}") from error
     sizes = {size for shape in files.values() for size in shape} | {
         size for p in model.parameters() for size in p.shape
     }
@@ -66,7 +75,9 @@ def check_shapes(adapted: Any, folder: Path, files: Shapes) -> None:
 
     if not isinstance(adapted.base_model, BaseTuner):
         kind = adapted.peft_config["default"].peft_type
-        raise AdapterError(f"{folder} is an adapter of the kind {kind}, which has no weights to merge.")
+        raise AdapterError(
+            f"{folder} is an adapter of the kind {getattr(kind, 'value', kind)}, which has no weights to merge."
+        )
     # True and False, since "auto" asks a hub for the model that the adapter's file names as its base.
     expected, known = (get_peft_model_state_dict(adapted, save_embedding_layers=saved) for saved in (False, True))
     for name in sorted(files.keys() & known.keys()):
@@ -78,7 +89,10 @@ def check_shapes(adapted: Any, folder: Path, files: Shapes) -> None:
             )
     missing = sorted(name for name in expected if name not in files)
     if missing:
-        raise AdapterError(f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole.")
+        raise AdapterError(
+            f"{folder} lacks {missing[0]} and {len(missing) - 1} more tensors: it was not saved whole, or "
+            "its base is another model."
+        )
     unknown = sorted(files.keys() - known.keys())
     if unknown:
         raise AdapterError(

@@ -10,7 +10,7 @@ import asyncio
 import copy
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,17 @@ from .turns import Turns
 from .vllm import KEY, LIMIT, LOAD_FORMAT, Settings
 
 logger = logging.getLogger(__name__)
+LONGEST = 200  # characters of a name, which stands in lists, answers and logs
+_NO_PART = {"", ".", ".."}  # of a name between slashes: paths of requests are shortened on their way
 _CHECKING = threading.Lock()  # what makes a model without weights changes settings of the whole process meanwhile
 
 
 class Adapter(NamedTuple):
-    """A folder, and its files as they were when they were checked."""
+    """A folder, and its files as they were when they were checked. kept: a temporary folder goes with its last use."""
 
     folder: str
     version: Any
+    kept: Any = None
 
 
 class ServedAdapters:
@@ -52,12 +55,14 @@ class ServedAdapters:
         self._alone = True  # whether one process takes all requests
         self._cards: list[Any] = []  # vLLM's list of the names that it serves; the first one stands in answers
         self._own: list[Any] = []  # those that it began with
+        self._loras: Mapping[str, Any] = {}  # vLLM's own adapters, by name
         self._shown: str | None = None
 
     async def start(self, engine: Any, models: Any, processes: int = 1) -> None:
-        """Take what the server was started with. models: vLLM's list of names. processes: that take requests."""
+        """Take what the server was started with. models: vLLM's list of its models. processes: that take requests."""
         self.engine, self._alone = engine, processes == 1
-        self._cards, self._own = models, list(models)
+        self._cards, self._loras = models.base_model_paths, models.lora_requests
+        self._own = list(self._cards)
         load = engine.vllm_config.load_config
         if load.load_format != LOAD_FORMAT:
             return
@@ -71,15 +76,15 @@ class ServedAdapters:
         """What the server has, in a sentence."""
         if not self.whole:
             return "The server has parts of two models and answers nothing until a swap works."
-        return f"The server has {self.main.folder if self.main else 'the base model'}."
+        return f"The server has {_end_of(self.main.folder) if self.main else 'the base model'}."
 
-    async def swap(self, folder: str | None) -> None:
+    async def swap(self, folder: str | None, kept: Any = None) -> None:
         """Let the server's own names have another adapter; None: the base model alone. Waits for running requests.
 
-        Raises AdapterError with the server as it was.
+        kept: held as long as the adapter is in use. Raises AdapterError with the server as it was.
         """
-        self._check_start()
-        wanted = None if folder is None else await self._checked(folder)
+        self.check_start()
+        wanted = None if folder is None else await self._checked(folder, kept)
         await self.turns.enter(object())
         try:
             try:
@@ -92,21 +97,25 @@ class ServedAdapters:
         finally:
             self.turns.leave()
 
-    async def give_names(self, named: Mapping[str, str | None], limit_bytes: int) -> None:
-        """Let requests ask for adapters by name; None takes a name away. All of them or, with AdapterError, none."""
-        self._check_start()
-        if not self._alone:
-            raise AdapterError("Adapters by name need one process that takes all requests: --api-server-count 1.")
+    async def give_names(
+        self, named: Mapping[str, str | None], limit_bytes: int | None = None, kept: Any = None
+    ) -> None:
+        """Let requests ask for adapters by name; None takes a name away. All of them or, with AdapterError, none.
+
+        limit_bytes: None leaves the limit as it is. kept: held as long as one of these adapters is in use.
+        """
+        self.check_names(named)
         adapters = {}
         for name, folder in named.items():
-            if not name or any(card.name == name for card in self._own):
-                raise AdapterError(f"{name!r} cannot be an adapter's name: it is empty, or a name of the base model.")
-            if folder is not None:
-                adapters[name] = await self._checked(folder)
+            try:
+                if folder is not None:
+                    adapters[name] = await self._checked(folder, kept)
+            except AdapterError as error:
+                raise AdapterError(f"{name}: {error}") from error
         for name in named:
             self.named.pop(name, None)
         self.named.update(adapters)
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = self.limit_bytes if limit_bytes is None else limit_bytes
         self.turns.prepare_again()
         self._show(self._shown)
 
@@ -168,15 +177,37 @@ class ServedAdapters:
         await self.engine.collective_rpc("reload_weights")
         self.loaded, self.whole = adapter, True
 
-    def _check_start(self) -> None:
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise AdapterError for what cannot be the name of an adapter, or where no adapter can have one."""
+        self.check_start()
+        if not self._alone:
+            raise AdapterError("Adapters by name need one process that takes all requests: --api-server-count 1.")
+        taken = {card.name for card in self._own} | set(self._loras)
+        for name in names:
+            if name in taken:
+                raise AdapterError(f"{name!r} cannot be an adapter's name: the base model or a LoRA has it.")
+            parts = name.split("/")
+            if not name.isprintable() or len(name) > LONGEST or any(p.strip() != p or p in _NO_PART for p in parts):
+                raise AdapterError(
+                    f"{name[:LONGEST]!r} cannot be an adapter's name: expected up to {LONGEST} printable characters "
+                    "without blanks at the ends, and between slashes neither nothing nor dots alone."
+                )
+
+    def check_start(self) -> None:
+        """Raise AdapterError where the server cannot take an adapter at all."""
         if self.engine.vllm_config.load_config.load_format != LOAD_FORMAT:
             raise AdapterError(f"The server was started without --load-format {LOAD_FORMAT}.")
 
-    async def _checked(self, folder: str) -> Adapter:
+    async def _checked(self, folder: str, kept: Any = None) -> Adapter:
         """Everything that can be wrong with a folder, found before anything is changed."""
         version = version_of(folder)
         await asyncio.to_thread(_check, self.engine.vllm_config.model_config, folder)
-        return Adapter(folder, version)
+        return Adapter(folder, version, kept)
+
+
+def _end_of(folder: str) -> str:
+    """What tells a folder from others; in the answers that it sends vLLM puts <path> in the place of a whole path."""
+    return "/".join(Path(folder).parts[-2:])
 
 
 def _check(model_config: Any, folder: str) -> None:

@@ -2,7 +2,8 @@
 
 `PUT` to the same address brings the adapter's two files in the request itself, for a trainer on another machine.
 `POST /v1/dual_lora/adapters {"adapters": {"NAME": "FOLDER"}}` gives further adapters names, by which requests then ask
-for them as their `model`. vLLM adds these routes only if the user asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
+for them as their `model`; `PUT /v1/dual_lora/adapters/NAME` brings the files of such a one. vLLM adds these routes only
+if the user asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import asyncio
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,12 @@ class AdapterEndpoint:
 
     def __init__(self) -> None:
         self.served = ServedAdapters()
-        self.files: Any = None  # the folder of an adapter that came by a request; it goes when the next one works
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Called by vLLM once the engine runs."""
         if engine_client is not None:
-            models, processes = state.openai_serving_models.base_model_paths, getattr(args, "api_server_count", 1)
-            await self.served.start(engine_client, models, processes or 1)
+            processes = getattr(args, "api_server_count", 1) or 1
+            await self.served.start(engine_client, state.openai_serving_models, processes)
 
     def attach_router(self, app: Any) -> None:
         """Add the routes, and the turns of requests, to vLLM's server."""
@@ -69,10 +71,19 @@ class AdapterEndpoint:
             except (ValueError, RecursionError) as error:
                 raise HTTPException(400, f"The request is no JSON: {error}.") from error
 
-        async def swap(adapter: str | None, files: Any = None) -> dict[str, str | None]:
+        @contextmanager
+        def refused(left: str) -> Iterator[None]:
+            """What is wrong with a request, as status 400. left: what the server has afterwards, in a sentence."""
             try:
-                await served.swap(adapter)
-                self.files = files
+                yield
+            except ValueError as error:
+                raise HTTPException(400, f"{error} {left}") from error
+
+        as_they_were = "The names are as they were."
+
+        async def swap(adapter: str | None, kept: Any = None) -> dict[str, str | None]:
+            try:
+                await served.swap(adapter, kept)
             except AdapterError as error:
                 raise HTTPException(400, f"{error} {served.left()}") from error
             except Exception as error:  # a worker's, which has changed its weights by then
@@ -93,14 +104,32 @@ class AdapterEndpoint:
                 )
             return await swap(wanted)
 
+        async def form_of(request: Any) -> Any:
+            try:
+                return await limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
+            except (HTTPException, OSError):
+                raise
+            except Exception as error:  # the reader's own, or of a client that has gone
+                raise HTTPException(400, f"The form cannot be read: {getattr(error, 'detail', error)}") from error
+
+        async def brought(request: Any) -> Any:
+            """The adapter's two files in a temporary folder, which goes with the last reference to it."""
+            try:
+                form = await form_of(request)
+                if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
+                    raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
+                folder = tempfile.TemporaryDirectory(prefix="adapter-")
+                for name in FILES:
+                    with (Path(folder.name) / name).open("xb") as file:
+                        await asyncio.to_thread(shutil.copyfileobj, form[name].file, file)
+            except OSError as error:
+                raise HTTPException(507, f"The adapter cannot be stored: {error}. {served.left()}") from error
+            return folder
+
         async def by_files(request: Request) -> dict[str, str | None]:
-            form = await limited(request, FILES_BYTES).form(max_files=len(FILES), max_fields=0)
-            if set(form) != set(FILES) or any(isinstance(part, str) for part in form.values()):
-                raise HTTPException(400, f"Expected the files {' and '.join(FILES)} as a form, got {sorted(form)}.")
-            folder = tempfile.TemporaryDirectory(prefix="adapter-")
-            for name in FILES:
-                with (Path(folder.name) / name).open("xb") as file:
-                    await asyncio.to_thread(shutil.copyfileobj, form[name].file, file)
+            with refused(served.left()):
+                served.check_start()
+            folder = await brought(request)
             return await swap(folder.name, folder)
 
         async def names() -> dict[str, Any]:
@@ -115,14 +144,20 @@ class AdapterEndpoint:
                 raise HTTPException(
                     400, f"Expected {form}, with null as folder to take a name away, got {body!r:.200}."
                 )
-            try:
-                await served.give_names(named, check_limit(body.get(LIMIT, served.limit_bytes)))
-            except ValueError as error:
-                raise HTTPException(400, f"{error} The names are as they were.") from error
+            with refused(as_they_were):
+                await served.give_names(named, check_limit(body[LIMIT]) if LIMIT in body else None)
+            return await names()
+
+        async def give_name_by_files(request: Request, name: str) -> dict[str, Any]:
+            with refused(as_they_were):
+                served.check_names([name])
+            folder = await brought(request)
+            with refused(as_they_were):
+                await served.give_names({name: folder.name}, kept=folder)
             return await names()
 
         # As objects: FastAPI reads annotations, which are strings here and name what only this function imported.
-        for handler in (by_folder, by_files, give_names):
+        for handler in (by_folder, by_files, give_names, give_name_by_files):
             handler.__annotations__["request"] = Request
         for method, path, call in (
             ("GET", ROUTE, now),
@@ -130,6 +165,7 @@ class AdapterEndpoint:
             ("PUT", ROUTE, by_files),
             ("GET", NAMES_ROUTE, names),
             ("POST", NAMES_ROUTE, give_names),
+            ("PUT", f"{NAMES_ROUTE}/{{name:path}}", give_name_by_files),
         ):
             app.add_api_route(path, call, methods=[method], response_model=None)
         app.add_middleware(ByName, turns=served.turns, names=served.named, own=OWN)

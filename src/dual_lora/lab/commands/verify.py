@@ -17,27 +17,34 @@ if TYPE_CHECKING:
 def verify(
     source: Annotated[str, Parameter(help="Run folder or adapter folder, of any PEFT method.")],
     *,
-    against: Annotated[str | None, Parameter(help="What is to act like it: a merged folder or a .gguf file.")] = None,
-    adapter: Annotated[str | None, Parameter(help="What is to act like it: another adapter's folder.")] = None,
-    endpoint: Annotated[str | None, Parameter(help="URL of an OpenAI-compatible server that serves it.")] = None,
-    model: Annotated[str | None, Parameter(help="Its name on that server.")] = None,
+    against: Annotated[str | None, Parameter(help="Compare it with a merged folder or a .gguf file.")] = None,
+    adapter: Annotated[str | None, Parameter(help="Compare it with another adapter's folder.")] = None,
+    endpoint: Annotated[
+        str | None,
+        Parameter(help="Compare it with an OpenAI-compatible server, by its URL."),
+    ] = None,
+    model: Annotated[
+        str | None, Parameter(help="The adapter's name on that server: what requests give as `model`.")
+    ] = None,
     prompts: Annotated[
         str | None, Parameter(help="Records, or a .txt file with a prompt a line. [default: the run's own records]")
     ] = None,
-    timeout: Annotated[float, Parameter(help="Seconds that the server may take for an answer.")] = 60.0,
+    timeout: Annotated[float, Parameter(help="Seconds that the server may take for each answer.")] = 60.0,
     base: Base = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Is an adapter on, is it the one that was trained, and does what is served agree? Exit status 0 if so, 1 if not.
+    """Is an adapter on? Is it the one that was trained? Does what is served agree with it?
+
+    Compares log-probabilities of single tokens. Exit status 0 if all is well, 1 if not.
 
     Example: `dual-lora verify runs/boolq-smollm2 --against merged/`
 
     A server: `dual-lora verify runs/boolq-smollm2 --endpoint http://localhost:8000/v1 --model boolq`
 
-    Says by tokens' log-probabilities: on, rounded (how much), off, another adapter, merged twice, λ below 1, other
-    scale, layers dropped, wrong chat template, other tokenizer. A server's token is read from DUAL_LORA_API_KEY or
-    OPENAI_API_KEY.
+    The answer is one of: on, rounded (and how much), off, another adapter, merged twice, λ below 1, other scale, layers
+    dropped, wrong chat template, other tokenizer, undecided. docs/how-to/verify.md explains each. A server's token is
+    read from DUAL_LORA_API_KEY or OPENAI_API_KEY.
     """
     from dual_lora.lab.verify.verify import verify as run_verification
 

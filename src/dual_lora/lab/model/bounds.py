@@ -1,44 +1,24 @@
 """What a method's configuration asks for, looked at before PEFT does it: patterns, ranks and numbers of layers.
 
-A configuration may come with somebody else's adapter. PEFT searches with Python's `re`, which can take for ever, and
-draws every factor before it compares it with the file.
+A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.method.patterns import check_patterns
 
-PATTERN_SECONDS = 10.0  # for all patterns on all names, the start of a process among them
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
 MOST_RANK = 4096  # that is taken without a question, whatever the model's size
 MOST_OF_FILE = 100  # an adapter may become so many times as large as its file
 SMALL = 10**8  # numbers that fit into any memory
 
-_PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save")
 _RANKS = ("r", "r1", "r2", "rank", "init_r", "rank_pattern", "num_virtual_tokens", "encoder_hidden_size")
 _FACTORED = ("LORA", "DUAL_LORA", "ADALORA")  # every layer has factors of its own, and all of them are saved
-# The forms in which PEFT uses a pattern, tried by the same engine in a process that can be ended.
-_TRIAL = r"""
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for number, pattern in enumerate(patterns):
-    print(number, flush=True)
-    for form in (pattern, rf"(.*\.)?({pattern})$", rf"(^|.*\.){pattern}($|\..*)", rf"(?:^|.*?\.){pattern}\.(\d+)\."):
-        try:
-            found = re.compile(form)
-        except Exception:
-            continue
-        for name in names:
-            found.fullmatch(name), found.match(name)
-"""
 
 
 def check_config(config: Any, model: Any, where: str, file: Path | None = None) -> None:
@@ -47,51 +27,12 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
     where: how a sentence names the configuration. file: the adapter's weights, which a rank must fit.
     """
     values = config.to_dict()
-    _check_patterns(values, model, where)
+    try:
+        check_patterns(values, model)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
     _check_layers(values, where)
     _check_ranks(values, model, where, file)
-
-
-def _check_patterns(values: dict[str, Any], model: Any, where: str) -> None:
-    tried = []
-    for field, text in _patterns(values, where):
-        try:
-            re.compile(text)
-        except (re.error, RecursionError, OverflowError, MemoryError) as error:
-            raise UserError(f"{where}: {field} {text[:200]!r} is not a regular expression: {error}") from None
-        if len(re.findall(r"[*+?{|]", text)) > 1:  # with one repeat a search ends soon
-            tried.append((field, text))
-    if not tried:
-        return
-    names = sorted({name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()})
-    try:
-        subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _TRIAL],
-            input=json.dumps([[text for _, text in tried], names]).encode(),
-            capture_output=True,
-            timeout=PATTERN_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        field, text = tried[int((error.stdout or b"0").split()[-1])]
-        raise UserError(
-            f"{where}: {field} {text[:200]!r} takes too long on this model's names (more than {PATTERN_SECONDS:g} "
-            "seconds): write it without repeats inside repeats."
-        ) from None
-
-
-def _patterns(values: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
-    """Fields and their regular expressions. Lists of plain names are compared by PEFT, not searched with."""
-    for field, value in values.items():
-        if field.endswith("_pattern") and field != "layers_pattern":
-            if value is not None and not isinstance(value, dict):
-                raise UserError(f"{where}: {field} is {value!r}, expected names or regular expressions with values.")
-            yield from ((field, str(key)) for key in value or {})
-        elif field in _PATTERNS:
-            if isinstance(value, str):
-                yield field, value
-            elif field in ("layers_pattern", "modules_to_save") and isinstance(value, list | tuple | set):
-                yield from ((field, str(each)) for each in value)
 
 
 def _check_layers(values: dict[str, Any], where: str) -> None:

@@ -268,7 +268,8 @@ def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
 
 def _number(value: Any) -> float | None:
     """JSON has no minus infinity: servers say null, or a very low number. Nor has it an end of whole numbers."""
-    return max(float(value), -1e4) if isinstance(value, int | float) and abs(value) < 1e300 else None
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return max(float(value), -1e4) if known else None
 
 
 def _is_echo(told: list[Entry], length: int) -> bool:

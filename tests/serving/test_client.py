@@ -1,0 +1,107 @@
+"""What a trainer's side of a server sends, and what it makes of bad answers: one sentence, and no other address."""
+
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import peft
+import pytest
+from adapters import METHODS, small
+
+from dual_lora.serving.client import AdapterServer, ServerError
+
+
+@contextlib.contextmanager
+def answering(status=200, body=b"{}", headers=None):
+    """A server that gives the same answer to all; yields its URL and what it was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            asked.append((self.command, self.path, self.rfile.read(int(self.headers.get("Content-Length", 0)))))
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def told(**changed):
+    choice = {"index": 0, "token_ids": [5, 6], "logprobs": {"token_logprobs": [-0.5, -1]}, **changed}
+    return json.dumps({"choices": [choice]}).encode()
+
+
+def test_completions():
+    with answering(body=told()) as (url, asked):
+        [done] = AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2, temperature=0)
+    assert (done.prompt, done.tokens, done.logprobs) == ([1, 2], [5, 6], [-0.5, -1])
+    [(method, path, body)] = asked
+    assert (method, path) == ("POST", "/v1/completions")
+    assert json.loads(body)["prompt"] == [[1, 2]]
+
+
+@pytest.mark.parametrize("name", [None, "org/mine", "../adapter"])
+def test_an_adapter_is_sent_with_or_without_a_name(name):
+    model = peft.get_peft_model(small(), METHODS["dual-lora"]())
+    with answering() as (url, asked):
+        sent = AdapterServer(url, "m", timeout=5).send(model, name=name)
+    [(method, path, body)] = asked
+    assert method == "PUT"
+    assert path == f"/v1/dual_lora/adapter{'' if name is None else 's/' + name.replace('/', '%2F')}"
+    assert len(body) == sent
+    assert b'name="adapter_config.json"' in body
+    assert b'name="adapter_model.safetensors"' in body
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"<html>", "cannot be asked"),
+        (told()[:-5], "cannot be asked"),
+        (b"[" * 100_000, "cannot be asked"),
+        (b"[]", "no token ids"),
+        (b'{"choices": null}', "no token ids"),
+        (b'{"choices": []}', "no token ids"),
+        (told(token_ids=None), "no token ids"),
+        (told(token_ids=["a", "b"]), "no whole numbers"),
+        (told(token_ids=[5]), "counts tokens"),
+        (told(logprobs=None), "no token ids with log-probabilities"),
+        (told(logprobs={"token_logprobs": [None, -1]}), "no finite numbers"),
+        (told(logprobs={"token_logprobs": [float("nan"), -1]}), "no finite numbers"),
+        (told(logprobs={"token_logprobs": [float("-inf"), -1]}), "no finite numbers"),
+    ],
+)
+def test_bad_answers_are_one_sentence(body, why):
+    with answering(body=body) as (url, _), pytest.raises(ServerError, match=why) as raised:
+        AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_body_that_ends_early():
+    with answering(body=told(), headers={"Content-Length": "9999"}) as (url, _), pytest.raises(ServerError):
+        AdapterServer(url, "m", timeout=1).complete([[1, 2]], 2)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_other_address_is_asked(status, monkeypatch):
+    """It would get the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with answering(body=told()) as (elsewhere, asked):
+        there = {"Location": f"{elsewhere}/completions"}
+        with answering(status, b"", there) as (url, _), pytest.raises(ServerError, match="another address"):
+            AdapterServer(url, "m", timeout=5).complete([[1, 2]], 2)
+    assert asked == []
