@@ -7,16 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
+from tiny_study import die, in_child
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run import train as training
 from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
+from dual_lora.lab.run.watch import Watch
 
 
 def adapter_of(folder):
@@ -116,44 +121,42 @@ def stop_after(step, patch):
     patch.setattr(Watch, "on_step_end", on_step_end)
 
 
-KILLED = """
-import sys, yaml
-from pathlib import Path
-import torch; torch.set_num_threads(1)
-from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.run import train
-from dual_lora.lab.run.watch import Watch
-import transformers, os, signal
-where, step = sys.argv[3], int(sys.argv[4])
-if where == "step":
-    original = Watch.on_step_end
-    def on_step_end(self, args, state, control, **more):
-        original(self, args, state, control, **more)
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-    Watch.on_step_end = on_step_end
-if where == "save":
-    original = transformers.Trainer._save_rng_state
-    def save(self, folder):
-        if folder.endswith(f"-{step}"):
-            open(os.path.join(folder, "scheduler.pt"), "wb").close()
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, folder)
-    transformers.Trainer._save_rng_state = save
-if where == "adapter":
-    train.write_note = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-train.run(read_recipe(sys.argv[1]), sys.argv[2], progress=False)
-"""
+def killed(values, out, where, step):
+    """Train in a fork of this process, which SIGKILL ends at that point; returns its exit code."""
+
+    def train():
+        if where == "step":
+            original = Watch.on_step_end
+
+            def on_step_end(self, args, state, control, **more):
+                original(self, args, state, control, **more)
+                if state.global_step == step:
+                    die()
+
+            Watch.on_step_end = on_step_end
+        if where == "save":
+            saves = transformers.Trainer._save_rng_state
+
+            def save(self, folder):
+                if folder.endswith(f"-{step}"):
+                    Path(folder, "scheduler.pt").write_bytes(b"")
+                    die()
+                saves(self, folder)
+
+            transformers.Trainer._save_rng_state = save
+        if where == "adapter":
+            training.write_note = lambda *_: die()
+        run(build_recipe(values), out, progress=False)
+
+    return in_child(train)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("where", "step"), [("step", 1), ("step", 5), ("save", 4), ("adapter", 0)])
-def test_sigkill_loses_nothing(where, step, lm_values, tmp_path, write_recipe):
+def test_sigkill_loses_nothing(where, step, lm_values, tmp_path):
     """Killed before the first checkpoint, between two, in the middle of writing one, and of writing the adapter."""
-    recipe = write_recipe(lm_values)
     out = tmp_path / "killed"
-    done = subprocess.run([sys.executable, "-c", KILLED, recipe, out, where, str(step)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed(lm_values, out, where, step) == -signal.SIGKILL
     if where == "save":
         assert (out / "checkpoints/checkpoint-4/optimizer.pt").is_file()
     assert not (out / "adapter").exists()
