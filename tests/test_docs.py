@@ -139,7 +139,7 @@ def check_command(line, where):
             sys.path.pop(0)
         assert there, where
     else:
-        assert program in {"cat", "cd", "curl", "pytest", "git", "vllm"}, where
+        assert program in {"axolotl", "cat", "cd", "curl", "export", "git", "pytest", "vllm"}, where
 
 
 def parse(words, where):
