@@ -78,7 +78,7 @@ def test_trains_and_continues(settings, tmp_path):
 def test_a_training_run_by_axolotls_own_command(rate, tiny_lm, tmp_path):
     """The file in docs/how-to/integrations.md, and what `VerifyAdapter` makes of it."""
     page = ROOT / "docs" / "how-to" / "integrations.md"
-    [block] = [block for block in blocks(page) if block.marks.get("file") == "train.yml"]
+    [block] = [block for block in blocks(page) if block.language == "yaml" and "axolotl_plugin" in block.code]
     values = yaml.safe_load(block.code)
     values |= {"base_model": str(tiny_lm), "learning_rate": rate, "dataset_prepared_path": str(tmp_path / "prepared")}
     (tmp_path / "train.yml").write_text(yaml.safe_dump(values))

@@ -72,13 +72,13 @@ def test_files_that_are_read_for_long(tmp_path):
     saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
     good = (tmp_path / "adapter" / "adapter_config.json").read_text()
     changed(tmp_path, {"note": "x" * CONFIG_BYTES})
-    with pytest.raises(AdapterError, match=r"adapter_config.json has 4,\d+,\d+ bytes, and at most"):
+    with pytest.raises(AdapterError, match=r"adapter_config.json in .* has 4,\d+,\d+ bytes; at most"):
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text(good)
     header = b"{" + b" " * HEADER_BYTES + b"}"
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(AdapterError, match=r"header of .* has 16,\d+,\d+ bytes, and at most"):
+    with pytest.raises(AdapterError, match=r"header of .* has 16,\d+,\d+ bytes; at most"):
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     weights.write_bytes(b"<!DOCTYPE html><html>")
     with pytest.raises(AdapterError, match="damaged or still being written"):

@@ -51,7 +51,7 @@ def test_after_a_failed_swap_the_server_says_what_it_has(old_is_gone, tmp_path):
     assert "no memory" in said
     left = None if old_is_gone else before
     assert engine.loaded == main_of(endpoint) == left
-    assert f"The server has {left or 'the base model'}." in said
+    assert f"The server has {'one/adapter' if left else 'the base model'}." in said
     assert engine.asked[-2:] == ["reset", "resume"]
 
 

@@ -233,11 +233,8 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse) -> tuple[Word, str]:
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room:
         return "rounded", f"it differs from the adapter by {size}: rounding, at most to four bits"
-    if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit:
-        if strength < KEPT:
-            return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
-        if abs(strength - 1) > room:
-            return _named_scale(strength, known.warms_up)
+    if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
+        return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
     return "another adapter", (
         f"it differs from the adapter by {size}, and no scale, lost layers or rounding explains it: another adapter, "
         "or another base"

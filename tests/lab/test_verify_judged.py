@@ -1,0 +1,52 @@
+"""The judge of `verify` on numbers alone: what explains a candidate, and what does not."""
+
+import torch
+
+from dual_lora.lab.verify.diagnose import Known, judge
+
+
+class Linear:
+    """Guesses of an adapter whose log-probabilities grow with its strength; four bits do to it what `coarse` says."""
+
+    def __init__(self, base, tuned, coarse):
+        self.base, self.tuned, self.rounded = base, tuned, coarse
+
+    def scaled(self, strength):
+        return self.base + strength * (self.tuned - self.base)
+
+    def parts(self):
+        return iter(())
+
+    def coarse(self):
+        return self.rounded
+
+
+def across(direction, size, seed):
+    """Noise of this root mean square that the projection on the direction does not see."""
+    noise = torch.randn(len(direction), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise -= (noise @ direction) / (direction @ direction) * direction
+    return noise * size / noise.square().mean().sqrt()
+
+
+def judged(strength, apart):
+    """A candidate at this strength, `apart` nats beside it, where bf16 rounds by 0.07 and four bits by 2.4."""
+    tokens = 20
+    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
+    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
+    tuned = base + direction
+    known = Known(base, tuned, torch.arange(tokens) // 4, 0.07, warms_up=True)
+    found = base + strength * direction + across(direction, apart, 1)
+    return judge(found, known, Linear(base, tuned, tuned + across(direction, 2.4, 2)))
+
+
+def test_another_adapter_that_does_something_alike_is_no_weaker_one():
+    """Seen on a server that had an adapter for the same words backwards, where four bits round by much."""
+    assert judged(0.44, 3.8).word == "another adapter"
+
+
+def test_what_a_strength_explains_has_its_name():
+    assert judged(0.44, 0.05).word == "λ below 1"
+    assert judged(2.0, 0.05).word == "merged twice"
+    assert judged(1.0, 0.05).word == "on"
+    assert judged(1.0, 2.4).word == "rounded"
+    assert judged(0.0, 0.05).word == "off"
