@@ -109,14 +109,14 @@ def test_a_figure_that_does_not_exist_is_null_in_json(capsys):
 
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
 def test_a_pattern_without_an_end_never_reaches_peft(field, lm_values, tmp_path, monkeypatch):
-    monkeypatch.setattr("dual_lora.method.patterns.SECONDS", 1.0)
+    monkeypatch.setattr("dual_lora.verify.patterns.SECONDS", 1.0)
     lm_values["method"] |= {field: {TRAP: 2} if field.endswith("_pattern") else TRAP}
     with pytest.raises(UserError, match=rf"{field} '\(\.\|\.\)\*x' takes too long on this model's names"):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
 
 
 def test_an_adapters_pattern_without_an_end(source, monkeypatch):
-    monkeypatch.setattr("dual_lora.method.patterns.SECONDS", 1.0)
+    monkeypatch.setattr("dual_lora.verify.patterns.SECONDS", 1.0)
     change(source / "adapter/adapter_config.json", target_modules=TRAP)
     with pytest.raises(UserError, match="takes too long"):
         open_tuned(source)

@@ -52,7 +52,7 @@ def test_never_something_else_in_silence(name, tmp_path):
 @pytest.mark.timeout(60)
 def test_a_pattern_without_an_end(field, tmp_path, monkeypatch):
     """Two ways for each character of a name: `re` would hold the whole server for longer than anybody waits."""
-    monkeypatch.setattr("dual_lora.method.patterns.SECONDS", 1.0)
+    monkeypatch.setattr("dual_lora.verify.patterns.SECONDS", 1.0)
     saved(peft.LoraConfig(r=4, target_modules=TARGETS), tmp_path)
     trap = "(.|.)*x"
     changed(tmp_path, {field: {trap: 2} if field == "rank_pattern" else trap})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dual_lora.method.patterns import check_patterns
+from dual_lora.verify.patterns import check_patterns
 
 from .files import AdapterError, Shapes
 

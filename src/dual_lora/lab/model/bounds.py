@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.method.patterns import check_patterns
+from dual_lora.verify.patterns import check_patterns
 
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
 MOST_RANK = 4096  # that is taken without a question, whatever the model's size
