@@ -94,7 +94,9 @@ def verdict(folder, adapter, url, model="m"):
     command = [program, "verify", folder / adapter, "--endpoint", url, "--model", model, "--json"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])["verdict"]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "verdict" in told, told
+    return told["verdict"]
 
 
 def as_form(folder):
