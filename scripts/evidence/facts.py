@@ -1,4 +1,4 @@
-"""What a page may quote: a figure by its path, from results/studies and results/trajectory.
+"""What a page may quote: a figure by its path, from results/studies, results/worth and results/trajectory.
 
 STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
                              verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
@@ -23,10 +23,11 @@ DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
 
 @functools.cache
 def study(name: str) -> dict[str, Any]:
-    """A published study's results. Raises ValueError for one that is not there."""
-    file = ROOT / "results" / "studies" / name / "results.json"
-    if not file.is_file():
-        raise ValueError(f"There is no study {name!r} in {file.parents[1].relative_to(ROOT)}.")
+    """A published study's results, or judged scores of a script. Raises ValueError for what is not there."""
+    files = ROOT / "results" / "studies" / name / "results.json", ROOT / "results" / "worth" / f"{name}.json"
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"There is no study {name!r} in results/studies or results/worth.")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
