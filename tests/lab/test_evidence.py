@@ -49,3 +49,11 @@ def test_a_difference_is_printed_in_its_metrics_own_direction():
     assert facts.quoted("confirm-e2e/dual_lora/difference").startswith("−")
     low, _, high = facts.quoted("confirm-e2e/dual_lora/interval").partition(" to ")
     assert (low, high) == (facts.number(-c["high"], "+.4f"), facts.number(-c["low"], "+.4f"))
+
+
+def test_a_task_is_chosen_by_its_name():
+    light, heavy = (float(facts.quoted(f"capacity/LoRA@{load} bits/score")) for load in ("0.25", "1"))
+    assert light > heavy
+    for path in ("capacity/LoRA@9 bits/score", "capacity/Dual LoRA, clip/size"):  # no such task; two of them
+        with pytest.raises(ValueError, match="leads nowhere"):
+            facts.quoted(path)
