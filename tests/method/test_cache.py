@@ -349,6 +349,20 @@ def test_writes_through_data_are_not_seen_until_cleared(model):
     torch.testing.assert_close(after, truth(model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 20], ids=["kept", "too many rows to keep"])
+def test_a_sequence_is_composed_for_anew(model, compositions, rows):
+    """An average of weights that is put in place through `.data` after one evaluation, and evaluated itself."""
+    tokens = points()[:1, None]
+    sequence = points()[:1].expand(rows, layer_module.DECODED_TOKENS + 1, -1).contiguous()
+    before = run(model, tokens)
+    run(model, tokens.expand(-1, layer_module.DECODED_TOKENS, -1))
+    assert len(compositions) == 2, "a few tokens at once are decoding"
+    layer(model).dual_lora_B["default"].data.mul_(2)
+    assert torch.equal(run(model, tokens), before), "the documented limit"
+    torch.testing.assert_close(run(model, sequence), truth(model, sequence), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(model, tokens), truth(model, tokens), rtol=1e-5, atol=1e-6)
+
+
 def test_threads_may_add_and_drop_while_others_count(monkeypatch):
     """Of a dictionary that grows while it is walked through, Python makes an error."""
     cache, stop, errors = ComposedWeights(), threading.Event(), []

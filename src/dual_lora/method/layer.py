@@ -30,6 +30,9 @@ from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
 CACHED_ROWS = 256
+# More tokens of a sequence at once are a prompt or an evaluation: then the weight is composed anew, as it may come after a
+# write that nobody saw. Fewer are decoding, of single tokens or of some that a draft model proposes.
+DECODED_TOKENS = 16
 
 
 class DualLoraLayer(MergeLayer):
@@ -253,9 +256,11 @@ class Linear(MapLayer):
         source: Tensor | None = None,
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
-        if source is None or not self._may_keep(x) or x.numel() > CACHED_ROWS * self.in_features:
-            if self.training and not is_traced():
-                composed_weights.drop(self)  # generation is over: its memory is for training now
+        keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
+        begins = (x.dim() == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
+        if begins and not is_traced():
+            composed_weights.drop(self)
+        if source is None or not keeps:
             return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(names, x))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))
