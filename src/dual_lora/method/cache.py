@@ -4,12 +4,13 @@ Without them every decoding step would compose every weight anew: 2 (r1 + r2) fl
 
 The one rule: an entry is used only while the factors, λ, the base weight and the active adapters are those that it was
 made from, told by the tensors' version counters and storages; and it lives only without gradients, in eval mode or
-(linear layers) while a model in training mode writes token after token, as RL trainers let it. Writes through `.data`
-(`param.data.mul_()`, as averages of weights are put in place) raise no version counter and are not seen: a linear layer
-composes anew for a prompt or an evaluation of sequences (`DECODED_TOKENS`); without sequences, and in other layers, call
-`composed_weights.clear()` after them. (`param.data = other` is seen.) Fused optimizers raise none either: every optimizer step clears the cache. Entries are
-also dropped on backward into their factors, `train()`, loading, merging and adapter changes, and (linear layers) where
-a training pass follows a generation.
+(linear layers) while a model in training mode writes token after token, as RL trainers let it. Fused optimizers raise
+no version counter: every optimizer step clears the cache. Entries are also dropped on backward into their factors,
+`train()`, loading, merging and adapter changes, and (linear layers) where a training pass follows a generation.
+
+Writes through `.data` (`param.data.mul_()`, as averages of weights are put in place) are not seen; `param.data = other`
+is. A linear layer composes anew for a prompt or an evaluation of sequences (`DECODED_TOKENS`); in other layers, or
+without sequences, call `composed_weights.clear()` after such writes.
 """
 
 from __future__ import annotations

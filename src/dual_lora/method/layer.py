@@ -30,7 +30,7 @@ from .scaler import check_clip_is_safe, loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
 CACHED_ROWS = 256
-# More tokens of a sequence at once are a prompt or an evaluation: then the weight is composed anew, as it may come after a
+# More tokens of a sequence at once are a prompt or an evaluation: the weight is composed anew, as it may come after a
 # write that nobody saw. Fewer are decoding, of single tokens or of some that a draft model proposes.
 DECODED_TOKENS = 16
 
