@@ -153,18 +153,18 @@ def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
     original, ended = perform._trained, []
 
     def until(count):
-        def trained(job, runs):
+        def trained(job, *where):
             if len(ended) == count:
                 raise KeyboardInterrupt
             ended.append(job.key)
-            return original(job, runs)
+            return original(job, *where)
 
         return trained
 
     for count in (2, 8):
         monkeypatch.setattr(perform, "_trained", until(count))
         code, _, err = call("advise", recipe, "--minutes", SOME, "--out", out)
-        assert code == 130
+        assert code == 130, err
         assert "The same command goes on from here." in err
     planned = json.loads((out / "study.json").read_text())["study"]
     monkeypatch.setattr(perform, "_trained", until(None))
