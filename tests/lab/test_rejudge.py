@@ -64,7 +64,8 @@ def test_the_published_studies_are_judged_by_todays_rule():
     assert len(files) >= 27
     for file in files:
         results = json.loads(file.read_text())
-        assert results["amendments"], file.parent.name
+        judged_before = results["provenance"]["versions"]["dual-lora"] == "0.1.0"  # by the former rule
+        assert results["amendments"] or not judged_before, file.parent.name
         again = rejudge(results)
         assert again["amendments"][-1]["changed"] == [], file.parent.name
         assert again["false_alarm"] == (results["false_alarm"] and pytest.approx(results["false_alarm"]))
