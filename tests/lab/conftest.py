@@ -140,6 +140,17 @@ def lm_values(tiny_lm, questions):
     }
 
 
+@pytest.fixture(scope="session")
+def tiny_values(tiny_lm, questions):
+    """Values of a recipe for `faulty.trained`, which says the rest."""
+    return {
+        "name": "tiny",
+        "model": {"path": str(tiny_lm)},
+        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
+        "train": {"batch_size": 8},
+    }
+
+
 @pytest.fixture
 def encoder_values(tiny_encoder, reviews):
     """Values of a recipe that trains the classifier with LoRA."""

@@ -7,8 +7,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import yaml
@@ -20,6 +19,7 @@ from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.push import prepared
 from dual_lora.lab.run.train import run
+from listening import listening
 
 TOKEN = "hf_" + "a" * 34
 
@@ -190,14 +190,9 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.address = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.created, server.store, server.private = {}, [], {}, True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
+    with listening(Hub) as server:
+        server.files, server.created, server.store, server.private = {}, [], {}, True
+        yield server
 
 
 def push(hub, *arguments, token=TOKEN, tmp_path=None, **more):

@@ -26,20 +26,10 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def values(tiny_lm, questions):
-    return {
-        "name": "tiny",
-        "model": {"path": str(tiny_lm)},
-        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
-        "train": {"batch_size": 8},
-    }
-
-
-@pytest.fixture(scope="module")
-def runs(values, tmp_path_factory):
+def runs(tiny_values, tmp_path_factory):
     """{method: a finished run}."""
     folder = tmp_path_factory.mktemp("runs")
-    return {method: faulty.trained(folder / method, values, method) for method in METHODS}
+    return {method: faulty.trained(folder / method, tiny_values, method) for method in METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -53,12 +43,12 @@ def test_every_fault_has_its_own_verdict(plant, word, method, runs, tiny_lm, tmp
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_of_another_training_is_another_one(method, runs, values, questions, tmp_path):
+def test_an_adapter_of_another_training_is_another_one(method, runs, tiny_values, questions, tmp_path):
     records = json.loads((questions / "train.json").read_text())
     for record in records:
         record["output"] = record["answer"] = "good" if record["answer"] == "true" else "bad"
     (tmp_path / "other.json").write_text(json.dumps(records))
-    other = faulty.trained(tmp_path / "other", values, method, seed=1, train=str(tmp_path / "other.json"))
+    other = faulty.trained(tmp_path / "other", tiny_values, method, seed=1, train=str(tmp_path / "other.json"))
     report = verify(runs[method], adapter=str(other))
     assert report.finding.word == "another adapter", report.summary()
 

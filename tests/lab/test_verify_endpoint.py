@@ -19,14 +19,8 @@ KINDS = ["vllm", "llama.cpp"]
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_lm, questions, tmp_path_factory):
-    values = {
-        "name": "tiny",
-        "model": {"path": str(tiny_lm)},
-        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
-        "train": {"batch_size": 8},
-    }
-    return faulty.trained(tmp_path_factory.mktemp("runs") / "dual", values, "dual_lora")
+def run_folder(tiny_values, tmp_path_factory):
+    return faulty.trained(tmp_path_factory.mktemp("runs") / "dual", tiny_values, "dual_lora")
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,8 @@ from dual_lora.lab.verify.verify import verify
 
 
 @pytest.fixture(scope="module")
-def run_folder(tiny_lm, questions, tmp_path_factory):
-    values = {
-        "name": "tiny",
-        "model": {"path": str(tiny_lm)},
-        "data": {"train": str(questions / "train.json"), "test": str(questions / "test.json")},
-        "train": {"batch_size": 8},
-    }
-    return faulty.trained(tmp_path_factory.mktemp("runs") / "dual", values, "dual_lora")
+def run_folder(tiny_values, tmp_path_factory):
+    return faulty.trained(tmp_path_factory.mktemp("runs") / "dual", tiny_values, "dual_lora")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 import contextlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import torch
+
+from listening import listening
 
 
 @contextlib.contextmanager
@@ -92,10 +93,5 @@ def served(model, tokenizer, kind="vllm", template=None, answer=None, token=None
         content = [item(row, int(row.argmax()), 5)]
         return {"choices": [{"logprobs": {"content": content}}], "usage": {"prompt_tokens": len(ids)}}
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as server:
+        yield f"{server.address}/v1", asked

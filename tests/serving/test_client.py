@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import peft
 import pytest
 from adapters import METHODS, small
 
 from dual_lora.serving.client import AdapterServer, ServerError
+from listening import listening
 
 
 @contextlib.contextmanager
@@ -31,13 +31,8 @@ def answering(status=200, body=b"{}", headers=None):
 
         do_GET = do_PUT = do_POST
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Handler) as server:
+        yield f"{server.address}/v1", asked
 
 
 def told(**changed):
