@@ -64,5 +64,10 @@ GATES: tuple[Gate, ...] = (
     _one("import", "lora", 1.20, threads=1),
     _one("first forward", "lora", 1.20, threads=1),
     _one("adapter load 7B", "lora", 1.20, threads=1),
-    _one("threads on that step", "one thread", 1 / 1.7, None, "0.5", subject="two threads", threads=2),
+    Gate(
+        "threads on that step",
+        (Limit("one thread", 1 / 1.7, None, "0.5"), Limit("as LoRA's scales", 1.05)),
+        subject="two threads",
+        threads=2,
+    ),
 )

@@ -143,16 +143,23 @@ def measure(made: dict[str, Training], threads: int, seconds: float, rounds: tup
     return interleave(variants, [("dual", m) for m in made if m != "dual"], threads, seconds, rounds)
 
 
-def measure_scaling(training: Training, threads: int, seconds: float) -> Measured:
-    """Wall seconds of one step on one thread and on `threads`, in turn."""
+def measure_scaling(dual: Training, lora: Training, threads: int, seconds: float) -> Measured:
+    """Wall seconds of one step on one thread and on `threads`, in turn.
 
-    def on(n: int) -> Callable[[], None]:
+    "as LoRA's scales" is one thread's cost times what `threads` threads spare LoRA's step in the same round: the cores
+    of a virtual machine may be less than whole.
+    """
+
+    def on(training: Training, n: int) -> Callable[[], None]:
         def run() -> None:
             torch.set_num_threads(n)
             training.step()
 
         return run
 
-    variants = {"one thread": on(1), f"{'two' if threads == 2 else threads} threads": on(threads)}
-    pairs = [(name, "one thread") for name in variants if name != "one thread"]
-    return interleave(variants, pairs, threads, seconds, (3, 9))
+    many = f"{'two' if threads == 2 else threads} threads"
+    variants = {"one thread": on(dual, 1), many: on(dual, threads), "lora 1": on(lora, 1), "lora": on(lora, threads)}
+    measured = interleave(variants, [(many, "one thread"), ("lora", "lora 1")], threads, seconds, (3, 9))
+    costs = dict(measured.costs)
+    rounds = zip(costs["one thread"], costs.pop("lora"), costs.pop("lora 1"), strict=True)
+    return measured._replace(costs=costs | {"as LoRA's scales": [own * two / one for own, two, one in rounds]})

@@ -15,7 +15,7 @@ class Mark(Enum):
 
     HELD = "✓"
     MISSED = "✗"
-    NOISY = "?"  # the neighbours had the cores: neither held nor missed
+    NOISY = "?"  # neither held nor missed: neighbours had the cores, or the interval reaches the limit
     ABSENT = "–"  # not run, with the reason
 
 
@@ -53,13 +53,15 @@ def judge(gate: Gate, threads: int, measured: Measured | str, bf16_units: bool =
 
 
 def _mark(ratio: Ratio, limit: Limit, measured: Measured) -> Mark:
-    """Noisy is what could be on either side: cores shared with others, and an interval that spans the limit.
+    """Noisy is what could be on either side: an interval that spans the limit, with a median above it or with cores
+    that were shared with others. A miss is one that was shown.
 
     A ratio counts as it is stated, to two decimals: 1.004 is not above 1.00.
     """
-    if not measured.quiet and ratio.low <= limit.at_most < ratio.high:
+    above = round(ratio.median, 2) > limit.at_most
+    if (above or not measured.quiet) and ratio.low <= limit.at_most < ratio.high:
         return Mark.NOISY
-    return Mark.HELD if round(ratio.median, 2) <= limit.at_most else Mark.MISSED
+    return Mark.MISSED if above else Mark.HELD
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:

@@ -43,14 +43,14 @@ def _nf4(threads: int, seconds: float) -> dict[str, Measured]:
 
 
 def _step(threads: int, seconds: float) -> dict[str, Measured]:
-    """The step on one thread, or (2) on all: then also how the step of ours scales."""
+    """The step on one thread, or (2) on all: then also how the step of ours scales, beside LoRA's."""
     from . import step
 
     made = _trainings()
     measured = step.measure(made, threads, seconds)
     if threads == 1:
         return {STEP: measured}
-    scaling = step.measure_scaling(made["dual"], threads, seconds / 3)
+    scaling = step.measure_scaling(made["dual"], made["lora"], threads, seconds / 3)
     return {STEP: measured, "threads on that step": scaling}
 
 

@@ -118,6 +118,7 @@ def test_every_gate_names_a_work_that_is_run():
         ([1.41] * 6, 1.0, Mark.MISSED, 1),
         ([1.2, 1.3, 1.5, 1.7], 0.4, Mark.NOISY, 2),
         ([1.2, 1.3, 1.5, 1.7], 0.99, Mark.HELD, 0),  # quiet: the median counts
+        ([1.3, 1.5, 1.6, 1.7], 0.99, Mark.NOISY, 2),  # quiet: a miss that was not shown
         ([1.9, 2.0, 2.1, 2.2], 0.4, Mark.MISSED, 1),  # noise cannot explain that
     ],
 )
@@ -290,7 +291,8 @@ def test_the_step_of_a_small_llama(single, monkeypatch):
     assert set(step_work.measure(made, 1, 0, (1, 1)).costs) == set(made)
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)  # two real threads on a busy machine take minutes
-    assert set(step_work.measure_scaling(made["dual"], 2, 0).costs) == {"one thread", "two threads"}
+    scaling = step_work.measure_scaling(made["dual"], made["lora"], 2, 0)
+    assert set(scaling.costs) == {limit.against for limit in gates.GATES[-1].any_of} | {"two threads"}
     assert (asked[0], set(asked[1:-1]), asked[-1]) == (2, {1, 2}, torch.get_num_threads())
     for layer in made["dual"].adapted().values():
         layer.forms["default"] = layer.forms["default"]._replace(magnitude="identity")
