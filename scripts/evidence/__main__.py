@@ -2,7 +2,7 @@
 
 The .md files beside this one are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
 A line <!-- holds: STUDY/METHOD is VERDICT; ... --> says what the words around it rest on; it stops the script when the
-results say otherwise.
+results say otherwise. STUDY/* is every comparison of the study, "is not VERDICT" the opposite.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import re
 from pathlib import Path
 
-from .facts import ROOT, quoted, verdict
+from .facts import ROOT, quoted, verdicts
 
 HERE = Path(__file__).parent
 DOCS = ROOT / "docs" / "explanation"
@@ -21,14 +21,18 @@ _HOLDS = re.compile(r"^<!-- holds: (.+?) -->\n", re.MULTILINE | re.DOTALL)
 
 def filled(text: str) -> str:
     """The text with its figures. Raises ValueError where the results no longer say what its words rest on."""
-    for claims in _HOLDS.findall(text):
-        for claim in claims.replace("\n", " ").split(";"):
-            path, _, expected = (part.strip() for part in claim.rpartition(" is "))
-            study, _, candidate = path.partition("/")
-            found = verdict(study, candidate)
-            if not found.startswith(expected):
+    for path, expected in claims(text):
+        study, _, candidate = path.partition("/")
+        for found in verdicts(study, candidate):
+            if found.startswith(expected.removeprefix("not ")) == expected.startswith("not "):
                 raise ValueError(f"The words rest on {path} being {expected}, and it is {found}: write them anew.")
     return _FIGURE.sub(lambda match: quoted(match[1]), _HOLDS.sub("", text))
+
+
+def claims(text: str) -> list[tuple[str, str]]:
+    """What a text says that it rests on: STUDY/METHOD and the verdict."""
+    every = [claim.rpartition(" is ") for held in _HOLDS.findall(text) for claim in held.replace("\n", " ").split(";")]
+    return [(path.strip(), expected.strip()) for path, _, expected in every]
 
 
 def pages() -> dict[Path, str]:

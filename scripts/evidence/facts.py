@@ -28,7 +28,10 @@ def study(name: str) -> dict[str, Any]:
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise ValueError(f"There is no study {name!r} in results/studies or results/worth.")
-    return json.loads(file.read_text(encoding="utf-8"))
+    results = json.loads(file.read_text(encoding="utf-8"))
+    if "studies" in file.parts and results["study"]["name"] != name:
+        raise ValueError(f"{file} holds the results of {results['study']['name']}.")
+    return results
 
 
 @functools.cache
@@ -50,9 +53,11 @@ def quoted(path: str) -> str:
         raise ValueError(f"{path!r} leads nowhere in the results: {error!r}.") from None
 
 
-def verdict(name: str, candidate: str) -> str:
-    """The verdict on a candidate of a study."""
-    return str(_comparison(study(name), candidate)["verdict"])
+def verdicts(name: str, candidate: str) -> list[str]:
+    """The verdict on a candidate of a study, or on every one for *."""
+    results = study(name)
+    found = results["comparisons"] if candidate == "*" else [_comparison(results, candidate)]
+    return [str(c["verdict"]) for c in found]
 
 
 def _method(results: dict[str, Any], name: str) -> dict[str, Any]:

@@ -57,3 +57,36 @@ def test_a_task_is_chosen_by_its_name():
     for path in ("capacity/LoRA@9 bits/score", "capacity/Dual LoRA, clip/size"):  # no such task; two of them
         with pytest.raises(ValueError, match="leads nowhere"):
             facts.quoted(path)
+
+
+@pytest.mark.parametrize("name", [file.name for file in evidence.pages()])
+def test_words_around_a_comparison_are_tied_to_its_verdict(name):
+    """A figure moves with the results; "none is shown to differ" beside it has to be checked."""
+    text = (evidence.HERE / name).read_text(encoding="utf-8")
+    held = {path for path, _ in evidence.claims(text)}
+    about = ("difference", "interval", "same", "change", "size", "sure", "p", "visible")
+    quoted = [path.rpartition("/") for path in re.findall(r"\{\{(.+?)\}\}", text)]
+    for path in dict.fromkeys(path for path, _, field in quoted if field in about):
+        study, _, method = path.partition("/")
+        assert held & {path, f"{study}/*", f"{study}/{method.partition('@')[0]}"}, path
+
+
+def test_a_claim_may_be_of_all_comparisons_or_of_none():
+    assert evidence.filled("<!-- holds: methods-e2e/* is inconclusive; quick/* is not significantly -->\n") == ""
+    with pytest.raises(ValueError, match=r"rest on longer-cola/\* being inconclusive, and it is significantly worse"):
+        evidence.filled("<!-- holds: longer-cola/* is inconclusive -->\n")
+    with pytest.raises(ValueError, match="rest on quick/dual_lora being not equivalent, and it is equivalent"):
+        evidence.filled("<!-- holds: quick/dual_lora is not equivalent -->\n")
+
+
+def test_results_under_another_study_s_name_stop_the_script(tmp_path, monkeypatch):
+    (tmp_path / "results" / "studies" / "quick").mkdir(parents=True)
+    results = (facts.ROOT / "results" / "studies" / "groups" / "results.json").read_text()
+    (tmp_path / "results" / "studies" / "quick" / "results.json").write_text(results)
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    facts.study.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="holds the results of groups"):
+            facts.study("quick")
+    finally:
+        facts.study.cache_clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_less_may_be_better(tmp_path):
         ("method,task,seed,item,score", ["a,x,1,1,1", "b,x,1,1,1", "b,y,1,1,1"], r"a, which .* has no score on y"),
         ("method,seed,item,score", [], r"holds no scores"),
         ("", [], r"lacks the column method"),
+        ("method,seed,item,score", ["a,1,1,1_0"], r"line 2: the score '1_0' is no number"),
+        ("method,seed,item,score", ["a,1_0,1,1"], r"line 2: the seed '1_0' is no whole number"),
+        ("method,seed,item,score", ["a,1,1,1e308", "b,1,1,-1e308"], r"of the order of 1e\+308.* in another unit"),
+        ("method,seed,item,score", ["a,1,1,1e-200", "b,1,1,2e-200"], r"of the order of 2e-200.* in another unit"),
+        ("method,seed,item,score", ['a,1,"x" y,1', "b,1,x y,1"], r"is no table: ',' expected after '\"'"),
+        ("method,seed,item,score", ["a,1,é,1", "a,1,e\u0301,0"], r"line 3: a, seed 1, item é, task has .*line 2"),
+        ("method,seed,item,metric,score", ["a,1,1,,1", "a,2,1,acc,1"], r"line 2: the metric is empty.* at .*line 3"),
+        ("method,seed,item,task,score", ["a,1,1,t,1", "a,2,1,,1"], r"line 3: the task is empty.* at .*line 2"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_path, capsys):
@@ -124,6 +133,48 @@ def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_pa
     assert command("judge", file) == 1
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("eval_loss", "less"), ("val/Loss", "less"), ("ppl", "less"), ("error_rate", "less"), ("acc_norm", "more")],
+)
+def test_a_direction_that_nobody_said_is_said(metric, better, tmp_path):
+    """Trainers write eval_loss: taken as a metric of which more is better, every verdict was the wrong way round."""
+    rows = [
+        [m, s, i, metric, 1 + s / 100 + i / 10 - 0.3 * (m == "b")] for m in "ab" for s in range(4) for i in range(5)
+    ]
+    file = write_table(tmp_path / "s.csv", rows, ("method", "seed", "item", "metric", "score"))
+    results = judge(file)
+    (c,) = results["comparisons"]
+    assert (c["better"], c["verdict"].split()[1]) == (better, "better" if better == "less" else "worse")
+    words = f"Which way {metric} is better was not said: {better} of it is taken as better."
+    assert any(words in note for note in results["notes"])
+    assert not any("was not said" in note for note in judge(file, better=better)["notes"])
+
+
+def test_the_unit_of_the_scores_changes_no_verdict(tmp_path):
+    """Differences below 1e-12 were taken for rounding, in whatever unit the scores are."""
+    found = []
+    for unit in (1.0, 1e-14, 1e-90, 1e90):
+        rows = [
+            [m, s, i, unit * (3 + s / 100 + i / 10 - 0.3 * (m == "b"))] for m in "ab" for s in range(4) for i in (1, 2)
+        ]
+        (c,) = judge(write_table(tmp_path / "s.csv", rows), margin=0.1 * unit)["comparisons"]
+        found.append((c["verdict"], c["difference"] / unit, c["p_holm"]))
+    assert found[0][0] == "significantly worse"
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        assert other[1:] == pytest.approx(found[0][1:])
+
+
+def test_runs_without_the_metric_are_named(tmp_path):
+    """A seed that has another metric only was dropped without a word."""
+    rows = [[m, s, i, "f1" if s == 1 else "acc", i % 2] for m in "ab" for s in (1, 2, 3) for i in range(4)]
+    file = write_table(tmp_path / "s.csv", rows, ("method", "seed", "item", "metric", "score"))
+    results = judge(file, metric="acc")
+    assert results["comparisons"][0]["spread"]["seeds"] == 2
+    assert any("no score of the metric: a, seed 1, on task; b, seed 1, on task." in note for note in results["notes"])
 
 
 LOG = "lora/seed-1/samples_t_2026-01-01T00-00-00.0.jsonl"
@@ -184,6 +235,8 @@ def test_wrong_options_are_one_sentence(tmp_path):
         ({"reference": "lra"}, "Did you mean 'lora'"),
         ({"metric": "acc"}, "has no metric 'acc'"),
         ({"margin": 0.0}, "margin is 0.0"),
+        ({"margin": float("inf")}, "margin is inf"),
+        ({"margin": 1.0}, "all scores of task lie between 0 and 1: every method would be equivalent"),
         ({"level": 0.7}, "level is 0.7"),
     ):
         with pytest.raises(UserError, match=words):
@@ -296,6 +349,36 @@ def test_the_harness_says_which_way_a_metric_is_better(evaluations):
     (folder := evaluations / "lora" / "seed-0").rename(evaluations / "lora" / "gpt2")
     assert not folder.exists()
     assert judge(evaluations, metric="acc")["methods"][0]["seeds"][0]["seed"] == 0, "a model's name is no seed"
+
+
+def test_a_log_likelihood_is_no_perplexity(tmp_path):
+    """As the harness logs lambada: an item's "perplexity" is its log-likelihood, of which more is better. Read as a
+    perplexity every verdict was the wrong way round."""
+    for method, worth in (("lora", -2.0), ("mine", -1.0)):
+        for seed in (1, 2, 3):
+            folder = tmp_path / method / f"seed-{seed}"
+            folder.mkdir(parents=True)
+            likely = [worth - 0.1 * item - 0.01 * seed for item in range(8)]
+            samples = [
+                {"doc_id": i, "doc_hash": f"{i}", "filter": "none", "metrics": ["perplexity", "acc"]}
+                | {"perplexity": value, "acc": i % 2}
+                for i, value in enumerate(likely)
+            ]
+            log = folder / "samples_lambada_2026-01-01T00-00-00.000000.jsonl"
+            log.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+            results = {
+                "results": {"lambada": {"perplexity,none": math.exp(-sum(likely) / 8), "acc,none": 0.5}},
+                "higher_is_better": {"lambada": {"perplexity": False, "acc": True}},
+                "n-samples": {"lambada": {"original": 8, "effective": 8}},
+            }
+            (folder / "results_2026-01-01T00-00-00.000000.json").write_text(json.dumps(results))
+    notes = judge(tmp_path, metric="acc")["notes"]
+    assert "Left out, as they are no means over items: perplexity on lambada." in notes
+    with pytest.raises(UserError, match=r"no metric 'perplexity'.* no means over items: perplexity on lambada"):
+        judge(tmp_path, metric="perplexity")
+    log.write_text("".join(log.read_text().splitlines(True)[:7]))
+    with pytest.raises(UserError, match=r"holds 7 documents, and the harness scored 8"):
+        judge(tmp_path, metric="acc")
 
 
 def test_logs_that_do_not_pair_are_named(evaluations):

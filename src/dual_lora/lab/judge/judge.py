@@ -6,6 +6,7 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from pathlib import Path
@@ -33,7 +34,23 @@ WHOLE_ONLY = (
     "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
     "for other items."
 )
-LESS = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "mse", "mae", "rmse", "error")
+# Words in the name of a metric of which there should be less.
+LESS = {
+    "loss",
+    "nll",
+    "entropy",
+    "perplexity",
+    "ppl",
+    "bits",
+    "bpb",
+    "mse",
+    "mae",
+    "rmse",
+    "error",
+    "wer",
+    "cer",
+    "brier",
+}
 
 
 def judge(
@@ -56,11 +73,11 @@ def judge(
     path = Path(source)
     if not 0 < level < 0.5:
         raise UserError(f"The level is {level}, expected a share above 0 and below 0.5, such as 0.05.")
-    if margin is not None and not margin > 0:
+    if margin is not None and not 0 < margin < math.inf:
         raise UserError(f"The margin is {margin}, expected a positive number in the metric's unit, or none.")
     scores = read(path)
     chosen = one_metric(scores, metric)
-    direction = {name: better or scores.better.get(name.partition(",")[0]) or _usual(name) for name in chosen.values()}
+    direction, guessed = _directions(chosen, scores, better)
     paired = tables(scores.rows)
     methods = list(dict.fromkeys(row.method for row in scores.rows))
     against = reference_of(methods, reference)
@@ -75,10 +92,10 @@ def judge(
     for scenario, own in paired.items():
         name = chosen[scenario]
         rows += [
-            _method(scenario, m, runs, name, direction[name], scores.costs.get((scenario, m)))
+            _method(scenario, m, runs, name, direction[scenario], scores.costs.get((scenario, m)))
             for m, runs in own.items()
         ]
-        pairs += _pairs(scenario, own, against, name, direction[name], margin, level)
+        pairs += _pairs(scenario, own, against, name, direction[scenario], margin, level)
     said = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
     results: dict[str, Any] = {
@@ -93,6 +110,7 @@ def judge(
         + _level(said.false_alarm, level)
         + ([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons)
         + _one_seed(paired)
+        + guessed
         + scores.notes,
         "untrained": [],
         "failed": [],
@@ -108,7 +126,7 @@ def judge(
 
 def read(path: Path) -> Scores:
     """The scores in a table, or in a folder of lm-eval's samples or of PEFT's results."""
-    if path.is_file() and path.suffix in (".csv", ".tsv"):
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
         scores = read_table(path)
     elif path.is_file():
         raise UserError(f"{path} is no .csv or .tsv table: give one, or a folder of lm-eval's or PEFT's results.")
@@ -128,11 +146,24 @@ def read(path: Path) -> Scores:
     return scores
 
 
-def _usual(metric: str) -> str:
-    """Which way a metric of this name is better, where nobody says."""
-    if metric in metrics.METRICS:
-        return metrics.better(metric)
-    return "less" if metric.partition(",")[0].rpartition(" ")[2].lower() in LESS else "more"
+def _directions(
+    chosen: dict[Scenario, str], scores: Scores, asked: str | None
+) -> tuple[dict[Scenario, str], list[str]]:
+    """Which way each scenario's metric is better, and what has to be said of those that nobody says it of."""
+    found, guessed = {}, dict[str, str]()
+    for scenario, metric in chosen.items():
+        name = metric.partition(",")[0]
+        told = asked or scores.better.get((scenario[1], name)) or scores.better.get(("", name))
+        if told is None and metric in metrics.METRICS:
+            told = metrics.better(metric)
+        if told is None:
+            told = guessed[metric] = "less" if LESS & set(re.findall("[a-z]+", name.lower())) else "more"
+        found[scenario] = told
+    return found, [
+        f"Which way {metric} is better was not said: {way} of it is taken as better. If it is the other way, give "
+        f"--better {'more' if way == 'less' else 'less'}."
+        for metric, way in guessed.items()
+    ]
 
 
 def _study(
@@ -161,6 +192,11 @@ def _pairs(
     reference = sign * own[against].table
     values = np.concatenate([runs.table.ravel() for runs in own.values()])
     whole = own[against].items == [WHOLE]
+    if margin is not None and margin >= 1 and values.min() >= 0 and values.max() <= 1:
+        raise UserError(
+            f"The margin is {margin:g}, and all scores of {task_name(*scenario)} lie between 0 and 1: every method "
+            "would be equivalent. Give it in the metric's unit, such as 0.01."
+        )
     pairs = []
     for method, runs in own.items():
         if method == against:
@@ -177,6 +213,7 @@ def _pairs(
                 margin=margin,
                 confidence=1 - level,
                 counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
+                scale=float(np.abs(values).max()),
             )
         )
     return pairs

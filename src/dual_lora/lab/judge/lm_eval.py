@@ -4,11 +4,16 @@ FOLDER/METHOD/SEED/**/samples_TASK_DATE.jsonl   SEED: seed-1, seed1, run-1 or 1,
 FOLDER/METHOD/**/samples_TASK_DATE.jsonl        one seed
 
 The harness's own folder of the model's name may lie below. results_DATE.json beside the samples says which way a metric
-is better. Items are documents, known by their number and hash: two runs that saw other documents do not pair.
+is better, how many documents there were, and what the harness made of their scores. A metric that is not the mean of
+them is left out: lambada's perplexity is logged as a log-likelihood, of which more is better.
+
+Items are documents, known by their number and hash: two runs that saw other documents do not pair.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +21,9 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import Score, Scores, number
-from dual_lora.lab.read import opened, parse_json, read_json
+from dual_lora.lab.read import opened, parse_json, read_object
 
-_SAMPLES = re.compile(r"samples_(?P<task>.+)_\d{4}-\d\d-\d\dT[\d\-:.]+\.jsonl$")
+_SAMPLES = re.compile(r"samples_(?P<task>.+)_(?P<date>\d{4}-\d\d-\d\dT[\d\-:.]+)\.jsonl$")
 _SEED = re.compile(r"(?:seed|run)?[-_ ]?(\d+)$", re.IGNORECASE)
 NEEDED = ("doc_id", "doc_hash", "metrics")
 
@@ -41,11 +46,20 @@ def read_lm_eval(folder: Path) -> Scores:
         task = named["task"]
         if (other := seen.setdefault((method, seed, task), file)) != file:
             raise UserError(f"{other} and {file} are two evaluations of one run on {task}: remove one of them.")
-        for row, prompt in _rows(file, method, seed, task, aside):
+        results = _results(file.parent, task, named["date"])
+        rows = list(_rows(file, method, seed, task, aside))
+        no_means = _checked(file, task, [row for row, _ in rows], results)
+        aside |= dict.fromkeys(f"{name} on {task}" for name in no_means)
+        for row, prompt in rows:
+            if row.metric in no_means:
+                continue
             scores.rows.append(row)
             if prompt:
                 prompts.setdefault((task, f"{row.seed} {row.item}"), {})[method] = prompt
-        scores.better |= _directions(file.parent, task)
+        for name, way in _directions(results, task).items():
+            if scores.better.setdefault((task, name), way) != way:
+                raise UserError(f"The results beside {file} and others say opposite things of {name}: give --better.")
+    scores.rows = [row for row in scores.rows if f"{row.metric} on {row.scenario[1]}" not in aside]
     if aside:
         scores.notes.append(f"Left out, as they are no means over items: {', '.join(aside)}.")
     for task in dict.fromkeys(task for task, _ in prompts):
@@ -91,12 +105,43 @@ def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None])
                 yield score, str(sample.get("prompt_hash") or "")
 
 
-def _directions(folder: Path, task: str) -> dict[str, str]:
-    """Which way the task's metrics are better, as the newest results beside the samples say."""
-    for file in sorted(folder.glob("results_*.json"), reverse=True):
-        try:
-            higher: Any = read_json(file)["higher_is_better"][task]
-            return {name: "more" if more else "less" for name, more in higher.items() if more is not None}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
+    """What the harness wrote beside the samples, {} without such a file; of another date only which way is better."""
+    own = folder / f"results_{date}.json"
+    for file in dict.fromkeys([own, *sorted(folder.glob("results_*.json"), reverse=True)]):
+        with contextlib.suppress(OSError, ValueError):
+            found = read_object(file)
+            if file == own:
+                return found
+            if isinstance(ways := found.get("higher_is_better"), dict) and task in ways:
+                return {"higher_is_better": ways}
     return {}
+
+
+def _directions(results: dict[str, Any], task: str) -> dict[str, str]:
+    """Which way the task's metrics are better, as the harness says."""
+    try:
+        ways = results["higher_is_better"][task].items()
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    return {name: "more" if more else "less" for name, more in ways if more is not None}
+
+
+def _checked(file: Path, task: str, rows: list[Score], results: dict[str, Any]) -> set[str]:
+    """The metrics of which the harness's own figure is another than the mean of these rows. Raises UserError where
+    documents are missing."""
+    every = results.get("results"), results.get("n-samples")
+    told, counts = (part[task] if isinstance(part, dict) and isinstance(part.get(task), dict) else {} for part in every)
+    items: dict[str, list[float]] = {}
+    for row in rows:
+        items.setdefault(row.metric, []).append(row.value)
+    wanted = counts.get("effective")
+    if isinstance(wanted, int) and rows and len({row.item for row in rows}) != wanted:
+        raise UserError(f"{file} holds {len({row.item for row in rows})} documents, and the harness scored {wanted}.")
+    no_means = set()
+    for metric, values in items.items():
+        figure = told.get(metric if "," in metric else f"{metric},none")
+        mean = math.fsum(values) / len(values)
+        if isinstance(figure, int | float) and not math.isclose(figure, mean, rel_tol=1e-6, abs_tol=1e-9):
+            no_means.add(metric)
+    return no_means

@@ -38,7 +38,7 @@ def _is_result(file: Path) -> bool:
 
 def read_peft(folder: Path) -> Scores:
     """One score a run and metric; unfinished runs are named in the notes. Raises UserError for a damaged file."""
-    scores = Scores([], better=dict.fromkeys(FORGOTTEN, "less"))
+    scores = Scores([], better={("", name): "less" for name in FORGOTTEN})
     task = folder.resolve().parent.name if folder.resolve().name == "results" else folder.resolve().name
     costs: dict[tuple[Scenario, str], list[dict[str, Any]]] = {}
     stopped, finished = [], set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import opened
 from dual_lora.lab.study.job import task_name
 
+BEARABLE = 1e100  # the largest score, and the inverse of the smallest that a task's largest may be
 WHOLE = ""  # the item of a run that has one score for all of its test items
 Scenario = tuple[str, str]  # model ("" where there is one) and task
 # Columns of a table, and what stands for those that are left out.
@@ -38,13 +40,13 @@ class Score(NamedTuple):
 
 @dataclass
 class Scores:
-    """What a reader found. better: metric -> "more" or "less", as far as the source says.
+    """What a reader found. better: (task, metric) -> "more" or "less", as far as the source says; task "": of any.
 
     costs: (scenario, method) -> what the source knows of cost; notes: what has to be said of the source.
     """
 
     rows: list[Score]
-    better: dict[str, str] = field(default_factory=dict)
+    better: dict[tuple[str, str], str] = field(default_factory=dict)
     costs: dict[tuple[Scenario, str], dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -60,7 +62,7 @@ class Runs(NamedTuple):
 def number(text: Any, where: str, what: str = "score") -> float:
     """A finite number, or a UserError that says what to do instead."""
     try:
-        value = float(text)
+        value = float("none" if "_" in str(text) else text)  # Python reads 1_0 as 10, a table means something else
     except (TypeError, ValueError, OverflowError):  # JSON's whole numbers have no end
         raise UserError(f"{where}: the {what} {str(text)[:40]!r} is no number.") from None
     if not math.isfinite(value):
@@ -73,16 +75,16 @@ def number(text: Any, where: str, what: str = "score") -> float:
 def seed_number(text: Any, where: str) -> int:
     """A seed: a whole number from 0 on."""
     try:
-        seed = int(str(text))
+        seed = -1 if "_" in str(text) else int(str(text))
     except ValueError:
         seed = -1
     if seed < 0:
-        raise UserError(f"{where}: the seed {text!r} is no whole number from 0 on.")
+        raise UserError(f"{where}: the seed {str(text)[:40]!r} is no whole number from 0 on.")
     return seed
 
 
 def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
-    """The metric that each scenario is judged by; rows of others are dropped.
+    """The metric that each scenario is judged by; rows of others are dropped, and runs that have no other are named.
 
     Raises UserError where a scenario has several and none is asked for, and where it lacks the one that is.
     """
@@ -99,9 +101,19 @@ def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
                 "--metric."
             )
         if wanted is not None and wanted not in names:
-            raise UserError(f"{task_name(*scenario)} has no metric {wanted!r}.{suggest(wanted, names)}")
+            why = "".join(f" {note}" for note in scores.notes)
+            raise UserError(f"{task_name(*scenario)} has no metric {wanted!r}.{suggest(wanted, names)}{why}")
         chosen[scenario] = wanted or names[0]
-    scores.rows = [row for row in scores.rows if row.metric == chosen[row.scenario]]
+    left = [row for row in scores.rows if row.metric == chosen[row.scenario]]
+    known = {(row.scenario, row.method, row.seed) for row in left}
+    lost = dict.fromkeys(
+        f"{row.method}, seed {row.seed}, on {task_name(*row.scenario)}"
+        for row in scores.rows
+        if (row.scenario, row.method, row.seed) not in known
+    )
+    if lost:
+        scores.notes.append(f"Runs left out, as they have no score of the metric: {'; '.join(lost)}.")
+    scores.rows = left
     return chosen
 
 
@@ -137,10 +149,17 @@ def _paired(scenario: Scenario, methods: dict[str, dict[tuple[int, str], Score]]
             f"{method} has no score for seed {seed}{_item(item)} of {task_name(*scenario)}, where other runs have one "
             f"({len(missing)} missing in all): every method needs the same seeds and the same items."
         )
-    return {
+    runs = {
         method: Runs(seeds, items, np.array([[own[seed, item].value for item in items] for seed in seeds]))
         for method, own in methods.items()
     }
+    largest = max(float(np.abs(own.table).max()) for own in runs.values())
+    if largest and not 1 / BEARABLE <= largest <= BEARABLE:
+        raise UserError(
+            f"The scores of {task_name(*scenario)} are of the order of {largest:.0e}, too far from 1 to be squared: "
+            "give them in another unit."
+        )
+    return runs
 
 
 def reference_of(methods: Sequence[str], wanted: str | None) -> str:
@@ -169,19 +188,25 @@ def read_table(file: Path) -> Scores:
 
 
 def _rows(file: Path, lines: Iterator[str]) -> Iterator[Score]:
-    reader = csv.reader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)  # else a lone quote joins lines
     names = [name.strip() for name in next(reader, [])]
     _check_columns(file, names)
+    filled: dict[str, tuple[bool, str]] = {}
     for cells in reader:
         if not any(cell.strip() for cell in cells):
             continue
         where = f"{file}, line {reader.line_num}"
         if len(cells) != len(names):
             raise UserError(f"{where}: {len(cells)} columns, expected {len(names)} ({', '.join(names)}).")
-        row = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
+        row = {name: unicodedata.normalize("NFC", cell.strip()) for name, cell in zip(names, cells, strict=True)}
         for name in names:
             if not row[name] and name not in ("model", "task", "metric"):
                 raise UserError(f"{where}: the {name} is empty.")
+            before, line = filled.setdefault(name, (bool(row[name]), where))
+            if before != bool(row[name]):
+                empty, full = (where, line) if before else (line, where)
+                raise UserError(f"{empty}: the {name} is empty, and it is not at {full}: fill it in, or leave it out.")
         row = NAMELESS | {name: cell for name, cell in row.items() if cell}
         value, seed = number(row["score"], where), seed_number(row["seed"], where)
         yield Score((row["model"], row["task"]), row["method"], seed, row["item"], row["metric"], value, where)

@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
-from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.perform import DiskFull, perform
+from dual_lora.lab.study.job import Job, Outcome, check_data, read_outcome
+from dual_lora.lab.study.perform import DiskFull, perform, retire
 from dual_lora.lab.terminal import guarded
 
 Executor = Literal["serial", "process", "ray"]
@@ -74,10 +74,22 @@ def runs_side_by_side(executor: str, workers: int | None) -> int:
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
+def do(job: Job, runs: Path, keep: str, at_a_time: int) -> Outcome:
+    """Do one job on the records that it was planned for. Raises what `perform` raises, and UserError for other ones."""
+    check_data(job)
+    outcome = perform(job, runs, keep, at_a_time)
+    try:
+        check_data(job)
+    except UserError:
+        retire(runs, outcome)
+        raise
+    return outcome
+
+
 def _serially(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     for job in jobs:
         try:
-            yield Answer(job.key, perform(job, runs, options.keep, at_a_time))
+            yield Answer(job.key, do(job, runs, options.keep, at_a_time))
         except DiskFull:
             raise
         except Exception as error:
@@ -180,7 +192,7 @@ def _work(line: Connection, runs: Path, keep: str, at_a_time: int) -> None:
                 job = line.recv()
                 answer = "", False
                 try:
-                    perform(job, runs, keep, at_a_time)
+                    do(job, runs, keep, at_a_time)
                 except Exception as error:
                     answer = described(error), isinstance(error, DiskFull)
                 gc.collect()
@@ -222,7 +234,7 @@ def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -
     needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if torch.cuda.is_available() else 0}
     if permission.allowed():  # a cluster's workers do not inherit this process's environment
         needs["runtime_env"] = {"env_vars": {permission.VARIABLE: ",".join(permission.allowed())}}
-    remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(perform)
+    remote = ray.remote(max_calls=1 if options.fresh else 0, max_retries=0, **needs)(do)
     folder = runs.resolve()  # every node has to see it; results also come back with the answer
     pending = {remote.remote(job, folder, options.keep, at_a_time): job.key for job in jobs}
     try:

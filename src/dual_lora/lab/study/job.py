@@ -10,8 +10,10 @@ The key is a hash of what the job says. Equal jobs have equal keys, so nothing t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,10 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import write_json
+from dual_lora.lab.study import metrics
 
 JOB_FORMAT = 1  # part of every key: raised when the meaning of a job changes
 Kind = Literal["trial", "final", "probe", "base"]
@@ -140,10 +144,30 @@ def _look_up(runs: Path, key: str) -> Outcome | str | None:
     if outcome.key != key:
         return f"{file} is the outcome of another run, {outcome.key}."
     try:
-        whole = outcome.items is None or len(read_scores(runs, key)) == outcome.items
+        scores = None if outcome.items is None else read_scores(runs, key)
     except (OSError, ValueError):
-        whole = False
-    return outcome if whole else f"{run_file(runs, key, 'scores')} is damaged or missing."
+        return f"{run_file(runs, key, 'scores')} is damaged or missing."
+    if scores is not None and len(scores) != outcome.items:
+        return f"{run_file(runs, key, 'scores')} is damaged or missing."
+    if scores is not None and not _gives(scores, outcome.metric, outcome.score):
+        return f"{run_file(runs, key, 'scores')} does not give the {outcome.metric} that {file.name} says."
+    forgotten = (outcome.figures or {}).get("forgetting")
+    with contextlib.suppress(OSError, ValueError):  # without it, forgetting is not compared
+        if not _gives(read_scores(runs, key, "forgetting"), "forgetting", forgotten):
+            return f"{run_file(runs, key, 'forgetting')} does not give the forgetting that {file.name} says."
+    return outcome
+
+
+def _gives(scores: NDArray[np.float64], metric: str | None, score: float | None) -> bool:
+    """Whether the items' scores give the run's: they may be those of another run."""
+    if metric is None or score is None:
+        return True  # of an earlier version
+    try:
+        return math.isclose(metrics.value(metric, scores.mean(0)), score, rel_tol=1e-6, abs_tol=1e-9)
+    except ImportError:  # of what counts n-grams
+        return True
+    except (ValueError, IndexError, ArithmeticError):
+        return False
 
 
 def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "scores") -> NDArray[np.float64]:
@@ -175,6 +199,16 @@ def print_of_texts(source: str | None) -> dict[str, str]:
     from dual_lora.lab.data.records import find
 
     return {"forgetting": _file_print(find(source))} if source and not source.startswith("hub:") else {}
+
+
+def check_data(job: Job) -> None:
+    """Raise UserError where the job's files are not what they were when it was planned: its key would lie."""
+    now = fingerprint(job.recipe) | print_of_texts(job.recipe.evaluate.forgetting)
+    if changed := [split for split in sorted(now.keys() | job.data.keys()) if now.get(split) != job.data.get(split)]:
+        raise UserError(
+            f"The data have changed while the study went on ({', '.join(changed)}): its runs would not be of the same "
+            "records. Put the files back, or start the study again."
+        )
 
 
 _prints: dict[tuple[Path, int, int], str] = {}

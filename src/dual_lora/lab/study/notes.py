@@ -131,8 +131,8 @@ def amended_late(amendments: Sequence[dict[str, Any]]) -> bool:
 
 def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]]) -> list[str]:
     """Final runs that were there before the plan was written, and that no amendment speaks of."""
-    before = (plan or {}).get("before", 0)
-    if not before or amendments:
+    before = (plan or {}).get("before") or 0
+    if before <= max((a.get("ended", 0) for a in amendments), default=0):
         return []
     return [f"{before} of the final runs had ended before this study's plan was written, and were taken over."]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished
@@ -90,6 +91,11 @@ def _score_tables(
         here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
         metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
         came = {key: [row for row in rows if row is not None] for key, rows in here.items()}
+        if len(counts := sorted({len(row) for rows in came.values() for row in rows})) > 1:
+            raise UserError(
+                f"Runs on {task_name(*scenario)} were tested on different numbers of items "
+                f"({', '.join(map(str, counts))}), so they cannot be paired: their test records are not the same."
+            )
         good = {key: metrics.score_table(metric, rows) for key, rows in came.items() if rows}
         if not good:
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")

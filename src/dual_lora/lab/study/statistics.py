@@ -86,12 +86,15 @@ def errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Tab
     return np.sqrt(total / (S * N)), np.sqrt(seeds / (S * N))
 
 
-def spread(d: ArrayLike) -> Spread:
-    """Mean of the differences d [S, N]; seeds and items are both random samples (the module's formula)."""
+def spread(d: ArrayLike, scale: float = 1.0) -> Spread:
+    """Mean of the differences d [S, N]; seeds and items are both random samples (the module's formula).
+
+    scale: the order of the scores that were subtracted, by which their rounding is judged.
+    """
     d = table(d)
     S, N = d.shape
     mean = float(d.mean())
-    rounding = 1e-12 * max(1.0, float(np.abs(d).max()))  # what scores that are equal may differ by
+    rounding = 1e-12 * max(scale, float(np.abs(d).max()))  # what scores that are equal may differ by
     if np.ptp(d) <= rounding:
         # The same difference for every seed and item. Noise is not zero because none was seen: the error is what one
         # of the S N differences would make of it if it had been 0; where all are 0, none can be told.

@@ -113,8 +113,13 @@ def false_alarm(comparisons: Sequence[Comparison], level: float) -> float | None
     return 1 - math.prod(1 - chance for chance in chances) if chances else None
 
 
-def compare_pair(candidate: ArrayLike, reference: ArrayLike, *, task: str = "task", **about: Any) -> Comparison:
-    """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`."""
+def compare_pair(
+    candidate: ArrayLike, reference: ArrayLike, *, task: str = "task", scale: float = 1.0, **about: Any
+) -> Comparison:
+    """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`.
+
+    scale: the order of the scores, see `statistics.spread`.
+    """
     a, b = stats.table(candidate), stats.table(reference)
     if a.shape != b.shape:
         names = about.get("names", NAMES)
@@ -122,7 +127,7 @@ def compare_pair(candidate: ArrayLike, reference: ArrayLike, *, task: str = "tas
             f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {task}: pairing needs the same "
             "seeds and items."
         )
-    return compare_spread(stats.spread(a - b), (float(a.mean()), float(b.mean())), task=task, **about)
+    return compare_spread(stats.spread(a - b, scale), (float(a.mean()), float(b.mean())), task=task, **about)
 
 
 def compare_spread(
