@@ -3,7 +3,7 @@
 STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
                              verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
                              change (with its interval), size (with its metric), sure; (untrained): score, constant
-                             METHOD@TASK where a study has several tasks
+                             METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where it compares all pairs
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -66,8 +66,13 @@ def _method(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _comparison(results: dict[str, Any], name: str) -> dict[str, Any]:
-    candidate, _, task = name.partition("@")
-    found = [c for c in results["comparisons"] if c["candidate"] == candidate and task in ("", c["task"])]
+    pair, _, task = name.partition("@")
+    candidate, _, reference = pair.partition(" vs ")
+    found = [
+        c
+        for c in results["comparisons"]
+        if c["candidate"] == candidate and reference in ("", c["reference"]) and task in ("", c["task"])
+    ]
     if len(found) != 1:
         raise KeyError(f"{len(found)} comparisons of {candidate}")
     return found[0]
