@@ -19,6 +19,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -92,6 +93,20 @@ class _Replaced(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
+def change(module: ModuleType, tree: ast.Module) -> None:
+    """Give a module this text, and whoever took a name from it the new one's."""
+    before = dict(vars(module))
+    old = {id(v): name for name, v in before.items() if getattr(v, "__module__", "") == module.__name__}
+    exec(compile(tree, module.__name__, "exec"), vars(module))
+    for name, other in list(sys.modules.items()):
+        if "tests" in Path(getattr(other, "__file__", None) or "").parts:
+            del sys.modules[name]  # it is imported anew
+        elif name.startswith(module.__name__.partition(".")[0] + "."):
+            for own, value in list(vars(other).items()):
+                if id(value) in old:
+                    setattr(other, own, getattr(module, old[id(value)]))
+
+
 def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
     """Whether the tests pass with this text of the module, in a process of its own."""
     if (child := os.fork()) == 0:
@@ -100,11 +115,7 @@ def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            exec(compile(tree, module, "exec"), importlib.import_module(module).__dict__)
-            for name in [
-                n for n, m in sys.modules.items() if "tests" in Path(getattr(m, "__file__", None) or "").parts
-            ]:
-                del sys.modules[name]  # what they took from the module is the old one's
+            change(importlib.import_module(module), tree)
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
         finally:
             os._exit(int(status != 0))

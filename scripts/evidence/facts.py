@@ -3,7 +3,7 @@
 STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
                              verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
                              change (with its interval), size (with its metric), sure; (untrained): score, constant
-                             METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where it compares all pairs
+                             METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 

@@ -5,7 +5,7 @@ import torch
 from formula import FORMS, make_case, name_of, reference, run, truth
 from numerics import assert_close
 
-from dual_lora.core.reference import Factors, Form, delta_weight, direction, scaling
+from dual_lora.core.reference import Adapter, Factors, Form, delta_weight, direction, scaling
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -35,6 +35,14 @@ def test_delta_weight_is_of_high_rank_and_half_zero():
     dW = delta_weight(factors, 1.0)
     assert 0.4 < (dW == 0).double().mean() < 0.6
     assert torch.linalg.matrix_rank(dW) > 70  # B A alone has rank 4
+
+
+def test_a_row_without_an_update():
+    adapter = Adapter(Factors(*(torch.randn(*s) for s in ((2, 5), (4, 2), (2, 5), (4, 2)))), torch.tensor(2.0), Form())
+    assert adapter.without_row(None) is adapter
+    whole, left_out = (delta_weight(a.factors, 2.0) for a in (adapter, adapter.without_row(1)))
+    assert not left_out[1].any()
+    assert torch.equal(left_out[[0, 2, 3]], whole[[0, 2, 3]])
 
 
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
