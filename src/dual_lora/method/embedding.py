@@ -62,9 +62,6 @@ class Embedding(MapLayer):
         base: Any = self.get_base_layer()
         return [a.without_row(base.padding_idx) for a in super()._updates(names)]
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        return self._lookup(x, self._parameter(), names)
-
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()
         if base.max_norm is not None:
@@ -77,13 +74,13 @@ class Embedding(MapLayer):
             if "forward" not in vars(base):
                 sharded.refuse(base, base.weight)
             sharded.agree(base.weight, self._stored(name))
-        return self._lookup(x, None, [name])
+        return super()._adapter_branch(x, name)
 
-    def _lookup(self, x: Tensor, weight: Tensor | None, names: list[str]) -> Tensor:
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.get_base_layer()
         y = dual_lora_embedding(
             x,
-            weight,
+            base.weight if with_base else None,
             [self.adapter(n) for n in names],
             self._loss_scale(names, base.weight),
             padding_idx=base.padding_idx,

@@ -126,7 +126,7 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLaye
 class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
 
-    Subclasses give `forwards`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
+    Subclasses give `forwards` and `_map`, which is f without a call of the base layer.
     """
 
     takes_parts = False  # whether the weight may be sharded by tensor parallelism
@@ -145,13 +145,13 @@ class MapLayer(DualLoraLayer):
             return False
         return weight.is_floating_point() and weight.dtype.itemsize > 1
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        """f(x; W + ΣΔW)."""
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
+        """f(x; W + ΣΔW), or f(x; ΣΔW)."""
         raise NotImplementedError
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """f(dropout(x); ΔW)."""
-        raise NotImplementedError
+        return self._map(self.dual_lora_dropout[name](x), [name], with_base=False)
 
     def _own_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with W + ΣΔW in its weight's place."""
@@ -194,7 +194,7 @@ class MapLayer(DualLoraLayer):
         own, rest = self._is_own(), [n for n in active if n not in dropped]
         fused = rest if own or (not (args or kwargs) and self._is_plain()) else []
         if fused:
-            y = self._own_call(x, fused, *args, **kwargs) if own else self._fused(x, fused)
+            y = self._own_call(x, fused, *args, **kwargs) if own else self._map(x, fused, with_base=True)
         else:
             y = self._base_call(x, *args, **kwargs)
         for name in active:
@@ -237,13 +237,15 @@ class Linear(MapLayer):
     def _is_plain(self) -> bool:
         return super()._is_plain() or sharded.takes_product(self.base_layer)
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        """One product with the composed weight."""
-        base: Any = self.base_layer
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
+        """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""
+        base: Any = self.get_base_layer()
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):
-            return sharded.product(self, x, names)
+            return sharded.product(self, x, names, with_base)
         x, adapters = in_dtype_of(weight, x), [self.adapter(n) for n in names]
+        if not with_base:
+            return self._product(x, None, None, names, adapters)
         return self._product(x, self._matrix(weight), base.bias, names, adapters, weight)
 
     def _product(
@@ -265,14 +267,6 @@ class Linear(MapLayer):
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
-
-    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        """dropout(x) ΔWᵀ, [..., O]."""
-        x = self.dual_lora_dropout[name](x)
-        base: Any = self.get_base_layer()
-        if sharded.is_sharded(getattr(base, "weight", None)):
-            return sharded.product(self, x, [name], with_base=False)
-        return self._product(in_dtype_of(base.weight, x), None, None, [name], [self.adapter(name)])
 
 
 def is_traced() -> bool:

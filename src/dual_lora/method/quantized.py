@@ -91,14 +91,17 @@ class QuantizedLinear(Linear):
         weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None
         return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.base_layer
+        adapters = [self.adapter(name) for name in names]
+        if not with_base:
+            return self._product(x, None, None, names, adapters)
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
             x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # the library's own, where it says so
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
-        y = self._product(x, self._handle, bias, names, [self.adapter(name) for name in names], stored)
+        y = self._product(x, self._handle, bias, names, adapters, stored)
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -107,9 +110,6 @@ class QuantizedLinear(Linear):
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
             return through_rows(x, base(x.detach(), *args, **kwargs), self._handle)
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
-
-    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        return self._product(self.dual_lora_dropout[name](x), None, None, [name], [self.adapter(name)])
 
     # Merge.
 
