@@ -146,11 +146,11 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
-        scale = self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
+        self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = [self._parts(self.adapter(n)) for n in names]
         one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(weight, names, [p[name] for p in parts], weight, scale, keeps=one)
+            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps=one)
             for name, weight in self._merge_parameters().items()
         }
         with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
@@ -161,6 +161,3 @@ class MultiheadAttention(DualLoraLayer):
         if name in READ_BY_ENCODERS:
             return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
         return super().__getattr__(name)
-
-    def __repr__(self) -> str:
-        return "dual_lora." + super().__repr__()

@@ -156,10 +156,9 @@ class ParamWrapper(DualLoraLayer):
                 return value
         return None
 
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        at = text.find("(") + 1
-        return f"dual_lora.{text[:at]}\n  parameter_name='{self.parameter_name}',{text[at:]}"
+    def extra_repr(self) -> str:
+        """The parameter, and its shape as a matrix."""
+        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 
 def _loops_over_experts(base: nn.Module) -> bool:

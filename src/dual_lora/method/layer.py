@@ -52,6 +52,9 @@ class DualLoraLayer(MergeLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r1, r2, alpha, config=config)
 
+    def __repr__(self) -> str:
+        return "dual_lora." + super().__repr__()
+
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if x.is_complex():
             raise ValueError(f"Dual LoRA takes real inputs, but got {x.dtype}: pass real and imaginary part apart.")
@@ -94,7 +97,6 @@ class DualLoraLayer(MergeLayer):
         names: list[str],
         adapters: list[Adapter],
         operand: Tensor,
-        scale: Tensor | None,
         keeps: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Composed:
@@ -104,7 +106,7 @@ class DualLoraLayer(MergeLayer):
         """
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix = None if weight is None else self._matrix(weight)
-        make = partial(dual_lora_weight, matrix, adapters, scale, dtype=dtype)
+        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(names, operand), dtype=dtype)
         if keeps and weight is not None and self._may_keep():
             return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
@@ -157,8 +159,7 @@ class MapLayer(DualLoraLayer):
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
         weight = base.weight
-        scale = self._loss_scale(names, weight)
-        composed = self._composed(weight, names, self._updates(names), weight, scale, dtype=weight.dtype)
+        composed = self._composed(weight, names, self._updates(names), weight, dtype=weight.dtype)
         with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
 
@@ -209,9 +210,6 @@ class MapLayer(DualLoraLayer):
             index = [k for k, item in enumerate(adapter_names) if item == name]
             y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
         return y
-
-    def __repr__(self) -> str:
-        return "dual_lora." + super().__repr__()
 
 
 class Linear(MapLayer):
