@@ -33,7 +33,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
     # before the ones below.
-    def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}  # r1 + r2
@@ -57,7 +57,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
         self._tied_to: dict[str, FactorsLayer] = {}
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
-        self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(sharded.leave_out_counts)
         self.register_load_state_dict_pre_hook(sharded.put_counts_in)

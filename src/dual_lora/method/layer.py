@@ -38,19 +38,10 @@ DECODED_TOKENS = 16
 class DualLoraLayer(MergeLayer):
     """What every adapted layer has: factors, warm-up, merge, and what a forward asks of them."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: DualLoraConfig,
-        r1: int,
-        r2: int,
-        alpha: float | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, **kwargs)
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DualLoraConfig, **options: Any) -> None:
+        super().__init__(base_layer, options.pop("warned", None))
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r1, r2, alpha, config=config)
+        self.update_layer(adapter_name, config=config, **options)
 
     def __repr__(self) -> str:
         return "dual_lora." + super().__repr__()

@@ -180,19 +180,15 @@ class DualLoraModel(BaseTuner):
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *, adapter_names: list[str] | None = None, **options: Any
     ) -> Any:
         if merge:
             self._refuse_shared_weights(adapter_names)
             for name in adapter_names or self.active_adapters:
                 merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
         layers = merge_checks.quantised(self.model)  # of the others none is held while they go
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **options)
         if merge:
             merge_checks.warn_of_rounding(layers)
         set_fast_paths(model)
