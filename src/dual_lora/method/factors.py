@@ -54,8 +54,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self._scaled: dict[str, float] = {}  # the strength in it, as code that knows LoRA writes to `scaling`
         self._disable_adapters = False
-        self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
-        self._tied_to: dict[str, FactorsLayer] = {}
+        self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(sharded.leave_out_counts)
@@ -130,12 +129,11 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares."""
-        self._tied_to[adapter_name] = other
+        self.tied[adapter_name] = other
         self._tie_again(adapter_name)
-        self.tied[adapter_name] = getattr(other.get_base_layer(), "padding_idx", None)
 
     def _tie_again(self, adapter_name: str) -> None:
-        other = self._tied_to[adapter_name]
+        other = self.tied[adapter_name]
         for name in self.adapter_layer_names:
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
             getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
@@ -153,9 +151,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.dual_lora_B[adapter_name])
 
     def _stored(self, adapter: str) -> Factors:
-        return Factors(
-            self.dual_lora_A[adapter], self.dual_lora_B[adapter], self.dual_lora_C[adapter], self.dual_lora_D[adapter]
-        )
+        return Factors(*(getattr(self, name)[adapter] for name in self.adapter_layer_names))
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
@@ -166,7 +162,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors = self.factors(name)
         adapter = Adapter(factors, self._scale(name, factors.A), self.forms[name])
-        return adapter.without_row(self.tied.get(name))
+        embedding: Any = self.tied[name].get_base_layer() if name in self.tied else None
+        return adapter.without_row(getattr(embedding, "padding_idx", None))
 
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]
@@ -289,7 +286,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter."""
         composed_weights.drop(self)
         self._read.pop(adapter_name, None)
-        self._tied_to.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> FactorsLayer:
@@ -344,6 +340,6 @@ def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     for adapter in layer.adapter_names():
         mark_as_stored(layer._stored(adapter))
         layer.steps_left(adapter)
-        if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
+        if adapter in layer.tied:  # `assign=True` has put two parameters in the place of one
             layer._tie_again(adapter)
         layer._make_scale(adapter)
