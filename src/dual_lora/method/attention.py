@@ -124,17 +124,14 @@ class MultiheadAttention(DualLoraLayer):
 
     # Forward.
 
-    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
         if "adapter_names" in kwargs:
             raise TypeError(
                 "dual_lora.MultiheadAttention does not support mixed adapter batches: one attention has one weight. "
                 "Run the samples of each adapter as a batch of their own."
             )
-        super()._check_forward_args(x, *args, **kwargs)
-
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
-        self._check_forward_args(query, *args, **kwargs)
+        self._check_forward_args(query)
         names = self._at_work()
         if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(

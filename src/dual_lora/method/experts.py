@@ -100,19 +100,16 @@ class ParamWrapper(DualLoraLayer):
 
     # Forward.
 
-    def _check_forward_args(self, x: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "dual_lora.ParamWrapper does not support mixed adapter batches yet: the module sees its whole batch "
-                "with one weight. Run the samples of each adapter as a batch of their own."
-            )
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer, with W + ΣΔW in the parameter's place; under torch.export, of all experts.
 
         Raises NotImplementedError there for a module that loops over its experts.
         """
-        self._check_forward_args(None, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "dual_lora.ParamWrapper does not support mixed adapter batches yet: the module sees its whole batch "
+                "with one weight. Run the samples of each adapter as a batch of their own."
+            )
         if is_exporting() and _loops_over_experts(self.get_base_layer()):
             raise NotImplementedError(
                 f"{type(self.get_base_layer()).__name__} loops over the experts that the router chose, and an exported "
@@ -120,7 +117,6 @@ class ParamWrapper(DualLoraLayer):
                 "`model.set_experts_implementation('batched_mm')` before exporting; torch.export also takes "
                 "'grouped_mm', which ONNX does not know."
             )
-        kwargs.pop("adapter_names", None)
         names = self._at_work()
         if not names:
             return self.base_layer(*args, **kwargs)
@@ -163,8 +159,7 @@ class ParamWrapper(DualLoraLayer):
 
 def _loops_over_experts(base: nn.Module) -> bool:
     """Whether the module takes one expert's weight at a time, as transformers' eager implementation does."""
-    config = getattr(base, "config", None)
-    return config is not None and getattr(config, "_experts_implementation", None) == "eager"
+    return getattr(getattr(base, "config", None), "_experts_implementation", None) == "eager"
 
 
 class _Experts:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as with_adapter_names
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -42,10 +42,6 @@ LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
     nn.Conv3d: Conv3d,
     nn.MultiheadAttention: MultiheadAttention,
 }
-SUPPORTED = (
-    "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
-    "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
-)
 
 
 class DualLoraModel(BaseTuner):
@@ -59,9 +55,10 @@ class DualLoraModel(BaseTuner):
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    # Which modules follow the embedding that they are tied to: PEFT's own bookkeeping.
+    # Which modules follow the embedding that they are tied to, and the replication of layers: as PEFT does it for LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
+    _prepare_model = LoraModel._prepare_model
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
@@ -103,10 +100,6 @@ class DualLoraModel(BaseTuner):
         if peft_config.target_modules is None and known is None and peft_config.target_parameters:
             return peft_config  # parameters alone
         return super()._prepare_adapter_config(peft_config, model_config)
-
-    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:  # type: ignore[override]
-        if peft_config.layer_replication:
-            replicate_layers(model, peft_config.layer_replication)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -163,7 +156,9 @@ class DualLoraModel(BaseTuner):
                 return new
         raise ValueError(
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
-            f"{SUPPORTED}. Leave it out of `target_modules`, or name it in `exclude_modules`."
+            "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
+            "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention. Leave it out of `target_modules`, or name "
+            "it in `exclude_modules`."
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -294,7 +289,11 @@ class DualLoraModel(BaseTuner):
             layer.factors(adapter_name).B.data.mul_(abs(strength))
             if strength < 0:
                 layer.factors(adapter_name).D.data.neg_()
-        _copy_what_else_trains(self.model, source, adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+            elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
+                module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -321,14 +320,6 @@ def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
     layer._set_steps_left(adapter_name, layer.steps_left(source))
-
-
-def _copy_what_else_trains(model: nn.Module, source: str, adapter_name: str) -> None:
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
-        elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
-            module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
