@@ -150,13 +150,9 @@ class MapLayer(DualLoraLayer):
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
         weight = base.weight
-        composed = self._composed(weight, names, self._updates(names), weight, dtype=weight.dtype)
+        composed = self._composed(weight, names, [self.adapter(n) for n in names], weight, dtype=weight.dtype)
         with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
-
-    def _updates(self, names: list[str]) -> list[Adapter]:
-        """The adapters as they change the weight."""
-        return [self.adapter(name) for name in names]
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapter adds to f(x; W)."""
