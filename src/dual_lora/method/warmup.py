@@ -91,8 +91,7 @@ def count_step(model: nn.Module) -> None:
     (`p -= lr * p.grad`), made by an optimizer that is no torch.optim.Optimizer, or replayed from a CUDA graph.
     """
     composed_weights.clear()
-    layers: list[Any] = [module for module in model.modules() if module in _layers]
-    for layer in layers:
+    for layer in _layers.intersection(model.modules()):
         for adapter in layer.adapter_names():
             if layer.trainable_factors(adapter):
                 _count(layer, adapter)
