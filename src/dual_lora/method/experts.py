@@ -81,9 +81,6 @@ class ParamWrapper(DualLoraLayer):
     def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
         return [(*self._stored_shape()[:-2], *shape) for shape in super()._factor_shapes(r1, r2)]
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
-
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         return dual_lora_weight(weight, adapters, dtype=dtype)
 

@@ -5,6 +5,7 @@ Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -318,8 +319,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        held = next(chain(base.parameters(), base.buffers()), None)  # of whatever name: HQQ's and attention's differ
+        device = held.device if device is None and held is not None else device
         if device is None or device.type == "meta":
             return
         for name in self.adapter_layer_names:
