@@ -44,11 +44,10 @@ _SCALER_STEP = torch.amp.GradScaler.step.__code__
 class _Record:
     """What was seen of one adapter of a layer."""
 
-    def __init__(self) -> None:
-        self.steps = 0  # counted
-        self.foreign = 0  # of optimizers without its factors, since the last counted one
-        self.backwards = 0  # since then, too
-        self.last: tuple[Any, Any, int] | None = None  # optimizer, gradient and its version at the last counted step
+    steps = 0  # counted
+    foreign = 0  # of optimizers without its factors, since the last counted one
+    backwards = 0  # since then, too
+    last: tuple[Any, Any, int] | None = None  # optimizer, gradient and its version at the last counted step
 
     def is_same_step(self, optimizer: Optimizer, grad: Tensor | None) -> bool:
         """Whether another optimizer has counted this gradient already; if not, it is counted now."""
