@@ -118,7 +118,7 @@ class ParamWrapper(DualLoraLayer):
         if not names:
             return self.base_layer(*args, **kwargs)
 
-        base, parameter = self.get_base_layer(), self.get_param()
+        base, name, parameter = self.get_base_layer(), self.parameter_name, self.get_param()
         sharded.refuse(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
@@ -126,16 +126,13 @@ class ParamWrapper(DualLoraLayer):
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self.fan_in_fan_out)
-            with recomposing(), replaced(base, {self.parameter_name: experts}):
+            with recomposing(), replaced(base, {name: experts}):
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
         if routed is not None:
             routed = routed[(routed >= 0) & (routed < self.num_experts)]
-        composed = dual_lora_weight(weight, adapters, scale, routed=routed)
-        with (
-            recomposing(Composed(composed, weight, adapters, routed)),
-            replaced(base, {self.parameter_name: self._from_matrix(composed)}),
-        ):
+        W = dual_lora_weight(weight, adapters, scale, routed=routed)
+        with recomposing(Composed(W, weight, adapters, routed)), replaced(base, {name: self._from_matrix(W)}):
             return self.base_layer(*args, **kwargs)
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:

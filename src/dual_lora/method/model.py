@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -215,19 +215,13 @@ class DualLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        handles = [
-            module.register_forward_pre_hook(
-                partial(with_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper):
+                    names = adapter_names if module in in_encoder else repeated
+                    hook = partial(with_adapter_names, adapter_names=names)
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; where a layer refuses (`safe_merge`), no layer is merged.

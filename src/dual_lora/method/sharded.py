@@ -76,12 +76,10 @@ class Part(NamedTuple):
 
     def of(self, adapter: Adapter) -> Adapter:
         """The adapter of this part, from whole factors."""
-        adapter = adapter.whole()
+        adapter, mine = adapter.whole(), slice(self.start, self.stop)
         A, B, C, D = adapter.factors
-        mine = slice(self.start, self.stop)
-        if self.dim == 0:
-            return adapter._replace(factors=Factors(A, B[mine], C, D[mine]))
-        return adapter._replace(factors=Factors(A[:, mine], B, C[:, mine], D))
+        factors = (A, B[mine], C, D[mine]) if self.dim == 0 else (A[:, mine], B, C[:, mine], D)
+        return adapter._replace(factors=Factors(*factors))
 
 
 def part_of(weight: DTensor) -> Part:
