@@ -24,7 +24,7 @@ class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
 
     takes_dropout = False
-    forwards = (nn.Embedding.forward,)
+    forwards: tuple[Any, ...] = (nn.Embedding.forward,)
     takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:

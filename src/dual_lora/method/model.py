@@ -58,7 +58,7 @@ class DualLoraModel(BaseTuner):
     # Which modules follow the embedding that they are tied to, and the replication of layers: as PEFT does it for LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
-    _prepare_model = LoraModel._prepare_model
+    _prepare_model = LoraModel._prepare_model  # type: ignore[assignment]
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
