@@ -145,9 +145,9 @@ class MultiheadAttention(DualLoraLayer):
             refuse_meta(query, weight)
         self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = [self._parts(self.adapter(n)) for n in names]
-        one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
+        keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps=one)
+            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps)
             for name, weight in self._merge_parameters().items()
         }
         with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):

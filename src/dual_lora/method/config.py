@@ -17,12 +17,6 @@ Rank = int | list[int] | tuple[int, int]
 FORMAT_VERSION = 1
 
 
-def _field(default: Any, help: str) -> Any:
-    """A field with its help, which the text of the class and the documentation show as well."""
-    kind = "default_factory" if default is dict else "default"
-    return field(**{kind: default}, metadata={"help": help})
-
-
 @dataclass
 class DualLoraConfig(PeftConfig):
     """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
@@ -34,61 +28,83 @@ class DualLoraConfig(PeftConfig):
     Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
     """
 
-    r: int | None = _field(
-        None, "Total rank r1 + r2, even; 8 when neither r nor r1 and r2 are given. Same size as LoRA's r."
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Total rank r1 + r2, even; 8 when neither r nor r1 and r2 are given. Same size as LoRA's r."},
     )
-    r1: int | None = _field(None, "Rank of the magnitude group (A, B). Default: r / 2.")
-    r2: int | None = _field(None, "Rank of the direction group (C, D). Default: r / 2.")
-    alpha: float | None = _field(
-        None, "Scale: ΔW is multiplied by α/√(r1 r2). Default: 2 (r1 + r2), of each layer's own ranks."
+    r1: int | None = field(default=None, metadata={"help": "Rank of the magnitude group (A, B). Default: r / 2."})
+    r2: int | None = field(default=None, metadata={"help": "Rank of the direction group (C, D). Default: r / 2."})
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Scale: ΔW is multiplied by α/√(r1 r2). Default: 2 (r1 + r2), of each layer's own ranks."},
     )
-    dropout: float = _field(0.0, "Dropout on the adapter branch's input; 0 is the fastest.")
-    target_modules: list[str] | str | None = _field(
-        None, "Module names, a regular expression, or 'all-linear'. Default: as LoRA for known models."
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter branch's input; 0 is the fastest."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Module names, a regular expression, or 'all-linear'. Default: as LoRA for known models."},
     )
-    exclude_modules: list[str] | str | None = _field(None, "Names, or a regular expression, of modules to leave alone.")
-    bias: Literal["none", "all", "dual_lora_only"] = _field(
-        "none", "Which biases train: 'none', 'all' or 'dual_lora_only'."
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
     )
-    init_weights: bool | Literal["zero"] = _field(
-        True,
-        "True: the paper's Gaussian start under the warm-up. 'zero': B = 0 and no warm-up needed. "
-        "False: random factors at full strength (for tests; it changes the model's output).",
+    bias: Literal["none", "all", "dual_lora_only"] = field(
+        default="none", metadata={"help": "Which biases train: 'none', 'all' or 'dual_lora_only'."}
     )
-    init_std: float = _field(0.02, "Standard deviation of the Gaussian start.")
-    warmup_steps: int = _field(
-        50, "Optimizer steps over which ΔW is ramped in (λ from 0 to 1). About a tenth of the run. 0: no ramp."
+    init_weights: bool | Literal["zero"] = field(
+        default=True,
+        metadata={
+            "help": "True: the paper's Gaussian start under the warm-up. 'zero': B = 0 and no warm-up needed. "
+            "False: random factors at full strength (for tests; it changes the model's output)."
+        },
     )
-    ste: Ste = _field(
-        "clip", "Straight-through estimator of Sign: 'clip' (the paper), 'identity', 'hardtanh' or 'surrogate'."
+    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start."})
+    warmup_steps: int = field(
+        default=50,
+        metadata={
+            "help": "Optimizer steps over which ΔW is ramped in (λ from 0 to 1). About a tenth of the run. 0: no ramp."
+        },
     )
-    magnitude_activation: Magnitude = _field("relu", "'relu' (the method) or 'identity' (ablation without ReLU).")
-    direction_activation: Direction = _field("sign", "'sign' (the method) or 'identity' (ablation without Sign).")
-    fan_in_fan_out: bool = _field(False, "Set this if the layer stores its weight as (in, out), like GPT-2's Conv1D.")
-    modules_to_save: list[str] | None = _field(
-        None, "Further modules, trained whole and saved with the adapter (e.g. a head)."
+    ste: Ste = field(
+        default="clip",
+        metadata={
+            "help": "Straight-through estimator of Sign: 'clip' (the paper), 'identity', 'hardtanh' or 'surrogate'."
+        },
     )
-    layers_to_transform: list[int] | int | None = _field(
-        None, "Indexes of the layers to adapt; needs target_modules as names."
+    magnitude_activation: Magnitude = field(
+        default="relu", metadata={"help": "'relu' (the method) or 'identity' (ablation without ReLU)."}
     )
-    layers_pattern: list[str] | str | None = _field(
-        None, "Name of the model's layer list, where it is not a usual one."
+    direction_activation: Direction = field(
+        default="sign", metadata={"help": "'sign' (the method) or 'identity' (ablation without Sign)."}
     )
-    rank_pattern: dict[str, Rank] = _field(
-        dict, "Ranks of single layers by name or regular expression: a total, or [r1, r2]."
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "Set this if the layer stores its weight as (in, out), like GPT-2's Conv1D."}
     )
-    alpha_pattern: dict[str, float] = _field(dict, "α of single layers by name or regular expression.")
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = _field(
-        None, "Tokens whose embeddings train, as in LoraConfig."
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules, trained whole and saved with the adapter (e.g. a head)."}
     )
-    layer_replication: list[tuple[int, int]] | None = _field(
-        None, "Build a larger model from ranges of layers, as in LoraConfig."
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indexes of the layers to adapt; needs target_modules as names."}
     )
-    target_parameters: list[str] | None = _field(
-        None, "Names of nn.Parameters to adapt (expert weights of MoE models)."
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the model's layer list, where it is not a usual one."}
     )
-    ensure_weight_tying: bool = _field(
-        False, "Keep tied embeddings tied when one of them is trained, as in LoraConfig."
+    rank_pattern: dict[str, Rank] = field(
+        default_factory=dict,
+        metadata={"help": "Ranks of single layers by name or regular expression: a total, or [r1, r2]."},
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "α of single layers by name or regular expression."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings train, as in LoraConfig."}
+    )
+    layer_replication: list[tuple[int, int]] | None = field(
+        default=None, metadata={"help": "Build a larger model from ranges of layers, as in LoraConfig."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names of nn.Parameters to adapt (expert weights of MoE models)."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep tied embeddings tied when one of them is trained, as in LoraConfig."}
     )
     format_version: InitVar[int] = FORMAT_VERSION  # of a saved adapter; written once there is a second one
 

@@ -127,7 +127,12 @@ class MapLayer(DualLoraLayer):
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
-        return is_plain(self.base_layer, *self.forwards)
+        base: Any = self.base_layer
+        return (
+            type(base).forward in self.forwards
+            and "forward" not in vars(base)  # accelerate's hooks sit there
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
 
     def _is_own(self) -> bool:
         """Whether the base is of a subclass with a forward of its own (a norm, a scale, a padding, other indices)."""
@@ -203,7 +208,7 @@ class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
     takes_parts = True
-    forwards = nn.Linear.forward, Conv1D.forward
+    forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         self.fan_in_fan_out, self.merges_parts = fan_in_fan_out, not fan_in_fan_out
@@ -262,15 +267,6 @@ def is_traced() -> bool:
 def is_exporting() -> bool:
     """Whether torch.export traces, for itself or for ONNX: without Dynamo, other than torch.compile."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
-def is_plain(layer: nn.Module, *forwards: Any) -> bool:
-    """Whether calling the layer is one of these forwards and nothing else (a subclass, hooks)."""
-    return (
-        type(layer).forward in forwards
-        and "forward" not in vars(layer)  # accelerate's hooks sit there
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )
 
 
 def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:

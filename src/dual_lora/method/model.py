@@ -179,7 +179,7 @@ class DualLoraModel(BaseTuner):
         self, merge: bool = True, *, adapter_names: list[str] | None = None, **options: Any
     ) -> Any:
         if merge:
-            self._refuse_shared_weights(adapter_names)
+            merge_checks.refuse_shared_weights(self, adapter_names)
             for name in adapter_names or self.active_adapters:
                 merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
         layers = merge_checks.quantised(self.model)  # of the others none is held while they go
@@ -188,11 +188,6 @@ class DualLoraModel(BaseTuner):
             merge_checks.warn_of_rounding(layers)
         set_fast_paths(model)
         return model
-
-    def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        if any(config.layer_replication for config in self.peft_config.values()):
-            raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
-        merge_checks.refuse_shared_weights(self.model, adapter_names)
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -228,7 +223,7 @@ class DualLoraModel(BaseTuner):
 
         Exactly; into quantised layers as closely as they allow, which is then said.
         """
-        self._refuse_shared_weights(adapter_names)
+        merge_checks.refuse_shared_weights(self, adapter_names)
         before = [(layer, list(layer.merged_adapters)) for layer in layers_of(self)]
         try:
             super().merge_adapter(adapter_names, safe_merge)

@@ -31,7 +31,7 @@ from ..core.handle import Handle, handle
 from ..core.op import through_rows
 from .cache import composed_weights
 from .config import DualLoraConfig
-from .layer import Linear, is_exporting, is_plain
+from .layer import Linear, is_exporting
 from .quantized_rows import row_source, undo_packing_for_cpu
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
@@ -82,10 +82,11 @@ class QuantizedLinear(Linear):
     def _is_plain(self) -> bool:
         """As for every layer, where the base's forward is x times the dequantised weight."""
         known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
-        return is_plain(self.base_layer, type(self.base_layer).forward) and known and not self._quantises_activations()
+        return super()._is_plain() and known and not self._quantises_activations()
 
-    def _is_own(self) -> bool:
-        return False
+    @property
+    def forwards(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (type(self.base_layer).forward,)  # whatever the library has put there
 
     def _quantises_activations(self) -> bool:
         weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None

@@ -160,17 +160,16 @@ class _StandIn:
 
     def _local(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
-        layer, names = self.layer, self.names
         weight = self.weight.to_local()
         x = in_dtype_of(weight, x)
-        adapters = [layer.adapter(name) for name in names]
+        adapters = [self.layer.adapter(name) for name in self.names]
         if torch.is_grad_enabled():
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
             summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
             adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
         mine = [self.part.of(a) for a in adapters]
         whole = self.weight if self.with_base else None
-        return layer._product(x, weight if self.with_base else None, bias, names, mine, whole)
+        return self.layer._product(x, weight if self.with_base else None, bias, self.names, mine, whole)
 
 
 class _SumGradients(torch.autograd.Function):
