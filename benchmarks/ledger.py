@@ -19,7 +19,7 @@ PATH = Path(__file__).parent / "ledger.jsonl"
 
 def provenance() -> dict[str, Any]:
     """What a figure depends on beside the code measured."""
-    from dual_lora.core.product import fp32_library
+    from dual_lora.core.product import onednn_is_faster
     from dual_lora.lab.model.precision import fast_precision
 
     return {
@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
         "versions": {name: _version(name) for name in ("torch", "peft", "transformers", "bitsandbytes")},
         "python": platform.python_version(),
         "device": _processor(),
-        "fp32_products": fp32_library(),  # ours; the other methods' are torch.mm's
+        "fp32_products": "oneDNN" if onednn_is_faster() else "torch.mm",  # ours; the other methods' are torch.mm's
         "bf16_units": fast_precision("cpu").precision == "bf16",  # measured: a product is faster in it
     }
 

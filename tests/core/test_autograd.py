@@ -74,7 +74,7 @@ def test_opcheck_backward():
 @pytest.fixture
 def counted(monkeypatch):
     """PyTorch's profiler counts the products of its own operators, not those that go to oneDNN directly."""
-    monkeypatch.setattr(product, "_is_faster", lambda: False)
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: False)
 
 
 def flops_of_backward(y):

@@ -20,7 +20,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn)])
 def library(request, monkeypatch):
-    monkeypatch.setattr(product, "_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: request.param == "onednn")
     return request.param
 
 
@@ -81,7 +81,7 @@ def test_signs_depend_neither_on_the_tile_nor_on_the_library(monkeypatch, rank):
     With AVX2 kernels alone (MKL_ENABLE_INSTRUCTIONS=AVX2) torch.mm itself rounds some entries otherwise in other tiles,
     and a sign may then differ where Q is within rounding of zero, and there alone.
     """
-    monkeypatch.setattr(product, "_is_faster", lambda: True)
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: True)
     g = torch.Generator().manual_seed(rank)
     D, C = torch.randn(300, rank, generator=g), torch.randn(rank, 500, generator=g)
     whole = D @ C
@@ -128,6 +128,6 @@ def test_which_library_is_taken(monkeypatch, tmp_path):
         for name, value in (("mkl", True), ("mkldnn", True)):
             monkeypatch.setattr(getattr(torch.backends, name), "is_available", lambda value=value: value)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-        assert product._is_faster.__wrapped__() is expected
+        assert product.onednn_is_faster.__wrapped__() is expected
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-        assert product._is_faster.__wrapped__() is False
+        assert product.onednn_is_faster.__wrapped__() is False

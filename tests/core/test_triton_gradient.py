@@ -170,8 +170,8 @@ def test_nothing_in_gives_zeros(T, O, I):
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_torch_s_flag_picks_the_variant(flag, monkeypatch):
-    picked, make = [], triton_gradient._Result.make
-    monkeypatch.setattr(triton_gradient._Result, "make", lambda *args: picked.append(args[-1]) or make(*args))
+    picked, make = [], triton_gradient._targets
+    monkeypatch.setattr(triton_gradient, "_targets", lambda *args: picked.append(args[-1]) or make(*args))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(flag)
     try:

@@ -16,11 +16,13 @@ from judged import (
 )
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dual_lora import DualLoraConfig
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.reference import delta_weight
 from dual_lora.method import layer as layer_module
+from dual_lora.method.factors import FactorsLayer
 
 PACKED, SEPARATE = {}, {"kdim": 5, "vdim": 12}
 LAYOUTS = pytest.mark.parametrize("layout", [PACKED, SEPARATE], ids=["packed", "separate"])
@@ -230,3 +232,15 @@ def test_disabled_is_the_base():
 def test_holder_calls_like_the_plain_layer():
     base, x = multihead(SEPARATE), inputs()
     assert torch.equal(Holder(base, call)(x)[0], call(base, x)[0])
+
+
+def test_factors_go_where_the_attention_is(monkeypatch):
+    """A card that is not there: fake tensors know their device alone, and cannot be read."""
+    monkeypatch.setattr(FactorsLayer, "steps_left", lambda self, adapter: self._read[adapter][2])
+    base = multihead(PACKED)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in base.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(p, device="cuda")))
+        model = get_peft_model(Holder(base, call), DualLoraConfig(target_modules=["it"]))
+    assert {p.device.type for p in model.parameters()} == {"cuda"}

@@ -76,6 +76,6 @@ def test_in_place_is_as_out_of_place(kind, lead, dropout):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize("O", [1, 16])
 def test_with_the_other_library_of_products(O, monkeypatch):
-    monkeypatch.setattr(product, "_is_faster", lambda: True)
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: True)
     model = get_peft_model(Then(nn.Linear(64, O), True), DualLoraConfig(r=4, target_modules=["it"]))
     model(torch.randn(5, 64)).sum().backward()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from judged import adapted, assert_judged, delta, expect, leaves
 from torch import nn
 from torch.nn import functional
@@ -128,6 +129,31 @@ def test_its_composed_weight_is_kept_in_inference():
     with torch.no_grad():
         model.eval()(x)
     assert composed_weights.bytes_held == base.weight.nbytes
+
+
+def zero3(model):
+    """As DeepSpeed's ZeRO-3: the base's weight is empty but for the time of the base's own forward."""
+    base = model.base_model.model.it.base_layer
+    weight, whole, empty = base.weight, base.weight.data, torch.empty(0)
+    weight.ds_id, weight.ds_shape, weight.data = 0, whole.shape, empty
+    base.register_forward_pre_hook(lambda *_: setattr(weight, "data", whole))
+    base.register_forward_hook(lambda *_: setattr(weight, "data", empty))
+
+
+def offloaded(model):
+    cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("away", [zero3, offloaded])
+def test_a_weight_that_is_there_in_the_bases_forward_alone_stays_its_own(away):
+    """No weight can be composed from it: the adapter's product is added, as LoRA's is."""
+    base, x = case("scaled")
+    model, layer = adapted(base)
+    expected = base(x) + x @ delta(layer, leaves(layer)).t()
+    away(model)
+    weight = layer.base_layer.weight
+    assert weight.is_meta or not weight.numel()
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_codes_of_a_library_keep_their_own_product():

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,6 @@ CPU = Sizes(tile=1 << 18, block=8 << 20)
 CUDA = Sizes(tile=1 << 24, block=64 << 20)
 
 
-@runtime_checkable
 class RowSource(Protocol):
     """A weight [O, I] that can be read some rows at a time, as fp32, fp16 or bf16."""
 
@@ -198,12 +197,12 @@ class _Block:
         """Its rows, some at a time."""
         width = max(self.cols.stop - self.cols.start, 1)
         for span in _spans(self.rows.stop - self.rows.start, self.work.sizes.tile // width):
-            yield _Tile(self.work, slice(self.rows.start + span.start, self.rows.start + span.stop), self.cols)
+            yield _Tile(self.work, slice(self.rows.start + span.start, self.rows.start + span.stop), self.cols, span)
 
     def composed(self, tile: _Tile | None = None) -> Tensor:
         """The block's share of W + ΣΔW in its dtype, or a tile of it; holds what the tiles have written."""
         whole = self.work.buffer("composed", self.rows, self.cols, self.dtype)
-        return whole if tile is None else self._part(whole, tile)
+        return whole if tile is None else whole[tile.in_block]
 
     def find_gradient(self, dyT: Tensor, x: Tensor) -> None:
         """G = dyᵀ x of this block."""
@@ -211,18 +210,15 @@ class _Block:
 
     def gradient(self, tile: _Tile) -> Tensor:
         """A tile of G in the working precision."""
-        G = self._part(self.G, tile)
+        G = self.G[tile.in_block]
         return G if G.dtype == self.work.dtype else tile.buffer("G").copy_(G)
-
-    def _part(self, whole: Tensor, tile: _Tile) -> Tensor:
-        return whole[tile.rows.start - self.rows.start : tile.rows.stop - self.rows.start]
 
 
 class _Tile:
     """Some rows of a block: T of every adapter, the composed weight, the weight gradient."""
 
-    def __init__(self, work: _Work, rows: slice, cols: slice):
-        self.work, self.rows, self.cols = work, rows, cols
+    def __init__(self, work: _Work, rows: slice, cols: slice, in_block: slice):
+        self.work, self.rows, self.cols, self.in_block = work, rows, cols, in_block
         self._products: dict[int, tuple[Tensor, Tensor]] = {}
 
     def buffer(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

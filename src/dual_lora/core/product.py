@@ -67,16 +67,11 @@ def without_gaps(b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 < b.numel() and _is_faster()
-
-
-def fp32_library() -> str:
-    """What `mm` calls for fp32 on this machine's CPU: "oneDNN" or "torch.mm"."""
-    return "oneDNN" if _is_faster() else "torch.mm"
+    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 < b.numel() and onednn_is_faster()
 
 
 @functools.cache
-def _is_faster() -> bool:
+def onednn_is_faster() -> bool:
     """Whether oneDNN's fp32 products are faster than MKL's here."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not both or torch.backends.cpu.get_cpu_capability() != "AVX512":

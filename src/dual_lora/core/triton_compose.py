@@ -18,7 +18,7 @@ from torch import Tensor
 from . import triton_launch
 from .reference import Adapter
 from .triton_launch import Tile
-from .triton_product import displacement, expert, product
+from .triton_product import direction, expert, magnitude, product
 
 # 64 × 64 on four warps spills nothing and needs 128 to 188 registers, by the compiler's version: 8 to 16 warps share a
 # multiprocessor, and one program's loads hide under another's products.
@@ -116,7 +116,7 @@ def compose_kernel(
     for n in tl.static_range(len(R1)):
         P = product(Bs[n] + e * O * R1[n], As[n] + e * I * R1[n], rows, cols, O, I, R1[n], CHUNK, PRODUCTS)
         Q = product(Ds[n] + e * O * R2[n], Cs[n] + e * I * R2[n], rows, cols, O, I, R2[n], CHUNK, PRODUCTS)
-        total += tl.load(scales[n]) * displacement(P, Q, FORMS[n])
+        total += tl.load(scales[n]) * (magnitude(P, FORMS[n]) * direction(Q, FORMS[n]))
     inside = (rows < O)[:, None] & (cols < I)[None, :]
     # The weight is read after the products: read before them it would sit in registers that they need.
     i64, j64 = rows.to(tl.int64)[:, None], cols.to(tl.int64)[None, :]

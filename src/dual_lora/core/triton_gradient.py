@@ -17,7 +17,6 @@ Several adapters share one G. A G that is there already (of a composed weight) i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -89,11 +88,11 @@ def factor_gradients(
     plan = triton_launch.plans.get(key)
     if plan is not None:
         down, across = plan.result
-        results = [_Result.make(a.factors, down, across, deterministic) for a in adapters]
+        targets = [_targets(a.factors, down, across, deterministic) for a in adapters]
         letters = zip(*(a.factors for a in adapters), strict=True)
-        targets = zip(*(r.targets for r in results), strict=True)
-        plan.launch(dy, x, routed, *letters, *targets, tuple(a.scale for a in adapters), steeps, loss_scale)
-        return [r.total() for r in results]
+        scales = tuple(a.scale for a in adapters)
+        plan.launch(dy, x, routed, *letters, *zip(*targets, strict=True), scales, steeps, loss_scale)
+        return _totals(targets, deterministic)
     s = triton_launch.stack(adapters)
     _check(dy, x, s)
     batch = s.batch if routed is None else routed.numel()
@@ -102,14 +101,13 @@ def factor_gradients(
     O, I = s.shape[-2:]
     tile = tile or tile_for(O, I, batch, dy, x)
     down, across = triton_launch.count(O, tile.rows), triton_launch.count(I, tile.cols)
-    results = [_Result.make(a.factors, down, across * tile.splits, deterministic) for a in adapters]
-    targets = zip(*(r.targets for r in results), strict=True)
+    targets = [_targets(a.factors, down, across * tile.splits, deterministic) for a in adapters]
     triton_launch.first_launch(
         key if s.as_given else None,
         x.device,
         gradient_kernel,
         (down * across, batch, 1),
-        (dy, x, routed, *s.letters, *targets, s.scales, steeps, loss_scale),
+        (dy, x, routed, *s.letters, *zip(*targets, strict=True), s.scales, steeps, loss_scale),
         (x.shape[-2], O, I, s.batch, *((0, 0) if dy is None else dy.stride()), *triton_launch.strides(x)),
         result=(down, across * tile.splits),
         TOKENS=tile.tokens,
@@ -122,30 +120,22 @@ def factor_gradients(
         **s.constants,
         **tile.constants(),
     )
-    return [r.total() for r in results]
+    return _totals(targets, deterministic)
 
 
-class _Result(NamedTuple):
-    """Where one adapter's gradients are added up, and how they come out of there."""
+def _targets(factors: Factors, down: int, across: int, deterministic: bool) -> Factors:
+    """Where one adapter's gradients are added up: sums, or (deterministic) shares [down or across, …] of them."""
+    if deterministic:
+        # In a batch there may be experts that no token was routed to, whose shares nobody writes.
+        new = factors.A.new_empty if factors.A.ndim == 2 else factors.A.new_zeros
+        return Factors(*(new((n, *f.shape)) for f, n in zip(factors, (down, across) * 2, strict=True)))
+    sizes = [f.numel() for f in factors]
+    flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
+    return Factors(*(part.view(f.shape) for part, f in zip(flat.split_with_sizes(sizes), factors, strict=True)))
 
-    targets: Factors
-    deterministic: bool
 
-    @classmethod
-    def make(cls, factors: Factors, down: int, across: int, deterministic: bool) -> _Result:
-        if deterministic:
-            shares = down, across, down, across
-            # In a batch there may be experts that no token was routed to, whose shares nobody writes.
-            new = factors.A.new_empty if factors.A.ndim == 2 else factors.A.new_zeros
-            targets = [new((n, *f.shape)) for f, n in zip(factors, shares, strict=True)]
-        else:
-            sizes = [f.numel() for f in factors]
-            flat = factors.A.new_zeros(sum(sizes))  # one allocation, one fill
-            targets = [part.view(f.shape) for part, f in zip(flat.split_with_sizes(sizes), factors, strict=True)]
-        return cls(Factors(*targets), deterministic)
-
-    def total(self) -> Factors:
-        return Factors(*(t.sum(0) for t in self.targets)) if self.deterministic else self.targets
+def _totals(targets: list[Factors], deterministic: bool) -> list[Factors]:
+    return [Factors(*(t.sum(0) for t in four)) for four in targets] if deterministic else targets
 
 
 def _check(dy: Tensor | None, x: Tensor, s: triton_launch.Stack) -> None:

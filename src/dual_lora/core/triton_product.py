@@ -1,6 +1,6 @@
-"""One tile of P = B A and Q = D C, and of the two rules made of them, for every Triton kernel.
+"""One tile of P = B A and Q = D C, and of the rules made of them, for every Triton kernel.
 
-The formula of `reference.py` in the language of tiles: `displacement` is ΔW / s, `product_gradients` its namesake.
+The formula of `reference.py` in the language of tiles: `magnitude`, `direction` and `product_gradients`.
 P and Q are fp32 sums over the rank in ascending order whatever the tile, so that all kernels agree on signs.
 """
 
@@ -56,11 +56,6 @@ def direction(Q, FORM: tl.constexpr):
     if not UNSIGNED & FORM:
         Q = tl.where(Q > 0, 1.0, -1.0)
     return Q
-
-
-@triton.jit
-def displacement(P, Q, FORM: tl.constexpr):
-    return magnitude(P, FORM) * direction(Q, FORM)
 
 
 @triton.jit

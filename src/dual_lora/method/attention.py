@@ -124,17 +124,14 @@ class MultiheadAttention(DualLoraLayer):
 
     # Forward.
 
-    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
         if "adapter_names" in kwargs:
             raise TypeError(
                 "dual_lora.MultiheadAttention does not support mixed adapter batches: one attention has one weight. "
                 "Run the samples of each adapter as a batch of their own."
             )
-        super()._check_forward_args(x, *args, **kwargs)
-
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention, with the weights W + ΣΔW over the active adapters."""
-        self._check_forward_args(query, *args, **kwargs)
+        self._check_forward_args(query)
         names = self._at_work()
         if (out_merged := self._present(self._out.merged_adapters)) != self.merged_adapters:
             raise ValueError(
@@ -146,11 +143,11 @@ class MultiheadAttention(DualLoraLayer):
         for weight in (*self._merge_parameters().values(), self._out.get_base_layer().weight):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
-        scale = self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
+        self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
         parts = [self._parts(self.adapter(n)) for n in names]
-        one = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
+        keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(weight, names, [p[name] for p in parts], weight, scale, keeps=one)
+            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps)
             for name, weight in self._merge_parameters().items()
         }
         with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):
@@ -161,6 +158,3 @@ class MultiheadAttention(DualLoraLayer):
         if name in READ_BY_ENCODERS:
             return self._out.get_base_layer() if name == "out_proj" else getattr(self._base, name)
         return super().__getattr__(name)
-
-    def __repr__(self) -> str:
-        return "dual_lora." + super().__repr__()

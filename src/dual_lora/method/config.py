@@ -14,8 +14,6 @@ from ..core.reference import Direction, Form, Magnitude, Ste
 from .saved import check_file
 
 Rank = int | list[int] | tuple[int, int]
-
-
 FORMAT_VERSION = 1
 
 

@@ -29,17 +29,11 @@ class _Conv(MapLayer):
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.view(self._stored_shape())
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        base: Any = self.base_layer
-        return self._convolve(x, base.weight, base.bias, names)
-
-    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        return self._convolve(self.dual_lora_dropout[name](x), None, None, [name])
-
-    def _convolve(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, names: list[str]) -> Tensor:
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.get_base_layer()
         x = in_dtype_of(base.weight, x)
-        composed = self._composed(weight, names, [self.adapter(n) for n in names], x, self._loss_scale(names, x))
+        weight, bias = (base.weight, base.bias) if with_base else (None, None)
+        composed = self._composed(weight, names, [self.adapter(n) for n in names], x)
         with recomposing(composed):
             return base._conv_forward(x, self._from_matrix(composed.result), bias)
 

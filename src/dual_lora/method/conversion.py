@@ -127,10 +127,8 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
     with torch.no_grad():
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         energy = S.double().square().cumsum(0)
-        if isinstance(rank, int):
-            k = min(rank, len(S))
-        else:
-            k = min(int(torch.searchsorted(energy, rank * energy[-1])) + 1, len(S))
+        k = rank if isinstance(rank, int) else int(torch.searchsorted(energy, rank * energy[-1])) + 1
+        k = min(k, len(S))
         B, A = U[:, :k] * S[:k].sqrt(), S[:k].sqrt().unsqueeze(1) * V[:k]
         norm = matrix.norm()
         return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0

@@ -15,7 +15,7 @@ from ..core import blocked
 from ..core.embedding_op import dual_lora_embedding
 from ..core.reference import Adapter
 from . import sharded
-from .layer import MapLayer, is_plain
+from .layer import MapLayer
 from .quantized import find_backend
 from .replaced import replaced
 
@@ -24,8 +24,13 @@ class Embedding(MapLayer):
     """Dual LoRA on nn.Embedding and its scaled kin (`embed_scale`)."""
 
     takes_dropout = False
-    forwards = (nn.Embedding.forward,)
+    forwards: tuple[Any, ...] = (nn.Embedding.forward,)
     takes_parts = True  # transformers' plans give whole rows, to which the adapter's own are added
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, nn.Embedding) and hasattr(base_layer, "embed_scale"):  # Gemma's: rows times it
+            self.forwards = (*self.forwards, type(base_layer).forward)
+        super().__init__(base_layer, *args, **kwargs)
 
     def _matrix_shape(self) -> tuple[int, int]:
         base: Any = self.get_base_layer()
@@ -45,25 +50,14 @@ class Embedding(MapLayer):
         with replaced(base, {"weight": base.weight.clone()}):
             return super().forward(x, *args, **kwargs)
 
-    def _is_scaled(self) -> bool:
-        # Gemma's and others': the base's rows times `embed_scale`.
-        return hasattr(self.base_layer, "embed_scale") and isinstance(self.base_layer, nn.Embedding)
-
     def _is_plain(self) -> bool:
         # The fused rows give the base's weight no gradient, which somebody may have thawed.
-        base: Any = self.base_layer
-        scaled = (type(base).forward,) if self._is_scaled() else ()
-        return not base.weight.requires_grad and is_plain(base, *self.forwards, *scaled)
+        return not self._parameter().requires_grad and super()._is_plain()
 
-    def _is_own(self) -> bool:
-        return not self._is_scaled() and super()._is_own()
-
-    def _updates(self, names: list[str]) -> list[Adapter]:
+    def adapter(self, name: str) -> Adapter:
+        """As every layer's, without an update of the padding's row."""
         base: Any = self.get_base_layer()
-        return [a.without_row(base.padding_idx) for a in super()._updates(names)]
-
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        return self._lookup(x, self._parameter(), names)
+        return super().adapter(name).without_row(base.padding_idx)
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()
@@ -77,14 +71,14 @@ class Embedding(MapLayer):
             if "forward" not in vars(base):
                 sharded.refuse(base, base.weight)
             sharded.agree(base.weight, self._stored(name))
-        return self._lookup(x, None, [name])
+        return super()._adapter_branch(x, name)
 
-    def _lookup(self, x: Tensor, weight: Tensor | None, names: list[str]) -> Tensor:
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.get_base_layer()
         y = dual_lora_embedding(
             x,
-            weight,
-            [self.adapter(n) for n in names],
+            base.weight if with_base else None,
+            list(map(super().adapter, names)),  # the operator itself leaves the padding out
             self._loss_scale(names, base.weight),
             padding_idx=base.padding_idx,
             max_norm=base.max_norm,
@@ -95,8 +89,5 @@ class Embedding(MapLayer):
         scale = self._get_embed_scale()
         return y if scale is None else y * scale.to(y.dtype)
 
-    # Merge and ΔW leave the row of the padding alone, as the forward does.
-
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
-        base: Any = self.get_base_layer()
-        return blocked.compose(weight, [a.without_row(base.padding_idx) for a in adapters], dtype)
+        return blocked.compose(weight, adapters, dtype)

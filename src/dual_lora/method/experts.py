@@ -81,9 +81,6 @@ class ParamWrapper(DualLoraLayer):
     def _factor_shapes(self, r1: int, r2: int) -> list[tuple[int, ...]]:
         return [(*self._stored_shape()[:-2], *shape) for shape in super()._factor_shapes(r1, r2)]
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device or self.get_param().device)
-
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         return dual_lora_weight(weight, adapters, dtype=dtype)
 
@@ -100,19 +97,16 @@ class ParamWrapper(DualLoraLayer):
 
     # Forward.
 
-    def _check_forward_args(self, x: Any, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "dual_lora.ParamWrapper does not support mixed adapter batches yet: the module sees its whole batch "
-                "with one weight. Run the samples of each adapter as a batch of their own."
-            )
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base layer, with W + ΣΔW in the parameter's place; under torch.export, of all experts.
 
         Raises NotImplementedError there for a module that loops over its experts.
         """
-        self._check_forward_args(None, **kwargs)
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "dual_lora.ParamWrapper does not support mixed adapter batches yet: the module sees its whole batch "
+                "with one weight. Run the samples of each adapter as a batch of their own."
+            )
         if is_exporting() and _loops_over_experts(self.get_base_layer()):
             raise NotImplementedError(
                 f"{type(self.get_base_layer()).__name__} loops over the experts that the router chose, and an exported "
@@ -120,12 +114,11 @@ class ParamWrapper(DualLoraLayer):
                 "`model.set_experts_implementation('batched_mm')` before exporting; torch.export also takes "
                 "'grouped_mm', which ONNX does not know."
             )
-        kwargs.pop("adapter_names", None)
         names = self._at_work()
         if not names:
             return self.base_layer(*args, **kwargs)
 
-        base, parameter = self.get_base_layer(), self.get_param()
+        base, name, parameter = self.get_base_layer(), self.parameter_name, self.get_param()
         sharded.refuse(base, parameter)
         weight = self._matrix(parameter)
         adapters = [self.adapter(n) for n in names]
@@ -133,16 +126,13 @@ class ParamWrapper(DualLoraLayer):
         routing = self._routing(base, args, kwargs)
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self.fan_in_fan_out)
-            with recomposing(), replaced(base, {self.parameter_name: experts}):
+            with recomposing(), replaced(base, {name: experts}):
                 return self.base_layer(*args, **kwargs)
         routed = None if routing is None else torch.unique(routing)
         if routed is not None:
             routed = routed[(routed >= 0) & (routed < self.num_experts)]
-        composed = dual_lora_weight(weight, adapters, scale, routed=routed)
-        with (
-            recomposing(Composed(composed, weight, adapters, routed)),
-            replaced(base, {self.parameter_name: self._from_matrix(composed)}),
-        ):
+        W = dual_lora_weight(weight, adapters, scale, routed=routed)
+        with recomposing(Composed(W, weight, adapters, routed)), replaced(base, {name: self._from_matrix(W)}):
             return self.base_layer(*args, **kwargs)
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
@@ -156,16 +146,14 @@ class ParamWrapper(DualLoraLayer):
                 return value
         return None
 
-    def __repr__(self) -> str:
-        text = super().__repr__()
-        at = text.find("(") + 1
-        return f"dual_lora.{text[:at]}\n  parameter_name='{self.parameter_name}',{text[at:]}"
+    def extra_repr(self) -> str:
+        """The parameter, and its shape as a matrix."""
+        return f"parameter_name={self.parameter_name!r}, {super().extra_repr()}"
 
 
 def _loops_over_experts(base: nn.Module) -> bool:
     """Whether the module takes one expert's weight at a time, as transformers' eager implementation does."""
-    config = getattr(base, "config", None)
-    return config is not None and getattr(config, "_experts_implementation", None) == "eager"
+    return getattr(getattr(base, "config", None), "_experts_implementation", None) == "eager"
 
 
 class _Experts:

@@ -5,6 +5,7 @@ Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
     # before the ones below.
-    def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
+    def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}  # r1 + r2
@@ -54,10 +55,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self._scaled: dict[str, float] = {}  # the strength in it, as code that knows LoRA writes to `scaling`
         self._disable_adapters = False
-        self.tied: dict[str, int | None] = {}  # adapters of the embedding whose weight this is: its row without update
-        self._tied_to: dict[str, FactorsLayer] = {}
+        self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
-        self.kwargs = kwargs
         self.out_features, self.in_features = self._matrix_shape()
         self.register_state_dict_post_hook(sharded.leave_out_counts)
         self.register_load_state_dict_pre_hook(sharded.put_counts_in)
@@ -131,12 +130,11 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares."""
-        self._tied_to[adapter_name] = other
+        self.tied[adapter_name] = other
         self._tie_again(adapter_name)
-        self.tied[adapter_name] = getattr(other.get_base_layer(), "padding_idx", None)
 
     def _tie_again(self, adapter_name: str) -> None:
-        other = self._tied_to[adapter_name]
+        other = self.tied[adapter_name]
         for name in self.adapter_layer_names:
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
             getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
@@ -154,9 +152,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.dual_lora_B[adapter_name])
 
     def _stored(self, adapter: str) -> Factors:
-        return Factors(
-            self.dual_lora_A[adapter], self.dual_lora_B[adapter], self.dual_lora_C[adapter], self.dual_lora_D[adapter]
-        )
+        return Factors(*(getattr(self, name)[adapter] for name in self.adapter_layer_names))
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
@@ -167,7 +163,8 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
         factors = self.factors(name)
         adapter = Adapter(factors, self._scale(name, factors.A), self.forms[name])
-        return adapter.without_row(self.tied.get(name))
+        embedding: Any = self.tied[name].get_base_layer() if name in self.tied else None
+        return adapter.without_row(getattr(embedding, "padding_idx", None))
 
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]
@@ -290,7 +287,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """Remove an adapter."""
         composed_weights.drop(self)
         self._read.pop(adapter_name, None)
-        self._tied_to.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> FactorsLayer:
@@ -323,8 +319,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
-        if device is None:
-            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        base = self.get_base_layer()
+        held = next(chain(base.parameters(), base.buffers()), None)  # of whatever name: HQQ's and attention's differ
+        device = held.device if device is None and held is not None else device
         if device is None or device.type == "meta":
             return
         for name in self.adapter_layer_names:
@@ -345,6 +342,6 @@ def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     for adapter in layer.adapter_names():
         mark_as_stored(layer._stored(adapter))
         layer.steps_left(adapter)
-        if adapter in layer._tied_to:  # `assign=True` has put two parameters in the place of one
+        if adapter in layer.tied:  # `assign=True` has put two parameters in the place of one
             layer._tie_again(adapter)
         layer._make_scale(adapter)

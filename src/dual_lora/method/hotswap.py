@@ -152,10 +152,8 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
             factors = getattr(layer, f"dual_lora_{letter}")
             for adapter, factor in factors.items():
                 if factor not in done:
-                    shape = list(factor.shape)
-                    shape[dimension] = ranks[letter]
-                    padded = factor.new_zeros(shape)
-                    padded.narrow(dimension, 0, factor.shape[dimension]).copy_(factor.data)
+                    more = ranks[letter] - factor.shape[dimension]
+                    padded = nn.functional.pad(factor.data, (0, more) if dimension == -1 else (0, 0, 0, more))
                     done[factor] = nn.Parameter(padded, requires_grad=factor.requires_grad)
                 factors[adapter] = done[factor]
         for adapter in layer.adapter_names():
@@ -164,21 +162,17 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
         _pad_config(one, r1, r2)
 
 
-def _pad_config(config: DualLoraConfig, r1: int, r2: int) -> None:
+def _pad_config(config: Any, r1: int, r2: int) -> None:
     """The padded ranks, and an α that gives the same scale α/√(r1 r2) as before."""
 
-    def alpha_of(rank: Any, alpha: float | None) -> float:
-        old1, old2 = config.ranks_of(rank)
-        return (alpha or 2.0 * (old1 + old2)) * math.sqrt(r1 * r2 / (old1 * old2))
+    def alpha_of(key: str | None) -> float:
+        old1, old2 = config.ranks_of(config.rank_pattern.get(key, [config.r1, config.r2]))
+        alpha = config.alpha_pattern.get(key, config.alpha) or 2.0 * (old1 + old2)
+        return alpha * math.sqrt(r1 * r2 / (old1 * old2))
 
-    before = copy.deepcopy(config)
-    own: Any = [before.r1, before.r2]
-    config.r, config.r1, config.r2 = r1 + r2, r1, r2
-    config.alpha = alpha_of(own, before.alpha)
-    for key in before.rank_pattern.keys() | before.alpha_pattern.keys():
-        rank = before.rank_pattern.get(key, own)
-        config.alpha_pattern[key] = alpha_of(rank, before.alpha_pattern.get(key, before.alpha))
-    config.rank_pattern = {key: [r1, r2] for key in before.rank_pattern}
+    alphas = {key: alpha_of(key) for key in (None, *config.alpha_pattern, *config.rank_pattern)}
+    config.r, config.r1, config.r2, config.alpha = r1 + r2, r1, r2, alphas.pop(None)
+    config.alpha_pattern, config.rank_pattern = alphas, {key: [r1, r2] for key in config.rank_pattern}
 
 
 def install() -> None:

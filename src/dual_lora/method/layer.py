@@ -38,19 +38,13 @@ DECODED_TOKENS = 16
 class DualLoraLayer(MergeLayer):
     """What every adapted layer has: factors, warm-up, merge, and what a forward asks of them."""
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: DualLoraConfig,
-        r1: int,
-        r2: int,
-        alpha: float | None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, **kwargs)
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DualLoraConfig, **options: Any) -> None:
+        super().__init__(base_layer, options.pop("warned", None))
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r1, r2, alpha, config=config)
+        self.update_layer(adapter_name, config=config, **options)
+
+    def __repr__(self) -> str:
+        return "dual_lora." + super().__repr__()
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         if x.is_complex():
@@ -94,7 +88,6 @@ class DualLoraLayer(MergeLayer):
         names: list[str],
         adapters: list[Adapter],
         operand: Tensor,
-        scale: Tensor | None,
         keeps: bool = True,
         dtype: torch.dtype | None = None,
     ) -> Composed:
@@ -104,7 +97,7 @@ class DualLoraLayer(MergeLayer):
         """
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
         matrix = None if weight is None else self._matrix(weight)
-        make = partial(dual_lora_weight, matrix, adapters, scale, dtype=dtype)
+        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(names, operand), dtype=dtype)
         if keeps and weight is not None and self._may_keep():
             return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
@@ -126,7 +119,7 @@ def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLaye
 class MapLayer(DualLoraLayer):
     """A layer whose output is linear in its weight, f(x; W + ΣΔW) = f(x; W) + Σ f(x; ΔW): how forward chooses.
 
-    Subclasses give `forwards`, `_fused` (one call with the composed weight) and `_adapter_branch` (one with ΔW alone).
+    Subclasses give `forwards` and `_map`, which is f without a call of the base layer.
     """
 
     takes_parts = False  # whether the weight may be sharded by tensor parallelism
@@ -134,7 +127,12 @@ class MapLayer(DualLoraLayer):
 
     def _is_plain(self) -> bool:
         """Whether calling the base layer is its function and nothing else, so that the fused one may replace it."""
-        return is_plain(self.base_layer, *self.forwards)
+        base: Any = self.base_layer
+        return (
+            type(base).forward in self.forwards
+            and "forward" not in vars(base)  # accelerate's hooks sit there
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
 
     def _is_own(self) -> bool:
         """Whether the base is of a subclass with a forward of its own (a norm, a scale, a padding, other indices)."""
@@ -145,26 +143,21 @@ class MapLayer(DualLoraLayer):
             return False
         return weight.is_floating_point() and weight.dtype.itemsize > 1
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        """f(x; W + ΣΔW)."""
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
+        """f(x; W + ΣΔW), or f(x; ΣΔW)."""
         raise NotImplementedError
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         """f(dropout(x); ΔW)."""
-        raise NotImplementedError
+        return self._map(self.dual_lora_dropout[name](x), [name], with_base=False)
 
     def _own_call(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
         weight = base.weight
-        scale = self._loss_scale(names, weight)
-        composed = self._composed(weight, names, self._updates(names), weight, scale, dtype=weight.dtype)
+        composed = self._composed(weight, names, [self.adapter(n) for n in names], weight, dtype=weight.dtype)
         with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
-
-    def _updates(self, names: list[str]) -> list[Adapter]:
-        """The adapters as they change the weight."""
-        return [self.adapter(name) for name in names]
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """What an adapter adds to f(x; W)."""
@@ -194,7 +187,7 @@ class MapLayer(DualLoraLayer):
         own, rest = self._is_own(), [n for n in active if n not in dropped]
         fused = rest if own or (not (args or kwargs) and self._is_plain()) else []
         if fused:
-            y = self._own_call(x, fused, *args, **kwargs) if own else self._fused(x, fused)
+            y = self._own_call(x, fused, *args, **kwargs) if own else self._map(x, fused, with_base=True)
         else:
             y = self._base_call(x, *args, **kwargs)
         for name in active:
@@ -210,15 +203,12 @@ class MapLayer(DualLoraLayer):
             y[index] = y[index] + self._branch(x[index], name, *args, **kwargs).to(y.dtype)
         return y
 
-    def __repr__(self) -> str:
-        return "dual_lora." + super().__repr__()
-
 
 class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
     takes_parts = True
-    forwards = nn.Linear.forward, Conv1D.forward
+    forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         self.fan_in_fan_out, self.merges_parts = fan_in_fan_out, not fan_in_fan_out
@@ -237,13 +227,15 @@ class Linear(MapLayer):
     def _is_plain(self) -> bool:
         return super()._is_plain() or sharded.takes_product(self.base_layer)
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
-        """One product with the composed weight."""
-        base: Any = self.base_layer
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
+        """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""
+        base: Any = self.get_base_layer()
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):
-            return sharded.product(self, x, names)
+            return sharded.product(self, x, names, with_base)
         x, adapters = in_dtype_of(weight, x), [self.adapter(n) for n in names]
+        if not with_base:
+            return self._product(x, None, None, names, adapters)
         return self._product(x, self._matrix(weight), base.bias, names, adapters, weight)
 
     def _product(
@@ -266,14 +258,6 @@ class Linear(MapLayer):
         composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
 
-    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        """dropout(x) ΔWᵀ, [..., O]."""
-        x = self.dual_lora_dropout[name](x)
-        base: Any = self.get_base_layer()
-        if sharded.is_sharded(getattr(base, "weight", None)):
-            return sharded.product(self, x, [name], with_base=False)
-        return self._product(in_dtype_of(base.weight, x), None, None, [name], [self.adapter(name)])
-
 
 def is_traced() -> bool:
     """Whether what runs becomes a graph, of torch.compile, torch.export or torch.jit.trace."""
@@ -283,15 +267,6 @@ def is_traced() -> bool:
 def is_exporting() -> bool:
     """Whether torch.export traces, for itself or for ONNX: without Dynamo, other than torch.compile."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
-def is_plain(layer: nn.Module, *forwards: Any) -> bool:
-    """Whether calling the layer is one of these forwards and nothing else (a subclass, hooks)."""
-    return (
-        type(layer).forward in forwards
-        and "forward" not in vars(layer)  # accelerate's hooks sit there
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )
 
 
 def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwargs: Any) -> nn.Module | None:

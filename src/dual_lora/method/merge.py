@@ -23,8 +23,8 @@ class MergeLayer(FactorsLayer):
 
     merges_parts = False  # whether a merge may write to a part of a weight that is sharded
 
-    def __init__(self, base_layer: nn.Module, warned: Warned | None = None, **kwargs: Any) -> None:
-        super().__init__(base_layer, warned, **kwargs)
+    def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
+        super().__init__(base_layer, warned)
         self.merged_adapters: list[str] = []
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
         self.register_load_state_dict_pre_hook(_refuse_while_merged)

@@ -55,11 +55,13 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
         )
 
 
-def refuse_shared_weights(model: nn.Module, adapter_names: list[str] | None) -> None:
+def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
     """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
+    if any(config.layer_replication for config in tuner.peft_config.values()):
+        raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
     holders: dict[int, list[nn.Module]] = {}
     layers: dict[nn.Module, DualLoraLayer] = {}
-    for module in model.modules():
+    for module in tuner.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(module)
         if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):

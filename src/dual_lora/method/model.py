@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as with_adapter_names
 from peft.tuners.trainable_tokens import TrainableTokensLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba, replicate_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -42,10 +42,6 @@ LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
     nn.Conv3d: Conv3d,
     nn.MultiheadAttention: MultiheadAttention,
 }
-SUPPORTED = (
-    "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
-    "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention"
-)
 
 
 class DualLoraModel(BaseTuner):
@@ -59,9 +55,10 @@ class DualLoraModel(BaseTuner):
     tuner_layer_cls = DualLoraLayer  # type: ignore[assignment]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
 
-    # Which modules follow the embedding that they are tied to: PEFT's own bookkeeping.
+    # Which modules follow the embedding that they are tied to, and the replication of layers: as PEFT does it for LoRA.
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
+    _prepare_model = LoraModel._prepare_model  # type: ignore[assignment]
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         """As PEFT's, by the names from before the first adapter: a further one would tie nothing."""
@@ -103,10 +100,6 @@ class DualLoraModel(BaseTuner):
         if peft_config.target_modules is None and known is None and peft_config.target_parameters:
             return peft_config  # parameters alone
         return super()._prepare_adapter_config(peft_config, model_config)
-
-    def _prepare_model(self, peft_config: DualLoraConfig, model: nn.Module) -> None:  # type: ignore[override]
-        if peft_config.layer_replication:
-            replicate_layers(model, peft_config.layer_replication)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -163,7 +156,9 @@ class DualLoraModel(BaseTuner):
                 return new
         raise ValueError(
             f"Target module {target} is not supported. Currently, only the following modules are supported: "
-            f"{SUPPORTED}. Leave it out of `target_modules`, or name it in `exclude_modules`."
+            "torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d, "
+            "transformers.pytorch_utils.Conv1D, torch.nn.MultiheadAttention. Leave it out of `target_modules`, or name "
+            "it in `exclude_modules`."
         )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -180,28 +175,19 @@ class DualLoraModel(BaseTuner):
             )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *, adapter_names: list[str] | None = None, **options: Any
     ) -> Any:
         if merge:
-            self._refuse_shared_weights(adapter_names)
+            merge_checks.refuse_shared_weights(self, adapter_names)
             for name in adapter_names or self.active_adapters:
                 merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
         layers = merge_checks.quantised(self.model)  # of the others none is held while they go
-        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: Any = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **options)
         if merge:
             merge_checks.warn_of_rounding(layers)
         set_fast_paths(model)
         return model
-
-    def _refuse_shared_weights(self, adapter_names: list[str] | None) -> None:
-        if any(config.layer_replication for config in self.peft_config.values()):
-            raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
-        merge_checks.refuse_shared_weights(self.model, adapter_names)
 
     # A mixed batch: the argument `adapter_names` of the model's forward reaches every adapted layer.
 
@@ -224,26 +210,20 @@ class DualLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        handles = [
-            module.register_forward_pre_hook(
-                partial(with_adapter_names, adapter_names=adapter_names if module in in_encoder else repeated),
-                with_kwargs=True,
-            )
-            for module in self.modules()
-            if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper):
+                    names = adapter_names if module in in_encoder else repeated
+                    hook = partial(with_adapter_names, adapter_names=names)
+                    hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base; where a layer refuses (`safe_merge`), no layer is merged.
 
         Exactly; into quantised layers as closely as they allow, which is then said.
         """
-        self._refuse_shared_weights(adapter_names)
+        merge_checks.refuse_shared_weights(self, adapter_names)
         before = [(layer, list(layer.merged_adapters)) for layer in layers_of(self)]
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -298,7 +278,11 @@ class DualLoraModel(BaseTuner):
             layer.factors(adapter_name).B.data.mul_(abs(strength))
             if strength < 0:
                 layer.factors(adapter_name).D.data.neg_()
-        _copy_what_else_trains(self.model, source, adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+            elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
+                module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -325,14 +309,6 @@ def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
     layer._set_steps_left(adapter_name, layer.steps_left(source))
-
-
-def _copy_what_else_trains(model: nn.Module, source: str, adapter_name: str) -> None:
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
-        elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
-            module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
 
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:

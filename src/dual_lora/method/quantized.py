@@ -31,7 +31,7 @@ from ..core.handle import Handle, handle
 from ..core.op import through_rows
 from .cache import composed_weights
 from .config import DualLoraConfig
-from .layer import Linear, is_exporting, is_plain
+from .layer import Linear, is_exporting
 from .quantized_rows import row_source, undo_packing_for_cpu
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.
@@ -82,23 +82,27 @@ class QuantizedLinear(Linear):
     def _is_plain(self) -> bool:
         """As for every layer, where the base's forward is x times the dequantised weight."""
         known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
-        return is_plain(self.base_layer, type(self.base_layer).forward) and known and not self._quantises_activations()
+        return super()._is_plain() and known and not self._quantises_activations()
 
-    def _is_own(self) -> bool:
-        return False
+    @property
+    def forwards(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return (type(self.base_layer).forward,)  # whatever the library has put there
 
     def _quantises_activations(self) -> bool:
         weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None
         return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
 
-    def _fused(self, x: Tensor, names: list[str]) -> Tensor:
+    def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.base_layer
+        adapters = [self.adapter(name) for name in names]
+        if not with_base:
+            return self._product(x, None, None, names, adapters)
         given, autocast = x.dtype, autocast_dtype(x.device, x.dtype)
         if autocast is None:
             x = x.to(getattr(base, "compute_dtype", None) or x.dtype)  # the library's own, where it says so
         bias = None if base.bias is None else base.bias.to(autocast or x.dtype)
         stored = base.W_q if isinstance(self.quantization_backend, HqqBackend) else base.weight
-        y = self._product(x, self._handle, bias, names, [self.adapter(name) for name in names], stored)
+        y = self._product(x, self._handle, bias, names, adapters, stored)
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -107,9 +111,6 @@ class QuantizedLinear(Linear):
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
             return through_rows(x, base(x.detach(), *args, **kwargs), self._handle)
         return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
-
-    def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
-        return self._product(self.dual_lora_dropout[name](x), None, None, [name], [self.adapter(name)])
 
     # Merge.
 

@@ -76,12 +76,10 @@ class Part(NamedTuple):
 
     def of(self, adapter: Adapter) -> Adapter:
         """The adapter of this part, from whole factors."""
-        adapter = adapter.whole()
+        adapter, mine = adapter.whole(), slice(self.start, self.stop)
         A, B, C, D = adapter.factors
-        mine = slice(self.start, self.stop)
-        if self.dim == 0:
-            return adapter._replace(factors=Factors(A, B[mine], C, D[mine]))
-        return adapter._replace(factors=Factors(A[:, mine], B, C[:, mine], D))
+        factors = (A, B[mine], C, D[mine]) if self.dim == 0 else (A[:, mine], B, C[:, mine], D)
+        return adapter._replace(factors=Factors(*factors))
 
 
 def part_of(weight: DTensor) -> Part:
@@ -138,13 +136,14 @@ class _StandIn:
         return it._linear(x, *bias, **(kwargs or {}))
 
     def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        part_of_bias = bias.to_local() if isinstance(bias, DTensor) else bias
         if not isinstance(x, DTensor):
             if "forward" not in vars(self.base) or torch.is_grad_enabled():
                 raise ValueError(
                     "A Dual LoRA layer whose weight is sharded (a DTensor) got a plain tensor, as if the weight were "
                     "whole. Call the model as a whole, so that the hooks of FSDP2 or of the tensor parallel plan run."
                 )
-            return self._local(x, _local(bias))  # transformers' path for inference: parts come, parts go
+            return self._local(x, part_of_bias)  # transformers' path for inference: parts come, parts go
         by_rows, mesh_dim = self.part.dim == 0, self.part.mesh_dim
         layout = list(x.placements)
         layout[mesh_dim] = Replicate() if by_rows else Shard(x.ndim - 1)
@@ -152,7 +151,7 @@ class _StandIn:
         gradient = list(layout)
         if by_rows:
             gradient[mesh_dim] = Partial()
-        y = self._local(x.to_local(grad_placements=gradient), _local(bias) if by_rows else None)
+        y = self._local(x.to_local(grad_placements=gradient), part_of_bias if by_rows else None)
         layout[mesh_dim] = Shard(y.ndim - 1) if by_rows else Partial()
         shape = torch.Size((*x.shape[:-1], self.weight.shape[0]))
         strides = torch.empty(shape, device="meta").stride()
@@ -161,21 +160,16 @@ class _StandIn:
 
     def _local(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I or this part's columns] -> [..., this part's rows or O]."""
-        layer, names = self.layer, self.names
         weight = self.weight.to_local()
         x = in_dtype_of(weight, x)
-        adapters = [layer.adapter(name) for name in names]
+        adapters = [self.layer.adapter(name) for name in self.names]
         if torch.is_grad_enabled():
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
             summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
             adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
         mine = [self.part.of(a) for a in adapters]
         whole = self.weight if self.with_base else None
-        return layer._product(x, weight if self.with_base else None, bias, names, mine, whole)
-
-
-def _local(bias: Tensor | None) -> Tensor | None:
-    return bias.to_local() if isinstance(bias, DTensor) else bias
+        return self.layer._product(x, weight if self.with_base else None, bias, self.names, mine, whole)
 
 
 class _SumGradients(torch.autograd.Function):
@@ -189,14 +183,12 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        wanted = [g for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True) if needed]
+        given = list(zip(gradients, ctx.needs_input_grad[1:], strict=True))
+        wanted = [g for g, needed in given if needed]
         flat = torch.cat([g.reshape(-1) for g in wanted])
         dist.all_reduce(flat, group=ctx.group)
         sums = iter(flat.split([g.numel() for g in wanted]))
-        return None, *(
-            next(sums).view_as(g) if needed else None
-            for g, needed in zip(gradients, ctx.needs_input_grad[1:], strict=True)
-        )
+        return None, *(next(sums).view_as(g) if needed else None for g, needed in given)
 
 
 # Merging into a part. FSDP2 gathers from the memory that it has set aside, so that memory itself is written to.
@@ -210,12 +202,9 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
     part, factors = part_of(weight), [f for a in adapters for f in a.factors]
     if not any(map(is_sharded, factors)):
         agree(weight, factors)
-    whole = [a._replace(factors=Factors(*map(_whole, a.factors))) for a in adapters]
-    return dispatch.compose(original, [part.of(a) for a in whole], original.dtype)
-
-
-def _whole(factor: Tensor) -> Tensor:
-    return factor.full_tensor() if isinstance(factor, DTensor) else factor
+    whole = (f.full_tensor() if isinstance(f, DTensor) else f for f in factors)
+    adapters = [a._replace(factors=Factors(*islice(whole, 4))) for a in adapters]
+    return dispatch.compose(original, [part.of(a) for a in adapters], original.dtype)
 
 
 # A model that FSDP2's preparation empties: its tensors go to the meta device, are sharded there and filled. accelerate

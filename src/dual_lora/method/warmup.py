@@ -44,11 +44,10 @@ _SCALER_STEP = torch.amp.GradScaler.step.__code__
 class _Record:
     """What was seen of one adapter of a layer."""
 
-    def __init__(self) -> None:
-        self.steps = 0  # counted
-        self.foreign = 0  # of optimizers without its factors, since the last counted one
-        self.backwards = 0  # since then, too
-        self.last: tuple[Any, Any, int] | None = None  # optimizer, gradient and its version at the last counted step
+    steps = 0  # counted
+    foreign = 0  # of optimizers without its factors, since the last counted one
+    backwards = 0  # since then, too
+    last: tuple[Any, Any, int] | None = None  # optimizer, gradient and its version at the last counted step
 
     def is_same_step(self, optimizer: Optimizer, grad: Tensor | None) -> bool:
         """Whether another optimizer has counted this gradient already; if not, it is counted now."""
@@ -91,8 +90,7 @@ def count_step(model: nn.Module) -> None:
     (`p -= lr * p.grad`), made by an optimizer that is no torch.optim.Optimizer, or replayed from a CUDA graph.
     """
     composed_weights.clear()
-    layers: list[Any] = [module for module in model.modules() if module in _layers]
-    for layer in layers:
+    for layer in _layers.intersection(model.modules()):
         for adapter in layer.adapter_names():
             if layer.trainable_factors(adapter):
                 _count(layer, adapter)

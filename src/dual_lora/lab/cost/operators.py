@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from dual_lora.core.blocked import CPU
-from dual_lora.core.product import fp32_library
+from dual_lora.core.product import onednn_is_faster
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
@@ -136,7 +136,7 @@ def backward_bytes(
 
 def _tiles(rows: int, cols: int, itemsize: int) -> int:
     """P and Q of one tile, and where the block is not fp32 itself its sum; all fp32."""
-    kept = 2 + (itemsize != 4) + 2 * _onednn()
+    kept = 2 + (itemsize != 4) + 2 * onednn_is_faster()
     return kept * 4 * _part(rows, CPU.tile // cols) * cols
 
 
@@ -145,9 +145,5 @@ def _part(length: int, step: int) -> int:
     return -(-length // -(-length // max(step, 16)))
 
 
-def _onednn() -> bool:
-    return fp32_library() == "oneDNN"
-
-
 def _own_memory(itemsize: int) -> bool:
-    return itemsize == 4 and _onednn()
+    return itemsize == 4 and onednn_is_faster()
