@@ -137,7 +137,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_pa
 
 @pytest.mark.parametrize(
     ("metric", "better"),
-    [("eval_loss", "less"), ("val/Loss", "less"), ("ppl", "less"), ("error_rate", "less"), ("acc_norm", "more")],
+    [("eval_loss", "less"), ("val/Loss", "less"), ("ppl", "less"), ("error_rate", "less"), ("reward", "more")],
 )
 def test_a_direction_that_nobody_said_is_said(metric, better, tmp_path):
     """Trainers write eval_loss: taken as a metric of which more is better, every verdict was the wrong way round."""
@@ -151,6 +151,8 @@ def test_a_direction_that_nobody_said_is_said(metric, better, tmp_path):
     words = f"Which way {metric} is better was not said: {better} of it is taken as better."
     assert any(words in note for note in results["notes"])
     assert not any("was not said" in note for note in judge(file, better=better)["notes"])
+    file.write_text(file.read_text().replace(metric, "acc_norm"))
+    assert not any("was not said" in note for note in judge(file)["notes"])
 
 
 def test_the_unit_of_the_scores_changes_no_verdict(tmp_path):
