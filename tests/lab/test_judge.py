@@ -137,7 +137,7 @@ def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_pa
 
 @pytest.mark.parametrize(
     ("metric", "better"),
-    [("eval_loss", "less"), ("val/Loss", "less"), ("ppl", "less"), ("error_rate", "less"), ("acc_norm", "more")],
+    [("eval_loss", "less"), ("val/Loss", "less"), ("ppl", "less"), ("error_rate", "less"), ("reward", "more")],
 )
 def test_a_direction_that_nobody_said_is_said(metric, better, tmp_path):
     """Trainers write eval_loss: taken as a metric of which more is better, every verdict was the wrong way round."""
@@ -151,6 +151,8 @@ def test_a_direction_that_nobody_said_is_said(metric, better, tmp_path):
     words = f"Which way {metric} is better was not said: {better} of it is taken as better."
     assert any(words in note for note in results["notes"])
     assert not any("was not said" in note for note in judge(file, better=better)["notes"])
+    file.write_text(file.read_text().replace(metric, "acc_norm"))
+    assert not any("was not said" in note for note in judge(file)["notes"])
 
 
 def test_the_unit_of_the_scores_changes_no_verdict(tmp_path):
@@ -376,7 +378,14 @@ def test_a_log_likelihood_is_no_perplexity(tmp_path):
     assert "Left out, as they are no means over items: perplexity on lambada." in notes
     with pytest.raises(UserError, match=r"no metric 'perplexity'.* no means over items: perplexity on lambada"):
         judge(tmp_path, metric="perplexity")
-    log.write_text("".join(log.read_text().splitlines(True)[:7]))
+    lines = log.read_text().splitlines(True)
+    log.write_text("".join([*lines, lines[0]]))
+    with pytest.raises(UserError, match=r"line 9: mine, seed 3, item 0 0, lambada has a score already"):
+        judge(tmp_path, metric="acc")
+    log.write_text("".join([lines[0].replace('"acc": 0', '"acc": 1'), *lines[1:]]))
+    with pytest.raises(UserError, match=r"mean of acc on lambada in .*seed-3.* is not what the results beside it say"):
+        judge(tmp_path, metric="acc")
+    log.write_text("".join(lines[:7]))
     with pytest.raises(UserError, match=r"holds 7 documents, and the harness scored 8"):
         judge(tmp_path, metric="acc")
 

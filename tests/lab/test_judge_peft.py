@@ -57,6 +57,22 @@ def test_results_of_pefts_comparison_are_judged(tmp_path):
     assert {f["cost"] for f in results["pareto"]} >= {"train_seconds", "peak_memory", "adapter_bytes"}
 
 
+def test_runs_that_were_trained_otherwise_are_named(tmp_path):
+    """PEFT publishes runs of 1,000 steps beside those of 5,000, and called memory otherwise in 2025."""
+    for name, steps in (("lora/r8", 10), ("hira/r8", 10), ("lora/r8-steps5", 5)):
+        file = peft_result(tmp_path, name, 0, 0.3)
+        value = json.loads(file.read_text())
+        value["run_info"]["train_config"] |= {"max_steps": steps, "optimizer_kwargs": {"lr": len(name)}}
+        if name == "hira/r8":  # a field that the other versions do not have
+            value["run_info"]["train_config"]["init_kv_cache_prefix"] = None
+        value["train_info"]["cuda_memory_max"] = value["train_info"].pop("accelerator_memory_max")
+        file.write_text(json.dumps(value))
+    results = judge(tmp_path, metric="test accuracy")
+    assert results["methods"][0]["cost"]["peak_memory"] == 2_000_000
+    (said,) = [note for note in results["notes"] if "trained alike" in note]
+    assert said.endswith("no method's: max_steps 5 in lora/r8-steps5 (10 elsewhere).")
+
+
 def test_a_damaged_result_of_peft_is_named(tmp_path):
     peft_result(tmp_path, "lora/r8", 0, 0.3)
     peft_result(tmp_path, "hira/r8", 0, float("nan"))

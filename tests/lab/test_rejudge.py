@@ -83,3 +83,14 @@ def test_seeds_part_of_the_error_follows_from_the_stored_scores():
 def test_a_file_of_something_else_is_named():
     with pytest.raises(UserError, match="no results of a study"):
         rejudge({"study": {"name": "s", "tasks": ["t"], "methods": {"a": {}, "b": {}}, "seeds": 2}})
+
+
+def test_judged_scores_are_judged_from_their_source(tmp_path):
+    """They carry their margin and direction in the comparisons: judged as a study they lost both."""
+    from dual_lora.lab.judge.judge import judge
+
+    file = tmp_path / "s.csv"
+    rows = [f"{m},{s},{i},loss,{s + i + (m == 'b')}" for m in "ab" for s in range(3) for i in range(3)]
+    file.write_text("\n".join(["method,seed,item,metric,score", *rows]))
+    with pytest.raises(UserError, match=r"These are judged scores: .*`dual-lora judge s\.csv`"):
+        rejudge(judge(file, margin=3, better="more"))

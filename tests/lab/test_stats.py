@@ -232,6 +232,18 @@ def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
     assert share < 0.05 + slack
 
 
+@pytest.mark.parametrize(("seeds", "unseen"), [(3, 0.67), (5, 0.51), (8, 0.34)])
+def test_a_failure_that_no_seed_shows_is_not_counted(seeds, unseen):
+    """As the page on calibration says: no promise of 5 %, but the chance that none of the runs fails."""
+    random, found = np.random.default_rng(0), 0
+    right = random.random((2, seeds, 200)) < 0.02
+    for fails in random.random((400, seeds)) < 1 / 8:
+        a = np.where(fails[:, None], random.random((seeds, 200)) < 0.5, right[0])
+        (c,) = verdicts.judge([verdicts.compare_pair(a, right[1], margin=0.05, counted=True)])
+        found += c.verdict is verdicts.Verdict.EQUIVALENT
+    assert found / 400 == pytest.approx(unseen, abs=0.08)
+
+
 def test_family_of_comparisons_keeps_the_level():
     """The chance of any winner among eight candidates that are all alike stays at 5 %."""
     random = np.random.default_rng(5)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from tiny_study import SHORT, figures, outcomes, write_records, write_study
+from tiny_study import SHORT, figures, laid_out, outcomes, write_records, write_study
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import compare as comparing
@@ -110,3 +110,11 @@ def test_runs_seen_before_an_amended_plan_are_named(tiny, whole, tmp_path, monke
         "4 of the final runs had ended before this study's plan was written, and were taken over." in results["notes"]
     )
     assert seen_before({"before": 4}, [{"ended": 4}]) == []
+
+
+def test_a_margin_that_everything_is_within_is_refused(tiny):
+    """1 for one point of a hundred made every method equivalent."""
+    with pytest.raises(UserError, match=r"tasks\.letters: the margin for choice is 1, and it is never above 1"):
+        laid_out(tiny, tasks={"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}, margin=1)
+    laid_out(tiny, margin=1)  # of a loss
+    write_study(tiny)

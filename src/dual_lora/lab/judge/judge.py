@@ -34,23 +34,9 @@ WHOLE_ONLY = (
     "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
     "for other items."
 )
-# Words in the name of a metric of which there should be less.
-LESS = {
-    "loss",
-    "nll",
-    "entropy",
-    "perplexity",
-    "ppl",
-    "bits",
-    "bpb",
-    "mse",
-    "mae",
-    "rmse",
-    "error",
-    "wer",
-    "cer",
-    "brier",
-}
+# Words in the name of a metric of which there should be less, and of which there should be more.
+LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
+MORE = set("accuracy acc exact match f1 recall precision bleu rouge matthews mcc pearson auc".split())  # noqa: SIM905
 
 
 def judge(
@@ -157,7 +143,10 @@ def _directions(
         if told is None and metric in metrics.METRICS:
             told = metrics.better(metric)
         if told is None:
-            told = guessed[metric] = "less" if LESS & set(re.findall("[a-z]+", name.lower())) else "more"
+            words = set(re.findall("[a-z0-9]+", name.lower().replace("_", " ")))
+            told = "less" if LESS & words else "more"
+            if told == "less" or not MORE & words:
+                guessed[metric] = told
         found[scenario] = told
     return found, [
         f"Which way {metric} is better was not said: {way} of it is taken as better. If it is the other way, give "

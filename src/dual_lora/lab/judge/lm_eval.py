@@ -39,6 +39,7 @@ def read_lm_eval(folder: Path) -> Scores:
     seen: dict[tuple[str, int, str], Path] = {}
     prompts: dict[tuple[str, str], dict[str, str]] = {}
     aside: dict[str, None] = {}
+    as_told: dict[str, dict[bool, Path]] = {}  # whether its mean is the harness's figure -> a log where it is so
     for file in sample_files(folder):
         method, seed = _run_of(folder, file)
         if (named := _SAMPLES.match(file.name)) is None:
@@ -48,17 +49,23 @@ def read_lm_eval(folder: Path) -> Scores:
             raise UserError(f"{other} and {file} are two evaluations of one run on {task}: remove one of them.")
         results = _results(file.parent, task, named["date"])
         rows = list(_rows(file, method, seed, task, aside))
-        no_means = _checked(file, task, [row for row, _ in rows], results)
-        aside |= dict.fromkeys(f"{name} on {task}" for name in no_means)
+        _complete(file, task, {row.item for row, _ in rows}, results)
+        for metric, is_mean in _means(task, [row for row, _ in rows], results).items():
+            as_told.setdefault(f"{metric} on {task}", {}).setdefault(is_mean, file)
         for row, prompt in rows:
-            if row.metric in no_means:
-                continue
             scores.rows.append(row)
             if prompt:
                 prompts.setdefault((task, f"{row.seed} {row.item}"), {})[method] = prompt
         for name, way in _directions(results, task).items():
             if scores.better.setdefault((task, name), way) != way:
                 raise UserError(f"The results beside {file} and others say opposite things of {name}: give --better.")
+    for name, files in as_told.items():
+        if len(files) == 2:
+            raise UserError(
+                f"The mean of {name} in {files[False]} is not what the results beside it say, as it is in other logs: "
+                "one of the two files was changed."
+            )
+        aside |= {name: None} if False in files else {}
     scores.rows = [row for row in scores.rows if f"{row.metric} on {row.scenario[1]}" not in aside]
     if aside:
         scores.notes.append(f"Left out, as they are no means over items: {', '.join(aside)}.")
@@ -127,21 +134,32 @@ def _directions(results: dict[str, Any], task: str) -> dict[str, str]:
     return {name: "more" if more else "less" for name, more in ways if more is not None}
 
 
-def _checked(file: Path, task: str, rows: list[Score], results: dict[str, Any]) -> set[str]:
-    """The metrics of which the harness's own figure is another than the mean of these rows. Raises UserError where
-    documents are missing."""
-    every = results.get("results"), results.get("n-samples")
-    told, counts = (part[task] if isinstance(part, dict) and isinstance(part.get(task), dict) else {} for part in every)
-    items: dict[str, list[float]] = {}
+def _part(results: dict[str, Any], name: str, task: str) -> dict[str, Any]:
+    """What a part of the harness's results says of a task."""
+    part = results.get(name)
+    own = part.get(task) if isinstance(part, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def _complete(file: Path, task: str, items: set[str], results: dict[str, Any]) -> None:
+    """Raise UserError where documents are missing."""
+    wanted = _part(results, "n-samples", task).get("effective")
+    if isinstance(wanted, int) and items and len(items) != wanted:
+        raise UserError(f"{file} holds {len(items)} documents, and the harness scored {wanted}.")
+
+
+def _means(task: str, rows: list[Score], results: dict[str, Any]) -> dict[str, bool]:
+    """Whether the harness's own figure of each metric is the mean of these rows, as far as it says one."""
+    items: dict[str, dict[str, float]] = {}
+    twice = set()
     for row in rows:
-        items.setdefault(row.metric, []).append(row.value)
-    wanted = counts.get("effective")
-    if isinstance(wanted, int) and rows and len({row.item for row in rows}) != wanted:
-        raise UserError(f"{file} holds {len({row.item for row in rows})} documents, and the harness scored {wanted}.")
-    no_means = set()
+        own = items.setdefault(row.metric, {})
+        twice |= {row.metric} if row.item in own else set()  # named later
+        own[row.item] = row.value
+    told, found = _part(results, "results", task), {}
     for metric, values in items.items():
         figure = told.get(metric if "," in metric else f"{metric},none")
-        mean = math.fsum(values) / len(values)
-        if isinstance(figure, int | float) and not math.isclose(figure, mean, rel_tol=1e-6, abs_tol=1e-9):
-            no_means.add(metric)
-    return no_means
+        if isinstance(figure, int | float) and metric not in twice:
+            mean = math.fsum(values.values()) / len(values)
+            found[metric] = math.isclose(figure, mean, rel_tol=1e-6, abs_tol=1e-9)
+    return found

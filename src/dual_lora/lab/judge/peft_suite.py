@@ -17,6 +17,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.scores import WHOLE, Scenario, Score, Scores, number, seed_number
 from dual_lora.lab.read import read_json, regular
 
+# What a method may be trained with by itself; all else in a run's train_config should be the same for all.
+OWN = {"seed", "model_id", "optimizer_type", "optimizer_kwargs", "lr_scheduler"}
 MOST = 1e18  # of seconds, bytes or parameters
 FORGOTTEN = ("forgetting", "drift")  # less of them is better
 _SEED = re.compile(r"[-_]+seed[-_]?(\d+)$")
@@ -42,11 +44,12 @@ def read_peft(folder: Path) -> Scores:
     task = folder.resolve().parent.name if folder.resolve().name == "results" else folder.resolve().name
     costs: dict[tuple[Scenario, str], list[dict[str, Any]]] = {}
     stopped, finished = [], set()
+    configs: dict[str, dict[str, Any]] = {}
     for file in result_files(folder):
         try:
             result = read_json(file)
             run, train = result["run_info"], result["train_info"]
-            config, last = run["train_config"], dict(train["metrics"][-1]) if train["metrics"] else {}
+            config, last = dict(run["train_config"]), dict(train["metrics"][-1]) if train["metrics"] else {}
             name, status = str(run["experiment_name"]), train["status"]
             scenario, seed = (str(config["model_id"]), task), seed_number(config["seed"], str(file))
             cost = _cost(train)
@@ -56,6 +59,7 @@ def read_peft(folder: Path) -> Scores:
             stopped.append(name)
             continue
         finished.add(name)
+        configs[name] = config
         method = _without_seed(name, seed)
         for metric, value in last.items():
             if metric.startswith("test ") or metric in FORGOTTEN:
@@ -69,8 +73,25 @@ def read_peft(folder: Path) -> Scores:
         scores.notes.append(f"All runs are of {models.pop()}.")
         scores.rows = [row._replace(scenario=("", task)) for row in scores.rows]
         scores.costs = {(("", task), method): cost for (_, method), cost in scores.costs.items()}
+    scores.notes += _unlike(configs)
     scores.notes += _unrun(folder, finished | set(stopped))
     return scores
+
+
+def _unlike(configs: dict[str, dict[str, Any]]) -> list[str]:
+    """Settings of training that not all runs have the same of. A field that came later is none of them."""
+    found = []
+    for field in dict.fromkeys(name for config in configs.values() for name in config if name not in OWN):
+        values: dict[str, list[str]] = {}
+        for name, config in configs.items():
+            if field in config:
+                values.setdefault(json.dumps(config[field]), []).append(name)
+        usual = max(values, key=lambda value: len(values[value]), default="")
+        for value in (value for value in values if value != usual):
+            found.append(f"{field} {value[:40]} in {', '.join(values[value])} ({usual[:40]} elsewhere)")
+    return (
+        [f"Not all runs were trained alike, so a difference may be no method's: {'; '.join(found)}."] if found else []
+    )
 
 
 def _without_seed(name: str, seed: int) -> str:
@@ -83,7 +104,7 @@ def _cost(train: dict[str, Any]) -> dict[str, float | None]:
     """What is known of it; a figure that is none is not."""
     names = {
         "train_seconds": "train_time",
-        "peak_memory": "accelerator_memory_max",
+        "peak_memory": "accelerator_memory_max" if "accelerator_memory_max" in train else "cuda_memory_max",  # in 2025
         "trainable_parameters": "num_trainable_params",
         "all_parameters": "num_total_params",
         "adapter_bytes": "file_size",

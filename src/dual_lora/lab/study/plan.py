@@ -95,6 +95,11 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
             metrics.evaluation(name, head)
         except UserError as error:
             raise UserError(f"tasks.{task}: {error}") from None
+    if (metrics.counted(metric) or metric == "pearson") and (margin := study.margin.get(metric, 0.0)) >= 1:
+        raise UserError(
+            f"tasks.{task}: the margin for {metric} is {margin:g}, and it is never above 1: nearly everything would be "
+            "equivalent. Give it in the metric's unit: 0.01 is one point of a hundred."
+        )
     if search and tuned_by != metric and not search.why.strip():
         raise UserError(
             f"tasks.{task} is judged by {metric}, and the search goes by {tuned_by}: what is best by one may be worst "

@@ -32,6 +32,8 @@ NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "
 
 def rejudge(results: dict[str, Any]) -> dict[str, Any]:
     """The results with today's verdicts. Raises UserError for a file that does not hold what they need."""
+    if "judged_from" in results:  # its margins and directions are no study's
+        raise UserError(f"These are judged scores: judge them again, `dual-lora judge {results['judged_from']}`.")
     try:
         study = build_study(results["study"])
         methods, before, untrained = results["methods"], results["comparisons"], results.get("untrained", [])
