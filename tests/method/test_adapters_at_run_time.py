@@ -180,8 +180,16 @@ def test_padded_hotswap_keeps_every_tensor(tmp_path):
     assert {name: (p.data_ptr(), p.shape) for name, p in model.named_parameters()} == before
 
 
-def test_a_padded_adapter_is_saved_and_loaded_as_it_is(tmp_path):
-    first = saved(tmp_path / "a", 1, rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 5.0})
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 5.0}},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {".*proj": 5.0}},  # one layer, two patterns
+    ],
+    ids=["apart", "together"],
+)
+def test_a_padded_adapter_is_saved_and_loaded_as_it_is(tmp_path, patterns):
+    first = saved(tmp_path / "a", 1, **patterns)
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
     prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
     model.save_pretrained(tmp_path / "padded")

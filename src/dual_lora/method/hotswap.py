@@ -59,34 +59,39 @@ def hotswap_from_state_dict(
     with torch.no_grad():
         for key, value in others.items():
             known[key].copy_(value)
-        tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
-        root = next(tuners, "")
-        stored: dict[str, tuple[int, int, float]] = {}
-        for name, layer in layers.items():
+        for name, (key, layer) in zip(layers, _keys(model, adapter_name).items(), strict=True):
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
-            # Patterns know what it was called when it was made: not inside other parameters' wrappers, or an attention.
-            key = name.removeprefix(root).split(".base_layer")[0]
-            if isinstance(layer, ParamWrapper):
-                key = f"{key}.{layer.parameter_name}"
             layer.set_ranks(adapter_name, *layer_options(config, key))
-            stored[key] = _stored_options(layer, adapter_name)
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
 
     configs: Any = getattr(model, "peft_config", {})
-    if adapter_name in configs and stored:
+    if adapter_name in configs:
         configs[adapter_name] = changed = copy.copy(configs[adapter_name])
         changed.warmup_steps = config.warmup_steps
-        _write_options(changed, stored)
+        _write_options(changed, model, adapter_name)
 
 
-def _write_options(config: DualLoraConfig, layers: dict[str, tuple[int, int, float]]) -> None:
-    """The ranks and the α of every layer, as patterns where they are not the usual ones."""
-    usual = max(layers.values(), key=[*layers.values()].count)
-    config.r1, config.r2, config.alpha = usual
+def _keys(model: nn.Module, adapter: str) -> dict[str, DualLoraLayer]:
+    """The adapter's layers as patterns know them, by what they were called when they were made."""
+    tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
+    root, found = next(tuners, ""), {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
+            key = name.removeprefix(root).split(".base_layer")[0]  # not inside other parameters' wrappers
+            found[f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key] = layer
+    return found
+
+
+def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
+    """The ranks and the α of every layer, as they are stored, as patterns where they are not the usual ones."""
+    layers = {key: _stored_options(layer, adapter) for key, layer in _keys(model, adapter).items()}
+    if not layers:
+        return
+    config.r1, config.r2, config.alpha = usual = max(layers.values(), key=[*layers.values()].count)
     config.r = config.r1 + config.r2
     others = {f"^{re.escape(key)}": options for key, options in layers.items() if options != usual}
     config.rank_pattern = {key: [r1, r2] for key, (r1, r2, _) in others.items()}
@@ -158,21 +163,11 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
                 factors[adapter] = done[factor]
         for adapter in layer.adapter_names():
             mark_as_stored(layer._stored(adapter))
-    for one in config.values() if isinstance(config, dict) else [config] if config else []:
-        _pad_config(one, r1, r2)
-
-
-def _pad_config(config: Any, r1: int, r2: int) -> None:
-    """The padded ranks, and an α that gives the same scale α/√(r1 r2) as before."""
-
-    def alpha_of(key: str | None) -> float:
-        old1, old2 = config.ranks_of(config.rank_pattern.get(key, [config.r1, config.r2]))
-        alpha = config.alpha_pattern.get(key, config.alpha) or 2.0 * (old1 + old2)
-        return alpha * math.sqrt(r1 * r2 / (old1 * old2))
-
-    alphas = {key: alpha_of(key) for key in (None, *config.alpha_pattern, *config.rank_pattern)}
-    config.r, config.r1, config.r2, config.alpha = r1 + r2, r1, r2, alphas.pop(None)
-    config.alpha_pattern, config.rank_pattern = alphas, {key: [r1, r2] for key in config.rank_pattern}
+    known = getattr(model, "peft_config", {})
+    named = config if isinstance(config, dict) else {next((a for a in known if known[a] is config), "default"): config}
+    for adapter, one in named.items():
+        if one is not None:
+            _write_options(one, model, adapter)
 
 
 def install() -> None:
