@@ -15,6 +15,7 @@ from tiny_study import SEEDS, cell, judged, made, trials
 
 from dual_lora.lab.report.report import report
 from dual_lora.lab.study import metrics
+from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.tables import show_results
 
 
@@ -266,3 +267,24 @@ def test_everything_diverged(tmp_path):
     results = made(tmp_path, {"a": 0.5, "b": 0.7}, tasks=("t",), diverged=all_lost)
     assert results["comparisons"] == []
     assert "nothing to compare" in results["notes"][0]
+
+
+def test_a_look_at_a_part_of_a_study_is_corrected_for_all_of_it(tmp_path):
+    """One pair of three was judged as if the study had no other: a study that is stopped when it pleases errs more."""
+    random = np.random.default_rng(0)
+    right = (random.random((5, 4, 60)) < np.array([0.5, 0.72, 0.6, 0.6, 0.6])[:, None, None])[..., None].astype(float)
+    methods = [f"m{i}" for i in range(5)]
+
+    def results(finals):
+        cells = [cell(tmp_path, m, right[i].tolist(), metric="choice", finals=finals[i]) for i, m in enumerate(methods)]
+        return judged(tmp_path, cells)
+
+    every, none = range(4), [9]
+    whole = results([every] * 5)["comparisons"]
+    part = results([every, every, none, none, none])
+    (c,) = part["comparisons"]
+    assert c["p_holm"] == pytest.approx(min(1, 4 * c["p"]))
+    assert c["visible"] == whole[0]["visible"]
+    assert "p values are corrected for the 3 comparisons still to come as well." in part["notes"]
+    assert part["false_alarm"] < 0.05 / 2
+    assert rejudge(part)["comparisons"][0]["p_holm"] == c["p_holm"]

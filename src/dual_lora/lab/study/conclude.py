@@ -27,19 +27,21 @@ def conclude(
     methods: Sequence[dict[str, Any]],
     untrained: Sequence[dict[str, Any]],
     amendments: Sequence[dict[str, Any]] = (),
+    missing: int = 0,
 ) -> Said:
     """Judge the pairs together, each as far as its methods' runs allow.
 
+    missing: pairs that the study will have when it is complete; a look at the first ones is no smaller study.
     amendments: of the study; a change after final runs had ended is named in every verdict.
     """
     at = {(m["model"], m["task"], m["method"]): m for m in methods}
     ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
-    judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level)
+    judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level, missing)
     late = " Amended after final runs had ended." if notes.amended_late(amendments) else ""
     comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
     comparisons = [dataclasses.replace(c, note=f"{c.note}{late}".strip()) for c in comparisons]
-    false_alarm = verdicts.false_alarm(judged, study.level)
+    false_alarm = verdicts.false_alarm(judged, study.level, missing)
     return Said(
         [_plain(c) for c in comparisons],
         false_alarm,

@@ -189,6 +189,13 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
     return notes
 
 
+def to_come(missing: int) -> list[str]:
+    """That the verdicts of a part of a study are not those of a smaller one."""
+    if not missing:
+        return []
+    return [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
+
+
 def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
     """Tasks with one test item."""
     scenarios = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)

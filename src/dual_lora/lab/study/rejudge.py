@@ -23,7 +23,8 @@ from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.read import build_study
-from dual_lora.lab.study.results import RESULTS_FORMAT
+from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
+from dual_lora.lab.study.study import Study
 
 WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
 GONE = ("overall", "ranking")  # of format 1
@@ -41,7 +42,8 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
         pairs = [_pair(study, c, at) for c in before]
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
-    said = conclude(study, pairs, methods, untrained, results.get("amendments", []))
+    missing = 0 if results.get("complete", True) else max(0, _planned(study) - len(pairs))
+    said = conclude(study, pairs, methods, untrained, results.get("amendments", []), missing)
     changed = [
         {key: new[key] for key in ("candidate", "reference", "model", "task")}
         | {"before": old["verdict"], "after": str(new["verdict"])}
@@ -57,6 +59,12 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
         "notes": said.notes + kept,
         "amendments": [*results.get("amendments", []), amendment],
     }
+
+
+def _planned(study: Study) -> int:
+    """How many pairs the whole study has, without those in forgetting."""
+    names = list(study.variants())
+    return len(wanted(study, names)) * len(study.tasks) * max(1, len(study.models))
 
 
 def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> verdicts.Comparison:

@@ -49,8 +49,9 @@ def build_results(
     tables = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
     pairs = _pairs(study, finished, tables)
+    missing = _missing(study, finished)
     pairs += _in_forgetting(pairs, study, _forgetting_tables(finished, runs, lost))
-    said = conclude(study, pairs, methods, untrained, amendments)
+    said = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
@@ -62,6 +63,7 @@ def build_results(
         "plan": plan,
         "amendments": list(amendments),
         "notes": notes.unfinished(study, finished)
+        + notes.to_come(missing if pairs else 0)
         + lost
         + said.notes
         + notes.seen_before(plan, amendments)
@@ -124,17 +126,32 @@ def _pairs(
     pairs = []
     for scenario in dict.fromkeys(f.cell.scenario for f in finished):
         here = [f.cell for f in finished if f.cell.scenario == scenario and f.cell.at in tables]
-        names = [cell.method for cell in here]
-        if study.pairs == "all":
-            wanted = [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
-        else:
-            wanted = [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
         about = about_pairs(study, scenario, here[0].metric) if here else {}
         pairs += [
             verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
-            for a, b in wanted
+            for a, b in wanted(study, [cell.method for cell in here])
         ]
     return pairs
+
+
+def wanted(study: Study, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Candidates and references, of these methods of one scenario."""
+    if study.pairs == "all":
+        return [(a, b) for i, b in enumerate(names) for a in names[i + 1 :]]
+    return [(name, study.baseline) for name in names if name != study.baseline and study.baseline in names]
+
+
+def _missing(study: Study, finished: Sequence[Finished]) -> int:
+    """How many pairs wait for runs that have not ended, those in forgetting counted too."""
+    count = 0
+    for scenario in dict.fromkeys(f.cell.scenario for f in finished):
+        here = [f for f in finished if f.cell.scenario == scenario]
+        whole = {f.cell.method for f in here if f.complete}
+        forgetting = {f.cell.method for f in here if f.cell.recipe.evaluate.forgetting is not None}
+        for pair in wanted(study, [f.cell.method for f in here]):
+            if not whole.issuperset(pair):
+                count += 1 + forgetting.issuperset(pair)
+    return count
 
 
 def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, Any]:

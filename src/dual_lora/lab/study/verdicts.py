@@ -104,12 +104,12 @@ class Comparison:
         return f"{head} ({figure}, {end}). {self.note}".rstrip()
 
 
-def false_alarm(comparisons: Sequence[Comparison], level: float) -> float | None:
+def false_alarm(comparisons: Sequence[Comparison], level: float, missing: int = 0) -> float | None:
     """Chance of any false alarm among these comparisons, if there were no difference anywhere and the noise were what
     it was seen to be; None where no noise was seen. It is `level` at most: the interval holds its level everywhere, and
     gives away some of it where seeds and items both matter."""
     many = [c.spread for c in comparisons if c.p is not None]
-    chances = [2 * stats.power(0.0, s, level / len(many)) for s in many if s.error > 0]
+    chances = [2 * stats.power(0.0, s, level / (len(many) + missing)) for s in many if s.error > 0]
     return 1 - math.prod(1 - chance for chance in chances) if chances else None
 
 
@@ -175,8 +175,8 @@ def compare_spread(
     )
 
 
-def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Comparison]:
-    """Verdicts for comparisons that are made together, corrected for their number.
+def judge(comparisons: Sequence[Comparison], level: float = 0.05, missing: int = 0) -> list[Comparison]:
+    """Verdicts for comparisons that are made together, corrected for their number and for those that are yet to come.
 
     Equivalence comes first: the margin is the user's word for what is too small to matter, so a difference
     that is surely inside it is no victory, however sure its sign. Nor is a significant difference whose estimate lies
@@ -184,9 +184,11 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
     keeps the reason that it came with.
     """
     many = [c for c in comparisons if c.p is not None]
-    apart = dict(zip(map(id, many), stats.holm([c.p for c in many if c.p is not None]), strict=True))
+    to_come = [1.0] * missing
+    apart = dict(zip(map(id, many), stats.holm([c.p for c in many if c.p is not None] + to_come), strict=False))
     margins = [c for c in many if c.p_same is not None]
-    alike = dict(zip(map(id, margins), stats.holm([c.p_same for c in margins if c.p_same is not None]), strict=True))
+    same_p = [c.p_same for c in margins if c.p_same is not None]
+    alike = dict(zip(map(id, margins), stats.holm(same_p + to_come), strict=False))
     judged = []
     for c in comparisons:
         if id(c) not in apart:
@@ -195,7 +197,7 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05) -> list[Compar
         p, same = apart[id(c)], alike.get(id(c))
         verdict, note = _verdict(c, p < level, same is not None and same < level)
         note = f"{note} {c.note}".strip()
-        visible = stats.smallest_visible(c.spread, level / len(many), c.power)
+        visible = stats.smallest_visible(c.spread, level / (len(many) + missing), c.power)
         judged.append(replace(c, p_holm=p, p_same_holm=same, verdict=verdict, note=note, visible=visible))
     return judged
 
