@@ -48,7 +48,8 @@ def test_right_server_by_the_fingerprint_alone(kind, run_folder, tuned, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("strength", "word"), [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1")], ids=["off", "twice", "half"]
+    ("strength", "word"),
+    [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1"), (1.5, "other scale"), (3.0, "other scale")],
 )
 @pytest.mark.parametrize("prompts", [None, "own"])
 def test_wrong_strengths(kind, strength, word, prompts, run_folder, tuned, questions):
