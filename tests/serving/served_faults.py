@@ -106,6 +106,7 @@ def found(adapter, url):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
+    assert "verdict" in told, told
     assert done.returncode == (told["verdict"] not in ("on", "rounded")), told
     return told["verdict"]
 
