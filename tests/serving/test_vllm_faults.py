@@ -25,7 +25,7 @@ def test_faults_of_a_server(fault, adapters, tmp_path):  # noqa: F811
     twice, options = fault == "merged twice", []  # a merged folder, and the adapter beside it
     whole = served_faults.served_whole("right" if twice else fault, adapters, tmp_path)
     if fault == "another template":
-        options = ["--chat-template", whole / "chat_template.jinja"]
+        options = ["--chat-template", tmp_path / "base" / "chat_template.jinja"]
     elif fault == "another tokenizer":
         served_faults.with_other_words(whole)
     shutil.move(whole, tmp_path / "base")
