@@ -77,6 +77,15 @@ def test_an_adapter_of_nan_is_no_result(command, value, source, tmp_path, call):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64], ids=str)
+def test_an_adapter_of_other_numbers_is_no_result(kind, source):
+    file = source / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight if name.endswith("_left") else weight.to(kind) for name, weight in weights.items()}, file)
+    with pytest.raises(UserError, match=r"holds .* as (I32|BOOL|C64), expected floating-point numbers"):
+        open_tuned(source)
+
+
 def test_a_full_model_of_nan_is_no_result(lm_values, tmp_path):
     lm_values["method"] = {"name": "full"}
     lm_values["train"]["steps"] = 1

@@ -12,6 +12,8 @@ from tiny_server import served
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.verify.endpoint import Endpoint
+from dual_lora.lab.verify.logprobs import Probe
 from dual_lora.lab.verify.strength import strengths
 from dual_lora.lab.verify.verify import verify
 
@@ -48,7 +50,8 @@ def test_right_server_by_the_fingerprint_alone(kind, run_folder, tuned, tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("strength", "word"), [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1")], ids=["off", "twice", "half"]
+    ("strength", "word"),
+    [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1"), (1.5, "other scale"), (3.0, "other scale")],
 )
 @pytest.mark.parametrize("prompts", [None, "own"])
 def test_wrong_strengths(kind, strength, word, prompts, run_folder, tuned, questions):
@@ -107,6 +110,24 @@ def test_bad_servers_get_one_sentence(answer, said, run_folder, tuned):
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_part_of_a_character_comes_without_logprobs(every, monkeypatch):
+    """llama.cpp's server holds it back until the rest is there: a server of Chinese or of emojis is no broken one."""
+    entry = {"token": "a", "logprob": -1.0}
+    whole = {"logprobs": {"content": [{**entry, "top_logprobs": [entry]}]}}
+    part = {"text": "\ufffd", "logprobs": None}
+    server = Endpoint("http://127.0.0.1:9/v1", "mine")
+    told = lambda path, body: {"choices": [part if every or len(body["prompt"]) == 2 else whole]}  # noqa: E731
+    monkeypatch.setattr(server, "_post", told)
+    probes = [Probe((5, 6, 7, 8), (1, 2, 3))]
+    if every:
+        with pytest.raises(UserError, match="gives no log-probabilities"):
+            server.score(probes, dict.fromkeys(range(9), "a"))
+    else:
+        answer = server.score(probes, dict.fromkeys(range(9), "a"))
+        assert (answer.kept, answer.found.tolist()) == ([0, 2], [-1.0, -1.0])
 
 
 def test_a_number_without_end_is_no_logprob(run_folder, tuned):

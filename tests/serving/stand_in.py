@@ -27,7 +27,7 @@ class Engine:
             model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(base), model=str(base), revision=None),
         )
         self.asked, self.extra, self.loaded, self.fails = [], extra, adapter, set()
-        self.paused = False
+        self.paused, self.on_load = False, lambda: None
 
     async def collective_rpc(self, method, args=()):
         self.asked.append(method)
@@ -40,6 +40,7 @@ class Engine:
             raise RuntimeError("the worker has no memory left")
         else:
             self.loaded = self.extra["adapter"]
+            self.on_load()
 
     async def pause_generation(self, **kwargs):
         self.asked.append("pause")

@@ -13,7 +13,7 @@ from stand_in import File, Request, asked, files_of, main_of, started
 
 from dual_lora.serving import by_name, vllm_endpoint
 from dual_lora.serving.by_name import ByName
-from dual_lora.serving.files import FILES
+from dual_lora.serving.files import FILES, AdapterError
 from dual_lora.serving.vllm_endpoint import OWN
 
 BAD_NAMES = ["", " ", "m", "m ", "a-lora", "..", "../adapter", "/etc", "a//b", "a/./b", "a\x1b[31m", "a\nb", "x" * 201]
@@ -263,6 +263,88 @@ def test_files_that_have_changed_are_not_served_in_silence(server):
     assert server.run({"model": "b"})[0][0] == 200
 
 
+@pytest.mark.parametrize("whose", ["adapter", "base"])
+def test_files_that_change_while_they_are_read(whose, server):
+    """The weights are then those of no file that was checked: the adapter before is loaded again, if it is the same."""
+    folder = server.other if whose == "adapter" else Path(server.one).with_name("base")
+    server.engine.on_load = lambda: rewritten(folder)
+    status, said = asked(server.endpoint, "POST", {"adapter": server.other})
+    assert (status, "have changed since" in said) == (400, True)
+    assert main_of(server.endpoint) == server.one
+    if whose == "adapter":
+        assert server.engine.loaded == server.one
+        assert not server.engine.paused
+    else:
+        assert server.engine.paused
+        assert "answers nothing" in said
+
+
+def test_files_that_change_while_a_swap_waits(server):
+    async def main():
+        await server.served.turns.enter(None)
+        swap = asyncio.ensure_future(server.served.swap(server.other))
+        while not server.served.turns._queue:
+            await asyncio.sleep(0.01)
+        rewritten(server.other)
+        server.served.turns.leave()
+        with pytest.raises(AdapterError, match="have changed since"):
+            await swap
+
+    asyncio.run(main())
+    assert server.engine.asked == []
+    assert main_of(server.endpoint) == server.one
+
+
+def test_a_failed_swap_does_not_bring_back_what_has_changed(server):
+    rewritten(server.one)
+    server.engine.fails = {server.other}
+    status, said = asked(server.endpoint, "POST", {"adapter": server.other})
+    assert status == 500
+    assert "The server has the base model." in said
+    assert server.engine.loaded is main_of(server.endpoint) is None
+
+
+def test_a_base_that_has_changed_is_not_mixed_with_the_old_one(server):
+    rewritten(Path(server.one).with_name("base"))
+    status, said = asked(server.endpoint, "POST", {"adapter": server.other})
+    assert status == 400
+    assert "start it again" in said
+    assert [status for status, _ in server.run({"model": "b"}, {"model": "m"})] == [503, 200]
+    assert server.engine.asked == []
+
+
+def rewritten(folder):
+    """The same bytes in the place of a folder's weights, at another time."""
+    [file] = Path(folder).glob("*.safetensors")
+    os.utime(file, ns=(1, file.stat().st_mtime_ns + 1))
+
+
+def test_a_websocket_is_not_answered_by_another_adapter(server):
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    async def app(scope, receive, send):
+        sent.append([(await receive())["type"] for _ in range(3)])
+
+    def said(*messages):
+        sent.clear()
+        texts = [{"type": "websocket.connect"}, *({"type": "websocket.receive", **message} for message in messages)]
+
+        async def receive():
+            return texts.pop(0)
+
+        asyncio.run(ByName(app, server.served.turns, server.served.named, OWN)({"type": "websocket"}, receive, send))
+        return sent
+
+    for wanted in ({"text": '{"type": "session.update", "model": "b"}'}, {"bytes": b'{"model": "b"}'}):
+        assert said({"text": "{}"}, wanted) == [
+            "websocket.close", ["websocket.connect", "websocket.receive", "websocket.disconnect"]
+        ]  # fmt: skip
+    assert said({"text": '{"model": "m"}'}, {"bytes": b"\xff"}) == [["websocket.connect", *["websocket.receive"] * 2]]
+
+
 def test_an_adapter_that_a_worker_cannot_load(server):
     server.engine.fails = {server.other}
     answers = server.run({"model": "b"}, {"model": "b"}, {"model": "m"})
@@ -296,8 +378,10 @@ def test_names_at_the_start(tmp_path):
 
 
 def test_several_processes_that_take_requests(tmp_path):
+    """One would report, and after a failed swap bring back, an adapter in whose place another has put its own."""
     server = Server(tmp_path, args=SimpleNamespace(api_server_count=2))
-    status, said = server.names({"b": server.other})
-    assert status == 400
-    assert "--api-server-count 1" in said
-    assert asked(server.endpoint, "POST", {"adapter": server.other})[0] == 200, "a swap pauses all of them"
+    for status, said in (server.names({"b": server.other}), asked(server.endpoint, "POST", {"adapter": server.other})):
+        assert status == 400
+        assert "--api-server-count 1" in said
+    assert server.engine.asked == []
+    assert asked(server.endpoint, "GET") == (200, {"adapter": server.one})

@@ -125,6 +125,36 @@ def test_refused_in_one_sentence(fault, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("method", ["dual-lora", "lora", "modules to save"])
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu], ids=str)
+def test_what_are_no_floating_point_numbers(kind, method, tmp_path):
+    trained(METHODS[method](), tmp_path)
+    stored_as(kind, tmp_path)
+    with pytest.raises(AdapterError, match=r"holds .* as (I32|U8|BOOL|C64|F8_E8M0), expected floating-point") as raised:
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["dual-lora", "lora", "modules to save"])
+@pytest.mark.parametrize(
+    "kind", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+def test_fewer_and_more_bits_are_served_as_peft_merges_them(kind, method, tmp_path):
+    trained(METHODS[method](), tmp_path)
+    stored_as(kind, tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    after = dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+    expected = peft.PeftModel.from_pretrained(small(), tmp_path / "adapter").merge_and_unload().state_dict()
+    for key, weight in expected.items():
+        torch.testing.assert_close(after[key], weight.float(), msg=key)
+
+
+def stored_as(kind, folder):
+    """Every tensor of an adapter but the count of its warm-up in another type."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({key: t if key.endswith("_left") else t.to(kind) for key, t in load_file(file).items()}, file)
+
+
 class Largest(TorchDispatchMode):
     """Counts the numbers of the largest tensor that is made, but for the meta device."""
 

@@ -7,7 +7,9 @@ random. Without the count (written by another program) an adapter is finished.
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PEFT_PREFIX = "base_model.model."
+# As a file's header names them: what PEFT computes with as it is. F8_E8M0 is a scale, and smaller ones need some.
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_WHOLE = re.compile(r"\.dual_lora_left|_indices|\.frod_s_size")  # tensors of whole numbers, of all methods of PEFT
 
 
 def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
@@ -26,6 +31,7 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes; {error}). It was cut short or "
@@ -33,6 +39,25 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
         ) from error
     if not any(".dual_lora_" in name for name in names):
         raise ValueError(_foreign(path, names))
+    check_numbers(kinds, path)
+
+
+def check_numbers(kinds: Mapping[str, str], what: str) -> None:
+    """Raise ValueError unless an adapter's tensors are floating-point numbers, of any method.
+
+    kinds: each tensor's type, as its file's header names it. Loading would turn others into numbers in silence: the
+    imaginary part is dropped, and sums of U8 are those of remainders.
+    """
+    wrong = [
+        name
+        for name, kind in sorted(kinds.items())
+        if kind not in FLOATS and not (_WHOLE.search(name) and kind.startswith(("I", "U")))
+    ]
+    if wrong:
+        raise ValueError(
+            f"{what} holds {_some(wrong, 'tensors')} as {kinds[wrong[0]]}, expected floating-point numbers "
+            f"({', '.join(sorted(FLOATS))}): save the adapter again as it was trained."
+        )
 
 
 def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ class ByName:
     """names: of adapters, as requests give them in `model`. own: the path below which our own routes lie.
 
     Every POST with a body takes a turn, whatever its path: a route of which nothing is known here may reach the model.
-    One that names no adapter (a served name of the base, a body that is neither JSON nor a form, a websocket) has the
-    turn of None.
+    One that names no adapter (a served name of the base, a body that is neither JSON nor a form) has the turn of None.
+    So has a websocket, which says only later what it asks for: one that asks for an adapter by name is closed.
     """
 
     def __init__(self, app: Any, turns: Turns, names: Container[str], own: str):
@@ -35,6 +35,8 @@ class ByName:
         if not self._may_reach_the_model(scope):
             await self.app(scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            receive = self._without_names(receive, send)
         body, receive = await _read(scope, receive)
         model = body.get("model")
         name = model if isinstance(model, str) and model in self.names else None
@@ -52,6 +54,20 @@ class ByName:
             await self.app(scope, receive, lambda message: asyncio.wait_for(send(message), PATIENCE))
         finally:
             self.turns.leave()
+
+    def _without_names(self, receive: Receive, send: Send) -> Receive:
+        """What comes through a websocket, up to a message that asks for an adapter by name."""
+
+        async def checked() -> Message:
+            message = await receive()
+            name = _object_of(message.get("text") or message.get("bytes") or "").get("model")
+            if not isinstance(name, str) or name not in self.names:
+                return message
+            why = "A websocket is answered by the server's own adapter alone: ask for this one over HTTP."
+            await send({"type": "websocket.close", "code": 1008, "reason": why})
+            return {"type": "websocket.disconnect", "code": 1008, "reason": why}
+
+        return checked
 
     def _may_reach_the_model(self, scope: Message) -> bool:
         if scope["type"] != "http":
@@ -77,11 +93,16 @@ async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Recei
     if b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():  # sound, beside other fields
         model = _MODEL_OF_FORM.search(whole)
         return {"model": model[1].decode(errors="replace")} if model else {}, again
+    return _object_of(whole), again
+
+
+def _object_of(text: str | bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for all else, of which the route says what is wrong."""
     try:
-        body = json.loads(whole)
-    except (ValueError, RecursionError):  # the route says what is wrong
-        return {}, again
-    return body if isinstance(body, dict) else {}, again
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

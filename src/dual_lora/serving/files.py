@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from dual_lora.method.saved import check_numbers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
@@ -30,17 +33,25 @@ def _paths(folder: str | Path) -> list[Path]:
 
 
 def shapes_of(folder: str | Path) -> Shapes:
-    """Names and shapes of an adapter's tensors. Raises AdapterError where a file is missing or half-written."""
+    """Names and shapes of an adapter's tensors. Raises AdapterError for a file that is missing, half-written or not of
+    floating-point numbers."""
     config, weights = _paths(folder)
     try:
         _check_sizes(config, weights)
         _check_kind(json.loads(config.read_text("utf-8")), config)
         with safe_open(str(weights), framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            kinds = {name: part.get_dtype() for name, part in parts.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
     except AdapterError:
         raise
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}.") from error
+    try:
+        check_numbers(kinds, str(folder))
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    return shapes
 
 
 def _check_kind(values: Any, config: Path) -> None:
@@ -64,7 +75,11 @@ def _check_sizes(config: Path, weights: Path) -> None:
 
 def version_of(folder: str | Path) -> tuple[tuple[int, ...], ...]:
     """Tells an adapter's files from others that have come in their place. Raises AdapterError if one is missing."""
-    states = [file.stat() for file in _paths(folder)]
+    return version_of_files(_paths(folder))
+
+
+def version_of_files(files: Iterable[Path]) -> tuple[tuple[int, ...], ...]:
+    states = [file.stat() for file in sorted(files)]
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in states)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .compose import ComposedWeights
-from .files import AdapterError, checkpoint_of, version_of
+from .files import AdapterError, checkpoint_of, version_of, version_of_files
 from .turns import Turns
 from .vllm import KEY, LIMIT, LOAD_FORMAT, Settings
 
@@ -53,6 +53,7 @@ class ServedAdapters:
         self.swapping = False
         self.limit_bytes = 0  # of composed weights, for each of the server's processes
         self._alone = True  # whether one process takes all requests
+        self._base: Any = None  # the base's files as they were at the start
         self._cards: list[Any] = []  # vLLM's list of the names that it serves; the first one stands in answers
         self._own: list[Any] = []  # those that it began with
         self._loras: Mapping[str, Any] = {}  # vLLM's own adapters, by name
@@ -66,6 +67,7 @@ class ServedAdapters:
         load = engine.vllm_config.load_config
         if load.load_format != LOAD_FORMAT:
             return
+        self._base = _version_of_base(engine.vllm_config.model_config)
         settings = Settings.read(load.model_loader_extra_config)
         if settings.adapter is not None:
             self.main = self.loaded = Adapter(settings.adapter, version_of(settings.adapter))
@@ -129,8 +131,7 @@ class ServedAdapters:
             raise AdapterError(f"The server no longer knows an adapter {name}.")
         wanted = self.main if name is None else self.named[name]
         if wanted != self.loaded:
-            if wanted is not None and version_of(wanted.folder) != wanted.version:
-                raise AdapterError(f"The files in {wanted.folder} have changed since they were checked: post it again.")
+            self._check_files(wanted)
             try:
                 await self._load_instead(wanted)
             except Exception as error:
@@ -147,6 +148,7 @@ class ServedAdapters:
 
     async def _load_instead(self, wanted: Adapter | None) -> None:
         """Pause, load, resume. Where that fails, the server has what `_load_what_is_left` found."""
+        self._check_files(wanted)
         await self.engine.pause_generation(mode="wait", clear_cache=True)
         self.whole, self.swapping = False, True
         try:
@@ -171,17 +173,24 @@ class ServedAdapters:
                 return
 
     async def _load(self, adapter: Adapter | None) -> None:
+        """Raises AdapterError where the files are no longer those that were checked, or change while they are read."""
+        self._check_files(adapter)
         extra = self.engine.vllm_config.load_config.model_loader_extra_config
         extra = {**extra, KEY: adapter and adapter.folder, LIMIT: self.limit_bytes}
         await self.engine.collective_rpc("update_config", args=({"load_config": {"model_loader_extra_config": extra}},))
         await self.engine.collective_rpc("reload_weights")
+        self._check_files(adapter)
         self.loaded, self.whole = adapter, True
+
+    def _check_files(self, adapter: Adapter | None) -> None:
+        if adapter is not None and version_of(adapter.folder) != adapter.version:
+            raise AdapterError(f"The files in {adapter.folder} have changed since they were checked: post it again.")
+        if _version_of_base(self.engine.vllm_config.model_config) != self._base:
+            raise AdapterError("The base model's files have changed since the server started: start it again.")
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise AdapterError for what cannot be the name of an adapter, or where no adapter can have one."""
         self.check_start()
-        if not self._alone:
-            raise AdapterError("Adapters by name need one process that takes all requests: --api-server-count 1.")
         taken = {card.name for card in self._own} | set(self._loras)
         for name in names:
             if name in taken:
@@ -197,6 +206,10 @@ class ServedAdapters:
         """Raise AdapterError where the server cannot take an adapter at all."""
         if self.engine.vllm_config.load_config.load_format != LOAD_FORMAT:
             raise AdapterError(f"The server was started without --load-format {LOAD_FORMAT}.")
+        if not self._alone:
+            raise AdapterError(
+                "Requests come in several processes, none of which knows what another has loaded: --api-server-count 1."
+            )
 
     async def _checked(self, folder: str, kept: Any = None) -> Adapter:
         """Everything that can be wrong with a folder, found before anything is changed."""
@@ -213,9 +226,21 @@ def _end_of(folder: str) -> str:
 def _check(model_config: Any, folder: str) -> None:
     with _CHECKING:
         composed = ComposedWeights(copy.deepcopy(model_config.hf_config), folder)
+    composed.check(checkpoint_of(_folder_of_base(model_config)))
+
+
+def _folder_of_base(model_config: Any) -> Path:
     base = Path(model_config.model)
     if not base.is_dir():
         from huggingface_hub import snapshot_download
 
         base = Path(snapshot_download(model_config.model, revision=model_config.revision, local_files_only=True))
-    composed.check(checkpoint_of(base))
+    return base
+
+
+def _version_of_base(model_config: Any) -> Any:
+    """Tells a base's files from others that have come in their place; None where there are none in a folder."""
+    try:  # without the time of their last change of rights or links
+        return [state[:-1] for state in version_of_files(_folder_of_base(model_config).glob("*.safetensors"))]
+    except (OSError, ValueError):  # a name that no folder has; the hub's errors are of these kinds
+        return None

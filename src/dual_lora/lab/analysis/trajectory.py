@@ -11,7 +11,7 @@ from dual_lora.lab.analysis.matrices import Difference
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, full_updates, linear_layers, snapshot
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.bounds import check_finite_weights
+from dual_lora.lab.model.bounds import check_finite_weights, check_stored_numbers
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import read_object
 from dual_lora.lab.run.folder import RunFolder
@@ -94,6 +94,7 @@ def load_adapter_into(model: Any, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"The checkpoint {folder} holds no adapter_model.safetensors.")
+    check_stored_numbers(file, f"The adapter {folder}")
     try:
         tensors = load_file(file)
         check_finite_weights(tensors, f"The adapter {folder}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.method.saved import check_numbers
 from dual_lora.verify.patterns import check_patterns
 
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
@@ -77,6 +78,24 @@ def _numbers(value: Any) -> Iterator[int]:
             yield from _numbers(each)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield value
+
+
+def check_stored_numbers(file: Path, what: str) -> None:
+    """Raise UserError if an adapter's file holds what are no floating-point numbers. what: its name in a sentence.
+
+    A file that is missing or damaged is left to whoever reads it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as stored:
+            kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return
+    try:
+        check_numbers(kinds, what)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def check_finite_weights(weights: Mapping[str, Any], what: str) -> None:

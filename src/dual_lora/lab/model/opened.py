@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.model.bounds import check_config, check_finite_weights
+from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import Loaded, load_model
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
@@ -138,6 +138,7 @@ def _open_adapter(
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
+    check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
     part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None

@@ -117,12 +117,12 @@ class Endpoint:
         step = max(1, math.ceil(len(every) / ASKED_SINGLY))
         for index in range(0, len(every), step):
             probe, place = every[index]
-            told = _entries(self._complete(list(probe.ids[:place]), echo=False))
+            answer = self._complete(list(probe.ids[:place]), echo=False)
+            told = _entries(answer)
+            if not told and _is_part_of_a_character(answer):
+                continue  # which llama.cpp's server holds back, with its log-probabilities
             if not told or not told[0].others:
-                raise UserError(
-                    f"{self.url} gives no log-probabilities: start the server with them (vLLM: --max-logprobs 20; "
-                    "llama.cpp's server and SGLang give them), or verify the files that it serves by --against."
-                )
+                raise UserError(self._gives_none())
             token = probe.ids[place]
             value = told[0].others.get(f"#{token}", told[0].others.get(texts[token]))
             floor = min(told[0].others.values())
@@ -130,8 +130,16 @@ class Endpoint:
             floors.append(floor)
             written |= told[0].names
             kept.append(index)
+        if not kept:
+            raise UserError(self._gives_none())
         found, least = torch.tensor(values, dtype=torch.float64), torch.tensor(floors, dtype=torch.float64)
         return Answer(found, least, kept, written, False)
+
+    def _gives_none(self) -> str:
+        return (
+            f"{self.url} gives no log-probabilities: start the server with them (vLLM: --max-logprobs 20; llama.cpp's "
+            "server and SGLang give them), or verify the files that it serves by --against."
+        )
 
     def _complete(self, ids: list[int], echo: bool) -> dict[str, Any]:
         body: dict[str, Any] = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": 1 if echo else TOP}
@@ -234,6 +242,14 @@ def _entries(told: dict[str, Any]) -> list[Entry]:
         return [_entry(str(t), v, dict(top or {})) for t, v, top in zip(tokens, values, tops, strict=True)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return []
+
+
+def _is_part_of_a_character(told: dict[str, Any]) -> bool:
+    """Whether the token that was generated is a part of a character of several bytes."""
+    try:
+        return "\ufffd" in told["choices"][0]["text"]
+    except (KeyError, IndexError, TypeError):
+        return False
 
 
 def _entry_of_content(item: dict[str, Any]) -> Entry:

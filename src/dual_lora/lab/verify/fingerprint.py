@@ -34,7 +34,7 @@ FILE = "fingerprint.json"
 LARGEST = 1 << 20  # bytes of a file that is read
 TOKENS, PROMPTS = 20, 5
 SAMPLED = 64  # tensors of the base, of which the first and the last numbers count
-STRENGTHS = (0.5, 2.0)
+STRENGTHS = (0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0)
 COARSE = "four bits"
 LOST = ("the first half of the blocks", "the second half of the blocks")
 
@@ -114,19 +114,19 @@ class StoredGuesses:
 
     def __init__(self, fingerprint: Fingerprint):
         self.columns = {name: torch.tensor(c, dtype=torch.float64) for name, c in fingerprint.columns.items()}
-
-    def scaled(self, strength: float) -> Tensor | None:
         known = {0.0: self.columns["base"], 1.0: self.columns["tuned"]}
         known |= {s: self.columns[f"× {s}"] for s in STRENGTHS if f"× {s}" in self.columns}
-        if len(known) < 4:
+        self.known = dict(sorted(known.items()))
+
+    def scaled(self, strength: float) -> Tensor | None:
+        """By cubics that stay between their ends, as a polynomial through all would not; beyond the last its own."""
+        from scipy.interpolate import PchipInterpolator
+
+        if len(self.known) < 4:
             return None
-        total = torch.zeros_like(self.columns["base"])
-        for at, column in known.items():  # Lagrange's polynomial
-            factor = 1.0
-            for other in known:
-                factor *= (strength - other) / (at - other) if other != at else 1.0
-            total += factor * column
-        return total
+        at = list(self.known)
+        through = PchipInterpolator(at, torch.stack([*self.known.values()]).numpy())
+        return torch.from_numpy(through(min(max(strength, at[0]), at[-1])))
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, column) for name, column in self.columns.items() if name in LOST)
