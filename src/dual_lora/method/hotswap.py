@@ -59,7 +59,7 @@ def hotswap_from_state_dict(
     with torch.no_grad():
         for key, value in others.items():
             known[key].copy_(value)
-        for name, (key, layer) in zip(layers, _keys(model, adapter_name).items(), strict=True):
+        for name, (key, layer) in zip(layers, _keys(model, adapter_name), strict=True):
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
@@ -75,20 +75,23 @@ def hotswap_from_state_dict(
         _write_options(changed, model, adapter_name)
 
 
-def _keys(model: nn.Module, adapter: str) -> dict[str, DualLoraLayer]:
-    """The adapter's layers as patterns know them, by what they were called when they were made."""
+def _keys(model: nn.Module, adapter: str) -> list[tuple[str, DualLoraLayer]]:
+    """The adapter's layers as patterns know them, by what they were called when they were made.
+
+    An attention and its output projection go by one name.
+    """
     tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
-    root, found = next(tuners, ""), {}
+    root, found = next(tuners, ""), []
     for name, layer in model.named_modules():
         if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
             key = name.removeprefix(root).split(".base_layer")[0]  # not inside other parameters' wrappers
-            found[f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key] = layer
+            found.append((f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key, layer))
     return found
 
 
 def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
     """The ranks and the α of every layer, as they are stored, as patterns where they are not the usual ones."""
-    layers = {key: _stored_options(layer, adapter) for key, layer in _keys(model, adapter).items()}
+    layers = {key: _stored_options(layer, adapter) for key, layer in _keys(model, adapter)}
     if not layers:
         return
     config.r1, config.r2, config.alpha = usual = max(layers.values(), key=[*layers.values()].count)
