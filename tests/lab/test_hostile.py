@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import exit_status
+from dual_lora.lab.model.bounds import check_finite_weights
 from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.patterns import Pattern
@@ -45,6 +46,14 @@ def trained(tiny_lm, questions, tmp_path_factory):
 def source(trained, tmp_path):
     """A copy of it, to be changed."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_finite_weights_of_every_kind(kind):
+    weights = {"good": torch.ones(3).to(kind), "whole": torch.ones(3, dtype=torch.int32)}
+    check_finite_weights(weights, "The adapter")
+    with pytest.raises(UserError, match=r"1 of 3 weights \(the first is bad\)"):
+        check_finite_weights(weights | {"bad": torch.tensor([1.0, math.nan]).to(kind)}, "The adapter")
 
 
 def poison(run_folder, value=math.nan):

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dual_lora.verify.finite import all_finite
+
 from .files import AdapterError, Shapes, shapes_of
 from .fitting import check_before_loading, check_shapes, first_line, method_of
 
@@ -138,7 +140,7 @@ class ComposedWeights:
                 self._finite(own, self._composed(own, ones))
 
     def _finite(self, own: str, tensor: Tensor) -> Tensor:
-        if not _all_finite(tensor):
+        if not all_finite(tensor):
             raise AdapterError(
                 f"{own} with {self.folder} is beyond what {tensor.dtype} holds, or computed from the base's weights as "
                 "they were when the adapter was made: merge it and serve the merged folder."
@@ -250,15 +252,10 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
         raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error
     check_shapes(adapted, folder, files)
     loaded = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    wrong = sorted(n for n in files if loaded[n].is_floating_point() and not _all_finite(loaded[n]))
+    wrong = sorted(n for n in files if loaded[n].is_floating_point() and not all_finite(loaded[n]))
     if wrong:
         raise AdapterError(f"{folder} holds NaN or infinite numbers, in {wrong[0]} and {len(wrong) - 1} more tensors.")
     return adapted.eval()
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    """For eight bits as well, which `isfinite` does not know."""
-    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
 
 
 def _layers(adapted: Any) -> dict[str, Any]:

@@ -100,9 +100,9 @@ def check_stored_numbers(file: Path, what: str) -> None:
 
 def check_finite_weights(weights: Mapping[str, Any], what: str) -> None:
     """Raise UserError if a weight that a run or an adapter brought along holds NaN or infinity. what: its name."""
-    import torch
+    from dual_lora.verify.finite import all_finite
 
-    bad = [name for name, weight in weights.items() if weight.is_floating_point() and not torch.isfinite(weight).all()]
+    bad = [name for name, weight in weights.items() if weight.is_floating_point() and not all_finite(weight)]
     if bad:
         raise UserError(
             f"{what} holds NaN or infinity in {len(bad)} of {len(weights)} weights (the first is {bad[0]}): its "
