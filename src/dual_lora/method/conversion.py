@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .layer import DualLoraLayer, Linear
+from .layer import Linear, named_layers
 
 # Above this, look at the loss on data before a LoRA stands in for the adapter.
 TOO_MUCH = 0.3
@@ -161,7 +161,7 @@ def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[
 
 
 def _linear_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
-    found = {name: m for name, m in model.named_modules() if isinstance(m, DualLoraLayer) and adapter_name in m.scaling}
+    found = named_layers(model, adapter_name)
     if not found:
         raise ValueError(f"The model has no Dual LoRA adapter {adapter_name!r}: there is nothing to convert.")
     others = [name for name, m in found.items() if not m.supports_lora_conversion(adapter_name)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
-from .layer import DualLoraLayer, layers_of
+from .layer import DualLoraLayer, layers_of, named_layers
 from .model import layer_options
 from .precision import mark_as_stored
 
@@ -40,8 +40,7 @@ def hotswap_from_state_dict(
     that differ in more than the rank; ValueError while the adapter is merged.
     """
     model = getattr(model, "_orig_mod", model)
-    named = model.named_modules()
-    layers = {name: m for name, m in named if isinstance(m, DualLoraLayer) and adapter_name in m.scaling}
+    layers = named_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"Cannot hot-swap adapter '{adapter_name}' because it is currently merged into the base weights. Please "
@@ -56,14 +55,15 @@ def hotswap_from_state_dict(
     if unexpected:
         raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(unexpected)}.")
     _check_shapes(layers, new, adapter_name)
+    key_of = _keys(model)
     with torch.no_grad():
         for key, value in others.items():
             known[key].copy_(value)
-        for name, (key, layer) in zip(layers, _keys(model, adapter_name), strict=True):
+        for name, layer in layers.items():
             composed_weights.drop(layer)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
-            layer.set_ranks(adapter_name, *layer_options(config, key))
+            layer.set_ranks(adapter_name, *layer_options(config, key_of(name, layer)))
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
@@ -75,23 +75,22 @@ def hotswap_from_state_dict(
         _write_options(changed, model, adapter_name)
 
 
-def _keys(model: nn.Module, adapter: str) -> list[tuple[str, DualLoraLayer]]:
-    """The adapter's layers as patterns know them, by what they were called when they were made.
-
-    An attention and its output projection go by one name.
-    """
+def _keys(model: nn.Module) -> Callable[[str, DualLoraLayer], str]:
+    """How patterns know a layer, by its name: as it was called when it was made, an attention's projection like it."""
     tuners = (f"{name}.model.".lstrip(".") for name, m in model.named_modules() if isinstance(m, BaseTuner))
-    root, found = next(tuners, ""), []
-    for name, layer in model.named_modules():
-        if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
-            key = name.removeprefix(root).split(".base_layer")[0]  # not inside other parameters' wrappers
-            found.append((f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key, layer))
-    return found
+    root = next(tuners, "")
+
+    def key_of(name: str, layer: DualLoraLayer) -> str:
+        key = name.removeprefix(root).split(".base_layer")[0]  # not inside other parameters' wrappers
+        return f"{key}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else key
+
+    return key_of
 
 
 def _write_options(config: Any, model: nn.Module, adapter: str) -> None:
     """The ranks and the α of every layer, as they are stored, as patterns where they are not the usual ones."""
-    layers = {key: _stored_options(layer, adapter) for key, layer in _keys(model, adapter)}
+    key_of, named = _keys(model), named_layers(model, adapter)
+    layers = {key_of(name, layer): _stored_options(layer, adapter) for name, layer in named.items()}
     if not layers:
         return
     config.r1, config.r2, config.alpha = usual = max(layers.values(), key=[*layers.values()].count)

@@ -110,10 +110,15 @@ class DualLoraLayer(MergeLayer):
         return loss_scale(operand.device)
 
 
+def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
+    """The adapted layers of a model by their names; of an adapter, those that have it."""
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, DualLoraLayer))
+    return {name: layer for name, layer in found if adapter is None or adapter in layer.scaling}
+
+
 def layers_of(model: nn.Module, adapter: str | None = None) -> list[DualLoraLayer]:
-    """The adapted layers of a model; of an adapter, those that have it."""
-    found = (module for module in model.modules() if isinstance(module, DualLoraLayer))
-    return [layer for layer in found if adapter is None or adapter in layer.scaling]
+    """The same without their names."""
+    return list(named_layers(model, adapter).values())
 
 
 class MapLayer(DualLoraLayer):

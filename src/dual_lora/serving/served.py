@@ -90,6 +90,7 @@ class ServedAdapters:
         await self.turns.enter(object())
         try:
             try:
+                self._check_files(wanted)
                 await self._load_instead(wanted)
             except Exception:
                 if self.whole and self.loaded is None:  # nor could the main adapter be loaded again
@@ -148,7 +149,6 @@ class ServedAdapters:
 
     async def _load_instead(self, wanted: Adapter | None) -> None:
         """Pause, load, resume. Where that fails, the server has what `_load_what_is_left` found."""
-        self._check_files(wanted)
         await self.engine.pause_generation(mode="wait", clear_cache=True)
         self.whole, self.swapping = False, True
         try:
