@@ -50,3 +50,26 @@ def test_what_a_strength_explains_has_its_name():
     assert judged(1.0, 0.05).word == "on"
     assert judged(1.0, 2.4).word == "rounded"
     assert judged(0.0, 0.05).word == "off"
+
+
+def in_four_bits(strength, apart, seed=3):
+    """A candidate at this strength, where four bits take three tenths of the strength, and little else."""
+    tokens = 20
+    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
+    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
+    tuned, coarse = base + direction, base + 0.7 * direction + across(direction, 0.3, 2)
+    found = base + strength * direction + across(direction, 0.3, 2) + across(direction, apart, seed)
+    known = Known(base, tuned, torch.arange(tokens) // 4, 0.03, warms_up=True)
+    return judge(found, known, Linear(base, tuned, coarse)).word
+
+
+def test_four_bits_that_look_like_a_strength_are_four_bits():
+    """Seen on a server that tells the likeliest tokens alone: a strength of 0.85 left 0.16 nats, four bits 0.08."""
+    assert in_four_bits(0.7, 0.2) == "rounded"
+    assert in_four_bits(0.68, 0.1) == "rounded"
+
+
+def test_a_strength_that_explains_more_than_four_bits_do_keeps_its_name():
+    assert in_four_bits(0.4, 0.2) == "λ below 1"
+    assert in_four_bits(2.0, 0.2) == "merged twice"
+    assert in_four_bits(1.5, 0.2) == "other scale"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import (
     MODELS,
     TARGETS,
+    Counted,
     Mlp,
     adapted,
     changed,
@@ -237,6 +238,29 @@ def test_foreign_tensors_through_transformers(variant, folders):
     path = variant(lambda t: {"model.weight": torch.zeros(3)}, base_model_name_or_path=str(folders / "base"))
     with pytest.raises(ValueError, match="no factors of a Dual LoRA adapter"):
         AutoModelForCausalLM.from_pretrained(path)
+
+
+@loaders
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu], ids=str)
+def test_factors_of_other_numbers(variant, loader, kind):
+    path = variant(tensors=lambda t: {n: v.to(kind) if n.endswith("v_proj.dual_lora_A") else v for n, v in t.items()})
+    message = refusal(loader, path)
+    assert "dual_lora_A and 1 more tensors as " in message
+    assert "expected floating-point numbers" in message
+
+
+def test_a_head_with_counts_and_masks(tmp_path):
+    model = adapted(Counted(), target_modules=["body"], modules_to_save=["head"], init_weights=False)
+    model.train()(torch.randn(32, 12))
+    model.base_model.model.head.modules_to_save["default"].mask.fill_(True)
+    model.eval().save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} >= {torch.int64, torch.bool}
+    torch.manual_seed(1)
+    again = PeftModel.from_pretrained(Counted(), tmp_path).eval()
+    again.base_model.model.body.base_layer.load_state_dict(model.base_model.model.body.base_layer.state_dict())
+    x = torch.randn(3, 12)
+    assert torch.equal(again(x), model(x))
+    assert again.base_model.model.head.modules_to_save["default"][0].num_batches_tracked == 1
 
 
 def test_not_safetensors_at_all(variant):

@@ -70,6 +70,18 @@ class Mlp(nn.Module):
         return self.second(self.first(x).tanh())
 
 
+class Counted(nn.Module):
+    """A classifier whose head keeps a count and a mask, which are saved with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(12, 8), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+        self.head.register_buffer("mask", torch.tensor([True, False]))
+
+    def forward(self, x):
+        return self.head(self.body(x)) * self.head.mask
+
+
 def adapted(base=None, adapter_name="default", **options):
     """A model with an adapter that is at full strength unless the options say otherwise."""
     if base is None:

@@ -39,9 +39,7 @@ class MultiheadAttention(DualLoraLayer):
 
     takes_dropout = False
 
-    def update_layer(
-        self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
-    ) -> None:
+    def update_layer(self, adapter_name: str, *, config: DualLoraConfig, **ranks: Any) -> None:  # type: ignore[override]
         """Add an adapter to the input projections and the output projection."""
         if config.dropout:
             self.warned.once(
@@ -49,13 +47,12 @@ class MultiheadAttention(DualLoraLayer):
                 "are not called one by one, so that the adapter cannot see another input."
             )
         out = self._base.out_proj
-        options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "config": config}
         is_first = not isinstance(out, ReadLinear)  # else it may have an adapter that the attention has not
         if is_first:
-            self._base.out_proj = ReadLinear(out, adapter_name, warned=self.warned, **options)
-        super().update_layer(adapter_name, r1, r2, alpha, config)
+            self._base.out_proj = ReadLinear(out, adapter_name, config=config, warned=self.warned, **ranks)
+        super().update_layer(adapter_name, config=config, **ranks)
         if not is_first:
-            out.update_layer(adapter_name, **options)
+            out.update_layer(adapter_name, config=config, **ranks)
 
     @property
     def _base(self) -> Any:
@@ -144,10 +141,10 @@ class MultiheadAttention(DualLoraLayer):
             sharded.refuse(self._base, weight)
             refuse_meta(query, weight)
         self._loss_scale(names, query)  # refuses the clip for inputs in fp16, which the weights do not show
-        parts = [self._parts(self.adapter(n)) for n in names]
+        parts = {n: self._parts(adapter) for n, adapter in self._adapters(names).items()}
         keeps = self._base._qkv_same_embed_dim  # of three, a layer could keep one alone
         ins = {
-            name: self._composed(weight, names, [p[name] for p in parts], weight, keeps)
+            name: self._composed(weight, {n: p[name] for n, p in parts.items()}, weight, keeps)
             for name, weight in self._merge_parameters().items()
         }
         with recomposing(*ins.values()), replaced(self._base, {name: c.result for name, c in ins.items()}):

@@ -33,7 +33,7 @@ class _Conv(MapLayer):
         base: Any = self.get_base_layer()
         x = in_dtype_of(base.weight, x)
         weight, bias = (base.weight, base.bias) if with_base else (None, None)
-        composed = self._composed(weight, names, [self.adapter(n) for n in names], x)
+        composed = self._composed(weight, self._adapters(names), x)
         with recomposing(composed):
             return base._conv_forward(x, self._from_matrix(composed.result), bias)
 

@@ -32,8 +32,7 @@ def _after_init(init: Any) -> Any:
         if not layers:
             return
         if engine.fp16_enabled():
-            scaler: Any = _LossScale(engine)
-            set_grad_scaler(scaler, owner=engine)
+            set_grad_scaler(_LossScale(engine), owner=engine)  # type: ignore[arg-type]
         if engine.zero_optimization_stage() == 3:
             from deepspeed.runtime.zero import register_external_parameter
 

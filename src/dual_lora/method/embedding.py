@@ -56,8 +56,7 @@ class Embedding(MapLayer):
 
     def adapter(self, name: str) -> Adapter:
         """As every layer's, without an update of the padding's row."""
-        base: Any = self.get_base_layer()
-        return super().adapter(name).without_row(base.padding_idx)
+        return super().adapter(name).without_row(self.get_base_layer().padding_idx)  # type: ignore[arg-type]
 
     def _adapter_branch(self, x: Tensor, name: str) -> Tensor:
         base: Any = self.get_base_layer()

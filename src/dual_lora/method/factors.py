@@ -5,6 +5,7 @@ Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -18,6 +19,8 @@ from . import offloaded, sharded, warmup
 from .cache import composed_weights, version_of
 from .config import DualLoraConfig
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
+
+Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
 class FactorsLayer(nn.Module, BaseTunerLayer):
@@ -165,6 +168,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         adapter = Adapter(factors, self._scale(name, factors.A), self.forms[name])
         embedding: Any = self.tied[name].get_base_layer() if name in self.tied else None
         return adapter.without_row(getattr(embedding, "padding_idx", None))
+
+    def _adapters(self, names: Iterable[str]) -> Adapters:
+        return {name: self.adapter(name) for name in names}
 
     def _present(self, names: list[str]) -> list[str]:
         return [name for name in names if name in self.scaling]

@@ -59,4 +59,4 @@ class ReadLinear(Linear):
         names = self._present(self.active_adapters)
         if self.merged or self.disable_adapters or not names:
             return weight
-        return also_recompose(self._composed(weight, names, [self.adapter(n) for n in names], weight))
+        return also_recompose(self._composed(weight, self._adapters(names), weight))

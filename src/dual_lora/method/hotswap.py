@@ -163,8 +163,7 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
                     padded = nn.functional.pad(factor.data, (0, more) if dimension == -1 else (0, 0, 0, more))
                     done[factor] = nn.Parameter(padded, requires_grad=factor.requires_grad)
                 factors[adapter] = done[factor]
-        for adapter in layer.adapter_names():
-            mark_as_stored(layer._stored(adapter))
+    mark_as_stored(done.values())
     known = getattr(model, "peft_config", {})
     named = config if isinstance(config, dict) else {next((a for a in known if known[a] is config), "default"): config}
     for adapter, one in named.items():

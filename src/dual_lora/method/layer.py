@@ -7,7 +7,7 @@ adapter (dropout, hooks). `factors` keeps the adapters and their warm-up, `merge
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,10 +20,10 @@ from ..core.compose_op import Composed, dual_lora_weight, recomposing
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
-from ..core.reference import Adapter
 from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .factors import Adapters
 from .merge import MergeLayer
 from .replaced import replaced
 from .scaler import check_clip_is_safe, loss_scale
@@ -77,32 +77,26 @@ class DualLoraLayer(MergeLayer):
             return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
-    def _kept_weight(self, weight: Tensor, names: list[str], dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+    def _kept_weight(self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
-        own = (t for n in names for t in (*self._stored(n), self.dual_lora_scale[n]))
-        return composed_weights.get(self, [weight, *own], (tuple(names), dtype), make)
+        own = (t for n in chosen for t in (*self._stored(n), self.dual_lora_scale[n]))
+        return composed_weights.get(self, [weight, *own], (tuple(chosen), dtype), make)
 
     def _composed(
-        self,
-        weight: Tensor | None,
-        names: list[str],
-        adapters: list[Adapter],
-        operand: Tensor,
-        keeps: bool = True,
-        dtype: torch.dtype | None = None,
+        self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
     ) -> Composed:
         """The composed weight of a layer that calls a function of its own with it; kept in inference, if `keeps`.
 
         operand: what the function computes with, in whose precision (or autocast's) it is composed, if not in `dtype`.
         """
         dtype = dtype or autocast_dtype(operand.device, operand.dtype) or operand.dtype
-        matrix = None if weight is None else self._matrix(weight)
-        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(names, operand), dtype=dtype)
+        matrix, adapters = None if weight is None else self._matrix(weight), [*chosen.values()]
+        make = partial(dual_lora_weight, matrix, adapters, self._loss_scale(chosen, operand), dtype=dtype)
         if keeps and weight is not None and self._may_keep():
-            return Composed(self._kept_weight(weight, names, dtype, make), matrix, adapters)
+            return Composed(self._kept_weight(weight, chosen, dtype, make), matrix, adapters)
         return Composed(make(), matrix, adapters)
 
-    def _loss_scale(self, names: list[str], operand: Tensor) -> Tensor | None:
+    def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
         if not (torch.is_grad_enabled() and any(map(self.clips, names))):
             return None
@@ -160,7 +154,7 @@ class MapLayer(DualLoraLayer):
         """The base's own forward with W + ΣΔW in its weight's place."""
         base: Any = self.base_layer
         weight = base.weight
-        composed = self._composed(weight, names, [self.adapter(n) for n in names], weight, dtype=weight.dtype)
+        composed = self._composed(weight, self._adapters(names), weight, dtype=weight.dtype)
         with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
 
@@ -238,29 +232,24 @@ class Linear(MapLayer):
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):
             return sharded.product(self, x, names, with_base)
-        x, adapters = in_dtype_of(weight, x), [self.adapter(n) for n in names]
+        x, adapters = in_dtype_of(weight, x), self._adapters(names)
         if not with_base:
-            return self._product(x, None, None, names, adapters)
-        return self._product(x, self._matrix(weight), base.bias, names, adapters, weight)
+            return self._product(x, None, None, adapters)
+        return self._product(x, self._matrix(weight), base.bias, adapters, weight)
 
     def _product(
-        self,
-        x: Tensor,
-        weight: Tensor | Handle | None,
-        bias: Tensor | None,
-        names: list[str],
-        adapters: list[Adapter],
-        source: Tensor | None = None,
+        self, x: Tensor, weight: Tensor | Handle | None, bias: Tensor | None, chosen: Adapters, source: Any = None
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
         keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
         begins = (x.dim() == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
         if begins and not is_traced():
             composed_weights.drop(self)
+        adapters = [*chosen.values()]
         if source is None or not keeps:
-            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(names, x))
+            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x))
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
-        composed = self._kept_weight(source, names, dtype, partial(dispatch.compose, weight, adapters, dtype))
+        composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
 
 

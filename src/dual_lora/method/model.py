@@ -118,7 +118,7 @@ class DualLoraModel(BaseTuner):
         layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
-            target.update_layer(adapter_name, r1, r2, alpha, config=config)
+            target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, config=config)
         else:
             warned = vars(self).setdefault("_warned", Warned())
             options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PEFT_PREFIX = "base_model.model."
-# As a file's header names them: what PEFT computes with as it is. F8_E8M0 is a scale, and smaller ones need some.
+# As a file's header names them. `verify.numbers`, which knows no method, says why these.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_WHOLE = re.compile(r"\.dual_lora_left|_indices|\.frod_s_size")  # tensors of whole numbers, of all methods of PEFT
+_TRAINED = re.compile(r"\.dual_lora_[ABCD]|\.trainable_tokens_delta|\.(weight|bias)$")  # not counts, nor masks
 
 
 def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
-    """Raise ValueError if the folder's adapter file was cut short or is of another method; a folder may have none."""
+    """Raise ValueError if the folder's adapter file was cut short, is of another method or holds no floating-point
+    numbers, which loading would make of others in silence. A folder may have none."""
     path = os.path.join(folder, subfolder or "", "adapter_model.safetensors")
     if not os.path.isfile(path):
         return
@@ -39,23 +39,10 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
         ) from error
     if not any(".dual_lora_" in name for name in names):
         raise ValueError(_foreign(path, names))
-    check_numbers(kinds, path)
-
-
-def check_numbers(kinds: Mapping[str, str], what: str) -> None:
-    """Raise ValueError unless an adapter's tensors are floating-point numbers, of any method.
-
-    kinds: each tensor's type, as its file's header names it. Loading would turn others into numbers in silence: the
-    imaginary part is dropped, and sums of U8 are those of remainders.
-    """
-    wrong = [
-        name
-        for name, kind in sorted(kinds.items())
-        if kind not in FLOATS and not (_WHOLE.search(name) and kind.startswith(("I", "U")))
-    ]
+    wrong = sorted(name for name in names if _TRAINED.search(name) and kinds[name] not in FLOATS)
     if wrong:
         raise ValueError(
-            f"{what} holds {_some(wrong, 'tensors')} as {kinds[wrong[0]]}, expected floating-point numbers "
+            f"{path} holds {_some(wrong, 'tensors')} as {kinds[wrong[0]]}, expected floating-point numbers "
             f"({', '.join(sorted(FLOATS))}): save the adapter again as it was trained."
         )
 

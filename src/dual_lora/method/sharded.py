@@ -167,9 +167,9 @@ class _StandIn:
             group = self.weight.device_mesh.get_group(self.part.mesh_dim)
             summed = iter(_SumGradients.apply(group, *(f for a in adapters for f in a.factors)))
             adapters = [a._replace(factors=Factors(*islice(summed, 4))) for a in adapters]
-        mine = [self.part.of(a) for a in adapters]
-        whole = self.weight if self.with_base else None
-        return self.layer._product(x, weight if self.with_base else None, bias, self.names, mine, whole)
+        mine = {name: self.part.of(a) for name, a in zip(self.names, adapters, strict=True)}
+        weight, whole = (weight, self.weight) if self.with_base else (None, None)
+        return self.layer._product(x, weight, bias, mine, whole)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dual_lora.verify.finite import all_finite
+from dual_lora.verify.numbers import all_finite
 
 from .files import AdapterError, Shapes, shapes_of
 from .fitting import check_before_loading, check_shapes, first_line, method_of

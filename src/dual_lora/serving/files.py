@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dual_lora.method.saved import check_numbers
+from dual_lora.verify.numbers import check_numbers
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.method.saved import check_numbers
+from dual_lora.verify.numbers import check_numbers
 from dual_lora.verify.patterns import check_patterns
 
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
@@ -100,7 +100,7 @@ def check_stored_numbers(file: Path, what: str) -> None:
 
 def check_finite_weights(weights: Mapping[str, Any], what: str) -> None:
     """Raise UserError if a weight that a run or an adapter brought along holds NaN or infinity. what: its name."""
-    from dual_lora.verify.finite import all_finite
+    from dual_lora.verify.numbers import all_finite
 
     bad = [name for name, weight in weights.items() if weight.is_floating_point() and not all_finite(weight)]
     if bad:

@@ -2,7 +2,8 @@
 
 The strength is the projection t = ⟨c − b, a − b⟩ / ‖a − b‖²: 0 is off, 1 is on, 2 is merged twice. Rounding and other
 adapters leave a residual c − a. A fault is named only where a really computed model with that fault explains what was
-found: it has to lie within the rounding, or to leave less than half of the residual. Rounding is no fault.
+found: it has to lie within the rounding, or to leave less than half of the residual, and less than four bits leave.
+Rounding is no fault.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def judge(found: Tensor, known: Known, guesses: Guesses, exact: bool = False, fl
     def explains(left: float) -> bool:
         if left <= bound:
             return left <= MATTERS * residual
-        return left <= EXPLAINED * min(residual, effect) and left <= coarse.limit
+        return left <= EXPLAINED * min(residual, effect) and left <= coarse.limit and left < coarse.left(found)
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
@@ -209,12 +210,20 @@ class _Coarse:
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
 
     @cached_property
+    def _pattern(self) -> Tensor | None:
+        return None if (pattern := self.guesses.coarse()) is None else self.cut(pattern)
+
+    @cached_property
     def _measured(self) -> tuple[float, float]:
-        """The residual that it leaves, and the strength that it keeps."""
-        if (pattern := self.guesses.coarse()) is None:
+        """Its distance from the adapter, and the strength that it keeps."""
+        if self._pattern is None:
             return self.effect / 3 / COARSE, 1.0
-        base, tuned, pattern = self.cut(self.known.base), self.cut(self.known.tuned), self.cut(pattern)
-        return rms(pattern - tuned), projection(pattern - base, tuned - base, self.known.rows)[0]
+        base, tuned = self.cut(self.known.base), self.cut(self.known.tuned)
+        return rms(self._pattern - tuned), projection(self._pattern - base, tuned - base, self.known.rows)[0]
+
+    def left(self, found: Tensor) -> float:
+        """The residual that it leaves of what was found."""
+        return float("inf") if self._pattern is None else rms(found - self._pattern)
 
     @property
     def limit(self) -> float:

@@ -1,0 +1,44 @@
+"""Whether an adapter, of any method of PEFT, holds finite floating-point numbers where it computes with such."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import Tensor
+
+# As a file's header names them: what PEFT computes with as it is. F8_E8M0 is a scale, and smaller ones need some.
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+_WHOLE = re.compile(r"\.dual_lora_left|_indices|\.frod_s_size")  # what methods store as whole numbers
+_BUFFERS = {"I32", "I64", "BOOL"}  # counters, positions and masks of modules that are saved whole
+
+
+def check_numbers(kinds: Mapping[str, str], what: str) -> None:
+    """Raise ValueError unless what an adapter's method trained is stored as floating-point numbers.
+
+    kinds: each tensor's type, as its file's header names it. Loading would turn others into numbers in silence: the
+    imaginary part is dropped, and sums of U8 are those of remainders. what: the file's name in a sentence.
+    """
+    # VeRA's shared matrices, saved with its trained vectors, have the first part of the prefix alone.
+    prefixes = "|".join(re.escape(prefix.removesuffix("lambda_")) for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    trained = re.compile(rf"(^|\.)({prefixes})|(^|[._])(weight|bias|embeddings)$")
+    wrong = [
+        name
+        for name, kind in sorted(kinds.items())
+        if kind not in FLOATS
+        and not (kind.startswith(("I", "U")) and _WHOLE.search(name))
+        and not (kind in _BUFFERS and not trained.search(name))
+    ]
+    if wrong:
+        others = f" and {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{what} holds {wrong[0]}{others} as {kinds[wrong[0]]}, expected floating-point numbers "
+            f"({', '.join(sorted(FLOATS))}): save the adapter again as it was trained."
+        )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite; in floats of eight bits as well, which `isfinite` does not know."""
+    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
