@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ from dual_lora.lab.run.folder import RunFolder
 
 NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names
 
+# Methods whose adapter, switched off, leaves the base's own outputs. Of the others, and of new ones, the base is loaded
+# anew: PiSSA's start is taken out of the weights.
+BESIDE_THE_BASE = {"DUAL_LORA", "LORA", "ADALORA", "LOHA", "LOKR", "HIRA", "IA3", "VERA", "OFT", "BOFT", "HRA"} | {
+    "FOURIERFT", "RANDLORA", "VBLORA", "LN_TUNING"
+}  # fmt: skip
+
 
 @dataclass
 class Tuned:
@@ -33,8 +40,9 @@ class Tuned:
     source: str
     recipe: Recipe | None = None
     classes: list[str] = field(default_factory=list)
-    base_model: Any = None  # full fine-tuning: the model as it was before
+    base_model: Any = None  # the model as it was before, where the trained one does not keep it
     run: Path | None = None
+    untrained: Callable[[], Any] | None = None  # loads that model
 
     @property
     def adapted(self) -> bool:
@@ -48,13 +56,33 @@ class Tuned:
 
     @contextlib.contextmanager
     def as_variant(self, variant: str) -> Iterator[Any]:
-        """The model in evaluation mode, without its adapter for "base"."""
-        model = self.base_model if variant == "base" and self.base_model is not None else self.model
+        """The model in evaluation mode, for "base" as it was before its training.
+
+        Raises UserError where that is asked for and not known.
+        """
+        off = variant == "base" and self.keeps_base
+        if variant == "base" and not off and self.base_model is None and (self.adapted or self.run is not None):
+            if self.untrained is None:
+                raise UserError(f"The base model of {self.source} is not known: open it with its run or its adapter.")
+            self.base_model = self.untrained()
+        model = self.base_model if variant == "base" and not off and self.base_model is not None else self.model
         was_training = model.training
         model.eval()
-        with model.disable_adapter() if variant == "base" and self.adapted else contextlib.nullcontext():
+        with model.disable_adapter() if off else contextlib.nullcontext():
             yield model
         model.train(was_training)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the model without its adapter is the base: trained biases stay, and so do weights that were cut."""
+        if not self.adapted:
+            return False
+        for config in self.model.peft_config.values():
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            plain = getattr(config, "init_lora_weights", True) in (True, False, "gaussian")
+            if kind not in BESIDE_THE_BASE or not plain or getattr(config, "bias", "none") not in ("none", None):
+                return False
+        return True
 
 
 def open_tuned(
@@ -142,7 +170,8 @@ def _open_adapter(
     part = recipe.model if recipe else _part_of(config, adapter)
     part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
-    loaded = load_base(part, recipe.train.seed if recipe else 0, labels, device)
+    seed = recipe.train.seed if recipe else 0
+    loaded = load_base(part, seed, labels, device)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
@@ -156,7 +185,13 @@ def _open_adapter(
         kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
         raise UserError(f"The adapter {adapter} does not fit {part.path}: {kind}{first}") from error
     check_finite_weights(brought, f"The adapter {adapter}")
-    return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run)
+    untrained = partial(untrained_model, part, seed, labels, str(model.device))
+    return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
+
+
+def untrained_model(part: ModelPart, seed: int, num_labels: int | None, device: str) -> Any:
+    """As it was before its training, for `Tuned.untrained`."""
+    return load_base(part, seed, num_labels, device).model
 
 
 def _part_of(config: Any, adapter: Path) -> ModelPart:

@@ -5,15 +5,13 @@ As PEFT's method comparison measures it: mean loss a token over whole texts, eac
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.recipe.schema import EvaluatePart, ModelPart
+from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.scoring import Rows, loss_rows
 
 NAME = "forgetting"
@@ -32,14 +30,8 @@ def forgetting_rows(tuned: Tuned, spec: EvaluatePart) -> Rows:
     size = spec.batch_size
     with tuned.as_variant("tuned") as model:
         after = loss_rows(model, tuned.tokenizer, texts, size)
-    if _leaves_base_alone(tuned):
-        with tuned.as_variant("base") as model:
-            before = loss_rows(model, tuned.tokenizer, texts, size)
-    else:
-        base = load_model(_part(tuned), device=str(tuned.model.device)).model.eval()
-        before = loss_rows(base, tuned.tokenizer, texts, size)
-        del base
-        gc.collect()
+    with tuned.as_variant("base") as model:
+        before = loss_rows(model, tuned.tokenizer, texts, size)
     return [
         {"where": text.where, "tokens": b["tokens"], "base_nats": a["nats"], "nats": b["nats"]}
         for text, a, b in zip(texts, before, after, strict=True)
@@ -73,25 +65,3 @@ def encoded_texts(source: str, tokenizer: Any, longest: int) -> list[Encoded]:
 
 def _positions(model: Any) -> int:
     return min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
-
-
-def _leaves_base_alone(tuned: Tuned) -> bool:
-    """Whether the base is what it was once the adapter is switched off. PiSSA and others take their start out of it."""
-    if not tuned.adapted:
-        return tuned.base_model is not None
-    for config in tuned.model.peft_config.values():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        plain = getattr(config, "init_lora_weights", None) in (True, False, "gaussian")
-        if kind != "DUAL_LORA" and not (kind == "LORA" and plain):
-            return False
-    return True
-
-
-def _part(tuned: Tuned) -> ModelPart:
-    """The untrained model."""
-    if tuned.recipe is not None:
-        return tuned.recipe.model
-    name = next((c.base_model_name_or_path for c in getattr(tuned.model, "peft_config", {}).values()), None)
-    if not name:
-        raise UserError("evaluate.forgetting compares with the base model, which is not named here: give --recipe.")
-    return ModelPart(path=name, dtype=str(tuned.model.dtype).removeprefix("torch."))  # type: ignore[arg-type]

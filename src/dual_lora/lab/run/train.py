@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
-from dual_lora.lab.model.opened import Tuned, write_note
+from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
@@ -196,8 +197,16 @@ def _train(
     if result.state == "finished":
         check_finite(model, done)
         target = folder.full_model if config is None else folder.adapter
+        labels = len(ready.classes) or None
+        untrained = partial(untrained_model, recipe.model, recipe.train.seed, labels, str(model.device))
         tuned = result.tuned = Tuned(
-            model.eval(), loaded.tokenizer, str(folder.path), recipe, ready.classes, run=folder.path
+            model.eval(),
+            loaded.tokenizer,
+            str(folder.path),
+            recipe,
+            ready.classes,
+            run=folder.path,
+            untrained=untrained,
         )
 
         def complete(part: Path) -> None:
