@@ -43,6 +43,35 @@ def test_formats(file):
         assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue"), path
 
 
+SEPARATORS = "one\u2028two\u2029three\x85four\x0cfive\x0bsix\x1cseven"  # where `str.splitlines` cuts
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    record = json.dumps({"prompt": SEPARATORS, "answer": "blue"}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{record}\r\n{record}\n", encoding="utf-8", newline="")
+    (tmp_path / "b.txt").write_text(f"{SEPARATORS}||blue\n{SEPARATORS}||blue", encoding="utf-8")
+    for name in ("a.jsonl", "b.txt"):
+        found = read_examples(str(tmp_path / name), DataPart())
+        assert [(e.prompt[-1]["content"], e.answer) for e in found] == [(SEPARATORS, "blue")] * 2
+        assert [e.where.rpartition(", ")[2] for e in found] == ["line 1", "line 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "sky ?", "answer": "blue"}\n'),
+        ("a.json", '[{"prompt": "sky ?", "answer": "blue"}]'),
+        ("a.csv", "prompt,answer\nsky ?,blue\n"),
+        ("a.tsv", "prompt\tanswer\nsky ?\tblue\n"),
+        ("a.txt", "sky ?||blue\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_field(name, text, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (example,) = read_examples(str(tmp_path / name), DataPart())
+    assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue")
+
+
 def test_llm_adapters_record_gives_choices_and_answers_for_each(file):
     record = {
         "instruction": "Q\n\nAnswer format: true/false",

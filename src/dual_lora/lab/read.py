@@ -42,6 +42,12 @@ def opened(file: Path) -> Iterator[TextIO]:
         raise UserError(f"{file} cannot be read: {error}.") from None
 
 
+def lines_of(text: str) -> list[str]:
+    """A file's lines. They end at line feeds alone: `str.splitlines` also cuts at form feeds and at Unicode's line
+    separators, which stand in texts and, unescaped, in JSON strings."""
+    return text.removesuffix("\n").split("\n")
+
+
 def read_json(file: Path) -> Any:
     """What a JSON file holds. Raises OSError, or ValueError for one that is no JSON or nested too deeply."""
     return parse_json(regular(file).read_text(encoding="utf-8"))

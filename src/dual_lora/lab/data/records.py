@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.read import parse_json
+from dual_lora.lab.read import lines_of, parse_json
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     if not text.strip():
         return
     values = _parsed(text, str(path))
@@ -82,7 +82,7 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8-sig")), 1):
         if not line.strip():
             continue
         yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
@@ -109,7 +109,7 @@ def _record(value: Any, where: str) -> Record:
 
 def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
     """Tab-separated files have no quoting (as in GLUE); comma-separated ones have the usual one."""
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         rows: Iterator[list[str]]
         if path.suffix == ".tsv":
             rows = (line.rstrip("\r\n").split("\t") for line in file)
@@ -127,7 +127,7 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8-sig")), 1):
         if line.strip():
             yield Record({"line": line}, f"{path}, line {number}")
 

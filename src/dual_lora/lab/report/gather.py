@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.read import read_json, regular
+from dual_lora.lab.read import lines_of, read_json, regular
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.study.folder import progress
 
@@ -120,7 +120,7 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = regular(file).read_text(encoding="utf-8").splitlines()
+    lines = lines_of(regular(file).read_text(encoding="utf-8"))
     rows = []
     for number, line in enumerate(lines, 1):
         try:

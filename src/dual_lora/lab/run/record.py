@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.read import parse_json, regular
+from dual_lora.lab.read import lines_of, parse_json, regular
 
 PACKAGE = Path(__file__).parents[2]
 PACKAGES = ("dual-lora", "torch", "peft", "transformers", "accelerate", "trl", "datasets", "safetensors", "numpy")
@@ -84,7 +84,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first one that makes no sense: a kill may have cut it off."""
     lines: list[dict[str, Any]] = []
     try:
-        for line in regular(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        for line in lines_of(regular(path).read_text(encoding="utf-8", errors="replace")) if path.is_file() else []:
             value = parse_json(line)
             if not isinstance(value["step"], int | float):
                 break
