@@ -126,6 +126,9 @@ def test_hub_name_with_split(tmp_path):
     assert example.where == f"hub:{tmp_path}:train, record 1"
 
 
+CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": %s}]}'
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -144,6 +147,9 @@ def test_hub_name_with_split(tmp_path):
         ("a.txt", "x||y\nx\n", r"a\.txt, line 2: expected facts\|\|sentence"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "line 1: the last message has to be"),
         ("a.jsonl", '{"messages": "x"}', "line 1: messages has to be a list"),
+        ("a.jsonl", CHAT % "null", "line 1: the content of the message of role 'assistant' is null, expected text"),
+        ("a.jsonl", CHAT % '[{"type": "text", "text": "x"}]', "of role 'assistant' is list, expected text"),
+        ("a.jsonl", CHAT % "5", "of role 'assistant' is int, expected text"),
         ("a.xml", "<a/>", "unknown kind of data file"),
     ],
 )  # fmt: skip

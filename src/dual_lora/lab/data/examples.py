@@ -178,9 +178,16 @@ def _chat(record: Record) -> Example:
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
     ):
         raise UserError(f"{record.where}: messages has to be a list of {{role, content}}.")
+    for message in messages:
+        if not isinstance(message["content"], str):
+            raise UserError(
+                f"{record.where}: the content of the message of role {message['role']!r} is "
+                f"{'null' if message['content'] is None else type(message['content']).__name__}, expected text. "
+                "Calls of tools (tool_calls) and parts are learned as text: write into content what is to be answered."
+            )
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
-    answer = str(messages[-1]["content"])
+    answer = messages[-1]["content"]
     return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
 
 
