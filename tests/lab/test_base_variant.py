@@ -18,6 +18,7 @@ METHODS = {
     "lora": {},
     "dual_lora": {},
     "pissa": {"r": 4},
+    "lora with kasa": {"kasa_config": {}},
     "olora": {"r": 4},
     "lora with biases": {"bias": "all"},
     "dual_lora with biases": {"bias": "all"},
@@ -51,7 +52,7 @@ def test_base_is_the_model_before_its_training(method, encoder_values, tmp_path)
     encoder_values["train"] |= {"steps": 4, "learning_rate": 0.1}
     recipe = build_recipe(encoder_values)
     result = run(recipe, tmp_path / "run", progress=False)
-    assert result.tuned.keeps_base == (method.split()[-1] not in ("pissa", "olora", "biases", "miss"))
+    assert result.tuned.keeps_base == (method.split()[-1] not in ("pissa", "olora", "kasa", "biases", "miss"))
     torch.manual_seed(recipe.train.seed)
     untrained = load_model(recipe.model, len(result.tuned.classes))
     before = Tuned(untrained.model, untrained.tokenizer, "base", recipe, result.tuned.classes)
@@ -60,6 +61,20 @@ def test_base_is_the_model_before_its_training(method, encoder_values, tmp_path)
         found = evaluate(tuned, variants=["base", "tuned"], progress=False).metrics
         assert found["base"]["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert abs(found["tuned"]["loss"] - wanted["loss"]) > 1e-4, "else nothing was learned, and nothing is shown"
+
+
+def test_what_was_asked_before_does_not_matter(lm_values, tmp_path):
+    (tmp_path / "texts.txt").write_text("the sky is blue\nthe sea is cold\n")
+    lm_values["method"] = {"name": "full"}
+    lm_values["evaluate"] = {"tasks": ["loss"], "forgetting": str(tmp_path / "texts.txt")}
+    tuned = run(build_recipe(lm_values), tmp_path / "run", progress=False).tuned
+    torch.manual_seed(5)
+    first = evaluate(tuned, progress=False).metrics
+    number = torch.rand(())
+    assert list(first) == tuned.variants == ["tuned"]
+    assert evaluate(tuned, progress=False).metrics == first
+    torch.manual_seed(5)
+    assert torch.rand(()) == number, "loading the base draws no number of the caller's"
 
 
 def test_a_base_that_is_not_known_is_not_made_up(encoder_values, tmp_path):

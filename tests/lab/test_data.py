@@ -149,13 +149,26 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.jsonl", '{"messages": "x"}', "line 1: messages has to be a list"),
         ("a.jsonl", CHAT % "null", "line 1: the content of the message of role 'assistant' is null, expected text"),
         ("a.jsonl", CHAT % '[{"type": "text", "text": "x"}]', "of role 'assistant' is list, expected text"),
-        ("a.jsonl", CHAT % "5", "of role 'assistant' is int, expected text"),
         ("a.xml", "<a/>", "unknown kind of data file"),
     ],
 )  # fmt: skip
 def test_defects_are_named_with_their_place(name, text, message, file):
     with pytest.raises(UserError, match=message):
         read_examples(file(name, text), DataPart())
+
+
+def test_a_call_of_a_tool_may_stand_in_a_prompt_and_is_not_learned(file, tokenizer):
+    """Templates know how to write it; as an answer to learn it is no text."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
+    asked, said = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "blue"}
+    (example,) = read_examples(file("a.jsonl", json.dumps({"messages": [asked, call, said]})), DataPart())
+    assert example.prompt[1] == call
+    with pytest.raises(UserError, match="of role 'assistant' is null, expected text"):
+        Prompter(tokenizer, "plain").encode(example)
+    with pytest.raises(UserError, match="A prompt: the content of the message of role 'assistant' is null"):
+        Prompter(tokenizer, "plain").prompt_text(example.prompt)
+    (number,) = read_examples(file("b.jsonl", CHAT % "42"), DataPart())
+    assert number.answer == "42"
 
 
 def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):

@@ -73,3 +73,22 @@ def test_a_strength_that_explains_more_than_four_bits_do_keeps_its_name():
     assert in_four_bits(0.4, 0.2) == "λ below 1"
     assert in_four_bits(2.0, 0.2) == "merged twice"
     assert in_four_bits(1.5, 0.2) == "other scale"
+
+
+def noisy(strength, keep, noise):
+    """A candidate at this strength with the very noise of four bits, which keep that much of the strength."""
+    tokens = 20
+    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
+    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
+    same = across(direction, noise, 2)
+    known = Known(base, base + direction, torch.arange(tokens) // 4, 0.03, warms_up=True)
+    return judge(
+        base + strength * direction + same, known, Linear(base, base + direction, base + keep * direction + same)
+    ).word
+
+
+def test_a_fault_in_four_bits_is_a_fault():
+    assert noisy(0.49, 0.7, 1.5) == "λ below 1"
+    assert noisy(0.35, 0.5, 1.0) == "λ below 1"
+    assert noisy(0.0, 0.2, 1.5) == "off"
+    assert noisy(0.0, 0.1, 1.0) == "off"

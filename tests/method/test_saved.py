@@ -249,6 +249,14 @@ def test_factors_of_other_numbers(variant, loader, kind):
     assert "expected floating-point numbers" in message
 
 
+def test_an_adapter_named_twice_acts_once():
+    """As merging does, and in all kinds of layers alike."""
+    model = adapted(llama(), target_modules=["q_proj", "embed_tokens"], init_weights=False).eval()
+    wanted = logits(model)
+    model.base_model.set_adapter(["default", "default"])
+    assert torch.equal(logits(model), wanted)
+
+
 def test_a_head_with_counts_and_masks(tmp_path):
     model = adapted(Counted(), target_modules=["body"], modules_to_save=["head"], init_weights=False)
     model.train()(torch.randn(32, 12))

@@ -50,6 +50,18 @@ def test_what_was_trained_is_refused_as_other_numbers(method, kind, tmp_path):
         assert name in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["att.in_proj_weight", "att.in_proj_bias", "adaption_gate", "prefix_task_cols"])
+def test_names_that_say_what_was_trained(name):
+    for kind in ("I64", "BOOL"):
+        with pytest.raises(ValueError, match="expected floating-point"):
+            check_numbers({f"base_model.model.{name}": kind}, "it")
+
+
+def test_a_layer_named_like_an_index_is_none():
+    with pytest.raises(ValueError, match="expected floating-point"):
+        check_numbers({"base_model.model.x_indices.q_proj.lora_A.weight": "U8"}, "it")
+
+
 @pytest.mark.parametrize("kind", ["I8", "U8", "C64", "F8_E8M0"])
 def test_no_counts_either_in_types_that_nobody_counts_in(kind):
     with pytest.raises(ValueError, match=r"it holds model.head.0.count and 1 more tensors as"):

@@ -173,7 +173,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         return {name: self.adapter(name) for name in names}
 
     def _present(self, names: list[str]) -> list[str]:
-        return [name for name in names if name in self.scaling]
+        return [name for name in dict.fromkeys(names) if name in self.scaling]
 
     def adapter_names(self) -> list[str]:
         """All adapters of this layer."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 PEFT_PREFIX = "base_model.model."
 # As a file's header names them. `verify.numbers`, which knows no method, says why these.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-_TRAINED = re.compile(r"\.dual_lora_[ABCD]|\.trainable_tokens_delta|\.(weight|bias)$")  # not counts, nor masks
+# What is no float may be a count or a mask of a module that is saved whole, and nothing that was trained.
+WHOLE, _TRAINED = {"I32", "I64", "BOOL"}, re.compile(r"\.dual_lora_[ABCD]|\.trainable_tokens_delta|(weight|bias)$")
 
 
 def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
@@ -39,7 +40,7 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
         ) from error
     if not any(".dual_lora_" in name for name in names):
         raise ValueError(_foreign(path, names))
-    wrong = sorted(name for name in names if _TRAINED.search(name) and kinds[name] not in FLOATS)
+    wrong = sorted(n for n, kind in kinds.items() if kind not in FLOATS and (kind not in WHOLE or _TRAINED.search(n)))
     if wrong:
         raise ValueError(
             f"{path} holds {_some(wrong, 'tensors')} as {kinds[wrong[0]]}, expected floating-point numbers "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.examples import Example, text_of
 from dual_lora.lab.errors import UserError, described
 
 IGNORED = -100  # the label that losses of PyTorch leave out
@@ -69,7 +69,7 @@ class Prompter:
                     f"The model's chat template does not take these messages ({described(error)}): their roles are "
                     f"{', '.join(str(m.get('role')) for m in messages)[:200]}."
                 ) from error
-        body = "\n".join(str(message["content"]) for message in messages)
+        body = "\n".join(text_of(message, "A prompt") for message in messages)
         written = {"alpaca": ALPACA, "llm-adapters": LLM_ADAPTERS}.get(kind, "{prompt}\n")
         return written.format(prompt=body)
 
@@ -105,15 +105,12 @@ class Prompter:
                         "answers cannot be learned at once; give each answer a record of its own."
                     )
                 context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
-            answer = self.answer_ids(str(message["content"]))
+            said = text_of(message, example.where)
+            answer = self.answer_ids(said)
             ids += context + answer
             labels += (context if self.learn_prompt else [IGNORED] * len(context)) + answer
             if not last:
-                written = (
-                    self.prompt_text(example.messages[:i], example.tools)
-                    + str(message["content"])
-                    + str(self.tokenizer.eos_token)
-                )
+                written = self.prompt_text(example.messages[:i], example.tools) + said + str(self.tokenizer.eos_token)
         return Encoded(example.where, ids, labels)
 
 

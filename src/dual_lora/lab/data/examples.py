@@ -178,17 +178,22 @@ def _chat(record: Record) -> Example:
         isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages
     ):
         raise UserError(f"{record.where}: messages has to be a list of {{role, content}}.")
-    for message in messages:
-        if not isinstance(message["content"], str):
-            raise UserError(
-                f"{record.where}: the content of the message of role {message['role']!r} is "
-                f"{'null' if message['content'] is None else type(message['content']).__name__}, expected text. "
-                "Calls of tools (tool_calls) and parts are learned as text: write into content what is to be answered."
-            )
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
-    answer = messages[-1]["content"]
+    answer = text_of(messages[-1], record.where)
     return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
+
+
+def text_of(message: dict[str, Any], where: str) -> str:
+    """What a message says, of which text is made. Raises UserError for one that is no text."""
+    content = message["content"]
+    if isinstance(content, str | int | float):
+        return str(content)
+    raise UserError(
+        f"{where}: the content of the message of role {message['role']!r} is "
+        f"{'null' if content is None else type(content).__name__}, expected text. Calls of tools (tool_calls) and "
+        "parts are learned as text: write into content what is to be answered."
+    )
 
 
 def _instruction(record: Record) -> Example:

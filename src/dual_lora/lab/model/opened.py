@@ -40,9 +40,10 @@ class Tuned:
     source: str
     recipe: Recipe | None = None
     classes: list[str] = field(default_factory=list)
-    base_model: Any = None  # the model as it was before, where the trained one does not keep it
+    base_model: Any = None  # full fine-tuning: the model as it was before
     run: Path | None = None
     untrained: Callable[[], Any] | None = None  # loads that model
+    _loaded: Any = field(default=None, repr=False)  # what it has loaded
 
     @property
     def adapted(self) -> bool:
@@ -61,16 +62,21 @@ class Tuned:
         Raises UserError where that is asked for and not known.
         """
         off = variant == "base" and self.keeps_base
-        if variant == "base" and not off and self.base_model is None and (self.adapted or self.run is not None):
-            if self.untrained is None:
-                raise UserError(f"The base model of {self.source} is not known: open it with its run or its adapter.")
-            self.base_model = self.untrained()
-        model = self.base_model if variant == "base" and not off and self.base_model is not None else self.model
+        model = self._base() if variant == "base" and not off else self.model
         was_training = model.training
         model.eval()
         with model.disable_adapter() if off else contextlib.nullcontext():
             yield model
         model.train(was_training)
+
+    def _base(self) -> Any:
+        if self.base_model is not None or not (self.adapted or self.run is not None):
+            return self.model if self.base_model is None else self.base_model
+        if self._loaded is None:
+            if self.untrained is None:
+                raise UserError(f"The base model of {self.source} is not known: open it with its run or its adapter.")
+            self._loaded = self.untrained()
+        return self._loaded
 
     @property
     def keeps_base(self) -> bool:
@@ -79,7 +85,9 @@ class Tuned:
             return False
         for config in self.model.peft_config.values():
             kind = getattr(config.peft_type, "value", config.peft_type)
-            plain = getattr(config, "init_lora_weights", True) in (True, False, "gaussian")
+            plain = getattr(config, "init_lora_weights", True) in (True, False, "gaussian") and not any(
+                getattr(config, field, None) is not None for field in ("layer_replication", "kasa_config")
+            )
             if kind not in BESIDE_THE_BASE or not plain or getattr(config, "bias", "none") not in ("none", None):
                 return False
         return True
@@ -191,7 +199,10 @@ def _open_adapter(
 
 def untrained_model(part: ModelPart, seed: int, num_labels: int | None, device: str) -> Any:
     """As it was before its training, for `Tuned.untrained`."""
-    return load_base(part, seed, num_labels, device).model
+    import torch
+
+    with torch.random.fork_rng():  # whoever asks goes on with the random numbers that it had
+        return load_base(part, seed, num_labels, device).model
 
 
 def _part_of(config: Any, adapter: Path) -> ModelPart:

@@ -32,6 +32,7 @@ STRENGTH = 0.05  # a smaller deviation of the strength is never taken for a faul
 UNSURE = 0.08  # standard error of the strength above which on and off are not told apart
 EXPLAINED = 0.5  # a fault leaves at most so much of the residual and of the effect, and no more than four bits do,
 MATTERS = 0.7  # or it lies within the rounding and leaves at most so much of the residual
+CLEARLY = 0.75  # four bits explain more than a fault does where they leave less than this share of what it leaves
 COARSE = 2.0  # times what rounding to four bits does here
 KEPT = 0.25  # rounding changes the strength by no more, unless four bits do here
 TWICE = 0.12  # this far from 2 is still "twice": the scale is found by a search
@@ -139,7 +140,9 @@ def judge(found: Tensor, known: Known, guesses: Guesses, exact: bool = False, fl
     def explains(left: float) -> bool:
         if left <= bound:
             return left <= MATTERS * residual
-        return left <= EXPLAINED * min(residual, effect) and left <= coarse.limit and left < coarse.left(found)
+        return (
+            left <= EXPLAINED * min(residual, effect) and left <= coarse.limit and CLEARLY * left < coarse.left(found)
+        )
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
@@ -240,7 +243,7 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse) -> tuple[Word, str]:
     limit, room = coarse.limit, coarse.room
     finding.left["four bits"] = limit
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
-    if residual <= limit and abs(strength - 1) <= room:
+    if residual <= limit and abs(strength - 1) <= room and strength >= KEPT:
         return "rounded", f"it differs from the adapter by {size}: rounding, at most to four bits"
     if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
         return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
