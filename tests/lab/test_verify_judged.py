@@ -28,39 +28,45 @@ def across(direction, size, seed):
     return noise * size / noise.square().mean().sqrt()
 
 
+TOKENS = 20
+BASE = torch.linspace(-12, -2, TOKENS, dtype=torch.float64)
+DIRECTION = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (TOKENS // 4), dtype=torch.float64)
+
+
+def verdict(found, coarse, rounding):
+    """Of a candidate, where bf16 rounds by so much and four bits give `coarse`; all are differences from the base."""
+    known = Known(BASE, BASE + DIRECTION, torch.arange(TOKENS) // 4, rounding, warms_up=True)
+    return judge(BASE + found, known, Linear(BASE, BASE + DIRECTION, BASE + coarse)).word
+
+
 def judged(strength, apart):
     """A candidate at this strength, `apart` nats beside it, where bf16 rounds by 0.07 and four bits by 2.4."""
-    tokens = 20
-    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
-    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
-    tuned = base + direction
-    known = Known(base, tuned, torch.arange(tokens) // 4, 0.07, warms_up=True)
-    found = base + strength * direction + across(direction, apart, 1)
-    return judge(found, known, Linear(base, tuned, tuned + across(direction, 2.4, 2)))
+    found = strength * DIRECTION + across(DIRECTION, apart, 1)
+    return verdict(found, DIRECTION + across(DIRECTION, 2.4, 2), 0.07)
 
 
 def test_another_adapter_that_does_something_alike_is_no_weaker_one():
     """Seen on a server that had an adapter for the same words backwards, where four bits round by much."""
-    assert judged(0.44, 3.8).word == "another adapter"
+    assert judged(0.44, 3.8) == "another adapter"
 
 
 def test_what_a_strength_explains_has_its_name():
-    assert judged(0.44, 0.05).word == "λ below 1"
-    assert judged(2.0, 0.05).word == "merged twice"
-    assert judged(1.0, 0.05).word == "on"
-    assert judged(1.0, 2.4).word == "rounded"
-    assert judged(0.0, 0.05).word == "off"
+    assert judged(0.44, 0.05) == "λ below 1"
+    assert judged(2.0, 0.05) == "merged twice"
+    assert judged(1.0, 0.05) == "on"
+    assert judged(1.0, 2.4) == "rounded"
+    assert judged(0.0, 0.05) == "off"
 
 
-def in_four_bits(strength, apart, seed=3):
+def in_four_bits(strength, apart):
     """A candidate at this strength, where four bits take three tenths of the strength, and little else."""
-    tokens = 20
-    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
-    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
-    tuned, coarse = base + direction, base + 0.7 * direction + across(direction, 0.3, 2)
-    found = base + strength * direction + across(direction, 0.3, 2) + across(direction, apart, seed)
-    known = Known(base, tuned, torch.arange(tokens) // 4, 0.03, warms_up=True)
-    return judge(found, known, Linear(base, tuned, coarse)).word
+    return noisy(strength, 0.7, 0.3, across(DIRECTION, apart, 3))
+
+
+def noisy(strength, keep, noise, more=0.0):
+    """A candidate at this strength with the very noise of four bits, which keep that much of the strength."""
+    same = across(DIRECTION, noise, 2)
+    return verdict(strength * DIRECTION + same + more, keep * DIRECTION + same, 0.03)
 
 
 def test_four_bits_that_look_like_a_strength_are_four_bits():
@@ -73,18 +79,6 @@ def test_a_strength_that_explains_more_than_four_bits_do_keeps_its_name():
     assert in_four_bits(0.4, 0.2) == "λ below 1"
     assert in_four_bits(2.0, 0.2) == "merged twice"
     assert in_four_bits(1.5, 0.2) == "other scale"
-
-
-def noisy(strength, keep, noise):
-    """A candidate at this strength with the very noise of four bits, which keep that much of the strength."""
-    tokens = 20
-    base = torch.linspace(-12, -2, tokens, dtype=torch.float64)
-    direction = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (tokens // 4), dtype=torch.float64)
-    same = across(direction, noise, 2)
-    known = Known(base, base + direction, torch.arange(tokens) // 4, 0.03, warms_up=True)
-    return judge(
-        base + strength * direction + same, known, Linear(base, base + direction, base + keep * direction + same)
-    ).word
 
 
 def test_a_fault_in_four_bits_is_a_fault():

@@ -70,8 +70,10 @@ class Tuned:
         model.train(was_training)
 
     def _base(self) -> Any:
-        if self.base_model is not None or not (self.adapted or self.run is not None):
-            return self.model if self.base_model is None else self.base_model
+        if self.base_model is not None:
+            return self.base_model
+        if not self.adapted and self.run is None:
+            return self.model  # which nobody has trained
         if self._loaded is None:
             if self.untrained is None:
                 raise UserError(f"The base model of {self.source} is not known: open it with its run or its adapter.")
