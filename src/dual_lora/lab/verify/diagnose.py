@@ -2,8 +2,8 @@
 
 The strength is the projection t = ⟨c − b, a − b⟩ / ‖a − b‖²: 0 is off, 1 is on, 2 is merged twice. Rounding and other
 adapters leave a residual c − a. A fault is named only where a really computed model with that fault explains what was
-found: it has to lie within the rounding, or to leave less than half of the residual, and less than four bits leave.
-Rounding is no fault.
+found: it has to lie within the rounding, or to leave less than half of the residual and not clearly more than
+four bits leave. Rounding is no fault.
 """
 
 from __future__ import annotations
