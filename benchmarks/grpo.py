@@ -1,15 +1,16 @@
 """A step of TRL's GRPO on a third of SmolLM2-135M: completions, reference, loss, backward, AdamW. No server.
 
 A third of its layers and of its vocabulary, so that head and layers cost in proportion what they cost there. The
-settings of `examples/trl_grpo.py`: eight prompts, four completions of 32 tokens each, a KL term to the reference,
-which is the model with its adapter disabled.
+settings of `examples/trl_grpo.py`: four completions of each of two prompts, 32 tokens each, a KL term to the reference,
+which is the model with its adapter disabled. Or TRL's own: eight completions of one prompt and no such term; they are
+256 tokens long here, half of its limit.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,15 +18,26 @@ from . import layers
 from .measure import Measured, Unavailable, median_ratio, torch_threads
 from .step import TARGETS, base_model
 
-PROMPT, COMPLETION, BATCH, GENERATIONS = 40, 32, 8, 4
-RANK = 16
+PROMPT, BATCH, RANK = 40, 8, 16
 THIRD = {"num_hidden_layers": 10, "vocab_size": 16384}
+
+
+class Completions(NamedTuple):
+    """`generations` of each prompt, `tokens` long, eight in all; `beta` above 0 adds the KL term to the reference."""
+
+    tokens: int
+    generations: int
+    beta: float
+
+
+SHORT = Completions(tokens=32, generations=4, beta=0.04)
+LONG = Completions(tokens=256, generations=8, beta=0.0)
 
 
 class Run:
     """One method's trainer; `step` returns what one optimizer step took."""
 
-    def __init__(self, method: str, folder: str, **changes: Any):
+    def __init__(self, method: str, folder: str, completions: Completions, **changes: Any):
         try:
             from datasets import Dataset
             from transformers import PrinterCallback
@@ -39,8 +51,9 @@ class Run:
             model=base_model(**{**THIRD, **changes}),
             reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
             args=GRPOConfig(
-                folder, max_steps=1, per_device_train_batch_size=BATCH, num_generations=GENERATIONS,
-                max_completion_length=COMPLETION, generation_kwargs={"min_new_tokens": COMPLETION}, beta=0.04,
+                folder, max_steps=1, per_device_train_batch_size=BATCH, num_generations=completions.generations,
+                max_completion_length=completions.tokens, beta=completions.beta,
+                generation_kwargs={"min_new_tokens": completions.tokens},
                 learning_rate=1e-4, logging_strategy="no", save_strategy="no", report_to=[], bf16=False, use_cpu=True,
                 disable_tqdm=True, gradient_checkpointing=False, seed=0,
             ),
@@ -84,10 +97,12 @@ def _tokenizer(size: int) -> Any:
     )
 
 
-def measure(threads: int, seconds: float, rounds: tuple[int, int] = (3, 9), **changes: Any) -> Measured:
+def measure(
+    threads: int, seconds: float, completions: Completions = SHORT, rounds: tuple[int, int] = (3, 9), **changes: Any
+) -> Measured:
     """Seconds of a step with Dual LoRA and with LoRA of as many parameters, in turn."""
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
-        runs = {method: Run(method, folder, **changes) for method in ("dual", "lora")}
+        runs = {method: Run(method, folder, completions, **changes) for method in ("dual", "lora")}
         for run in runs.values():
             run.clock = time.process_time if threads == 1 else time.perf_counter
             run.step()  # warm

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .gates import BF16_STEP, GRPO, SMALL_STEP, STEP
+from .gates import BF16_STEP, GRPO, GRPO_LONG, SMALL_STEP, STEP
 from .measure import Measured
 
 
@@ -120,6 +120,12 @@ def _grpo(threads: int, seconds: float) -> dict[str, Measured]:
     return {GRPO: grpo.measure(threads, seconds)}
 
 
+def _grpo_long(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import grpo
+
+    return {GRPO_LONG: grpo.measure(threads, seconds, grpo.LONG)}
+
+
 def _host(threads: int, seconds: float) -> dict[str, Measured]:
     from . import host
 
@@ -156,6 +162,7 @@ WORKS: tuple[Work, ...] = (
          {"O": 4096, "I": 4096, "T": 2048}),
     Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
     Work((GRPO,), _grpo, 1, {"prompts": 8, "prompt": 40, "completion": 32}),
+    Work((GRPO_LONG,), _grpo_long, 1, {"prompts": 8, "prompt": 40, "completion": 256}),
     Work((SMALL_STEP,), _small_step, 1, {"batch": 16, "length": 24}),
     Work((BF16_STEP,), _bf16_step, 1, {"batch": 4, "length": 256}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),

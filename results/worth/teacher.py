@@ -251,8 +251,8 @@ def main() -> None:
         interaction(args.out / "scores.csv")
         return
     setting, comparison = Setting(), Comparison(args.out, "divergence", "less")
-    for kind in UPDATES:
-        for method in METHODS:
+    for method in METHODS:
+        for kind in UPDATES:
 
             def run(method: str, rate: float, seed: int, kind: str = kind) -> list[float]:
                 return setting.divergence(kind, method, rate, seed)

@@ -277,6 +277,7 @@ OPERATORS = ("linear", "through_rows", "weight", "embedding")
 @pytest.mark.parametrize("name", [n + s for n in OPERATORS for s in ("", "_backward")])
 def test_every_device_has_an_implementation(name, key):
     """Devices without kernels of ours take the blocks; "meta" keeps its fake, which makes shapes and nothing else."""
+    from dual_lora.core import compose_op, embedding_op  # noqa: F401 - they define the operators
 
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"dual_lora::{name}", key)
 
