@@ -2,9 +2,9 @@
 
     python -m scripts.mutate dual_lora.lab.study.statistics tests/lab/test_stats.py -k "not level"
 
-What follows the module is given to pytest. Prints the mutants that survive, with their line. Tests and libraries are
-imported once; every mutant runs in a process that is forked from there, so that it costs its tests alone. A mutant that
-runs for too long counts as noticed.
+What follows the module is given to pytest. Prints the mutants that survive, with their line. Libraries are imported
+once; every mutant runs in a process that is forked from there and imports the package anew. A mutant that runs for too
+long counts as noticed.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import ast
 import copy
 import gc
 import importlib
+import importlib.machinery
 import itertools
 import os
 import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import CodeType
+from typing import Any
 
 import pytest
 
 SECONDS = 120  # of processor time for all tests of a mutant
+SOURCE = Path(__file__).parent.parent / "src"
+LIBRARIES = ("torch", "torch._dynamo", "transformers", "peft", "scipy.stats", "pydantic", "rich.table")
 COMPARED = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
     ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
@@ -93,18 +97,26 @@ class _Replaced(ast.NodeTransformer):
         return self.new if node is self.old else self.generic_visit(node)
 
 
-def change(module: ModuleType, tree: ast.Module) -> None:
-    """Give a module this text, and whoever took a name from it the new one's."""
-    before = dict(vars(module))
-    old = {id(v): name for name, v in before.items() if getattr(v, "__module__", "") == module.__name__}
-    exec(compile(tree, module.__name__, "exec"), vars(module))
-    for name, other in list(sys.modules.items()):
-        if "tests" in Path(getattr(other, "__file__", None) or "").parts:
-            del sys.modules[name]  # it is imported anew
-        elif name.startswith(module.__name__.partition(".")[0] + "."):
-            for own, value in list(vars(other).items()):
-                if id(value) in old:
-                    setattr(other, own, getattr(module, old[id(value)]))
+class Changed(importlib.machinery.PathFinder):
+    """Finds this one module, with the changed text."""
+
+    def __init__(self, module: str, tree: ast.Module):
+        self.module, self.tree = module, tree
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:  # type: ignore[override]
+        if name != self.module:
+            return None
+        spec: Any = super().find_spec(name, path, target)
+        spec.loader = _Loader(name, spec.origin)
+        spec.loader.tree = self.tree
+        return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    tree: ast.Module
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(self.tree, self.path, "exec")
 
 
 def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
@@ -115,7 +127,8 @@ def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            change(importlib.import_module(module), tree)
+            assert module not in sys.modules
+            sys.meta_path.insert(0, Changed(module, tree))
             status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])
         finally:
             os._exit(int(status != 0))
@@ -124,8 +137,10 @@ def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
 
 def main(module: str, *tests: str) -> int:
     """Print what survives; the number of survivors, 0 for none."""
-    tree = ast.parse(Path(str(importlib.import_module(module).__file__)).read_text(encoding="utf-8"))
-    pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--collect-only", *tests])
+    sys.dont_write_bytecode = True
+    tree = ast.parse((SOURCE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    for library in LIBRARIES:
+        importlib.import_module(library)
     gc.freeze()  # or every mutant's collection of garbage would copy the memory that it shares
     if not passes(module, tree, [*tests]):
         raise SystemExit("The tests fail without a mutant.")

@@ -1,6 +1,7 @@
 """Who computes: what the kernels are asked for, and what every operator gives with them, in Triton's interpreter."""
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ class Right:
         (None, of_rank(16), torch.bfloat16, True),
         (Rows(torch.empty(8, 8)), of_rank(16), torch.float16, True),
         (None, of_rank(300, 4), torch.bfloat16, True),  # 300 experts, not rank 300
-        (None, of_rank(300), torch.bfloat16, False),
+        (None, of_rank(256), torch.bfloat16, True),
+        (None, of_rank(257), torch.bfloat16, False),
         (None, of_rank(16), torch.float64, False),
         (torch.empty(8, 8), of_rank(16), torch.bfloat16, False),  # on another device
     ],
@@ -113,6 +115,23 @@ def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
     assert dispatch.implementation(torch.device("cpu"), dtype, weight, adapters) is blocked
     monkeypatch.setenv(dispatch.SWITCH, "plain")
     assert dispatch.implementation(CUDA, dtype, weight, adapters) is blocked
+
+
+def test_the_larger_rank_counts():
+    ranks = torch.empty(300, 8), torch.empty(8, 300), torch.empty(4, 8), torch.empty(8, 4)
+    for four in (ranks, ranks[2:] + ranks[:2]):
+        with mock.patch.object(dispatch, "triton", lambda device: Right):
+            adapters = [Adapter(Factors(*four), torch.tensor(1.0), Form())]
+            assert dispatch.implementation(CUDA, torch.bfloat16, None, adapters) is blocked
+
+
+def test_adapters_as_an_operator_takes_them():
+    """With rms(Q)² of the whole behind the scale of a part, and without."""
+    whole, part = of_rank(4)[0], of_rank(2)[0]._replace(mean_square=torch.tensor(3.0), form=Form(ste="surrogate"))
+    assert [a.mean_square for a in dispatch.adapters_of(*dispatch.flat([whole, part]))] == [None, 3.0]
+    for before, after in zip([whole, part], dispatch.adapters_of(*dispatch.flat([whole, part])), strict=True):
+        assert (after.scale, after.form) == (before.scale, before.form)
+        assert all(a is b for a, b in zip(after.factors, before.factors, strict=True))
 
 
 def card(monkeypatch, capability=None, gfx=None):
@@ -137,6 +156,14 @@ def test_cards_of_nvidia(capability, row, monkeypatch):
 def test_a_card_of_amd(monkeypatch):
     card(monkeypatch, gfx="gfx942:sramecc+:xnack-")
     assert triton_launch.target(CUDA) == "gfx942"
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0+rocm7"])
+def test_versions_that_are_taken(version, monkeypatch):
+    card(monkeypatch, (9, 0))
+    monkeypatch.setattr(triton, "__version__", version)
+    assert dispatch.triton(CUDA) is triton_linear
+    dispatch.triton.cache_clear()
 
 
 @pytest.mark.parametrize(

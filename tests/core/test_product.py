@@ -69,8 +69,30 @@ def test_empty_and_tiny(library, n, k, m):
 def test_no_operand_reaches_onednn_with_gaps():
     """Such operands are right as well, and a thousand times slower: nothing but this would tell."""
     for layout in LAYOUTS.values():
-        b = product.without_gaps(layout(torch.rand(5, 7)))
-        assert b.is_contiguous() or b.t().is_contiguous()
+        b = layout(torch.rand(5, 7))
+        taken = product.without_gaps(b)
+        assert taken.is_contiguous() or taken.t().is_contiguous()
+        assert (taken is b) == (b.is_contiguous() or b.t().is_contiguous())  # nothing is copied for nothing
+
+
+@needs_onednn
+def test_what_onednn_is_asked(monkeypatch):
+    """Results are equal to the last bit either way here, so that which library was taken shows in nothing else."""
+    asked, onednn_mm = [], product.onednn_mm
+    monkeypatch.setattr(product, "onednn_mm", lambda a, b: asked.append(b.shape[0]) or onednn_mm(a, b))
+    for faster in (True, False):
+        monkeypatch.setattr(product, "onednn_is_faster", lambda faster=faster: faster)
+        asked.clear()
+        for rank in (product.SAME_BITS, product.SAME_BITS + 1):
+            left, right = whole_numbers(30, rank, seed=0), whole_numbers(rank, 300, seed=1)
+            product.factors_mm(left, right, torch.empty(30, 300))
+        product.mm(left, right)
+        product.addmm_(torch.zeros(30, 300), left, right)
+        product.mm(left.double(), right.double())
+        assert asked == [product.SAME_BITS, *[product.SAME_BITS + 1] * 2] * faster
+        a = left.t()
+        assert product.left(a).is_contiguous() is faster
+        assert (product.left(a) is a) is not faster
 
 
 @needs_onednn
@@ -131,3 +153,11 @@ def test_which_library_is_taken(monkeypatch, tmp_path):
         assert product.onednn_is_faster.__wrapped__() is expected
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
         assert product.onednn_is_faster.__wrapped__() is False
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(product, "Path", lambda _: tmp_path / "of another system")
+    assert product.onednn_is_faster.__wrapped__() is False
+    monkeypatch.setattr(product, "Path", lambda _: tmp_path / "cpuinfo")
+    for missing in ("mkl", "mkldnn"):
+        with monkeypatch.context() as without:
+            without.setattr(getattr(torch.backends, missing), "is_available", lambda: False)
+            assert product.onednn_is_faster.__wrapped__() is False
