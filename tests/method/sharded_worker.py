@@ -272,6 +272,19 @@ def merged_under_fsdp2(mesh, folder):
     else:
         (folder / f"shards{RANK}.txt").write_text("saved")
 
+    broken = next(iter(layers(model).values()))
+    if RANK == 0:  # a number that the other process does not hold, and that Sign hides
+        with torch.no_grad():
+            broken.dual_lora_D["default"].to_local()[0, 0] = torch.nan
+    before = broken.get_base_layer().weight.to_local().clone()
+    try:
+        model.merge_adapter(safe_merge=True)
+    except ValueError as error:
+        assert "NaNs detected" in str(error)
+    else:
+        raise AssertionError(f"process {RANK} merged what is broken")
+    assert torch.equal(broken.get_base_layer().weight.to_local(), before)
+
 
 def reference_pass(mesh, folder):
     """Preference and policy training under FSDP2: a pass without the adapter between the steps, as by one process."""

@@ -105,7 +105,8 @@ class MergeLayer(FactorsLayer):
         """Raise ValueError for NaN or infinity in merged weights or in the factors of these adapters."""
         # Sign makes a number of everything, so that a NaN in C or D does not show in the weight.
         factors = [f for name in names for f in self._stored(name)]
-        if not all(bool(torch.isfinite(t).all()) for t in (*merged, *factors)):
+        finite = all(bool(torch.isfinite(sharded.local(t)).all()) for t in (*merged, *factors))
+        if not sharded.everywhere(finite, (*self._merge_parameters().values(), *factors)):
             added = ", ".join(name for name in names if name not in self.merged_adapters)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {added} seems to be broken")
 

@@ -36,6 +36,21 @@ def is_sharded(weight: Any) -> bool:
     return dist.is_available() and isinstance(weight, DTensor)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, unless it is a DTensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
+    """Whether something holds in every process that shares one of the tensors; they all have to ask."""
+    for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:
+        for group in mesh.get_all_groups():
+            holds = torch.tensor(int(here), device=mesh.device_type)
+            dist.all_reduce(holds, dist.ReduceOp.MIN, group)
+            here = bool(holds)
+    return here
+
+
 def takes_product(base: nn.Module) -> bool:
     """Whether the base is a sharded nn.Linear, whose product can be replaced between its hooks."""
     return is_sharded(getattr(base, "weight", None)) and type(base).forward is nn.Linear.forward

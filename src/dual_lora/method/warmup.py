@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from .cache import composed_weights
 from .precision import Warned
 from .scaler import warn_of_unknown
+from .sharded import local
 
 if TYPE_CHECKING:
     from .factors import FactorsLayer
@@ -204,7 +205,8 @@ def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], 
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
             "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
-    elif not any(bool(g.any()) for g in grads):
+    # The part that is here shows as much, and processes that ask each other at different times wait for ever.
+    elif (here := [g for g in map(local, grads) if g.numel()]) and not any(bool(g.any()) for g in here):
         _warned.setdefault(optimizer, Warned()).once(
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
