@@ -120,7 +120,7 @@ def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
 def test_the_larger_rank_counts():
     ranks = torch.empty(300, 8), torch.empty(8, 300), torch.empty(4, 8), torch.empty(8, 4)
     for four in (ranks, ranks[2:] + ranks[:2]):
-        with mock.patch.object(dispatch, "triton", lambda device: Right):
+        with mock.patch.object(dispatch, "triton", return_value=Right):
             adapters = [Adapter(Factors(*four), torch.tensor(1.0), Form())]
             assert dispatch.implementation(CUDA, torch.bfloat16, None, adapters) is blocked
 

@@ -36,9 +36,10 @@ def is_sharded(weight: Any) -> bool:
     return dist.is_available() and isinstance(weight, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor: all of it, unless it is a DTensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    held: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return held
 
 
 def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
