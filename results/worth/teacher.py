@@ -86,7 +86,7 @@ def _spectrum(O: int, I: int, values: Tensor, draw: torch.Generator) -> Tensor:
     return (U * values) @ V.T
 
 
-UPDATES = {"rank 4": rank_4, "1/k": one_by_k, "Gaussian": gaussian, "a Dual LoRA update": dual}
+UPDATES = {"rank 4": rank_4, "falling": one_by_k, "Gaussian": gaussian, "a Dual LoRA update": dual}
 Part = tuple[Tensor, Tensor]  # hidden states before the last layer [N, T, 384], mask [N, T]
 
 
