@@ -1,4 +1,4 @@
-"""The embedding's operator by itself: nn.Embedding's defaults, the precision of what it returns, shapes while tracing."""
+"""The embedding's operator alone: nn.Embedding's defaults, the precision of what it returns, shapes while tracing."""
 
 import pytest
 import torch
