@@ -39,6 +39,14 @@ def test_every_form(form, dtype, small_blocks):
     assert_close(run(operator, case), truth(case), dtype, name_of(form))
 
 
+@pytest.mark.parametrize("form", [{}, {"ste": "surrogate"}, {"magnitude": "identity"}], ids=name_of)
+def test_scales_that_stay_on_the_device(form, small_blocks, monkeypatch):
+    """As on a GPU, where to read a number would wait for the kernels before it."""
+    monkeypatch.setattr(blocked, "_number", lambda scale: scale)
+    case = make_case(T=63, I=100, O=577, forms=[form])
+    assert_close(run(operator, case), truth(case), torch.float32, name_of(form))
+
+
 @pytest.mark.parametrize("source", [lambda W: W, Rows], ids=["tensor", "rows"])
 @pytest.mark.parametrize("form", [Form(), Form(ste="hardtanh")], ids=["paper", "hardtanh"])
 def test_a_weight_in_fp64_keeps_its_bits_beside_factors_in_fp32(form, source, small_blocks):
@@ -268,6 +276,18 @@ def test_wrong_shapes_are_named():
         dual_lora_linear(x[:, :9], W, None, [Adapter(Factors(A, B, C, D), s, Form())])
     with pytest.raises(ValueError, match="no adapter"):
         dual_lora_linear(x, W, None, [])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_a_composed_weight_has_the_weights_precision(dtype):
+    from dual_lora.core.compose_op import dual_lora_weight
+
+    case = make_case(T=2, I=9, O=6)
+    weight = None if dtype is None else case.weight.to(dtype)
+    adapters = [
+        Adapter(Factors(*four), torch.tensor(s), Form()) for four, s in zip(case.factors, case.scales, strict=True)
+    ]
+    assert dual_lora_weight(weight, adapters).dtype == (dtype or torch.float32)
 
 
 OPERATORS = ("linear", "through_rows", "weight", "embedding")
