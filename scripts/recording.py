@@ -26,6 +26,18 @@ def faster(recording: str) -> str:
     return "\n".join([header, *(json.dumps([time * rate, kind, text]) for time, kind, text in played), ""])
 
 
+def without_paths(drawn: str, *paths: str) -> str:
+    """The picture without this machine's paths; what stands behind them on a line moves to the left."""
+
+    def shortened(text: re.Match[str]) -> str:
+        words = text[2]
+        for path in paths:
+            words = words.replace(path, "")
+        return text[1] + words + " " * (len(text[2]) - len(words)) + text[3]
+
+    return re.sub(r"(<text[^>]*>)([^<]*)(</text>)", shortened, drawn)
+
+
 def main() -> None:
     """Record, and write the picture."""
     termtosvg = str(Path(sys.executable).parent / "termtosvg")
@@ -42,7 +54,7 @@ def main() -> None:
     drawn = PICTURE.read_text(encoding="utf-8")
     for addresses in (r"<termtosvg:template_settings.*?</termtosvg:template_settings>", r"/\*.*?\*/"):
         drawn = re.sub(addresses, "", drawn, flags=re.S)
-    PICTURE.write_text(drawn, encoding="utf-8")
+    PICTURE.write_text(without_paths(drawn, f"{folder}/", f"{Path(sys.executable).parent}/"), encoding="utf-8")
 
 
 if __name__ == "__main__":
