@@ -30,8 +30,10 @@ class Completions(NamedTuple):
     beta: float
 
 
-SHORT = Completions(tokens=32, generations=4, beta=0.04)
-LONG = Completions(tokens=256, generations=8, beta=0.0)
+COMPLETIONS = {
+    "short": Completions(tokens=32, generations=4, beta=0.04),
+    "long": Completions(tokens=256, generations=8, beta=0.0),
+}
 
 
 class Run:
@@ -98,7 +100,7 @@ def _tokenizer(size: int) -> Any:
 
 
 def measure(
-    threads: int, seconds: float, completions: Completions = SHORT, rounds: tuple[int, int] = (3, 9), **changes: Any
+    threads: int, seconds: float, completions: Completions, rounds: tuple[int, int] = (3, 9), **changes: Any
 ) -> Measured:
     """Seconds of a step with Dual LoRA and with LoRA of as many parameters, in turn."""
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads):

@@ -114,16 +114,13 @@ def _merge(dtype: str) -> Callable[[int, float], dict[str, Measured]]:
     return run
 
 
-def _grpo(threads: int, seconds: float) -> dict[str, Measured]:
-    from . import grpo
+def _grpo(work: str, length: str) -> Callable[[int, float], dict[str, Measured]]:
+    def run(threads: int, seconds: float) -> dict[str, Measured]:
+        from . import grpo
 
-    return {GRPO: grpo.measure(threads, seconds)}
+        return {work: grpo.measure(threads, seconds, grpo.COMPLETIONS[length])}
 
-
-def _grpo_long(threads: int, seconds: float) -> dict[str, Measured]:
-    from . import grpo
-
-    return {GRPO_LONG: grpo.measure(threads, seconds, grpo.LONG)}
+    return run
 
 
 def _host(threads: int, seconds: float) -> dict[str, Measured]:
@@ -161,8 +158,8 @@ WORKS: tuple[Work, ...] = (
     Work(("linear 4096 T2048 fp32",), linear(4096, 4096, 2048, "float32", WITH_FLOOR), None,
          {"O": 4096, "I": 4096, "T": 2048}),
     Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
-    Work((GRPO,), _grpo, 1, {"prompts": 8, "prompt": 40, "completion": 32}),
-    Work((GRPO_LONG,), _grpo_long, 1, {"prompts": 8, "prompt": 40, "completion": 256}),
+    Work((GRPO,), _grpo(GRPO, "short"), 1, {"prompts": 8, "prompt": 40, "completion": 32}),
+    Work((GRPO_LONG,), _grpo(GRPO_LONG, "long"), 1, {"prompts": 8, "prompt": 40, "completion": 256}),
     Work((SMALL_STEP,), _small_step, 1, {"batch": 16, "length": 24}),
     Work((BF16_STEP,), _bf16_step, 1, {"batch": 4, "length": 256}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),

@@ -219,11 +219,11 @@ def test_a_grpo_step_generates_and_trains():
 
     tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
             "num_key_value_heads": 2, "vocab_size": 64}  # fmt: skip
-    measured = grpo.measure(1, 0.0, rounds=(1, 1), **tiny)
+    measured = grpo.measure(1, 0.0, grpo.COMPLETIONS["short"], (1, 1), **tiny)
     assert {name: len(costs) for name, costs in measured.costs.items()} == {"dual": 1, "lora": 1}
     assert all(cost > 0 for costs in measured.costs.values() for cost in costs)
     with tempfile.TemporaryDirectory() as folder:
-        run = grpo.Run("dual", folder, grpo.SHORT, **tiny)
+        run = grpo.Run("dual", folder, grpo.COMPLETIONS["short"], **tiny)
         before = {name: p.clone() for name, p in run.trainer.model.named_parameters() if p.requires_grad}
         run.step()
         moved = {

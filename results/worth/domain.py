@@ -61,11 +61,12 @@ def make(source: Path, out: Path) -> None:
 
 
 def pareto(study: Path) -> None:
-    """What each method and setting learned against what it forgot, over the seeds."""
+    """What each method learned against what it forgot, at each length, over the seeds."""
     for method in json.loads((study / "results.json").read_text(encoding="utf-8"))["methods"]:
         figures = [run["figures"] for run in method["seeds"] if run["status"] == "done"]
         loss, forgotten = (sum(f[name] for f in figures) / len(figures) for name in ("loss", "forgetting"))
-        print(f"{method['method']}: loss {loss:.3f}, forgetting {forgotten:+.3f} nats ({len(figures)} seeds)")
+        learned = f"loss {loss:.3f}, forgetting {forgotten:+.3f} nats"
+        print(f"{method['task']}, {method['method']}: {learned} ({len(figures)} seeds)")
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def local(tensor: Any) -> Tensor:
 
 def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
     """Whether something holds in every process that shares one of the tensors; they all have to ask."""
-    for mesh in {t.device_mesh for t in tensors if is_sharded(t)}:
+    for mesh in dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t)):  # in the same order everywhere
         for group in mesh.get_all_groups():
             holds = torch.tensor(int(here), device=mesh.device_type)
             dist.all_reduce(holds, dist.ReduceOp.MIN, group)
@@ -152,7 +152,7 @@ class _StandIn:
         return it._linear(x, *bias, **(kwargs or {}))
 
     def _linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        part_of_bias = bias.to_local() if isinstance(bias, DTensor) else bias
+        part_of_bias = local(bias)
         if not isinstance(x, DTensor):
             if "forward" not in vars(self.base) or torch.is_grad_enabled():
                 raise ValueError(
