@@ -4,7 +4,7 @@
     DUAL_LORA_DATA=DATA dual-lora compare results/worth/domain.yaml --out STUDY
     python results/worth/domain.py DATA --pareto STUDY
 
-DATA/permuted/: E2E's sentences in a language that no model has seen: every word stands for another one of E2E's 1,500
+DATA/permuted/: E2E's sentences in a language that no model has seen: every word stands for another one of E2E's 1,200
 or so, by one fixed permutation, so that all there is to learn is new. Trained on the sentences of E2E's test file,
 judged on those of its validation file; DATA/known.txt: questions and film reviews, on which forgetting is measured.
 """

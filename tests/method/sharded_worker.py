@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,22 @@ def merged_under_fsdp2(mesh, folder):
     assert torch.equal(broken.get_base_layer().weight.to_local(), before)
 
 
+def idle_rows_under_fsdp2(mesh, folder):
+    """One process holds nothing of A and C, and rows of B and D without a gradient: that is no layer that is idle."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), DualLoraConfig(r=2, warmup_steps=0, target_modules=["0"]))
+    fully_shard(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="All gradients of a layer")
+        for _ in range(6):  # the check is made once, some steps on
+            model(torch.ones(3, 16))[:, :4].square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def reference_pass(mesh, folder):
     """Preference and policy training under FSDP2: a pass without the adapter between the steps, as by one process."""
     from torch.distributed.fsdp import fully_shard
@@ -392,6 +409,7 @@ CASES = {
     "dropout": dropout,
     "plan": by_plan,
     "fsdp2": merged_under_fsdp2,
+    "idle": idle_rows_under_fsdp2,
     "reference": reference_pass,
     "filled": filled_after_sharding,
     "switched": switched_under_fsdp2,

@@ -17,6 +17,7 @@ CASES = [
     "sequence",
     "dropout",
     "fsdp2",
+    "idle",
     "reference",
     "filled",
     "switched",

@@ -199,15 +199,16 @@ class _Backward:
 
 def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], steps: int) -> None:
     grads = [f.grad for f in factors if f.grad is not None]
-    # The parts that are here show as much, and processes that ask each other at different times wait for ever.
-    here = [g for g in map(local, grads) if g.numel()]
+    # Each process looks at its own parts: asked of the others at different times, they would wait for ever. One that
+    # holds nothing of some factor cannot tell; the first always holds something of each.
+    here = [local(g) for g in grads]
     if not grads:
         _warned.setdefault(optimizer, Warned()).once(
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
             "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
-    elif here and not any(bool(g.any()) for g in here):
+    elif all(g.numel() for g in here) and not any(bool(g.any()) for g in here):
         _warned.setdefault(optimizer, Warned()).once(
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
