@@ -1,7 +1,8 @@
 """What mkdocs does not do by itself: notebooks as pages, formulas as MathML, links to files outside docs/.
 
 A linked file of the repository is copied into the site (as text), a linked folder becomes plain text: the site
-needs no repository behind it. The build fails where a page would load something from elsewhere.
+needs no repository behind it. The build fails where a page would load something from elsewhere. Where the repository's
+address is known (`GITHUB_REPOSITORY`, which a hosted runner sets), a notebook's page leads to a hosted notebook.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def on_files(files: Files, config: Any) -> Files:
     docs = Path(config.docs_dir)
     for file in list(files):
         if file.src_uri.endswith(".ipynb"):
-            files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=notebook(file)))
+            files.append(File.generated(config, file.src_uri.replace(".ipynb", ".md"), content=notebook(file, config)))
             files.remove(file)
     for page in docs.rglob("*.md"):
         for _, _, link in _LINK.findall(page.read_text(encoding="utf-8")):
@@ -72,11 +73,23 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return _LINK.sub(rewritten, markdown)
 
 
-def notebook(file: File) -> str:
+def hosted(file: File, repository: str) -> str:
+    """Where to open the notebook on a machine of someone else's, and what it has to run first."""
+    name = f"docs/{file.src_uri}"
+    return (
+        f"[Open in Colab](https://colab.research.google.com/github/{repository}/blob/main/{name}), and run first:\n\n"
+        f"```text\n!git clone --depth 1 https://github.com/{repository} dual-lora\n"
+        f"%cd dual-lora/{os.path.dirname(name)}\n%pip install ../..\n```"
+    )
+
+
+def notebook(file: File, config: Any) -> str:
     """A notebook's cells and outputs as Markdown."""
     book = json.loads(Path(str(file.abs_src_path)).read_text(encoding="utf-8"))
     parts = []
-    for cell in book["cells"]:
+    for number, cell in enumerate(book["cells"]):
+        if number == 1 and config.extra["repository"]:  # below the title
+            parts.append(hosted(file, config.extra["repository"]))
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             parts.append(source)

@@ -299,9 +299,14 @@ def test_the_site_is_built_without_a_network(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # A hosted runner's variable: pages of notebooks then lead to hosted ones.
+    env = {**os.environ, "GITHUB_REPOSITORY": "owner/name"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "site" / "explanation" / "method" / "index.html").read_text().count("<math") >= 2
+    for name in ("quickstart", "results"):
+        notebook = f"https://colab.research.google.com/github/owner/name/blob/main/docs/tutorials/{name}.ipynb"
+        assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / name / "index.html").read_text()
 
 
 def test_the_quick_start_prints_what_its_notebook_shows():

@@ -109,11 +109,9 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.tied.pop(adapter_name, None)
         warmup.forget(self, adapter_name)
         self.set_ranks(adapter_name, r1, r2, alpha)
-        self.forms[adapter_name] = config.form
-        self.warmup_steps[adapter_name] = config.warmup_steps
-        self.dual_lora_dropout[adapter_name] = (
-            nn.Dropout(config.dropout) if config.dropout and self.takes_dropout else nn.Identity()
-        )
+        self.forms[adapter_name], self.warmup_steps[adapter_name] = config.form, config.warmup_steps
+        dropout = config.dropout if self.takes_dropout else 0.0
+        self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
@@ -146,8 +144,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
-        # For tests: the update should show in a model of any width.
-        std = config.init_std if config.init_weights else 0.3
+        std = config.init_std if config.init_weights else 0.3  # for tests: it shows in a model of any width
         for factor in self._stored(adapter_name):
             if factor.device.type != "meta":
                 nn.init.normal_(factor, std=std)
