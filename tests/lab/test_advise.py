@@ -26,7 +26,7 @@ from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.job import Outcome
 from dual_lora.lab.study.rejudge import rejudge
 
-SOME = 1.5  # minutes: enough on a crowded machine too
+SOME = 20  # minutes: enough on the most crowded machine; quiet ones need one, as seeds and steps have a limit here
 NEVER = 100_000  # steps of a ramp: λ stays near 0, and the method can't learn within the run
 
 
@@ -92,7 +92,7 @@ def test_where_lora_wins(lora_wins):
 
 def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_path):
     recipe, out, advice = lora_wins
-    assert advice.seconds < 2 * 60 * SOME
+    assert advice.seconds < 60 * SOME
     before = outcomes(out)
     code, shown, _ = call("compare", out / "study.yaml", "--out", out, "--json")
     assert code == 0
@@ -113,8 +113,8 @@ def test_it_fits_into_its_minutes_and_is_an_ordinary_study(lora_wins, call, tmp_
 
 def test_another_question_in_its_folder_is_refused(lora_wins):
     recipe, out, _ = lora_wins
-    with pytest.raises(UserError, match=r"holds another study.*Asked with 1\.5 minutes.*another --out"):
-        advise(recipe, 20, out, progress=False)
+    with pytest.raises(UserError, match=r"holds another study.*Asked with 20 minutes.*another --out"):
+        advise(recipe, 10, out, progress=False)
     with pytest.raises(UserError, match="Give the same recipe, --minutes and --margin"):
         advise(recipe, SOME, out, margin=0.5, progress=False)
 
