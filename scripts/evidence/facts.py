@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.report.columns import number
-from dual_lora.lab.results import last_state, mean_over_layers
+from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
 
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
@@ -37,7 +37,7 @@ def study(name: str) -> dict[str, Any]:
 @functools.cache
 def trajectory() -> dict[str, Any]:
     """The published analysis of one trajectory."""
-    return json.loads((ROOT / "results" / "trajectory" / "analysis.json").read_text(encoding="utf-8"))
+    return with_sizes(json.loads((ROOT / "results" / "trajectory" / "analysis.json").read_text(encoding="utf-8")))
 
 
 def quoted(path: str) -> str:

@@ -177,3 +177,51 @@ def test_contribution_of_other_methods_is_by_kind_of_tensor():
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
     rows = contributions(model, factor_state(model), lambda m: float(loss_of(m, batch()).detach()))
     assert {r["group"] for r in rows} == {"", "all", "lora_A", "lora_B"}
+
+
+class Twice(nn.Module):
+    """One layer that is called twice, and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 8)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(self.words(x))))
+
+
+def twice():
+    torch.manual_seed(0)
+    config = DualLoraConfig(r=4, target_modules=["words", "layer"], init_weights=False, warmup_steps=0)
+    return get_peft_model(Twice(), config), {"x": torch.arange(9)}, lambda model, batch: model(batch["x"]).pow(2).sum()
+
+
+def test_the_first_step_of_a_layer_that_is_called_twice_is_judged_by_the_whole_gradient():
+    model, batch, loss = twice()
+    layer = model.base_model.model.layer
+    before = layer.get_delta_weight("default").detach()
+    found = first_step(model, batch, loss, 0.01)
+    assert set(found) == {"layer"}, "an embedding's gradient is no product"
+    plain = Twice()
+    with torch.no_grad():
+        for name in ("words", "layer"):
+            own = model.base_model.model.get_submodule(name)
+            plain.get_submodule(name).weight.copy_(own.get_base_layer().weight + own.get_delta_weight("default"))
+        plain.layer.bias.copy_(layer.get_base_layer().bias)
+    loss(plain, batch).backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    model.eval()
+    loss(model, batch).backward()
+    optimizer.step()
+    move = layer.get_delta_weight("default").detach() - before
+    cosine = torch.nn.functional.cosine_similarity(move.flatten(), -plain.layer.weight.grad.flatten(), dim=0)
+    assert found["layer"]["gradient_cosine"] == pytest.approx(float(cosine), abs=1e-4)
+
+
+def test_embeddings_have_shares_and_no_figures_of_the_product():
+    model, batch, loss = twice()
+    rows = gradient_pass(model, [batch], loss)
+    assert "cut" in rows["layer"]
+    assert "cut" not in rows["words"]
+    assert rows["words"]["share_magnitude"] > 0

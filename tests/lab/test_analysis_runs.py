@@ -332,3 +332,43 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         load_adapter_into(opened.model, tmp_path)
     assert len(adapted_layers(opened.model)) == LAYERS
+
+
+def test_a_start_that_was_taken_out_of_the_base_is_put_back_for_ratios(runs, analysis, tiny_lm):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    for row in rows_of(analysis.runs[2].layers, step=6):
+        weight = base.get_submodule(row["layer"]).weight
+        assert row["norm_ratio"] == pytest.approx(row["norm"] / float(weight.detach().norm()), rel=1e-4)
+
+
+def test_norms_are_those_of_what_acts(analysis):
+    """At step 2 λ is 2/4: figures that name a size have it, all of them alike."""
+    full = {row["layer"]: row["norm"] for row in rows_of(analysis.runs[3].layers, step=2)}
+    norms = {row["layer"]: row["norm"] for row in rows_of(analysis.runs[0].layers, step=2)}
+    for row in rows_of(analysis.runs[0].likeness, step=2):
+        assert row["norm_relative"] == pytest.approx(norms[row["layer"]] / full[row["layer"]], rel=1e-4)
+
+
+def test_every_row_of_a_layer_has_its_size(analysis):
+    dual = analysis.runs[0]
+    sizes = {row["layer"]: (row["O"], row["I"]) for row in dual.layers}
+    for table in (dual.gradients, dual.first_step, dual.live, dual.likeness):
+        assert all((row["O"], row["I"]) == sizes[row["layer"]] for row in table)
+
+
+def test_older_analyses_get_the_sizes_and_other_steps_are_not_mixed():
+    from dual_lora.lab.report.insights import at_a_glance
+    from dual_lora.lab.results import with_sizes
+
+    layers = [{"step": 6, "layer": "a", "O": 10, "I": 10}, {"step": 6, "layer": "b", "O": 100, "I": 100}]
+    run = {
+        "name": "x", "method": {"name": "dual_lora"}, "steps": [0, 4, 6], "seed": 1, "magnitude_direction": None,
+        "layers": layers, "first_step": [], "live": [],
+        "gradients": [{"step": 6, "layer": "a", "cut": 1.0}, {"step": 6, "layer": "b", "cut": 0.0}],
+        "likeness": [{"step": 4, "layer": "a", "O": 10, "I": 10, "cosine": 0.7}],
+    }  # fmt: skip
+    (row,) = at_a_glance(with_sizes({"runs": [run]})["runs"])
+    assert row["cut"] == pytest.approx(100 / 10100)
+    assert row.get("cosine") is None

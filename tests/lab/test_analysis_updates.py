@@ -322,3 +322,47 @@ print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 172, f"{done.stdout} MiB"
+
+
+def test_a_row_of_zeros_has_no_direction_to_lose():
+    base, change = torch.randn(6, 5), torch.randn(6, 5)
+    base[2] = 0
+    found = magnitude_and_direction(Dense(change), Dense(base))["direction_change"]
+    cosines = torch.nn.functional.cosine_similarity(base + change, base)
+    assert found == pytest.approx(float((1 - cosines)[base.any(1)].sum()) / 6, abs=1e-6)
+
+
+def test_two_parameters_of_one_module_are_two_layers():
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = nn.LSTMCell(6, 5)
+
+    model = get_peft_model(Cell(), DualLoraConfig(r=4, target_parameters=["cell.weight_ih", "cell.weight_hh"]))
+    found = {name: update.update().shape for name, update in snapshot(model).items()}
+    assert sorted(found.values()) == [(20, 5), (20, 6)]
+    for name, layer in adapted_layers(model).items():
+        weight = getattr(layer.get_base_layer(), layer.parameter_name)
+        assert torch.equal(whole(base_matrix(layer)), weight), name
+
+
+def test_what_is_no_matrix_is_left_out():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 8, 6))
+            self.gate = nn.Linear(6, 3)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = Experts()
+
+    config = DualLoraConfig(r=4, target_modules=["gate"], target_parameters=["experts.up"])
+    assert set(snapshot(get_peft_model(Outer(), config))) == {"experts.base_layer.gate"}
+
+
+def test_codes_of_eight_bits_are_no_weights():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    assert base_matrix(layer) is None

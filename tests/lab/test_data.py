@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from dual_lora.lab.data.batches import Collator, left_padded, training_order
+from dual_lora.lab.data.batches import Collator, collator, left_padded, training_order
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, encode_texts
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
@@ -247,3 +247,65 @@ def test_collated_rows_keep_logits_for_labels_only():
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, 8], [IGNORED, IGNORED, IGNORED, 6]]
     assert batch["logits_to_keep"] == 3
     assert left_padded([[5, 6, 7], [5]], 0)["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_both_texts_of_a_pair_are_told_apart(tmp_path):
+    """A BERT's second text has its own token type, in training and in use; without it, it is another model's input."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+    tokenizer._pad_token_type_id = 1  # as XLNet's is 3
+    examples = [Example("1", text=("a b c", "d"), label="no"), Example("2", text=("a", "c d e f g h"), label="yes")]
+    rows, _ = encode_texts(examples, tokenizer, 64, ["no", "yes"])
+    cut, count = encode_texts(examples, tokenizer, 6, ["no", "yes"])
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    batch = collator(tokenizer, True, model)(rows)
+    for row, example, types in zip(rows, examples, batch["token_type_ids"].tolist(), strict=True):
+        own = tokenizer(*example.text)["token_type_ids"]
+        assert row.token_types == own
+        assert types == own + [1] * (len(types) - len(own))
+    assert (count, len(cut[1].token_types), sum(cut[1].token_types)) == (2, 6, 3)
+    single, _ = encode_texts([Example("3", text=("a b",), label="no")], tokenizer, 64, ["no", "yes"])
+    assert "token_type_ids" not in collator(tokenizer, True, model)(single)
+    mixed = collator(tokenizer, True, model)([*rows, *single])
+    assert mixed["token_type_ids"][2].tolist()[: len(single[0].input_ids)] == [0] * len(single[0].input_ids)
+    assert "token_type_ids" not in Collator(0, True, accepts=frozenset())(rows), "of a model that takes none"
+
+
+def test_nothing_is_learned_from_padding(tokenizer):
+    """The first token of a row has nothing before it: in a padded batch it would be told from a pad token."""
+    prompter = Prompter(tokenizer, "plain", learn_prompt=True)
+    examples = [Example("1", turn("red ?", "true")), Example("2", turn("is the sky blue ?", "false"))]
+    rows = [prompter.encode(example) for example in examples]
+    assert all(row.labels == [IGNORED, *row.input_ids[1:]] for row in rows)
+    labels = Collator(0)(rows)["labels"]
+    assert (labels != IGNORED).sum() == sum(len(row.input_ids) - 1 for row in rows)
+
+
+def turn(prompt, answer):
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
+
+
+@pytest.mark.parametrize(
+    ("value", "target"), [(0, "0"), (1, "1"), (False, "False"), ("", "it is 0"), (None, "it is 0")]
+)
+def test_an_answer_of_zero_is_one(file, value, target):
+    path = file("a.json", json.dumps([{"instruction": "how many ?", "output": "it is 0", "answer": value}]))
+    (example,) = read_examples(path, DataPart())
+    assert example.target == target
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "choice", "expected"),
+    [
+        ("The answer is no, nobody knows.", "no", "yes", "The answer is yes, nobody knows."),
+        ("no: no", "no", "yes", "no: yes"),
+        ("答案是不", "不", "是", "答案是是"),
+        ("x", "no", "yes", "yes"),
+    ],
+)
+def test_a_choice_takes_the_place_of_a_word(answer, target, choice, expected):
+    assert Example("1", answer=answer, target=target).answer_with(choice) == expected

@@ -107,6 +107,44 @@ def test_uneven_blocks_are_simulated_one_by_one():
     assert said == ["dual_lora: 6 blocks"]
 
 
+@pytest.mark.parametrize(
+    "targets",
+    [
+        {"target_modules": r".*layers\.[0-3]\..*q_proj"},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.(4|5|6|7|8|9)\..*"},
+        {"target_modules": ["q_proj"], "rank_pattern": {r"layers\.1\..*q_proj": 4}},
+    ],
+)
+def test_blocks_that_a_pattern_treats_differently_do_not_stand_for_all(targets):
+    options = tiny(layers=10, method={"name": "dual_lora", "r": 8, **targets})
+    along, whole = simulate(options), simulation._simulate(options, None)
+    assert along == whole
+
+
+def test_blocks_with_experts_do_not_stand_for_dense_ones():
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=9, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0, 1, 2],
+        vocab_size=64,
+    )  # fmt: skip
+    method = {"name": "dual_lora", "r": 8, "target_modules": ["q_proj"]}
+    said = []
+    step = simulate(replace(tiny(), config=config, dtype="bfloat16", method=method), said.append)
+    real = AutoModelForCausalLM.from_config(config)
+    assert step.base_parameters == sum(p.numel() for p in real.parameters())
+    assert said == ["dual_lora: 5 blocks", "dual_lora: 6 blocks"], "three dense ones, and two with experts"
+
+
+def test_gpt2_s_linear_layers_are_packed():
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64)
+    step = simulate(replace(tiny(), config=config, method={"name": "lora", "r": 4, "target_modules": ["c_attn"]}))
+    assert step.linear == 4 * 2 * (3 + 1 + 4 + 4) * 32 * 32
+
+
 class TestFlops:
     T, O, I, r = 8192, 96, 64, 8
 

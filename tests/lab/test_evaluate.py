@@ -14,7 +14,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.scoring import Asked, generate_all, score_choice, score_loss, summary
+from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss, summary
 from dual_lora.lab.run.train import run
 
 
@@ -173,3 +173,56 @@ def test_damaged_and_misplaced_adapters(lm_values, encoder_values, tmp_path, tin
     config.write_text(config.read_text().replace('"LORA"', '"NO_SUCH_METHOD"'))
     with pytest.raises(UserError, match="could not be read"):
         open_tuned(tmp_path / "run")
+
+
+def test_greedy_is_greedy_whatever_the_model_s_makers_set(loaded):
+    model, tokenizer, examples, prompter = loaded
+    prompts = [prompter.prompt_ids(example.prompt) for example in examples[:3]]
+    plain = generate_all(model, tokenizer, prompts, 2, 8)
+    own = model.generation_config
+    for name, value in (
+        ("repetition_penalty", 3.0),
+        ("num_beams", 3),
+        ("no_repeat_ngram_size", 1),
+        ("min_new_tokens", 8),
+    ):
+        setattr(model.generation_config, name, value)
+        assert generate_all(model, tokenizer, prompts, 2, 8) == plain, name
+    assert model.generation_config is own, "put back"
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "same"),
+    [
+        ('{"a": true}', '{"a": 1}', False),
+        ('{"a": 1.0}', '{"a": 1}', True),
+        ("[false]", "[0]", False),
+        ("[[1, 2]]", "[[1, 2]]", True),
+        ("[1, 2]", "[1]", False),
+        ('{"a": 1, "a": 2}', '{"a": 2}', False),
+        ("9" * 5000, "9", False),
+        ("[" * 100_000, "[]", False),
+    ],
+)
+def test_json_is_compared_as_json(found, expected, same):
+    assert _same(found, expected, "json") is same
+
+
+def test_choices_of_a_model_with_a_state_are_read_one_by_one(loaded):
+    """Mamba's cache cannot be taken apart by rows, though it is a cache."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    _, tokenizer, examples, prompter = loaded
+    config = MambaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.3
+    )
+    model = MambaForCausalLM(config).eval()
+    alone = score_choice(Asked(model, examples[:4], prompter, EvaluatePart(batch_size=1)))
+    both = score_choice(Asked(model, examples[:4], prompter, EvaluatePart(batch_size=8)))
+    for example, one, other in zip(examples, alone, both, strict=False):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
+        answer = prompter.answer_ids(example.answer_with(example.choices[0]), end=False)
+        ids = prompter.prompt_ids(example.prompt) + answer
+        logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        own = sum(float(logs[len(ids) - len(answer) - 1 + i, token]) for i, token in enumerate(answer))
+        assert one["scores"][0] == pytest.approx(own, abs=1e-4)

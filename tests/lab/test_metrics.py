@@ -135,3 +135,8 @@ def test_three_class_f1_is_the_macro_mean():
     table = metrics.confusion_cells(labels, guesses[None], 3)[0].sum(0)
     assert metrics.f1(table) == pytest.approx(f1_score(labels, guesses, average="macro"))
     assert metrics.matthews(table) == pytest.approx(matthews_corrcoef(labels, guesses))
+
+
+def test_f1_leaves_out_a_class_that_nobody_names():
+    rows = [{"correct": True, "predicted": "a", "nats": 0.0}, {"correct": False, "predicted": "b", "nats": 1.0}] * 2
+    check("f1", "classification", rows, list("aabb"), list("abc"))

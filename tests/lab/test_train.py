@@ -452,9 +452,12 @@ def test_wrong_training_options(options, message, lm_values, tmp_path):
 def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
     from dual_lora.lab.run.evaluate import evaluate
 
-    lm_values["data"]["holdout"] = 8
+    answers = [" ".join(["red"] * (1 + i % 7)) for i in range(48)]  # so that batches weigh by tokens
+    records = [{"instruction": "is the sky blue ?", "input": "", "output": answer} for answer in answers]
+    (tmp_path / "uneven.json").write_text(json.dumps(records))
+    lm_values["data"] |= {"train": str(tmp_path / "uneven.json"), "holdout": 8, "overlap": 48}
     lm_values["train"]["validate_every"] = 3
-    lm_values["evaluate"] = {"tasks": ["loss"], "split": "validation", "batch_size": 8, "base": False}
+    lm_values["evaluate"] = {"tasks": ["loss"], "split": "validation", "batch_size": 3, "base": False}
     result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6]

@@ -59,6 +59,17 @@ def test_a_weighted_adapter_is_the_adapter_at_another_strength(weight):
             torch.testing.assert_close(module.get_delta_weight("new"), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_direction_of_zero_cannot_be_turned_round():
+    """Sign(0) = +1 and so is Sign(-0): such rows would keep their sign in a copy of negative weight."""
+    model = two_adapters()
+    layer = next(m for m in model.modules() if isinstance(m, DualLoraLayer) and "one" in m.scaling)
+    layer.factors("one").D.data[0] = 0
+    with pytest.raises(ValueError, match="rows or columns whose direction D C is zero"):
+        model.add_weighted_adapter(["one"], [-1.0], "new")
+    assert "new" not in model.peft_config, "nothing was left behind"
+    model.add_weighted_adapter(["one"], [2.0], "new")
+
+
 def test_a_sum_in_one_adapter_is_refused_with_the_way_out():
     with pytest.raises(ValueError, match=r"not linear in its factors(.|\n)*set_adapter"):
         two_adapters().add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", combination_type="cat")

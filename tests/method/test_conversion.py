@@ -178,3 +178,16 @@ def test_biases_and_models_without_an_adapter_are_refused():
         convert_to_lora(adapted(bert(), ["query"], bias="all"), 2)
     with pytest.raises(ValueError, match="no Dual LoRA adapter 'other'"):
         convert_to_lora(adapted(llama(), ["q_proj"]), 2, adapter_name="other")
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3, 5]}, {"layer_replication": [[0, 2], [1, 2]]}])
+def test_what_is_trained_besides_comes_along(more, tmp_path):
+    base = llama()
+    model = adapted(base, ["q_proj"], **more)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    save_as_lora(tmp_path, model, 1.0)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)

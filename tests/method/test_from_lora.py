@@ -119,3 +119,28 @@ def test_a_model_without_lora_and_a_rank_of_nothing_are_refused():
         convert_to_dual_lora(lora(llama(), ["q_proj"]), 0)
     with pytest.raises(ValueError, match="no LoRA adapter 'default'"):
         convert_to_dual_lora(llama())
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3, 5]}, {"layer_replication": [[0, 2], [1, 2]]}])
+def test_what_is_trained_besides_comes_along(more, tmp_path):
+    base = llama()
+    model = lora(base, ["q_proj"], r=1, **more)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    save_as_dual_lora(tmp_path, model)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_changed_the_base_is_refused(start):
+    """B A is no update of the base then: the converted adapter would be put on another one."""
+    with pytest.raises(ValueError, match="began by changing its base"):
+        convert_to_dual_lora(lora(llama(), ["q_proj"], init_lora_weights=start))
+
+
+def test_trained_biases_are_refused():
+    with pytest.raises(ValueError, match="trains biases"):
+        convert_to_dual_lora(lora(gpt2(), ["c_attn"], bias="all"))

@@ -32,6 +32,15 @@ def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
     return sum(value * weight for value, weight in found) / total if total else None
 
 
+def with_sizes(analysis: Row) -> Row:
+    """An analysis whose every row of a layer has its O and I: older files have them in their first table alone."""
+    for run in analysis["runs"]:
+        sizes = {row["layer"]: {"O": row["O"], "I": row["I"]} for row in run["layers"]}
+        for table in ("gradients", "first_step", "live"):
+            run[table] = [sizes.get(row["layer"], {}) | row for row in run.get(table, [])]
+    return analysis
+
+
 def spread_over_layers(rows: Sequence[Row], key: str) -> tuple[float, float]:
     """The values between which the middle 80 % of the layers lie, each layer counting once."""
     values = sorted(row[key] for row in rows if row.get(key) is not None)
@@ -158,7 +167,7 @@ def load_analysis(path: str | Path) -> AnalysisResults:
     file, value = _read(path, "analysis.json")
     if value.get("format") != ANALYSIS:
         raise UserError(f"{file} is no analysis; `dual-lora analyze` writes them.")
-    runs, tables = value["runs"], ("layers", "gradients", "likeness", "first_step", "contribution", "live")
+    runs, tables = with_sizes(value)["runs"], ("layers", "gradients", "likeness", "first_step", "contribution", "live")
     return AnalysisResults(
         file,
         value,

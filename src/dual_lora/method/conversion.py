@@ -81,11 +81,7 @@ def convert_to_lora(
         )
     layers = _linear_layers(model, adapter_name)
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(
-            f"This adapter trains biases (bias={config.bias!r}), which a LoRA adapter for servers does not carry. "
-            "Merge it instead (`merge_and_unload()`)."
-        )
+    refuse_biases(config)
     state: dict[str, Tensor] = {}
     losses = []
     for name, layer in layers.items():
@@ -134,13 +130,28 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
         return A, B, float((matrix - B @ A).norm() / norm) if norm else 0.0
 
 
+_ALIKE = (
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
+    *("task_type", "base_model_name_or_path"),
+)
+
+
+def refuse_biases(config: Any) -> None:
+    """Raise ValueError for an adapter that trains biases."""
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"This adapter trains biases (bias={config.bias!r}), which the converted adapter would not carry. "
+            "Merge it instead (`merge_and_unload()`)."
+        )
+
+
 def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """What the configurations of both methods say alike of a converted adapter."""
     # `target_modules` match these layers and no other: by the last parts of their names where that suffices.
     short = {name.rpartition(".")[2] for name in layers}
     matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
     targets = sorted(short if matched == set(layers) else {name.removeprefix(PREFIX) for name in layers})
-    same = {k: getattr(config, k, None) for k in ("modules_to_save", "task_type", "base_model_name_or_path")}
+    same = {name: value for name in _ALIKE if (value := getattr(config, name, None)) is not None}
     return same | {"target_modules": targets, "inference_mode": True}
 
 

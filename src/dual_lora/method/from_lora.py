@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, table, truncated, what_else_is_saved, what_stays, write_adapter
+from .conversion import PREFIX, refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
 
 
 class LayerKept(NamedTuple):
@@ -66,12 +66,21 @@ def convert_to_dual_lora(
     advance: called with 1 after every layer, for a progress bar.
 
     Raises TypeError for layers that are not linear and for variants of LoRA (DoRA) whose update is more than B A, and
-    ValueError for a layer without any update, which has no signs to keep.
+    ValueError for a layer without any update, which has no signs to keep, for trained biases, and for a start that has
+    changed the base (PiSSA).
     """
     if r1 is not None and r1 < 1:
         raise ValueError(f"r1 is {r1}: give a whole number of at least 1, or leave it out for LoRA's rank.")
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     layers = _lora_layers(model, adapter_name)
+    refuse_biases(config)
+    if not keeps_base(config):
+        raise ValueError(
+            f"This LoRA began by changing its base (init_lora_weights={config.init_lora_weights!r}), so B A is no "
+            "update of the base that the converted adapter would be put on. Save it first as a plain LoRA (PEFT: "
+            "`save_pretrained(path_initial_model_for_weight_conversion=...)`), or merge it (`merge_and_unload()`), and "
+            "begin Dual LoRA there."
+        )
     state: dict[str, Tensor] = {}
     kept, patterns = [], {}
     std = DualLoraConfig().init_std
@@ -95,6 +104,13 @@ def convert_to_dual_lora(
         **what_stays(model, config, layers),
     )
     return Start(dual, state | what_else_is_saved(model, adapter_name), kept)
+
+
+def keeps_base(config: Any) -> bool:
+    """Whether the base of this LoRA is what it was before: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
+    start = getattr(config, "init_lora_weights", True)
+    beside = isinstance(start, bool) or str(start).lower() in ("gaussian", "eva", "orthogonal")
+    return beside and getattr(config, "kasa_config", None) is None
 
 
 def save_as_dual_lora(

@@ -31,7 +31,7 @@ from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
-from .layer import DualLoraLayer, dispatch_default, layers_of
+from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
 from .precision import Warned
 from .quantized import dispatch_quantized
 
@@ -266,6 +266,9 @@ class DualLoraModel(BaseTuner):
                 "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a weight works."
             )
         source = adapters[0]
+        for name, layer in named_layers(self.model, source).items():
+            if weights[0] * layer.scaling[source] < 0:
+                _refuse_undirected(layer, source, name)
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
         self.inject_adapter(self.model, adapter_name)
@@ -301,6 +304,17 @@ class DualLoraModel(BaseTuner):
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
         return state
+
+
+def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
+    """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
+    factors, form = layer.adapter(adapter).factors, layer.forms[adapter]
+    if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
+        raise ValueError(
+            f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "
+            "round does not turn their sign: this adapter cannot be copied with a negative weight. Use it with a "
+            "negative strength (each layer's `set_scale(name, -1)`), or merge it with one."
+        )
 
 
 def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:

@@ -69,7 +69,8 @@ class AnalysisCallback(TrainerCallback):
         lines = []
         for name, now in self._snapshot(model).items():
             matrix = now.update()
-            row: dict[str, Any] = {"step": state.global_step, "layer": name, "strength": now.strength}
+            O, I = matrix.shape
+            row: dict[str, Any] = {"step": state.global_step, "layer": name, "O": O, "I": I, "strength": now.strength}
             row |= measure(matrix, base_matrix(layers[name]), now.strength)
             row |= {f"start_{k}": v for k, v in changes(self._start[name].update(), matrix).items()}
             if name in self._before:

@@ -7,6 +7,7 @@ of a weight's size is kept.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,29 +26,36 @@ _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 
 
 class WeightGradient(Matrix):
-    """G = dyᵀ x of one layer and one batch, fp32, by rows."""
+    """G = dyᵀ x of one layer, fp32, by rows; of several calls (x, dy) their sum."""
 
-    def __init__(self, x: Tensor, dy: Tensor):
-        self.x, self.dy = x.detach().flatten(0, -2), dy.detach().flatten(0, -2)
+    def __init__(self, *calls: tuple[Tensor, Tensor]):
+        self.x, self.dy = (torch.cat([t.detach().flatten(0, -2) for t in side]) for side in zip(*calls, strict=True))
+        self.calls, x = calls, self.x
         self.shape, self.device = (self.dy.shape[1], self.x.shape[1]), x.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.dy[:, start:stop].t() @ self.x).float()
 
 
+def is_linear(layer: Any) -> bool:
+    """Whether y = x Wᵀ, so that the weight's gradient is dyᵀ x: not embeddings, convolutions, attention."""
+    inner = layer.get_base_layer()
+    return hasattr(inner, "in_features") or type(inner).__name__ == "Conv1D"
+
+
 @contextmanager
 def watched(layers: dict[str, Any], see: Callable[[str, WeightGradient], None]) -> Iterator[None]:
-    """Call ``see(layer name, G)`` for every layer while backward passes it."""
+    """Call ``see(layer name, G)`` for every linear layer while backward passes a call of it."""
 
     def attach(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             x = args[0]
             if torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(lambda dy: see(name, WeightGradient(x, dy)))
+                output.register_hook(lambda dy: see(name, WeightGradient((x, dy))))
 
         return hook
 
-    handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(attach(name)) for name, layer in layers.items() if is_linear(layer)]
     try:
         yield
     finally:
@@ -147,14 +155,18 @@ def first_step(
     """By layer: where one AdamW step from here takes ΔW, against where full fine-tuning would go.
 
     gradient_cosine: cosine of the step in ΔW with -G, plain gradient descent's direction; sign_cosine: with -sign(G),
-    the first step of AdamW on the weight itself. The batch passes twice, once for the step and once for G, so that no
-    G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0 nothing moves.
+    the first step of AdamW on the weight itself. Linear layers only. The batch passes twice, once for the step and once
+    for G, so that no G has to be kept. The model is put back as it was. Give an adapter at full strength: at λ = 0
+    nothing moves.
     """
     layers = adapted_layers(model)
     before = {n: u for n, u in snapshot(model).items() if names is None or n in names}
+    calls: Counter[str] = Counter()
+    seen: dict[str, list[WeightGradient]] = defaultdict(list)
     with _evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
-        loss_of(model, batch).backward()
+        with watched({n: layers[n] for n in before}, lambda name, _: calls.update([name])):
+            loss_of(model, batch).backward()
         trained = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
         kept = [p.detach().clone() for p in trained]
         torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0).step()
@@ -165,7 +177,10 @@ def first_step(
         result: dict[str, dict[str, float]] = {}
 
         def see(name: str, G: WeightGradient) -> None:
-            result[name] = _alignment(before[name].update(), after[name].update(), G)
+            seen[name].append(G)
+            if len(seen[name]) == calls[name]:  # a layer that is called several times has the sum
+                total = WeightGradient(*(call for part in seen.pop(name) for call in part.calls))
+                result[name] = _alignment(before[name].update(), after[name].update(), total)
 
         model.zero_grad(set_to_none=True)
         with watched({n: layers[n] for n in before}, see):

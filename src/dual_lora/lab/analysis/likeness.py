@@ -108,8 +108,8 @@ def _transposed_times(matrix: Matrix, Y: Tensor) -> Tensor:
 def magnitude_and_direction(update: Matrix, base: Matrix, strength: float = 1.0) -> dict[str, float]:
     """DoRA's two numbers (Liu et al. 2024, eq. 3): how far W = W₀ + ΔW went from W₀, in length and in angle.
 
-    magnitude_change: mean over output neurons of | ‖w‖ - ‖w₀‖ |. direction_change: mean of 1 - cos(w, w₀). A neuron's
-    vector is a row of [O, I], as in PEFT's DoRA.
+    magnitude_change: mean over output neurons of | ‖w‖ - ‖w₀‖ |. direction_change: mean of 1 - cos(w, w₀), 0 for a row
+    of zeros (padding), which has no direction. A neuron's vector is a row of [O, I], as in PEFT's DoRA.
     """
     lengths = angles = 0.0
     for change, weight in blocks(update, base):
@@ -117,7 +117,8 @@ def magnitude_and_direction(update: Matrix, base: Matrix, strength: float = 1.0)
         after = before + strength * change.double()
         a, b = after.norm(dim=1), before.norm(dim=1)
         lengths += float((a - b).abs().sum())
-        angles += float((1 - (after * before).sum(1) / (a * b).clamp_min(1e-300)).sum())
+        turned = 1 - (after * before).sum(1) / (a * b).clamp_min(1e-300)
+        angles += float(turned[a * b > 0].sum())
     return {"magnitude_change": lengths / update.shape[0], "direction_change": angles / update.shape[0]}
 
 

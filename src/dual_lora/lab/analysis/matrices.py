@@ -67,6 +67,17 @@ class Difference(Matrix):
         return self.new.rows(start, stop) - self.old.rows(start, stop)
 
 
+class Sum(Matrix):
+    """The sum of two, both read a block at a time."""
+
+    def __init__(self, first: Matrix, second: Matrix):
+        self.first, self.second = first, second
+        self.shape, self.device = first.shape, first.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.first.rows(start, stop) + self.second.rows(start, stop)
+
+
 class Saved(Matrix):
     """A tensor in a safetensors file: only the rows that are asked for are read."""
 

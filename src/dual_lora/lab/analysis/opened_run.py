@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
+from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import IGNORED
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -25,7 +26,7 @@ from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.loop import mean_loss
-from dual_lora.lab.run.prepare import classes_of, collator, in_order, show_gradients, wants_gradients
+from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
 from dual_lora.lab.run.resume import recipe_of_run
 
 
@@ -60,7 +61,7 @@ class OpenedRun:
         """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
         part, examples = self.recipe.train, load_split(self.recipe.data, "train")
         ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
-        collate = collator(self.tokenizer, self.classes, self.model)
+        collate = collator(self.tokenizer, bool(self.classes), self.model)
         wanted = ready.order[: ready.rows_a_step]
         spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
         batches = [collate([ready.rows[i] for i in span]) for span in spans]
@@ -135,7 +136,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     before = _sizes(loaded.model)
     if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
         ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
-        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, classes, loaded.model)
+        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, bool(classes), loaded.model)
         show_gradients(loaded.model, config, rows, recipe.train.batch_size, collate, mean_loss)
     model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}

@@ -44,20 +44,25 @@ def adapted_layers(model: Any) -> dict[str, Any]:
 def _is_inner(name: str, base: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(base.get_submodule(parent), BaseTunerLayer)
+    if not (parent := name.rpartition(".")[0]):
+        return False
+    own, outer = (getattr(base.get_submodule(n), "parameter_name", None) for n in (name, parent))
+    return isinstance(base.get_submodule(parent), BaseTunerLayer) and own == outer  # else of another parameter
 
 
 def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdate]:
     """What the adapter does to every layer now; stays what it is when the model trains on.
 
     Holds copies of the adapter's own tensors, never of a weight. Dual LoRA's updates are at full strength, with the
-    warm-up's λ beside them: the pattern of signs and zeros is there before λ lets it act.
+    warm-up's λ beside them: the pattern of signs and zeros is there before λ lets it act. Layers whose update is not
+    one matrix (`is_matrix`) are left out.
     """
     from dual_lora.method.layer import DualLoraLayer
 
     result = {}
     for name, layer in adapted_layers(model).items():
+        if not is_matrix(layer):
+            continue
         if isinstance(layer, DualLoraLayer) and adapter in layer.scaling:
             full = layer.adapter(adapter)
             copies = Factors(*(f.detach().clone() for f in full.factors))
@@ -69,15 +74,23 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
     return result
 
 
+def is_matrix(layer: Any) -> bool:
+    """Whether the update is one matrix: not of experts [E, O, I], nor of projections of unequal widths stacked."""
+    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+    if weight is not None and hasattr(layer, "parameter_name") and weight.dim() > 2:
+        return False
+    return bool(getattr(layer.get_base_layer(), "_qkv_same_embed_dim", True))
+
+
 def _itself(matrix: Matrix) -> Matrix:
     return matrix
 
 
 def base_matrix(layer: Any) -> Matrix | None:
-    """The base weight as [O, I], or None where it is not a plain tensor (quantised)."""
+    """The base weight as [O, I], or None where it is no plain tensor (quantised; fp8, with its scales elsewhere)."""
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = getattr(inner, "weight", None)
-    if weight is None or not weight.dtype.is_floating_point or weight.dim() < 2:
+    weight = getattr(inner, getattr(layer, "parameter_name", "weight"), None)
+    if weight is None or not weight.dtype.is_floating_point or weight.dtype.itemsize == 1 or weight.dim() < 2:
         return None
     return Dense(_matrix(inner, weight))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dual_lora.lab.analysis.contribution import contributions, factor_state
-from dual_lora.lab.analysis.gradients import first_step, gradient_pass
+from dual_lora.lab.analysis.gradients import first_step, gradient_pass, is_linear
 from dual_lora.lab.analysis.likeness import entry_likeness, likeness, magnitude_and_direction
-from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix
+from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix, Sum
 from dual_lora.lab.analysis.measures import changes, measure, squared_norm
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.ranks import rank_bound, ranks
@@ -88,6 +88,7 @@ class Walk:
         self.stops, self.layers, self.targets = stops, layers, targets
         self.modules = adapted_layers(opened.model)
         self.start: dict[str, LayerUpdate] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
 
     def go(self) -> None:
         loss_of = self._held_out_loss()  # first: records that are not there must not cost the walk
@@ -107,10 +108,26 @@ class Walk:
                 if state.step and self.options.gradients and not self.opened.is_full:
                     self._gradients(state.step)
                 before, step_before = now, state.step
+            for row in (*self.result.gradients, *self.result.first_step):
+                row["O"], row["I"] = self.sizes[row["layer"]]  # what means over layers are weighted by
+            self._say_what_is_left_out()
             if loss_of is not None:
                 self.result.contribution = contributions(
                     self.opened.model, self.start_factors, loss_of, self.options.draws
                 )
+
+    def _say_what_is_left_out(self) -> None:
+        """Adapted layers whose update is no one matrix, and those whose gradient is none."""
+        if self.opened.is_full:
+            return
+        seen = [self.modules[name] for name in self.sizes if name in self.modules]
+        count, without = len(self.layers) - len(self.sizes), sum(not is_linear(module) for module in seen)
+        if count:
+            self.result.notes.append(f"{count} adapted layers were left out: experts, whose update is no one matrix.")
+        if self.options.gradients and without:
+            self.result.notes.append(
+                f"{without} layers have no figures of G = dyᵀ x: they are embeddings, convolutions or attention."
+            )
 
     def _held_out_loss(self) -> Any:
         """The function that `contributions` asks, None where it is not wanted or the recipe names no such records."""
@@ -152,7 +169,9 @@ class Walk:
         matrix = now.update()
         module = self.modules.get(name) or self.opened.model.get_submodule(name)
         base = base_matrix(module)
-        O, I = matrix.shape
+        if base is not None and name in self.opened.origin:  # the method's start was taken out of the base
+            base = Sum(base, self.opened.origin[name].update())
+        O, I = self.sizes[name] = matrix.shape
         row: Row = {"step": state.step, "layer": name, "O": O, "I": I, "strength": now.strength}
         row |= measure(matrix, base, now.strength)
         if base is not None and state.step:
@@ -168,13 +187,14 @@ class Walk:
         ends = state in (self.stops[0], self.stops[-1])
         if self.options.ranks == "all" or (self.options.ranks == "ends" and ends):
             row |= ranks(matrix)
+            row["largest_singular_value"] *= now.strength
             if isinstance(matrix, Factored):
                 row |= _ranks_apart(matrix)
         self.result.layers.append(row)
         if target is not None:
-            self.result.likeness.append(
-                {"step": state.step, "layer": name, "O": O, "I": I, **self._likeness(name, matrix, target.update())}
-            )
+            alike = self._likeness(name, matrix, target.update())
+            alike["norm_relative"] *= now.strength
+            self.result.likeness.append({"step": state.step, "layer": name, "O": O, "I": I, **alike})
 
     def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:
         """Of the update, and of what was learned since the start where that was no zero (Dual LoRA's Gaussian)."""

@@ -1,8 +1,9 @@
 """One training step of the empty model: what is held at every moment of it, and its arithmetic.
 
 The step runs operator by operator as the real one would, on tensors without data, so that what autograd keeps is not a
-formula of ours but what autograd keeps. Every block of a transformer adds the same bytes and the same arithmetic:
-deep models are simulated with a few blocks and one more, and each figure goes on along that line.
+formula of ours but what autograd keeps. Equal blocks of a transformer add the same bytes and the same arithmetic:
+models whose last blocks are equal are simulated with a few of those and one more, and each figure goes on along that
+line.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
     from dual_lora.lab.cost.options import StepOptions
 
-# Settings that treat blocks differently, so that one block does not stand for all.
-_UNEVEN = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication", "layers_pattern")
 _FORWARD, _HEAD, _LOSS, _BACKWARD = "forward", "logits", "loss", "backward"
 # A GPU's fused attention drops inside; the CPU's, which is simulated, would fall back to keeping every score.
 _ATTENTION_DROPOUT = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
@@ -33,7 +32,7 @@ class Step:
     """What a training step needs on one device; in bytes, but for the numbers of parameters and flops.
 
     weights: frozen; trained: trainable parameters (factors, and modules that are trained whole); widest: the largest
-    trained tensor; block_weights, block_trained, block_linear: the share of one block; largest_layer: the largest
+    trained tensor; block_weights, block_trained, block_linear: of the largest block; largest_layer: the largest
     adapted weight; linear: weights that quantisation would pack, in the base's dtype; worked: the number of adapted
     and trained weights, which a step goes over however few tokens it has; saved: a file of the result.
     kept: what autograd holds when the forward pass ends. peaks: the fullest moment of each part of the step.
@@ -88,13 +87,26 @@ def simulate(options: StepOptions, say: Callable[[str], None] | None = None) -> 
     kinds = getattr(options.config, "layer_types", None) or []
     while kinds and len(set(kinds[:few])) < len(set(kinds)):
         few += 1
-    if total <= few + 1 or any(options.method.get(key) for key in _UNEVEN):
+    if total > few + 1:
+        few = max(few, _first_of_equals(options) + 2)
+    if total <= few + 1:
         say(f"{options.method['name']}: {total} blocks")
         return _simulate(options, None)
     say(f"{options.method['name']}: {few} blocks")
     shallow = _simulate(options, few)
     say(f"{options.method['name']}: {few + 1} blocks")
     return shallow.line(_simulate(options, few + 1), total - few)
+
+
+def _first_of_equals(options: StepOptions) -> int:
+    """The block from which on all have the same tensors, frozen and trained: experts after dense blocks, patterns of
+    targets, ranks of single layers. The number of blocks where they cannot be told apart.
+    """
+    model = empty_model(options)
+    shapes = [[(n, p.shape, p.requires_grad) for n, p in block.named_parameters()] for block in blocks_of(model)]
+    if len(shapes) != options.layers:
+        return options.layers
+    return 1 + max((i for i, shape in enumerate(shapes) if shape != shapes[-1]), default=-1)
 
 
 def _simulate(options: StepOptions, layers: int | None) -> Step:
@@ -258,7 +270,7 @@ def _mark(blocks: list[nn.Module], tracker: MemoryTracker) -> None:
 
 def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> dict[str, float]:
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
-    block = blocks[len(blocks) // 2] if blocks else None
+    block = max(blocks, key=lambda block: bytes_of(block.parameters()), default=None)
     adapted = {n.removesuffix(".base_layer") for n, _ in model.named_modules() if n.endswith(".base_layer")}
     base_layers = [
         m.get_base_layer().weight for n, m in model.named_modules() if n in adapted and hasattr(m, "get_base_layer")
@@ -286,8 +298,9 @@ def _packable(model: Any) -> Iterable[Tensor]:
 
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) and not module.weight.requires_grad
-        if linear and module is not head and ".modules_to_save." not in name and ".original_module" not in name:
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
+        frozen = linear and not module.weight.requires_grad
+        if frozen and module is not head and ".modules_to_save." not in name and ".original_module" not in name:
             yield module.weight
 
 
@@ -295,7 +308,8 @@ def _base_parameters(model: Any) -> Iterable[Tensor]:
     if not hasattr(model, "peft_config"):
         return model.parameters()
     prefix = next(iter(model.peft_config.values())).peft_type.value.lower() + "_"
-    return [p for n, p in model.named_parameters() if prefix not in n and ".modules_to_save." not in n]
+    added = (prefix, ".modules_to_save.", ".trainable_tokens_")
+    return [p for n, p in model.named_parameters() if not any(part in n for part in added)]
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -51,26 +51,33 @@ class Ordered:
 @dataclass(frozen=True)
 class Collator:
     """Rows to tensors. Language models: padded on the left, with position ids and the number of last positions
-    whose logits are needed (``logits_to_keep``), if the model knows these arguments. Classifiers: padded on the right.
+    whose logits are needed (``logits_to_keep``), if the model knows these arguments. Classifiers: padded on the right,
+    with the tokens' types where rows have some and the model takes them.
     """
 
     pad: int
     classification: bool = False
-    accepts: frozenset[str] = frozenset({"position_ids", "logits_to_keep"})
+    accepts: frozenset[str] = frozenset({"position_ids", "logits_to_keep", "token_type_ids"})
+    type_pad: int = 0
 
     def __call__(self, rows: list[Encoded]) -> dict[str, Any]:
         import torch
 
         width = max(len(row.input_ids) for row in rows)
         if self.classification:
-            ids = [row.input_ids + [self.pad] * (width - len(row.input_ids)) for row in rows]
-            mask = [[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows]
-            labels = [row.labels[0] for row in rows]
-            return {
-                "input_ids": torch.tensor(ids),
-                "attention_mask": torch.tensor(mask),
-                "labels": torch.tensor(labels),
+
+            def padded(values: list[list[int]], pad: int) -> torch.Tensor:
+                return torch.tensor([row + [pad] * (width - len(row)) for row in values])
+
+            batch: dict[str, Any] = {
+                "input_ids": padded([row.input_ids for row in rows], self.pad),
+                "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
+                "labels": torch.tensor([row.labels[0] for row in rows]),
             }
+            if "token_type_ids" in self.accepts and any(row.token_types for row in rows):
+                types = [row.token_types or [0] * len(row.input_ids) for row in rows]
+                batch["token_type_ids"] = padded(types, self.type_pad)
+            return batch
         batch = left_padded([row.input_ids for row in rows], self.pad)
         labels_2d = [[IGNORED] * (width - len(row.labels)) + row.labels for row in rows]
         batch["labels"] = torch.tensor(labels_2d)
@@ -92,9 +99,17 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
+_KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
+
+
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
     import inspect
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters) & {"position_ids", "logits_to_keep", "cache"}
+    return frozenset(inspect.signature(base.forward).parameters) & _KNOWN
+
+
+def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
+    """Rows to tensors, for this model and its tokenizer."""
+    return Collator(tokenizer.pad_token_id, classification, accepted_arguments(model), tokenizer.pad_token_type_id)

@@ -25,11 +25,15 @@ LLM_ADAPTERS = (
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of equal length, or one class or value; ``where`` names the record."""
+    """Token ids and labels of equal length, or one class or value; ``where`` names the record.
+
+    token_types: which text of a pair each token is of, where the tokenizer tells its texts apart.
+    """
 
     where: str
     input_ids: list[int]
     labels: list[int] | list[float]
+    token_types: list[int] | None = None
 
     @property
     def label_tail(self) -> int:
@@ -111,6 +115,7 @@ class Prompter:
             labels += (context if self.learn_prompt else [IGNORED] * len(context)) + answer
             if not last:
                 written = self.prompt_text(example.messages[:i], example.tools) + said + str(self.tokenizer.eos_token)
+        labels[:1] = [IGNORED]  # nothing stands before it to be told from; in a padded row that would be padding
         return Encoded(example.where, ids, labels)
 
 
@@ -152,12 +157,13 @@ def encode_texts(
                 raise UserError(f"{example.where}: label {example.label!r} is no number, but model.head is regression.")
         elif example.label not in numbers:
             raise UserError(f"{example.where}: label {example.label!r} is none of the classes {', '.join(classes)}.")
-        ids = tokenizer(*example.text).input_ids
-        if len(ids) > max_length:
+        tokens = tokenizer(*example.text)
+        if len(tokens.input_ids) > max_length:
             cut += 1
-            ids = tokenizer(*example.text, truncation=True, max_length=max_length).input_ids
+            tokens = tokenizer(*example.text, truncation=True, max_length=max_length)
+        types = tokens.get("token_type_ids") or []
         label = [float(example.label)] if classes == [VALUE] else [numbers[example.label]]
-        result.append(Encoded(example.where, ids, label))
+        result.append(Encoded(example.where, tokens.input_ids, label, types if any(types) else None))
     return result, cut
 
 

@@ -36,9 +36,12 @@ class Example:
         return self.messages[:-1]
 
     def answer_with(self, choice: str) -> str:
-        """The answer if ``choice`` were right: the target in it replaced where it stands last."""
-        head, found, tail = self.answer.rpartition(self.target)
-        return f"{head}{choice}{tail}" if found else choice
+        """The answer if ``choice`` were right: the target in it replaced where it stands last, not within a word."""
+        words = list(re.finditer(rf"(?<!\w){re.escape(self.target)}(?!\w)", self.answer))
+        start = words[-1].start() if words else self.answer.rfind(self.target)
+        if start < 0:
+            return choice
+        return f"{self.answer[:start]}{choice}{self.answer[start + len(self.target) :]}"
 
 
 def load_split(data: DataPart, split: str) -> list[Example]:
@@ -219,7 +222,8 @@ def _facts(record: Record) -> Example:
 def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: tuple[Any, ...] = ()) -> Example:
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
-    target = str(record.values.get("answer") or answer)
+    target = record.values.get("answer")
+    target = answer if target in (None, "") else str(target)
     choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
     return Example(record.where, messages, tools, answer, target, tuple(map(str, choices)))
 

@@ -83,13 +83,13 @@ class Tuned:
     @property
     def keeps_base(self) -> bool:
         """Whether the model without its adapter is the base: trained biases stay, and so do weights that were cut."""
+        from dual_lora.method.from_lora import keeps_base
+
         if not self.adapted:
             return False
         for config in self.model.peft_config.values():
             kind = getattr(config.peft_type, "value", config.peft_type)
-            plain = getattr(config, "init_lora_weights", True) in (True, False, "gaussian") and not any(
-                getattr(config, field, None) is not None for field in ("layer_replication", "kasa_config")
-            )
+            plain = keeps_base(config) and getattr(config, "layer_replication", None) is None
             if kind not in BESIDE_THE_BASE or not plain or getattr(config, "bias", "none") not in ("none", None):
                 return False
         return True

@@ -14,6 +14,7 @@ from typing import Any
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import lines_of, read_json, regular
 from dual_lora.lab.report.blocks import Source
+from dual_lora.lab.results import with_sizes
 from dual_lora.lab.study.folder import progress
 
 ANALYSIS = "dual-lora analysis"
@@ -111,7 +112,7 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
     if isinstance(value, dict) and value.get("format") == ANALYSIS:
         if value["version"] > 1:
             raise ValueError(f"it is of version {value['version']}, made by a newer program; this one reads version 1")
-        material.analyses.append((file, value))
+        material.analyses.append((file, with_sizes(value)))
     elif isinstance(value, dict) and "study" in value and "comparisons" in value:
         material.studies.append((file, value))
     elif named:

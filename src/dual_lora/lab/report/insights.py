@@ -85,10 +85,11 @@ def analysis_title(analysis: dict[str, Any], used: list[str]) -> str:
 def _sentence(run: Row) -> str:
     """The main figures of a run's last state in a sentence, for those who read no charts."""
 
-    def mean(key: str, form: str = ".1%", table: str = "layers") -> str:
-        return number(mean_over_layers(last_state(run[table]), key), form)
-
     last = last_state(run["layers"])
+
+    def mean(key: str, form: str = ".1%", table: str = "layers") -> str:
+        return number(mean_over_layers(_of_step(run[table], last[0]["step"]), key), form)
+
     parts = [f"{mean('zero')} of the entries of ΔW are zero, {mean('positive')} are + and {mean('negative')} are −"]
     if flipped := mean("start_direction_flipped"):
         parts.append(f"{flipped} of the signs of DC flipped since the start")
@@ -98,7 +99,7 @@ def _sentence(run: Row) -> str:
         full = number(mean_over_layers(_with_full_rank(last), "full"), ".0f")
         parts.append(f"its effective rank is {effective} of {full} on average")
     if cut := mean("cut", ".3%", "gradients"):
-        nothing = not any(row["cut"] for row in last_state(run["gradients"]))
+        nothing = not any(row.get("cut") for row in _of_step(run["gradients"], last[0]["step"]))
         parts.append("the estimator cuts no entry" if nothing else f"the estimator cuts {cut} of the entries")
     if share := mean("share_direction", ".4%", "gradients"):
         parts.append(f"the direction group has {share} of the squared gradient")
@@ -107,6 +108,11 @@ def _sentence(run: Row) -> str:
         since = f" ({learned} for what was learned since the start)" if learned else ""
         parts.append(f"its cosine to full fine-tuning is {cosine}{since}")
     return f"{run['name']} ({run['method']['name']}), step {last[0]['step']}: {'; '.join(parts)}."
+
+
+def _of_step(rows: list[Row], step: int) -> list[Row]:
+    """The rows of that state: another table may end at an earlier one, which is not to be taken for it."""
+    return [row for row in rows if row["step"] == step]
 
 
 def _with_full_rank(rows: list[Row]) -> list[Row]:
@@ -125,7 +131,7 @@ def at_a_glance(runs: list[Row]) -> list[Row]:
         row = {"run": run["name"], "method": run["method"]["name"], "step": max(run["steps"], default=0)}
         row |= {"seed": run["seed"], "magdir": run["magnitude_direction"]}
         for table in ("layers", "gradients", "likeness"):
-            row |= _means(last_state(run[table]))
+            row |= _means(_of_step(run[table], row["step"]))
         rows.append(row | _means(run["first_step"]))
     return rows
 

@@ -45,7 +45,7 @@ def build_trainer(
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
         data_collator=collator,
-        compute_loss_func=_Loss(watch, recipe.train.label_smoothing),
+        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, validation),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
     )
@@ -117,16 +117,22 @@ def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: 
 
 
 class _Loss:
-    """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step."""
+    """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step.
 
-    def __init__(self, watch: Watch, smoothing: float):
+    Of a validation batch the sum, by its rows and the tokens that a validation row has on average: Trainer takes the
+    mean over rows, which is then that over all tokens, however many rows are in a batch.
+    """
+
+    def __init__(self, watch: Watch, smoothing: float, validation: Sequence[Encoded]):
         self.watch, self.smoothing = watch, smoothing
+        labels = sum(label != IGNORED for row in validation for label in row.labels)
+        self.labels_a_row = labels / max(1, len(validation))
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        training = torch.is_grad_enabled()
-        loss = mean_loss(outputs, labels, num_items_in_batch, self.smoothing if training else 0.0)
-        if training:
-            self.watch.losses.append(loss.detach())
+        if not torch.is_grad_enabled():
+            return mean_loss(outputs, labels, len(labels) * self.labels_a_row)
+        loss = mean_loss(outputs, labels, num_items_in_batch, self.smoothing)
+        self.watch.losses.append(loss.detach())
         return loss
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from dual_lora.lab.data.batches import Collator, accepted_arguments, training_order
+from dual_lora.lab.data.batches import Collator, collator, training_order
 from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -57,12 +57,7 @@ class Prepared(InOrder):
         return [0, *itertools.accumulate(steps)]
 
     def collator(self, model: Any) -> Collator:
-        return collator(self.loaded.tokenizer, self.classes, model)
-
-
-def collator(tokenizer: Any, classes: list[str], model: Any) -> Collator:
-    """Rows to tensors, for this model."""
-    return Collator(tokenizer.pad_token_id, bool(classes), accepted_arguments(model))
+        return collator(self.loaded.tokenizer, bool(self.classes), model)
 
 
 def prepare(recipe: Recipe) -> Prepared:

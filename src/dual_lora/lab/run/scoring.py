@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import GenerationConfig
 
-from dual_lora.lab.data.batches import Collator, accepted_arguments, left_padded
+from dual_lora.lab.data.batches import Collator, accepted_arguments, collator, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
@@ -49,7 +51,7 @@ def loss_rows(
     model: Any, tokenizer: Any, encoded: list[Encoded], batch_size: int, advance: Advance = lambda _: None
 ) -> Rows:
     """Summed negative log-likelihood (nats) of each row's labels and their number."""
-    collate = Collator(tokenizer.pad_token_id, accepts=accepted_arguments(model))
+    collate = collator(tokenizer, False, model)
     rows: Rows = [{}] * len(encoded)
     for part, found, labels in _logits(model, encoded, collate, batch_size, advance):
         logits = found[:, :-1].float()
@@ -125,6 +127,10 @@ def _contexts(answers: list[list[int]]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(answer[:-1]) for answer in answers))
 
 
+# Layers of a cache whose rows can be chosen; those of Mamba and its kin hold a state as well.
+_ROW_BY_ROW = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+
+
 def _logits_after(
     model: Any, prompts: list[list[int]], contexts: list[tuple[int, tuple[int, ...]]], pad: int
 ) -> torch.Tensor:
@@ -148,7 +154,8 @@ def _logits_after(
         return first
     name = "cache" if "cache" in accepts else "past_key_values"
     cache: Any = alone.get(name)
-    if not hasattr(cache, "batch_select_indices"):
+    layers = getattr(cache, "layers", None)
+    if not layers or any(type(layer).__name__ not in _ROW_BY_ROW for layer in layers):
         whole = [prompts[i] + tokens for i, tokens in zip(owners.tolist(), padded.tolist(), strict=True)]
         return read(_to(model, left_padded(whole, pad)), longest + 1).logits[:, -longest - 1 :]
     cache.batch_select_indices(owners)
@@ -212,7 +219,7 @@ def score_regression(asked: Asked) -> Rows:
 
 def _encoder_logits(asked: Asked) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     encoded, _ = encode_texts(asked.examples, asked.tokenizer, asked.max_length, list(asked.classes))
-    collate = Collator(asked.tokenizer.pad_token_id, classification=True)
+    collate = collator(asked.tokenizer, True, asked.model)
     for part, found, labels in _logits(asked.model, encoded, collate, asked.spec.batch_size, asked.advance):
         yield part, found.float(), labels
 
@@ -227,14 +234,11 @@ def generate_all(
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
         width = batch["input_ids"].shape[1]
-        with torch.inference_mode():
+        with torch.inference_mode(), plain_search(model):
             out = model.generate(
                 **_to(model, batch),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
                 **(search or {}),
@@ -243,6 +247,17 @@ def generate_all(
             texts[i] = text
         advance(len(part))
     return texts
+
+
+@contextlib.contextmanager
+def plain_search(model: Any) -> Iterator[None]:
+    """Without what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def search_of(spec: EvaluatePart) -> dict[str, Any]:
@@ -306,9 +321,24 @@ def _same(found: str, expected: str, compare: str) -> bool:
     if compare == "text":
         return found == expected
     try:
-        return json.loads(found) == json.loads(expected)
-    except json.JSONDecodeError:
+        return _alike(*(json.loads(text, object_pairs_hook=_object) for text in (found, expected)))
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
         return False
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("The same name twice.")
+    return dict(pairs)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Equality of JSON's values: true is not 1, as it is in Python; 1 and 1.0 are one number."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:

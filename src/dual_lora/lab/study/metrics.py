@@ -189,10 +189,13 @@ def matthews(confusion: Table) -> float:
 
 
 def f1(confusion: Table) -> float:
-    """Mean over the classes of F1, from a confusion matrix (label, prediction) [K*K] in any unit."""
+    """Mean of F1 over the classes that occur, as label or prediction (scikit-learn's macro average), from a confusion
+    matrix (label, prediction) [K*K] of shares or counts."""
     k = math.isqrt(confusion.size)
     c = np.asarray(confusion, dtype=np.float64).reshape(k, k)
-    return float((2 * np.diag(c) / np.maximum(c.sum(0) + c.sum(1), 1e-300)).mean())
+    both = c.sum(0) + c.sum(1)
+    occurs = both > 1e-12
+    return float((2 * np.diag(c)[occurs] / both[occurs]).mean())
 
 
 def confusion_cells(labels: ArrayLike, predictions: ArrayLike, classes: int) -> Table:
