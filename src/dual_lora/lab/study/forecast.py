@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dual_lora.lab.cost.calibrate import Cost, cost_of, known_rates, rough_cost
-from dual_lora.lab.cost.cards import DECODE_SECONDS, Card, card
+from dual_lora.lab.cost.calibrate import DECODE_SECONDS, Card, Cost, card, cost_of, known_rates, rough_cost
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.recipe.schema import DataPart, Recipe
@@ -192,7 +191,7 @@ def forecast(
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run.
 
-    on: a card of `cards`, whose published figures are taken in the place of this machine's speed.
+    on: a card of `calibrate`, whose published figures are taken in the place of this machine's speed.
     """
     study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
