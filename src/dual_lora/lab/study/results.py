@@ -17,6 +17,7 @@ from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
 from dual_lora.lab.study.study import Study
 
+Tables = dict[tuple[str, str, str], stats.Table]  # (model, task, method) -> [S, N]
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
 # Cost -> (its name for people, whether less is better).
@@ -50,7 +51,8 @@ def build_results(
     methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
     pairs = _pairs(study, finished, tables)
     missing = _missing(study, finished)
-    pairs += _in_forgetting(pairs, study, _forgetting_tables(finished, runs, lost))
+    alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), "forgetting")
     said = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
@@ -63,12 +65,13 @@ def build_results(
         "plan": plan,
         "amendments": list(amendments),
         "notes": notes.unfinished(study, finished)
-        + notes.to_come(missing if pairs else 0)
+        + [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
+        * bool(missing and pairs)
         + lost
         + said.notes
         + notes.seen_before(plan, amendments)
-        + notes.single_items(tables)
-        + notes.single_seed(study)
+        + [f"{task_name(*where)} has one test item: it says nothing about others." for where in alone]
+        + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
         + notes.unmeasured(finished)
         + notes.warned(finished)
@@ -77,9 +80,7 @@ def build_results(
     }
 
 
-def _score_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
-) -> dict[tuple[str, str, str], stats.Table]:
+def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> Tables:
     """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
     raw: dict[tuple[str, str, str], list[Any]] = {}
     for f in finished:
@@ -88,7 +89,7 @@ def _score_tables(
             for i, (job, outcome) in enumerate(f.finals if not f.diverged_in_search else ()):
                 if outcome and outcome.status == "done":
                     raw[f.cell.at][i] = read_scores(runs, job.key)
-    tables = {}
+    tables: Tables = {}
     for scenario in dict.fromkeys(key[:2] for key in raw):
         here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
         metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
@@ -120,13 +121,12 @@ def _score_tables(
     return tables
 
 
-def _pairs(
-    study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[verdicts.Comparison]:
+def _pairs(study: Study, finished: Sequence[Finished], tables: Tables, metric: str = "") -> list[verdicts.Comparison]:
+    """The pairs of every scenario that have tables. metric: of the tables, each task's own unless told."""
     pairs = []
     for scenario in dict.fromkeys(f.cell.scenario for f in finished):
         here = [f.cell for f in finished if f.cell.scenario == scenario and f.cell.at in tables]
-        about = about_pairs(study, scenario, here[0].metric) if here else {}
+        about = about_pairs(study, scenario, metric or here[0].metric) if here else {}
         pairs += [
             verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
             for a, b in wanted(study, [cell.method for cell in here])
@@ -260,11 +260,9 @@ def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fronts
 
 
-def _forgetting_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str]
-) -> dict[tuple[str, str, str], stats.Table]:
+def _forgetting_tables(finished: Sequence[Finished], runs: Path, said: list[str]) -> Tables:
     """Item shares [seeds, texts] of every cell that has them for all of its runs."""
-    tables = {}
+    tables: Tables = {}
     for f in finished:
         if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.diverged_in_search:
             continue
@@ -275,16 +273,3 @@ def _forgetting_tables(
             continue
         tables[f.cell.at] = metrics.score_table("forgetting", features)
     return tables
-
-
-def _in_forgetting(
-    pairs: Sequence[verdicts.Comparison], study: Study, tables: dict[tuple[str, str, str], stats.Table]
-) -> list[verdicts.Comparison]:
-    """The same pairs, in what they forget."""
-    found = []
-    for pair in pairs:
-        a, b = (tables.get((*pair.scenario, name)) for name in (pair.candidate, pair.reference))
-        if a is not None and b is not None:
-            about = about_pairs(study, pair.scenario, "forgetting")
-            found.append(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about))
-    return found
