@@ -82,34 +82,29 @@ def build_results(
 
 def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> Tables:
     """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
-    raw: dict[tuple[str, str, str], list[Any]] = {}
-    for f in finished:
-        if f.complete:
-            raw[f.cell.at] = [None] * seeds  # what every item of a run adds; None for one that diverged
-            for i, (job, outcome) in enumerate(f.finals if not f.diverged_in_search else ()):
-                if outcome and outcome.status == "done":
-                    raw[f.cell.at][i] = read_scores(runs, job.key)
     tables: Tables = {}
-    for scenario in dict.fromkeys(key[:2] for key in raw):
-        here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
-        metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
-        came = {key: [row for row in rows if row is not None] for key, rows in here.items()}
-        if len(counts := sorted({len(row) for rows in came.values() for row in rows})) > 1:
+    for scenario in dict.fromkeys(f.cell.scenario for f in finished if f.complete):
+        here = [f for f in finished if f.complete and f.cell.scenario == scenario]
+        metric = here[0].cell.metric
+        came: dict[tuple[str, str, str], dict[int, Any]] = {}  # what every item adds, by the seed's place
+        for f in here:
+            done = [i for i, (_, end) in enumerate(f.finals) if end and end.status == "done"]
+            came[f.cell.at] = {i: read_scores(runs, f.finals[i][0].key) for i in done if not f.diverged_in_search}
+        if len(counts := sorted({len(row) for rows in came.values() for row in rows.values()})) > 1:
             raise UserError(
                 f"Runs on {task_name(*scenario)} were tested on different numbers of items "
                 f"({', '.join(map(str, counts))}), so they cannot be paired: their test records are not the same."
             )
-        good = {key: metrics.score_table(metric, rows) for key, rows in came.items() if rows}
+        good = {key: metrics.score_table(metric, list(rows.values())) for key, rows in came.items() if rows}
         if not good:
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
         worst = min(table.mean(1).min() for table in good.values())
-        items = next(iter(good.values())).shape[1]
-        for key, rows in here.items():
-            table = np.full((seeds, items), worst)
-            if key in good:
-                table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
-            lost = sum(row is None for row in rows)
+        for key, rows in came.items():
+            tables[key] = np.full((seeds, counts[0]), worst)
+            if rows:
+                tables[key][list(rows)] = good[key]
+            lost = seeds - len(rows)
             if lost == seeds:
                 said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
@@ -117,7 +112,6 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
                     f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
                     f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
-            tables[key] = table
     return tables
 
 
