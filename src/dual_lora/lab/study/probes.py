@@ -26,7 +26,8 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
         target = study.budget.value
         if target is None:
             model = next(c for c in like if c.scenario == cell.scenario)
-            target = _need(study, model, first[model.at])
+            memory, its = study.budget.match == "memory", first[model.at]
+            target = _peak(its) if memory else _a_step(its) * planned_steps(model.recipe)
         if study.budget.match == "time":
             _fit_steps(study, cell, first[cell.at], target)
         else:
@@ -35,12 +36,6 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
 
 def _measured(measure: Measure, jobs: Sequence[Job]) -> list[Training]:
     return [outcome.training or Training() for outcome in measure(jobs)]
-
-
-def _need(study: Study, model: Cell, training: Training) -> float:
-    if study.budget.match == "memory":
-        return _peak(training)
-    return _a_step(training) * planned_steps(model.recipe)
 
 
 def _a_step(training: Training) -> float:
