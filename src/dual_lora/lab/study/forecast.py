@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -203,11 +204,14 @@ def forecast(
     speed = Speed(card(on) if on else None)
     times = RunTimes(estimates(study, cells, speed))
     rows, left, done = [], [], 0
-    jobs: dict[tuple[str, str, str], list[Job]] = {}
+    jobs: list[list[Job]] = []
+
+    def outcome(job: Job) -> Outcome | None:
+        return read_outcome(runs_folder, job.key)
+
     for cell in cells:
-        trials = trial_jobs(study, cell, lambda job: read_outcome(runs_folder, job.key))
-        settings = choose([(job, read_outcome(runs_folder, job.key)) for job in trials])
-        jobs[cell.at] = trials + final_jobs(study, cell, settings or {})
+        trials = trial_jobs(study, cell, outcome)
+        jobs.append(trials + final_jobs(study, cell, choose([(job, outcome(job)) for job in trials]) or {}))
         rows.append(
             {
                 "model": cell.model,
@@ -224,16 +228,14 @@ def forecast(
                 "peak_memory": _peak(cell) if speed.card else None,
             }
         )
-    for job in [j for group in jobs.values() for j in group] + base_jobs(cells):
-        outcome = read_outcome(runs_folder, job.key)
-        if outcome:
+    for job in itertools.chain(*jobs, base_jobs(cells)):
+        if ended := outcome(job):
             done += 1
-            times.learn(job, outcome.seconds)
+            times.learn(job, ended.seconds)
         else:
             left.append(job)
-    for row, cell in zip(rows, cells, strict=True):
-        expected = [times.expect(job) or 0.0 for job in jobs[cell.at]]
-        row["seconds"] = sum(expected)
+    for row, own in zip(rows, jobs, strict=True):
+        row["seconds"] = sum(times.expect(job) or 0.0 for job in own)
     return Forecast(
         study,
         rows,

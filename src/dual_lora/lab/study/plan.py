@@ -17,6 +17,8 @@ from dual_lora.lab.study.cell import Cell, fields_at, trial_jobs
 from dual_lora.lab.study.job import Settings
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
 
+UNKNOWN = Size(0, 0)  # until a cell has its rank
+
 
 def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
     """The study's cells, budgets in parameters matched. Raises UserError for everything that can be known now.
@@ -32,8 +34,8 @@ def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            recipe, size, rank, mismatch, notes = _sized(study, scale, base, classes, name, entry, target)
-            cell = Cell(model, task, name, entry, recipe, metric, size, classes, rank, mismatch, notes, overlap)
+            cell = Cell(model, task, name, entry, base, metric, UNKNOWN, classes, overlap=overlap)
+            _fit_parameters(study, scale, cell, target)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
@@ -150,12 +152,6 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
     return f"Of {task}, {' and '.join(each.words for each in found)}; the recipe declares it." if found else ""
 
 
-def _with_method(base: Recipe, entry: MethodEntry, fields: dict[str, Any]) -> Recipe:
-    values = base.model_dump(mode="json")
-    values["method"] = {"name": entry.name, **fields}
-    return build_recipe(merged(values, {"train": entry.train, "name": "run", "about": ""}), "the study's recipe")
-
-
 def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> float | None:
     """The budget in parameters."""
     budget = study.budget
@@ -167,35 +163,27 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
     entry = _resolved(budget.like, study.methods[budget.like])
     field_name = rank_field(entry.name)
     rank = entry.fields.get(field_name) if field_name else None
-    return _at_rank(scale, base, classes, entry, rank)[1].trainable
+    return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), rank, scale).trainable
 
 
-def _at_rank(
-    scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None
-) -> tuple[Recipe, Size]:
-    recipe = _with_method(base, entry, fields_at(entry, rank))
-    return recipe, _counted(scale, recipe, classes, entry)
+def _counted(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
+    frozen = [pattern for pattern, share in cell.entry.freeze.items() if share == 0]
+    return scale.size(recipe, cell.classes, frozen)
 
 
-def _counted(scale: Scale, recipe: Recipe, classes: int | None, entry: MethodEntry) -> Size:
-    frozen = [pattern for pattern, share in entry.freeze.items() if share == 0]
-    return scale.size(recipe, classes, frozen)
-
-
-def _sized(
-    study: Study, scale: Scale, base: Recipe, classes: int | None, name: str, entry: MethodEntry, target: float | None
-) -> tuple[Recipe, Size, int | None, float | None, list[str]]:
-    """Recipe, size, rank, mismatch and notes of one method under the budget."""
+def _fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
+    """Give the cell its method, at the rank that the budget allows."""
+    entry, name = cell.entry, cell.method
     field_name = rank_field(entry.name)
     rank = entry.fields.get(field_name) if field_name else None
     if rank is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
         rank = _sum_of(entry.fields)
     anchor = study.budget.like is not None and study.origin(name) == study.budget.like
     if target is None or entry.unmatched or anchor:
-        rank = rank if isinstance(rank, int) else None
-        recipe, size = _at_rank(scale, base, classes, entry, rank)
-        notes = ["outside the budget"] if entry.unmatched and target else []
-        return recipe, size, rank, size.trainable / target - 1 if target and anchor else None, notes
+        size = set_rank(cell, rank if isinstance(rank, int) else None, scale)
+        cell.notes = ["outside the budget"] if entry.unmatched and target else []
+        cell.mismatch = size.trainable / target - 1 if target and anchor else None
+        return
     if rank is not None and field_name in entry.fields:
         raise UserError(
             f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
@@ -205,19 +193,21 @@ def _sized(
         least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
         step = rank_denominator(entry.fields.values(), least)
         top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: _at_rank(scale, base, classes, entry, r)[1].trainable, target, step, top)
-    recipe, size = _at_rank(scale, base, classes, entry, rank)
-    mismatch = size.trainable / target - 1
-    if abs(mismatch) > study.budget.tolerance:
-        nearest = (
-            f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
-        )
+        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top)
+    size = set_rank(cell, rank, scale)
+    cell.mismatch = size.trainable / target - 1
+    found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
+    check_match(study, cell, f"{target:,.0f} trainable parameters", found)
+
+
+def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
+    """Raise UserError where the cell's mismatch is not within the tolerance of the study's budget."""
+    if cell.mismatch is not None and abs(cell.mismatch) > study.budget.tolerance:
         raise UserError(
-            f"methods.{name}: the budget of {target:,.0f} trainable parameters cannot be matched within "
-            f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
-            "budget, or raise budget.tolerance."
+            f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: "
+            f"{nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
+            "budget.tolerance."
         )
-    return recipe, size, rank, mismatch, []
 
 
 def _sum_of(fields: dict[str, Any]) -> int | None:
@@ -259,7 +249,7 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
                     "`search` of its own, with the same number of trials."
                 )
         held = match != "none" and not cell.entry.unmatched
-        resized = held and varied and _counted(scale, recipe, cell.classes, cell.entry) != cell.size
+        resized = held and varied and _counted(scale, cell, recipe) != cell.size
         relengthed = held and match == "time" and set(settings) & set(_LENGTH)
         if resized or relengthed:
             raise UserError(
@@ -268,11 +258,14 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def set_rank(cell: Cell, rank: int) -> None:
-    """Give the cell another rank, found by probes."""
-    cell.recipe = _with_method(cell.recipe, cell.entry, fields_at(cell.entry, rank))
-    cell.size = _counted(Scale(), cell.recipe, cell.classes, cell.entry)
-    cell.rank = rank
+def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
+    """Give the cell its method at this rank, and return its size."""
+    values = cell.recipe.model_dump(mode="json")
+    values["method"] = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
+    over = {"train": cell.entry.train, "name": "run", "about": ""}
+    cell.recipe, cell.rank = build_recipe(merged(values, over), "the study's recipe"), rank
+    cell.size = _counted(scale or Scale(), cell, cell.recipe)
+    return cell.size
 
 
 def planned_steps(recipe: Recipe) -> int:

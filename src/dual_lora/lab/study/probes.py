@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.study.cell import Cell, probe_job
 from dual_lora.lab.study.job import Job, Outcome, Training
-from dual_lora.lab.study.plan import planned_steps, set_rank
+from dual_lora.lab.study.plan import check_match, planned_steps, set_rank
 from dual_lora.lab.study.study import Study
 
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
@@ -52,7 +51,8 @@ def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> 
     a_step = _a_step(training)
     steps = max(1, round(seconds / a_step))
     cell.mismatch = steps * a_step / seconds - 1
-    _check(study, cell, f"{in_words(seconds)} of training", f"{in_words(steps * a_step)} with {steps} steps")
+    nearest = f"the nearest is {in_words(steps * a_step)} with {steps} steps"
+    check_match(study, cell, f"{in_words(seconds)} of training", nearest)
     cell.recipe = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": steps})})
     cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
 
@@ -70,15 +70,5 @@ def _fit_rank(study: Study, cell: Cell, training: Training, target: float, measu
         set_rank(cell, rank)
         peak = _peak(check)
     cell.mismatch = peak / target - 1
-    at = f"{peak / 2**20:,.0f} MiB" + (f" at rank {cell.rank}" if cell.rank is not None else "")
-    _check(study, cell, f"{target / 2**20:,.0f} MiB peak memory", at)
-
-
-def _check(study: Study, cell: Cell, budget: str, nearest: str) -> None:
-    assert cell.mismatch is not None
-    if abs(cell.mismatch) > study.budget.tolerance:
-        raise UserError(
-            f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: the "
-            f"nearest is {nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
-            "budget.tolerance."
-        )
+    nearest = f"the nearest is {peak / 2**20:,.0f} MiB" + (f" at rank {cell.rank}" if cell.rank is not None else "")
+    check_match(study, cell, f"{target / 2**20:,.0f} MiB peak memory", nearest)
