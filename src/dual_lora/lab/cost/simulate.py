@@ -144,7 +144,8 @@ def _run(options: StepOptions, model: Any) -> Step:
         _mark(blocks, tracker)
     with quiet():
         if options.checkpointing:
-            _checkpoint(model)
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         kept = _step(options, model, batch, tracker)
     sizes = _sizes(model, blocks, trained)
     return Step(kept=kept, peaks=tracker.peaks, flops=tracker.flops, **sizes)
@@ -176,11 +177,6 @@ def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: M
         tracker.segment = _BACKWARD
         loss.backward()
     return kept
-
-
-def _checkpoint(model: Any) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:

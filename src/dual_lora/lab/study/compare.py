@@ -5,6 +5,7 @@ What lies in the study's folder is said in `folder`, what a run leaves there in 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -268,5 +269,4 @@ class Runner:
 
 def _in_turns(groups: Iterable[list[Job]]) -> list[Job]:
     """First run of every group, then the second ...: a study that is stopped early has complete pairs."""
-    groups = list(groups)
-    return [group[i] for i in range(max(map(len, groups), default=0)) for group in groups if i < len(group)]
+    return [job for turn in itertools.zip_longest(*groups) for job in turn if job is not None]
