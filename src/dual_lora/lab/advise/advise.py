@@ -22,8 +22,7 @@ from dual_lora.lab.study.execute import Options, run_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import Forecast, Speed, forecast
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.plan import lay_out
-from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 

@@ -19,10 +19,10 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import Cell, base_jobs
 from dual_lora.lab.study.forecast import START_SECONDS, Speed, run_seconds
 from dual_lora.lab.study.job import Job, Outcome
-from dual_lora.lab.study.plan import planned_steps
 
 TRIALS = 3 + EXTEND
 GOOD_SEEDS, FEW_SEEDS, MOST_SEEDS = 5, 3, 20

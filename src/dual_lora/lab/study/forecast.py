@@ -15,13 +15,13 @@ from dual_lora.lab.cost.calibrate import DECODE_SECONDS, Card, Cost, card, cost_
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.recipe.schema import DataPart, Recipe
+from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.plan import lay_out, planned_steps
-from dual_lora.lab.study.precision import settled_study
-from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.match import match_by_probes
+from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study

@@ -1,23 +1,37 @@
-"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test."""
+"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test.
+
+One precision holds for the whole study: what `auto` stands for is chosen when the study is made, and kept with it.
+Times, scores and job keys depend on it, so a study never mixes runs of two choices, wherever it goes on.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.model.precision import AUTO, settled, settled_here
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.model.precision import (
+    AUTO,
+    DTYPES,
+    FIELDS,
+    Fast,
+    Short,
+    fast_precision,
+    leaves_open,
+    settled,
+    settled_here,
+)
+from dual_lora.lab.recipe.read import merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Scale, Size, classes_of, rank_field, solve_rank
-from dual_lora.lab.study.cell import Cell, fields_at, trial_jobs
+from dual_lora.lab.study.budget import Scale, classes_of, rank_field
+from dual_lora.lab.study.cell import Cell, trial_jobs
+from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
-from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
-
-UNKNOWN = Size(0, 0)  # until a cell has its rank
+from dual_lora.lab.study.match import UNKNOWN, counted, fit_parameters, set_rank
+from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 
 def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
@@ -35,7 +49,7 @@ def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
             cell = Cell(model, task, name, entry, base, metric, UNKNOWN, classes, overlap=overlap)
-            _fit_parameters(study, scale, cell, target)
+            fit_parameters(study, scale, cell, target)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
@@ -166,55 +180,6 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
     return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), rank, scale).trainable
 
 
-def _counted(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
-    frozen = [pattern for pattern, share in cell.entry.freeze.items() if share == 0]
-    return scale.size(recipe, cell.classes, frozen)
-
-
-def _fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
-    """Give the cell its method, at the rank that the budget allows."""
-    entry, name = cell.entry, cell.method
-    field_name = rank_field(entry.name)
-    rank = entry.fields.get(field_name) if field_name else None
-    if rank is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
-        rank = _sum_of(entry.fields)
-    anchor = study.budget.like is not None and study.origin(name) == study.budget.like
-    if target is None or entry.unmatched or anchor:
-        size = set_rank(cell, rank if isinstance(rank, int) else None, scale)
-        cell.notes = ["outside the budget"] if entry.unmatched and target else []
-        cell.mismatch = size.trainable / target - 1 if target and anchor else None
-        return
-    if rank is not None and field_name in entry.fields:
-        raise UserError(
-            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
-            "unmatched: true to run this method outside the budget."
-        )
-    if rank is None and field_name:
-        least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
-        step = rank_denominator(entry.fields.values(), least)
-        top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top)
-    size = set_rank(cell, rank, scale)
-    cell.mismatch = size.trainable / target - 1
-    found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
-    check_match(study, cell, f"{target:,.0f} trainable parameters", found)
-
-
-def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
-    """Raise UserError where the cell's mismatch is not within the tolerance of the study's budget."""
-    if cell.mismatch is not None and abs(cell.mismatch) > study.budget.tolerance:
-        raise UserError(
-            f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: "
-            f"{nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
-            "budget.tolerance."
-        )
-
-
-def _sum_of(fields: dict[str, Any]) -> int | None:
-    ranks = fields["r1"], fields["r2"]
-    return ranks[0] + ranks[1] if all(isinstance(r, int) for r in ranks) else None
-
-
 _LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
 
 
@@ -249,7 +214,7 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
                     "`search` of its own, with the same number of trials."
                 )
         held = match != "none" and not cell.entry.unmatched
-        resized = held and varied and _counted(scale, cell, recipe) != cell.size
+        resized = held and varied and counted(scale, cell, recipe) != cell.size
         relengthed = held and match == "time" and set(settings) & set(_LENGTH)
         if resized or relengthed:
             raise UserError(
@@ -258,21 +223,46 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
-    """Give the cell its method at this rank, and return its size."""
-    values = cell.recipe.model_dump(mode="json")
-    values["method"] = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
-    over = {"train": cell.entry.train, "name": "run", "about": ""}
-    cell.recipe, cell.rank = build_recipe(merged(values, over), "the study's recipe"), rank
-    cell.size = _counted(scale or Scale(), cell, cell.recipe)
-    return cell.size
+def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, Any]]:
+    """The study with bf16 or fp32 in the place of every `auto`, and what the choice followed from.
+
+    A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
+    study leaves nothing open.
+    """
+    for name, values in _varied(study):
+        if name.removeprefix("train.") == "autocast" and AUTO in values:
+            raise UserError(f"{name}: auto is one choice for the whole study; write bf16 and none to compare the two.")
+    if study.precision != AUTO:
+        return _filled_in(study, study.precision), {"asked": study.precision, "precision": study.precision}
+    if not any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)) and _filled_in(study, "bf16") == study:
+        return study, {}
+    before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
+    if before not in (AUTO, *DTYPES):
+        raise UserError(
+            f"The study in {folder.path} was begun with precision {before}: write `precision: bf16` or "
+            "`precision: fp32` into the study, as its runs have it (runs/*/recipe.yaml)."
+        )
+    found = fast_precision() if before == AUTO else Fast(before, "as the study was begun")
+    return _filled_in(study, found.precision), {"asked": AUTO, **asdict(found)}
 
 
-def planned_steps(recipe: Recipe) -> int:
-    """Optimizer steps of a recipe, by the number of its training records."""
-    from dual_lora.lab.data.examples import load_split
+def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
+    """Every setting that the study varies, with its values."""
+    yield from study.sweep.items()
+    spaces = [study.search.space] if study.search else []
+    for space in [*spaces, *(entry.search for entry in study.methods.values())]:
+        yield from ((name, values) for name, values in space.items() if isinstance(values, list))
 
-    if recipe.train.steps:
-        return recipe.train.steps
-    rows = len(load_split(recipe.data, "train"))
-    return math.ceil(rows * recipe.train.epochs / (recipe.train.batch_size * recipe.train.accumulate))
+
+def _filled_in(study: Study, precision: Short) -> Study:
+    """The study with `precision` in the place of every `auto` that it lays over its recipes."""
+    values = study.model_dump(mode="json")
+    over = [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
+    for laid in over:
+        for (part, name), words in FIELDS.items():
+            if (laid.get(part) or {}).get(name) == AUTO:
+                laid[part][name] = words[precision]
+                values["precision"] = precision
+    if any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)):
+        values["precision"] = precision
+    return Study.model_validate(values)
