@@ -37,14 +37,17 @@ from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
     "loraplus": {"name": "lora", "train": {"optimizer": "loraplus"}},
-    "full": {"name": "full", "unmatched": True},
-} | {
-    name: {
+    "galore": {
         "name": "full",
         "unmatched": True,
-        "train": {"optimizer": f"{name}_adamw", "arguments": {"optim_target_modules": "all-linear"}},
-    }
-    for name in ("galore", "apollo")
+        "train": {"optimizer": "galore_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "apollo": {
+        "name": "full",
+        "unmatched": True,
+        "train": {"optimizer": "apollo_adamw", "arguments": {"optim_target_modules": "all-linear"}},
+    },
+    "full": {"name": "full", "unmatched": True},
 }
 
 
