@@ -71,7 +71,7 @@ def lora_wins(letters):
 @pytest.fixture
 def short(monkeypatch):
     """Studies of two seeds and twenty steps, however fast the machine is."""
-    monkeypatch.setattr(pace, "fitted", lambda study, *_: of_length(study, Length(2, 20)))
+    monkeypatch.setattr(Work, "fitting", lambda *_: Length(2, 20))
 
 
 def test_where_lora_wins(lora_wins):

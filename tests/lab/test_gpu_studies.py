@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 
 from tiny_study import write_model
 
-from dual_lora.lab.cost.cards import SHARE, card, cards
+from dual_lora.lab.cost.calibrate import SHARE, card, cards
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge import metamath

@@ -23,7 +23,7 @@ from dual_lora.lab.study.cell import final_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
-from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.plan import settled_study
 from dual_lora.lab.study.read import read_study, shipped_studies
 
 

@@ -18,7 +18,7 @@ from dual_lora.lab.study.execute import Options
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome, Training, write_outcome
-from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_forecast
 

@@ -22,8 +22,7 @@ from dual_lora.lab.study.execute import Options, run_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import Forecast, Speed, forecast
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.plan import lay_out
-from dual_lora.lab.study.precision import settled_study
+from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 
@@ -100,9 +99,8 @@ class _Made:
     @property
     def work(self) -> pace.Work:
         """What is to be done, at the measured pace."""
-        return pace.work_of(
-            self.cells, pace.measured(self._ended(), self.runs) if self._all() else self._by_arithmetic()
-        )
+        paces = pace.measured(self._ended(), self.runs) if self._all() else pace.estimated(self.cells, Speed())
+        return pace.work_of(self.cells, paces)
 
     def fitted(self, progress: bool) -> Study:
         """The study that fits, by measured steps."""
@@ -113,13 +111,18 @@ class _Made:
                 raise pace.too_few(self.source, self.minutes, guess, 0.0, Speed().basis)
             _measure(self.probes, self.runs, progress)
         spent = sum(outcome.seconds for _, outcome in self._ended())
-        basis = f"a few measured steps of each in {self.folder.path}"
-        return pace.fitted(self.whole, self.source, self.minutes, self.work, spent, basis)
+        return self._fitting(spent, f"a few measured steps of each in {self.folder.path}")
 
     def guessed(self) -> Study:
         """The study that fits, without running anything."""
-        basis = "a few measured steps of each" if self._all() else Speed().basis
-        return pace.fitted(self.whole, self.source, self.minutes, self.work, 0.0, basis)
+        return self._fitting(0.0, "a few measured steps of each" if self._all() else Speed().basis)
+
+    def _fitting(self, spent: float, basis: str) -> Study:
+        """The study as long as the minutes allow. Raises UserError where they are too few, saying how many it takes."""
+        work = self.work
+        if (length := work.fitting(60 * self.minutes - spent)) is None:
+            raise pace.too_few(self.source, self.minutes, work, spent, basis)
+        return of_length(self.whole, length)
 
     def _ended(self) -> list[tuple[Job, Outcome]]:
         found = [(job, read_outcome(self.runs, job.key)) for job in self.probes]
@@ -127,9 +130,6 @@ class _Made:
 
     def _all(self) -> bool:
         return len(self._ended()) == len(self.probes)
-
-    def _by_arithmetic(self) -> list[pace.Pace]:
-        return pace.estimated(self.cells, Speed())
 
 
 def _check_same_question(whole: Study, folder: StudyFolder) -> None:

@@ -13,17 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dual_lora.lab.advise.paired import EXTEND, Length, of_length
+from dual_lora.lab.advise.paired import EXTEND, Length
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import Cell, base_jobs
 from dual_lora.lab.study.forecast import START_SECONDS, Speed, run_seconds
 from dual_lora.lab.study.job import Job, Outcome
-from dual_lora.lab.study.plan import planned_steps
-from dual_lora.lab.study.study import Study
 
 TRIALS = 3 + EXTEND
 GOOD_SEEDS, FEW_SEEDS, MOST_SEEDS = 5, 3, 20
@@ -145,11 +144,3 @@ def with_seeds(spread: stats.Spread, seeds: int) -> stats.Spread:
     """What the spread would be with another number of seeds."""
     seed_error = spread.seed_error * math.sqrt(spread.seeds / seeds)
     return stats.Spread(spread.difference, math.hypot(seed_error, spread.item_error), seed_error, seeds, spread.items)
-
-
-def fitted(study: Study, source: object, minutes: float, work: Work, spent: float, basis: str) -> Study:
-    """The study as long as the minutes allow. Raises UserError where they are too few, saying how many are needed."""
-    length = work.fitting(60 * minutes - spent)
-    if length is None:
-        raise too_few(source, minutes, work, spent, basis)
-    return of_length(study, length)

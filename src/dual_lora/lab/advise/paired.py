@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.plan import planned_steps
+from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 

@@ -82,27 +82,13 @@ def memory_of(options: StepOptions, step: Step, devices: int = 1, strategy: str 
     """
     if options.quantisation != "none" and options.method["name"] == "full":
         raise UserError("Full fine-tuning needs a base that is not quantised: leave --quantisation out.")
-    weights, block = (
-        _packed(options, step.weights, step.linear),
-        _packed(options, step.block_weights, step.block_linear),
-    )
-    shard = shard_of(
-        strategy,
-        devices,
-        weights=weights,
-        trained=step.trained,
-        optimizer=optimizer_bytes(options, step),
-        block=block + step.block_trained,
-        block_trained=step.block_trained,
-        layers=options.layers,
-        parameters=step.trained_parameters,
-        item=_ITEM[options.dtype],
-    )
+    shard = shard_of(options, step, devices, strategy)
     more = _dequantised(options, step)
     parts: dict[str, tuple[float, float, float]] = {}  # segment → activations, workspace, gradients
     for name, peak in step.peaks.items():
-        gradients = step.trained if options.accumulate > 1 else peak.gradients
-        parts[name] = peak.activations, peak.workspace + more, gradients * shard.gradients + shard.reducing(name)
+        gradients = shard.gradients * (step.trained if options.accumulate > 1 else peak.gradients)
+        gradients += shard.in_flight * name.startswith("backward")  # whole, until they are reduced
+        parts[name] = peak.activations, peak.workspace + more, gradients
     parts["step"] = 0.0, _updating(options, step, shard), step.trained * shard.gradients
     standing = shard.weights + shard.trained + shard.optimizer + shard.buffers
     phases: dict[str, float] = {"standing": standing}
@@ -126,12 +112,6 @@ def memory_of(options: StepOptions, step: Step, devices: int = 1, strategy: str 
         where=where,
         phases=phases,
     )
-
-
-def optimizer_bytes(options: StepOptions, step: Step) -> float:
-    """Its state after the first step."""
-    times, each = STATES[options.optimizer]
-    return times * step.trained + each * step.trained_parameters
 
 
 def _updating(options: StepOptions, step: Step, shard: Shard) -> float:
@@ -175,42 +155,28 @@ class Shard:
     gathered: float = 0.0
     in_flight: float = 0.0
 
-    def reducing(self, segment: str) -> float:
-        """Whole gradients that wait to be reduced in this part of the step."""
-        return self.in_flight if segment.startswith("backward") else 0.0
 
-
-def shard_of(
-    strategy: str,
-    n: int,
-    *,
-    weights: float,
-    trained: float,
-    optimizer: float,
-    block: float,
-    block_trained: float,
-    layers: int,
-    parameters: float,
-    item: int,
-) -> Shard:
-    """The share of one device. weights, trained, optimizer: bytes of the whole; block: bytes of one block's parameters.
-
-    parameters: number of trained ones; item: bytes of one value in the base's dtype.
-    Raises UserError for a strategy that is not known or n < 1.
-    """
+def shard_of(options: StepOptions, step: Step, n: int, strategy: str) -> Shard:
+    """The share of one device of n. Raises UserError for a strategy that is not known or n < 1."""
     if strategy not in get_args(Strategy):
         raise UserError(f"strategy is {strategy!r}.{suggest(strategy, get_args(Strategy))}")
     if n < 1:
         raise UserError(f"devices is {n}, expected at least 1.")
+    trained, item = step.trained, _ITEM[options.dtype]
+    weights = _packed(options, step.weights, step.linear)
+    block = _packed(options, step.block_weights, step.block_linear) + step.block_trained
+    times, each = STATES[options.optimizer]
+    optimizer = times * trained + each * step.trained_parameters  # its state after the first step
     if n == 1:
         return Shard(weights, trained, optimizer)
     if strategy == "ddp":
         return Shard(weights, trained, optimizer, buffers=trained)
     if strategy == "fsdp2":
-        outside = max(0.0, weights + trained - layers * block)
+        outside = max(0.0, weights + trained - options.layers * block)
         whole = outside + BLOCKS * block
-        return Shard(weights / n, trained / n, optimizer / n, 1 / n, 1 / n, gathered=whole, in_flight=2 * block_trained)
-    master = (optimizer + 4 * parameters) / n
+        reducing = 2 * step.block_trained
+        return Shard(weights / n, trained / n, optimizer / n, 1 / n, 1 / n, gathered=whole, in_flight=reducing)
+    master = (optimizer + 4 * step.trained_parameters) / n
     bucket = BUCKET * item
     if strategy == "zero1":
         return Shard(weights, trained, master, 1.0, 1 / n, bucket)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dual_lora.lab.cost.memory import STATES
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
@@ -19,8 +20,6 @@ Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "gpu"]
 Head = Literal["causal", "classification"]
 DTYPES = ("float32", "bfloat16", "float16")
-
-OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor")
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,10 @@ class StepOptions:
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and self.length > longest:
             raise UserError(f"length is {self.length}, but {self.name} takes at most {longest} tokens.")
-        _known("dtype", self.dtype, DTYPES)
-        _known("optimizer", self.optimizer, OPTIMIZERS)
-        _known("quantisation", self.quantisation, get_args(Quantisation))
+        known = {"dtype": DTYPES, "optimizer": tuple(STATES), "quantisation": get_args(Quantisation)}
+        for name, values in known.items():
+            if (value := getattr(self, name)) not in values:
+                raise UserError(f"{name} is {value!r}.{suggest(str(value), values)}")
 
     @property
     def layers(self) -> int:
@@ -141,19 +141,6 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
 
 def _optimizer(name: str) -> str:
     """The optimizer of an estimate that takes as much memory as that of a recipe."""
-    for start, known in (
-        ("adamw_8bit", "adamw_8bit"),
-        ("adamw_bnb", "adamw_8bit"),
-        ("paged_adamw_8bit", "adamw_8bit"),
-        ("adafactor", "adafactor"),
-        ("sgd", "sgd"),
-        ("lion", "lion"),
-    ):
-        if name.startswith(start):
-            return known
-    return "adamw"
-
-
-def _known(field_name: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise UserError(f"{field_name} is {value!r}.{suggest(str(value), known)}")
+    if name.startswith(("adamw_8bit", "adamw_bnb", "paged_adamw_8bit")):
+        return "adamw_8bit"
+    return next((known for known in ("adafactor", "sgd", "lion") if name.startswith(known)), "adamw")

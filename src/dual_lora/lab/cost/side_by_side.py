@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -133,19 +134,4 @@ def largest(
 
 def _last(fits: Callable[[int], bool], top: int) -> int:
     """The largest k of 1 … top that fits, where every smaller one does too; 0 if none does."""
-    if top < 1 or not fits(1):
-        return 0
-    low, high = 1, None
-    while high is None and low < top:
-        tried = min(2 * low, top)
-        if fits(tried):
-            low = tried
-        else:
-            high = tried
-    while high is not None and high - low > 1:
-        middle = (low + high) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
+    return bisect.bisect_left(range(1, top + 1), True, key=lambda k: not fits(k))

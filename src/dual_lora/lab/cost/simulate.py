@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from torch.utils._pytree import tree_map
+
 from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
@@ -57,23 +59,10 @@ class Step:
 
     def line(self, other: Step, times: float) -> Step:
         """self + times · (other − self), figure by figure."""
-
-        def along(a: Any, b: Any) -> Any:
-            if isinstance(a, dict):
-                return {k: along(a[k], b[k]) for k in a}
-            if isinstance(a, Bytes):
-                return Bytes(*(along(x, y) for x, y in zip(a, b, strict=True)))
-            return a + times * (b - a)
-
         fixed = {"widest", "largest_layer", "widest_input", "block_weights", "block_trained", "block_linear"}
-        return replace(
-            other,
-            **{
-                f.name: along(getattr(self, f.name), getattr(other, f.name))
-                for f in fields(self)
-                if f.name not in fixed
-            },
-        )
+        names = [f.name for f in fields(self) if f.name not in fixed]
+        mine, theirs = ({name: getattr(step, name) for name in names} for step in (self, other))
+        return replace(other, **tree_map(lambda a, b: a + times * (b - a), mine, theirs))
 
 
 def simulate(options: StepOptions, say: Callable[[str], None] | None = None) -> Step:
@@ -167,7 +156,8 @@ def _run(options: StepOptions, model: Any) -> Step:
         _mark(blocks, tracker)
     with quiet():
         if options.checkpointing:
-            _checkpoint(model)
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         kept = _step(options, model, batch, tracker)
     sizes = _sizes(model, blocks, trained)
     return Step(kept=kept, peaks=tracker.peaks, flops=tracker.flops, **sizes)
@@ -199,11 +189,6 @@ def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: M
         tracker.segment = _BACKWARD
         loss.backward()
     return kept
-
-
-def _checkpoint(model: Any) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:

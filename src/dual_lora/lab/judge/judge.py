@@ -186,26 +186,14 @@ def _pairs(
             f"The margin is {margin:g}, and all scores of {task_name(*scenario)} lie between 0 and 1: every method "
             "would be equivalent. Give it in the metric's unit, such as 0.01."
         )
-    pairs = []
-    for method, runs in own.items():
-        if method == against:
-            continue
-        pairs.append(
-            verdicts.compare_pair(
-                sign * runs.table,
-                reference,
-                names=(method, against),
-                task=task_name(*scenario),
-                scenario=scenario,
-                metric=metric,
-                better=better,
-                margin=margin,
-                confidence=1 - level,
-                counted=whole or bool(np.isin(values, (0.0, 1.0)).all()),
-                scale=float(np.abs(values).max()),
-            )
-        )
-    return pairs
+    about: dict[str, Any] = {"task": task_name(*scenario), "scenario": scenario, "metric": metric, "better": better}
+    about |= {"margin": margin, "confidence": 1 - level, "scale": float(np.abs(values).max())}
+    about["counted"] = whole or bool(np.isin(values, (0.0, 1.0)).all())
+    return [
+        verdicts.compare_pair(sign * runs.table, reference, names=(method, against), **about)
+        for method, runs in own.items()
+        if method != against
+    ]
 
 
 def _method(

@@ -49,7 +49,9 @@ def read_lm_eval(folder: Path) -> Scores:
             raise UserError(f"{other} and {file} are two evaluations of one run on {task}: remove one of them.")
         results = _results(file.parent, task, named["date"])
         rows = list(_rows(file, method, seed, task, aside))
-        _complete(file, task, {row.item for row, _ in rows}, results)
+        items, wanted = {row.item for row, _ in rows}, _part(results, "n-samples", task).get("effective")
+        if isinstance(wanted, int) and items and len(items) != wanted:
+            raise UserError(f"{file} holds {len(items)} documents, and the harness scored {wanted}.")
         for metric, is_mean in _means(task, [row for row, _ in rows], results).items():
             as_told.setdefault(f"{metric} on {task}", {}).setdefault(is_mean, file)
         for row, prompt in rows:
@@ -127,11 +129,8 @@ def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
 
 def _directions(results: dict[str, Any], task: str) -> dict[str, str]:
     """Which way the task's metrics are better, as the harness says."""
-    try:
-        ways = results["higher_is_better"][task].items()
-    except (KeyError, TypeError, AttributeError):
-        return {}
-    return {name: "more" if more else "less" for name, more in ways if more is not None}
+    ways = _part(results, "higher_is_better", task)
+    return {name: "more" if more else "less" for name, more in ways.items() if more is not None}
 
 
 def _part(results: dict[str, Any], name: str, task: str) -> dict[str, Any]:
@@ -139,13 +138,6 @@ def _part(results: dict[str, Any], name: str, task: str) -> dict[str, Any]:
     part = results.get(name)
     own = part.get(task) if isinstance(part, dict) else None
     return own if isinstance(own, dict) else {}
-
-
-def _complete(file: Path, task: str, items: set[str], results: dict[str, Any]) -> None:
-    """Raise UserError where documents are missing."""
-    wanted = _part(results, "n-samples", task).get("effective")
-    if isinstance(wanted, int) and items and len(items) != wanted:
-        raise UserError(f"{file} holds {len(items)} documents, and the harness scored {wanted}.")
 
 
 def _means(task: str, rows: list[Score], results: dict[str, Any]) -> dict[str, bool]:

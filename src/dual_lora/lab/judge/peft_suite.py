@@ -74,7 +74,8 @@ def read_peft(folder: Path) -> Scores:
         scores.rows = [row._replace(scenario=("", task)) for row in scores.rows]
         scores.costs = {(("", task), method): cost for (_, method), cost in scores.costs.items()}
     scores.notes += _unlike(configs)
-    scores.notes += _unrun(folder, finished | set(stopped))
+    if left := [name for name in experiments(folder) if name not in {*finished, *stopped}]:
+        scores.notes.append(f"Experiments without a result: {', '.join(left)}.")
     return scores
 
 
@@ -127,11 +128,6 @@ def experiments(folder: Path) -> dict[str, Path]:
         f"{f.parent.parent.name}/{f.parent.name}": f.parent
         for f in sorted([*inside.glob("*/*/adapter_config.json"), *inside.glob("*/*/training_params.json")])
     }
-
-
-def _unrun(folder: Path, known: set[str]) -> list[str]:
-    left = [name for name in experiments(folder) if name not in known]
-    return [f"Experiments without a result: {', '.join(left)}."] if left else []
 
 
 def method_entry(folder: Path) -> dict[str, Any]:

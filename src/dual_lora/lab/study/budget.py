@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,16 @@ def classes_of(recipe: Recipe) -> int | None:
     if recipe.model.head != "classification":
         return 1 if recipe.model.head == "regression" else None
     return len(class_names(load_split(recipe.data, "train")))
+
+
+def planned_steps(recipe: Recipe) -> int:
+    """Optimizer steps of a recipe, by the number of its training records."""
+    from dual_lora.lab.data.examples import load_split
+
+    if recipe.train.steps:
+        return recipe.train.steps
+    rows = len(load_split(recipe.data, "train"))
+    return math.ceil(rows * recipe.train.epochs / (recipe.train.batch_size * recipe.train.accumulate))
 
 
 class Scale:

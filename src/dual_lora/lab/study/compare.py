@@ -5,6 +5,7 @@ What lies in the study's folder is said in `folder`, what a run leaves there in 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -23,9 +24,8 @@ from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
 from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, read_outcome, task_name
+from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
-from dual_lora.lab.study.precision import settled_study
-from dual_lora.lab.study.probes import match_by_probes
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results
 from dual_lora.lab.study.search import choose
@@ -65,7 +65,7 @@ def compare(
     to = check_reports(report_to)
     options = Options(executor, runs_side_by_side(executor, workers), keep, progress, update, report_to=to)
     check_executor(executor)
-    study, chosen = settled_study(study, folder)
+    study, chosen = plan.settled_study(study, folder)
     if progress and not folder.known.study and chosen.get("asked") == AUTO:
         console.print(f"auto: {chosen['precision']} for the whole study ({chosen['why']})", markup=False)
     cells = plan.lay_out(study)  # before the folder is made: what is wrong from the start leaves nothing behind
@@ -268,5 +268,4 @@ class Runner:
 
 def _in_turns(groups: Iterable[list[Job]]) -> list[Job]:
     """First run of every group, then the second ...: a study that is stopped early has complete pairs."""
-    groups = list(groups)
-    return [group[i] for i in range(max(map(len, groups), default=0)) for group in groups if i < len(group)]
+    return [job for turn in itertools.zip_longest(*groups) for job in turn if job is not None]

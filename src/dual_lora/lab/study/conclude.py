@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dual_lora.lab.study import metrics, notes, verdicts
-from dual_lora.lab.study.job import settings_in_words, task_name
+from dual_lora.lab.study.job import cell_name, settings_in_words, task_name
 from dual_lora.lab.study.study import Study
 
 Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
@@ -38,20 +38,19 @@ def conclude(
     ends = {key: end for key, m in at.items() if (end := notes.end_of_search(m))}
     unlearned = {key: why for key, m in at.items() if (why := notes.why_unlearned(m, untrained))}
     judged = verdicts.judge([_as_far_as_it_goes(pair, at) for pair in pairs], study.level, missing)
-    late = " Amended after final runs had ended." if notes.amended_late(amendments) else ""
+    late = "Amended after final runs had ended." if any(a.get("ended", 0) > 0 for a in amendments) else ""
     comparisons = [_with_doubt(_as_tuned(_learned(c, unlearned), at), ends) for c in judged]
-    comparisons = [dataclasses.replace(c, note=f"{c.note}{late}".strip()) for c in comparisons]
     false_alarm = verdicts.false_alarm(judged, study.level, missing)
     return Said(
-        [_plain(c) for c in comparisons],
+        [_plain(_noted(c, c.note, late)) for c in comparisons],
         false_alarm,
         notes.level(false_alarm, study.level)
         + notes.tuned_by(study.search, methods)
         + notes.near_choices(methods, study.search.metric if study.search else None)
         + notes.extended_searches(study.search, methods)
-        + notes.ends_of_searches(ends)
+        + [f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()]
         + notes.level_searches(methods)
-        + notes.unlearned_notes(unlearned)
+        + [f"{key[2]} has not learned {task_name(*key[:2])}: {why}." for key, why in unlearned.items()]
         + notes.code_versions(methods),
     )
 
@@ -65,9 +64,14 @@ def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[st
         "better": metrics.better(metric),
         "margin": study.margin.get(metric),
         "confidence": 1 - study.level,
-        "wanted_power": study.power,
+        "power": study.power,
         "counted": metrics.counted(metric),
     }
+
+
+def _noted(c: verdicts.Comparison, *parts: str, **changes: Any) -> verdicts.Comparison:
+    """The comparison with these sentences as its note."""
+    return dataclasses.replace(c, note=" ".join(part for part in parts if part), **changes)
 
 
 def _lost(method: dict[str, Any]) -> int | None:
@@ -86,16 +90,14 @@ def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparis
     gone = [name for name, n in lost.items() if n is None]
     if gone:
         note = f"No run of {' or '.join(gone)} came to an end with a score."
-        return dataclasses.replace(c, verdict=verdicts.Verdict.DIVERGED, note=note, **silent)
+        return _noted(c, note, verdict=verdicts.Verdict.DIVERGED, **silent)
     whole = at[(*c.scenario, c.candidate)].get("whole")  # the score of a whole test set, made elsewhere
     if c.items == 1 and c.seeds > 1 and not whole:
         return dataclasses.replace(c, verdict=verdicts.Verdict.ONE_ITEM, **silent)
     some = [f"{n} of {name}" for name, n in lost.items() if n]
     if some and c.seeds > 1:
-        note = f"Of {c.seeds} runs each, {' and '.join(some)} diverged" + (
-            ": equivalence is not claimed." if c.margin is not None else "."
-        )
-        return dataclasses.replace(c, p_same=None, note=note)
+        claimed = "." if c.margin is None else ": equivalence is not claimed."
+        return _noted(c, f"Of {c.seeds} runs each, {' and '.join(some)} diverged{claimed}", p_same=None)
     return c
 
 
@@ -122,17 +124,15 @@ def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str])
     alike = c.verdict is verdicts.Verdict.EQUIVALENT
     if len(why) == 1:
         ((name, reason),) = why.items()
-        note = f"{name} has not learned the task: {reason}"
+        note = f"{name} has not learned the task: {reason}."
         if not alike:
-            return dataclasses.replace(c, note=f"{c.note} {note}.".strip())
-        return dataclasses.replace(
-            c, verdict=verdicts.Verdict.INCONCLUSIVE, note=f"{note}. Equivalence is not claimed.".strip()
-        )
+            return _noted(c, c.note, note)
+        return _noted(c, note, "Equivalence is not claimed.", verdict=verdicts.Verdict.INCONCLUSIVE)
     first, second = why.values()
     reason = f"Of both, {first}." if first == second else f"Of {c.candidate}, {first}; of {c.reference}, {second}."
     if alike:
-        return dataclasses.replace(c, verdict=verdicts.Verdict.UNLEARNED, note=reason)
-    return dataclasses.replace(c, note=f"{c.note} Neither learned the task. {reason}".strip())
+        return _noted(c, reason, verdict=verdicts.Verdict.UNLEARNED)
+    return _noted(c, c.note, "Neither learned the task.", reason)
 
 
 def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
@@ -140,14 +140,12 @@ def _as_tuned(c: verdicts.Comparison, at: Methods) -> verdicts.Comparison:
     mine, other = (settings_in_words(at[(*c.scenario, name)]["settings"]) for name in (c.candidate, c.reference))
     if not (mine or other):
         return c
-    settings = (
-        f"Both at {mine}." if mine == other else f"At {mine or 'its settings'} against {other or 'its settings'}."
-    )
-    return dataclasses.replace(c, note=f"{settings} {c.note}".strip())
+    apart = f"At {mine or 'its settings'} against {other or 'its settings'}."
+    return _noted(c, f"Both at {mine}." if mine == other else apart, c.note)
 
 
 def _with_doubt(c: verdicts.Comparison, ends: dict[tuple[str, str, str], str]) -> verdicts.Comparison:
     """A verdict on a method that was not searched to its best says so."""
     loser = {verdicts.Verdict.WORSE: c.candidate, verdicts.Verdict.BETTER: c.reference}.get(c.verdict)
     end = ends.get((*c.scenario, loser)) if loser else None
-    return dataclasses.replace(c, note=f"{c.note} {loser} did best with {end}.".strip()) if end else c
+    return _noted(c, c.note, f"{loser} did best with {end}.") if end else c

@@ -184,8 +184,7 @@ class StudyFolder:
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""
-        names = Planned.model_fields
-        self.known.jobs |= {job.key: Planned(**{name: getattr(job, name) for name in names}) for job in jobs}
+        self.known.jobs |= {job.key: Planned.model_validate(job, from_attributes=True) for job in jobs}
         self.write()
 
     def begin_finals(self, ended: int) -> None:

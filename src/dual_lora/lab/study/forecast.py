@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,18 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dual_lora.lab.cost.calibrate import Cost, cost_of, known_rates, rough_cost
-from dual_lora.lab.cost.cards import DECODE_SECONDS, Card, card
+from dual_lora.lab.cost.calibrate import DECODE_SECONDS, Card, Cost, card, cost_of, known_rates, rough_cost
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.recipe.schema import DataPart, Recipe
+from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Job, Outcome, read_outcome
-from dual_lora.lab.study.plan import lay_out, planned_steps
-from dual_lora.lab.study.precision import settled_study
-from dual_lora.lab.study.probes import match_by_probes
+from dual_lora.lab.study.match import match_by_probes
+from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study
@@ -192,7 +192,7 @@ def forecast(
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run.
 
-    on: a card of `cards`, whose published figures are taken in the place of this machine's speed.
+    on: a card of `calibrate`, whose published figures are taken in the place of this machine's speed.
     """
     study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
@@ -204,11 +204,14 @@ def forecast(
     speed = Speed(card(on) if on else None)
     times = RunTimes(estimates(study, cells, speed))
     rows, left, done = [], [], 0
-    jobs: dict[tuple[str, str, str], list[Job]] = {}
+    jobs: list[list[Job]] = []
+
+    def outcome(job: Job) -> Outcome | None:
+        return read_outcome(runs_folder, job.key)
+
     for cell in cells:
-        trials = trial_jobs(study, cell, lambda job: read_outcome(runs_folder, job.key))
-        settings = choose([(job, read_outcome(runs_folder, job.key)) for job in trials])
-        jobs[cell.at] = trials + final_jobs(study, cell, settings or {})
+        trials = trial_jobs(study, cell, outcome)
+        jobs.append(trials + final_jobs(study, cell, choose([(job, outcome(job)) for job in trials]) or {}))
         rows.append(
             {
                 "model": cell.model,
@@ -225,16 +228,14 @@ def forecast(
                 "peak_memory": _peak(cell) if speed.card else None,
             }
         )
-    for job in [j for group in jobs.values() for j in group] + base_jobs(cells):
-        outcome = read_outcome(runs_folder, job.key)
-        if outcome:
+    for job in itertools.chain(*jobs, base_jobs(cells)):
+        if ended := outcome(job):
             done += 1
-            times.learn(job, outcome.seconds)
+            times.learn(job, ended.seconds)
         else:
             left.append(job)
-    for row, cell in zip(rows, cells, strict=True):
-        expected = [times.expect(job) or 0.0 for job in jobs[cell.at]]
-        row["seconds"] = sum(expected)
+    for row, own in zip(rows, jobs, strict=True):
+        row["seconds"] = sum(times.expect(job) or 0.0 for job in own)
     return Forecast(
         study,
         rows,

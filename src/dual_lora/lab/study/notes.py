@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Finished
 from dual_lora.lab.study.job import cell_name, task_name
 from dual_lora.lab.study.search import RATE, Search, mean_scores
@@ -106,13 +105,6 @@ def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -
     return ""
 
 
-def unlearned_notes(unlearned: dict[tuple[str, str, str], str]) -> list[str]:
-    """Methods that have not learned their task; unlearned: (model, task, method) -> why."""
-    return [
-        f"{method} has not learned {task_name(model, task)}: {why}." for (model, task, method), why in unlearned.items()
-    ]
-
-
 def amended(results: dict[str, Any]) -> list[str]:
     """What was changed in a study after it was begun, or judged again, when, and which verdicts changed by it."""
     said = []
@@ -122,11 +114,6 @@ def amended(results: dict[str, Any]) -> list[str]:
         end = f" Verdicts changed: {changed or 'none'}." if "changed" in a else ""
         said.append(f"Amended {a['date']}. {a['what']}{seen}{end}")
     return said
-
-
-def amended_late(amendments: Sequence[dict[str, Any]]) -> bool:
-    """Whether the study was changed when some of its final runs could be seen."""
-    return any(a.get("ended", 0) > 0 for a in amendments)
 
 
 def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]]) -> list[str]:
@@ -189,19 +176,6 @@ def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
     return notes
 
 
-def to_come(missing: int) -> list[str]:
-    """That the verdicts of a part of a study are not those of a smaller one."""
-    if not missing:
-        return []
-    return [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
-
-
-def single_items(tables: dict[tuple[str, str, str], stats.Table]) -> list[str]:
-    """Tasks with one test item."""
-    scenarios = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
-    return [f"{task_name(*scenario)} has one test item: it says nothing about others." for scenario in scenarios]
-
-
 def numbers_at_a_time(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
     """All numbers of runs at a time in these methods of a results.json; None where a run does not say."""
     return {n for m in methods for n in m.get("measured_beside", [])}
@@ -236,11 +210,6 @@ def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def ends_of_searches(ends: dict[tuple[str, str, str], str]) -> list[str]:
-    """Methods that did best at an end of their search; ends: (model, task, method) -> which."""
-    return [f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()]
-
-
 def precisions(finished: Sequence[Finished]) -> list[str]:
     """In which precision the runs were done: figures of two do not compare."""
     groups: dict[str, list[str]] = {}
@@ -253,13 +222,6 @@ def precisions(finished: Sequence[Finished]) -> list[str]:
     return [
         "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
     ]
-
-
-def single_seed(study: Study) -> list[str]:
-    """Why a study with one seed calls no winner."""
-    if len(study.seeds) > 1:
-        return []
-    return ["With one seed no winner can be called: give seeds: 5, or at least 2."]
 
 
 def unmeasured(finished: Sequence[Finished]) -> list[str]:

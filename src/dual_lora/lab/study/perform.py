@@ -96,12 +96,15 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate
     from dual_lora.lab.run.train import run
+    from dual_lora.lab.study.interventions import Freeze, Round
 
     recipe, folder = job.recipe, runs / job.key
+    callbacks: list[Any] = [Freeze(job.freeze)] if job.freeze else []
+    callbacks += [Round(job.round)] if job.round else []
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
     more["passing"] = not _stays(job, keep)
-    result = run(recipe, folder, resume=True, progress=False, callbacks=_callbacks(job), **more)
+    result = run(recipe, folder, resume=True, progress=False, callbacks=callbacks, **more)
     if result.state != "finished":
         raise Stopped(result.stopped_by)
     came: Figures = {
@@ -196,13 +199,6 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
         warnings.filterwarnings("always", message=OURS)
         warnings.showwarning = show
         yield
-
-
-def _callbacks(job: Job) -> list[Any]:
-    from dual_lora.lab.study.interventions import Freeze, Round
-
-    given: list[Any] = [Freeze(job.freeze)] if job.freeze else []
-    return [*given, Round(job.round)] if job.round else given
 
 
 def _tidy(job: Job, folder: Path, keep: str) -> None:

@@ -1,21 +1,37 @@
-"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test."""
+"""From a study to its cells: every method checked, its rank solved for, its validation kept apart from its test.
+
+One precision holds for the whole study: what `auto` stands for is chosen when the study is made, and kept with it.
+Times, scores and job keys depend on it, so a study never mixes runs of two choices, wherever it goes on.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.model.precision import AUTO, settled, settled_here
-from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
+from dual_lora.lab.model.precision import (
+    AUTO,
+    DTYPES,
+    FIELDS,
+    Fast,
+    Short,
+    fast_precision,
+    leaves_open,
+    settled,
+    settled_here,
+)
+from dual_lora.lab.recipe.read import merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Scale, Size, classes_of, rank_field, solve_rank
-from dual_lora.lab.study.cell import Cell, fields_at, trial_jobs
+from dual_lora.lab.study.budget import Scale, classes_of, rank_field
+from dual_lora.lab.study.cell import Cell, trial_jobs
+from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
-from dual_lora.lab.study.study import PRESETS, MethodEntry, Study, rank_denominator
+from dual_lora.lab.study.match import UNKNOWN, counted, fit_parameters, set_rank
+from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 
 def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
@@ -32,8 +48,8 @@ def lay_out(study: Study, scale: Scale | None = None) -> list[Cell]:
         classes = classes_of(base)
         target = _target(study, scale, base, classes)
         for name, entry in entries.items():
-            recipe, size, rank, mismatch, notes = _sized(study, scale, base, classes, name, entry, target)
-            cell = Cell(model, task, name, entry, recipe, metric, size, classes, rank, mismatch, notes, overlap)
+            cell = Cell(model, task, name, entry, base, metric, UNKNOWN, classes, overlap=overlap)
+            fit_parameters(study, scale, cell, target)
             _check_training(study, scale, cell)
             cells.append(cell)
     return cells
@@ -150,12 +166,6 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
     return f"Of {task}, {' and '.join(each.words for each in found)}; the recipe declares it." if found else ""
 
 
-def _with_method(base: Recipe, entry: MethodEntry, fields: dict[str, Any]) -> Recipe:
-    values = base.model_dump(mode="json")
-    values["method"] = {"name": entry.name, **fields}
-    return build_recipe(merged(values, {"train": entry.train, "name": "run", "about": ""}), "the study's recipe")
-
-
 def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> float | None:
     """The budget in parameters."""
     budget = study.budget
@@ -167,62 +177,7 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
     entry = _resolved(budget.like, study.methods[budget.like])
     field_name = rank_field(entry.name)
     rank = entry.fields.get(field_name) if field_name else None
-    return _at_rank(scale, base, classes, entry, rank)[1].trainable
-
-
-def _at_rank(
-    scale: Scale, base: Recipe, classes: int | None, entry: MethodEntry, rank: int | None
-) -> tuple[Recipe, Size]:
-    recipe = _with_method(base, entry, fields_at(entry, rank))
-    return recipe, _counted(scale, recipe, classes, entry)
-
-
-def _counted(scale: Scale, recipe: Recipe, classes: int | None, entry: MethodEntry) -> Size:
-    frozen = [pattern for pattern, share in entry.freeze.items() if share == 0]
-    return scale.size(recipe, classes, frozen)
-
-
-def _sized(
-    study: Study, scale: Scale, base: Recipe, classes: int | None, name: str, entry: MethodEntry, target: float | None
-) -> tuple[Recipe, Size, int | None, float | None, list[str]]:
-    """Recipe, size, rank, mismatch and notes of one method under the budget."""
-    field_name = rank_field(entry.name)
-    rank = entry.fields.get(field_name) if field_name else None
-    if rank is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
-        rank = _sum_of(entry.fields)
-    anchor = study.budget.like is not None and study.origin(name) == study.budget.like
-    if target is None or entry.unmatched or anchor:
-        rank = rank if isinstance(rank, int) else None
-        recipe, size = _at_rank(scale, base, classes, entry, rank)
-        notes = ["outside the budget"] if entry.unmatched and target else []
-        return recipe, size, rank, size.trainable / target - 1 if target and anchor else None, notes
-    if rank is not None and field_name in entry.fields:
-        raise UserError(
-            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
-            "unmatched: true to run this method outside the budget."
-        )
-    if rank is None and field_name:
-        least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
-        step = rank_denominator(entry.fields.values(), least)
-        top = max(study.budget.max_rank, step)
-        rank = solve_rank(lambda r: _at_rank(scale, base, classes, entry, r)[1].trainable, target, step, top)
-    recipe, size = _at_rank(scale, base, classes, entry, rank)
-    mismatch = size.trainable / target - 1
-    if abs(mismatch) > study.budget.tolerance:
-        nearest = (
-            f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
-        )
-        raise UserError(
-            f"methods.{name}: the budget of {target:,.0f} trainable parameters cannot be matched within "
-            f"{study.budget.tolerance:.0%}: {nearest} ({mismatch:+.1%}). Set unmatched: true to run it outside the "
-            "budget, or raise budget.tolerance."
-        )
-    return recipe, size, rank, mismatch, []
-
-
-def _sum_of(fields: dict[str, Any]) -> int | None:
-    ranks = fields["r1"], fields["r2"]
-    return ranks[0] + ranks[1] if all(isinstance(r, int) for r in ranks) else None
+    return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), rank, scale).trainable
 
 
 _LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from
@@ -259,7 +214,7 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
                     "`search` of its own, with the same number of trials."
                 )
         held = match != "none" and not cell.entry.unmatched
-        resized = held and varied and _counted(scale, recipe, cell.classes, cell.entry) != cell.size
+        resized = held and varied and counted(scale, cell, recipe) != cell.size
         relengthed = held and match == "time" and set(settings) & set(_LENGTH)
         if resized or relengthed:
             raise UserError(
@@ -268,18 +223,46 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def set_rank(cell: Cell, rank: int) -> None:
-    """Give the cell another rank, found by probes."""
-    cell.recipe = _with_method(cell.recipe, cell.entry, fields_at(cell.entry, rank))
-    cell.size = _counted(Scale(), cell.recipe, cell.classes, cell.entry)
-    cell.rank = rank
+def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, Any]]:
+    """The study with bf16 or fp32 in the place of every `auto`, and what the choice followed from.
+
+    A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
+    study leaves nothing open.
+    """
+    for name, values in _varied(study):
+        if name.removeprefix("train.") == "autocast" and AUTO in values:
+            raise UserError(f"{name}: auto is one choice for the whole study; write bf16 and none to compare the two.")
+    if study.precision != AUTO:
+        return _filled_in(study, study.precision), {"asked": study.precision, "precision": study.precision}
+    if not any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)) and _filled_in(study, "bf16") == study:
+        return study, {}
+    before: Any = folder.known.study.get("precision") if folder.known.study else AUTO
+    if before not in (AUTO, *DTYPES):
+        raise UserError(
+            f"The study in {folder.path} was begun with precision {before}: write `precision: bf16` or "
+            "`precision: fp32` into the study, as its runs have it (runs/*/recipe.yaml)."
+        )
+    found = fast_precision() if before == AUTO else Fast(before, "as the study was begun")
+    return _filled_in(study, found.precision), {"asked": AUTO, **asdict(found)}
 
 
-def planned_steps(recipe: Recipe) -> int:
-    """Optimizer steps of a recipe, by the number of its training records."""
-    from dual_lora.lab.data.examples import load_split
+def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
+    """Every setting that the study varies, with its values."""
+    yield from study.sweep.items()
+    spaces = [study.search.space] if study.search else []
+    for space in [*spaces, *(entry.search for entry in study.methods.values())]:
+        yield from ((name, values) for name, values in space.items() if isinstance(values, list))
 
-    if recipe.train.steps:
-        return recipe.train.steps
-    rows = len(load_split(recipe.data, "train"))
-    return math.ceil(rows * recipe.train.epochs / (recipe.train.batch_size * recipe.train.accumulate))
+
+def _filled_in(study: Study, precision: Short) -> Study:
+    """The study with `precision` in the place of every `auto` that it lays over its recipes."""
+    values = study.model_dump(mode="json")
+    over = [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
+    for laid in over:
+        for (part, name), words in FIELDS.items():
+            if (laid.get(part) or {}).get(name) == AUTO:
+                laid[part][name] = words[precision]
+                values["precision"] = precision
+    if any(leaves_open(recipe) for _, _, recipe in written_scenarios(study)):
+        values["precision"] = precision
+    return Study.model_validate(values)

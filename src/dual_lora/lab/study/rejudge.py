@@ -80,7 +80,7 @@ def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str
         figures = *figures[:2], _seed_error(two, at, scenario, spread["error"])
     s = stats.Spread(*figures, spread["seeds"], spread["items"])
     about = about_pairs(study, scenario, c["metric"])
-    return verdicts.compare_spread(s, scores, names=(c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
+    return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 
 
 def _seed_error(two: list[dict[str, Any]], at: Any, scenario: tuple[str, str], error: float) -> float:

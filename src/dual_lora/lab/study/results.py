@@ -17,6 +17,7 @@ from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
 from dual_lora.lab.study.study import Study
 
+Tables = dict[tuple[str, str, str], stats.Table]  # (model, task, method) -> [S, N]
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
 # Cost -> (its name for people, whether less is better).
@@ -50,7 +51,8 @@ def build_results(
     methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
     pairs = _pairs(study, finished, tables)
     missing = _missing(study, finished)
-    pairs += _in_forgetting(pairs, study, _forgetting_tables(finished, runs, lost))
+    alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
+    pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), "forgetting")
     said = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
@@ -63,12 +65,13 @@ def build_results(
         "plan": plan,
         "amendments": list(amendments),
         "notes": notes.unfinished(study, finished)
-        + notes.to_come(missing if pairs else 0)
+        + [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
+        * bool(missing and pairs)
         + lost
         + said.notes
         + notes.seen_before(plan, amendments)
-        + notes.single_items(tables)
-        + notes.single_seed(study)
+        + [f"{task_name(*where)} has one test item: it says nothing about others." for where in alone]
+        + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
         + notes.unmeasured(finished)
         + notes.warned(finished)
@@ -77,38 +80,31 @@ def build_results(
     }
 
 
-def _score_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
-) -> dict[tuple[str, str, str], stats.Table]:
+def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> Tables:
     """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
-    raw: dict[tuple[str, str, str], list[Any]] = {}
-    for f in finished:
-        if f.complete:
-            raw[f.cell.at] = [None] * seeds  # what every item of a run adds; None for one that diverged
-            for i, (job, outcome) in enumerate(f.finals if not f.diverged_in_search else ()):
-                if outcome and outcome.status == "done":
-                    raw[f.cell.at][i] = read_scores(runs, job.key)
-    tables = {}
-    for scenario in dict.fromkeys(key[:2] for key in raw):
-        here = {key: rows for key, rows in raw.items() if key[:2] == scenario}
-        metric = next(f.cell.metric for f in finished if f.cell.scenario == scenario)
-        came = {key: [row for row in rows if row is not None] for key, rows in here.items()}
-        if len(counts := sorted({len(row) for rows in came.values() for row in rows})) > 1:
+    tables: Tables = {}
+    for scenario in dict.fromkeys(f.cell.scenario for f in finished if f.complete):
+        here = [f for f in finished if f.complete and f.cell.scenario == scenario]
+        metric = here[0].cell.metric
+        came: dict[tuple[str, str, str], dict[int, Any]] = {}  # what every item adds, by the seed's place
+        for f in here:
+            done = [i for i, (_, end) in enumerate(f.finals) if end and end.status == "done"]
+            came[f.cell.at] = {i: read_scores(runs, f.finals[i][0].key) for i in done if not f.diverged_in_search}
+        if len(counts := sorted({len(row) for rows in came.values() for row in rows.values()})) > 1:
             raise UserError(
                 f"Runs on {task_name(*scenario)} were tested on different numbers of items "
                 f"({', '.join(map(str, counts))}), so they cannot be paired: their test records are not the same."
             )
-        good = {key: metrics.score_table(metric, rows) for key, rows in came.items() if rows}
+        good = {key: metrics.score_table(metric, list(rows.values())) for key, rows in came.items() if rows}
         if not good:
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
         worst = min(table.mean(1).min() for table in good.values())
-        items = next(iter(good.values())).shape[1]
-        for key, rows in here.items():
-            table = np.full((seeds, items), worst)
-            if key in good:
-                table[[i for i, row in enumerate(rows) if row is not None]] = good[key]
-            lost = sum(row is None for row in rows)
+        for key, rows in came.items():
+            tables[key] = np.full((seeds, counts[0]), worst)
+            if rows:
+                tables[key][list(rows)] = good[key]
+            lost = seeds - len(rows)
             if lost == seeds:
                 said.append(f"Every run of {cell_name(*key)} diverged: it has no score there, and ranks last.")
             elif lost:
@@ -116,17 +112,15 @@ def _score_tables(
                     f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
                     f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
-            tables[key] = table
     return tables
 
 
-def _pairs(
-    study: Study, finished: Sequence[Finished], tables: dict[tuple[str, str, str], stats.Table]
-) -> list[verdicts.Comparison]:
+def _pairs(study: Study, finished: Sequence[Finished], tables: Tables, metric: str = "") -> list[verdicts.Comparison]:
+    """The pairs of every scenario that have tables. metric: of the tables, each task's own unless told."""
     pairs = []
     for scenario in dict.fromkeys(f.cell.scenario for f in finished):
         here = [f.cell for f in finished if f.cell.scenario == scenario and f.cell.at in tables]
-        about = about_pairs(study, scenario, here[0].metric) if here else {}
+        about = about_pairs(study, scenario, metric or here[0].metric) if here else {}
         pairs += [
             verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
             for a, b in wanted(study, [cell.method for cell in here])
@@ -260,11 +254,9 @@ def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return fronts
 
 
-def _forgetting_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str]
-) -> dict[tuple[str, str, str], stats.Table]:
+def _forgetting_tables(finished: Sequence[Finished], runs: Path, said: list[str]) -> Tables:
     """Item shares [seeds, texts] of every cell that has them for all of its runs."""
-    tables = {}
+    tables: Tables = {}
     for f in finished:
         if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.diverged_in_search:
             continue
@@ -275,16 +267,3 @@ def _forgetting_tables(
             continue
         tables[f.cell.at] = metrics.score_table("forgetting", features)
     return tables
-
-
-def _in_forgetting(
-    pairs: Sequence[verdicts.Comparison], study: Study, tables: dict[tuple[str, str, str], stats.Table]
-) -> list[verdicts.Comparison]:
-    """The same pairs, in what they forget."""
-    found = []
-    for pair in pairs:
-        a, b = (tables.get((*pair.scenario, name)) for name in (pair.candidate, pair.reference))
-        if a is not None and b is not None:
-            about = about_pairs(study, pair.scenario, "forgetting")
-            found.append(verdicts.compare_pair(a, b, names=(pair.candidate, pair.reference), **about))
-    return found

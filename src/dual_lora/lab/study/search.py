@@ -6,9 +6,9 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dual_lora.lab.errors import suggest
 from dual_lora.lab.recipe.schema import Part, TrainPart
@@ -20,11 +20,13 @@ MOST_RUNS = 10_000  # of one kind that a study may ask for
 RATE = "train.learning_rate"
 
 
-def known_metric(value: str | None) -> str | None:
-    """The name of a metric, or none. Raises ValueError for any other."""
-    if value is not None and value not in METRICS:
+def _known(value: str) -> str:
+    if value not in METRICS:
         raise ValueError(f"unknown metric {value!r}.{suggest(value, METRICS)}")
     return value
+
+
+MetricName = Annotated[str, AfterValidator(_known)]
 
 
 class Range(Part):
@@ -49,7 +51,7 @@ class Search(Part):
 
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
     trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")
-    metric: str | None = Field(None, description="Goes by this metric; left out: the one that judges the task.")
+    metric: MetricName | None = Field(None, description="Goes by this metric; left out: the one that judges the task.")
     why: str = Field("", description="Why it goes by another metric than the one that judges; needed where it does.")
     extend: int = Field(
         2,
@@ -64,11 +66,6 @@ class Search(Part):
     seeds: int = Field(
         1, ge=1, le=MOST_RUNS, description="Each trial is run with so many seeds, from `seed` on; their mean decides."
     )
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        return known_metric(value)
 
     @model_validator(mode="after")
     def _enough_points(self) -> Search:
@@ -150,18 +147,12 @@ def choose(trials: Sequence[tuple[Job, Outcome | None]]) -> Settings | None:
 
 def mean_scores(trials: Iterable[tuple[Settings, float | None]]) -> list[tuple[Settings, float]]:
     """Settings that were tried, with the mean score over their seeds; without those with which one seed diverged."""
-    found: list[tuple[Settings, list[float | None]]] = []
-    for settings, score in trials:
-        scores = next((scores for known, scores in found if known == settings), None)
-        if scores is None:
-            found.append((settings, scores := []))
-        scores.append(score)
-    return [(settings, sum(good) / len(good)) for settings, scores in found if (good := _all_there(scores))]
-
-
-def _all_there(scores: list[float | None]) -> list[float]:
-    good = [score for score in scores if score is not None]
-    return good if len(good) == len(scores) else []
+    found = []
+    for settings, group in itertools.groupby(trials, key=lambda trial: trial[0]):  # the seeds of one follow each other
+        scores = [math.nan if score is None else score for _, score in group]
+        if not math.isnan(mean := sum(scores) / len(scores)):
+            found.append((settings, mean))
+    return found
 
 
 def beyond(best: Settings, tried: Sequence[Settings]) -> Settings | None:

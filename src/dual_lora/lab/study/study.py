@@ -32,7 +32,7 @@ from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.patterns import compiled
 from dual_lora.lab.recipe.schema import NAME, Part
 from dual_lora.lab.study.metrics import METRICS
-from dual_lora.lab.study.search import MOST_RUNS, Search, dotted, known_metric
+from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
 
 # Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -89,18 +89,13 @@ class TaskEntry(Part):
     """One task: a recipe and what is laid over it."""
 
     recipe: str = Field(description="Shipped recipe or recipe file.")
-    metric: str | None = Field(
+    metric: MetricName | None = Field(
         None, description=f"One of {', '.join(METRICS)}; left out: the recipe's first evaluation."
     )
     model: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's model part.")
     data: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's data part.")
     train: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's train part.")
     evaluate: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's evaluate part.")
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, value: str | None) -> str | None:
-        return known_metric(value)
 
 
 class Budget(Part):

@@ -44,8 +44,8 @@ class Comparison:
 
     candidate: str
     reference: str
-    task: str
-    metric: str
+    task: str = "task"
+    metric: str = "score"
     candidate_score: float
     reference_score: float
     difference: float
@@ -59,7 +59,7 @@ class Comparison:
     same_low: float
     same_high: float
     visible: float | None = None  # at a level that `judge` knows
-    power: float
+    power: float = 0.8
     margin: float | None
     spread: stats.Spread
     verdict: Verdict
@@ -114,7 +114,7 @@ def false_alarm(comparisons: Sequence[Comparison], level: float, missing: int = 
 
 
 def compare_pair(
-    candidate: ArrayLike, reference: ArrayLike, *, task: str = "task", scale: float = 1.0, **about: Any
+    candidate: ArrayLike, reference: ArrayLike, *, names: tuple[str, str] = NAMES, scale: float = 1.0, **about: Any
 ) -> Comparison:
     """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`.
 
@@ -122,31 +122,26 @@ def compare_pair(
     """
     a, b = stats.table(candidate), stats.table(reference)
     if a.shape != b.shape:
-        names = about.get("names", NAMES)
         raise ValueError(
-            f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {task}: pairing needs the same "
-            "seeds and items."
+            f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {about.get('task', 'task')}: pairing needs "
+            "the same seeds and items."
         )
-    return compare_spread(stats.spread(a - b, scale), (float(a.mean()), float(b.mean())), task=task, **about)
+    return compare_spread(stats.spread(a - b, scale), (float(a.mean()), float(b.mean())), names, **about)
 
 
 def compare_spread(
     s: stats.Spread,
     scores: tuple[float, float],
+    names: tuple[str, str],
     *,
-    names: tuple[str, str] = NAMES,
-    task: str = "task",
-    metric: str = "score",
     margin: float | None = None,
     confidence: float = 0.95,
-    wanted_power: float = 0.8,
     counted: bool = False,
-    scenario: tuple[str, str] = ("", ""),
-    better: str = "more",
+    **about: Any,
 ) -> Comparison:
     """One comparison before correction, from the spread of its differences; pass all of them to `judge`.
 
-    counted: see `same_p`. scenario, better: as in `Comparison`.
+    counted: see `same_p`. about: further fields of `Comparison`.
     """
     low, high = stats.interval(s, confidence)
     same_low, same_high = stats.interval(s, 2 * confidence - 1)
@@ -154,8 +149,6 @@ def compare_spread(
     return Comparison(
         candidate=names[0],
         reference=names[1],
-        task=task,
-        metric=metric,
         candidate_score=scores[0],
         reference_score=scores[1],
         difference=s.difference,
@@ -166,12 +159,10 @@ def compare_spread(
         p_same=stats.same_p(s, margin, counted) if many and margin is not None else None,
         same_low=same_low,
         same_high=same_high,
-        power=wanted_power,
         margin=margin,
         spread=s,
         verdict=Verdict.INCONCLUSIVE if many else Verdict.ONE_SEED,
-        scenario=scenario,
-        better=better,
+        **about,
     )
 
 
