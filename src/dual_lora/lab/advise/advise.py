@@ -26,6 +26,7 @@ from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 
+RECOMMENDED = "recommended.yaml"
 HOPELESS = 4  # times the minutes, by arithmetic: not even a few steps are tried
 
 
@@ -58,6 +59,7 @@ def advise(
             "give the same command again."
         )
     advice = advice_of(results, made.whole, made.work, source, minutes, made.folder.path)
+    (made.folder.path / RECOMMENDED).unlink(missing_ok=True)  # an earlier answer's
     if advice.use is not None:
         _write_recipe(source, made, advice)
     return advice
@@ -161,4 +163,4 @@ def _write_recipe(source: str | Path, made: _Made, advice: Advice) -> None:
     method = {"name": cell.entry.name, **fields_at(cell.entry, cell.rank)}
     over = {"method": method, "train": {"learning_rate": advice.rate}}
     best = build_recipe(merged(recipe.model_dump(mode="json", exclude={"origin"}), over))
-    write_atomically(made.folder.path / "recommended.yaml", best.to_yaml())
+    write_atomically(made.folder.path / RECOMMENDED, best.to_yaml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -134,4 +135,7 @@ def largest(
 
 def _last(fits: Callable[[int], bool], top: int) -> int:
     """The largest k of 1 … top that fits, where every smaller one does too; 0 if none does."""
-    return bisect.bisect_left(range(1, top + 1), True, key=lambda k: not fits(k))
+    known = functools.cache(fits)
+    doubled = (2**i for i in range(max(0, top).bit_length()))  # a small answer, or none, is found by few questions
+    end = next((k for k in doubled if not known(k)), top + 1)
+    return bisect.bisect_left(range(1, end), True, key=lambda k: not known(k))

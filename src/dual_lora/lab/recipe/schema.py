@@ -87,7 +87,9 @@ class DataPart(Part):
         description="How a prompt is written: the tokenizer's chat template, Alpaca's text, the same as LLM-Adapters "
         "and DoRA write it (indented), or nothing around it.",
     )
-    learn_prompt: bool = Field(False, description="The loss counts the prompt's tokens too, not the answer's alone.")
+    learn_prompt: bool = Field(
+        False, description="Training counts the prompt's tokens too, not the answer's alone; evaluation does not."
+    )
     choices: list[str] | None = Field(
         None,
         description="Possible answers for the choice task; left out: the record's, or its 'Answer format: a/b' line.",
