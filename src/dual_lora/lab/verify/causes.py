@@ -11,7 +11,7 @@ from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import read_object
 from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.fingerprint import Fingerprint, hash_of_base
-from dual_lora.lab.verify.strength import adapted_layers
+from dual_lora.lab.verify.guesses import adapted_layers
 
 
 def strength_notes(tuned: Tuned | None) -> list[str]:
