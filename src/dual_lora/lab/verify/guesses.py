@@ -130,3 +130,12 @@ def parts(model: Any) -> dict[str, set[str]]:
         if 0 < len(missing) < len(names) and missing not in kept.values():
             kept[what] = missing
     return kept
+
+
+def strength_notes(tuned: Any) -> list[str]:
+    """What an adapter says of its own strength."""
+    layers = adapted_layers(tuned.model).values() if tuned is not None else []
+    factors = [layer.warmup_factor("default") for layer in layers if hasattr(layer, "warmup_factor")]
+    if factors and min(factors) < 1:
+        return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
+    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import ModelPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
-from dual_lora.lab.verify.causes import causes_in, config_differences, explained, strength_notes
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
-from dual_lora.lab.verify.guesses import ModelGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strength_notes
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, score
 from dual_lora.lab.verify.prompts import both, choose, find_probes
 from dual_lora.lab.verify.texts import PLAIN, compare_hashes, compare_server, compare_tokenizers, plain_counts
@@ -181,8 +182,8 @@ def _of_itself(
     exact = own.exact and _dtype_of(tuned.model) == torch.float32
     finding = judge(found, own.known, own.guesses, exact)
     notes = strength_notes(tuned)
-    if not finding.good:
-        finding = explained(finding, causes_in(saved, tuned))
+    if not finding.good and fingerprints.hash_of_base(tuned.model) != saved.base_sample:
+        finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
 
 
@@ -208,10 +209,28 @@ def _of_files(
     elif wrong is not None:
         notes.append(f"{wrong.word}: {wrong.cause}")
     if adapter and not finding.good and folder is not None:
-        finding = explained(finding, config_differences(folder, _adapter_folder(Path(candidate))))
+        finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
             finding.word = "λ below 1"
     return Report(source, candidate, own.where, finding, notes)
+
+
+def _config_differences(one: Path, other: Path | None) -> list[str]:
+    """Fields of two adapters' configurations that differ."""
+    if other is None:
+        return []
+    try:
+        pair = [read_object(folder / "adapter_config.json") for folder in (one, other)]
+    except (OSError, ValueError):
+        return []
+    names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
+    lines = [f"{n} is {_shown(pair[1].get(n))} there and {_shown(pair[0].get(n))} here" for n in names]
+    return lines[:6]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _words(own: Reference, tokenizer: Any) -> Finding | None:
