@@ -15,8 +15,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, identity
-from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.forgetting import forgetting_rows
+from dual_lora.lab.run.evaluate import evaluate, forgetting_rows
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.rejudge import rejudge

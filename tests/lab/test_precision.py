@@ -16,7 +16,7 @@ from dual_lora.lab.model import precision
 from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
-from dual_lora.lab.run.resume import recipe_of_run
+from dual_lora.lab.run.folder import recipe_of_run
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.cell import final_jobs

@@ -17,7 +17,7 @@ from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run import reporting
-from dual_lora.lab.run.reporting import Report, check_reports, reported
+from dual_lora.lab.run.reporting import check_reports, reported
 from dual_lora.lab.run.train import run
 
 
@@ -99,7 +99,7 @@ def test_names_are_stable_and_leave_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     seen = []
     for place, seed in (("a", 1), ("a", 1), ("a", 2), ("b", 1)):
-        with reported(Report(("wandb",), "sst2", f"lora/seed-{seed}"), tmp_path / place) as fields:
+        with reported(("wandb",), "sst2", f"lora/seed-{seed}", tmp_path / place) as fields:
             assert fields["report_to"] == ["wandb"]
             assert fields["run_name"] == f"sst2/lora/seed-{seed}"
             assert os.environ["WANDB_PROJECT"] == "mine", "what the user has set stays"
@@ -122,15 +122,15 @@ def test_a_resumed_run_is_found_again_in_mlflow_and_two_folders_are_two_runs_in_
         return runs.get((*experiment_names, filter_string), [])
 
     monkeypatch.setitem(sys.modules, "mlflow", types.SimpleNamespace(search_runs=search_runs))
-    report = Report(("mlflow", "trackio"), "sst2", "lora/seed-1")
-    with reported(report, tmp_path / "a") as first:
+    report = ("mlflow", "trackio"), "sst2", "lora/seed-1"
+    with reported(*report, tmp_path / "a") as first:
         assert "MLFLOW_RUN_ID" not in os.environ
         tag = json.loads(os.environ["MLFLOW_TAGS"])["run"]
         found = types.SimpleNamespace(info=types.SimpleNamespace(run_id="its-own"))
         runs["dual-lora/sst2", f"tags.run = '{tag}'"] = [found]
-    with reported(report, tmp_path / "a") as again:
+    with reported(*report, tmp_path / "a") as again:
         assert os.environ["MLFLOW_RUN_ID"] == "its-own"
-    with reported(report, tmp_path / "b") as other:
+    with reported(*report, tmp_path / "b") as other:
         assert "MLFLOW_RUN_ID" not in os.environ, "another folder is another run"
     assert "MLFLOW_RUN_ID" not in os.environ
     assert first["run_name"] == again["run_name"] != other["run_name"]

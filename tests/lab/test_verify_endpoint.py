@@ -13,8 +13,8 @@ from tiny_server import served
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.verify.endpoint import Endpoint
+from dual_lora.lab.verify.guesses import strengths
 from dual_lora.lab.verify.logprobs import Probe
-from dual_lora.lab.verify.strength import strengths
 from dual_lora.lab.verify.verify import verify
 
 KINDS = ["vllm", "llama.cpp"]

@@ -19,9 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from dual_lora import DualLoraConfig
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.verify.diagnose import judge
-from dual_lora.lab.verify.guesses import ModelGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strengths
 from dual_lora.lab.verify.logprobs import Probe, score
-from dual_lora.lab.verify.strength import strengths
 
 METHODS = {
     "dual_lora": lambda: DualLoraConfig(r=4, warmup_steps=0, target_modules="all-linear", task_type="CAUSAL_LM"),

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from dual_lora.verify.numbers import all_finite
 
-from .files import AdapterError, Shapes, shapes_of
-from .fitting import check_before_loading, check_shapes, first_line, method_of
+from .files import AdapterError, Shapes, check_before_loading, check_shapes, first_line, method_of, shapes_of
 
 Stream = Iterable[tuple[str, Tensor]]
 _FLOATING = {torch.float32, torch.bfloat16, torch.float16}

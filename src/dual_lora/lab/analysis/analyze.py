@@ -24,9 +24,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import check_device
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.record import read_metrics, surroundings
-from dual_lora.lab.run.resume import recipe_of_run
 from dual_lora.lab.run.write import write_atomically
 
 FORMAT = "dual-lora analysis"

@@ -24,10 +24,9 @@ from dual_lora.lab.model.opened import Tuned, load_base
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run, run_at
 from dual_lora.lab.run.loop import mean_loss
 from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
-from dual_lora.lab.run.resume import recipe_of_run
 
 
 @dataclass
@@ -50,11 +49,6 @@ class OpenedRun:
     def is_full(self) -> bool:
         """Whether the run trained all weights."""
         return self.recipe.method["name"] == "full"
-
-    @property
-    def method(self) -> str:
-        """The method's name, as the recipe has it."""
-        return str(self.recipe.method["name"])
 
     @cached_property
     def step_batches(self) -> list[dict[str, Any]]:
@@ -121,9 +115,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
 
     The same seed gives the same factors; the base model is read from where the recipe says.
     """
-    folder = RunFolder(Path(path))
-    if not folder.is_run:
-        raise UserError(f"{path} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
+    folder = run_at(path)
     recipe = recipe_of_run(folder.path)
     record = _record(folder)
     classes = list(record.get("classes") or [])
@@ -136,8 +128,8 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     before = _sizes(loaded.model)
     if wants_gradients(config):  # those of the same first rows, or the method would start elsewhere
         ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
-        rows, collate = [ready.rows[i] for i in ready.order], collator(loaded.tokenizer, bool(classes), loaded.model)
-        show_gradients(loaded.model, config, rows, recipe.train.batch_size, collate, mean_loss)
+        collate = collator(loaded.tokenizer, bool(classes), loaded.model)
+        show_gradients(loaded.model, config, ready, recipe.train.batch_size, collate)
     model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
     origin = {name: found for name, found in snapshot(model).items() if name in changed}

@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_finite_weights, check_stored_numbers
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import read_object
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, run_at
 
 
 class State(NamedTuple):
@@ -29,9 +29,7 @@ def states_of(run: Path, limit: int | None = None) -> list[State]:
 
     Raises UserError when not even the end or a checkpoint is there.
     """
-    folder = RunFolder(run)
-    if not folder.is_run:
-        raise UserError(f"{run} is not a run: it holds no recipe.yaml. `dual-lora train` makes runs.")
+    folder = run_at(run)
     steps = folder.whole_checkpoints()
     if folder.result is not None:
         end = _last_step(folder)
@@ -114,8 +112,8 @@ def chosen_layers(opened: OpenedRun, pattern: str | None) -> list[str]:
     names = linear_layers(opened.model) if opened.is_full else list(adapted_layers(opened.model))
     if not names:
         raise UserError(
-            f"The method {opened.method} of {opened.path} changes no weights of linear layers, so there is no update "
-            "to look at (prompt tuning and its like change the input)."
+            f"The method {opened.recipe.method['name']} of {opened.path} changes no weights of linear layers, so there "
+            "is no update to look at (prompt tuning and its like change the input)."
         )
     if not pattern:
         return names

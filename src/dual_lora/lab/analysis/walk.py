@@ -71,26 +71,22 @@ class RunAnalysis:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
 class Walk:
-    """One pass over a run's states."""
+    """One pass over a run's states. targets: by their steps, states of the run that it is compared with."""
 
-    def __init__(
-        self,
-        opened: OpenedRun,
-        result: RunAnalysis,
-        options: Options,
-        stops: list[State],
-        layers: list[str],
-        targets: dict[int, State],
-        bar: Bar,
-    ):
-        self.opened, self.result, self.options, self.bar = opened, result, options, bar
-        self.stops, self.layers, self.targets = stops, layers, targets
-        self.modules = adapted_layers(opened.model)
-        self.start: dict[str, LayerUpdate] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
+    opened: OpenedRun
+    result: RunAnalysis
+    options: Options
+    stops: list[State]
+    layers: list[str]
+    targets: dict[int, State]
+    bar: Bar
+    start: dict[str, LayerUpdate] = field(default_factory=dict)
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def go(self) -> None:
+        self.modules = adapted_layers(self.opened.model)
         loss_of = self._held_out_loss()  # first: records that are not there must not cost the walk
         with ExitStack() as files:
             before: dict[str, LayerUpdate] = {}
@@ -106,7 +102,9 @@ class Walk:
                         self._layer(state, name, now[name], before.get(name), step_before, target.get(name))
                     self.bar.to(self.bar.done + 1, f"step {state.step} · {name}")
                 if state.step and self.options.gradients and not self.opened.is_full:
-                    self._gradients(state.step)
+                    opened = self.opened
+                    rows = gradient_pass(opened.model, opened.step_batches, opened.loss_of_batch, names=self.layers)
+                    self.result.gradients += [{"step": state.step, "layer": n, **row} for n, row in rows.items()]
                 before, step_before = now, state.step
             for row in (*self.result.gradients, *self.result.first_step):
                 row["O"], row["I"] = self.sizes[row["layer"]]  # what means over layers are weighted by
@@ -167,8 +165,7 @@ class Walk:
         target: LayerUpdate | None,
     ) -> None:
         matrix = now.update()
-        module = self.modules.get(name) or self.opened.model.get_submodule(name)
-        base = base_matrix(module)
+        base = base_matrix(self.modules.get(name) or self.opened.model.get_submodule(name))
         if base is not None and name in self.opened.origin:  # the method's start was taken out of the base
             base = Sum(base, self.opened.origin[name].update())
         O, I = self.sizes[name] = matrix.shape
@@ -204,11 +201,6 @@ class Walk:
             learned = entry_likeness(Difference(matrix, first), target)
             row |= {f"learned_{k}": learned[k] for k in ("cosine", "norm_relative", "agreement_1", "agreement_10")}
         return row
-
-    def _gradients(self, step: int) -> None:
-        opened = self.opened
-        rows = gradient_pass(opened.model, opened.step_batches, opened.loss_of_batch, names=self.layers)
-        self.result.gradients += [{"step": step, "layer": n, **row} for n, row in rows.items()]
 
 
 def _ranks_apart(matrix: Factored) -> Row:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import Json
+
+if TYPE_CHECKING:
+    from dual_lora.lab.analysis.analyze import Analysis
+
+MEASURES = (
+    "zero positive negative start_direction_flipped start_switched_on start_switched_off norm_ratio rank_effective "
+    "rank_stable rank_numerical share_direction cut cosine agreement_1 gradient_cosine"
+)
 
 
 def analyze(
@@ -42,7 +51,6 @@ def analyze(
     """
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
     from dual_lora.lab.analysis.analyze import check_free, save
-    from dual_lora.lab.analysis.show import overview, show
     from dual_lora.lab.analysis.walk import Options
     from dual_lora.lab.terminal import Console
 
@@ -51,7 +59,7 @@ def analyze(
     check_free(out)
     analysis = run_analysis([*runs], reference, options, device)
     file = save(analysis, out)
-    result = {"file": str(file), "runs": overview(analysis)}
+    result = {"file": str(file), "runs": _overview(analysis)}
     if page is not None:
         from dual_lora.lab.report.report import report
 
@@ -59,5 +67,37 @@ def analyze(
     if json:
         finish(result, None, True)
         return
-    show(analysis)
+    _show(analysis)
     Console().print(f"written to {file}" + (f" and {page}" if page else ""))
+
+
+def _overview(analysis: Analysis) -> list[dict[str, Any]]:
+    """One row a run: means over layers at its last state."""
+    from dual_lora.lab.report.insights import at_a_glance
+
+    rows = at_a_glance(asdict(analysis)["runs"])
+    return [
+        {key: row[key] for key in ("run", "method", "step")}
+        | {"notes": run.notes, **{key: row.get(key) for key in MEASURES.split()}}
+        | {"magnitude_direction": run.magnitude_direction}
+        for run, row in zip(analysis.runs, rows, strict=True)
+    ]
+
+
+def _show(analysis: Analysis) -> None:
+    """Print one line a run, then what each group contributes, and the notes."""
+    from dual_lora.lab.report.blocks import Table
+    from dual_lora.lab.report.columns import columns
+    from dual_lora.lab.terminal import Console, printed
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=190)
+    title = "At the last state, means over layers"
+    console.print(printed(Table(title, columns(f"run method step {MEASURES}"), _overview(analysis))))
+    rows = [{"run": run.name, **row} for run in analysis.runs for row in run.contribution]
+    if rows:
+        named = columns("run group what loss spread", what="what was done to it")
+        console.print(printed(Table("Held-out loss with a group changed", named, rows)))
+    for run in analysis.runs:
+        for note in run.notes:
+            console.print(f"• {run.name}: {note}")

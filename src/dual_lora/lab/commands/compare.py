@@ -11,6 +11,7 @@ from dual_lora.lab.commands.card import finish, finish_forecast
 from dual_lora.lab.commands.parameters import DryRun, Json, ReportTo
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import resumable
+from dual_lora.lab.terminal import figures
 
 
 def compare(
@@ -56,7 +57,11 @@ def compare(
 
     if list or study is None:
         questions = {name: read_study(name).question for name in shipped_studies()}
-        finish(questions, _listing(questions), json)
+        table = figures(
+            "Shipped studies: dual-lora compare NAME", ("name", "question"), (), questions.items(), box=None
+        )
+        table.columns[0].style = "bold"
+        finish(questions, table, json)
         return
     if workers is not None and workers < 1:
         raise UserError(f"--workers is {workers}, expected at least 1.")
@@ -79,14 +84,3 @@ def compare(
         show_results(results)
     if not results["complete"]:
         raise UserError(f"{len(results['failed'])} runs failed, so the study is not complete: {results['failed'][0]}")
-
-
-def _listing(questions: dict[str, str]) -> object:
-    from rich.table import Table
-
-    table = Table(title="Shipped studies: dual-lora compare NAME", title_justify="left", box=None)
-    table.add_column("name", style="bold")
-    table.add_column("question")
-    for name, question in questions.items():
-        table.add_row(name, question)
-    return table

@@ -32,11 +32,10 @@ def card(
     Example: `dual-lora card runs/boolq-smollm2 --license apache-2.0`
     """
     from dual_lora.lab.recipe.read import read_recipe
+    from dual_lora.lab.run.folder import run_at
     from dual_lora.lab.run.hub_card import write_card
-    from dual_lora.lab.run.push import finished_run
 
-    folder = finished_run(run)
-    file = write_card(folder, read_recipe(run), base_model=base_model, licence=license)
+    file = write_card(run_at(run), read_recipe(run), base_model=base_model, licence=license)
     facts = {"card": str(file), "next": f"dual-lora push {run} NAME/REPOSITORY"}
     finish({"card": str(file)}, facts_card("card", facts), json)
 

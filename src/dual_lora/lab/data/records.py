@@ -82,10 +82,8 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(lines_of(path.read_text(encoding="utf-8-sig")), 1):
-        if not line.strip():
-            continue
-        yield _record(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+    for record in _lines(path):
+        yield _record(_parsed(record.values["line"], record.where), record.where)
 
 
 def _parsed(text: str, where: str) -> Any:

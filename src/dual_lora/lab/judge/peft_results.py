@@ -18,8 +18,7 @@ from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import read_json
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.resume import recipe_of_run
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.write import write_json
 
 PACKAGES = ("transformers", "peft", "datasets", "bitsandbytes", "torch")

@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,7 @@ def export_lora(
     """
     from dual_lora.method.conversion import convert_to_lora
 
-    export = _Export(source, out, base, dtype, data, limit, progress, kind="DUAL_LORA", opened=opened)
-    made: Any = export.converted(convert_to_lora, rank)
-    return export.written("lora", made, made.losses, made.median)
+    return _exported(source, out, convert_to_lora, rank, base, dtype, data, limit, progress, opened)
 
 
 def export_dual_lora(
@@ -86,9 +84,7 @@ def export_dual_lora(
     """
     from dual_lora.method.from_lora import convert_to_dual_lora
 
-    export = _Export(source, out, base, dtype, data, limit, progress, kind="LORA")
-    made: Any = export.converted(convert_to_dual_lora, r1)
-    return export.written("dual-lora", made, made.kept, (1 - made.median**2) ** 0.5)
+    return _exported(source, out, convert_to_dual_lora, r1, base, dtype, data, limit, progress)
 
 
 def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
@@ -130,78 +126,72 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-class _Export:
-    """One conversion: the adapter that was opened, where the new one goes, and on what the loss is measured."""
+def _exported(
+    source: str | Path,
+    out: str | Path,
+    convert: Callable[..., Any],
+    rank: Any,
+    base: str | None,
+    dtype: str | None,
+    data: str | None,
+    limit: int,
+    progress: bool,
+    opened: Tuned | None = None,
+) -> Exported:
+    """Convert, and write the folder whole, with what the conversion has lost."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.linalg import LinAlgError
 
-    def __init__(
-        self,
-        source: str | Path,
-        out: str | Path,
-        base: str | None,
-        dtype: str | None,
-        data: str | None,
-        limit: int,
-        progress: bool,
-        kind: str,
-        opened: Tuned | None = None,
-    ):
-        self.out, self.target, self.progress = out, free_folder(out), progress
-        self.opened_as = base, dtype
-        self.tuned = opened or open_tuned(source, base, dtype)
-        _check_kind(self.tuned, source, kind)
-        self.records = _records(self.tuned, data, limit)
+    from dual_lora.method.conversion import convert_to_lora, write_adapter
 
-    def converted(self, convert: Callable[..., Any], rank: Any) -> Any:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from torch.linalg import LinAlgError
+    target = free_folder(out)
+    tuned = opened or open_tuned(source, base, dtype)
+    method = "lora" if convert is convert_to_lora else "dual-lora"
+    _check_kind(tuned, source, "DUAL_LORA" if method == "lora" else "LORA")
+    records = _records(tuned, data, limit)
+    count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
+    with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
+        try:
+            made = convert(tuned.model, rank, advance=bar.advance)
+        except (ValueError, TypeError, LinAlgError) as error:
+            raise UserError(str(error)) from error
+    # What the median layer lost of its update: of a LoRA that is kept, the part at a right angle to it.
+    layers, lost = (made.losses, made.median) if method == "lora" else (made.kept, (1 - made.median**2) ** 0.5)
+    rows, results = [layer._asdict() for layer in layers], list[Exported]()
 
-        count = sum(isinstance(m, BaseTunerLayer) for m in self.tuned.model.modules())
-        with Bar("converting layers", count, self.progress) as bar, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
-            try:
-                return convert(self.tuned.model, rank, advance=bar.advance)
-            except (ValueError, TypeError, LinAlgError) as error:
-                raise UserError(str(error)) from error
+    def write(folder: Path) -> None:
+        tuned.tokenizer.save_pretrained(str(folder))
+        if tuned.recipe is not None:
+            write_note(folder, tuned.recipe, tuned.classes)
+        write_adapter(folder, made.config, made.state_dict)
+        parameters, weights = _sizes(folder)
+        loss = _losses(tuned, records, lambda: open_tuned(folder, base, dtype), progress) if records else {}
+        verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
+        results.append(Exported(str(out), method, rows, parameters, weights, loss, len(records), verdict, advice))
+        (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
 
-    def written(self, method: str, made: Any, layers: Sequence[Any], lost: float) -> Exported:
-        """Write the folder whole, with what the conversion has lost. lost: by the median layer, of its update."""
-        from dual_lora.method.conversion import write_adapter
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_folder_atomically(target, write)
+    return results[0]
 
-        results: list[Exported] = []
 
-        def write(folder: Path) -> None:
-            self.tuned.tokenizer.save_pretrained(str(folder))
-            if self.tuned.recipe is not None:
-                write_note(folder, self.tuned.recipe, self.tuned.classes)
-            write_adapter(folder, made.config, made.state_dict)
-            parameters, weights = _sizes(folder)
-            loss = self._losses(folder) if self.records else {}
-            verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-            rows = [layer._asdict() for layer in layers]
-            count = len(self.records)
-            results.append(Exported(str(self.out), method, rows, parameters, weights, loss, count, verdict, advice))
-            (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
-
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        write_folder_atomically(self.target, write)
-        return results[0]
-
-    def _losses(self, folder: Path) -> dict[str, float]:
-        """Mean loss of the base, of the adapter and of what was written."""
-        tuned, data = self.tuned, _data(self.tuned)
-        task: Task = "classification" if tuned.classes else "loss"
-        batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
-        spec = EvaluatePart(tasks=[task], batch_size=batch)
-        unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
-        before = evaluate(unfiled, data, spec, examples=self.records, progress=self.progress).metrics
-        with quiet():
-            converted = open_tuned(folder, *self.opened_as)
-        after = evaluate(converted, data, spec, examples=self.records, variants=["tuned"], progress=self.progress)
-        return {
-            "base": before["base"]["loss"],
-            "adapter": before["tuned"]["loss"],
-            "converted": after.metrics["tuned"]["loss"],
-        }
+def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], progress: bool) -> dict[str, float]:
+    """Mean loss of the base, of the adapter and of what was written."""
+    data = _data(tuned)
+    task: Task = "classification" if tuned.classes else "loss"
+    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
+    spec = EvaluatePart(tasks=[task], batch_size=batch)
+    unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
+    before = evaluate(unfiled, data, spec, examples=records, progress=progress).metrics
+    with quiet():
+        converted = written()
+    after = evaluate(converted, data, spec, examples=records, variants=["tuned"], progress=progress)
+    return {
+        "base": before["base"]["loss"],
+        "adapter": before["tuned"]["loss"],
+        "converted": after.metrics["tuned"]["loss"],
+    }
 
 
 def _check_kind(tuned: Tuned, source: str | Path, kind: str) -> None:

@@ -17,7 +17,7 @@ from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelPart, Recipe
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, result_of
 
 NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names
 
@@ -106,11 +106,10 @@ def open_tuned(
     path = Path(source)
     folder = RunFolder(path)
     if folder.is_run:
-        if folder.result is None:
-            raise UserError(f"The run {path} is not finished: `{folder.resume_command}` goes on with it.")
-        if folder.result == folder.full_model:
+        result = result_of(folder)
+        if result == folder.full_model:
             return _open_full(folder, dtype, device)
-        return _open_adapter(folder.result, base, dtype, device, run=path)
+        return _open_adapter(result, base, dtype, device, run=path)
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device)
     part = ModelPart(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.data.encode import VALUE, Prompter
+from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter
 from dual_lora.lab.data.examples import Example, load_split
+from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
@@ -18,11 +19,11 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.failures import NotFinite
-from dual_lora.lab.run.forgetting import NAME as FORGETTING
-from dual_lora.lab.run.forgetting import forgetting_figures, forgetting_rows
-from dual_lora.lab.run.scoring import Asked, Rows, figures
+from dual_lora.lab.run.scoring import Asked, Rows, figures, loss_rows
 from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
+FORGETTING = "forgetting"
+LONGEST = 768  # tokens of a text for forgetting, as in PEFT's comparison
 _ENCODER = ("classification", "regression")
 _TASKS: dict[Task, Callable[[Asked], Rows]] = {
     "loss": scoring.score_loss,
@@ -180,3 +181,50 @@ def _long(examples: list[Example], prompter: Prompter, data: DataPart, tuned: Tu
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
     return sum(len(prompter.encode(e).input_ids) > data.max_length for e in examples)
+
+
+def forgetting_rows(tuned: Tuned, spec: EvaluatePart) -> Rows:
+    """Text that is not the task's: for each its tokens, and its summed loss (nats) with the base and with the adapter.
+
+    As PEFT's method comparison measures what a run has forgotten: over whole texts, each cut to 768 tokens. Raises
+    UserError for an encoder, and for records without a text.
+    """
+    assert spec.forgetting is not None
+    if tuned.classes or (tuned.recipe is not None and tuned.recipe.model.head != "causal"):
+        raise UserError("evaluate.forgetting needs a language model: an encoder has no loss on plain text.")
+    longest = min(LONGEST, getattr(tuned.model.config, "max_position_embeddings", None) or LONGEST)
+    texts = _encoded_texts(spec.forgetting, tuned.tokenizer, longest)
+    size = spec.batch_size
+    with tuned.as_variant("tuned") as model:
+        after = loss_rows(model, tuned.tokenizer, texts, size)
+    with tuned.as_variant("base") as model:
+        before = loss_rows(model, tuned.tokenizer, texts, size)
+    return [
+        {"where": text.where, "tokens": b["tokens"], "base_nats": a["nats"], "nats": b["nats"]}
+        for text, a, b in zip(texts, before, after, strict=True)
+    ]
+
+
+def forgetting_figures(rows: Rows) -> dict[str, float]:
+    """forgetting: the rise of the mean loss a token, in nats. text_loss: that loss with the adapter."""
+    tokens = sum(row["tokens"] for row in rows)
+    after, before = (sum(row[key] for row in rows) / tokens for key in ("nats", "base_nats"))
+    return {FORGETTING: after - before, "text_loss": after}
+
+
+def _encoded_texts(source: str, tokenizer: Any, longest: int) -> list[Encoded]:
+    """The texts of a file, every token but the first as a label; those of one token say nothing and are left out."""
+    found = []
+    for record in read_records(source):
+        text = record.values.get("text", record.values.get("line"))
+        if not isinstance(text, str):
+            raise UserError(
+                f"{record.where}: a text for evaluate.forgetting is missing, found "
+                f"{', '.join(map(str, record.values))}; expected a field text, or a .txt file with one text a line."
+            )
+        ids = tokenizer(text, truncation=True, max_length=longest).input_ids
+        if len(ids) > 1:
+            found.append(Encoded(record.where, ids, [IGNORED, *ids[1:]]))
+    if not found:
+        raise UserError(f"{source} holds no text of two tokens or more.")
+    return found

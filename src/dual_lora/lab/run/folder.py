@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, whose it is at the moment, which of its checkpoints are whole.
+"""A run's folder: what lies in it, whose it is, which of its checkpoints are whole, whether they can be gone on with.
 
 recipe.yaml     the recipe with every default written out
 record.json     versions, device, times, result
@@ -25,7 +25,9 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
 
 LOCK = ".lock"
@@ -80,7 +82,8 @@ class RunFolder:
         check_plain(self.path, ENTRIES)
         # A run that was killed before its record stood there has left a lock and half a file: that is still empty.
         filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
-        ours = filled and self._has_record()
+        # One that was killed as it began, or was removed, may have a record and no recipe.
+        ours = filled and {"state", "method", "versions"} <= self.recorded().keys()
         if filled and not resume:
             others = files_in(self.path, OWN)[1] if ours else [self.recipe]
             if not overwrite:
@@ -97,11 +100,11 @@ class RunFolder:
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)
 
-    def _has_record(self) -> bool:
-        """Whether a run has begun here. One killed as it began, or was removed, may have a record and no recipe."""
+    def recorded(self) -> dict[str, Any]:
+        """What the record says; nothing where there is none that can be read."""
         with contextlib.suppress(OSError, ValueError):
-            return {"state", "method", "versions"} <= read_object(self.record).keys()
-        return False
+            return read_object(self.record)
+        return {}
 
     def close(self) -> None:
         if self._lock is None:
@@ -127,6 +130,21 @@ class RunFolder:
         for path in list(self.whole_checkpoints().values())[:-count]:
             (path / WHOLE).unlink()  # first: a half-removed checkpoint must not look whole
             shutil.rmtree(path)
+
+
+def run_at(path: str | Path) -> RunFolder:
+    """The folder of a run. Raises UserError where there is none."""
+    folder = RunFolder(Path(path))
+    if not folder.is_run:
+        raise UserError(f"{path} is not a run: it holds no recipe.yaml. Give a folder that `dual-lora train` made.")
+    return folder
+
+
+def result_of(folder: RunFolder) -> Path:
+    """The finished adapter or model of a run. Raises UserError where there is none yet."""
+    if folder.result is None:
+        raise UserError(f"The run {folder.path} is not finished: `{folder.resume_command}` goes on with it.")
+    return folder.result
 
 
 def check_plain(folder: Path, names: Iterable[str]) -> None:
@@ -174,4 +192,64 @@ def not_ours(folder: Path, other: Path) -> str:
     return (
         f"{folder} holds {other.relative_to(folder)}, which this program has not written, or not to its end, or which "
         "was changed since. Nothing was removed: move it away, or give another --out."
+    )
+
+
+def recipe_of_run(out: str | Path) -> Recipe:
+    """The recipe that a run folder was made with."""
+    file = run_at(out).recipe
+    return build_recipe(parse_yaml(read_yaml_text(file), str(file)), str(file))
+
+
+def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """Raise UserError where the recipe is another one than the run was started with."""
+    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [
+        f"{part}.{key}" if isinstance(old[part], dict) else part
+        for part in old
+        if part not in ("evaluate", "about", "name", "origin")
+        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
+        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
+        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
+    ]
+    if changed:
+        raise UserError(
+            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
+            "resume it without changes, or give another --out."
+        )
+
+
+def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
+    """The order of the examples depends on the global batch size, over all processes."""
+    try:
+        record = read_object(folder.record)
+        was_on = int(record["processes"])
+        before, now = int(record.get("rows_at_once", batch_size * processes)), batch_size * processes
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise UserError(
+            f"The record {folder.record} could not be read ({error!r}), so how the run was made is not known: begin it "
+            "anew in another --out."
+        ) from None
+    if before == now:
+        return
+    fitting = f"with --train.batch-size {before // processes}, or " if before % processes == 0 else ""
+    raise UserError(
+        f"The run {folder.path} took {before} examples at once, on {was_on} process(es); here it would "
+        f"take {now}, on {processes} with a batch size of {batch_size}, and see other examples than before. Resume it "
+        f"{fitting}on {was_on} process(es), or give another --out."
+    )
+
+
+def same_sharding(checkpoint: Path, trainer: Any) -> None:
+    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
+    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
+    if before == now:
+        return
+    if before:
+        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
+    else:
+        advice = "Start it without FSDP, as before"
+    raise UserError(
+        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
+        f"{'with' if now else 'without'} it. {advice}."
     )

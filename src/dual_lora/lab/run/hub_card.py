@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, result_of
 from dual_lora.lab.run.write import write_atomically
 from dual_lora.lab.terminal import duration, size
 
@@ -43,9 +43,7 @@ def write_card(
     base_model: the base's name on a hub, where the recipe names a folder. licence: of the adapter, as the hub names it.
     Left out, both are what an earlier card says.
     """
-    if folder.result is None:
-        raise UserError(f"The run {folder.path} is not finished: `{folder.resume_command}` goes on with it.")
-    file = folder.result / "README.md"
+    file = result_of(folder) / "README.md"
     write_atomically(file, card_text(folder, recipe, file, base_model=base_model, licence=licence))
     return file
 
@@ -66,50 +64,40 @@ def card_text(
     record: of the run, if its file does not have it yet. fresh: the earlier card is PEFT's of a moment ago.
     """
     with damaged(f"The record or an evaluation of the run {folder.path}"):
-        return _card_text(folder, recipe, read_card(earlier, fresh), base_model, licence, repo, record)
-
-
-def _card_text(
-    folder: RunFolder,
-    recipe: Recipe,
-    before: ModelCard | None,
-    base_model: str | None,
-    licence: str | None,
-    repo: str,
-    record: Mapping[str, Any] | None,
-) -> str:
-    ours = before is not None and BEGIN in before.text
-    data: Any = before.data if before else ModelCardData()
-    base = data.base_model = known_base(before, recipe, base_model)
-    data.license = licence or data.license
-    record = record or read_object(folder.record)
-    results = [read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json"))]
-    adapter = recipe.method["name"] != "full"
-    data.library_name = "peft" if adapter else "transformers"
-    data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
-    data.tags = _tags(data.tags or [], recipe, base, adapter)
-    data.eval_results = _index(results, recipe) or None
-    data.model_name = recipe.name if data.eval_results else None
-    if base:
-        data["base_model_relation"] = "adapter" if adapter else "finetune"
-    body = "\n\n".join(
-        part
-        for part in (
-            f"# {cell(recipe.name)}",
-            cell(recipe.about),
-            _what(recipe, base, adapter),
-            _use(recipe, record, base, adapter, repo),
-            _table("Training", _training(recipe, record)),
-            _scores(results),
-            _table("Cost", _cost(record)),
-            _licence(data.license, base),
-            "### Framework versions\n\n" + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items()),
+        before = read_card(earlier, fresh)
+        ours = before is not None and BEGIN in before.text
+        data: Any = before.data if before else ModelCardData()
+        base = data.base_model = known_base(before, recipe, base_model)
+        data.license = licence or data.license
+        record = record or read_object(folder.record)
+        results = [read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json"))]
+        adapter = recipe.method["name"] != "full"
+        data.library_name = "peft" if adapter else "transformers"
+        data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
+        data.tags = _tags(data.tags or [], recipe, base, adapter)
+        data.eval_results = _index(results, recipe) or None
+        data.model_name = recipe.name if data.eval_results else None
+        if base:
+            data["base_model_relation"] = "adapter" if adapter else "finetune"
+        body = "\n\n".join(
+            part
+            for part in (
+                f"# {cell(recipe.name)}",
+                cell(recipe.about),
+                _what(recipe, base, adapter),
+                _use(recipe, record, base, adapter, repo),
+                _table("Training", _training(recipe, record)),
+                _scores(results),
+                _table("Cost", _cost(record)),
+                _licence(data.license, base),
+                "### Framework versions\n\n"
+                + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items()),
+            )
+            if part
         )
-        if part
-    )
-    own = f"{BEGIN}\n\n{body}\n\n{END}"
-    text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: own, before.text, flags=re.S) if ours else own  # type: ignore[union-attr]
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+        own = f"{BEGIN}\n\n{body}\n\n{END}"
+        text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: own, before.text, flags=re.S) if ours else own  # type: ignore[union-attr]
+        return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
 
 
 def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
-from dual_lora.lab.data.batches import Collator, Ordered
+from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
@@ -21,6 +21,9 @@ from dual_lora.lab.recipe.schema import Recipe, TrainPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
 
+if TYPE_CHECKING:
+    from dual_lora.lab.run.prepare import Prepared
+
 MOST_WORKERS = 256  # processes that read data
 LORAPLUS = "loraplus"  # the one optimizer that is not transformers'
 
@@ -29,23 +32,21 @@ def build_trainer(
     model: Any,
     recipe: Recipe,
     folder: RunFolder,
-    rows: Ordered,
-    validation: list[Encoded],
-    steps: int,
-    collator: Collator,
+    ready: Prepared,
     watch: Watch,
     callbacks: Sequence[TrainerCallback],
     reports: dict[str, Any],
 ) -> Trainer:
-    """The Trainer for ``steps`` optimizer steps over ``rows``, in their order. reports: see `reporting`."""
+    """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
+    held = ready.validation
     trainer = _Trainer(
         recipe.train.rates,
         model=model,
-        args=_arguments(recipe, folder, steps, bool(validation), reports),
-        train_dataset=rows,  # type: ignore[arg-type]
-        eval_dataset=Ordered(validation, list(range(len(validation)))) if validation else None,  # type: ignore[arg-type]
-        data_collator=collator,
-        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, validation),
+        args=_arguments(recipe, folder, ready.steps, bool(held), reports),
+        train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
+        eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
+        data_collator=ready.collator(model),
+        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, held),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
     )

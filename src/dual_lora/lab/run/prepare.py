@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run.loop import mean_loss
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
@@ -118,9 +118,7 @@ def wants_gradients(config: Any) -> bool:
     return getattr(config, "init_lora_weights", None) == "lora_ga"
 
 
-def show_gradients(
-    model: Any, config: Any, rows: Sequence[Any], batch_size: int, collate: Callable[..., Any], loss: Callable[..., Any]
-) -> None:
+def show_gradients(model: Any, config: Any, ready: InOrder, batch_size: int, collate: Collator) -> None:
     """Run forward and backward on the first rows and leave each target's gradient where PEFT's start looks for it."""
     from peft.tuners.lora.loraga import preprocess_loraga
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -129,11 +127,12 @@ def show_gradients(
     _maybe_include_all_linear_layers(config, model)  # get_peft_model resolves "all-linear" too late for this
 
     def passes() -> None:
-        for start in range(0, min(len(rows), GRADIENT_BATCHES * batch_size), batch_size):
-            batch = collate(list(rows[start : start + batch_size]))
+        first = [ready.rows[i] for i in ready.order[: GRADIENT_BATCHES * batch_size]]
+        for start in range(0, len(first), batch_size):
+            batch = collate(first[start : start + batch_size])
             batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
             labels = batch.pop("labels")
-            loss(model(**batch), labels).backward()
+            mean_loss(model(**batch), labels).backward()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook")  # the first layer's input is no tensor to train

@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import dual_lora
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import result_of, run_at
 from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
 
 # What PEFT, transformers, their tokenizers and the laboratory write beside weights.
@@ -46,16 +46,6 @@ class Upload:
     files: dict[str, int]
 
 
-def finished_run(path: Path) -> RunFolder:
-    """The run's folder. Raises UserError where there is none, or it has no result yet."""
-    folder = RunFolder(path)
-    if not folder.is_run:
-        raise UserError(f"{path} is not a run: it holds no recipe.yaml. Give the folder that `dual-lora train` made.")
-    if folder.result is None:
-        raise UserError(f"The run {path} is not finished: `{folder.resume_command}` goes on with it.")
-    return folder
-
-
 @contextmanager
 def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: str | None = None) -> Iterator[Upload]:
     """A temporary folder with the copies that may leave this machine.
@@ -65,8 +55,8 @@ def prepared(run: Path, repo: str, *, base_model: str | None = None, licence: st
     """
     if not REPOSITORY.fullmatch(repo):
         raise UserError(f"The repository is {repo!r}, expected OWNER/NAME.")
-    folder, recipe = finished_run(run), read_recipe(run)
-    result = cast(Path, folder.result)  # finished_run has looked
+    folder = run_at(run)
+    result, recipe = result_of(folder), read_recipe(run)
     base = known_base(read_card(result / "README.md"), recipe, base_model)
     if base is None:
         raise UserError(

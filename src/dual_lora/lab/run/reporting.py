@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,6 @@ PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "trackio": ("trackio",),
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """Where to, and under which names: the same for the same task and run, whenever it is started."""
-
-    to: tuple[str, ...]
-    task: str
-    run: str
 
 
 def check_reports(names: Sequence[str]) -> tuple[str, ...]:
@@ -50,25 +40,26 @@ def check_reports(names: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
-    """Fields of TrainingArguments for the report, with its names in the environment while the run goes on.
+def reported(to: Sequence[str], task: str, run: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Fields of TrainingArguments for a report, with its names in the environment while the run goes on.
 
+    to: see `check_reports`. task, run: its names, the same for the same task and run, whenever it is started.
     What the user has set in the environment stays. A resumed run goes on under its own identifier.
     """
-    if report is None or not report.to:
+    if not to:
         yield {"report_to": []}
         return
-    known = hashlib.sha256(f"{report.task}\n{report.run}\n{folder.resolve()}".encode()).hexdigest()[:12]
+    known = hashlib.sha256(f"{task}\n{run}\n{folder.resolve()}".encode()).hexdigest()[:12]
     names = {
         "WANDB_PROJECT": PROJECT,
-        "WANDB_RUN_GROUP": report.task,
+        "WANDB_RUN_GROUP": task,
         "WANDB_RUN_ID": known,
         "WANDB_RESUME": "allow",
-        "MLFLOW_EXPERIMENT_NAME": f"{PROJECT}/{report.task}",
-        "MLFLOW_TAGS": json.dumps({"task": report.task, "run": known}),
+        "MLFLOW_EXPERIMENT_NAME": f"{PROJECT}/{task}",
+        "MLFLOW_TAGS": json.dumps({"task": task, "run": known}),
         "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
     }
-    if "mlflow" in report.to:
+    if "mlflow" in to:
         experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", names["MLFLOW_EXPERIMENT_NAME"])
         if earlier := _in_mlflow(experiment, known):
             names["MLFLOW_RUN_ID"] = earlier
@@ -76,16 +67,16 @@ def reported(report: Report | None, folder: Path) -> Iterator[dict[str, Any]]:
     os.environ |= added
     try:
         yield {
-            "report_to": list(report.to),
+            "report_to": list(to),
             # trackio takes two runs of one name for one
-            "run_name": f"{report.task}/{report.run}" + (f"-{known}" if "trackio" in report.to else ""),
+            "run_name": f"{task}/{run}" + (f"-{known}" if "trackio" in to else ""),
             "project": PROJECT,
             "trackio_static_space_id": False,  # its dashboard stays on this machine
         }
     finally:
         for name in added:
             os.environ.pop(name, None)
-        for name in report.to:  # a second run in this process is one of its own
+        for name in to:  # a second run in this process is one of its own
             module = sys.modules.get(name)
             if name == "wandb" and getattr(module, "run", None) is not None:
                 module.finish()  # type: ignore[union-attr]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
@@ -23,17 +22,15 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.progress import Bar, console
-from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run, same_recipe, same_rows_at_once, same_sharding
 from dual_lora.lab.run.hub_card import card_text
-from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, mean_loss
+from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns
 from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
-from dual_lora.lab.run.reporting import Report, check_reports, reported
-from dual_lora.lab.run.resume import recipe_of_run, same_recipe, same_rows_at_once, same_sharding
+from dual_lora.lab.run.reporting import check_reports, reported
 from dual_lora.lab.run.watch import RankAllocation, Watch
 from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
@@ -105,7 +102,7 @@ def run(
             console.print(str(precision.fast_precision()))
         with clear_failures(folder):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
-            with reported(Report(to, task, name), folder.path) as reports:
+            with reported(to, task, name, folder.path) as reports:
                 return _train(recipe, asked, folder, main, progress, callbacks, reports, passing)
     except BaseException as error:
         if main:
@@ -136,8 +133,7 @@ def _train(
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
     if wants_gradients(config):
-        ordered = [ready.rows[i] for i in ready.order]
-        show_gradients(loaded.model, config, ordered, part.batch_size, ready.collator(loaded.model), mean_loss)
+        show_gradients(loaded.model, config, ready, part.batch_size, ready.collator(loaded.model))
     model = apply_method(loaded, config, recipe.model.path, part.seed)
     check_patterns("train.rates", part.rates, model)
 
@@ -155,7 +151,8 @@ def _train(
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
-    record["precision"] = _precision_before(folder) or precision.record_of(asked, recipe)
+    chosen = folder.recorded().get("precision") if folder.is_run else None  # by an earlier session of this run
+    record["precision"] = chosen or precision.record_of(asked, recipe)
     record |= {"total_steps": steps, **counts, **surroundings()}
     earlier = _seconds_before(folder, start)
     if main:
@@ -167,11 +164,8 @@ def _train(
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
         checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
         callbacks = [*_callbacks_of(config), *checks, *more]
-        rows, collator = Ordered(ready.rows, ready.order), ready.collator(model)
         with _clear_beginning(watch, checkpoint, part.arguments):
-            trainer = build_trainer(
-                model, recipe, folder, rows, ready.validation, steps, collator, watch, callbacks, reports
-            )
+            trainer = build_trainer(model, recipe, folder, ready, watch, callbacks, reports)
             if checkpoint:
                 same_sharding(checkpoint, trainer)
             with watch.interruptible():
@@ -247,14 +241,6 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
         ) from error
 
 
-def _precision_before(folder: RunFolder) -> dict[str, Any] | None:
-    """What an earlier session of this run has recorded of the choice that it made."""
-    try:
-        return read_object(folder.record).get("precision") if folder.is_run else None
-    except (OSError, ValueError):
-        return None
-
-
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
     write_json(folder.record, record)  # first: a recipe alone may be the user's own
@@ -301,10 +287,10 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _finished(folder: RunFolder) -> RunResult | None:
+    record = folder.recorded()
     try:
-        record = read_object(folder.record)
         return RunResult(**record["result"]) if record.get("state") == "finished" else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
 
 

@@ -9,7 +9,7 @@ four bits leave. Rounding is no fault.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -21,7 +21,7 @@ Word = Literal[
     "wrong chat template", "other tokenizer", "undecided",
 ]  # fmt: skip
 GOOD: tuple[Word, ...] = ("on", "rounded")
-Cut = Callable[[Tensor], Tensor]  # a pattern, no lower than what the server tells
+Cut = Callable[[Tensor], Tensor]  # a pattern at the tokens that were asked for, no lower than what the server tells
 
 # A residual of so many times the rounding's own root mean square is still rounding: two roundings in different orders
 # differ by √2, and few tokens carry most of it.
@@ -99,21 +99,33 @@ def projection(x: Tensor, direction: Tensor, rows: Tensor) -> tuple[float, float
     return float(total / length), float(error)
 
 
-def judge(found: Tensor, known: Known, guesses: Guesses, exact: bool = False, floors: Tensor | None = None) -> Finding:
+def judge(
+    found: Tensor,
+    known: Known,
+    guesses: Guesses,
+    exact: bool = False,
+    kept: list[int] | None = None,
+    floors: Tensor | None = None,
+) -> Finding:
     """Name what `found`, the candidate's log-probabilities, comes from.
 
-    exact: the candidate computes in fp32, so that less than bf16's rounding counts. floors [tokens]: what a server
-    tells at the least; below it nothing is known, and every pattern is cut there.
+    exact: the candidate computes in fp32, so that less than bf16's rounding counts. kept: the tokens that were asked
+    for, where these are not all. floors [tokens]: what a server tells at the least; below it nothing is known, and
+    every pattern is cut there.
     """
 
     def cut(pattern: Tensor) -> Tensor:
+        pattern = pattern if kept is None else pattern[kept]
         return pattern if floors is None else torch.maximum(pattern, floors)
 
-    prompts = len(set(known.rows.tolist()))
+    rows = known.rows if kept is None else torch.unique(known.rows[kept], return_inverse=True)[1]
+    known = replace(known, base=cut(known.base), tuned=cut(known.tuned), rows=rows)
+    prompts = len(set(rows.tolist()))
     if not bool(torch.isfinite(found).all()):
         broken = "it gives log-probabilities that are no numbers"
         return Finding("another adapter", broken, tokens=len(found), prompts=prompts)
-    found, base, tuned = cut(found), cut(known.base), cut(known.tuned)
+    found = found if floors is None else torch.maximum(found, floors)
+    base, tuned = known.base, known.tuned
     direction = tuned - base
     noise = known.rounding * (FP32 if exact else 1.0)
     bound = ROUNDINGS * noise
@@ -221,7 +233,7 @@ class _Coarse:
         """Its distance from the adapter, and the strength that it keeps."""
         if self._pattern is None:
             return self.effect / 3 / COARSE, 1.0
-        base, tuned = self.cut(self.known.base), self.cut(self.known.tuned)
+        base, tuned = self.known.base, self.known.tuned
         return rms(self._pattern - tuned), projection(self._pattern - base, tuned - base, self.known.rows)[0]
 
     def left(self, found: Tensor) -> float:

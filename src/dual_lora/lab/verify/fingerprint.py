@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from dual_lora.lab.errors import UserError, described
@@ -24,10 +25,9 @@ from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
-from dual_lora.lab.verify.guesses import ModelGuesses, known_of
-from dual_lora.lab.verify.logprobs import Probe, base_parameters, rows_of
+from dual_lora.lab.verify.guesses import ModelGuesses, adapted_layers, known_of, parts
+from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of
 from dual_lora.lab.verify.prompts import both, built_in_probes
-from dual_lora.lab.verify.strength import adapted_layers, parts
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
 
 FILE = "fingerprint.json"
@@ -41,51 +41,36 @@ LOST = ("the first half of the blocks", "the second half of the blocks")
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 _Column = Annotated[list[_Number], Field(min_length=1, max_length=512)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Text = Annotated[str, Field(max_length=512)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+def _whole(probe: Probe) -> Probe:
+    """What the bounds of the single fields do not say of a probe in a file."""
+    if max(probe.places) >= len(probe.ids) or len(probe.texts) != len(probe.ids) or probe.start > len(probe.ids):
+        raise ValueError("places or texts do not fit ids")
+    said = [message.get(key) for message in probe.messages for key in ("role", "content")]
+    if not all(isinstance(text, str) and len(text) <= 512 for text in said):
+        raise ValueError("messages are no short texts of roles")
+    return probe
 
 
-class StoredMessage(_Strict):
-    role: _Text
-    content: _Text
-
-
-class StoredProbe(_Strict):
-    """A sequence of token ids, how the tokenizer writes each, and which of them are scored."""
-
-    ids: Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=2, max_length=4096)]
-    places: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=64)]
-    texts: Annotated[list[_Text], Field(max_length=4096)]
-    start: Annotated[int, Field(ge=0)] = 0
-    first: _Text | None = None  # what the adapter answers first
-    messages: Annotated[list[StoredMessage], Field(max_length=8)] = []
-
-    @model_validator(mode="after")
-    def _places_exist(self) -> StoredProbe:
-        if max(self.places) >= len(self.ids) or len(self.texts) != len(self.ids) or self.start > len(self.ids):
-            raise ValueError("places or texts do not fit ids")
-        return self
-
-
-class Fingerprint(_Strict):
+class Fingerprint(BaseModel):
     """What an adapter gives, as it was saved. Columns are log-probabilities in the order of the probes' places."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     format: Literal[1] = 1
-    method: _Text
-    base: _Text  # name of the base model
-    dtype: _Text
+    method: Text
+    base: Text  # name of the base model
+    dtype: Text
     base_sample: _Hash
     tokenizer: _Hash
     chat_template: _Hash | None = None
-    probes: Annotated[list[StoredProbe], Field(min_length=1, max_length=64)]
-    columns: Annotated[dict[_Text, _Column], Field(max_length=32)]
+    probes: Annotated[list[Annotated[Probe, AfterValidator(_whole)]], Field(min_length=1, max_length=64)]
+    columns: Annotated[dict[Text, _Column], Field(max_length=32)]
     rounding: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rounded_strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
     warms_up: bool = False
-    plain: Annotated[dict[_Text, Annotated[int, Field(ge=1)]], Field(max_length=8)] = {}  # text: number of its tokens
+    plain: Annotated[dict[Text, Annotated[int, Field(ge=1)]], Field(max_length=8)] = {}  # text: number of its tokens
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Fingerprint:
@@ -96,13 +81,7 @@ class Fingerprint(_Strict):
 
     def known(self) -> Known:
         base, tuned = (torch.tensor(self.columns[name], dtype=torch.float64) for name in ("base", "tuned"))
-        return Known(base, tuned, rows_of(self.asked()), self.rounding, self.rounded_strength, self.warms_up)
-
-    def asked(self) -> list[Probe]:
-        return [
-            Probe(tuple(p.ids), tuple(p.places), tuple(m.model_dump() for m in p.messages), p.start)
-            for p in self.probes
-        ]
+        return Known(base, tuned, rows_of(self.probes), self.rounding, self.rounded_strength, self.warms_up)
 
     def texts(self) -> dict[int, str]:
         """How the tokenizer of the adapter writes the probes' tokens, by their ids."""
@@ -237,16 +216,10 @@ def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
         own = sorted((float(apart[k]), places[k]) for k in (rows == i).nonzero()[:, 0].tolist())
         agree, most = own[: each // 3], own[each // 3 :][-(each - each // 3) :]
         kept = tuple(sorted({place for _, place in agree + most}))
-        chosen.append(Probe(probes[i].ids, kept, probes[i].messages, probes[i].start))
+        chosen.append(replace(probes[i], places=kept))
     return chosen
 
 
-def _stored(probe: Probe, tokenizer: Any) -> StoredProbe:
-    return StoredProbe(
-        ids=list(probe.ids),
-        places=list(probe.places),
-        texts=[tokenizer.decode([token])[:512] for token in probe.ids],
-        start=probe.start,
-        first=tokenizer.decode([probe.ids[probe.start]])[:512] if 0 < probe.start < len(probe.ids) else None,
-        messages=[StoredMessage(role=m["role"], content=m["content"]) for m in probe.messages],
-    )
+def _stored(probe: Probe, tokenizer: Any) -> Probe:
+    texts = tuple(tokenizer.decode([token])[:512] for token in probe.ids)
+    return replace(probe, texts=texts, first=texts[probe.start] if 0 < probe.start < len(texts) else None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dual_lora.lab.data.batches import accepted_arguments, left_padded
@@ -16,18 +17,24 @@ ROWS_AT_ONCE = 8
 INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
 
 
+Text = Annotated[str, Field(max_length=512)]
+
+
 @dataclass(frozen=True)
 class Probe:
     """A sequence of token ids. The tokens at `places` (each > 0) are scored, each after all that stands before it.
 
-    messages: the conversation that the prompt was written from by the chat template; () where there is none.
-    start: where the answer begins.
+    texts: how the tokenizer writes each token, in a fingerprint. start: where the answer begins. first: what the
+    adapter answers first, if that is known. messages: the conversation that the prompt was written from by the chat
+    template; () where there is none. The bounds are those of a file, which pydantic holds it to when one is read.
     """
 
-    ids: tuple[int, ...]
-    places: tuple[int, ...]
-    messages: tuple[dict[str, Any], ...] = ()
-    start: int = 0
+    ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=2, max_length=4096)]
+    places: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1, max_length=64)]
+    texts: Annotated[tuple[Text, ...], Field(max_length=4096)] = ()
+    start: Annotated[int, Field(ge=0)] = 0
+    first: Text | None = None
+    messages: Annotated[tuple[dict[str, Any], ...], Field(max_length=8)] = ()
 
 
 def score(model: Any, probes: Sequence[Probe]) -> Tensor:

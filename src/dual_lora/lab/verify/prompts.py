@@ -127,7 +127,7 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
     start = len(prompter.prompt_ids(example.prompt, example.tools))
     messages = example.prompt if prompter.kind == "chat" and not example.tools else ()
     kept = [place for place in places if place >= start][:SCORED] or places[:SCORED]
-    return Probe(tuple(encoded.input_ids), tuple(kept), tuple(messages), start)
+    return Probe(tuple(encoded.input_ids), tuple(kept), start=start, messages=tuple(messages))
 
 
 def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
@@ -148,5 +148,6 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
         end = row.index(tuned.tokenizer.eos_token_id) + 1 if tuned.tokenizer.eos_token_id in row else len(row)
         ids = tuple(prompt + row[:end])
         told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
-        probes.append(Probe(ids, tuple(range(max(1, len(prompt)), len(ids))), told, len(prompt)))
+        places = tuple(range(max(1, len(prompt)), len(ids)))
+        probes.append(Probe(ids, places, start=len(prompt), messages=told))
     return probes

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
+from dual_lora.lab.verify.logprobs import Probe
 from dual_lora.lab.verify.prompts import BUILT_IN
 
 OTHER: Final = "other tokenizer"
@@ -18,15 +18,6 @@ PLAIN = BUILT_IN[:3]
 CONVERSATIONS = 3
 OTHERWISE = 0.25  # share of tokens: some are no text by themselves, and are written in several ways
 SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how vocabularies write blanks and line ends
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages, the tokens that the adapter's template makes of them, and what it answers first, if that is known."""
-
-    messages: tuple[dict[str, Any], ...]
-    tokens: int
-    first: str | None = None
 
 
 def plain_counts(tokenizer: Any) -> dict[str, int]:
@@ -45,9 +36,7 @@ def hash_of_template(tokenizer: Any) -> str | None:
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest() if template else None
 
 
-def compare_tokenizers(
-    own: Any, other: Any, texts: Sequence[str], conversations: Sequence[Conversation]
-) -> Finding | None:
+def compare_tokenizers(own: Any, other: Any, texts: Sequence[str], conversations: Sequence[Probe]) -> Finding | None:
     """What differs between two tokenizers on these texts and conversations; None if nothing does."""
     for text in texts:
         if own(text, add_special_tokens=False).input_ids != other(text, add_special_tokens=False).input_ids:
@@ -77,7 +66,7 @@ def compare_server(
     answer: Answer,
     texts: dict[int, str],
     plain: dict[str, int],
-    talks: Sequence[Conversation],
+    conversations: Sequence[Probe],
     right: bool,
 ) -> tuple[Finding | None, list[str]]:
     """What a server makes of words, by the numbers of tokens that it counts and the tokens that it writes; and notes.
@@ -97,13 +86,13 @@ def compare_server(
         if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
             return Finding(OTHER, f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
     asked, otherwise = 0, 0
-    for conversation in talks[:CONVERSATIONS]:
+    for conversation in conversations[:CONVERSATIONS]:
         tokens, entries = endpoint.prompt_tokens(conversation.messages)
         if tokens is None:
             return None, ["the server counts no tokens of a conversation: its chat template was not checked"]
-        if tokens != conversation.tokens:
+        if tokens != conversation.start:
             return Finding(
-                TEMPLATE, f"it makes {tokens} tokens of a conversation, the adapter's template {conversation.tokens}"
+                TEMPLATE, f"it makes {tokens} tokens of a conversation, the adapter's template {conversation.start}"
             ), []
         if conversation.first is not None and entries:
             asked += 1
@@ -112,7 +101,7 @@ def compare_server(
         return Finding(
             TEMPLATE, f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"
         ), []
-    return None, [] if talks else ["the adapter's prompts use no chat template: none was checked"]
+    return None, [] if conversations else ["the adapter's prompts use no chat template: none was checked"]
 
 
 def _bare(text: str) -> str:

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import ModelPart
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
-from dual_lora.lab.verify.causes import causes_in, config_differences, explained, strength_notes
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
-from dual_lora.lab.verify.endpoint import Answer, Endpoint
+from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
-from dual_lora.lab.verify.guesses import ModelGuesses, known_of
+from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strength_notes
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, score
 from dual_lora.lab.verify.prompts import both, choose, find_probes
-from dual_lora.lab.verify.texts import (
-    PLAIN,
-    Conversation,
-    compare_hashes,
-    compare_server,
-    compare_tokenizers,
-    plain_counts,
-)  # fmt: skip
+from dual_lora.lab.verify.texts import PLAIN, compare_hashes, compare_server, compare_tokenizers, plain_counts
 
 
 @dataclass
@@ -67,11 +60,15 @@ class Reference:
     guesses: Guesses
     texts: dict[int, str]  # how its tokenizer writes the probes' tokens, by their ids
     plain: dict[str, int]
-    conversations: list[Conversation]
     where: str
     exact: bool
     tuned: Tuned | None = None
     saved: Fingerprint | None = None
+
+    @property
+    def conversations(self) -> list[Probe]:
+        """Those that a chat template has written."""
+        return [probe for probe in self.probes if probe.messages]
 
 
 def verify(
@@ -150,12 +147,8 @@ def _from_model(source: str, prompts: str | None, base: str | None, dtype: str |
     probes = [probes[i] for i in kept]
     known = known_of(tuned, probes, (pair[0][picked], pair[1][picked]))
     texts = {token: tuned.tokenizer.decode([token]) for p in probes for token in p.ids}
-    conversations = [Conversation(p.messages, p.start) for p in probes if p.messages]
-    exact = _dtype_of(tuned.model) == torch.float32
-    return Reference(
-        probes, known, ModelGuesses(tuned.model, probes), texts, plain_counts(tuned.tokenizer), conversations, where,
-        exact, tuned,
-    )  # fmt: skip
+    exact, plain = _dtype_of(tuned.model) == torch.float32, plain_counts(tuned.tokenizer)
+    return Reference(probes, known, ModelGuesses(tuned.model, probes), texts, plain, where, exact, tuned)
 
 
 def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
@@ -168,14 +161,8 @@ def _opened(source: str, base: str | None, dtype: str | None) -> Tuned:
 
 
 def _from_fingerprint(saved: Fingerprint) -> Reference:
-    probes = saved.asked()
-    conversations = [
-        Conversation(tuple(dict(m) for m in p.messages), p.start, p.first) for p in saved.probes if p.messages
-    ]
-    return Reference(
-        probes, saved.known(), StoredGuesses(saved), saved.texts(), saved.plain, conversations, "the fingerprint's",
-        saved.dtype == "float32", saved=saved,
-    )  # fmt: skip
+    told, exact = (saved.known(), StoredGuesses(saved), saved.texts(), saved.plain), saved.dtype == "float32"
+    return Reference(saved.probes, *told, "the fingerprint's", exact, saved=saved)
 
 
 def _of_itself(
@@ -195,8 +182,8 @@ def _of_itself(
     exact = own.exact and _dtype_of(tuned.model) == torch.float32
     finding = judge(found, own.known, own.guesses, exact)
     notes = strength_notes(tuned)
-    if not finding.good:
-        finding = explained(finding, causes_in(saved, tuned))
+    if not finding.good and fingerprints.hash_of_base(tuned.model) != saved.base_sample:
+        finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
 
 
@@ -222,10 +209,28 @@ def _of_files(
     elif wrong is not None:
         notes.append(f"{wrong.word}: {wrong.cause}")
     if adapter and not finding.good and folder is not None:
-        finding = explained(finding, config_differences(folder, _adapter_folder(Path(candidate))))
+        finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
             finding.word = "λ below 1"
     return Report(source, candidate, own.where, finding, notes)
+
+
+def _config_differences(one: Path, other: Path | None) -> list[str]:
+    """Fields of two adapters' configurations that differ."""
+    if other is None:
+        return []
+    try:
+        pair = [read_object(folder / "adapter_config.json") for folder in (one, other)]
+    except (OSError, ValueError):
+        return []
+    names = [n for n in sorted({*pair[0], *pair[1]}) if pair[0].get(n) != pair[1].get(n) and n != "peft_version"]
+    lines = [f"{n} is {_shown(pair[1].get(n))} there and {_shown(pair[0].get(n))} here" for n in names]
+    return lines[:6]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _words(own: Reference, tokenizer: Any) -> Finding | None:
@@ -244,8 +249,7 @@ def _samples(own: Reference) -> list[str]:
 
 def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
     answer = server.score(own.probes, own.texts)
-    known, guesses = _only(own, answer)
-    finding = judge(answer.found, known, guesses, floors=answer.floors)
+    finding = judge(answer.found, own.known, own.guesses, kept=answer.kept, floors=answer.floors)
     notes = (
         []
         if answer.echoed
@@ -257,32 +261,6 @@ def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
     elif wrong is not None:
         notes.append(f"{wrong.word}: {wrong.cause}")
     return Report(source, f"{server.model} at {server.url}", own.where, finding, notes + more)
-
-
-def _only(own: Reference, answer: Answer) -> tuple[Known, Guesses]:
-    """The reference at the tokens that the server was asked for."""
-    kept = torch.tensor(answer.kept)
-    if len(kept) == len(own.known.base):
-        return own.known, own.guesses
-    rows = torch.unique(own.known.rows[kept], return_inverse=True)[1]
-    known = replace(own.known, base=own.known.base[kept], tuned=own.known.tuned[kept], rows=rows)
-    return known, _Fewer(own.guesses, kept)
-
-
-class _Fewer:
-    """Guesses at some of the tokens."""
-
-    def __init__(self, guesses: Guesses, kept: Tensor):
-        self.guesses, self.kept = guesses, kept
-
-    def scaled(self, strength: float) -> Tensor | None:
-        return None if (found := self.guesses.scaled(strength)) is None else found[self.kept]
-
-    def parts(self) -> Any:
-        yield from ((name, pattern[self.kept]) for name, pattern in self.guesses.parts())
-
-    def coarse(self) -> Tensor | None:
-        return None if (found := self.guesses.coarse()) is None else found[self.kept]
 
 
 def _plain(path: str) -> tuple[Tuned, Any]:
