@@ -222,7 +222,8 @@ def test_the_prompt_can_be_learned(tiny_lm, lm_values):
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     example = load_split(build_recipe(lm_values).data, "test")[0]
     answer, everything = (Prompter(tokenizer, "plain", learn).encode(example) for learn in (False, True))
-    assert everything.labels == everything.input_ids == answer.input_ids
+    assert everything.labels == [-100, *everything.input_ids[1:]], "nothing tells the first token"
+    assert everything.input_ids == answer.input_ids
     assert answer.labels != answer.input_ids
 
 

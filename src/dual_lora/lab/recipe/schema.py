@@ -172,7 +172,9 @@ class EvaluatePart(Part):
     base: bool = Field(True, description="Evaluate the untrained model as well, side by side.")
     batch_size: int = Field(16, ge=1, le=MOST, description="Rows per forward pass.")
     max_new_tokens: int = Field(64, ge=1, le=MOST, description="Longest generated answer.")
-    beams: int = Field(1, ge=1, le=1000, description="Beams of the search for a generated answer; 1: greedy.")
+    beams: int = Field(
+        1, ge=1, le=1000, description="Beams of the search for an answer; 1: greedy, whatever the model's own settings."
+    )
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
     no_repeat_ngram: int = Field(
         0, ge=0, le=MOST, description="No n-gram of this length occurs twice in an answer; 0: any may."
