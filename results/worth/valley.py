@@ -2,8 +2,9 @@
 
 Reads the trials of `dual-lora compare valley --out STUDY_FOLDER`: the loss on held-out records at nine rates, with
 three seeds each. A valley is the range of rates whose loss is at most 0.03 above that seed's best, by lines between the
-logarithms of the rates that were tried; its width is in decades. Writes STUDY_FOLDER/widths.csv, one width a method and
-seed, and middles.csv (the logarithm of the valley's middle), both of which `dual-lora judge` reads.
+logarithms of the rates that were tried; its width is in decades. Writes STUDY_FOLDER/widths.csv, one width a method, α
+and seed, and middles.csv (the logarithm of the valley's middle); `dual-lora judge FILE --reference lora` compares
+the two methods at each α.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def main() -> None:
     tables = {name: (folder / f"{name}.csv").open("w", newline="") for name in ("widths", "middles")}
     writers = {name: csv.writer(file) for name, file in tables.items()}
     for writer in writers.values():
-        writer.writerow(("method", "seed", "score", "metric"))
+        writer.writerow(("method", "task", "seed", "score", "metric"))
     for method in results["methods"]:
         by_seed: dict[int, dict[float, float]] = defaultdict(dict)
         for trial in method["trials"]:
@@ -56,8 +57,10 @@ def main() -> None:
             by_seed[trial.get("seed", 0)][trial["settings"]["train.learning_rate"]] = score
         for seed, losses in by_seed.items():
             width, middle = valley(losses)
-            writers["widths"].writerow((method["method"], seed, f"{width:.4f}", "decades"))
-            writers["middles"].writerow((method["method"], seed, f"{middle:.4f}", "log10 of the rate"))
+            family, alpha = method["method"].split()
+            where = family, f"α = {alpha}", seed
+            writers["widths"].writerow((*where, f"{width:.4f}", "decades"))
+            writers["middles"].writerow((*where, f"{middle:.4f}", "decades"))
             print(f"{method['method']}, seed {seed}: {width:.2f} decades around {10**middle:.2g}", file=sys.stderr)
     for file in tables.values():
         file.close()
