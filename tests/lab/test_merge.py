@@ -34,6 +34,8 @@ def test_merged_model_needs_nothing_of_ours(kind, lm_values, encoder_values, tmp
     run(build_recipe(values), tmp_path / "run", progress=False)
     result = merge(tmp_path / "run", tmp_path / "merged")
     assert result.bytes > 0
+    heads = {"causal": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+    assert result.loads == heads[kind]
     done = subprocess.run([sys.executable, "-c", PLAIN, result.folder, kind], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     logits, names = json.loads(done.stdout)

@@ -390,7 +390,7 @@ def test_any_method_trains(method, lm_values, tmp_path):
         {"autocast": "bf16"},
         {"optimizer": "loraplus"},
         {"optimizer": "adafactor", "schedule": "cosine"},
-        {"arguments": {"label_smoothing_factor": 0.0, "adam_beta2": 0.99}},
+        {"arguments": {"adam_beta1": 0.9, "adam_beta2": 0.99}},
     ],
 )
 def test_training_options(options, lm_values, tmp_path):
@@ -482,3 +482,56 @@ def test_accumulation_changes_nothing_but_memory(lm_values, tmp_path):
         run(build_recipe(lm_values), tmp_path / name, progress=False)
     losses = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[0])["loss"] for n in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_adalora_s_regulariser_is_part_of_its_loss(lm_values, tmp_path):
+    """PEFT adds it to a loss of the model's own, which training here does not ask for."""
+    from dual_lora.lab.run.loop import orthogonality
+
+    kept = {}
+    for weight in (0.0, 50.0):
+        lm_values["method"] = {"name": "adalora", "init_r": 4, "target_r": 2, "orth_reg_weight": weight}
+        result = run(build_recipe(lm_values), tmp_path / str(weight), progress=False)
+        kept[weight] = load_file(tmp_path / str(weight) / "adapter" / "adapter_model.safetensors")
+    assert any(not torch.equal(kept[0.0][name], tensor) for name, tensor in kept[50.0].items())
+    model = result.tuned.model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+    ids = torch.tensor([[4, 7, 8, 9]])
+    whole = model(input_ids=ids, labels=ids).loss
+    bare = model.base_model.model(input_ids=ids, labels=ids).loss
+    assert float(orthogonality(model)) == pytest.approx(float(whole - bare), rel=1e-4)
+    assert orthogonality(model.base_model.model) == 0.0
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "r": 4}, {"name": "dual_lora", "r": 4}])
+def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path):
+    from dual_lora.lab.model.methods import apply_method, method_config
+    from dual_lora.lab.run.loop import _optimizer
+    from dual_lora.lab.run.prepare import prepare
+
+    lm_values["method"] = method | {"target_modules": ["q_proj", "embed_tokens"]}
+    lm_values["train"] |= {
+        "optimizer": "loraplus", "weight_decay": 0.5, "learning_rate": 0.01,
+        "arguments": {"adam_beta1": 0.5, "adam_epsilon": 1e-6},
+    }  # fmt: skip
+    recipe = build_recipe(lm_values)
+    loaded = prepare(recipe).loaded
+    model = apply_method(loaded, method_config(recipe.method, "causal", 6, loaded.fresh), recipe.model.path, 0)
+    groups = [group for group in _optimizer(model, recipe).param_groups if group["params"]]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.999), 1e-6)}
+    assert min(group["lr"] for group in groups) == 0.01, "no group at PEFT's 1e-6"
+
+
+@pytest.mark.parametrize("key", ["label_smoothing_factor", "group_by_length", "data_seed"])
+def test_arguments_that_would_do_nothing_are_refused(key, lm_values, tmp_path):
+    lm_values["train"]["arguments"] = {key: 1}
+    with pytest.raises(UserError, match=key):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_a_method_with_a_loss_of_its_own_is_refused(lm_values, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "OWN_LOSS", ("LORA",))
+    with pytest.raises(UserError, match="adds a loss of its own"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)

@@ -32,6 +32,6 @@ def merge(
     facts = {
         "folder": result.folder,
         "weights": f"{size(result.bytes)}, {result.dtype}",
-        "load": f"AutoModelForCausalLM.from_pretrained({result.folder!r})",
+        "load": f"{result.loads}.from_pretrained({result.folder!r})",
     }
     finish(vars(result), facts_card("merged", facts), json)

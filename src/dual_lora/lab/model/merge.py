@@ -13,11 +13,12 @@ from dual_lora.lab.run.write import free_folder, write_folder_atomically
 
 @dataclass
 class MergeResult:
-    """Where the merged model lies, its size in bytes and its precision."""
+    """Where the merged model lies, its size in bytes, its precision, and the class of transformers that loads it."""
 
     folder: str
     bytes: int
     dtype: str
+    loads: str = "AutoModelForCausalLM"
 
 
 def merge(
@@ -45,4 +46,6 @@ def merge(
         target.parent.mkdir(parents=True, exist_ok=True)
         write_folder_atomically(target, write, listed)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."))
+    classifies = "SequenceClassification" in type(model).__name__
+    loads = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."), loads)

@@ -106,9 +106,10 @@ def _curves(title: str, rows: list[Row], source: Source) -> list[Block]:
 
 
 def _plain(title: str, rows: list[Row], source: Source) -> list[Block]:
-    newest = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in _newest(rows)]
-    keys = [k for k in dict.fromkeys(k for row in newest for k in row) if k not in ("kind", "versions", "python")]
-    return [Table(title, [_column(key, newest) for key in keys], newest, source, folded=len(newest) > 12)]
+    """All rows: which fields tell one measurement from another is not known, and a length would be one."""
+    shown = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]
+    keys = [k for k in dict.fromkeys(k for row in shown for k in row) if k not in ("kind", "versions", "python")]
+    return [Table(title, [_column(key, shown) for key in keys], shown, source, folded=len(shown) > 12)]
 
 
 def _with_interval(row: Row) -> Row:

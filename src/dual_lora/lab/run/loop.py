@@ -15,6 +15,7 @@ from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import best_device
+from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainPart
@@ -70,6 +71,27 @@ class _Trainer(Trainer):
         if self.rates:
             _set_rates(optimizer, self.model if model is None else model, self.rates)
         return optimizer
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **options)
+        if torch.is_grad_enabled() and isinstance(loss, torch.Tensor):
+            loss = loss + orthogonality(self.model) / self.current_gradient_accumulation_steps
+        return loss
+
+
+def orthogonality(model: Any) -> torch.Tensor | float:
+    """AdaLoRA's regulariser, orth_reg_weight · mean ‖PPᵀ - I‖ over its factors P; 0 for other methods.
+
+    PEFT adds it to the loss that a model makes itself, and is not asked for one here.
+    """
+    configs = getattr(model, "peft_config", {})
+    config = configs.get(getattr(model, "active_adapter", None)) if isinstance(configs, dict) else None
+    if not is_kind(config, "ADALORA"):
+        return 0.0
+    factors = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (".lora_A." in n or ".lora_B." in n)]
+    grams = [p @ p.T if ".lora_A." in n else p.T @ p for n, p in factors]
+    norms = [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
+    return config.orth_reg_weight * torch.stack(norms).mean()  # type: ignore[union-attr]
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[Pattern, float]) -> None:
@@ -141,13 +163,13 @@ class _Loss:
 # what the recipe has fields for.
 _ALLOWED = """
     accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
-    average_tokens_across_devices bf16_full_eval data_seed dataloader_drop_last dataloader_num_workers
+    average_tokens_across_devices bf16_full_eval dataloader_drop_last dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
-    fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs group_by_length
-    include_num_input_tokens_seen jit_mode_eval label_smoothing_factor length_column_name lr_scheduler_kwargs
+    fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs
+    include_num_input_tokens_seen jit_mode_eval lr_scheduler_kwargs
     neftune_noise_alpha optim_args optim_target_modules parallelism_config skip_memory_metrics tf32
-    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps train_sampling_strategy
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
     use_cache use_cpu use_liger_kernel warmup_ratio warmup_steps
 """
 ARGUMENTS = frozenset(_ALLOWED.split())
@@ -210,6 +232,8 @@ def check_names(part: TrainPart) -> None:
             f"train.arguments.dataloader_num_workers is {workers!r}, expected 0 to {MOST_WORKERS} processes."
         )
     if _own_optimizer(part.optimizer):
+        if unused := [key for key in part.arguments if key.startswith("adam_")]:
+            raise UserError(f"train.arguments.{unused[0]} says nothing to {part.optimizer}, which is built by itself.")
         return
     optimizers = [LORAPLUS, *(name.value for name in OptimizerNames)]
     if part.optimizer not in optimizers:
@@ -243,7 +267,10 @@ def _optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer | None:
         torch.optim.AdamW,
         lr=part.learning_rate,
         loraplus_lr_ratio=part.loraplus_ratio,
-        weight_decay=part.weight_decay,
+        loraplus_weight_decay=part.weight_decay,
+        loraplus_lr_embedding=part.learning_rate,  # else 1e-6, and of other methods' embeddings the rate itself
+        betas=(part.arguments.get("adam_beta1", 0.9), part.arguments.get("adam_beta2", 0.999)),
+        eps=part.arguments.get("adam_epsilon", 1e-8),
     )
     # PEFT finds the factors on the output's side by "lora_B" in their names; D is one too.
     slow, _, fast, _ = optimizer.param_groups

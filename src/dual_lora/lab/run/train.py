@@ -36,6 +36,9 @@ from dual_lora.lab.run.write import json_text, write_atomically, write_folder_at
 from dual_lora.lab.verify import fingerprint
 from dual_lora.verify.callback import VerifyAdapter
 
+# PEFT's methods that add a term to the loss which a model makes itself, and is not asked for here.
+OWN_LOSS = ("SHADOW", "CPT")
+
 
 @dataclass
 class RunResult:
@@ -132,6 +135,11 @@ def _train(
     ready = prepare(recipe)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
+    if any(is_kind(config, kind) for kind in OWN_LOSS):
+        raise UserError(
+            f"The method {recipe.method['name']} adds a loss of its own to the model's, which is not asked for one "
+            "here: train it with transformers' Trainer."
+        )
     if wants_gradients(config):
         show_gradients(loaded.model, config, ready, part.batch_size, ready.collator(loaded.model))
     model = apply_method(loaded, config, recipe.model.path, part.seed)
