@@ -1,10 +1,12 @@
 """Each planted fault gets its own verdict, and what is right gets none."""
 
 import json
+import shutil
 
 import faulty
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
@@ -51,6 +53,19 @@ def test_an_adapter_of_another_training_is_another_one(method, runs, tiny_values
     other = faulty.trained(tmp_path / "other", tiny_values, method, seed=1, train=str(tmp_path / "other.json"))
     report = verify(runs[method], adapter=str(other))
     assert report.finding.word == "another adapter", report.summary()
+
+
+@pytest.mark.parametrize("part", ["0.mlp.up_proj", "0.mlp.down_proj", "0.mlp.gate_proj"])
+def test_an_altered_adapter_is_not_taken_for_a_rounded_one(part, runs, tmp_path):
+    """Four bits would explain it, but an adapter in fp32 on the very base has not been rounded to four bits."""
+    altered = tmp_path / "altered"
+    shutil.copytree(runs["dual_lora"] / "adapter", altered)
+    tensors = load_file(altered / "adapter_model.safetensors")
+    (name,) = [name for name in tensors if f"{part}.dual_lora_B" in name]
+    tensors[name] = torch.zeros_like(tensors[name])
+    save_file(tensors, altered / "adapter_model.safetensors", {"format": "pt"})
+    for report in (verify(runs["dual_lora"], adapter=str(altered)), verify(altered)):
+        assert not report.good, report.summary()
 
 
 @pytest.fixture

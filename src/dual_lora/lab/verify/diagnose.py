@@ -106,10 +106,12 @@ def judge(
     exact: bool = False,
     kept: list[int] | None = None,
     floors: Tensor | None = None,
+    unpacked: bool = False,
 ) -> Finding:
     """Name what `found`, the candidate's log-probabilities, comes from.
 
-    exact: the candidate computes in fp32, so that less than bf16's rounding counts. kept: the tokens that were asked
+    exact: the candidate computes in fp32, so that less than bf16's rounding counts. unpacked: nothing of it can have
+    been rounded to four bits, as it is an adapter in fp32 on the very base. kept: the tokens that were asked
     for, where these are not all. floors [tokens]: what a server tells at the least; below it nothing is known, and
     every pattern is cut there.
     """
@@ -147,7 +149,7 @@ def judge(
     finding.strength, finding.strength_error = strength, error
     room = STRENGTH + ERRORS * error + abs(1 - known.rounded_strength)
 
-    coarse = _Coarse(cut, known, guesses, effect)
+    coarse = _Coarse(cut, known, guesses, effect, unpacked)
 
     def explains(left: float) -> bool:
         if left <= bound:
@@ -221,8 +223,9 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
 class _Coarse:
     """What rounding to four bits does to these tokens; computed when it is first asked for."""
 
-    def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
+    def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float, impossible: bool = False):
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
+        self.impossible = impossible
 
     @cached_property
     def _pattern(self) -> Tensor | None:
@@ -253,13 +256,17 @@ def _rest(known: Known, finding: Finding, coarse: _Coarse) -> tuple[Word, str]:
     """No fault explains it: rounding, if it is no more than four bits do and the strength is kept; else another one."""
     residual, strength = finding.left["on"], finding.strength or 0.0
     limit, room = coarse.limit, coarse.room
-    finding.left["four bits"] = limit
+    if coarse.impossible:
+        limit, room = ROUNDINGS * known.rounding, KEPT
+    else:
+        finding.left["four bits"] = limit
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room and strength >= KEPT:
-        return "rounded", f"it differs from the adapter by {size}: rounding, at most to four bits"
+        bits = "sixteen" if coarse.impossible else "four"
+        return "rounded", f"it differs from the adapter by {size}: rounding, at most to {bits} bits"
     if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
         return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"
     return "another adapter", (
         f"it differs from the adapter by {size}, and no scale, lost layers or rounding explains it: another adapter, "
-        "or another base"
+        "one that was altered, or another base"
     )

@@ -66,6 +66,13 @@ class Reference:
     saved: Fingerprint | None = None
 
     @property
+    def base_sample(self) -> str | None:
+        """The hash of the base that it was computed with."""
+        if self.tuned is not None:
+            return fingerprints.hash_of_base(self.tuned.model)
+        return self.saved.base_sample if self.saved is not None else None
+
+    @property
     def conversations(self) -> list[Probe]:
         """Those that a chat template has written."""
         return [probe for probe in self.probes if probe.messages]
@@ -180,9 +187,10 @@ def _of_itself(
     with tuned.as_variant("tuned") as model:
         found = score(model, own.probes)
     exact = own.exact and _dtype_of(tuned.model) == torch.float32
-    finding = judge(found, own.known, own.guesses, exact)
+    same_base = fingerprints.hash_of_base(tuned.model) == saved.base_sample
+    finding = judge(found, own.known, own.guesses, exact, unpacked=exact and same_base)
     notes = strength_notes(tuned)
-    if not finding.good and fingerprints.hash_of_base(tuned.model) != saved.base_sample:
+    if not finding.good and not same_base:
         finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
 
@@ -199,10 +207,11 @@ def _of_files(
         other, tokenizer = _plain(candidate)
         notes = []
     exact = own.exact and _dtype_of(other.model) == torch.float32
+    unpacked = adapter and exact and fingerprints.hash_of_base(other.model) == own.base_sample
     with other.as_variant(other.variants[-1]) as model:
         found = score(model, _in_vocabulary(own.probes, model, candidate))
     del other, model
-    finding = judge(found, own.known, own.guesses, exact)
+    finding = judge(found, own.known, own.guesses, exact, unpacked=unpacked)
     wrong = _words(own, tokenizer)
     if finding.good and wrong is not None:
         finding = replace(finding, word=wrong.word, cause=wrong.cause)
