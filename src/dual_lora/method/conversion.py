@@ -131,9 +131,9 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
 
 
 _ALIKE = (
-    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication"),
-    *("task_type", "base_model_name_or_path"),
-)
+    "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
+    "task_type", "base_model_name_or_path",
+)  # fmt: skip
 
 
 def refuse_biases(config: Any) -> None:

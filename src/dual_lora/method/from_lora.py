@@ -109,7 +109,7 @@ def convert_to_dual_lora(
 def keeps_base(config: Any) -> bool:
     """Whether the base of this LoRA is what it was before: PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and KaSA change it."""
     start = getattr(config, "init_lora_weights", True)
-    beside = isinstance(start, bool) or str(start).lower() in ("gaussian", "eva", "orthogonal")
+    beside = isinstance(start, bool) or str(start).lower() in ("gaussian", "eva", "orthogonal", "mica")
     return beside and getattr(config, "kasa_config", None) is None
 
 

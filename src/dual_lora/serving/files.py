@@ -19,7 +19,6 @@ from dual_lora.verify.patterns import check_patterns
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
-_FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # LoRA's starts that take their share out of W
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -112,6 +111,8 @@ def method_of(folder: Path) -> Any:
     """The adapter's PEFT configuration. Raises AdapterError for one that can't act on the base's checkpoint."""
     from peft import PeftConfig
 
+    from ..method.from_lora import keeps_base
+
     try:  # of our own method PEFT knows: whoever imports this module has imported the package
         try:
             config = PeftConfig.from_pretrained(str(folder))
@@ -119,8 +120,8 @@ def method_of(folder: Path) -> Any:
             raise ValueError(f"its peft_type is {error}, which this PEFT does not know") from error
         if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
             raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
-        start = getattr(config, "init_lora_weights", True)
-        if isinstance(start, str) and start.startswith(_FROM_THE_BASE):
+        if not keeps_base(config):
+            start = config.init_lora_weights
             raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
     except Exception as error:  # whatever a foreign file makes PEFT raise
         raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error

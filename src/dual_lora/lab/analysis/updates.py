@@ -76,10 +76,15 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
 
 def is_matrix(layer: Any) -> bool:
     """Whether the update is one matrix: not of experts [E, O, I], nor of projections of unequal widths stacked."""
-    weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
-    if weight is not None and hasattr(layer, "parameter_name") and weight.dim() > 2:
-        return False
-    return bool(getattr(layer.get_base_layer(), "_qkv_same_embed_dim", True))
+    inner, weight = _adapted(layer)
+    experts = hasattr(layer, "parameter_name") and weight is not None and weight.dim() > 2
+    return not experts and bool(getattr(inner, "_qkv_same_embed_dim", True))
+
+
+def _adapted(layer: Any) -> tuple[Any, Tensor | None]:
+    """The module that an adapter is on, and the parameter that it changes."""
+    inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    return inner, getattr(inner, getattr(layer, "parameter_name", "weight"), None)
 
 
 def _itself(matrix: Matrix) -> Matrix:
@@ -88,8 +93,7 @@ def _itself(matrix: Matrix) -> Matrix:
 
 def base_matrix(layer: Any) -> Matrix | None:
     """The base weight as [O, I], or None where it is no plain tensor (quantised; fp8, with its scales elsewhere)."""
-    inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight = getattr(inner, getattr(layer, "parameter_name", "weight"), None)
+    inner, weight = _adapted(layer)
     if weight is None or not weight.dtype.is_floating_point or weight.dtype.itemsize == 1 or weight.dim() < 2:
         return None
     return Dense(_matrix(inner, weight))

@@ -44,13 +44,10 @@ ROW = 64  # tokens; several rows, so that attention meets the padding mask that 
 BLOCKS = 2
 ROUNDS = 2  # at least
 EFFICIENCY = 0.4  # share of a plain product's speed that a small model's training reaches
-SHARE = (
-    0.2  # of the published products that small batches of a few thousand tokens reach: an assumption, on the low side
-)
+# Of the published products that small batches of a few thousand tokens reach: an assumption, on the low side.
+SHARE = 0.2
 PASSES = 16.0  # bytes moved a step for each adapted or trained weight: composing, gradients, the optimizer's state
-DECODE_SECONDS = (
-    0.04  # of one generated token of a batch: Python starts some thousand kernels for it. An assumption too
-)
+DECODE_SECONDS = 0.04  # of one generated token: Python starts some thousand kernels for it. An assumption too
 
 
 class Cost(NamedTuple):

@@ -18,7 +18,7 @@ class MergeResult:
     folder: str
     bytes: int
     dtype: str
-    loads: str = "AutoModelForCausalLM"
+    loads: str
 
 
 def merge(

@@ -59,16 +59,16 @@ def _batch(tuned: Any, examples: list[Any], recipe: Any) -> dict[str, Any]:
 
 
 def _decode(model: Any, batch: dict[str, Any], tokenizer: Any) -> Any:
-    return model.generate(
-        **batch,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    from dual_lora.lab.run.scoring import plain_search
+
+    with plain_search(model):
+        return model.generate(
+            **batch,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
 
 
 def _ratio(tuned: Any, use: Callable[[Any], Any]) -> float:

@@ -110,10 +110,10 @@ def judge(
 ) -> Finding:
     """Name what `found`, the candidate's log-probabilities, comes from.
 
-    exact: the candidate computes in fp32, so that less than bf16's rounding counts. unpacked: nothing of it can have
-    been rounded to four bits, as it is an adapter in fp32 on the very base. kept: the tokens that were asked
+    exact: the candidate computes in fp32, so that less than bf16's rounding counts. kept: the tokens that were asked
     for, where these are not all. floors [tokens]: what a server tells at the least; below it nothing is known, and
-    every pattern is cut there.
+    every pattern is cut there. unpacked: nothing of it can have been rounded to four bits, as it is an adapter in fp32
+    on the very base.
     """
 
     def cut(pattern: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def judge(
     finding.strength, finding.strength_error = strength, error
     room = STRENGTH + ERRORS * error + abs(1 - known.rounded_strength)
 
-    coarse = _Coarse(cut, known, guesses, effect, unpacked)
+    coarse = _Coarse(cut, known, guesses, effect)
 
     def explains(left: float) -> bool:
         if left <= bound:
@@ -183,7 +183,7 @@ def judge(
         return as_("layers dropped", f"it gives what the adapter gives without {part}")
     if scale is not None and explains(scale[1]) and abs(scale[0] - 1) > min(room, KEPT):
         return as_(*_named_scale(scale[0], known.warms_up))
-    return as_(*_rest(known, finding, coarse))
+    return as_(*_rest(known, finding, coarse, unpacked))
 
 
 def _best_scale(found: Tensor, cut: Cut, guesses: Guesses, start: float) -> tuple[float, float] | None:
@@ -223,9 +223,8 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
 class _Coarse:
     """What rounding to four bits does to these tokens; computed when it is first asked for."""
 
-    def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float, impossible: bool = False):
+    def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
-        self.impossible = impossible
 
     @cached_property
     def _pattern(self) -> Tensor | None:
@@ -252,17 +251,17 @@ class _Coarse:
         return max(KEPT, 2 * abs(1 - self._measured[1]))
 
 
-def _rest(known: Known, finding: Finding, coarse: _Coarse) -> tuple[Word, str]:
-    """No fault explains it: rounding, if it is no more than four bits do and the strength is kept; else another one."""
+def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool) -> tuple[Word, str]:
+    """No fault explains it: rounding, if it is no more than four bits do (unpacked: than sixteen) and the strength is
+    kept; else another adapter."""
     residual, strength = finding.left["on"], finding.strength or 0.0
-    limit, room = coarse.limit, coarse.room
-    if coarse.impossible:
-        limit, room = ROUNDINGS * known.rounding, KEPT
+    if unpacked:
+        bits, limit, room = "sixteen", ROUNDINGS * known.rounding, KEPT
     else:
-        finding.left["four bits"] = limit
+        bits, limit, room = "four", coarse.limit, coarse.room
+    finding.left[f"{bits} bits"] = limit
     size = f"{residual:.3f} nats a token, {residual / known.rounding:.1f} times what bf16 does"
     if residual <= limit and abs(strength - 1) <= room and strength >= KEPT:
-        bits = "sixteen" if coarse.impossible else "four"
         return "rounded", f"it differs from the adapter by {size}: rounding, at most to {bits} bits"
     if min(finding.left["off"], finding.left.get("scale", float("inf"))) <= limit and strength < KEPT:
         return "off", f"it is nearest to the base, rounded ({finding.left['off']:.3f} nats a token)"

@@ -175,10 +175,11 @@ def read(folder: Path) -> Fingerprint | None:
 
 def can_be_made(tuned: Tuned) -> bool:
     """Whether the base is what its name says: some starts of LoRA (PiSSA, LoRA-GA, …) change the base's weights."""
+    from dual_lora.method.from_lora import keeps_base
+
     if not tuned.adapted or tuned.classes:
         return False
-    start = str(getattr(tuned.model.peft_config.get("default"), "init_lora_weights", "")).lower()
-    return not start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
+    return keeps_base(tuned.model.peft_config.get("default"))
 
 
 def hash_of_base(model: Any) -> str:

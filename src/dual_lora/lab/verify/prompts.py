@@ -17,6 +17,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.run.scoring import plain_search
 from dual_lora.lab.verify.logprobs import Probe, rows_of, score
 
 ASKED = 24  # prompts that base and adapter are asked
@@ -137,10 +138,10 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
     batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)
     batch.pop("position_ids")  # generate counts positions itself
     width = batch["input_ids"].shape[1]
-    with tuned.as_variant(tuned.variants[-1]) as model, torch.inference_mode():
+    with tuned.as_variant(tuned.variants[-1]) as model, torch.inference_mode(), plain_search(model):
         out = model.generate(
             **{name: tensor.to(model.device) for name, tensor in batch.items()},
-            max_new_tokens=CONTINUED, do_sample=False, temperature=None, top_p=None, top_k=None,
+            max_new_tokens=CONTINUED, do_sample=False,
             eos_token_id=tuned.tokenizer.eos_token_id, pad_token_id=tuned.tokenizer.pad_token_id,
         )  # fmt: skip
     probes = []
