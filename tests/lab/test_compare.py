@@ -272,7 +272,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
-from dual_lora.method.registration import _add_enum_member
+from dual_lora.method.registration import add_peft_type
 
 class ShiftLayer(torch.nn.Module, BaseTunerLayer):
     adapter_layer_names = ("shift_bias",)
@@ -289,7 +289,7 @@ class ShiftModel(BaseTuner):
     def _create_and_replace(self, config, name, target, target_name, parent, **_):
         self._replace_module(parent, target_name, ShiftLayer(target, name), target)
 
-_add_enum_member(PeftType, "SHIFT")
+add_peft_type("SHIFT")
 
 @dataclass
 class ShiftConfig(PeftConfig):

@@ -14,7 +14,8 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss, summary
+from dual_lora.lab.run.figures import summary
+from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss
 from dual_lora.lab.run.train import run
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.scoring import summary
+from dual_lora.lab.run.figures import summary
 from dual_lora.lab.study import metrics
 
 

@@ -243,7 +243,7 @@ def costs(device: torch.device, size: int, tokens: int) -> dict[str, float]:
 
 def _seconds(run: Callable[[], object]) -> float:
     """Median time on the card."""
-    times = []
+    times: list[float] = []
     for _ in range(ROUNDS):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()

@@ -29,7 +29,7 @@ def register() -> None:
                 )
             return
     else:
-        _add_enum_member(PeftType, member)
+        add_peft_type(member)
 
     from . import hotswap
     from .config import DualLoraConfig
@@ -39,8 +39,11 @@ def register() -> None:
     hotswap.install()
 
 
-def _add_enum_member(enum: Any, name: str) -> None:
-    """Add a member to a (str, Enum) class after its definition; works on Python 3.11 to 3.13."""
+def add_peft_type(name: str) -> None:
+    """Add a name to PEFT's enum of methods, which `register_peft_method` asks for. Works on Python 3.11 to 3.13."""
+    from peft.utils import PeftType
+
+    enum: Any = PeftType
     value: Any = str.__new__(enum, name)
     value._name_, value._value_ = name, name
     value.__objclass__ = enum

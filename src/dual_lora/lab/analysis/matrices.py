@@ -83,7 +83,7 @@ class Saved(Matrix):
         self.shape, self.device = (I, O) if transposed else (O, I), device
 
     def rows(self, start: int, stop: int) -> Tensor:
-        part = self._slice[:, start:stop].t() if self._transposed else self._slice[start:stop]
+        part: Tensor = self._slice[:, start:stop].t() if self._transposed else self._slice[start:stop]
         return part.to(self.device).float()
 
 

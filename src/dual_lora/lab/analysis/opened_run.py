@@ -48,7 +48,7 @@ class OpenedRun:
     @property
     def is_full(self) -> bool:
         """Whether the run trained all weights."""
-        return self.recipe.method["name"] == "full"
+        return bool(self.recipe.method["name"] == "full")
 
     @cached_property
     def step_batches(self) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ def singular_values(matrix: Matrix) -> Tensor:
         for low, high in row_spans(matrix):
             if low <= start:  # of the symmetric matrix the lower half, which is all that eigvalsh reads
                 gram[start:stop, low:high] = block @ matrix.rows(low, high).double().t()
-    return torch.linalg.eigvalsh(gram).clamp_(min=0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares.clamp_(min=0).sqrt().flip(0)
 
 
 def ranks(matrix: Matrix) -> dict[str, float]:

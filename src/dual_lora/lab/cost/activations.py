@@ -39,7 +39,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, standing: Iterable[Tensor], on: str = "cpu"):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.on = on
         self.kind = ACTIVATIONS
         self.segment = "forward"

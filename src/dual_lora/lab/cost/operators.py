@@ -64,13 +64,13 @@ def _sizes(x: Any, factors: Any) -> tuple[int, int, int, int]:
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any) -> int:
     B, heads, T, width = query.shape
-    return 2 * B * heads * T * key.shape[2] * (width + value.shape[-1])
+    return int(2 * B * heads * T * key.shape[2] * (width + value.shape[-1]))
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any) -> int:
     """Scores again, and the gradients of scores, query, key and value."""
     B, heads, T, width = query.shape
-    return 2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1])
+    return int(2 * B * heads * T * key.shape[2] * (3 * width + 2 * value.shape[-1]))
 
 
 _OURS: dict[Any, Callable[..., int]] = {
@@ -99,7 +99,7 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
         return forward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on) * _copies(weight, on)
     if name == "dual_lora::linear_backward":
         x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[7], args[9]
-        scaled = sum(f.numel() for f in factors) * 4 * need_factors
+        scaled: int = sum(f.numel() for f in factors) * 4 * need_factors
         inside = backward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on, need_x, need_factors)
         return inside * _copies(weight, on) + scaled
     return 0

@@ -289,10 +289,11 @@ def _packable(model: Any) -> Iterable[Tensor]:
             yield module.weight
 
 
-def _base_parameters(model: Any) -> Iterable[Tensor]:
-    if not hasattr(model, "peft_config"):
+def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
+    configs: Any = getattr(model, "peft_config", None)
+    if configs is None:
         return model.parameters()
-    prefix = next(iter(model.peft_config.values())).peft_type.value.lower() + "_"
+    prefix = next(iter(configs.values())).peft_type.value.lower() + "_"
     added = (prefix, ".modules_to_save.", ".trainable_tokens_")
     return [p for n, p in model.named_parameters() if not any(part in n for part in added)]
 

@@ -65,8 +65,10 @@ class Prompter:
         if kind == "chat":
             more = {"tools": list(tools)} if tools else {}
             try:
-                return self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True, **more
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=True, **more
+                    )
                 )
             except Exception as error:  # a template is a program of the model's makers, which raises what it likes
                 raise UserError(
@@ -80,7 +82,7 @@ class Prompter:
     def prompt_ids(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> list[int]:
         """The prompt as token ids; a template writes its special tokens itself."""
         text = self.prompt_text(messages, tools)
-        ids = self.tokenizer(text, add_special_tokens=self.kind != "chat").input_ids
+        ids: list[int] = self.tokenizer(text, add_special_tokens=self.kind != "chat").input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and self.kind != "chat":
             ids = ids[:-1]
         return ids

@@ -176,7 +176,7 @@ def _defaults(name: str) -> dict[str, Any]:
             found[field.name] = field.default
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
-    return json.loads(json.dumps(found, default=str))
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def _json(file: Path) -> dict[str, Any]:

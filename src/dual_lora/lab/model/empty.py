@@ -43,7 +43,8 @@ def load_config(path: str, **more: Any) -> PreTrainedConfig:
             if known_name(path) and not here.exists():
                 return published_config(path, **more)
             location = Location(str(here)) if here.name == "config.json" else locate(path)
-            return AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
+            return config
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise

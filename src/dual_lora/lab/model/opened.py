@@ -221,4 +221,4 @@ def _labels_in(adapter: Path) -> int:
         heads = [k for k in file.keys() if k.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]  # noqa: SIM118
         if len(heads) != 1:
             raise UserError(f"The adapter {adapter} holds no classification head.")
-        return file.get_slice(heads[0]).get_shape()[0]
+        return int(file.get_slice(heads[0]).get_shape()[0])

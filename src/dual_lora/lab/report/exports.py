@@ -48,9 +48,10 @@ def written(table: Table, kind: str) -> str:
             text = "".join(other.get(part, before + part) if i % 2 else part for i, part in enumerate(parts))
         return text
 
+    opens, between, closes = form["line"]
+
     def line(cells: list[str]) -> str:
-        opens, between, closes = form["line"]
-        return opens + between.join(cells) + closes
+        return f"{opens}{between.join(cells)}{closes}"
 
     parts = {
         "HEAD": line([safe(c.label) for c in table.columns]),

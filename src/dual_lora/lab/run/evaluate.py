@@ -19,7 +19,8 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.failures import NotFinite
-from dual_lora.lab.run.scoring import Asked, Rows, figures, loss_rows
+from dual_lora.lab.run.figures import figures
+from dual_lora.lab.run.scoring import Asked, Rows, loss_rows
 from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
 FORGETTING = "forgetting"

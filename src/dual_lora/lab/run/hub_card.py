@@ -120,7 +120,7 @@ def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
     if not file.is_file():
         return None
     try:
-        card = ModelCard.load(file, ignore_metadata_errors=True)
+        card: ModelCard = ModelCard.load(file, ignore_metadata_errors=True)
     except Exception as error:
         raise UserError(f"{file}, the card, could not be read ({error}): remove it, and it is written anew.") from None
     if not fresh and BEGIN not in card.text and "[More Information Needed]" not in card.text:

@@ -91,7 +91,7 @@ def orthogonality(model: Any) -> torch.Tensor | float:
     factors = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (".lora_A." in n or ".lora_B." in n)]
     grams = [p @ p.T if ".lora_A." in n else p.T @ p for n, p in factors]
     norms = [torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
-    return config.orth_reg_weight * torch.stack(norms).mean()  # type: ignore[union-attr]
+    return float(config.orth_reg_weight) * torch.stack(norms).mean()  # type: ignore[union-attr]
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, model: Any, rates: dict[Pattern, float]) -> None:

@@ -155,7 +155,9 @@ def meteor(texts: Sequence[Words], references: Sequence[Sequence[Words]], wordne
     """Mean METEOR (Banerjee and Lavie 2005, nltk's parameters), 0..1: words, stems and WordNet's synonyms."""
     from nltk.translate.meteor_score import meteor_score
 
-    scores = [meteor_score(own, text, wordnet=wordnet) for text, own in zip(texts, references, strict=True)]
+    scores: list[float] = [
+        meteor_score(own, text, wordnet=wordnet) for text, own in zip(texts, references, strict=True)
+    ]
     return sum(scores) / len(scores)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +148,7 @@ def _logits_after(
 
     batch = _to(model, left_padded(prompts, pad))
     alone = read(batch, 1, use_cache=True)
-    first = alone.logits[owners, -1:]
+    first: torch.Tensor = alone.logits[owners, -1:]
     if longest == 0:
         return first
     name = "cache" if "cache" in accepts else "past_key_values"
@@ -157,7 +156,8 @@ def _logits_after(
     layers = getattr(cache, "layers", None)
     if not layers or any(type(layer).__name__ not in _ROW_BY_ROW for layer in layers):
         whole = [prompts[i] + tokens for i, tokens in zip(owners.tolist(), padded.tolist(), strict=True)]
-        return read(_to(model, left_padded(whole, pad)), longest + 1).logits[:, -longest - 1 :]
+        logits: torch.Tensor = read(_to(model, left_padded(whole, pad)), longest + 1).logits
+        return logits[:, -longest - 1 :]
     cache.batch_select_indices(owners)
     follow = {
         "input_ids": padded,
@@ -264,57 +264,6 @@ def search_of(spec: EvaluatePart) -> dict[str, Any]:
     """The search for an answer in the terms of ``generate``; empty for a greedy one."""
     given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
     return given | ({"no_repeat_ngram_size": spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
-
-
-def figures(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
-    """The figures of a task over its rows; of several test sets (`Example.part`) each, and their mean first."""
-    parts = list(dict.fromkeys(example.part for example in examples))
-    if len(parts) < 2 or len(rows) != len(examples):
-        return summary(task, rows, examples)
-    each = {}
-    for part in parts:
-        own = [i for i, example in enumerate(examples) if example.part == part]
-        each[part] = summary(task, [rows[i] for i in own], [examples[i] for i in own])
-    names = list(each[parts[0]])
-    means = {name: sum(own[name] for own in each.values()) / len(parts) for name in names}
-    return means | {f"{name}/{part}": own[name] for part, own in each.items() for name in names}
-
-
-def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
-    """The figures of a task over its rows, all taken together."""
-    if task == "loss":
-        nats, tokens = sum(r["nats"] for r in rows), sum(r["tokens"] for r in rows)
-        loss = nats / tokens
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-    if task == "nlg":
-        from dual_lora.lab.run.nlg import nlg_figures
-
-        return nlg_figures([r["predicted"] for r in rows], [r["references"] for r in rows])
-    if task == "bleu":
-        try:
-            from sacrebleu import corpus_bleu
-        except ImportError:
-            raise UserError("The task bleu needs sacrebleu: `pip install sacrebleu`.") from None
-        most = max(len(r["references"]) for r in rows)
-        columns: Any = [[r["references"][k] if k < len(r["references"]) else None for r in rows] for k in range(most)]
-        return {"bleu": corpus_bleu([r["predicted"] for r in rows], columns).score}
-    if task == "regression":
-        from scipy.stats import pearsonr, spearmanr
-
-        values = [r["predicted"] for r in rows], [float(e.label) for e in examples]
-        return {"pearson": float(pearsonr(*values).statistic), "spearman": float(spearmanr(*values).statistic)}
-    accuracy = sum(r["correct"] for r in rows) / len(rows)
-    if task != "classification":
-        return {task: accuracy}
-    from sklearn.metrics import f1_score, matthews_corrcoef
-
-    truth, guess = [e.label for e in examples], [r["predicted"] for r in rows]
-    return {
-        "accuracy": accuracy,
-        "f1": float(f1_score(truth, guess, average="macro", zero_division=0)),
-        "matthews": float(matthews_corrcoef(truth, guess)),
-        "loss": sum(r["nats"] for r in rows) / len(rows),
-    }
 
 
 def _same(found: str, expected: str, compare: str) -> bool:

@@ -291,7 +291,8 @@ def _plain(config: Any) -> dict[str, Any]:
     """The method's configuration, every default included, in plain values."""
     if config is None:
         return {"name": "full"}
-    return json.loads(json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
+    plain = json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return dict(json.loads(plain))
 
 
 def _finished(folder: RunFolder) -> RunResult | None:

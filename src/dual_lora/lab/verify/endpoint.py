@@ -189,7 +189,7 @@ class Endpoint:
 
     def _read(self, request: urllib.request.Request) -> bytes:
         with self._open(request, timeout=self.timeout) as reply:
-            return reply.read(LARGEST + 1)
+            return bytes(reply.read(LARGEST + 1))
 
     def _said(self, path: str, error: urllib.error.HTTPError) -> str:
         if 300 <= error.code < 400:

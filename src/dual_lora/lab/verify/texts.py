@@ -117,7 +117,7 @@ def _is_number(text: str) -> bool:
 def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
     if not tokenizer.chat_template:
         return None
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
 
 
 def _short(text: str | None) -> str:
