@@ -79,7 +79,7 @@ def hosted(file: File, repository: str) -> str:
     return (
         f"[Open in Colab](https://colab.research.google.com/github/{repository}/blob/main/{name}), and run first:\n\n"
         f"```text\n!git clone --depth 1 https://github.com/{repository} dual-lora\n"
-        f"%cd dual-lora/{os.path.dirname(name)}\n%pip install ../..\n```"
+        f"%cd dual-lora/{os.path.dirname(name)}\n%pip install '../..[lab]'\n```"
     )
 
 

@@ -309,10 +309,12 @@ def test_the_site_is_built_without_a_network(tmp_path):
         assert f'href="{notebook}"' in (tmp_path / "site" / "tutorials" / name / "index.html").read_text()
 
 
-def test_the_quick_start_prints_what_its_notebook_shows():
+@pytest.mark.parametrize("name", ["quickstart", "results"])
+def test_a_notebook_shows_what_its_cells_give(name):
     import notebooks
 
-    book = json.loads(notebooks.QUICKSTART.read_text(encoding="utf-8"))
+    (file,) = [file for file in notebooks.NOTEBOOKS if file.stem == name]
+    book = json.loads(file.read_text(encoding="utf-8"))
     assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"]), "what its format demands"
     assert sum(bool(cell.get("outputs")) for cell in book["cells"]) >= 6
     assert notebooks.executed(book) == book, "run `python -m scripts.notebooks`"
