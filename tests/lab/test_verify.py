@@ -138,7 +138,7 @@ def test_wrong_calls_are_one_sentence(runs, tiny_lm, tmp_path, reviews):
     run = str(runs["lora"])
     for options, said in [
         ({"against": run, "adapter": run}, "name several candidates"),
-        ({"against": str(tmp_path / "no/such")}, "There is no model folder"),
+        ({"against": str(tmp_path / "no/such")}, "There is no folder"),
         ({"against": run + "/adapter"}, "is an adapter: give it by --adapter"),
         ({"adapter": str(tiny_lm)}, "holds no adapter"),
         ({"prompts": str(tmp_path / "none.txt")}, "There is no file of prompts"),

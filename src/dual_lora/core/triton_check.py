@@ -152,15 +152,15 @@ def error(launch: Launch) -> float:
     if launch.kernel == "compose":
         weight, result = launch.tensors
         assert result is not None
-        W = None if weight is None else _placed(integers(*lead, O, I, most=100) / 64, weight)
+        W = None if weight is None else _laid_out(integers(*lead, O, I, most=100) / 64, weight)
         got = [triton_compose.compose(W, adapters, result.dtype).double()]
         deltas = [delta_weight(Factors(*(f.double() for f in a.factors)), a.scale.double(), a.form) for a in adapters]
         truth = [sum(deltas, torch.zeros_like(got[0]) if W is None else W.double())]
     else:
         dy_layout, x_layout = launch.tensors
         assert x_layout is not None
-        dy = None if dy_layout is None else _placed(integers(T, O), dy_layout)
-        x = _placed(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
+        dy = None if dy_layout is None else _laid_out(integers(T, O), dy_layout)
+        x = _laid_out(integers(*lead, O, I, most=60) if dy is None else integers(T, I), x_layout)
         found = triton_gradient.factor_gradients(
             dy, x, adapters, loss_scale, deterministic=launch.deterministic, tile=tile
         )
@@ -184,10 +184,10 @@ def _relative(got: Tensor, truth: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _placed(values: Tensor, place: Layout) -> Tensor:
+def _laid_out(values: Tensor, layout: Layout) -> Tensor:
     """These values in a tensor of that dtype and alignment, and of strides of those kinds."""
     *lead, rows, cols = values.shape
-    kinds = place.strides[-2:]
+    kinds = layout.strides[-2:]
 
     def at_least(n: int, k: int) -> int:
         return -(-n // 16) * 16 if k == 16 else n | 1 if n > 1 else 3
@@ -201,7 +201,7 @@ def _placed(values: Tensor, place: Layout) -> Tensor:
         strides = at_least(across * cols, kinds[0]), across
     each = -(-(strides[0] * rows + strides[1] * cols) // 16) * 16
     count = lead[0] if lead else 1
-    start = 0 if place.aligned else 1
-    memory = torch.zeros(start + each * count, dtype=place.dtype, device=values.device)
+    start = 0 if layout.aligned else 1
+    memory = torch.zeros(start + each * count, dtype=layout.dtype, device=values.device)
     whole = memory[start:].as_strided(values.shape, (*([each] if lead else []), *strides))
     return whole.copy_(values)

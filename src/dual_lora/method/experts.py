@@ -109,10 +109,10 @@ class ParamWrapper(DualLoraLayer):
             )
         if is_exporting() and _loops_over_experts(self.get_base_layer()):
             raise NotImplementedError(
-                f"{type(self.get_base_layer()).__name__} loops over the experts that the router chose, and an exported "
-                "graph holds no such loop, with or without an adapter. Call "
-                "`model.set_experts_implementation('batched_mm')` before exporting; torch.export also takes "
-                "'grouped_mm', which ONNX does not know."
+                f"{type(self.get_base_layer()).__name__} loops over the experts that the router chose. Such a loop "
+                "cannot be exported, with or without an adapter. Call "
+                "`model.set_experts_implementation('batched_mm')` first. torch.export takes 'grouped_mm' as well, ONNX "
+                "does not."
             )
         names = self._at_work()
         if not names:

@@ -23,14 +23,14 @@ def replaced(module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
     came while another is inside would find its value, and put that back as if it were the parameter.
     """
     with _alone(module):
-        places = [_place(module, name, value) for name, value in values.items()]
-        before = [home.get(key, _ABSENT) for home, key, _ in places]
-        for home, key, value in places:
+        slots = [_slot(module, name, value) for name, value in values.items()]
+        before = [home.get(key, _ABSENT) for home, key, _ in slots]
+        for home, key, value in slots:
             home[key] = value
         try:
             yield
         finally:
-            for (home, key, _), old in zip(places, before, strict=True):
+            for (home, key, _), old in zip(slots, before, strict=True):
                 if old is _ABSENT:
                     del home[key]
                 else:
@@ -48,7 +48,7 @@ def _alone(module: nn.Module) -> AbstractContextManager[Any]:
         return _locks.setdefault(module, threading.RLock())
 
 
-def _place(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
+def _slot(module: nn.Module, name: str, value: Any) -> tuple[dict[str, Any], str, Any]:
     """The dictionary in which Python finds `module.<name>`, the key there and what to put under it."""
     parametrizations = getattr(module, "parametrizations", {})
     if name in parametrizations:  # a property that calls this module

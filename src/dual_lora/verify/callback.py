@@ -143,7 +143,7 @@ def saved_apart(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.save_pretrained(folder, selected_adapters=[name])
-        place = folder if name == "default" else str(Path(folder) / name)
+        saved = folder if name == "default" else str(Path(folder) / name)
         expected, noise = _logits(model, batch), 0.0
         if expected is None:
             return None
@@ -152,7 +152,7 @@ def saved_apart(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -
         try:
             for parameter, _ in kept:
                 parameter.fill_(FILLED)
-            set_peft_model_state_dict(model, load_peft_weights(place, device="cpu"), adapter_name=name)
+            set_peft_model_state_dict(model, load_peft_weights(saved, device="cpu"), adapter_name=name)
             apart = float((_logits(model, batch) - expected).abs().max())
         finally:
             for parameter, value in kept:

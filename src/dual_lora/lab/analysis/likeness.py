@@ -44,8 +44,8 @@ def entry_likeness(update: Matrix, target: Matrix) -> dict[str, float]:
         signs = torch.sign(a) * torch.sign(b)
         for share, limit in limits.items():
             chosen = signs[(b.abs() >= limit) & (b != 0)]
-            for place, sign in enumerate((1, -1, 0)):
-                counts[share][place] += float((chosen == sign).sum())
+            for row, sign in enumerate((1, -1, 0)):
+                counts[share][row] += float((chosen == sign).sum())
     result = {
         "cosine": _ratio(dots, math.sqrt(own * other)),
         "cosine_chance": 1 / math.sqrt(update.shape[0] * update.shape[1]),

@@ -90,7 +90,7 @@ def export_gguf_lora(
     needs the base's GGUF file as well, which is not known here: none is written.
     """
     target = _free_file(out)
-    command = _beside(find_converter(converter), LORA_SCRIPT)
+    command = _sibling(find_converter(converter), LORA_SCRIPT)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
         lora, written = Path(part) / target.stem, Path(part) / target.name
         tuned = open_tuned(source, base, dtype)
@@ -177,7 +177,7 @@ def find_quantiser(converter: list[str]) -> str:
     return found
 
 
-def _beside(converter: list[str], script: str) -> list[str]:
+def _sibling(converter: list[str], script: str) -> list[str]:
     """The command of another script in the converter's folder."""
     path = Path(converter[-1]).resolve().parent / script
     if not path.is_file():
@@ -270,6 +270,6 @@ def _check(tokenizer: Any, around: dict[str, tuple[str, str]], default: str, sta
         own = "".join(content.join(around[role]) for role, content in whole) + start
         if own != _render(tokenizer, chat, start=True):
             raise UserError(
-                "The chat template does more than to write a fixed text around each message, which is all that a "
-                "Modelfile can be given here: write its TEMPLATE by hand."
+                "The chat template cannot be written into the Modelfile: it does more than put a fixed text around "
+                "each message. Write the Modelfile's TEMPLATE by hand."
             )

@@ -56,7 +56,7 @@ def locate(path: str) -> Location:
             f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file."
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"There is no model folder {path}.")
+        raise UserError(f"There is no folder {path}.")
     return Location(path)
 
 
@@ -70,7 +70,7 @@ def _in_package(name: str) -> Location:
             "(its other dependencies are not needed)."
         ) from None
     locations = [f.locate() for f in files if f.suffix == ".gguf"]
-    locations += [f.locate() for f in files if f.name == "config.json" and _beside_weights(f, files)]
+    locations += [f.locate() for f in files if f.name == "config.json" and _has_weights(f, files)]
     if len(locations) != 1:
         raise UserError(
             f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
@@ -78,7 +78,7 @@ def _in_package(name: str) -> Location:
     return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
 
 
-def _beside_weights(config: Any, files: Any) -> bool:
+def _has_weights(config: Any, files: Any) -> bool:
     return any(f.parent == config.parent and f.suffix == ".safetensors" for f in files)
 
 

@@ -142,10 +142,10 @@ def _without_paths(value: Any) -> Any:
 
 def _check(folder: Path, run: Path) -> None:
     """The last look at every text but the vocabulary, in which anything may stand."""
-    places = [f"{place}/" for place in (Path.home(), run.resolve().parent) if len(place.parts) > 1]
+    folders = [f"{folder}/" for folder in (Path.home(), run.resolve().parent) if len(folder.parts) > 1]
     for file in folder.iterdir():
         if file.suffix not in {".json", ".md"} or file.name in VOCABULARY:
             continue
         text = file.read_text(encoding="utf-8")
-        if REMOVED in text or any(place in text for place in places):
+        if REMOVED in text or any(folder in text for folder in folders):
             raise UserError(f"{file.name} would carry a path of this machine or a token: mend the run's recipe.")

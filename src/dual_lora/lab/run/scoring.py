@@ -116,8 +116,8 @@ def _log_likelihoods(
         sums.append([])
         for answer in own:
             index = torch.tensor(answer, device=logs.device)
-            places = torch.arange(len(answer), device=logs.device)
-            sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], places, index].sum()))
+            steps = torch.arange(len(answer), device=logs.device)
+            sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], steps, index].sum()))
     return sums
 
 

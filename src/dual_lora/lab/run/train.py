@@ -84,7 +84,7 @@ def run(
     as if the run had never stopped. A finished run is left as it is. overwrite: remove the run that is in ``out``.
     callbacks: further callbacks of transformers' Trainer, after ours (the recipe does not record them).
     report_to: wandb, mlflow, tensorboard, trackio. names: of task and run in such reports; the recipe's unless told.
-    passing: nobody keeps the adapter, so none of its answers are noted for `verify`.
+    passing: the adapter is not kept afterwards, so nothing is noted for `verify`.
     Raises UserError for everything that a person can put right; the last checkpoint stays in any case.
     """
     folder = RunFolder(Path(out))

@@ -149,7 +149,7 @@ def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) 
 
 
 def code_versions(methods: Sequence[dict[str, Any]]) -> list[str]:
-    """Places whose final runs were done by different versions of the code, or do not all say by which."""
+    """Scenarios whose final runs were done by different versions of the code, or do not all say by which."""
     said = []
     for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
         seeds = [seed for m in methods if (m["model"], m["task"]) == scenario for seed in m["seeds"]]

@@ -86,7 +86,7 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
     for scenario in dict.fromkeys(f.cell.scenario for f in finished if f.complete):
         here = [f for f in finished if f.complete and f.cell.scenario == scenario]
         metric = here[0].cell.metric
-        came: dict[tuple[str, str, str], dict[int, Any]] = {}  # what every item adds, by the seed's place
+        came: dict[tuple[str, str, str], dict[int, Any]] = {}  # what every item adds, by the seed
         for f in here:
             done = [i for i, (_, end) in enumerate(f.finals) if end and end.status == "done"]
             came[f.cell.at] = {i: read_scores(runs, f.finals[i][0].key) for i in done if not f.diverged_in_search}
