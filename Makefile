@@ -92,9 +92,11 @@ test-oldest:         ## core and method with the oldest supported versions, in a
 	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets pytest pytest-timeout
 	$(VENV)-oldest/bin/python -m pytest tests/core tests/method tests/verify -m "not slow and not model" -p no:cacheprovider
 
+# -L: mistakes that tests make on purpose, and a name in the history.
 lint: $(VENV)/.ready ## style, spelling, and words that this project has better ones for (scripts/vocabulary.txt)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt src docs/*/ README.md CONTRIBUTING.md
+	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt src docs benchmarks conformance examples README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md THIRD_PARTY.md
+	$(PY) -m codespell_lib -D - -D scripts/vocabulary.txt -L acuracy,leaner,metods,nmae,proces,trian,unmached tests LOG.md
 
 format: $(VENV)/.ready ## style, mended
 	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
