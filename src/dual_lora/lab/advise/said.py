@@ -15,11 +15,14 @@ from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
 from dual_lora.lab.study import notes
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.read import build_study
+from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE
 from dual_lora.lab.study.study import Study
 from dual_lora.lab.study.verdicts import Verdict
 
 Values = dict[str, Any]
+Pairs = dict[str, ComparisonRow]  # by candidate
+Methods = dict[str, MethodRow]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Advice:
         return dataclasses.asdict(self) | {"why": str(self.why)}
 
 
-def advice_of(results: Values, whole: Study, work: Work, source: object, minutes: float, out: Path) -> Advice:
+def advice_of(results: Results, whole: Study, work: Work, source: object, minutes: float, out: Path) -> Advice:
     """From a finished study's results. whole: the same study at the recipe's own length."""
     study = build_study(results["study"])
     methods = {m["method"]: m for m in results["methods"]}
@@ -78,27 +81,28 @@ def advice_of(results: Values, whole: Study, work: Work, source: object, minutes
     )
 
 
-def _failed(method: Values, untrained: list[Values]) -> bool:
+def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> bool:
     lost = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
     return lost or bool(notes.why_unlearned(method, untrained))
 
 
-def _rival(c: Values, methods: Values, failed: set[str]) -> Rival:
+def _rival(c: ComparisonRow, methods: Methods, failed: set[str]) -> Rival:
     name = c["candidate"]
+    assert c["margin"] is not None, "a study of advise has one"
     return Rival(
         name, Verdict(c["verdict"]), c["difference"], c["high"], c["margin"], _times(methods[name], methods[LORA]),
         name in failed,
     )  # fmt: skip
 
 
-def _times(method: Values, lora: Values) -> float | None:
+def _times(method: MethodRow, lora: MethodRow) -> float | None:
     """A step's time as a multiple of LoRA's."""
     own, theirs = (m["cost"]["steps_per_second"] for m in (method, lora))
     return theirs / own if own and theirs else None
 
 
 def _needed(
-    found: Recommendation, rivals: list[Rival], judged: Values, study: Study, work: Work
+    found: Recommendation, rivals: list[Rival], judged: Pairs, study: Study, work: Work
 ) -> tuple[int | None, int | None]:
     """Minutes that would show a difference of the margin, or, where no number of seeds would, test records."""
     if found.why is not Why.OPEN:
@@ -123,7 +127,7 @@ def _needed(
     return 5 * math.ceil(work.seconds(longer) / 300 + 0.1), None
 
 
-def _figure(c: Values, alike: bool = False) -> str:
+def _figure(c: ComparisonRow, alike: bool = False) -> str:
     """The difference with an interval: that of the test of equivalence, or the plain one."""
     if c["difference"] is None:
         return ""
@@ -137,14 +141,14 @@ def _step(rival: Rival) -> str:
     return "" if rival.time is None else f"a step of {rival.name} takes {rival.time:.2f} times LoRA's time"
 
 
-def _about(rival: Rival, c: Values) -> str:
+def _about(rival: Rival, c: ComparisonRow) -> str:
     """One method against LoRA: the verdict, the figure, the time."""
     figure = _figure(c, rival.verdict is Verdict.EQUIVALENT)
     more = "; ".join(part for part in (figure, _step(rival)) if part)
     return f"{rival.name} against LoRA: {rival.verdict}{f' ({more})' if more else ''}."
 
 
-def _answer(found: Recommendation, rival: Rival, c: Values, margin: float, open_: str) -> str:
+def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, margin: float, open_: str) -> str:
     """The answer in a sentence. rival, c: the method that it is about; open_: what a study that left it open says."""
     step = f", and {_step(rival)}" if rival.time is not None else ""
     if found.why is Why.BETTER:
@@ -164,7 +168,7 @@ def _answer(found: Recommendation, rival: Rival, c: Values, margin: float, open_
     return f"Not known: {open_} Until then use LoRA, which {step}."
 
 
-def _no_gain(rival: Rival, c: Values, margin: float) -> str:
+def _no_gain(rival: Rival, c: ComparisonRow, margin: float) -> str:
     if rival.failed:
         return f"{rival.name} did not learn the task"
     if rival.verdict is Verdict.EQUIVALENT:
@@ -183,7 +187,7 @@ def _tie(rival: Rival) -> str:
     return " A tie goes to LoRA, which every library and server takes."
 
 
-def _open(pairs: list[Values], minutes: float, margin: float, needed: int | None, records: int | None) -> str:
+def _open(pairs: list[ComparisonRow], minutes: float, margin: float, needed: int | None, records: int | None) -> str:
     """What a study that left the answer open could have seen, and what would settle it."""
     seen = max((c["visible"] for c in pairs if c["visible"] is not None), default=None)
     could = "nothing" if seen is None else f"a difference of {seen:.2g}"
@@ -196,21 +200,22 @@ def _open(pairs: list[Values], minutes: float, margin: float, needed: int | None
     return f"with {minutes:g} minutes {could} could have been seen, and what matters begins at {margin:g}. {out}"
 
 
-def _row(m: Values, c: Values | None, lora: Values) -> Values:
+def _row(m: MethodRow, c: ComparisonRow | None, lora: MethodRow) -> Values:
     pace = m["cost"]["steps_per_second"]
     own = ("method", "score", "score_deviation", "rank", "trainable_parameters", "settings")
     from_pair = ("difference", "low", "high", "confidence", "verdict", "visible")
+    mine, pair = dict(m), dict(c) if c else {}
     return (
-        {name: m[name] for name in own}
-        | {name: c[name] if c else None for name in from_pair}
+        {name: mine[name] for name in own}
+        | {name: pair.get(name) for name in from_pair}
         | {"metric": m["metric"], "step_seconds": 1 / pace if pace else None, "times_lora": _times(m, lora)}
         | {"peak_memory": m["cost"]["peak_memory"]}
     )
 
 
-def _how(study: Study, whole: Study, work: Work, methods: Values, metric: str, margin: float) -> list[str]:
+def _how(study: Study, whole: Study, work: Work, methods: Methods, metric: str, margin: float) -> list[str]:
     length, full = length_of(study), length_of(whole).steps
-    sizes = sorted({m["trainable_parameters"] for m in methods.values()})
+    sizes = sorted({m["trainable_parameters"] or 0 for m in methods.values()})
     short = (
         f"Runs have {length.steps} of the recipe's {full} steps: of a longer training this says less."
         if length.steps < full

@@ -24,6 +24,7 @@ from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import results as results_of_studies
 from dual_lora.lab.study.conclude import conclude
 from dual_lora.lab.study.job import task_name
+from dual_lora.lab.study.rows import MethodRow, Results
 from dual_lora.lab.study.study import Study
 
 TUNED = (
@@ -48,7 +49,7 @@ def judge(
     margin: float | None = None,
     level: float = 0.05,
     out: str | Path | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Read the scores, judge them, and return what a study's results.json holds; written into `out` if given.
 
     reference: the method that all others are compared with, the first one if left out. metric: needed where the source
@@ -74,7 +75,8 @@ def judge(
                 "another with --reference, or leave that task out."
             )
     study = _study(path, paired, methods, against, level)
-    rows, pairs = [], []
+    rows: list[MethodRow] = []
+    pairs: list[verdicts.Comparison] = []
     for scenario, own in paired.items():
         name = chosen[scenario]
         rows += [
@@ -84,7 +86,7 @@ def judge(
         pairs += _pairs(scenario, own, against, name, direction[scenario], margin, level)
     said = conclude(study, pairs, rows, [])
     whole = any(runs.items == [WHOLE] for own in paired.values() for runs in own.values())
-    results: dict[str, Any] = {
+    results: Results = {
         "format": results_of_studies.RESULTS_FORMAT,
         "study": study.model_dump(mode="json"),
         "complete": True,
@@ -198,7 +200,7 @@ def _pairs(
 
 def _method(
     scenario: Scenario, method: str, runs: Runs, metric: str, better: str, cost: dict[str, Any] | None
-) -> dict[str, Any]:
+) -> MethodRow:
     """As `results` has it, with nothing for what is not known."""
     model, task = scenario
     means = runs.table.mean(1)
@@ -220,8 +222,14 @@ def _method(
         "settings": None,
         "trials": [],
         "seeds": [
-            {"seed": seed, "key": f"{method} {seed}", "status": "done", "score": float(mean)}
-            | {"seconds": None, "figures": None}
+            {
+                "seed": seed,
+                "key": f"{method} {seed}",
+                "status": "done",
+                "score": float(mean),
+                "seconds": None,
+                "figures": None,
+            }
             for seed, mean in zip(runs.seeds, means, strict=True)
         ],
         "score": float(means.mean()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
 from dual_lora.lab.study.notes import amended, at_a_time, numbers_at_a_time
+from dual_lora.lab.study.rows import ComparisonRow, MethodRow, ParetoRow, Results, UntrainedRow
 
 VERDICTS = "candidate reference scenario metric verdict difference low high p_holm visible"
 SCORES = (
@@ -23,7 +25,7 @@ COST = (
 )
 
 
-def study_sections(file: Path, results: dict[str, Any], name: str, alone: bool) -> list[Section]:
+def study_sections(file: Path, results: Results, name: str, alone: bool) -> list[Section]:
     """Verdicts and details of one study. alone: no other is on the page; else the details are folded."""
     source = source_of(file, results.get("provenance", {}))
     return [
@@ -37,12 +39,12 @@ def verdict_title(name: str) -> str:
     return f"Verdicts: {name}"
 
 
-def scenario(row: Row) -> str:
+def scenario(row: Mapping[str, Any]) -> str:
     """Task, and the model where the study has several."""
     return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
 
 
-def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block]:
+def _judged(results: Results, source: Source, folded: bool) -> list[Block]:
     """What may be said about one study, with the figures behind it. folded: the table, which the chart shows too."""
     study, comparisons = results["study"], results["comparisons"]
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
@@ -63,7 +65,7 @@ def _judged(results: dict[str, Any], source: Source, folded: bool) -> list[Block
     return blocks + [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
 
 
-def verdict_table(results: dict[str, Any], keys: str, source: Source | None = None, folded: bool = False) -> Table:
+def verdict_table(results: Results, keys: str, source: Source | None = None, folded: bool = False) -> Table:
     """One row a comparison. keys: of the columns."""
     study, comparisons = results["study"], results["comparisons"]
     rows = [c | {"scenario": scenario(c)} | {key: c["spread"][key] for key in ("seeds", "items")} for c in comparisons]
@@ -72,13 +74,13 @@ def verdict_table(results: dict[str, Any], keys: str, source: Source | None = No
     return Table(f"{study['name']}: verdicts", named, rows, source, note, folded)
 
 
-def _verdict(c: Row) -> Verdict:
+def _verdict(c: ComparisonRow) -> Verdict:
     subject = f"{c['candidate']} against {c['reference']} on {scenario(c)}"
     rest = c["sentence"].removeprefix(subject)
     return Verdict(c["verdict"], MOODS.get(c["verdict"], "open"), subject if rest != c["sentence"] else "", rest)
 
 
-def _differences(study: Row, metric: str, comparisons: list[Row], source: Source) -> Chart:
+def _differences(study: dict[str, Any], metric: str, comparisons: list[ComparisonRow], source: Source) -> Chart:
     margin = comparisons[0].get("margin")
     points = [
         {"label": f"{c['candidate']} · {scenario(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
@@ -94,7 +96,7 @@ def _differences(study: Row, metric: str, comparisons: list[Row], source: Source
     return Chart(f"{study['name']}: differences in {metric}", "intervals", [view], source, note, band, zero=True)
 
 
-def _details(results: dict[str, Any], source: Source) -> list[Block]:
+def _details(results: Results, source: Source) -> list[Block]:
     """Scores, tuning, cost and runs of one study."""
     name, methods = results["study"]["name"], results["methods"]
     search = (results["study"].get("search") or {}).get("metric")
@@ -110,7 +112,7 @@ def _details(results: dict[str, Any], source: Source) -> list[Block]:
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
 
-def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: Source) -> Chart:
+def _scores_chart(name: str, methods: list[MethodRow], untrained: list[UntrainedRow], source: Source) -> Chart:
     """One row a method: its mean and every seed, one picture a task."""
     views = []
     for where in dict.fromkeys(scenario(m) for m in methods if m["score"] is not None):
@@ -129,14 +131,14 @@ def _scores_chart(name: str, methods: list[Row], untrained: list[Row], source: S
     return Chart(f"{name}: scores", "intervals", views, source, "Large marks are means, small ones single seeds.")
 
 
-def score_table(results: dict[str, Any], keys: str, source: Source | None = None) -> Table:
+def score_table(results: Results, keys: str, source: Source | None = None) -> Table:
     """One row a method, the untrained model first. keys: of the columns."""
     rows = [{**u, "scenario": scenario(u), "method": "(untrained)"} for u in results.get("untrained", [])]
     for m in results["methods"]:
         rows.append(
             m
             | {"scenario": scenario(m), "settings": settings_in_words(m["settings"])}
-            | {"share": m["trainable_parameters"] / m["base_parameters"] if m.get("base_parameters") else None}
+            | {"share": _share(m["trainable_parameters"], m["base_parameters"])}
             | {"seeds": sum(s["status"] != "missing" for s in m["seeds"])}
             | {"diverged": "all trials" if m.get("diverged_in_search") else m.get("diverged") or None}
             | {"mismatch": ", ".join(m.get("notes", [])) if m.get("mismatch") is None else m["mismatch"]}
@@ -145,7 +147,11 @@ def score_table(results: dict[str, Any], keys: str, source: Source | None = None
     return Table(f"{results['study']['name']}: scores table", named, rows, source)
 
 
-def cost_table(results: dict[str, Any], source: Source | None = None) -> Table:
+def _share(trainable: int | None, base: int | None) -> float | None:
+    return trainable / base if trainable is not None and base else None
+
+
+def cost_table(results: Results, source: Source | None = None) -> Table:
     """What training and use of every method cost."""
     methods, warning = results["methods"], _incomparable(results["methods"])
     rows = [
@@ -157,12 +163,12 @@ def cost_table(results: dict[str, Any], source: Source | None = None) -> Table:
     return Table(f"{results['study']['name']}: cost", columns(COST + " at_a_time" * bool(warning)), rows, source, note)
 
 
-def _incomparable(methods: list[Row]) -> str:
+def _incomparable(methods: list[MethodRow]) -> str:
     several = len(numbers_at_a_time(methods)) > 1
     return "Times and speeds are not comparable: not all runs shared the machine alike." if several else ""
 
 
-def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -> Chart:
+def _tuning(name: str, methods: list[MethodRow], metric: str | None, source: Source) -> Chart:
     """The score of each trial over the first setting that was searched: how much a method depends on it.
 
     metric: what trials are judged by; None for the task's own.
@@ -187,7 +193,9 @@ def _tuning(name: str, methods: list[Row], metric: str | None, source: Source) -
     return Chart(f"{name}: tuning", "lines", views, source, note)
 
 
-def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: Source, warning: str) -> list[Block]:
+def _trade_offs(
+    name: str, fronts: list[ParetoRow], better: dict[str, str], source: Source, warning: str
+) -> list[Block]:
     """Quality against each cost, a chart a task."""
     note = f"Joined by a line: methods that no other beats in both quality and cost. {warning}".rstrip()
     blocks: list[Block] = []
@@ -206,15 +214,17 @@ def _trade_offs(name: str, fronts: list[Row], better: dict[str, str], source: So
     return blocks
 
 
-def _runs(name: str, methods: list[Row], source: Source) -> Table:
+def _runs(name: str, methods: list[MethodRow], source: Source) -> Table:
     """Every run that the figures come from, by the name of its folder."""
-    rows = [
-        {**run, "run": run["key"], "scenario": scenario(m), "method": m["method"], "kind": kind}
-        | {"settings": settings_in_words(m["settings"] if kind == "final" else run["settings"])}
-        for m in methods
-        for kind, runs in (("search", m["trials"]), ("final", m["seeds"]))
-        for run in runs
-    ]
+    rows: list[Row] = []
+    for m in methods:
+        runs = [("search", dict(t), t["settings"]) for t in m["trials"]]
+        runs += [("final", dict(s), m["settings"] or {}) for s in m["seeds"]]
+        rows += [
+            {**run, "run": run["key"], "scenario": scenario(m), "method": m["method"], "kind": kind}
+            | {"settings": settings_in_words(settings)}
+            for kind, run, settings in runs
+        ]
     note = "A run's recipe, record and scores lie in the study's folder of runs under this name."
     named = columns("run scenario method kind seed settings status score seconds")
     return Table(f"{name}: runs", named, rows, source, note, folded=True)

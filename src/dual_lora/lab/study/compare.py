@@ -28,6 +28,7 @@ from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results
+from dual_lora.lab.study.rows import Results
 from dual_lora.lab.study.search import choose
 from dual_lora.lab.study.study import Study
 
@@ -45,7 +46,7 @@ def compare(
     keep: str = "adapters",
     progress: bool = True,
     report_to: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Results:
     """Run a study, that of a YAML file or the shipped one of that name in the folder `out`, and return its results.
 
     runs: where the single runs lie, `out`/runs unless told. Studies that name the same folder share what they have in
@@ -108,7 +109,7 @@ class Runner:
         self.warnings: set[str] = set()
         self._written = 0.0
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Results:
         """Do what is missing, stage by stage; returns the results."""
         self._match_by_probes()
         if self.options.progress:
@@ -217,13 +218,13 @@ class Runner:
     def _ended(self, jobs: Iterable[Job]) -> list[Ended]:
         return [(job, self._outcome(job)) for job in jobs]
 
-    def _results(self) -> dict[str, Any]:
+    def _results(self) -> Results:
         """What the study says so far, also in results.json."""
         finished = [
             Finished(c, self._ended(self.trials[c.at]), self.chosen.get(c.at), self._ended(self.finals.get(c.at, [])))
             for c in self.cells
         ]
-        untrained = [
+        untrained: list[Any] = [
             {"model": job.model, "task": job.task}
             | outcome.model_dump(include={"metric", "score", "constant"}, exclude_none=True)
             for job, outcome in self._ended(base_jobs(self.cells))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study.job import cell_name, settings_in_words, task_name
+from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, UntrainedRow
 from dual_lora.lab.study.study import Study
 
-Methods = dict[tuple[str, str, str], dict[str, Any]]  # (model, task, method) -> as in results.json
+Methods = dict[tuple[str, str, str], MethodRow]  # (model, task, method) -> as in results.json
 
 
 class Said(NamedTuple):
     """What follows from pairs and methods alone, and so from a results.json as well as from runs."""
 
-    comparisons: list[dict[str, Any]]
+    comparisons: list[ComparisonRow]
     false_alarm: float | None  # chance of any, with the noise of these runs
     notes: list[str]
 
@@ -24,9 +25,9 @@ class Said(NamedTuple):
 def conclude(
     study: Study,
     pairs: Sequence[verdicts.Comparison],
-    methods: Sequence[dict[str, Any]],
-    untrained: Sequence[dict[str, Any]],
-    amendments: Sequence[dict[str, Any]] = (),
+    methods: Sequence[MethodRow],
+    untrained: Sequence[UntrainedRow],
+    amendments: Sequence[AmendmentRow] = (),
     missing: int = 0,
 ) -> Said:
     """Judge the pairs together, each as far as its methods' runs allow.
@@ -74,7 +75,7 @@ def _noted(c: verdicts.Comparison, *parts: str, **changes: Any) -> verdicts.Comp
     return dataclasses.replace(c, note=" ".join(part for part in parts if part), **changes)
 
 
-def _lost(method: dict[str, Any]) -> int | None:
+def _lost(method: MethodRow) -> int | None:
     """How many final runs diverged; None if all did."""
     everything = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
     return None if everything else method["diverged"]
@@ -101,7 +102,7 @@ def _as_far_as_it_goes(c: verdicts.Comparison, at: Methods) -> verdicts.Comparis
     return c
 
 
-def _plain(c: verdicts.Comparison) -> dict[str, Any]:
+def _plain(c: verdicts.Comparison) -> ComparisonRow:
     sign = metrics.direction(c.better)
     scores = {"candidate_score": sign * c.candidate_score, "reference_score": sign * c.reference_score}
     model, task = c.scenario
@@ -113,7 +114,7 @@ def _plain(c: verdicts.Comparison) -> dict[str, Any]:
         values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
     elif c.seeds == c.items == 1:  # one figure each: nothing says how far another one would lie
         values |= dict.fromkeys(("low", "high", "same_low", "same_high"))
-    return values
+    return cast(ComparisonRow, values)
 
 
 def _learned(c: verdicts.Comparison, unlearned: dict[tuple[str, str, str], str]) -> verdicts.Comparison:

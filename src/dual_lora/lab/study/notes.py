@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.cell import Finished
 from dual_lora.lab.study.job import cell_name, task_name
+from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
 
 
-def _cell(method: Mapping[str, Any]) -> str:
+def _cell(method: MethodRow) -> str:
     return cell_name(method["model"], method["task"], method["method"])
 
 
-def end_of_search(method: dict[str, Any]) -> str:
+def end_of_search(method: MethodRow) -> str:
     """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
     for name, value in (method["settings"] or {}).items():
         trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
@@ -44,7 +45,7 @@ def level(false_alarm: float | None, allowed: float) -> list[str]:
     ]
 
 
-def near_choices(methods: Sequence[dict[str, Any]], metric: str | None) -> list[str]:
+def near_choices(methods: Sequence[MethodRow], metric: str | None) -> list[str]:
     """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
     for m in methods:
@@ -73,7 +74,7 @@ def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
     return float((again.argmax(1) != scores.argmax()).mean())
 
 
-def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
+def level_searches(methods: Sequence[MethodRow]) -> list[str]:
     """Searches whose trials all scored alike."""
     notes = []
     for m in methods:
@@ -87,7 +88,7 @@ def level_searches(methods: Sequence[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -> str:
+def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
     """By what a method has not learned its task; "" if it has, or if there is nothing to measure it by."""
     score, figures = method["score"], [s["figures"] or {} for s in method["seeds"] if s["status"] == "done"]
     if score is None:
@@ -105,7 +106,7 @@ def why_unlearned(method: dict[str, Any], untrained: Sequence[dict[str, Any]]) -
     return ""
 
 
-def amended(results: dict[str, Any]) -> list[str]:
+def amended(results: Results) -> list[str]:
     """What was changed in a study after it was begun, or judged again, when, and which verdicts changed by it."""
     said = []
     for a in results.get("amendments", []):
@@ -116,7 +117,7 @@ def amended(results: dict[str, Any]) -> list[str]:
     return said
 
 
-def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]]) -> list[str]:
+def seen_before(plan: dict[str, Any] | None, amendments: Sequence[AmendmentRow]) -> list[str]:
     """Final runs that were there before the plan was written, and that no amendment speaks of."""
     before = (plan or {}).get("before") or 0
     if before <= max((a.get("ended", 0) for a in amendments), default=0):
@@ -124,7 +125,7 @@ def seen_before(plan: dict[str, Any] | None, amendments: Sequence[dict[str, Any]
     return [f"{before} of the final runs had ended before this study's plan was written, and were taken over."]
 
 
-def tuned_by(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[str]:
+def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
     """Searches that go by another metric than the one that judges."""
     judges = dict.fromkeys(m["metric"] for m in methods)
     if search is None or search.metric is None:
@@ -133,7 +134,7 @@ def tuned_by(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[s
     return [f"Tuned by {search.metric}, judged by {judge}{why}" for judge in judges if judge != search.metric]
 
 
-def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) -> list[str]:
+def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
     """Searches that went on beyond their grid."""
     found = []
     for m in methods:
@@ -148,7 +149,7 @@ def extended_searches(search: Search | None, methods: Sequence[dict[str, Any]]) 
     ]
 
 
-def code_versions(methods: Sequence[dict[str, Any]]) -> list[str]:
+def code_versions(methods: Sequence[MethodRow]) -> list[str]:
     """Scenarios whose final runs were done by different versions of the code, or do not all say by which."""
     said = []
     for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
@@ -186,7 +187,7 @@ def at_a_time(method: Mapping[str, Any]) -> str:
     return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
-def shared_machine(methods: Sequence[dict[str, Any]]) -> list[str]:
+def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
     groups: dict[tuple[int | None, ...], list[str]] = {}
     for m in methods:

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.conclude import about_pairs, conclude
+from dual_lora.lab.study.conclude import Methods, about_pairs, conclude
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
+from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
 
 WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
@@ -31,7 +32,7 @@ GONE = ("overall", "ranking")  # of format 1
 NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "not distinguishable": "inconclusive"}
 
 
-def rejudge(results: dict[str, Any]) -> dict[str, Any]:
+def rejudge(results: Results) -> Results:
     """The results with today's verdicts. Raises UserError for a file that does not hold what they need."""
     if "judged_from" in results:  # its margins and directions are no study's
         raise UserError(f"These are judged scores: judge them again, `dual-lora judge {results['judged_from']}`.")
@@ -50,9 +51,10 @@ def rejudge(results: dict[str, Any]) -> dict[str, Any]:
         for old, new in zip(before, said.comparisons, strict=True)
         if NEW_WORDS.get(old["verdict"], old["verdict"]) != new["verdict"]
     ]
-    amendment = {"date": time.strftime("%Y-%m-%d"), "what": WHY, "changed": changed}
+    amendment: AmendmentRow = {"date": time.strftime("%Y-%m-%d"), "what": WHY, "changed": changed}
     kept = [note for note in results["notes"] if note not in said.notes and not note.startswith("Chance of any")]
-    return {key: value for key, value in results.items() if key not in GONE} | {
+    rest = cast(Results, {key: value for key, value in results.items() if key not in GONE})
+    return rest | {
         "format": RESULTS_FORMAT,
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
@@ -67,23 +69,23 @@ def _planned(study: Study) -> int:
     return len(wanted(study, names)) * len(study.tasks) * max(1, len(study.models))
 
 
-def _pair(study: Any, c: dict[str, Any], at: dict[tuple[str, str, str], dict[str, Any]]) -> verdicts.Comparison:
+def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
     scenario = (c["model"], c["task"])
     two = [at[(*scenario, c[side])] for side in ("candidate", "reference")]
     spread, sign = c["spread"], metrics.sign(c["metric"])
     own = (c["candidate_score"], c["reference_score"])
     scores = tuple(sign * (math.nan if value is None else value) for value in own)
-    figures = spread["difference"], spread["error"], spread.get("seed_error")
-    if any(value is None for value in figures[:2]):  # every run diverged
-        figures = 0.0, 0.0, 0.0
-    elif figures[2] is None:
-        figures = *figures[:2], _seed_error(two, at, scenario, spread["error"])
-    s = stats.Spread(*figures, spread["seeds"], spread["items"])
+    difference, error, seed_error = spread["difference"], spread["error"], spread.get("seed_error")
+    if difference is None or error is None:  # every run diverged
+        difference = error = seed_error = 0.0
+    elif seed_error is None:
+        seed_error = _seed_error(two, at, scenario, error)
+    s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"])
     about = about_pairs(study, scenario, c["metric"])
     return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 
 
-def _seed_error(two: list[dict[str, Any]], at: Any, scenario: tuple[str, str], error: float) -> float:
+def _seed_error(two: list[MethodRow], at: Methods, scenario: tuple[str, str], error: float) -> float:
     """The seeds' part of the error. A diverged run has the worst score of its scenario, as it had before."""
     sign = metrics.sign(two[0]["metric"])
     here = [m for key, m in at.items() if key[:2] == scenario]

@@ -15,6 +15,7 @@ from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Finished
 from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
+from dual_lora.lab.study.rows import AmendmentRow, MethodRow, ParetoRow, PointRow, Results, RunRow, UntrainedRow
 from dual_lora.lab.study.study import Study
 
 Tables = dict[tuple[str, str, str], stats.Table]  # (model, task, method) -> [S, N]
@@ -38,10 +39,10 @@ def build_results(
     study: Study,
     finished: Sequence[Finished],
     runs: Path,
-    untrained: Sequence[dict[str, Any]] = (),
-    amendments: Sequence[dict[str, Any]] = (),
+    untrained: Sequence[UntrainedRow] = (),
+    amendments: Sequence[AmendmentRow] = (),
     plan: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a scenario.
 
     amendments, plan: as the study's folder has them.
@@ -148,7 +149,7 @@ def _missing(study: Study, finished: Sequence[Finished]) -> int:
     return count
 
 
-def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, Any]:
+def _method(study: Study, f: Finished, table: stats.Table | None) -> MethodRow:
     """One method on one task: what it was, what was tried, what came out, what it cost."""
     cell, sign = f.cell, metrics.sign(f.cell.metric)
     done = [outcome for _, outcome in f.finals if outcome and outcome.status == "done"]
@@ -175,7 +176,11 @@ def _method(study: Study, f: Finished, table: stats.Table | None) -> dict[str, A
             for job, outcome in f.trials
         ],
         "seeds": [
-            {**_run(job, outcome), "figures": outcome and outcome.figures, "code": outcome and outcome.code}
+            {
+                **_run(job, outcome),
+                "figures": outcome.figures if outcome else None,
+                "code": outcome.code if outcome else None,
+            }
             for job, outcome in f.finals
         ],
         "score": None if means is None else float(means.mean()),
@@ -196,10 +201,9 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _run(job: Job, outcome: Outcome | None) -> dict[str, Any]:
-    status = outcome.status if outcome else "missing"
-    came = {"score": outcome and outcome.score, "seconds": outcome and outcome.seconds}
-    return {"seed": job.seed, "key": job.key, "status": status, **came}
+def _run(job: Job, outcome: Outcome | None) -> RunRow:
+    status, score, seconds = (outcome.status, outcome.score, outcome.seconds) if outcome else ("missing", None, None)
+    return {"seed": job.seed, "key": job.key, "status": status, "score": score, "seconds": seconds}
 
 
 def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
@@ -222,16 +226,16 @@ def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     return cost | {name: median(outcome.use.get(name) for outcome in outcomes) for name in used}
 
 
-def pareto(methods: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
     """For every task and cost: each method's quality and cost, and whether no other is better in both."""
-    fronts = []
+    fronts: list[ParetoRow] = []
     for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
         here = [m for m in methods if (m["model"], m["task"]) == (model, task) and m["score"] is not None]
         for cost, (label, less) in COSTS.items():
-            points = [
-                {"method": m["method"], "quality": m["score"], "cost": m["cost"][cost]}
+            points: list[PointRow] = [
+                {"method": m["method"], "quality": m["score"], "cost": spent, "front": False}
                 for m in here
-                if m["cost"][cost] is not None
+                if m["score"] is not None and (spent := m["cost"][cost]) is not None
             ]
             if not points:
                 continue

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.report.studies import SCORES, VERDICTS, cost_table, score_table, verdict_table
 from dual_lora.lab.study.forecast import Forecast
 from dual_lora.lab.study.job import task_name
 from dual_lora.lab.study.notes import amended
+from dual_lora.lab.study.rows import Results
 from dual_lora.lab.terminal import Console, figures, printed
 
 
@@ -18,7 +17,7 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def show_results(results: dict[str, Any], console: Console | None = None) -> None:
+def show_results(results: Results, console: Console | None = None) -> None:
     """Print everything that a person wants to see of results.json."""
     console = console or wide_console()
     study = results["study"]
