@@ -537,8 +537,10 @@ def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path)
     assert min(group["lr"] for group in groups) == 0.01, "no group at PEFT's 1e-6"
 
 
-@pytest.mark.parametrize("key", ["label_smoothing_factor", "group_by_length", "data_seed"])
-def test_arguments_that_would_do_nothing_are_refused(key, lm_values, tmp_path):
+@pytest.mark.parametrize(
+    "key", ["label_smoothing_factor", "group_by_length", "data_seed", "auto_find_batch_size", "accelerator_config"]
+)
+def test_arguments_that_would_do_nothing_or_change_the_rows_of_a_step_are_refused(key, lm_values, tmp_path):
     lm_values["train"]["arguments"] = {key: 1}
     with pytest.raises(UserError, match=key):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)

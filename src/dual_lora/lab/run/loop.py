@@ -176,10 +176,10 @@ class _Loss:
         return loss
 
 
-# Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, and
-# what the recipe has fields for.
+# Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, what
+# the recipe has fields for, and what gives a step other rows than the recipe (auto_find_batch_size, split_batches).
 _ALLOWED = """
-    accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
+    activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
     average_tokens_across_devices bf16_full_eval dataloader_drop_last dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
@@ -241,7 +241,7 @@ def check_names(part: TrainPart) -> None:
         if key not in ARGUMENTS:
             raise UserError(
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
-                f"away, and what has a field of its own is set there. Allowed are {', '.join(sorted(ARGUMENTS))}."
+                f"away; what has a field of its own is set there, rows of a step among it. Allowed are {', '.join(sorted(ARGUMENTS))}."
             )
     workers = part.arguments.get("dataloader_num_workers", 0)
     if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):
