@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from dual_lora.lab.data.batches import collator
+from dual_lora.lab.data.encode import encode_texts
+from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
 from dual_lora.lab.recipe.read import build_recipe
@@ -135,3 +139,20 @@ def test_model_that_will_be_sharded_waits_on_the_host(tiny_lm, monkeypatch, envi
     monkeypatch.setattr("dual_lora.lab.model.load.best_device", lambda: "meta")
     loaded = load_model(ModelPart(path=str(tiny_lm)))
     assert loaded.model.device.type == ("meta" if moved else "cpu")
+
+
+def test_a_decoder_s_classes_do_not_depend_on_padding(tiny_lm, tmp_path):
+    """The model's configuration and its tokenizer name two tokens for padding."""
+    folder = shutil.copytree(tiny_lm, tmp_path / "other-padding")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
+    loaded = load_model(ModelPart(path=str(folder), head="classification"), num_labels=2)
+    examples = [Example("", text=(text,), label="a") for text in ("red", "the sea is blue")]
+    rows, _ = encode_texts(examples, loaded.tokenizer, 64, ["a", "b"])
+    collate = collator(loaded.tokenizer, True, loaded.model)
+    with torch.no_grad():
+        alone, both = (
+            loaded.model(**{k: v for k, v in collate(part).items() if k != "labels"}).logits
+            for part in (rows[:1], rows)
+        )
+    torch.testing.assert_close(alone[0], both[0])

@@ -115,8 +115,9 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
     if location.gguf_file:
         forget_packing(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
+    if part.head != "causal" or model.config.pad_token_id is None:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
