@@ -241,7 +241,8 @@ def check_names(part: TrainPart) -> None:
         if key not in ARGUMENTS:
             raise UserError(
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
-                f"away; what has a field of its own is set there, rows of a step among it. Allowed are {', '.join(sorted(ARGUMENTS))}."
+                "away; what has a field of its own, such as the rows of a step, is set there. Allowed are "
+                f"{', '.join(sorted(ARGUMENTS))}."
             )
     workers = part.arguments.get("dataloader_num_workers", 0)
     if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):
