@@ -10,6 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.gguf_whole import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,8 +114,10 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
-    if location.gguf_file:
-        forget_packing(model)
+        if location.gguf_file:
+            forget_packing(model)
+            if part.head == "causal":
+                check_whole(Path(location.name) / location.gguf_file, model)
     # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
     if part.head != "causal" or model.config.pad_token_id is None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
