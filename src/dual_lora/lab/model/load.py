@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dual_lora.lab.recipe.schema import ModelPart
+
+UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
+    if part.head == "causal" and (unread := sorted(info["unexpected_keys"])):  # transformers' own report is kept quiet
+        warnings.warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())
