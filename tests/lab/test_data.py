@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dual_lora.lab.data.batches import Collator, collator, left_padded, training_order
-from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, class_names, encode_texts
+from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, class_names, encode_texts
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
@@ -150,6 +150,10 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.jsonl", CHAT % "null", "line 1: the content of the message of role 'assistant' is null, expected text"),
         ("a.jsonl", CHAT % '[{"type": "text", "text": "x"}]', "of role 'assistant' is list, expected text"),
         ("a.xml", "<a/>", "unknown kind of data file"),
+        ("a.csv", "text,text,label\nx,y,1\n", "two columns named 'text'"),
+        ("a.csv", 'prompt,answer\n"x\nx",y\nx\n', r"a\.csv, line 4: 1 columns"),
+        ("a.json", '[{"instruction": "x", "output": "y", "answer": ["y"]}]', "field 'answer' is a list, expected text"),
+        ("a.json", '[{"prompt": "x", "answer": "y", "choices": [{"a": 1}]}]', "record 1: a choice is a dict"),
     ],
 )  # fmt: skip
 def test_defects_are_named_with_their_place(name, text, message, file):
@@ -290,7 +294,7 @@ def turn(prompt, answer):
 
 
 @pytest.mark.parametrize(
-    ("value", "target"), [(0, "0"), (1, "1"), (False, "False"), ("", "it is 0"), (None, "it is 0")]
+    ("value", "target"), [(0, "0"), (1, "1"), (False, "false"), ("", "it is 0"), (None, "it is 0")]
 )
 def test_an_answer_of_zero_is_one(file, value, target):
     path = file("a.json", json.dumps([{"instruction": "how many ?", "output": "it is 0", "answer": value}]))
@@ -309,3 +313,23 @@ def test_an_answer_of_zero_is_one(file, value, target):
 )
 def test_a_choice_takes_the_place_of_a_word(answer, target, choice, expected):
     assert Example("1", answer=answer, target=target).answer_with(choice) == expected
+
+
+def test_an_input_of_zero_and_json_s_true_are_text(file):
+    (example,) = read_examples(file("a.json", '[{"instruction": "double", "input": 0, "output": true}]'), DataPart())
+    assert example.messages == turn("double\n\n0", "true")
+
+
+def test_classes_have_one_order_in_every_process():
+    """Names that are the same number, and NaN, are sorted by their names; a set's own order depends on the process."""
+    names = ["nan", "1.0", "01", "inf", "1", "2", "10", "b"]
+    examples = [Example("", text=("x",), label=name) for name in names]
+    ordered = ["01", "1", "1.0", "2", "10", "b", "inf", "nan"]
+    for turned in range(len(names)):
+        assert class_names(examples[turned:] + examples[:turned]) == ordered
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "x"])
+def test_a_value_to_learn_is_a_finite_number(value, tokenizer):
+    with pytest.raises(UserError, match=f"label '{value}' is no number"):
+        encode_texts([Example("1", text=("red",), label=value)], tokenizer, 8, [VALUE])

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ import torch
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.generate import ends_of, texts_of
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluatePart
+from dual_lora.lab.run import scoring
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import summary
 from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss
@@ -190,6 +193,27 @@ def test_greedy_is_greedy_whatever_the_model_s_makers_set(loaded):
         setattr(model.generation_config, name, value)
         assert generate_all(model, tokenizer, prompts, 2, 8) == plain, name
     assert model.generation_config is own, "put back"
+
+
+def test_an_answer_ends_where_the_makers_say_and_keeps_its_blanks(loaded, monkeypatch):
+    model, tokenizer, _, _ = loaded
+    red, question, user, warm, end = tokenizer.convert_tokens_to_ids(["red", "?", "user", "warm", "</s>"])
+    tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's and GPT-2's files say
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [end, user])
+    assert ends_of(model, tokenizer) == sorted([end, user])
+    assert texts_of([[red, question, user, warm, end]], tokenizer, ends_of(model, tokenizer)) == ["red ?"]
+    asked = {}
+    monkeypatch.setattr(model, "generate", lambda **how: asked.update(how) or how["input_ids"])
+    generate_all(model, tokenizer, [[red]], 1, 1)
+    assert asked["eos_token_id"] == sorted([end, user])
+
+
+def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded, monkeypatch):
+    model, _, examples, prompter = loaded
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: ["caf\u00e9"])
+    example = replace(examples[0], answer="<s> cafe\u0301")
+    (row,) = scoring.score_exact_match(Asked(model, [example], prompter, EvaluatePart()))
+    assert row["correct"]
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,22 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from dual_lora.lab.data.batches import collator
+from dual_lora.lab.data.encode import encode_texts
+from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
+from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelPart
 
@@ -135,3 +143,41 @@ def test_model_that_will_be_sharded_waits_on_the_host(tiny_lm, monkeypatch, envi
     monkeypatch.setattr("dual_lora.lab.model.load.best_device", lambda: "meta")
     loaded = load_model(ModelPart(path=str(tiny_lm)))
     assert loaded.model.device.type == ("meta" if moved else "cpu")
+
+
+def test_a_decoder_s_classes_do_not_depend_on_padding(tiny_lm, tmp_path):
+    """The model's configuration and its tokenizer name two tokens for padding."""
+    folder = shutil.copytree(tiny_lm, tmp_path / "other-padding")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
+    loaded = load_model(ModelPart(path=str(folder), head="classification"), num_labels=2)
+    examples = [Example("", text=(text,), label="a") for text in ("red", "the sea is blue")]
+    rows, _ = encode_texts(examples, loaded.tokenizer, 64, ["a", "b"])
+    collate = collator(loaded.tokenizer, True, loaded.model)
+    with torch.no_grad():
+        alone, both = (
+            loaded.model(**{k: v for k, v in collate(part).items() if k != "labels"}).logits
+            for part in (rows[:1], rows)
+        )
+    torch.testing.assert_close(alone[0], both[0])
+
+
+def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
+    folder = shutil.copytree(tiny_lm, tmp_path / "more")
+    bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}  # a Llama has none unless its configuration says so
+    save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match=r"more holds 1 weights that .* the first of them model\..*q_proj\.bias"):
+        load_model(ModelPart(path=str(folder)))
+
+
+def test_tensors_of_an_adapter_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
+    model = get_peft_model(load_model(ModelPart(path=str(tiny_lm))).model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    deeper = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no place for")
+        open_tuned(tmp_path)
+    save_file(load_file(file) | deeper, file)
+    with pytest.warns(UserWarning, match=r"holds 1 tensors that .* the first of them base_model.*layers\.7"):
+        open_tuned(tmp_path)

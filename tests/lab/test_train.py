@@ -302,14 +302,17 @@ def test_the_record_says_why_a_run_stopped(lm_values, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(lm_values, tmp_path, write_recipe):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
-    lm_values["train"] |= {"batch_size": 4}
-    run(build_recipe(lm_values), tmp_path / "one", progress=False)
+    lm_values["data"] |= {"holdout": 11, "overlap": 48}
+    lm_values["train"] |= {"batch_size": 4, "validate_every": 3}
+    alone = run(build_recipe(lm_values), tmp_path / "one", progress=False)
     lm_values["train"] |= {"batch_size": 2}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dual_lora.lab.cli"]
     arguments = ["train", str(write_recipe(lm_values)), "--out", str(tmp_path / "two"), "--json"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["state"] == "finished"  # one line: only the first process speaks
+    both = json.loads(done.stdout)  # one line: only the first process speaks
+    assert both["state"] == "finished"
+    assert both["validation_loss"] == pytest.approx(alone.validation_loss, rel=1e-4), "11 rows in batches of 2 x 5"
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=1e-3)
@@ -466,6 +469,16 @@ def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
     assert result.validation_loss == pytest.approx(measured, rel=1e-4)
 
 
+def test_a_value_of_minus_hundred_is_one(encoder_values, tmp_path):
+    """Labels of classes and tokens have -100 for none, and Trainer counts values in the same way."""
+    (tmp_path / "values.jsonl").write_text("".join(f'{{"text": "red", "label": {v}}}\n' for v in (-100, 1, 2, -100)))
+    encoder_values["model"]["head"] = "regression"
+    encoder_values["data"] = {"train": str(tmp_path / "values.jsonl")}
+    encoder_values["train"] |= {"steps": 1, "batch_size": 4, "learning_rate": 1e-9}
+    loss = run(build_recipe(encoder_values), tmp_path / "run", progress=False).loss
+    assert loss == pytest.approx((2 * 100**2 + 1 + 4) / 4, rel=0.1)
+
+
 def test_gradients_that_blow_up_never_reach_a_checkpoint(lm_values, tmp_path):
     lm_values["train"] |= {"learning_rate": 1e25, "max_grad_norm": 0, "schedule": "constant", "lr_warmup": 0}
     with pytest.raises(UserError, match=r"Training stopped.*Lower train\.learning_rate"):
@@ -524,8 +537,10 @@ def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path)
     assert min(group["lr"] for group in groups) == 0.01, "no group at PEFT's 1e-6"
 
 
-@pytest.mark.parametrize("key", ["label_smoothing_factor", "group_by_length", "data_seed"])
-def test_arguments_that_would_do_nothing_are_refused(key, lm_values, tmp_path):
+@pytest.mark.parametrize(
+    "key", ["label_smoothing_factor", "group_by_length", "data_seed", "auto_find_batch_size", "accelerator_config"]
+)
+def test_arguments_that_would_do_nothing_or_change_the_rows_of_a_step_are_refused(key, lm_values, tmp_path):
     lm_values["train"]["arguments"] = {key: 1}
     with pytest.raises(UserError, match=key):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)

@@ -69,10 +69,13 @@ class Collator:
             def padded(values: list[list[int]], pad: int) -> torch.Tensor:
                 return torch.tensor([row + [pad] * (width - len(row)) for row in values])
 
+            labels = torch.tensor([row.labels[0] for row in rows])
+            if labels.is_floating_point():  # a value of -100 is one, and Trainer would not count it
+                labels[labels == IGNORED] = IGNORED - 1e-5
             batch: dict[str, Any] = {
                 "input_ids": padded([row.input_ids for row in rows], self.pad),
                 "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
-                "labels": torch.tensor([row.labels[0] for row in rows]),
+                "labels": labels,
             }
             if "token_type_ids" in self.accepts and any(row.token_types for row in rows):
                 types = [row.token_types or [0] * len(row.input_ids) for row in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +144,8 @@ VALUE = "(value)"  # in place of classes: the label is a number, and so is what 
 def class_names(examples: list[Example]) -> list[str]:
     """The labels that occur, numbers in their order."""
     names = {example.label for example in examples}
-    return sorted(names, key=lambda name: (0, float(name), "") if _is_number(name) else (1, 0.0, name))
+    # The name decides between 1 and 1.0: a set's own order is another one in every process.
+    return sorted(names, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name))
 
 
 def encode_texts(
@@ -171,7 +173,6 @@ def encode_texts(
 
 def _is_number(name: str) -> bool:
     try:
-        float(name)
+        return math.isfinite(float(name))
     except ValueError:
         return False
-    return True

@@ -145,10 +145,14 @@ def _field(record: Record, name: str) -> Any:
 
 
 def _text(record: Record, name: str) -> str:
-    value = _field(record, name)
-    if not isinstance(value, (str, int, float)):
-        raise UserError(f"{record.where}: field {name!r} is a {type(value).__name__}, expected text.")
-    return str(value)
+    return _written(_field(record, name), f"{record.where}: field {name!r}")
+
+
+def _written(value: Any, what: str) -> str:
+    """A value as text; true and false as JSON writes them. Raises UserError for one that is no text."""
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{what} is a {type(value).__name__}, expected text.")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _list(record: Record, name: str) -> list[Any]:
@@ -191,7 +195,7 @@ def text_of(message: dict[str, Any], where: str) -> str:
     """What a message says, of which text is made. Raises UserError for one that is no text."""
     content = message["content"]
     if isinstance(content, str | int | float):
-        return str(content)
+        return _written(content, where)
     raise UserError(
         f"{where}: the content of the message of role {message['role']!r} is "
         f"{'null' if content is None else type(content).__name__}, expected text. Calls of tools (tool_calls) and "
@@ -201,7 +205,7 @@ def text_of(message: dict[str, Any], where: str) -> str:
 
 def _instruction(record: Record) -> Example:
     text = _text(record, "instruction")
-    if record.values.get("input"):
+    if record.values.get("input") not in (None, ""):
         text = f"{text}\n\n{_text(record, 'input')}"
     answer = _text(record, "output")
     return _generation(record, _turn(text, answer), answer)
@@ -223,9 +227,10 @@ def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: t
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
     target = record.values.get("answer")
-    target = answer if target in (None, "") else str(target)
+    target = answer if target in (None, "") else _text(record, "answer")
     choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
-    return Example(record.where, messages, tools, answer, target, tuple(map(str, choices)))
+    named = tuple(_written(choice, f"{record.where}: a choice") for choice in choices)
+    return Example(record.where, messages, tools, answer, target, named)
 
 
 def _turn(prompt: str, answer: str) -> tuple[dict[str, Any], ...]:

@@ -108,13 +108,16 @@ def _record(value: Any, where: str) -> Record:
 def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
     """Tab-separated files have no quoting (as in GLUE); comma-separated ones have the usual one."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows: Iterator[list[str]]
+        rows: Iterator[tuple[int, list[str]]]
         if path.suffix == ".tsv":
-            rows = (line.rstrip("\r\n").split("\t") for line in file)
+            rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
         else:
-            rows = csv.reader(file)
-        names, first = (columns, 1) if columns else (next(rows, []), 2)
-        for number, row in enumerate(rows, first):
+            reader = csv.reader(file)
+            rows = ((reader.line_num, row) for row in reader)  # the last of its lines: a cell may hold several
+        names = columns or next(rows, (0, []))[1]
+        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise UserError(f"{path} has two columns named {twice!r}: rename one, or name them by data.columns.")
+        for number, row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(names):

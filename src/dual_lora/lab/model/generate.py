@@ -1,17 +1,51 @@
-"""Answer one prompt, piece by piece."""
+"""Answer one prompt, piece by piece; where an answer ends, and what of it is text."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those that the model's makers name (of a turn, often)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = base.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+
+
+def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str]:
+    """What was written before the first end, without special tokens, and with its blanks as they are: a tokenizer may
+    ask for "red ?" to be shown as "red?"."""
+    cut = [row[: next((i for i, token in enumerate(row) if token in ends), None)] for row in rows]
+    texts: list[str] = tokenizer.batch_decode(cut, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts
+
+
+def without_special(text: str, tokenizer: Any) -> str:
+    """A text as `texts_of` would give it: what is compared with an answer has no special tokens either."""
+    for token in tokenizer.all_special_tokens:
+        text = text.replace(token, "")
+    return text
+
+
+@contextlib.contextmanager
+def plain_search(model: Any) -> Iterator[None]:
+    """Without what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def generate(
@@ -37,7 +71,8 @@ def generate(
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
         choice = {"do_sample": True, "temperature": temperature}
-    streamer = TextIteratorStreamer(tuned.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    shown = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    streamer = TextIteratorStreamer(tuned.tokenizer, skip_prompt=True, **shown)
     failed: list[BaseException] = []
 
     def work(model: Any) -> None:
@@ -49,7 +84,7 @@ def generate(
                     attention_mask=torch.ones_like(ids).to(model.device),
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
-                    eos_token_id=tuned.tokenizer.eos_token_id,
+                    eos_token_id=ends_of(model, tuned.tokenizer) or None,
                     pad_token_id=tuned.tokenizer.pad_token_id,
                     **choice,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -10,11 +11,14 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.gguf_whole import check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dual_lora.lab.recipe.schema import ModelPart
+
+UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
 @dataclass(frozen=True)
@@ -113,13 +117,18 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
-    if location.gguf_file:
-        forget_packing(model)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        if location.gguf_file:
+            forget_packing(model)
+            if part.head == "causal":
+                check_whole(Path(location.name) / location.gguf_file, model)
+    # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
+    if part.head != "causal" or model.config.pad_token_id is None:
+        model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
+    if part.head == "causal" and (unread := sorted(info["unexpected_keys"])):  # transformers' own report is kept quiet
+        warnings.warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import Loaded, load_model
+from dual_lora.lab.model.load import UNREAD, Loaded, load_model
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
@@ -194,8 +195,22 @@ def _open_adapter(
         kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
         raise UserError(f"The adapter {adapter} does not fit {part.path}: {kind}{first}") from error
     check_finite_weights(brought, f"The adapter {adapter}")
+    _warn_of_unread(adapter / "adapter_model.safetensors", get_peft_model_state_dict(model, save_embedding_layers=True))
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
     return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
+
+
+def _warn_of_unread(file: Path, taken: dict[str, Any]) -> None:
+    """Say which tensors of an adapter's file the model has not taken: PEFT says what is missing, not what is left."""
+    from safetensors import safe_open
+
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as held:
+        names = {key.removesuffix(".weight") for key in taken}  # DoRA's had none in older files
+        unread = sorted(key for key in held.keys() if key.removesuffix(".weight") not in names)  # noqa: SIM118
+    if unread:
+        warnings.warn(f"{file} holds {len(unread)} tensors that {UNREAD % unread[0]}", stacklevel=3)
 
 
 def untrained_model(part: ModelPart, seed: int, num_labels: int | None, device: str) -> Any:

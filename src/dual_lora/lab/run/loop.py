@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +42,8 @@ def build_trainer(
     reports: dict[str, Any],
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
-    held = ready.validation
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    held = _with_blanks(ready.validation, recipe.evaluate.batch_size * processes if processes > 1 else 1)
     trainer = _Trainer(
         recipe.train.rates,
         model=model,
@@ -47,7 +51,7 @@ def build_trainer(
         train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
         eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
         data_collator=ready.collator(model),
-        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, held),
+        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, _labels_in(ready.validation) / max(1, len(held))),
         callbacks=[watch, *callbacks],
         optimizers=(_optimizer(model, recipe), None),
     )
@@ -73,10 +77,24 @@ class _Trainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():  # Trainer gathers the mean of all processes, and with a count would add them up
+            options["num_items_in_batch"] = None
         loss = super().compute_loss(model, inputs, *args, **options)
         if torch.is_grad_enabled() and isinstance(loss, torch.Tensor):
             loss = loss + orthogonality(self.model) / self.current_gradient_accumulation_steps
         return loss
+
+
+def _with_blanks(rows: Sequence[Encoded], multiple: int) -> list[Encoded]:
+    """The rows, and as many without a label as make full batches of them; accelerate would fill up with rows again."""
+    blank = [replace(row, labels=[math.nan if isinstance(row.labels[0], float) else IGNORED]) for row in rows[:1]]
+    blank = [replace(row, input_ids=row.input_ids[:1], token_types=None) for row in blank]
+    return [*rows, *blank * (-len(rows) % multiple)]
+
+
+def _labels_in(rows: Sequence[Encoded]) -> int:
+    """Tokens to be told, classes or values."""
+    return sum(isinstance(label, float) or label != IGNORED for row in rows for label in row.labels)
 
 
 def orthogonality(model: Any) -> torch.Tensor | float:
@@ -118,14 +136,15 @@ def check_patterns(field: str, patterns: Iterable[str], model: Any) -> None:
 
 def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
     """Summed cross-entropy of the labels that count, divided by ``count`` or by their number; of values the squared
-    error.
+    error. A value of NaN is no label.
 
     smoothing: share of each target that is spread evenly over the vocabulary.
     """
     logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
     if labels.is_floating_point():
-        total = mse_loss(logits.flatten().float(), labels, reduction="sum")
-        return total / (count if count is not None else labels.numel())
+        known = ~labels.isnan()
+        total = mse_loss(logits.flatten().float()[known], labels[known], reduction="sum")
+        return total / (count if count is not None else known.sum())
     if labels.dim() == 2:
         labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
         logits = logits[:, :-1]
@@ -142,14 +161,12 @@ def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: 
 class _Loss:
     """Mean cross-entropy over the answer's tokens (or the classes) of all micro-batches of an optimizer step.
 
-    Of a validation batch the sum, by its rows and the tokens that a validation row has on average: Trainer takes the
-    mean over rows, which is then that over all tokens, however many rows are in a batch.
+    Of a validation batch the sum, by its rows and the labels that a validation row has on average: Trainer takes the
+    mean over rows, which is then that over all labels, however many rows are in a batch.
     """
 
-    def __init__(self, watch: Watch, smoothing: float, validation: Sequence[Encoded]):
-        self.watch, self.smoothing = watch, smoothing
-        labels = sum(label != IGNORED for row in validation for label in row.labels)
-        self.labels_a_row = labels / max(1, len(validation))
+    def __init__(self, watch: Watch, smoothing: float, labels_a_row: float):
+        self.watch, self.smoothing, self.labels_a_row = watch, smoothing, labels_a_row
 
     def __call__(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         if not torch.is_grad_enabled():
@@ -159,10 +176,10 @@ class _Loss:
         return loss
 
 
-# Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, and
-# what the recipe has fields for.
+# Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, what
+# the recipe has fields for, and what gives a step other rows than the recipe (auto_find_batch_size, split_batches).
 _ALLOWED = """
-    accelerator_config activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon auto_find_batch_size
+    activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
     average_tokens_across_devices bf16_full_eval dataloader_drop_last dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
@@ -224,7 +241,8 @@ def check_names(part: TrainPart) -> None:
         if key not in ARGUMENTS:
             raise UserError(
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "
-                f"away, and what has a field of its own is set there. Allowed are {', '.join(sorted(ARGUMENTS))}."
+                "away; what has a field of its own, such as the rows of a step, is set there. Allowed are "
+                f"{', '.join(sorted(ARGUMENTS))}."
             )
     workers = part.arguments.get("dataloader_num_workers", 0)
     if not (isinstance(workers, int) and 0 <= workers <= MOST_WORKERS):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
-from transformers import GenerationConfig
 
 from dual_lora.lab.data.batches import Collator, accepted_arguments, collator, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.generate import ends_of, plain_search, texts_of, without_special
 from dual_lora.lab.recipe.schema import EvaluatePart
 from dual_lora.lab.run.extraction import answer_in
 
@@ -172,7 +172,7 @@ def score_exact_match(asked: Asked) -> Rows:
     spec, rows = asked.spec, []
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
-        expected = example.target if spec.extract else example.answer
+        expected = without_special(example.target if spec.extract else example.answer, asked.tokenizer)
         row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
@@ -185,7 +185,7 @@ def score_texts(asked: Asked) -> Rows:
         references.setdefault(asked.prompter.prompt_text(example.prompt, example.tools), []).append(example)
     texts = _generated(asked, [group[0] for group in references.values()])
     return [
-        {"predicted": text.strip(), "references": [e.answer for e in group]}
+        {"predicted": text.strip(), "references": [without_special(e.answer, asked.tokenizer) for e in group]}
         for text, group in zip(texts, references.values(), strict=True)
     ]
 
@@ -233,31 +233,20 @@ def generate_all(
     for part in _batches([len(p) for p in prompts], batch_size):
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
-        width = batch["input_ids"].shape[1]
+        width, ends = batch["input_ids"].shape[1], ends_of(model, tokenizer)
         with torch.inference_mode(), plain_search(model):
             out = model.generate(
                 **_to(model, batch),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends or None,
                 pad_token_id=tokenizer.pad_token_id,
                 **(search or {}),
             )
-        for i, text in zip(part, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True), strict=True):
+        for i, text in zip(part, texts_of(out[:, width:].tolist(), tokenizer, ends), strict=True):
             texts[i] = text
         advance(len(part))
     return texts
-
-
-@contextlib.contextmanager
-def plain_search(model: Any) -> Iterator[None]:
-    """Without what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        base.generation_config = own
 
 
 def search_of(spec: EvaluatePart) -> dict[str, Any]:
@@ -267,8 +256,8 @@ def search_of(spec: EvaluatePart) -> dict[str, Any]:
 
 
 def _same(found: str, expected: str, compare: str) -> bool:
-    if compare == "text":
-        return found == expected
+    if compare == "text":  # é in one sign or in two is the same text, and many tokenizers write one of them only
+        return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)
     try:
         return _alike(*(json.loads(text, object_pairs_hook=_object) for text in (found, expected)))
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets

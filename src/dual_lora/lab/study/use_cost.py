@@ -59,7 +59,7 @@ def _batch(tuned: Any, examples: list[Any], recipe: Any) -> dict[str, Any]:
 
 
 def _decode(model: Any, batch: dict[str, Any], tokenizer: Any) -> Any:
-    from dual_lora.lab.run.scoring import plain_search
+    from dual_lora.lab.model.generate import plain_search
 
     with plain_search(model):
         return model.generate(

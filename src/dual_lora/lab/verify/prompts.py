@@ -14,10 +14,10 @@ from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.generate import plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataPart
-from dual_lora.lab.run.scoring import plain_search
 from dual_lora.lab.verify.logprobs import Probe, rows_of, score
 
 ASKED = 24  # prompts that base and adapter are asked

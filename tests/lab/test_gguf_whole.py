@@ -1,0 +1,65 @@
+"""A GGUF file of which transformers leaves something out is not read as another model."""
+
+import pytest
+import torch
+
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.gguf_whole import read_header
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.recipe.schema import ModelPart
+
+gguf = pytest.importorskip("gguf")
+FIELDS = {
+    "block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 48, "head_count": 2,
+    "head_count_kv": 1, "rope_freq_base": 10_000.0, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": 16,
+}  # fmt: skip
+
+
+def written(file, tensors=(), scaling=None):
+    """A Llama of one layer, with further tensors [numbers] and a scaling of positions."""
+    words = ["<s>", "</s>", "a", "b", "ab"]
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, value in FIELDS.items():
+        getattr(writer, f"add_{name}")(value)
+    if scaling:
+        writer.add_rope_scaling_type(scaling)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_types([3, 3, 1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (5, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
+    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (48, 32), "blk.0.ffn_up": (48, 32)}
+    shapes |= {"blk.0.ffn_down": (32, 48)}
+    named = {f"{name}.weight": shape for name, shape in shapes.items()} | {name: (n,) for name, n in tensors}
+    for name, shape in named.items():
+        writer.add_tensor(name, torch.ones(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ModelPart(path=str(file))
+
+
+def test_the_header_is_read(tmp_path):
+    part = written(tmp_path / "plain.gguf")
+    fields, tensors = read_header(tmp_path / "plain.gguf")
+    assert fields["general.architecture"] == "llama"
+    assert fields["llama.rope.freq_base"] == 10_000
+    assert tensors["blk.0.ffn_down.weight"] == 32 * 48
+    assert load_model(part).model.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tensors": [("rope_freqs.weight", 8)]}, r"scales its positions \(rope_freqs.weight\)"),  # Llama 3.1 and later
+        ({"scaling": gguf.RopeScalingType.LINEAR}, r"scales its positions \(rope.scaling.type\)"),
+        ({"tensors": [("blk.0.attn_q.bias", 32)]}, "holds 7,968 weights, of which the model that was read has 7,936"),
+    ],
+)
+def test_what_transformers_leaves_out_is_said(more, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        load_model(written(tmp_path / "more.gguf", **more))
