@@ -48,7 +48,7 @@ An editor completes and checks studies by [the JSON Schema](schemas/study.schema
 `dual-lora schema study > study.schema.json`, and put this into the first line of yours:
 `# yaml-language-server: $schema=study.schema.json`.
 
-Beside the fields below there is `extends`: another study, whose fields hold where yours is silent."""
+There is one more field than those below, `extends`: another study, whose fields hold where yours is silent."""
 
 CONFIG = """# DualLoraConfig
 

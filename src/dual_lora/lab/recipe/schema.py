@@ -120,7 +120,7 @@ class TrainPart(Part):
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="Course of the learning rate."
+        "linear", description="How the learning rate falls over the run."
     )
     lr_warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
