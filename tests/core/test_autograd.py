@@ -4,7 +4,7 @@ import pytest
 import torch
 from formula import make_case, operator, run, truth
 from numerics import assert_close
-from test_op import Rows
+from operands import Rows, gaussian
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -20,14 +20,6 @@ FORMS = [
     Form(magnitude="identity"),
     Form(direction="identity"),
 ]
-
-
-def gaussian(T=7, I=20, O=30, r1=3, r2=4, dtype=torch.float32):
-    """x, W, bias, factors with a gradient wherever training has one: everywhere but in W."""
-    shapes = (r1, I), (O, r1), (r2, I), (O, r2)
-    factors = Factors(*(torch.randn(s, dtype=dtype).requires_grad_() for s in shapes))
-    x = torch.randn(T, I, dtype=dtype).requires_grad_()
-    return x, torch.randn(O, I, dtype=dtype) / I**0.5, torch.randn(O, dtype=dtype).requires_grad_(), factors
 
 
 def arguments(x, W, bias, factors, form, scale=0.5):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_autograd import gaussian
-from test_op import Rows
+from operands import Rows, gaussian
 
 from dual_lora.core import op
 from dual_lora.core.handle import handle, source_of

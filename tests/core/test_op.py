@@ -4,6 +4,7 @@ import pytest
 import torch
 from formula import FORMS, expected, make_case, name_of, operator, reference, run, truth
 from numerics import assert_close, assert_relative_rule
+from operands import Rows, operator_by_rows
 
 from dual_lora.core import blocked
 from dual_lora.core.op import dual_lora_linear
@@ -15,21 +16,6 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, block=16 * 4 * 577 * 2, narrow=16))
-
-
-class Rows:
-    """A RowSource over a plain tensor, which counts what is read at once."""
-
-    def __init__(self, weight):
-        self.weight, self.shape, self.most = weight, tuple(weight.shape), 0
-
-    def rows(self, start, stop):
-        self.most = max(self.most, stop - start)
-        return self.weight[start:stop].clone()
-
-
-def through_rows(x, weight, *rest):
-    return operator(x, Rows(weight.detach()), *rest)
 
 
 @both
@@ -125,7 +111,7 @@ def test_leading_dimensions(lead, dtype):
 
 
 @pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 4)], ids=str)
-@pytest.mark.parametrize("function", [operator, through_rows])
+@pytest.mark.parametrize("function", [operator, operator_by_rows])
 def test_empty_batch(lead, function):
     got = run(function, make_case(O=50, lead=lead))
     assert got["y"].shape == (*lead, 50)
@@ -151,7 +137,7 @@ def test_without_weight_or_bias(ranks, dtype, small_blocks):
 def test_row_source(dtype, small_blocks):
     case = make_case(T=20, dtype=dtype)
     want = truth(case)
-    got = run(through_rows, case)
+    got = run(operator_by_rows, case)
     del got["weight"], want["weight"]
     assert_close(got, want, dtype)
 
@@ -161,7 +147,7 @@ def test_row_source_is_never_read_whole(small_blocks):
     source = Rows(case.weight)
     factors = [tuple(f.requires_grad_() for f in case.factors[0])]
     operator(case.x.requires_grad_(), source, None, factors, case.scales, case.forms).backward(case.dy)
-    assert 0 < source.most < 577 / 2
+    assert 0 < max(source.reads) < 577 / 2
 
 
 @both
@@ -203,7 +189,7 @@ def test_low_precision(low, form, small_blocks):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_row_source(low, small_blocks):
     case = make_case(low=low)
-    ours, plain, true = run(through_rows, case), run(reference, case), truth(case)
+    ours, plain, true = run(operator_by_rows, case), run(reference, case), truth(case)
     for results in (ours, plain, true):
         del results["weight"]
     assert_relative_rule(ours, plain, true, str(low))

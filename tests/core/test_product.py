@@ -4,7 +4,7 @@ import pytest
 import torch
 from formula import make_case, operator, run, truth
 from numerics import assert_close
-from test_op import through_rows
+from operands import operator_by_rows
 
 from dual_lora.core import blocked, product
 
@@ -138,7 +138,7 @@ def test_the_operator(library, layout, ranks, blocks, monkeypatch):
 
 def test_a_weight_read_by_rows(library):
     case = make_case(T=20)
-    want, got = truth(case), run(through_rows, case)
+    want, got = truth(case), run(operator_by_rows, case)
     del got["weight"], want["weight"]
     assert_close(got, want, torch.float32, library)
 
