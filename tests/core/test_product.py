@@ -5,6 +5,7 @@ import torch
 from formula import make_case, operator, run, truth
 from numerics import assert_close
 from operands import operator_by_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dual_lora.core import blocked, product
 
@@ -75,24 +76,47 @@ def test_no_operand_reaches_onednn_with_gaps():
         assert (taken is b) == (b.is_contiguous() or b.t().is_contiguous())  # nothing is copied for nothing
 
 
+class Operators(TorchDispatchMode):
+    """names: the operators that PyTorch has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **kwargs or {})
+
+
 @needs_onednn
-def test_what_onednn_is_asked(monkeypatch):
-    """Results are equal to the last bit either way here, so that which library was taken shows in nothing else."""
-    asked, onednn_mm = [], product.onednn_mm
-    monkeypatch.setattr(product, "onednn_mm", lambda a, b: asked.append(b.shape[0]) or onednn_mm(a, b))
-    for faster in (True, False):
-        monkeypatch.setattr(product, "onednn_is_faster", lambda faster=faster: faster)
-        asked.clear()
-        for rank in (product.SAME_BITS, product.SAME_BITS + 1):
-            left, right = whole_numbers(30, rank, seed=0), whole_numbers(rank, 300, seed=1)
-            product.factors_mm(left, right, torch.empty(30, 300))
-        product.mm(left, right)
-        product.addmm_(torch.zeros(30, 300), left, right)
-        product.mm(left.double(), right.double())
-        assert asked == [product.SAME_BITS, *[product.SAME_BITS + 1] * 2] * faster
-        a = left.t()
-        assert product.left(a).is_contiguous() is faster
-        assert (product.left(a) is a) is not faster
+@pytest.mark.parametrize("faster", [True, False])
+def test_which_products_onednn_makes(faster, monkeypatch):
+    """Either library may give the same bits here, so that which one was taken shows in PyTorch's operators alone."""
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: faster)
+    left, right = torch.rand(30, product.SAME_BITS + 1), torch.rand(product.SAME_BITS + 1, 300)
+    products = {
+        "P of few terms": lambda out: product.factors_mm(left[:, 1:], right[1:], out),
+        "P of many terms": lambda out: product.factors_mm(left, right, out),
+        "mm": lambda out: product.mm(left, right, out),
+        "addmm_": lambda out: product.addmm_(out, left, right),
+        "mm in fp64": lambda out: product.mm(left.double(), right.double(), out.double()),
+    }
+    taken = {}
+    for name, make in products.items():
+        with Operators() as run:
+            make(torch.zeros(30, 300))
+        assert run.names
+        taken[name] = any("mkldnn" in operator for operator in run.names)
+    assert taken == {
+        "P of few terms": faster,
+        "P of many terms": False,
+        "mm": faster,
+        "addmm_": faster,
+        "mm in fp64": False,
+    }
+    columns = left.t()
+    assert product.left(columns).is_contiguous() is faster
+    assert (product.left(columns) is columns) is not faster
 
 
 @needs_onednn
