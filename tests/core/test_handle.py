@@ -58,7 +58,7 @@ def test_one_graph_for_all_weights_of_a_shape():
     assert counter.frame_count == 1
 
 
-def test_a_weight_lives_as_long_as_its_ticket_or_a_graph_that_needs_it():
+def test_a_weight_lives_as_long_as_its_handle_or_a_graph_that_needs_it():
     x, W, _, factors = gaussian()
     weight = of(W)
     number = weight.number.clone()

@@ -68,7 +68,7 @@ def test_shapes(O, I, dtype, small_blocks):
 
 
 @both
-def test_a_weight_too_tall_for_panels_of_columns(dtype, monkeypatch):
+def test_a_weight_too_tall_for_tiles_of_columns(dtype, monkeypatch):
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, block=16 * 63 * dtype.itemsize, narrow=16))
     case = make_case(T=5, I=63, O=577, dtype=dtype)
     assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.block

@@ -122,7 +122,7 @@ def test_which_products_onednn_makes(faster, monkeypatch):
 @needs_onednn
 @pytest.mark.parametrize("rank", [1, 16, 48, 128, 256, 512])
 def test_signs_depend_neither_on_the_tile_nor_on_the_library(monkeypatch, rank):
-    """Forward and backward cut the weight differently, the judge does not: all have to find the same bits.
+    """Forward and backward cut the weight differently, the reference does not: all have to find the same bits.
 
     With AVX2 kernels alone (MKL_ENABLE_INSTRUCTIONS=AVX2) torch.mm itself rounds some entries otherwise in other tiles,
     and a sign may then differ where Q is within rounding of zero, and there alone.

@@ -192,7 +192,7 @@ def test_deterministic_gives_the_same_bits_twice():
         assert torch.equal(g, second[name]), name
 
 
-def test_agrees_with_autograd_of_the_judge():
+def test_agrees_with_autograd_of_the_reference():
     case = make_case(T=33, O=63, I=100)
     leaves = Factors(*(f.double().requires_grad_() for f in case.factors[0]))
     (delta_weight(leaves, case.scales[0]) * (case.dy.double().T @ case.x.double())).sum().backward()

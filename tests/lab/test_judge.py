@@ -287,7 +287,7 @@ def test_the_command_writes_results_and_a_page(tmp_path, call):
 @pytest.fixture
 def evaluations(tmp_path):
     """Two methods with three seeds each, as the harness itself writes them."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[friends]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[integrations]'")
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager

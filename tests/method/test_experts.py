@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from judged import assert_same_bits
 from peft import PeftModel, get_peft_model
+from reference_layer import assert_same_bits
 from tiny import EXPERTS, MIXTURES, mixture
 from torch import nn
 from torch.func import functional_call
@@ -155,13 +155,13 @@ def test_other_parameters_for_a_further_adapter_are_refused():
 
 
 @pytest.mark.parametrize("field", ["dropout", "fan_in_fan_out"])
-def test_what_cannot_be_is_refused_in_words(field):
+def test_what_cannot_be_raises_a_clear_error(field):
     value = {"dropout": 0.1, "fan_in_fan_out": True}[field]
     with pytest.raises(ValueError, match=f"ParamWrapper does not work with {field}={value}"):
         adapted(mixture("mixtral"), **{field: value})
 
 
-def test_a_mixed_batch_is_refused_in_words():
+def test_a_mixed_batch_raises_a_clear_error():
     model = adapted(mixture("mixtral")).eval()
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(IDS, adapter_names=["default"])

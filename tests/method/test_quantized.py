@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from judged import adapted, delta, leaves
 from peft import get_peft_model, prepare_model_for_kbit_training
 from quantized_layers import KINDS, I, O, four_bit, int4_config, torchao, torchao_int4, wrapped
+from reference_layer import adapted, delta, leaves
 from tiny import llama
 from torch import nn
 from torch.nn.functional import linear
@@ -275,10 +275,10 @@ def test_forward_only_kinds_are_wired(monkeypatch):
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int8 dynamic"])
 def test_a_copy_reads_its_own_weight(kind):
     model, layer, _ = wrapped(kind)
-    twin, twins = copy.deepcopy((model, layer))
-    twins.get_base_layer().weight.qdata.zero_()
-    assert not torch.equal(whole(twins), whole(layer))
-    for one, its in ((model, layer), (twin, twins)):
+    copied, copied_layer = copy.deepcopy((model, layer))
+    copied_layer.get_base_layer().weight.qdata.zero_()
+    assert not torch.equal(whole(copied_layer), whole(layer))
+    for one, its in ((model, layer), (copied, copied_layer)):
         x = torch.randn(4, I, requires_grad=True)
         one(x).sum().backward()
         dx = (whole(its) + its.get_delta_weight("default")).sum(0).expand(4, I)

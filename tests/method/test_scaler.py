@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from judged import adapted as judged
+from reference_layer import adapted as adapted_layer
 from tiny import adapted, points, trainable
 from torch import nn
 
@@ -44,7 +44,7 @@ def gradients(model, scale=None, known=True, autocast=None):
     return {n: p.grad / (scale or 1.0) for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_clip_under_fp16_autocast_is_refused_in_words(model):
+def test_clip_under_fp16_autocast_raises_a_clear_error(model):
     with fp16(), pytest.raises(RuntimeError, match="gradient scaler") as caught:
         model(points())
     for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'", "'surrogate'"):
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 def test_clip_with_a_base_in_fp16_is_refused_too(kind):
     """A scaler is as unknown there as under autocast: C's gradient would be wrong by nine tenths."""
     base, x, options = layers_of_every_kind()[kind]
-    model, _ = judged(base.half(), **options)
+    model, _ = adapted_layer(base.half(), **options)
     x = x.half() if x.is_floating_point() else x
     with pytest.raises(RuntimeError, match=r"in fp16 a gradient scaler.*GradScaler\(enabled=False\)"):
         model.train()(x)
