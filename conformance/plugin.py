@@ -37,7 +37,7 @@ class _Everything(dict[str, int]):
         return 0
 
 
-_habits: set[str] = set()  # of LoRA, that the running test goes by
+_conventions: set[str] = set()  # of LoRA, that the running test goes by
 
 
 _running: list[pytest.Item] = []  # the test that runs; none while they are collected
@@ -45,8 +45,8 @@ _running: list[pytest.Item] = []  # the test that runs; none while they are coll
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     _running[:] = [item]
-    _habits.clear()
-    _habits.update(habit for habit, entry in LISTS["habits"].items() if _is_listed(item, entry["tests"]))
+    _conventions.clear()
+    _conventions.update(name for name, entry in LISTS["conventions"].items() if _is_listed(item, entry["tests"]))
 
 
 def _name(item: pytest.Item) -> str:
@@ -77,7 +77,7 @@ def _split_odd_ranks(options: dict[str, Any]) -> None:
         options["rank_pattern"] = {key: [r // 2 + 1, r // 2] if r % 2 else r for key, r in pattern.items()}
 
 
-def _accept_loras_habits(config_cls: type) -> None:
+def _accept_loras_conventions(config_cls: type) -> None:
     """Let the configuration take what the tests write for LoRA; only here, not in the product."""
     original = config_cls.__init__
 
@@ -92,22 +92,22 @@ def _accept_loras_habits(config_cls: type) -> None:
         if "init_lora_weights" in options:
             start = options.pop("init_lora_weights")
             options["init_weights"] = True if start == "gaussian" else start
-        elif "zero_start" in _habits:
+        elif "zero_start" in _conventions:
             options["init_weights"] = "zero"
         # The tests train for a few steps: the adapter is without effect at the start, and at full strength after one.
         options.setdefault("warmup_steps", 1)
         rank = options.get("r", 8)
-        if "r_of_each_group" in _habits:  # α/√(r r) is LoRA's α/r
+        if "r_of_each_group" in _conventions:  # α/√(r r) is LoRA's α/r
             options.setdefault("lora_alpha", 8)
             options.update(r=None, r1=rank, r2=rank)
             options["rank_pattern"] = {key: [r, r] for key, r in options.get("rank_pattern", {}).items()}
-        elif "scale_as_lora" in _habits:  # the same with r = r1 + r2: half of α
+        elif "scale_as_lora" in _conventions:  # the same with r = r1 + r2: half of α
             options["lora_alpha"] = options.get("lora_alpha", 8) / 2
             options["alpha_pattern"] = {key: alpha / 2 for key, alpha in options.get("alpha_pattern", {}).items()}
-        if "r_of_each_group" not in _habits:
+        if "r_of_each_group" not in _conventions:
             _split_odd_ranks(options)
         original(self, *args, **options)
-        if "r_of_each_group" in _habits:
+        if "r_of_each_group" in _conventions:
             self.r, self.lora_alpha = rank, options["lora_alpha"]  # what the test wrote; the layers go by r1 and r2
 
     config_cls.__init__ = __init__  # type: ignore[misc]
@@ -158,24 +158,24 @@ _ask_the_cache()
 
 
 def _pad_each_group() -> None:
-    """`prepare_model_for_compiled_hotswap(target_rank=r)` by LoRA's habit: r for each group, 2 r in all."""
+    """`prepare_model_for_compiled_hotswap(target_rank=r)` by LoRA's convention: r for each group, 2 r in all."""
     from peft.utils import hotswap
 
     prepare = hotswap.prepare_model_for_compiled_hotswap
 
-    def by_habit(model: Any, *, target_rank: Any = None, **options: Any) -> None:
-        if target_rank is not None and "r_of_each_group" in _habits:
+    def by_convention(model: Any, *, target_rank: Any = None, **options: Any) -> None:
+        if target_rank is not None and "r_of_each_group" in _conventions:
             target_rank *= 2
         prepare(model, target_rank=target_rank, **options)
 
-    hotswap.prepare_model_for_compiled_hotswap = by_habit
+    hotswap.prepare_model_for_compiled_hotswap = by_convention
 
 
 if METHOD == "dual_lora":
     import dual_lora
     from dual_lora.method import attention, conv, embedding, experts, layer
 
-    _accept_loras_habits(dual_lora.DualLoraConfig)
+    _accept_loras_conventions(dual_lora.DualLoraConfig)
     _pad_each_group()
     peft.DualLoraConfig = dual_lora.DualLoraConfig  # type: ignore[attr-defined]
     peft.DualLoraModel = dual_lora.DualLoraModel  # type: ignore[attr-defined]

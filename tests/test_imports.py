@@ -1,4 +1,7 @@
-"""Imports point inwards, `import dual_lora` is light, and every module imports on its own, without the extras."""
+"""Imports point inwards, `import dual_lora` is light, and every module imports on its own, without the extras.
+
+Tests import no other tests: what they share lies in modules beside them.
+"""
 
 import ast
 import subprocess
@@ -101,6 +104,17 @@ def test_what_verifies_any_method_knows_none():
     for path in (ROOT / "verify").rglob("*.py"):
         others = [name for name in imports(path) if ring(name) not in ("", "verify")]
         assert not others, f"{dotted(path)} imports {others[0]}"
+
+
+def test_tests_import_no_other_tests():
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    tests = {path.stem for path in files if path.name.startswith("test_")}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                others = tests.intersection(part for name in names for part in name.split("."))
+                assert not others, f"{path.name} imports {others}"
 
 
 def test_one_file_builds_models_without_weights():

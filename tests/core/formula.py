@@ -1,6 +1,6 @@
 """An independent account of the method for the tests: value and gradients written out, in fp64, without autograd.
 
-Nothing of it comes from the package; the package's `reference` is judged by it like everything else.
+Nothing of it comes from the package; the package's `reference` is compared with it like everything else.
 
     P = B A    Q = D C    ΔW = s · ReLU(P) ⊙ Sign(Q)    y = x (W + ΣΔW)ᵀ + bias
     G = dyᵀ x    H = s G ⊙ ReLU(P)    ∂P = s G ⊙ Sign(Q) ⊙ 1[P > 0]    ∂Q = STE(H)
@@ -141,7 +141,7 @@ def operator(x, weight, bias, factors, scales, forms, loss_scale=None):
 
 
 def reference(x, weight, bias, factors, scales, forms, loss_scale=None):
-    """The package's judge on the inputs of a case with one adapter."""
+    """The package's reference implementation on the inputs of a case with one adapter."""
     from dual_lora.core import reference
     from dual_lora.core.reference import Factors, Form
 

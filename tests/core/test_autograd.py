@@ -4,7 +4,7 @@ import pytest
 import torch
 from formula import make_case, operator, run, truth
 from numerics import assert_close
-from test_op import Rows
+from operands import Rows, gaussian
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -22,14 +22,6 @@ FORMS = [
 ]
 
 
-def gaussian(T=7, I=20, O=30, r1=3, r2=4, dtype=torch.float32):
-    """x, W, bias, factors with a gradient wherever training has one: everywhere but in W."""
-    shapes = (r1, I), (O, r1), (r2, I), (O, r2)
-    factors = Factors(*(torch.randn(s, dtype=dtype).requires_grad_() for s in shapes))
-    x = torch.randn(T, I, dtype=dtype).requires_grad_()
-    return x, torch.randn(O, I, dtype=dtype) / I**0.5, torch.randn(O, dtype=dtype).requires_grad_(), factors
-
-
 def arguments(x, W, bias, factors, form, scale=0.5):
     dtype = factors.A.dtype
     return x, W, bias, list(factors), [torch.tensor(scale, dtype=dtype)], [form.code], None
@@ -37,7 +29,7 @@ def arguments(x, W, bias, factors, form, scale=0.5):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_gradcheck(form):
-    """x, W, bias, A and B have true derivatives away from P = 0; C and D have surrogates, judged in test_op."""
+    """x, W, bias, A and B have true derivatives away from P = 0; C and D have surrogates, which test_op compares."""
     x, W, bias, factors = gaussian(4, 6, 5, 2, 3, torch.float64)
     W.requires_grad_()
     assert (factors.B @ factors.A).abs().min() > 1e-3
@@ -165,7 +157,7 @@ def test_backward_twice(form, source):
 
 
 @pytest.mark.parametrize("source", [lambda W: W, Rows], ids=["tensor", "rows"])
-def test_double_backward_is_refused_in_words(source):
+def test_double_backward_raises_a_clear_error(source):
     x, W, _, factors = gaussian()
     y = dual_lora_linear(x, source(W), None, [Adapter(factors, torch.ones(()), Form())])
     (dA,) = torch.autograd.grad(y.sum(), factors.A, create_graph=True)
@@ -244,7 +236,7 @@ def test_matmul_precision_does_not_reach_the_signs(precision, matmul_precision):
         plain = factors.B @ factors.A
         matmul_precision(precision)
         assert torch.equal(blocked.compose(None, [adapter], torch.float32), composed)
-        assert torch.equal(delta_weight(factors, 1.0), composed), "the judge's signs depend on the setting"
+        assert torch.equal(delta_weight(factors, 1.0), composed), "the reference's signs depend on the setting"
         torch.testing.assert_close(dual_lora_linear(x, None, None, [adapter]), y, rtol=0, atol=0.02 * y.abs().max())
         assert torch.get_float32_matmul_precision() == precision, "the user's setting was not put back"
         if precision == "medium" and torch.equal(factors.B @ factors.A, plain):
@@ -276,7 +268,7 @@ def test_forward_mode_is_refused(mode):
             jvp(function, at)
 
 
-def test_transforms_are_refused_in_words():
+def test_transforms_raise_a_clear_error():
     x, W, _, factors = gaussian()
     adapter = Adapter(Factors(*(f.detach() for f in factors)), torch.tensor(0.5), Form())
     product = lambda x: dual_lora_linear(x, W, None, [adapter])  # noqa: E731

@@ -124,12 +124,15 @@ def test_shapes_come_from_the_operators_own_fake(monkeypatch):
 
 IN_CI = """
 import os, torch
-from test_decompositions import I, T, Linear, O
+from operands import gaussian
+from dual_lora.core.op import dual_lora_linear
+from dual_lora.core.reference import Adapter, Form
 os.environ["CI"] = "true"
-module = Linear(torch.randn(I, O).T, torch.ones(O))
-x = torch.randn(I, T).T
-compiled = torch.compile(lambda x: module(2 * x), fullgraph=True)
-torch.testing.assert_close(compiled(x), module(2 * x))
+x, weight, bias, factors = gaussian()
+x, weight = (t.detach().T.contiguous().T for t in (x, weight))
+adapters = [Adapter(f, torch.tensor(0.5), Form()) for f in (factors, gaussian()[3])]
+function = torch.no_grad()(lambda x: dual_lora_linear(2 * x, weight, bias, adapters))
+torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x))
 """
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_autograd import gaussian
-from test_op import Rows
+from operands import Rows, gaussian
 
 from dual_lora.core import op
 from dual_lora.core.handle import handle, source_of
@@ -59,7 +58,7 @@ def test_one_graph_for_all_weights_of_a_shape():
     assert counter.frame_count == 1
 
 
-def test_a_weight_lives_as_long_as_its_ticket_or_a_graph_that_needs_it():
+def test_a_weight_lives_as_long_as_its_handle_or_a_graph_that_needs_it():
     x, W, _, factors = gaussian()
     weight = of(W)
     number = weight.number.clone()

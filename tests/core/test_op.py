@@ -4,6 +4,7 @@ import pytest
 import torch
 from formula import FORMS, expected, make_case, name_of, operator, reference, run, truth
 from numerics import assert_close, assert_relative_rule
+from operands import Rows, operator_by_rows
 
 from dual_lora.core import blocked
 from dual_lora.core.op import dual_lora_linear
@@ -15,21 +16,6 @@ both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 577, block=16 * 4 * 577 * 2, narrow=16))
-
-
-class Rows:
-    """A RowSource over a plain tensor, which counts what is read at once."""
-
-    def __init__(self, weight):
-        self.weight, self.shape, self.most = weight, tuple(weight.shape), 0
-
-    def rows(self, start, stop):
-        self.most = max(self.most, stop - start)
-        return self.weight[start:stop].clone()
-
-
-def through_rows(x, weight, *rest):
-    return operator(x, Rows(weight.detach()), *rest)
 
 
 @both
@@ -82,7 +68,7 @@ def test_shapes(O, I, dtype, small_blocks):
 
 
 @both
-def test_a_weight_too_tall_for_panels_of_columns(dtype, monkeypatch):
+def test_a_weight_too_tall_for_tiles_of_columns(dtype, monkeypatch):
     monkeypatch.setattr(blocked, "CPU", blocked.Sizes(tile=16 * 63, block=16 * 63 * dtype.itemsize, narrow=16))
     case = make_case(T=5, I=63, O=577, dtype=dtype)
     assert 577 * blocked.CPU.narrow * dtype.itemsize > blocked.CPU.block
@@ -125,7 +111,7 @@ def test_leading_dimensions(lead, dtype):
 
 
 @pytest.mark.parametrize("lead", [(0,), (3, 0), (0, 4)], ids=str)
-@pytest.mark.parametrize("function", [operator, through_rows])
+@pytest.mark.parametrize("function", [operator, operator_by_rows])
 def test_empty_batch(lead, function):
     got = run(function, make_case(O=50, lead=lead))
     assert got["y"].shape == (*lead, 50)
@@ -151,7 +137,7 @@ def test_without_weight_or_bias(ranks, dtype, small_blocks):
 def test_row_source(dtype, small_blocks):
     case = make_case(T=20, dtype=dtype)
     want = truth(case)
-    got = run(through_rows, case)
+    got = run(operator_by_rows, case)
     del got["weight"], want["weight"]
     assert_close(got, want, dtype)
 
@@ -161,7 +147,7 @@ def test_row_source_is_never_read_whole(small_blocks):
     source = Rows(case.weight)
     factors = [tuple(f.requires_grad_() for f in case.factors[0])]
     operator(case.x.requires_grad_(), source, None, factors, case.scales, case.forms).backward(case.dy)
-    assert 0 < source.most < 577 / 2
+    assert 0 < max(source.reads) < 577 / 2
 
 
 @both
@@ -203,7 +189,7 @@ def test_low_precision(low, form, small_blocks):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_row_source(low, small_blocks):
     case = make_case(low=low)
-    ours, plain, true = run(through_rows, case), run(reference, case), truth(case)
+    ours, plain, true = run(operator_by_rows, case), run(reference, case), truth(case)
     for results in (ours, plain, true):
         del results["weight"]
     assert_relative_rule(ours, plain, true, str(low))
@@ -300,11 +286,3 @@ def test_every_device_has_an_implementation(name, key):
     from dual_lora.core import compose_op, embedding_op  # noqa: F401 - they define the operators
 
     assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"dual_lora::{name}", key)
-
-
-def test_a_device_without_autocast_needs_none():
-    from dual_lora.core.dispatch import without_autocast
-
-    for kind in ("cpu", "meta", "mps", "xpu"):
-        with without_autocast(torch.device(kind)):
-            pass

@@ -4,7 +4,8 @@ import pytest
 import torch
 from formula import make_case, operator, run, truth
 from numerics import assert_close
-from test_op import through_rows
+from operands import operator_by_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dual_lora.core import blocked, product
 
@@ -75,30 +76,53 @@ def test_no_operand_reaches_onednn_with_gaps():
         assert (taken is b) == (b.is_contiguous() or b.t().is_contiguous())  # nothing is copied for nothing
 
 
+class Operators(TorchDispatchMode):
+    """names: the operators that PyTorch has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.append(operator.name())
+        return operator(*args, **kwargs or {})
+
+
 @needs_onednn
-def test_what_onednn_is_asked(monkeypatch):
-    """Results are equal to the last bit either way here, so that which library was taken shows in nothing else."""
-    asked, onednn_mm = [], product.onednn_mm
-    monkeypatch.setattr(product, "onednn_mm", lambda a, b: asked.append(b.shape[0]) or onednn_mm(a, b))
-    for faster in (True, False):
-        monkeypatch.setattr(product, "onednn_is_faster", lambda faster=faster: faster)
-        asked.clear()
-        for rank in (product.SAME_BITS, product.SAME_BITS + 1):
-            left, right = whole_numbers(30, rank, seed=0), whole_numbers(rank, 300, seed=1)
-            product.factors_mm(left, right, torch.empty(30, 300))
-        product.mm(left, right)
-        product.addmm_(torch.zeros(30, 300), left, right)
-        product.mm(left.double(), right.double())
-        assert asked == [product.SAME_BITS, *[product.SAME_BITS + 1] * 2] * faster
-        a = left.t()
-        assert product.left(a).is_contiguous() is faster
-        assert (product.left(a) is a) is not faster
+@pytest.mark.parametrize("faster", [True, False])
+def test_which_products_onednn_makes(faster, monkeypatch):
+    """Either library may give the same bits here, so that which one was taken shows in PyTorch's operators alone."""
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: faster)
+    left, right = torch.rand(30, product.SAME_BITS + 1), torch.rand(product.SAME_BITS + 1, 300)
+    products = {
+        "P of few terms": lambda out: product.factors_mm(left[:, 1:], right[1:], out),
+        "P of many terms": lambda out: product.factors_mm(left, right, out),
+        "mm": lambda out: product.mm(left, right, out),
+        "addmm_": lambda out: product.addmm_(out, left, right),
+        "mm in fp64": lambda out: product.mm(left.double(), right.double(), out.double()),
+    }
+    taken = {}
+    for name, make in products.items():
+        with Operators() as run:
+            make(torch.zeros(30, 300))
+        assert run.names
+        taken[name] = any("mkldnn" in operator for operator in run.names)
+    assert taken == {
+        "P of few terms": faster,
+        "P of many terms": False,
+        "mm": faster,
+        "addmm_": faster,
+        "mm in fp64": False,
+    }
+    columns = left.t()
+    assert product.left(columns).is_contiguous() is faster
+    assert (product.left(columns) is columns) is not faster
 
 
 @needs_onednn
 @pytest.mark.parametrize("rank", [1, 16, 48, 128, 256, 512])
 def test_signs_depend_neither_on_the_tile_nor_on_the_library(monkeypatch, rank):
-    """Forward and backward cut the weight differently, the judge does not: all have to find the same bits.
+    """Forward and backward cut the weight differently, the reference does not: all have to find the same bits.
 
     With AVX2 kernels alone (MKL_ENABLE_INSTRUCTIONS=AVX2) torch.mm itself rounds some entries otherwise in other tiles,
     and a sign may then differ where Q is within rounding of zero, and there alone.
@@ -138,7 +162,7 @@ def test_the_operator(library, layout, ranks, blocks, monkeypatch):
 
 def test_a_weight_read_by_rows(library):
     case = make_case(T=20)
-    want, got = truth(case), run(through_rows, case)
+    want, got = truth(case), run(operator_by_rows, case)
     del got["weight"], want["weight"]
     assert_close(got, want, torch.float32, library)
 

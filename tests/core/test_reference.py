@@ -1,4 +1,4 @@
-"""The judge is judged by a formula that shares nothing with it."""
+"""The reference implementation against a formula that shares nothing with it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The compose kernel against the judge, in Triton's interpreter, or on the GPU where there is one.
+"""The compose kernel against the reference implementation, in Triton's interpreter, or on the GPU where there is one.
 
 P and Q of `make_case` are exact in fp32, zeros among them, so the kernel has to give the very bits of plain PyTorch.
 """

@@ -40,8 +40,8 @@ def test_backward_computes_only_what_is_needed():
     got = triton_linear.backward(dy, x, weight, adapters, None, Needs(False, True, False))
     assert got.x is None
     assert got.factors is None
-    judge = blocked.backward(dy, x, weight, adapters, None, Needs(False, True, False))
-    torch.testing.assert_close(got.weight, judge.weight, rtol=1e-5, atol=1e-4)
+    want = blocked.backward(dy, x, weight, adapters, None, Needs(False, True, False))
+    torch.testing.assert_close(got.weight, want.weight, rtol=1e-5, atol=1e-4)
 
 
 def test_tensors_on_the_cpu_are_left_to_the_blocks(monkeypatch):

@@ -311,7 +311,7 @@ def test_another_model_s_reference_is_refused(runs, tiny_lm, tmp_path):
         analyze([runs / "dual"], other, progress=False)
 
 
-def test_a_method_without_weight_updates_is_refused_in_words(tiny_lm, questions, tmp_path):
+def test_a_method_without_weight_updates_raises_a_clear_error(tiny_lm, questions, tmp_path):
     values = {
         "name": "prompts",
         "model": {"path": str(tiny_lm)},

@@ -14,18 +14,10 @@ pytest.importorskip("pydantic")
 
 from tiny_study import made
 
-from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
 from dual_lora.lab.judge.scores import read_table, tables
 from dual_lora.lab.study import verdicts
-
-
-def command(*words):
-    """The command line, which ends with an exit code."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(map(str, words)))
-    return ended.value.code
 
 
 def write_table(file, rows, columns=("method", "seed", "item", "score")):
@@ -125,14 +117,14 @@ def test_less_may_be_better(tmp_path):
         ("method,seed,item,task,score", ["a,1,1,t,1", "a,2,1,,1"], r"line 3: the task is empty.* at .*line 2"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_path, capsys):
+def test_what_is_wrong_with_a_table_is_one_sentence(columns, rows, words, tmp_path, call):
     file = tmp_path / "s.csv"
     file.write_text("\n".join([columns, *rows]) + "\n")
     with pytest.raises(UserError, match=words):
         judge(file)
-    assert command("judge", file) == 1
-    said = capsys.readouterr()
-    assert "Traceback" not in said.err + said.out
+    code, out, _ = call("judge", file)  # which looks for a traceback in what goes to standard error
+    assert code == 1
+    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize(
@@ -269,13 +261,14 @@ def test_one_seed_and_whole_scores_claim_no_more_than_they_bear(tmp_path):
     assert c["verdict"] == "inconclusive", "two accuracies that agree to the last digit are no proof of equivalence"
 
 
-def test_the_command_writes_results_and_a_page(tmp_path, capsys):
+def test_the_command_writes_results_and_a_page(tmp_path, call):
     from dual_lora.lab.results import load_study
 
     rows = rows_of({"lora": 0.4, "mine": 0.9}, task="x") + rows_of({"lora": 0.4, "mine": 0.4}, task="y")
     file = write_table(tmp_path / "s.tsv", rows, ("method", "task", "seed", "item", "score"))
-    assert command("judge", file, "--margin", "0.02", "--out", tmp_path / "judged", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
+    code, out, _ = call("judge", file, "--margin", "0.02", "--out", tmp_path / "judged", "--json")
+    assert code == 0
+    printed = json.loads(out)
     assert [c["task"] for c in printed["comparisons"]] == ["x", "y"]
     assert load_study(tmp_path / "judged").sentences == [c["sentence"] for c in printed["comparisons"]]
     page = (tmp_path / "judged" / "report.html").read_text()
@@ -286,14 +279,15 @@ def test_the_command_writes_results_and_a_page(tmp_path, capsys):
     (tmp_path / "study" / "results.json").write_text('{"study": {}}')
     with pytest.raises(UserError, match=r"results.json exists and was not written by"):
         judge(file, out=tmp_path / "study")
-    assert command("judge", file) == 0
-    assert "Verdicts" in capsys.readouterr().out
+    code, out, _ = call("judge", file)
+    assert code == 0
+    assert "Verdicts" in out
 
 
 @pytest.fixture
 def evaluations(tmp_path):
     """Two methods with three seeds each, as the harness itself writes them."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[friends]'")
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[integrations]'")
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
@@ -325,7 +319,7 @@ def evaluations(tmp_path):
     return tmp_path / "out"
 
 
-def test_logs_of_the_harness_are_judged(evaluations, capsys):
+def test_logs_of_the_harness_are_judged(evaluations, call):
     with pytest.raises(UserError, match=r"quiz has scores of 2 metrics, acc, acc_norm: choose one with --metric"):
         judge(evaluations)
     results = judge(evaluations, metric="acc", margin=0.1)
@@ -337,8 +331,9 @@ def test_logs_of_the_harness_are_judged(evaluations, capsys):
         for run in m["seeds"]:
             (file,) = (evaluations / m["method"] / f"seed-{run['seed']}").rglob("results_*.json")
             assert run["score"] == pytest.approx(json.loads(file.read_text())["results"]["quiz"]["acc,none"])
-    assert command("judge", evaluations, "--metric", "acc") == 0
-    assert "mine" in capsys.readouterr().out
+    code, out, _ = call("judge", evaluations, "--metric", "acc")
+    assert code == 0
+    assert "mine" in out
 
 
 def test_the_harness_says_which_way_a_metric_is_better(evaluations):

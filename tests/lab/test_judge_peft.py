@@ -8,8 +8,6 @@ import pytest
 
 pytest.importorskip("pydantic")
 
-from test_judge import command
-
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
 from dual_lora.lab.judge.peft_results import write_peft
@@ -101,7 +99,7 @@ def test_an_experiment_folder_becomes_a_method_of_a_study(tmp_path):
         method_entry(tmp_path / "nothing")
 
 
-def test_experiments_are_printed_as_a_study_s_methods(tmp_path, capsys):
+def test_experiments_are_printed_as_a_study_s_methods(tmp_path, call):
     import yaml
 
     from dual_lora.lab.study.study import MethodEntry
@@ -111,23 +109,24 @@ def test_experiments_are_printed_as_a_study_s_methods(tmp_path, capsys):
         (tmp_path / "experiments" / name / "adapter_config.json").write_text(config)
     (tmp_path / "experiments" / "full" / "plain").mkdir(parents=True)
     (tmp_path / "experiments" / "full" / "plain" / "training_params.json").write_text('{"optimizer_kwargs": {"lr": 1}}')
-    assert command("judge", tmp_path, "--methods") == 0
-    methods = yaml.safe_load(capsys.readouterr().out)["methods"]
+    code, out, _ = call("judge", tmp_path, "--methods")
+    assert code == 0
+    methods = yaml.safe_load(out)["methods"]
     assert {k: MethodEntry.model_validate(v).name for k, v in methods.items()} == {
         "full/plain": "full", "hira/r4": "hira", "lora/r8": "lora",
     }  # fmt: skip
     assert methods["lora/r8"] == {"name": "lora"}, "8 is PEFT's own rank"
-    assert command("judge", tmp_path / "experiments", "--methods") == 1
+    assert call("judge", tmp_path / "experiments", "--methods")[0] == 1
 
 
 @pytest.mark.slow
-def test_a_study_is_written_for_peft_and_read_back(tmp_path):
+def test_a_study_is_written_for_peft_and_read_back(tmp_path, call):
     from tiny_study import write_study
 
     from dual_lora.lab.study.compare import compare
 
     results = compare(write_study(tmp_path, seeds=3, search=None), tmp_path / "out", progress=False)
-    assert command("judge", tmp_path / "out", "--peft", tmp_path / "suite", "--json") == 0
+    assert call("judge", tmp_path / "out", "--peft", tmp_path / "suite", "--json")[0] == 0
     again = judge(tmp_path / "suite", reference="lora/letters-lora", metric="test loss", better="less")
     (c,), (mine,) = again["comparisons"], results["comparisons"]
     assert c["candidate"] == "dual_lora/letters-dual_lora"

@@ -1,16 +1,14 @@
 """A run on two processes that dies in the middle goes on with two or one, and ends with the adapter of one process."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from processes import launched
 from safetensors.torch import load_file
 
 from dual_lora.lab.errors import UserError
@@ -19,28 +17,11 @@ from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.folder import WHOLE
 from dual_lora.lab.run.train import run
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
-ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
 pytestmark = pytest.mark.slow
 
 
 def adapter_of(folder):
     return load_file(folder / "adapter/adapter_model.safetensors")
-
-
-def launched(strategy, processes, recipe, out, *more):
-    """The documented command for ``processes`` of them on CPU."""
-    if strategy == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command += ["-m", "dual_lora.lab.cli"]
-    else:
-        config = CONFIGS / f"{strategy}.yaml"
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ON_CPU)]
-    command += ["train", str(recipe), "--out", str(out), *more]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def kill_after_first_checkpoint(process, out):

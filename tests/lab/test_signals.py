@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 import tiny_study
-from test_launched import ENVIRONMENT, launched
+from processes import ENVIRONMENT, launched
 
 from dual_lora.lab.interrupt import SIGNALS, Stopped, on_signals, stop_at_once
 from dual_lora.lab.recipe.read import build_recipe

@@ -273,7 +273,7 @@ def test_unknown_executor_and_missing_ray(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, tmp_path):
+def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, whole, tmp_path):
     study = write_study(tiny)
     out = tmp_path / "out"
     program = (
@@ -281,15 +281,15 @@ def test_processes_give_the_same_results_and_end_with_their_leader(tiny, whole, 
         "if __name__ == '__main__':\n"
         f"    compare({str(study)!r}, {str(out)!r}, executor='process', workers=2, progress=False)\n"
     )
-    script = tmp_path / "lead.py"
+    script = tmp_path / "main.py"
     script.write_text(program)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    leader = subprocess.Popen([sys.executable, str(script)], env=environment)
+    main = subprocess.Popen([sys.executable, str(script)], env=environment)
     until = time.time() + 400
     while time.time() < until and not (out.exists() and outcomes(out) if (out / "runs").exists() else False):
         time.sleep(0.2)
-    leader.kill()
-    leader.wait()
+    main.kill()
+    main.wait()
     before = outcomes(out)
     assert before
     again = subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=700)
@@ -316,7 +316,7 @@ def _dying_worker(line, *_):
     die()
 
 
-def test_a_ray_that_does_not_start_is_said_in_words(tmp_path, monkeypatch):
+def test_a_ray_that_does_not_start_raises_a_clear_error(tmp_path, monkeypatch):
     def init(**_):
         raise ConnectionError("no such cluster")
 

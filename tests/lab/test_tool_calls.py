@@ -131,7 +131,7 @@ def test_sizes_are_as_asked_and_even_over_the_tools():
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_a_set_too_small_or_too_large_is_refused_in_words():
+def test_a_set_too_small_or_too_large_raises_a_clear_error():
     with pytest.raises(ValueError, match="train=1000 and test=9: each set holds all 10 tools"):
         generate(0, test=9)
     with pytest.raises(ValueError, match="Ask for fewer examples"):

@@ -70,3 +70,9 @@ def test_files_and_folders_have_the_usual_rights(tmp_path):
     write_json(tmp_path / "written", {"a": [float("nan"), 1.5]})
     assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert json.loads((tmp_path / "written").read_text()) == {"a": [None, 1.5]}
+
+
+def test_what_is_written_is_json_for_everybody(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, (float("inf"), "NaN")], "b": -float("inf")})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, [None, "NaN"]], "b": None}

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from judged import assert_same_bits
 from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from reference_layer import assert_same_bits
 from tiny import llama
 from torch import nn
 
@@ -398,7 +398,7 @@ def test_custom_layer():
     torch.testing.assert_close(model(x), 2 * x @ (1 + layer.get_delta_weight("default")).t())
 
 
-def test_mixed_model_is_refused_in_words():
+def test_mixed_model_raises_a_clear_error():
     with pytest.raises(ValueError, match="'DUAL_LORA' is not compatible with the `PeftMixedModel`"):
         PeftMixedModel(llama(), config(), "default")
 

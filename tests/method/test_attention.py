@@ -4,7 +4,8 @@ import weakref
 
 import pytest
 import torch
-from judged import (
+from peft import get_peft_model
+from reference_layer import (
     Holder,
     adapted,
     assert_merges_exactly,
@@ -14,7 +15,6 @@ from judged import (
     expect,
     leaves,
 )
-from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 

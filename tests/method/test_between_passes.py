@@ -5,8 +5,8 @@ Only dx is asked for, as nothing else makes autograd look at the factors.
 
 import pytest
 import torch
-from judged import adapted
 from peft import get_peft_model_state_dict
+from reference_layer import adapted
 from torch import nn
 
 from dual_lora.method.hotswap import hotswap_from_state_dict

@@ -228,7 +228,7 @@ def test_factors_that_were_thawed_are_followed_through_backward(model):
     torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_transform_of_the_factors_is_refused_in_words(model):
+def test_a_transform_of_the_factors_raises_a_clear_error(model):
     name, B = next((n, p) for n, p in model.named_parameters() if "dual_lora_B.default" in n)
     x = points()
     with torch.no_grad(), pytest.raises(NotImplementedError, match="vmap"):
@@ -332,9 +332,9 @@ def test_switched_off_by_a_limit_of_zero(model, monkeypatch):
 
 def test_copies_have_their_own_entries(model):
     run(model)
-    twin = copy.deepcopy(model)
-    change_factor(twin)
-    torch.testing.assert_close(run(twin), truth(twin), rtol=1e-5, atol=1e-6)
+    copied = copy.deepcopy(model)
+    change_factor(copied)
+    torch.testing.assert_close(run(copied), truth(copied), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(run(model), truth(model), rtol=1e-5, atol=1e-6)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_quantized import KINDS, I, wrapped
+from quantized_layers import KINDS, I, wrapped
 from tiny import MODELS, TARGETS, adapted, factor, layers, logits, tokens, trainable
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed

@@ -4,7 +4,14 @@ import weakref
 
 import pytest
 import torch
-from judged import adapted, assert_judged, assert_merges_exactly, assert_survives_saving, delta, expect
+from reference_layer import (
+    adapted,
+    assert_matches_reference,
+    assert_merges_exactly,
+    assert_survives_saving,
+    delta,
+    expect,
+)
 from torch import nn
 
 from dual_lora import DualLoraConfig
@@ -45,7 +52,7 @@ def test_a_gradient_by_torch_func_of_the_input_alone():
 @pytest.mark.parametrize("ste", ["clip", "surrogate"])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients(name, ste):
-    assert_judged(*case(name), weights_of, ste=ste)
+    assert_matches_reference(*case(name), weights_of, ste=ste)
 
 
 @pytest.mark.parametrize("name", CASES)

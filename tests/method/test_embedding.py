@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from judged import adapted, assert_judged, assert_merges_exactly, assert_survives_saving, delta
 from peft import get_peft_model
+from reference_layer import adapted, assert_matches_reference, assert_merges_exactly, assert_survives_saving, delta
 from torch import nn
 
 from dual_lora import DualLoraConfig
@@ -27,7 +27,7 @@ def weights_of(base, layer, factors):
 @pytest.mark.parametrize("ste", ["clip", "identity", "hardtanh", "surrogate"])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 1}, {"scale_grad_by_freq": True}], ids=str)
 def test_value_and_gradients(options, ste):
-    assert_judged(embedding(**options), IDS, weights_of, ste=ste)
+    assert_matches_reference(embedding(**options), IDS, weights_of, ste=ste)
 
 
 def test_max_norm_shortens_the_composed_rows_and_leaves_the_weight_alone():
@@ -59,7 +59,7 @@ def test_max_norm_of_a_sum_is_not_taken_of_its_parts():
         layer(IDS, adapter_names=["default", "default"])
 
 
-def test_a_transform_is_refused_in_words():
+def test_a_transform_raises_a_clear_error():
     model, _ = adapted(embedding())
     with pytest.raises(NotImplementedError, match="vmap"):
         torch.func.vmap(model)(IDS)

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from judged import assert_same_bits
 from peft import PeftModel, get_peft_model
+from reference_layer import assert_same_bits
+from tiny import EXPERTS, MIXTURES, mixture
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen3MoeConfig
 
 from dual_lora import DualLoraConfig
 from dual_lora.core import blocked
@@ -18,41 +18,16 @@ from dual_lora.core.reference import Factors, delta_weight
 from dual_lora.method import experts
 from dual_lora.method.experts import ParamWrapper
 
-SIZES = dict(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    num_experts_per_tok=2,
-)
-CONFIGS = {
-    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=6),
-    "qwen3": lambda: Qwen3MoeConfig(**SIZES, num_experts=6, moe_intermediate_size=40, head_dim=8),
-    "gpt-oss": lambda: GptOssConfig(**SIZES, num_local_experts=6, head_dim=8, layer_types=["full_attention"]),
-}
-LAYOUT = pytest.mark.parametrize("layout", CONFIGS)
+LAYOUT = pytest.mark.parametrize("layout", MIXTURES)
 GROUPED = pytest.param(
     "grouped_mm",
     marks=pytest.mark.skipif(torch.__version__ < "2.9", reason="transformers wants torch 2.9 for grouped_mm"),
 )
 IMPLEMENTATION = pytest.mark.parametrize("implementation", ["eager", GROUPED, "batched_mm"])
-PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 IDS = torch.arange(4).view(1, 4)
 
 
-def base_model(layout, implementation="eager"):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[layout]())
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.2)
-    model.set_experts_implementation(implementation)
-    return model.eval()
-
-
-def adapted(base, parameters=PARAMETERS, **options):
+def adapted(base, parameters=EXPERTS, **options):
     options = {"target_modules": [], "target_parameters": parameters, "init_weights": False, "r": 4, **options}
     return get_peft_model(copy.deepcopy(base), DualLoraConfig(**options))
 
@@ -74,7 +49,7 @@ def update(wrapper, factors, adapter="default"):
 @IMPLEMENTATION
 @pytest.mark.parametrize("ste", ["clip", "surrogate"])
 def test_value_and_gradients(layout, implementation, ste):
-    base = base_model(layout, implementation)
+    base = mixture(layout, implementation)
     model = adapted(base, ste=ste)
     layers = wrappers(model)
     assert set(layers) == {"gate_up_proj", "down_proj"}
@@ -104,7 +79,7 @@ def test_value_and_gradients(layout, implementation, ste):
 @LAYOUT
 @IMPLEMENTATION
 def test_only_routed_experts_are_composed(layout, implementation, monkeypatch):
-    model = adapted(base_model(layout, implementation))
+    model = adapted(mixture(layout, implementation))
     composed = []
     original = blocked.compose
     monkeypatch.setattr(blocked, "compose", lambda *args, **kwargs: composed.append(1) or original(*args, **kwargs))
@@ -115,7 +90,7 @@ def test_only_routed_experts_are_composed(layout, implementation, monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["eager", GROUPED])
 def test_composed_weights_are_not_kept_for_backward(implementation, monkeypatch):
-    model = adapted(base_model("mixtral", implementation))
+    model = adapted(mixture("mixtral", implementation))
     made = []
 
     def spied(*args, **kwargs):
@@ -132,7 +107,7 @@ def test_composed_weights_are_not_kept_for_backward(implementation, monkeypatch)
 
 @LAYOUT
 def test_merge_unmerge_unload(layout):
-    base = base_model(layout)
+    base = mixture(layout)
     model = adapted(base)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
@@ -149,7 +124,7 @@ def test_merge_unmerge_unload(layout):
 
 @LAYOUT
 def test_saving(layout, tmp_path):
-    base = base_model(layout)
+    base = mixture(layout)
     model = adapted(base)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
@@ -158,9 +133,9 @@ def test_saving(layout, tmp_path):
 
 
 def test_two_adapters_add_up_and_share_the_wrappers():
-    base = base_model("mixtral")
+    base = mixture("mixtral")
     model = adapted(base)
-    options = dict(target_modules=[], target_parameters=PARAMETERS, init_weights=False, r=6)
+    options = dict(target_modules=[], target_parameters=EXPERTS, init_weights=False, r=6)
     model.add_adapter("other", DualLoraConfig(**options))
     assert len(wrappers(model)) == 2
     model.base_model.set_adapter(["default", "other"])
@@ -174,20 +149,20 @@ def test_two_adapters_add_up_and_share_the_wrappers():
 
 
 def test_other_parameters_for_a_further_adapter_are_refused():
-    model = adapted(base_model("mixtral"))
+    model = adapted(mixture("mixtral"))
     with pytest.raises(ValueError, match="all adapters must target the same set of parameters"):
-        model.add_adapter("other", DualLoraConfig(target_modules=[], target_parameters=PARAMETERS[:1]))
+        model.add_adapter("other", DualLoraConfig(target_modules=[], target_parameters=EXPERTS[:1]))
 
 
 @pytest.mark.parametrize("field", ["dropout", "fan_in_fan_out"])
-def test_what_cannot_be_is_refused_in_words(field):
+def test_what_cannot_be_raises_a_clear_error(field):
     value = {"dropout": 0.1, "fan_in_fan_out": True}[field]
     with pytest.raises(ValueError, match=f"ParamWrapper does not work with {field}={value}"):
-        adapted(base_model("mixtral"), **{field: value})
+        adapted(mixture("mixtral"), **{field: value})
 
 
-def test_a_mixed_batch_is_refused_in_words():
-    model = adapted(base_model("mixtral")).eval()
+def test_a_mixed_batch_raises_a_clear_error():
+    model = adapted(mixture("mixtral")).eval()
     with pytest.raises(ValueError, match="does not support mixed adapter batches"):
         model(IDS, adapter_names=["default"])
 
@@ -213,7 +188,7 @@ def test_a_matrix_parameter_is_adapted_like_a_linear_layer():
 
 
 def test_gradient_checkpointing():
-    model = adapted(base_model("mixtral")).train()
+    model = adapted(mixture("mixtral")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model(IDS).logits.square().sum().backward()
     with_checkpoints = [layer.factors("default").A.grad.clone() for layer in wrappers(model).values()]

@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
-import test_experts
 import torch
 from peft import get_peft_model
-from tiny import MODELS, TARGETS, VOCABULARY, adapted, points, tokens
+from tiny import EXPERTS, MODELS, TARGETS, VOCABULARY, adapted, mixture, points, tokens
 from torch import nn
 from torch.export import Dim
 
@@ -81,7 +80,8 @@ def encoder():
 
 
 def experts(layout, implementation="batched_mm"):
-    model = test_experts.adapted(test_experts.base_model(layout, implementation))
+    model = mixture(layout, implementation)
+    model = adapted(model, target_modules=[], target_parameters=EXPERTS, init_weights=False)
     return OneTensor(model), tokens(2, 4), tokens(5, 4)
 
 

@@ -5,8 +5,8 @@ Forward and merge have to find the same signs, so both have to come from the ker
 
 import pytest
 import torch
-from judged import Holder, adapted, first
 from peft import get_peft_model
+from reference_layer import Holder, adapted, first
 from torch import nn
 from torch.func import functional_call
 

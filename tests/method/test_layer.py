@@ -36,7 +36,7 @@ def weight_of(module):
 
 
 def by_hand(module, x, adapters=("default",)):
-    """x (W + ΣΔW)ᵀ + bias from the judge's ΔW."""
+    """x (W + ΣΔW)ᵀ + bias from the reference's ΔW."""
     W = weight_of(module)
     for name in adapters:
         W = W + module.warmup_factor(name) * delta_weight(
@@ -104,7 +104,7 @@ def test_only_adapters_move_and_all_four_factors_do(name):
 
 
 @models
-def test_layers_against_the_judge(name):
+def test_layers_against_the_reference(name):
     model = adapted(MODELS[name](), target_modules=TARGETS[name], init_weights=False).eval()
     for module in layers(model).values():
         x = torch.randn(2, 3, module.in_features)
@@ -423,12 +423,12 @@ def test_autocast():
 
 def test_deep_copy_is_independent():
     model = adapted(init_weights=False)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(points()), model(points()))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(points()), model(points()))
     before = state(model)
-    train(twin, 2)
+    train(copied, 2)
     assert not changed(model, before)
-    assert changed(twin, before)
+    assert changed(copied, before)
 
 
 def test_representation_names_the_method():

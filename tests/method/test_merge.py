@@ -267,8 +267,8 @@ def test_a_weighted_adapter_has_what_else_was_trained():
         model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
         model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"].add_(1)
     want = logits(model)
-    model.base_model.add_weighted_adapter(["default"], [1.0], "twin")
-    model.set_adapter("twin")
+    model.base_model.add_weighted_adapter(["default"], [1.0], "same")
+    model.set_adapter("same")
     torch.testing.assert_close(logits(model), want)
 
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from judged import adapted as adapted_layer
 from peft import PeftModel
+from reference_layer import adapted as adapted_layer
 from tiny import adapted, llama, logits
 from torch import nn
 from transformers import AutoModelForCausalLM

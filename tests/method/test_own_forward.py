@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from judged import adapted, assert_judged, delta, expect, leaves
+from reference_layer import adapted, assert_matches_reference, delta, expect, leaves
 from torch import nn
 from torch.nn import functional
 
@@ -76,7 +76,7 @@ def weights_of(base, layer, factors):
 @pytest.mark.parametrize("ste", ["clip", "surrogate"])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients(name, ste):
-    assert_judged(*case(name), weights_of, ste=ste)
+    assert_matches_reference(*case(name), weights_of, ste=ste)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
-from judged import adapted, delta, leaves
 from peft import get_peft_model, prepare_model_for_kbit_training
+from quantized_layers import KINDS, I, O, four_bit, int4_config, torchao, torchao_int4, wrapped
+from reference_layer import adapted, delta, leaves
 from tiny import llama
 from torch import nn
 from torch.nn.functional import linear
@@ -17,83 +18,8 @@ from dual_lora.method import quantized, quantized_rows
 from dual_lora.method.quantized import QuantizedLinear
 from dual_lora.method.quantized_rows import row_source
 
-O, I = 64, 128
-
-
-def plain():
-    torch.manual_seed(1)
-    return nn.Linear(I, O)
-
-
-def four_bit(quant_type, nested=True, features=(I, O)):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(1)
-    source = nn.Linear(*features)
-    options = {"quant_type": quant_type, "compress_statistics": nested}
-    layer = bnb.nn.Linear4bit(*features, compute_dtype=torch.float32, **options)
-    layer.weight = bnb.nn.Params4bit(source.weight.data.clone(), requires_grad=False, **options)
-    layer.bias.data = source.bias.data.clone()
-    return layer.to("cpu").requires_grad_(False)
-
-
-def eight_bit():
-    bnb = pytest.importorskip("bitsandbytes")
-    source = plain()
-    layer = bnb.nn.Linear8bitLt(I, O, has_fp16_weights=False)
-    layer.weight = bnb.nn.Int8Params(source.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
-    layer.bias.data = source.bias.data.clone()
-    return layer.to("cpu").requires_grad_(False)
-
-
-def hqq(nbits, axis=1):
-    quantize = pytest.importorskip("hqq.core.quantize")
-    config = quantize.BaseQuantizeConfig(nbits=nbits, group_size=64, axis=axis)
-    return quantize.HQQLinear(plain(), config, compute_dtype=torch.float32, device="cpu").requires_grad_(False)
-
-
-def torchao(dynamic=False):
-    quantization = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(plain())
-    kinds = quantization.Int8DynamicActivationInt8WeightConfig, quantization.Int8WeightOnlyConfig
-    quantization.quantize_(model, kinds[0 if dynamic else 1]())
-    return model[0].requires_grad_(False)
-
-
-def torchao_int4():
-    """Four bits in groups along the rows, the kind of torchao's that computes on a CPU."""
-    pytest.importorskip("torchao.quantization").quantize_(model := nn.Sequential(plain()), int4_config())
-    return model[0].requires_grad_(False)
-
-
-def int4_config():
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
-
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-
-
-KINDS = {
-    "nf4 nested": lambda: four_bit("nf4"),
-    "nf4": lambda: four_bit("nf4", nested=False),
-    "fp4": lambda: four_bit("fp4"),
-    "int8": eight_bit,
-    "hqq 8": lambda: hqq(8),
-    "hqq 4": lambda: hqq(4),
-    "hqq 3": lambda: hqq(3),
-    "hqq 4 columns": lambda: hqq(4, axis=0),
-    "torchao int8": torchao,
-    "torchao int8 dynamic": lambda: torchao(dynamic=True),
-    "torchao int4": torchao_int4,
-}
 KIND = pytest.mark.parametrize("kind", KINDS)
 FUSED = set(KINDS) - {"int8", "torchao int8 dynamic"}
-
-
-def wrapped(kind, **options):
-    base = KINDS[kind]()
-    options = {"target_modules": ["1"], "init_weights": False, "r": 4, **options}
-    model = get_peft_model(nn.Sequential(nn.Identity(), base), DualLoraConfig(**options))
-    return model, model.base_model.model[1], base
 
 
 def requantises(layer):
@@ -349,10 +275,10 @@ def test_forward_only_kinds_are_wired(monkeypatch):
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int8 dynamic"])
 def test_a_copy_reads_its_own_weight(kind):
     model, layer, _ = wrapped(kind)
-    twin, twins = copy.deepcopy((model, layer))
-    twins.get_base_layer().weight.qdata.zero_()
-    assert not torch.equal(whole(twins), whole(layer))
-    for one, its in ((model, layer), (twin, twins)):
+    copied, copied_layer = copy.deepcopy((model, layer))
+    copied_layer.get_base_layer().weight.qdata.zero_()
+    assert not torch.equal(whole(copied_layer), whole(layer))
+    for one, its in ((model, layer), (copied, copied_layer)):
         x = torch.randn(4, I, requires_grad=True)
         one(x).sum().backward()
         dx = (whole(its) + its.get_delta_weight("default")).sum(0).expand(4, I)

@@ -1,4 +1,4 @@
-"""Saving and loading: every way in gives the same bits, and what does not fit is refused in words."""
+"""Saving and loading: every way in gives the same bits, and what does not fit raises a clear error."""
 
 import copy
 import json
@@ -380,9 +380,9 @@ def test_a_missing_folder(tmp_path):
 
 def test_copies_of_a_loaded_model(folders):
     model = WAYS["PeftModel"](folders, "adapter").eval()
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(twin), logits(model))
-    assert not changed(twin, state(model))
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), logits(model))
+    assert not changed(copied, state(model))
 
 
 def test_shards_that_were_not_gathered_are_reported(tmp_path):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import Mlp, adapted, changed, factor, layer, layers, points, state, train
+from tiny import Mlp, adapted, changed, factor, layer, layers, points, state, train, trainable
 from torch import nn
 
 CHANGES = {
@@ -57,11 +57,15 @@ def test_a_count_below_zero_is_none():
 def test_whoever_writes_to_buffers_between_two_forwards_does_no_harm():
     """DistributedDataParallel of older versions does, before every forward."""
     model = adapted(init_std=0.3)
+    once = gradients(copy.deepcopy(model))
     first = model(points()).square().mean()
     for buffer in model.buffers():
         buffer.copy_(buffer.clone())
     second = model(points()).square().mean()
     (first + second).backward()
+    for p, gradient in zip(trainable(model), once, strict=True):
+        assert gradient.any()
+        assert torch.equal(p.grad, 2 * gradient)
 
 
 def test_the_count_is_the_only_state():

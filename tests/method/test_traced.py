@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from judged import Holder, adapted
+from reference_layer import Holder, adapted
 from tiny import adapted as adapted_mlp
 from tiny import points
 from torch import nn

@@ -177,7 +177,7 @@ def test_an_adapter_frozen_for_a_while_goes_on_afterwards():
 
 
 def test_factors_in_two_optimizers_count_once():
-    """The clock is the optimizer that holds B; that of A, D, C does not count."""
+    """Steps of the optimizer that holds B count; those of the one that holds A, D and C do not."""
     model = adapted(warmup_steps=10)
     magnitude = [p for n, p in model.named_parameters() if "dual_lora_B" in n]
     others = [p for n, p in model.named_parameters() if "dual_lora_" in n and "dual_lora_B" not in n]
@@ -191,7 +191,7 @@ def test_factors_in_two_optimizers_count_once():
 
 
 @pytest.mark.parametrize("frozen", ["B", "BA", "BAD"])
-def test_the_clock_moves_on_when_the_first_factor_is_frozen(frozen):
+def test_steps_are_counted_when_the_first_factor_is_frozen(frozen):
     model = adapted(warmup_steps=10)
     for letter in frozen:
         for module in layers(model).values():
@@ -200,7 +200,7 @@ def test_the_clock_moves_on_when_the_first_factor_is_frozen(frozen):
     assert factor(model) == pytest.approx(0.3)
 
 
-def test_layers_in_different_optimizers_have_their_own_clock():
+def test_layers_in_different_optimizers_have_step_counters_of_their_own():
     model = adapted(warmup_steps=10)
     first, second = layers(model).values()
     own = torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.SGD(second.parameters(), lr=0.1)
@@ -307,12 +307,12 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(fused):
 def test_deep_copies_count_for_themselves():
     model = adapted(warmup_steps=10)
     optimizer = train(model, 2)
-    twin = copy.deepcopy(model)
-    assert factor(twin) == pytest.approx(0.2)
-    train(twin, 3)
-    assert (factor(model), factor(twin)) == (pytest.approx(0.2), pytest.approx(0.5))
+    copied = copy.deepcopy(model)
+    assert factor(copied) == pytest.approx(0.2)
+    train(copied, 3)
+    assert (factor(model), factor(copied)) == (pytest.approx(0.2), pytest.approx(0.5))
     train(model, 1, optimizer=optimizer)
-    assert (factor(model), factor(twin)) == (pytest.approx(0.3), pytest.approx(0.5))
+    assert (factor(model), factor(copied)) == (pytest.approx(0.3), pytest.approx(0.5))
 
 
 def test_moving_the_model_keeps_the_count():
@@ -489,7 +489,7 @@ def test_a_healthy_run_warns_of_nothing():
     assert not told(caught)
 
 
-def test_finished_layers_leave_the_clock():
+def test_finished_layers_leave_the_step_counter():
     from dual_lora.method import warmup
 
     model = adapted(warmup_steps=6)
@@ -499,7 +499,7 @@ def test_finished_layers_leave_the_clock():
     assert len(warmup._layers) == 0
 
 
-def test_the_clock_keeps_no_model_alive():
+def test_the_step_counter_keeps_no_model_alive():
     import gc
 
     from dual_lora.method import warmup

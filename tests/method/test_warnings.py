@@ -63,6 +63,6 @@ def test_every_model_says_it_once(case):
 def test_a_copy_says_it_again_and_its_layers_together():
     model = cast_by_foreign_code()
     assert said(lambda: cast(model), "were cast to") == 0
-    twin = copy.deepcopy(model)
-    assert len({id(m.warned) for m in layers(twin).values()}) == 1
-    assert said(lambda: cast(twin), "were cast to") == 1
+    copied = copy.deepcopy(model)
+    assert len({id(m.warned) for m in layers(copied).values()}) == 1
+    assert said(lambda: cast(copied), "were cast to") == 1

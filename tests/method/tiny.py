@@ -4,12 +4,16 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3MoeConfig,
 )
 
 from dual_lora import DualLoraConfig, DualLoraLayer
@@ -57,6 +61,33 @@ def bert(layers=2):
 
 MODELS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "value"]}
+
+MIXTURE = dict(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    num_experts_per_tok=2,
+)
+MIXTURES = {
+    "mixtral": lambda: MixtralConfig(**MIXTURE, num_local_experts=6),
+    "qwen3": lambda: Qwen3MoeConfig(**MIXTURE, num_experts=6, moe_intermediate_size=40, head_dim=8),
+    "gpt-oss": lambda: GptOssConfig(**MIXTURE, num_local_experts=6, head_dim=8, layer_types=["full_attention"]),
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture(layout, implementation="eager"):
+    """A language model of one layer with six experts, whose tensors `EXPERTS` names."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MIXTURES[layout]())
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    model.set_experts_implementation(implementation)
+    return model.eval()
 
 
 class Mlp(nn.Module):

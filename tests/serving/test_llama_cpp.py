@@ -3,29 +3,15 @@
 Server (xllamacpp) and converters (from llama-cpp-python's sources) lie in an environment of their own: `make serving`.
 """
 
-import os
 import subprocess
-from pathlib import Path
 
 import pytest
-from vllm_server import folder, free_port, running, verdict  # noqa: F401
+from llama_cpp_server import CONVERTED, HOME, needs_llama_cpp, served
+from vllm_server import folder, verdict  # noqa: F401
 
 from dual_lora.lab.model.gguf import export_gguf, export_gguf_lora, find_converter
 
-HOME = Path(os.environ.get("DUAL_LORA_LLAMA_CPP", Path(__file__).parents[2] / ".venv-llama-cpp")).absolute()
-# The converters run in this Python, and need a package that it has not.
-CONVERTED = {"PYTHONPATH": os.pathsep.join([str(HOME / "converter"), os.environ.get("PYTHONPATH", "")])}
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(not (HOME / "llama.cpp").is_dir(), reason="no environment with llama.cpp: make serving"),
-    pytest.mark.timeout(1800),
-]
-
-
-def served(tmp_path, *files):
-    port = free_port()
-    program = Path(__file__).with_name("llama_server.py")
-    return running([HOME / "bin" / "python", program, port, *files], tmp_path / "log", port)
+pytestmark = needs_llama_cpp
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ import subprocess
 
 import pytest
 import served_faults
+from llama_cpp_server import CONVERTED, HOME, needs_llama_cpp, served
 from served_faults import VERDICTS, adapters  # noqa: F401
-from test_llama_cpp import CONVERTED, HOME, pytestmark, served  # noqa: F401
 
 from dual_lora.lab.model.gguf import find_converter
+
+pytestmark = needs_llama_cpp
 
 
 @pytest.mark.parametrize("fault", VERDICTS)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_llama_cpp import CONVERTED, HOME
+from llama_cpp_server import CONVERTED, HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_server import PYTHON, ask, folder, free_port, running  # noqa: F401
 

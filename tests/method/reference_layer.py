@@ -1,4 +1,4 @@
-"""One judge for every kind of layer: PyTorch's own module with W + ΔW of the reference in the weight's place."""
+"""The reference for every kind of layer: PyTorch's own module with W + ΔW of `core.reference` in the weight's place."""
 
 import copy
 
@@ -53,8 +53,8 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def assert_judged(base, x, weights_of, call=call_plainly, atol=2e-5, **options):
-    """Value and every gradient of the adapted layer against the judge.
+def assert_matches_reference(base, x, weights_of, call=call_plainly, atol=2e-5, **options):
+    """Value and every gradient of the adapted layer against the reference.
 
     weights_of(base, layer, factors) gives {parameter name: W + ΔW}, made from factors that take gradients.
     """
@@ -71,7 +71,7 @@ def assert_judged(base, x, weights_of, call=call_plainly, atol=2e-5, **options):
     y.backward(g)
     expected.backward(g)
     for name, ours, theirs in zip("ABCD", layer.factors("default"), factors, strict=True):
-        assert theirs.grad.any(), f"the judge has no gradient of {name}"
+        assert theirs.grad.any(), f"the reference has no gradient of {name}"
         torch.testing.assert_close(
             ours.grad, theirs.grad, atol=atol, rtol=1e-4, msg=lambda m, name=name: f"gradient of {name}: {m}"
         )

@@ -1,0 +1,23 @@
+"""A training on several processes, started as the documentation says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+ON_CPU = Path(__file__).with_name("fsdp2_on_cpu.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launched(strategy, processes, recipe, out, *more):
+    """The documented command for ``processes`` of them on CPU."""
+    if strategy == "ddp":
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command += ["-m", "dual_lora.lab.cli"]
+    else:
+        config = CONFIGS / f"{strategy}.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ON_CPU)]
+    command += ["train", str(recipe), "--out", str(out), *more]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

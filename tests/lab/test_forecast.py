@@ -1,0 +1,41 @@
+"""What `compare --dry-run` says beforehand: runs that are left, and their time."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("peft")
+
+from tiny_study import write_study
+
+from dual_lora.lab.study import forecast as module
+from dual_lora.lab.study.forecast import forecast
+from dual_lora.lab.study.tables import show_forecast
+
+
+def test_forecast_counts_and_learns(tiny, whole, tmp_path, capsys):
+    study = write_study(tiny)
+    fresh = forecast(study, tmp_path / "nothing")
+    assert (fresh.runs, fresh.done) == (9, 0)
+    assert fresh.seconds > 0
+    assert not (tmp_path / "nothing").exists(), "a dry run leaves nothing behind"
+    finished = forecast(study, tiny / "whole")
+    assert (finished.runs, finished.done, finished.seconds) == (9, 9, 0.0)
+    show_forecast(fresh)
+    assert "Nothing was run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_forecast_takes_the_machine_s_calibration(tiny, tmp_path, monkeypatch):
+    """A study's time and an estimate's come from the same two measured numbers."""
+    study, seconds = write_study(tiny, search=None), {}
+    for rate in (1e6, 2e6, 4e6):
+        costs = {"float32": {method: [[64, rate, 0.0]] for method in ("lora", "dual_lora", "full")}}
+        known = {"on": "cpu", "date": "2026-01-02", "costs": costs}
+        monkeypatch.setattr(module, "known_rates", lambda known=known: known)
+        found = forecast(study, tmp_path / "nothing")
+        assert found.basis == "arithmetic and this machine's calibration of 2026-01-02"
+        seconds[rate] = found.seconds
+    # What is no arithmetic is the same for all rates.
+    computed = [seconds[rate] - seconds[2 * rate] for rate in (1e6, 2e6)]
+    assert computed[0] == pytest.approx(2 * computed[1], rel=1e-6)
+    assert computed[1] > 0
