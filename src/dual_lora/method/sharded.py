@@ -82,7 +82,7 @@ def refuse_bare_parts(base: nn.Module) -> None:
         )
 
 
-class Part(NamedTuple):
+class LocalPart(NamedTuple):
     """This process's part of a weight [O, I]: rows (dim 0) or columns (dim 1) `start` to `stop`."""
 
     dim: int
@@ -98,7 +98,7 @@ class Part(NamedTuple):
         return adapter._replace(factors=Factors(*factors))
 
 
-def part_of(weight: DTensor) -> Part:
+def part_of(weight: DTensor) -> LocalPart:
     """Which rows or columns of the weight are here; ValueError for a layout that is neither."""
     cuts = [(k, p) for k, p in enumerate(weight.placements) if not isinstance(p, Replicate)]
     if len(cuts) != 1 or type(cuts[0][1]) is not Shard or weight.ndim != 2:
@@ -112,7 +112,7 @@ def part_of(weight: DTensor) -> Part:
     size, whole = weight.device_mesh.size(mesh_dim), weight.shape[dim]
     each = -(-whole // size)
     start = min(weight.device_mesh.get_local_rank(mesh_dim) * each, whole)
-    return Part(dim, start, min(start + each, whole), mesh_dim)
+    return LocalPart(dim, start, min(start + each, whole), mesh_dim)
 
 
 def product(layer: Any, x: Tensor, names: list[str], with_base: bool = True) -> Tensor:

@@ -22,7 +22,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.schema import EvaluatePart, Recipe
+from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run, run_at
 from dual_lora.lab.run.loop import mean_loss
@@ -82,7 +82,7 @@ class OpenedRun:
         examples = load_split(self.recipe.data, split)[:limit]
         heads = {"causal": "loss", "classification": "classification", "regression": "regression"}
         task = heads[self.recipe.model.head]
-        spec = EvaluatePart.model_validate({"tasks": [task], "split": split, "batch_size": 8})
+        spec = EvaluateSection.model_validate({"tasks": [task], "split": split, "batch_size": 8})
         tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
 
         def loss(_: Any) -> float:

@@ -12,9 +12,9 @@ from pydantic import create_model
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
-from dual_lora.lab.recipe.schema import DataPart, EvaluatePart
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 
-_PARTS: dict[str, Any] = {"data": (flags(DataPart) | None, None), "evaluate": (flags(EvaluatePart) | None, None)}
+_PARTS: dict[str, Any] = {"data": (flags(DataSection) | None, None), "evaluate": (flags(EvaluateSection) | None, None)}
 EvaluateFlags: Any = create_model("EvaluateFlags", **_PARTS)
 
 
@@ -47,9 +47,9 @@ def evaluate(
     ground = read_recipe(recipe) if recipe else None
     tuned = open_tuned(source, base, dtype)
     ground = ground or tuned.recipe
-    data, spec = (ground.data, ground.evaluate) if ground else (DataPart(), EvaluatePart())
-    data = DataPart.model_validate(merged(data.model_dump(), overrides.get("data", {})))
-    spec = EvaluatePart.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))
+    data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
+    data = DataSection.model_validate(merged(data.model_dump(), overrides.get("data", {})))
+    spec = EvaluateSection.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))
     result = run_evaluation(tuned, data, spec)
     if recipe and ground and ground.origin:
         result.reported = ground.origin.reported

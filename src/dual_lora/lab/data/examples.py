@@ -12,7 +12,7 @@ from typing import Any
 
 from dual_lora.lab.data.records import Record, read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.recipe.schema import DataSection
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Example:
         return f"{self.answer[:start]}{choice}{self.answer[start + len(self.target) :]}"
 
 
-def load_split(data: DataPart, split: str) -> list[Example]:
+def load_split(data: DataSection, split: str) -> list[Example]:
     """The examples of "train", "validation" or "test" as the recipe wants them, limits and holdout applied."""
     if split == "validation" and not data.validation and data.holdout:
         return _limited(_parted(data)[1], data.test_limit, data.seed)
@@ -59,7 +59,7 @@ def load_split(data: DataPart, split: str) -> list[Example]:
     return _tested(_read(data, split), data)
 
 
-def _tested(examples: list[Example], data: DataPart) -> list[Example]:
+def _tested(examples: list[Example], data: DataSection) -> list[Example]:
     """As many of a test set's examples as the recipe wants."""
     if data.test_prompts is not None:
         prompts = list(dict.fromkeys(repr(example.prompt) for example in examples))
@@ -69,7 +69,7 @@ def _tested(examples: list[Example], data: DataPart) -> list[Example]:
     return _limited(examples, data.test_limit, data.seed)
 
 
-def read_examples(source: str, data: DataPart) -> list[Example]:
+def read_examples(source: str, data: DataSection) -> list[Example]:
     """All examples of a source, or of several joined by " + ".
 
     Raises UserError with file and line for the first record that lacks a field.
@@ -98,7 +98,7 @@ def item_of(example: Example) -> str:
     return repr(example.prompt or example.messages) if example.messages else repr(example.text)
 
 
-def _read(data: DataPart, split: str) -> list[Example]:
+def _read(data: DataSection, split: str) -> list[Example]:
     source = getattr(data, split)
     if not source:
         way_out = " (or data.holdout, to take them out of the training records)" if split == "validation" else ""
@@ -106,7 +106,7 @@ def _read(data: DataPart, split: str) -> list[Example]:
     return read_examples(source, data)
 
 
-def _parted(data: DataPart) -> tuple[list[Example], list[Example]]:
+def _parted(data: DataSection) -> tuple[list[Example], list[Example]]:
     examples = _read(data, "train")
     if data.holdout >= len(examples):
         raise UserError(f"data.holdout is {data.holdout}, but {data.train} holds only {len(examples)} records.")
@@ -116,7 +116,7 @@ def _parted(data: DataPart) -> tuple[list[Example], list[Example]]:
     return [e for i, e in enumerate(examples) if i not in held], [e for i, e in enumerate(examples) if i in held]
 
 
-def _parted_by_group(examples: list[Example], data: DataPart) -> tuple[list[Example], list[Example]]:
+def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
     """Whole groups are held out, until they hold `holdout` records or a few more."""
     sizes = Counter(example.group for example in examples)
     groups = random.Random(data.seed).sample(sorted(sizes), len(sizes))

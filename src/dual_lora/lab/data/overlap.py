@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dual_lora.lab.data.examples import Example, item_of, load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.recipe.schema import DataSection
 
 WORDS = {"train": "training", "validation": "validation", "test": "test"}
 PAIRS = (("validation", "test"), ("test", "train"), ("validation", "train"))
@@ -26,7 +26,7 @@ class Shared(NamedTuple):
         return f"{self.found} of {self.size} {WORDS[self.of]} records are {WORDS[self.among]} records too"
 
 
-def shared(data: DataPart) -> list[Shared]:
+def shared(data: DataSection) -> list[Shared]:
     """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out."""
     sets = {split: found for split in WORDS if (found := _records(data, split))}
     keys = {split: {_key(example) for example in examples} for split, examples in sets.items()}
@@ -38,7 +38,7 @@ def shared(data: DataPart) -> list[Shared]:
     return [each for each in counted if each.found]
 
 
-def undeclared(data: DataPart) -> str:
+def undeclared(data: DataSection) -> str:
     """Why the recipe's sets are not apart, and what to do; "" where they are, or where it declares what they share."""
     if data.overlap == "all":
         return ""
@@ -60,7 +60,7 @@ def _key(example: Example) -> str:
     return example.group or item_of(example)
 
 
-def _records(data: DataPart, split: str) -> list[Example]:
+def _records(data: DataSection, split: str) -> list[Example]:
     source = (data.train if data.holdout and not data.validation else data.validation) if split == "validation" else (
         getattr(data, split) or " + ".join(data.tests.values()) * (split == "test")
     )  # fmt: skip

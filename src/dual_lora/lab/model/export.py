@@ -20,7 +20,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Task
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Task
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.write import free_folder, json_text, write_folder_atomically
 
@@ -180,8 +180,8 @@ def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], 
     """Mean loss of the base, of the adapter and of what was written."""
     data = _data(tuned)
     task: Task = "classification" if tuned.classes else "loss"
-    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluatePart().batch_size
-    spec = EvaluatePart(tasks=[task], batch_size=batch)
+    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluateSection().batch_size
+    spec = EvaluateSection(tasks=[task], batch_size=batch)
     unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
     before = evaluate(unfiled, data, spec, examples=records, progress=progress).metrics
     with quiet():
@@ -217,8 +217,8 @@ def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
         raise UserError(f"{error} Give records by --data FILE, or --limit 0 to measure nothing.") from error
 
 
-def _data(tuned: Tuned) -> DataPart:
-    return tuned.recipe.data if tuned.recipe else DataPart()
+def _data(tuned: Tuned) -> DataSection:
+    return tuned.recipe.data if tuned.recipe else DataSection()
 
 
 def _sizes(folder: Path) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from dual_lora.lab.model.gguf_whole import check_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dual_lora.lab.recipe.schema import ModelPart
+    from dual_lora.lab.recipe.schema import ModelSection
 
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
@@ -98,7 +98,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(part: ModelPart, num_labels: int | None = None, device: str | None = None) -> Loaded:
+def load_model(part: ModelSection, num_labels: int | None = None, device: str | None = None) -> Loaded:
     """Model and tokenizer of a recipe's ``model`` part, on the best device (or ``device``), in evaluation mode.
 
     num_labels: number of classes, for head "classification". Seed before the call: a new head is drawn at random.
@@ -135,7 +135,7 @@ def load_model(part: ModelPart, num_labels: int | None = None, device: str | Non
     return Loaded(model.eval(), tokenizer, fresh)
 
 
-def dtype_of(part: ModelPart, device: str | None = None) -> str:
+def dtype_of(part: ModelSection, device: str | None = None) -> str:
     """The precision of a recipe's ``model`` part, what `auto` stands for on the device in its place."""
     if part.dtype != "auto":
         return part.dtype

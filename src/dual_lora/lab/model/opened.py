@@ -17,7 +17,7 @@ from dual_lora.lab.model.load import UNREAD, Loaded, load_model
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import ModelPart, Recipe
+from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
 
 NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names
@@ -113,7 +113,7 @@ def open_tuned(
         return _open_adapter(result, base, dtype, device, run=path)
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device)
-    part = ModelPart(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
+    part = ModelSection(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
     return Tuned(loaded.model, loaded.tokenizer, str(source))
 
@@ -153,7 +153,7 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
 
 
-def load_base(part: ModelPart, seed: int, num_labels: int | None, device: str | None = None) -> Loaded:
+def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str | None = None) -> Loaded:
     """The untrained model; the seed gives a new head the same weights as at the start of its training."""
     import torch
 
@@ -213,7 +213,7 @@ def _warn_of_unread(file: Path, taken: dict[str, Any]) -> None:
         warnings.warn(f"{file} holds {len(unread)} tensors that {UNREAD % unread[0]}", stacklevel=3)
 
 
-def untrained_model(part: ModelPart, seed: int, num_labels: int | None, device: str) -> Any:
+def untrained_model(part: ModelSection, seed: int, num_labels: int | None, device: str) -> Any:
     """As it was before its training, for `Tuned.untrained`."""
     import torch
 
@@ -221,11 +221,11 @@ def untrained_model(part: ModelPart, seed: int, num_labels: int | None, device: 
         return load_base(part, seed, num_labels, device).model
 
 
-def _part_of(config: Any, adapter: Path) -> ModelPart:
+def _part_of(config: Any, adapter: Path) -> ModelSection:
     if not config.base_model_name_or_path:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"
-    return ModelPart(path=config.base_model_name_or_path, head=head)  # type: ignore[arg-type]
+    return ModelSection(path=config.base_model_name_or_path, head=head)  # type: ignore[arg-type]
 
 
 def _labels_in(adapter: Path) -> int:

@@ -20,13 +20,13 @@ MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
 Task = Literal["exact_match", "choice", "classification", "regression", "loss", "bleu", "nlg"]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     """A part of a recipe: unknown fields are errors, so that a typing mistake never runs silently."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class ModelPart(Part):
+class ModelSection(Section):
     path: str = Field(
         description="Folder, hub name, GGUF file, or package:NAME for a model inside an installed package."
     )
@@ -45,7 +45,7 @@ class ModelPart(Part):
     )
 
 
-class DataPart(Part):
+class DataSection(Section):
     train: str | None = Field(
         None,
         description="Training records: a .json, .jsonl, .tsv, .csv or .txt file, or hub:NAME[,SUBSET][:SPLIT]. "
@@ -112,7 +112,7 @@ class DataPart(Part):
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
 
 
-class TrainPart(Part):
+class TrainSection(Section):
     steps: int | None = Field(None, ge=1, description="Optimizer steps; left out: computed from epochs.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training records, unless steps is given.")
     batch_size: int = Field(8, ge=1, le=MOST, description="Examples per device and forward pass.")
@@ -162,7 +162,7 @@ class TrainPart(Part):
         return value
 
 
-class EvaluatePart(Part):
+class EvaluateSection(Section):
     tasks: list[Task] = Field(
         default_factory=list,
         description="exact_match (generation), choice (likelihood), classification, regression (Pearson, Spearman), "
@@ -204,7 +204,7 @@ class EvaluatePart(Part):
         return value
 
 
-class Origin(Part):
+class Origin(Section):
     """Where a recipe's settings come from, and which figures others report for the same run."""
 
     sources: dict[str, str] = Field(
@@ -222,20 +222,20 @@ class Origin(Part):
         return next((name for name, given in self.settings.items() if setting in given), None)
 
 
-class Recipe(Part):
+class Recipe(Section):
     """A complete fine-tuning run."""
 
     name: str = Field("run", pattern=NAME, description="Name of the recipe and of its default output folder.")
     about: str = Field("", description="One sentence on what the recipe shows.")
-    model: ModelPart = Field(description="The model to start from.")
+    model: ModelSection = Field(description="The model to start from.")
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "dual_lora", "r": 16},
         description="name: dual_lora, lora, dora, hira, ... (any PEFT method) or full; "
         "every other key is a field of that method's PEFT configuration, e.g. --method.r 8.",
     )
-    data: DataPart = Field(default_factory=DataPart, description="Records and how they become prompts.")
-    train: TrainPart = Field(default_factory=TrainPart, description="The training loop.")
-    evaluate: EvaluatePart = Field(default_factory=EvaluatePart, description="What is measured afterwards.")
+    data: DataSection = Field(default_factory=DataSection, description="Records and how they become prompts.")
+    train: TrainSection = Field(default_factory=TrainSection, description="The training loop.")
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection, description="What is measured afterwards.")
     origin: Origin | None = Field(None, description="Who said each setting, and what others report.")
 
     @field_validator("method")

@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.schema import DataPart, EvaluatePart, Recipe, Task
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe, Task
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.figures import figures
@@ -65,8 +65,8 @@ class EvalResult:
 
 def evaluate(
     source: str | Path | Tuned,
-    data: DataPart | None = None,
-    spec: EvaluatePart | None = None,
+    data: DataSection | None = None,
+    spec: EvaluateSection | None = None,
     *,
     examples: list[Example] | None = None,
     variants: list[str] | None = None,
@@ -146,14 +146,16 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, float) or (math.isfinite(value) or value == -math.inf)
 
 
-def _settings(recipe: Recipe | None, data: DataPart | None, spec: EvaluatePart | None) -> tuple[DataPart, EvaluatePart]:
+def _settings(
+    recipe: Recipe | None, data: DataSection | None, spec: EvaluateSection | None
+) -> tuple[DataSection, EvaluateSection]:
     if data is None:
         if recipe is None:
             raise UserError(
                 "This model was not trained by a recipe, so say what to evaluate it on: give --recipe or --data.test."
             )
         data = recipe.data
-    return data, spec or (recipe.evaluate if recipe else EvaluatePart())
+    return data, spec or (recipe.evaluate if recipe else EvaluateSection())
 
 
 def _usual(tuned: Tuned, examples: list[Example]) -> list[Task]:
@@ -177,14 +179,14 @@ def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
         )
 
 
-def _long(examples: list[Example], prompter: Prompter, data: DataPart, tuned: Tuned) -> int:
+def _long(examples: list[Example], prompter: Prompter, data: DataSection, tuned: Tuned) -> int:
     """Examples longer than data.max_length: texts were cut to it, prompts were not."""
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
     return sum(len(prompter.encode(e).input_ids) > data.max_length for e in examples)
 
 
-def forgetting_rows(tuned: Tuned, spec: EvaluatePart) -> Rows:
+def forgetting_rows(tuned: Tuned, spec: EvaluateSection) -> Rows:
     """Text that is not the task's: for each its tokens, and its summed loss (nats) with the base and with the adapter.
 
     As PEFT's method comparison measures what a run has forgotten: over whole texts, each cut to 768 tokens. Raises

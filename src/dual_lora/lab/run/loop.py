@@ -21,7 +21,7 @@ from dual_lora.lab.model.load import best_device
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
-from dual_lora.lab.recipe.schema import Recipe, TrainPart
+from dual_lora.lab.recipe.schema import Recipe, TrainSection
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.watch import Watch
 
@@ -233,7 +233,7 @@ def _arguments(
         raise UserError(f"train: {' '.join(str(error).split())}") from error
 
 
-def check_names(part: TrainPart) -> None:
+def check_names(part: TrainSection) -> None:
     """Raise UserError for an optimizer or a further argument that transformers does not know."""
     for key in part.arguments:
         if key not in TrainingArguments.__dataclass_fields__:

@@ -16,7 +16,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import ends_of, plain_search, texts_of, without_special
-from dual_lora.lab.recipe.schema import EvaluatePart
+from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run.extraction import answer_in
 
 Rows = list[dict[str, Any]]
@@ -30,7 +30,7 @@ class Asked:
     model: Any
     examples: list[Example]
     prompter: Prompter
-    spec: EvaluatePart
+    spec: EvaluateSection
     classes: Sequence[str] = ()
     max_length: int = 512
     advance: Advance = lambda _: None
@@ -249,7 +249,7 @@ def generate_all(
     return texts
 
 
-def search_of(spec: EvaluatePart) -> dict[str, Any]:
+def search_of(spec: EvaluateSection) -> dict[str, Any]:
     """The search for an answer in the terms of ``generate``; empty for a greedy one."""
     given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
     return given | ({"no_repeat_ngram_size": spec.no_repeat_ngram} if spec.no_repeat_ngram else {})

@@ -10,7 +10,7 @@ from typing import Any
 
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config
 from dual_lora.lab.patterns import Pattern
-from dual_lora.lab.recipe.schema import ModelPart, Recipe
+from dual_lora.lab.recipe.schema import ModelSection, Recipe
 
 # The field that sets a method's size, where it is not "r".
 RANK_FIELDS = {
@@ -106,7 +106,7 @@ class Scale:
         trainable = sum(p.numel() for n, p in trained if not any(s.search(n) for s in still))
         return Size(trainable, count_of(base), multiplied, getattr(base.config, "hidden_size", 0))
 
-    def _base(self, part: ModelPart, classes: int | None) -> Any:
+    def _base(self, part: ModelSection, classes: int | None) -> Any:
         key = (part.path, part.head, classes)
         if key not in self._models:
             labels = {"num_labels": classes} if classes else {}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dual_lora.lab.cost.calibrate import DECODE_SECONDS, Card, Cost, card, cost_of, known_rates, rough_cost
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
-from dual_lora.lab.recipe.schema import DataPart, Recipe
+from dual_lora.lab.recipe.schema import DataSection, Recipe
 from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
@@ -76,7 +76,7 @@ class Speed:
         found = (cost_of(self.known or {}, name, dtype, cell.size.width) for name in names)
         return next((cost for cost in found if cost is not None), None) or self.rough
 
-    def records(self, data: DataPart, split: str) -> Records:
+    def records(self, data: DataSection, split: str) -> Records:
         """What is to be known of a set; it is read once."""
         asked = data.model_dump_json(), split
         if asked not in self._records:
@@ -88,7 +88,7 @@ class Speed:
         return DECODE_SECONDS if self.card else 4.0 * cell.size.multiplied / BYTES_A_SECOND
 
 
-def _records(data: DataPart, split: str) -> Records:
+def _records(data: DataSection, split: str) -> Records:
     examples = load_split(data, split)
     frame = TEMPLATES.get(data.template, "")
     some = examples[:: max(1, len(examples) // SOME)]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from dual_lora.lab.errors import suggest
-from dual_lora.lab.recipe.schema import Part, TrainPart
+from dual_lora.lab.recipe.schema import Section, TrainSection
 from dual_lora.lab.study.job import Job, Outcome, Settings
 from dual_lora.lab.study.metrics import METRICS, sign
 
@@ -29,7 +29,7 @@ def _known(value: str) -> str:
 MetricName = Annotated[str, AfterValidator(_known)]
 
 
-class Range(Part):
+class Range(Section):
     """An interval that is searched."""
 
     low: float
@@ -46,7 +46,7 @@ class Range(Part):
 Axis = list[Any] | Range
 
 
-class Search(Part):
+class Search(Section):
     """The same number of trials for every method, judged on validation records, never on test."""
 
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
@@ -169,11 +169,11 @@ def beyond(best: Settings, tried: Sequence[Settings]) -> Settings | None:
 
 def dotted(name: str) -> str:
     """`learning_rate` -> `train.learning_rate`. Raises ValueError for a name outside train and method."""
-    full = f"train.{name}" if name in TrainPart.model_fields else name
+    full = f"train.{name}" if name in TrainSection.model_fields else name
     part, _, field = full.partition(".")
     if part == "method" and field:
         return full
-    if part != "train" or field not in TrainPart.model_fields:
-        hint = suggest(field or part, TrainPart.model_fields)
+    if part != "train" or field not in TrainSection.model_fields:
+        hint = suggest(field or part, TrainSection.model_fields)
         raise ValueError(f"{name!r} can not be varied: expected train.FIELD or method.FIELD.{hint}")
     return full

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.patterns import compiled
-from dual_lora.lab.recipe.schema import NAME, Part
+from dual_lora.lab.recipe.schema import NAME, Section
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
 
@@ -85,7 +85,7 @@ class MethodEntry(BaseModel):
         return dict(self.model_extra or {})
 
 
-class TaskEntry(Part):
+class TaskEntry(Section):
     """One task: a recipe and what is laid over it."""
 
     recipe: str = Field(description="Shipped recipe or recipe file.")
@@ -98,7 +98,7 @@ class TaskEntry(Part):
     evaluate: dict[str, Any] = Field(default_factory=dict, description="Laid over the recipe's evaluate part.")
 
 
-class Budget(Part):
+class Budget(Section):
     """What all methods get the same of."""
 
     match: Literal["parameters", "time", "memory", "none"] = Field(
@@ -119,7 +119,7 @@ class Budget(Part):
         return self
 
 
-class Study(Part):
+class Study(Section):
     """A complete comparison."""
 
     name: str = Field(pattern=NAME, description="Name of the study and of its default output folder.")

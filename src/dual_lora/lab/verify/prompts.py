@@ -17,7 +17,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
-from dual_lora.lab.recipe.schema import DataPart
+from dual_lora.lab.recipe.schema import DataSection
 from dual_lora.lab.verify.logprobs import Probe, rows_of, score
 
 ASKED = 24  # prompts that base and adapter are asked
@@ -49,7 +49,7 @@ def find_probes(tuned: Tuned, prompts: str | None = None) -> tuple[list[Probe], 
     prompts: a file; lines of text, or records as `train` reads them. Left out: the run's own records, else built-in
     prompts. Prompts without an answer are answered by the adapter. Raises UserError where no prompt can be used.
     """
-    data = tuned.recipe.data if tuned.recipe else DataPart()
+    data = tuned.recipe.data if tuned.recipe else DataSection()
     prompter = Prompter(tuned.tokenizer, data.template)
     examples: list[Example] = []
     questions: list[str] = []
@@ -95,7 +95,7 @@ def both(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _own_records(data: DataPart) -> tuple[list[Example], str]:
+def _own_records(data: DataSection) -> tuple[list[Example], str]:
     for split in ("test", "validation", "train"):
         try:
             if examples := [e for e in load_split(data, split) if e.messages]:
@@ -105,7 +105,7 @@ def _own_records(data: DataPart) -> tuple[list[Example], str]:
     return [], "built in: the run's own records were not found" if data.train else "built in"
 
 
-def _from_file(path: str, data: DataPart) -> tuple[list[Example], list[str]]:
+def _from_file(path: str, data: DataSection) -> tuple[list[Example], list[str]]:
     if not Path(path).is_file():
         raise UserError(f"There is no file of prompts {path}.")
     if Path(path).suffix == ".txt":

@@ -14,7 +14,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
@@ -289,7 +289,7 @@ def _plain(path: str) -> tuple[Tuned, Any]:
             raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
     if dtype not in ("float32", "bfloat16", "float16"):
         dtype = "float32"
-    loaded = load_model(ModelPart(path=path, dtype=dtype))  # type: ignore[arg-type]
+    loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
     with quiet():
         return Tuned(loaded.model, loaded.tokenizer, path), load_tokenizer(path)
 
