@@ -13,7 +13,7 @@ from transformers import DataCollatorForLanguageModeling
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 
 
 class Tuned(lightning.LightningModule):
@@ -47,7 +47,7 @@ def main(
 ) -> Tuned:
     """Train for `steps` optimizer steps in all, those before a resumed checkpoint included; save the adapter."""
     lightning.seed_everything(0)
-    base = load_model(ModelPart(path=model))
+    base = load_model(ModelSection(path=model))
     chats = tool_calls.chats("train", 64)
     rows = [base.tokenizer(text) for text in base.tokenizer.apply_chat_template(chats, tokenize=False)]
     collate = DataCollatorForLanguageModeling(base.tokenizer, mlm=False)

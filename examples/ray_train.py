@@ -18,10 +18,10 @@ def loop(options: dict[str, Any]) -> None:
     from dual_lora import DualLoraConfig  # registers the method in this process
     from dual_lora.lab.data import tool_calls
     from dual_lora.lab.model.load import load_model
-    from dual_lora.lab.recipe.schema import ModelPart
+    from dual_lora.lab.recipe.schema import ModelSection
 
     set_seed(0)
-    base = load_model(ModelPart(path=options["model"]))
+    base = load_model(ModelSection(path=options["model"]))
     chats = tool_calls.chats("train", 64)
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     steps = options["steps"]

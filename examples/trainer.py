@@ -10,7 +10,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
     learning_rate: float = 2e-3,
 ) -> Trainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
-    base = load_model(ModelPart(path=model, dtype="auto"))
+    base = load_model(ModelSection(path=model, dtype="auto"))
     chats = tool_calls.chats("train", 400)
     texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     rows = Dataset.from_list([base.tokenizer(text) for text in texts])

@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 from dual_lora.serving.rollout import VllmRollout
 
 
@@ -33,7 +33,7 @@ def main(
     served: str = "mine",
 ) -> GRPOTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
-    base = load_model(ModelPart(path=model, dtype="auto"))
+    base = load_model(ModelSection(path=model, dtype="auto"))
     rows = [{"prompt": prompt, "answer": answer["content"]} for *prompt, answer in tool_calls.chats("train", 200)]
     rollout = VllmRollout(vllm, served) if vllm else None
     trainer = GRPOTrainer(

@@ -9,7 +9,7 @@ from trl import SFTConfig, SFTTrainer
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
 from dual_lora.lab.model.load import load_model
-from dual_lora.lab.recipe.schema import ModelPart
+from dual_lora.lab.recipe.schema import ModelSection
 
 
 def main(
@@ -19,7 +19,7 @@ def main(
     learning_rate: float = 2e-3,
 ) -> SFTTrainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
-    base = load_model(ModelPart(path=model, dtype="auto"))
+    base = load_model(ModelSection(path=model, dtype="auto"))
     rows = [{"prompt": prompt, "completion": [answer]} for *prompt, answer in tool_calls.chats("train", 400)]
     trainer = SFTTrainer(
         model=base.model,

@@ -46,7 +46,10 @@ def test_a_quantised_weight_is_dequantised_for_the_kernels(kernels):
 @pytest.mark.parametrize("transposed", [False, True], ids=["[E, O, I]", "[E, I, O]"])
 @pytest.mark.parametrize("E", [None, 3], ids=["matrix", "experts"])
 @pytest.mark.parametrize("base", ["frozen", "trained", "none"])
-def test_composed_weights_and_their_gradients(base, E, transposed, routed, kernels):
+@pytest.mark.parametrize("by", ["kernels", "blocks"])
+def test_composed_weights_and_their_gradients(by, base, E, transposed, routed, request):
+    if by == "kernels":
+        request.getfixturevalue("kernels")
     if E is None and routed is not None:
         pytest.skip("a matrix has no experts")
     cases = [make_case(T=20, O=63, I=100, seed=seed) for seed in range(E or 1)]
