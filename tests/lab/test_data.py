@@ -150,7 +150,7 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.jsonl", CHAT % "null", "line 1: the content of the message of role 'assistant' is null, expected text"),
         ("a.jsonl", CHAT % '[{"type": "text", "text": "x"}]', "of role 'assistant' is list, expected text"),
         ("a.xml", "<a/>", "unknown kind of data file"),
-        ("a.csv", "text,text,label\nx,y,1\n", "two columns named 'text'"),
+        ("a.csv", "text,text,label\nx,y,1\n", "has two columns 'text'"),
         ("a.csv", 'prompt,answer\n"x\nx",y\nx\n', r"a\.csv, line 4: 1 columns"),
         ("a.json", '[{"instruction": "x", "output": "y", "answer": ["y"]}]', "field 'answer' is a list, expected text"),
         ("a.json", '[{"prompt": "x", "answer": "y", "choices": [{"a": 1}]}]', "record 1: a choice is a dict"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AddedToken
 
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
@@ -209,9 +210,10 @@ def test_an_answer_ends_where_the_makers_say_and_keeps_its_blanks(loaded, monkey
 
 
 def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded, monkeypatch):
-    model, _, examples, prompter = loaded
+    model, tokenizer, examples, prompter = loaded
     monkeypatch.setattr(scoring, "generate_all", lambda *_: ["caf\u00e9"])
-    example = replace(examples[0], answer="<s> cafe\u0301")
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True)])  # without a role
+    example = replace(examples[0], answer="<s> cafe\u0301<|turn|>")
     (row,) = scoring.score_exact_match(Asked(model, [example], prompter, EvaluateSection()))
     assert row["correct"]
 

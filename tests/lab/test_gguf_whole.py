@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.gguf_whole import check_whole
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.schema import ModelSection
 
@@ -44,6 +45,18 @@ def written(file, tensors=(), scaling=None):
 
 def test_a_whole_file_is_read(tmp_path):
     assert load_model(written(tmp_path / "plain.gguf")).model.config.num_hidden_layers == 1
+
+
+def test_a_copy_of_tied_embeddings_is_no_further_weight(tmp_path):
+    """Bloom's files hold their head, and transformers ties it."""
+    model = load_model(written(tmp_path / "plain.gguf")).model
+    held = sum(p.numel() for p in model.parameters())
+    written(tmp_path / "head.gguf", tensors=[("output.weight", 160)])
+    model.config.tie_word_embeddings = True
+    check_whole(tmp_path / "head.gguf", model)
+    model.config.tie_word_embeddings = False
+    with pytest.raises(UserError, match=f"holds {held + 160:,} weights"):
+        check_whole(tmp_path / "head.gguf", model)
 
 
 @pytest.mark.parametrize(

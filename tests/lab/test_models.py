@@ -1,6 +1,7 @@
 """Models are found by folder, file and package, and what is not there is said with the way out."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import encode_texts
@@ -168,6 +170,39 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
     save_file(load_file(folder / "model.safetensors") | bias, folder / "model.safetensors", {"format": "pt"})
     with pytest.warns(UserWarning, match=r"more holds 1 weights that .* the first of them model\..*q_proj\.bias"):
         load_model(ModelSection(path=str(folder)))
+
+
+def test_heads_of_other_tasks_and_masks_are_no_weights_that_are_missed(tiny_lm, tmp_path):
+    folder = shutil.copytree(tiny_lm, tmp_path / "more")
+    harmless = {"model.layers.0.attn.masked_bias": torch.tensor(-1e4), "score.weight": torch.ones(2, 32)}
+    save_file(load_file(folder / "model.safetensors") | harmless, folder / "model.safetensors", {"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no place for")
+        load_model(ModelSection(path=str(folder)))
+
+
+def test_an_adapter_whose_names_peft_translates_is_whole(tiny_lm, tmp_path):
+    """LoRA on a Mixtral of transformers 4, whose experts were single layers."""
+    tokenizer = load_model(ModelSection(path=str(tiny_lm))).tokenizer
+    sizes = dict(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=2, tie_word_embeddings=True, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    LoraConfig(r=2, target_modules=["w1", "w2", "w3"], base_model_name_or_path=str(tmp_path / "model"),
+               task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")  # fmt: skip
+    layer = "base_model.model.model.layers.0.block_sparse_moe.experts"
+    shapes = {"w1": (16, 32), "w2": (32, 16), "w3": (16, 32)}
+    tensors = {}
+    for e, (name, (O, I)) in itertools.product((0, 1), shapes.items()):
+        tensors[f"{layer}.{e}.{name}.lora_A.weight"] = torch.ones(2, I)
+        tensors[f"{layer}.{e}.{name}.lora_B.weight"] = torch.ones(O, 2)
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no place for")
+        tuned = open_tuned(tmp_path / "adapter")
+    assert any(".experts." in n and ".lora_A." in n for n, _ in tuned.model.named_parameters())
 
 
 def test_tensors_of_an_adapter_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):

@@ -115,8 +115,10 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
             reader = csv.reader(file)
             rows = ((reader.line_num, row) for row in reader)  # the last of its lines: a cell may hold several
         names = columns or next(rows, (0, []))[1]
-        if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
-            raise UserError(f"{path} has two columns named {twice!r}: rename one, or name them by data.columns.")
+        twice = [name for i, name in enumerate(names) if name in names[:i] and not (columns and name == "_")]
+        if twice:
+            owner = "data.columns names" if columns else f"{path} has"
+            raise UserError(f"{owner} two columns {twice[0]!r}: give one of them another name.")
         for number, row in rows:
             if not any(cell.strip() for cell in row):
                 continue

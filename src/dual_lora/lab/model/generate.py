@@ -18,8 +18,9 @@ from dual_lora.lab.model.opened import Tuned
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those that the model's makers name (of a turn, often)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    named = base.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
+    named = getattr(base.generation_config, "eos_token_id", None)
+    named = [] if named is None else torch.as_tensor(named).flatten().tolist()  # a number, or several
+    return sorted({tokenizer.eos_token_id, *named} - {None})
 
 
 def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str]:
@@ -32,7 +33,8 @@ def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str
 
 def without_special(text: str, tokenizer: Any) -> str:
     """A text as `texts_of` would give it: what is compared with an answer has no special tokens either."""
-    for token in tokenizer.all_special_tokens:
+    added = tokenizer.added_tokens_decoder.values()  # some have no role, and are special all the same
+    for token in {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}:
         text = text.replace(token, "")
     return text
 

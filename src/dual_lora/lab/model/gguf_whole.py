@@ -30,6 +30,8 @@ def check_whole(file: Path, model: Any) -> None:
     way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
     if scaled or factors:
         raise UserError(f"{file} scales its positions ({', '.join(factors) or 'rope.scaling.type'}); {way_out}")
-    held, read = sum(int(tensor.n_elements) for tensor in reader.tensors), sum(p.numel() for p in model.parameters())
+    tied = model.config.tie_word_embeddings  # then a head of its own in the file, as Bloom's have, is a copy
+    counted = [tensor for tensor in reader.tensors if not (tied and tensor.name == "output.weight")]
+    held, read = sum(int(tensor.n_elements) for tensor in counted), sum(p.numel() for p in model.parameters())
     if held != read:
         raise UserError(f"{file} holds {held:,} weights, of which the model that was read has {read:,}; {way_out}")

@@ -195,20 +195,27 @@ def _open_adapter(
         kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
         raise UserError(f"The adapter {adapter} does not fit {part.path}: {kind}{first}") from error
     check_finite_weights(brought, f"The adapter {adapter}")
-    _warn_of_unread(adapter / "adapter_model.safetensors", get_peft_model_state_dict(model, save_embedding_layers=True))
+    _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
     return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
 
 
-def _warn_of_unread(file: Path, taken: dict[str, Any]) -> None:
+def _warn_of_unread(adapter: Path, model: Any) -> None:
     """Say which tensors of an adapter's file the model has not taken: PEFT says what is missing, not what is left."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
     from safetensors import safe_open
 
+    file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         return
+    names = {key.removesuffix(".weight") for key in get_peft_model_state_dict(model, save_embedding_layers=True)}
     with safe_open(file, framework="pt") as held:
-        names = {key.removesuffix(".weight") for key in taken}  # DoRA's had none in older files
-        unread = sorted(key for key in held.keys() if key.removesuffix(".weight") not in names)  # noqa: SIM118
+        if all(key.removesuffix(".weight") in names for key in held.keys()):  # noqa: SIM118
+            return
+    # Adapters of earlier versions have other names, which PEFT translates while it loads: it is asked once more.
+    asked: Any = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
+    unread = sorted(asked.unexpected_keys)
     if unread:
         warnings.warn(f"{file} holds {len(unread)} tensors that {UNREAD % unread[0]}", stacklevel=3)
 

@@ -138,7 +138,7 @@ def score_table(results: Results, keys: str, source: Source | None = None) -> Ta
         rows.append(
             m
             | {"scenario": scenario(m), "settings": settings_in_words(m["settings"])}
-            | {"share": _share(m["trainable_parameters"], m["base_parameters"])}
+            | {"share": _share(m["trainable_parameters"], m.get("base_parameters"))}
             | {"seeds": sum(s["status"] != "missing" for s in m["seeds"])}
             | {"diverged": "all trials" if m.get("diverged_in_search") else m.get("diverged") or None}
             | {"mismatch": ", ".join(m.get("notes", [])) if m.get("mismatch") is None else m["mismatch"]}

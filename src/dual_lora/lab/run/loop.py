@@ -177,10 +177,11 @@ class _Loss:
 
 
 # Fields of TrainingArguments that a recipe may set. Not among them: whatever names a folder, a server or a token, what
-# the recipe has fields for, and what gives a step other rows than the recipe (auto_find_batch_size, split_batches).
+# the recipe has fields for, and what gives a step or the validation other rows than the recipe (auto_find_batch_size,
+# split_batches, dataloader_drop_last).
 _ALLOWED = """
     activation_checkpointing_kwargs adam_beta1 adam_beta2 adam_epsilon
-    average_tokens_across_devices bf16_full_eval dataloader_drop_last dataloader_num_workers
+    average_tokens_across_devices bf16_full_eval dataloader_num_workers
     dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor ddp_broadcast_buffers
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_timeout eval_accumulation_steps eval_delay eval_on_start
     fp16_full_eval fsdp fsdp_config full_determinism gradient_checkpointing_kwargs

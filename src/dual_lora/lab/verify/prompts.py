@@ -14,7 +14,7 @@ from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import plain_search
+from dual_lora.lab.model.generate import ends_of, plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataSection
@@ -138,15 +138,16 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
     batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)
     batch.pop("position_ids")  # generate counts positions itself
     width = batch["input_ids"].shape[1]
+    ends = ends_of(tuned.model, tuned.tokenizer)
     with tuned.as_variant(tuned.variants[-1]) as model, torch.inference_mode(), plain_search(model):
         out = model.generate(
             **{name: tensor.to(model.device) for name, tensor in batch.items()},
             max_new_tokens=CONTINUED, do_sample=False,
-            eos_token_id=tuned.tokenizer.eos_token_id, pad_token_id=tuned.tokenizer.pad_token_id,
+            eos_token_id=ends or None, pad_token_id=tuned.tokenizer.pad_token_id,
         )  # fmt: skip
     probes = []
     for prompt, messages, row in zip(prompts, asked, out[:, width:].tolist(), strict=True):
-        end = row.index(tuned.tokenizer.eos_token_id) + 1 if tuned.tokenizer.eos_token_id in row else len(row)
+        end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         ids = tuple(prompt + row[:end])
         told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
         places = tuple(range(max(1, len(prompt)), len(ids)))
