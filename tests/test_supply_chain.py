@@ -64,7 +64,7 @@ def test_every_import_is_declared(ring):
 
 def test_the_laboratory_declares_what_it_imports_and_no_more():
     found = {distribution(name) for name in third_party(ROOT / "src/dual_lora")}
-    by_others = {"accelerate", "gguf"}  # transformers imports them: the Trainer, and models in GGUF
+    by_others = {"accelerate"}  # transformers imports it, for the Trainer
     assert set(EXTRAS["lab"]) - found == by_others
 
 
