@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftMixedModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import hotswap
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import hotswap_adapter
 from reference_layer import assert_same_bits
 from tiny import llama
 from torch import nn
@@ -141,7 +141,7 @@ def test_padding_keeps_tied_layers_tied():
         llama(tie_word_embeddings=True), config(target_modules=["embed_tokens"], ensure_weight_tying=True)
     ).eval()
     before = logits(model)
-    prepare_model_for_compiled_hotswap(model, target_rank=16)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=16)
     embedding, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
     ours, theirs = embedding.factors("default"), head.factors("default")
     assert ours.A.shape[0] == 8
@@ -183,7 +183,7 @@ def test_padded_hotswap_keeps_every_tensor(tmp_path):
     """What a compiled model needs: the same tensors of the same shapes before and after."""
     first, second = saved(tmp_path / "a", 1, r=4), saved(tmp_path / "b", 2, r=8, alpha=5.0)
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
-    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
     torch.testing.assert_close(logits(model), first, atol=1e-5, rtol=1e-4)
     before = {name: (p.data_ptr(), p.shape) for name, p in model.named_parameters()}
     hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
@@ -202,7 +202,7 @@ def test_padded_hotswap_keeps_every_tensor(tmp_path):
 def test_a_padded_adapter_is_saved_and_loaded_as_it_is(tmp_path, patterns):
     first = saved(tmp_path / "a", 1, **patterns)
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
-    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
     model.save_pretrained(tmp_path / "padded")
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "padded").eval()
     torch.testing.assert_close(logits(loaded), first, atol=1e-5, rtol=1e-4)
@@ -213,7 +213,7 @@ def test_hotswap_of_a_compiled_model_does_not_recompile(tmp_path):
     saved(tmp_path / "a", 1, r=4)
     second = saved(tmp_path / "b", 2, r=8, alpha=5.0)
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter)
     logits(compiled)

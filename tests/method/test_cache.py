@@ -16,6 +16,12 @@ from dual_lora.method import layer as layer_module
 from dual_lora.method.cache import ComposedWeights
 
 
+@pytest.fixture(autouse=True)
+def _nothing_kept():
+    """What other tests' models have kept is no matter of these."""
+    composed_weights.clear()
+
+
 @pytest.fixture
 def model():
     model = adapted(init_weights=False)
