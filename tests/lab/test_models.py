@@ -172,6 +172,14 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
         load_model(ModelSection(path=str(folder)))
 
 
+def test_a_folder_above_names_what_lies_in_it(tmp_path):
+    for file in ("run/record.json", "merged/config.json", "data/train.jsonl"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=r"holds no config\.json .* such as .*/merged or .*/run\.$"):
+        locate(str(tmp_path))
+
+
 def test_heads_of_other_tasks_and_masks_are_no_weights_that_are_missed(tiny_lm, tmp_path):
     folder = shutil.copytree(tiny_lm, tmp_path / "more")
     harmless = {"model.layers.0.attn.masked_bias": torch.tensor(-1e4), "score.weight": torch.ones(2, 32)}

@@ -58,8 +58,11 @@ def locate(path: str) -> Location:
         ggufs = sorted(here.glob("*.gguf"))
         if len(ggufs) == 1:
             return Location(str(here), ggufs[0].name)
+        marks = ("record.json", "adapter_config.json", "config.json")  # of a run, an adapter, a model
+        below = sorted({str(file.parent) for mark in marks for file in here.glob(f"*/{mark}")})
         raise UserError(
-            f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file."
+            f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file"
+            + (f", such as {' or '.join(below[:3])}." if below else ".")
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.")
