@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ pytest.importorskip("pydantic")
 from tiny_study import SEEDS, cell, judged, made, trials
 
 from dual_lora.lab.report.report import report
-from dual_lora.lab.study import metrics
+from dual_lora.lab.study import metrics, statistics, verdicts
 from dual_lora.lab.study.rejudge import rejudge
 from dual_lora.lab.study.tables import show_results
 
@@ -31,6 +32,21 @@ def test_a_clear_winner_on_two_tasks(tmp_path):
     page = io.StringIO()
     show_results(results | {"failed": [], "untrained": []}, Console(file=page, width=160))
     assert "equivalent within the margin" in page.getvalue()
+
+
+def test_the_chance_of_any_false_alarm_is_the_level_split_among_the_pairs():
+    def pair(error):
+        """Seeds alone differ: the interval then has its level exactly, but for a rounding of its own."""
+        spread = statistics.Spread(0.1, error, error, seeds=8, items=1)
+        about = dict(task="t", metric="accuracy", margin=None)
+        return verdicts.compare_spread(spread, (0.5, 0.4), ("b", "a"), **about)
+
+    chance = partial(verdicts.false_alarm, level=0.05)
+    assert chance([pair(0.02)]) == pytest.approx(0.05, rel=2e-3)
+    assert chance([pair(0.02), pair(0.03)]) == pytest.approx(1 - 0.975**2, rel=2e-3)
+    assert chance([pair(0.02)], missing=1) == pytest.approx(0.025, rel=2e-3)
+    assert chance([]) is None
+    assert chance([pair(0.0)]) is None, "no noise was seen"
 
 
 def test_all_pairs_are_corrected_for(tmp_path):
