@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dual_lora.core.reference import Factors
 from dual_lora.lab.analysis.matrices import Dense, Difference, Factored, Matrix, Saved, Update
+from dual_lora.lab.data.batches import unwrapped
 from dual_lora.lab.errors import UserError
 
 ROUNDING = 2 * torch.finfo(torch.float32).eps
@@ -33,7 +34,7 @@ def adapted_layers(model: Any) -> dict[str, Any]:
     """The tuner layers of a PEFT model by their names in the base model."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     return {
         name: module
         for name, module in base.named_modules()
@@ -158,7 +159,7 @@ def full_updates(files: list[Any], base: Any, names: list[str] | None = None) ->
     """
     from safetensors import safe_open
 
-    plain = base.get_base_model() if hasattr(base, "get_base_model") else base
+    plain = unwrapped(base)
     where: dict[str, Any] = {}
     result = {}
     with ExitStack() as stack:

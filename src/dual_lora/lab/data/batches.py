@@ -105,12 +105,16 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
 _KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
 
 
+def unwrapped(model: Any) -> Any:
+    """The model of transformers, with its adapters' layers in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
     import inspect
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters) & _KNOWN
+    return frozenset(inspect.signature(unwrapped(model).forward).parameters) & _KNOWN
 
 
 def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
+from dual_lora.lab.data.batches import unwrapped
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
@@ -17,8 +19,7 @@ from dual_lora.lab.model.opened import Tuned
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those that the model's makers name (of a turn, often)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    named = getattr(base.generation_config, "eos_token_id", None)
+    named = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     named = [] if named is None else torch.as_tensor(named).flatten().tolist()  # a number, or several
     return sorted({tokenizer.eos_token_id, *named} - {None})
 
@@ -31,18 +32,17 @@ def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str
     return texts
 
 
-def without_special(text: str, tokenizer: Any) -> str:
-    """A text as `texts_of` would give it: what is compared with an answer has no special tokens either."""
+def specials_of(tokenizer: Any) -> re.Pattern[str]:
+    """The special tokens, which `texts_of` leaves out, as they stand in a text that answers are compared with."""
     added = tokenizer.added_tokens_decoder.values()  # some have no role, and are special all the same
-    for token in {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}:
-        text = text.replace(token, "")
-    return text
+    tokens = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 @contextlib.contextmanager
 def plain_search(model: Any) -> Iterator[None]:
     """Without what the model's makers set for `generate` (repetition_penalty, num_beams, ...): all count alike here."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
         yield

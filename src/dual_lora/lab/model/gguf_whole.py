@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dual_lora.lab.errors import UserError
 
 _KEPT = ("gpt-oss",)  # whose scaling of positions transformers takes over
+
+
+class _Held(NamedTuple):
+    """What stands in a file: how its positions are scaled, if they are, and how many weights each tensor has."""
+
+    scaling: str
+    sizes: dict[str, int]
 
 
 def check_whole(file: Path, model: Any) -> None:
@@ -16,6 +24,20 @@ def check_whole(file: Path, model: Any) -> None:
     A language model has as many weights as the file; long-context factors of its positions (Llama 3.1 and later) are a
     tensor or a field of their own.
     """
+    held = _read(file, file.stat().st_mtime_ns)
+    way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
+    if held.scaling:
+        raise UserError(f"{file} scales its positions ({held.scaling}); {way_out}")
+    tied = model.config.tie_word_embeddings  # then a head of its own in the file, as Bloom's have, is a copy
+    wanted = sum(size for name, size in held.sizes.items() if not (tied and name == "output.weight"))
+    read = sum(p.numel() for p in model.parameters())
+    if wanted != read:
+        raise UserError(f"{file} holds {wanted:,} weights, of which the model that was read has {read:,}; {way_out}")
+
+
+@lru_cache(maxsize=8)
+def _read(file: Path, changed: int) -> _Held:
+    """Takes a second or two, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -25,13 +47,8 @@ def check_whole(file: Path, model: Any) -> None:
         return None if found is None else found.contents()
 
     architecture = field("general.architecture")
-    scaled = field(f"{architecture}.rope.scaling.type") not in (None, "none") and architecture not in _KEPT
-    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
-    if scaled or factors:
-        raise UserError(f"{file} scales its positions ({', '.join(factors) or 'rope.scaling.type'}); {way_out}")
-    tied = model.config.tie_word_embeddings  # then a head of its own in the file, as Bloom's have, is a copy
-    counted = [tensor for tensor in reader.tensors if not (tied and tensor.name == "output.weight")]
-    held, read = sum(int(tensor.n_elements) for tensor in counted), sum(p.numel() for p in model.parameters())
-    if held != read:
-        raise UserError(f"{file} holds {held:,} weights, of which the model that was read has {read:,}; {way_out}")
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    scaling = [name for name in sizes if name.startswith("rope_f")]
+    if not scaling and architecture not in _KEPT and field(f"{architecture}.rope.scaling.type") not in (None, "none"):
+        scaling = ["rope.scaling.type"]
+    return _Held(", ".join(scaling), sizes)

@@ -186,6 +186,13 @@ def is_sharded_launch() -> bool:
     return fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
 
 
+def process_count() -> int:
+    """How many processes were launched together."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def best_device() -> str:
     """The accelerator of this process (its own one under ``accelerate launch``), else the CPU."""
     import os

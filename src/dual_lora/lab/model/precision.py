@@ -8,12 +8,11 @@ A run, or a study as a whole, is told once; its recipe keeps the answer, so that
 from __future__ import annotations
 
 import functools
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from dual_lora.lab.model.load import best_device
+from dual_lora.lab.model.load import best_device, process_count
 from dual_lora.lab.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -56,7 +55,7 @@ def fast_precision(device: str | None = None) -> Fast:
         return Fast("bf16", f"{device} has units for it") if able else Fast("fp32", f"{device} has no units for bf16")
     if kind != "cpu":
         return _by_trial(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would measure for itself, and has to do the same
+    if process_count() > 1:  # each process would measure for itself, and has to do the same
         return Fast("fp32", "several processes on CPUs")
     return chosen_by(measured())
 

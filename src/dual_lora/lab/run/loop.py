@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.model.load import best_device
+from dual_lora.lab.model.load import best_device, process_count
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
@@ -42,8 +41,7 @@ def build_trainer(
     reports: dict[str, Any],
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    held = _with_blanks(ready.validation, recipe.evaluate.batch_size * processes if processes > 1 else 1)
+    held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
     trainer = _Trainer(
         recipe.train.rates,
         model=model,

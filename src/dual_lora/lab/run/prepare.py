@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, enc
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
-from dual_lora.lab.model.load import Loaded
+from dual_lora.lab.model.load import Loaded, process_count
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.loop import mean_loss
@@ -70,7 +69,7 @@ def prepare(recipe: Recipe) -> Prepared:
     held = load_split(recipe.data, "validation") if part.validate_every else []
     set_seed(part.seed)
     loaded = load_base(recipe.model, part.seed, len(classes) or None)
-    ordered = in_order(recipe, examples, loaded.tokenizer, classes, int(os.environ.get("WORLD_SIZE", "1")))
+    ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
     validation = _encoded(recipe, held, loaded.tokenizer, classes)[0] if held else []
     return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
 

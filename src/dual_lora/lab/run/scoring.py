@@ -15,7 +15,7 @@ from dual_lora.lab.data.batches import Collator, accepted_arguments, collator, l
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import ends_of, plain_search, texts_of, without_special
+from dual_lora.lab.model.generate import ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run.extraction import answer_in
 
@@ -169,10 +169,10 @@ def _logits_after(
 
 def score_exact_match(asked: Asked) -> Rows:
     """Greedy answers, and whether each one is the expected one."""
-    spec, rows = asked.spec, []
+    spec, special, rows = asked.spec, specials_of(asked.tokenizer), []
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
-        expected = without_special(example.target if spec.extract else example.answer, asked.tokenizer)
+        expected = special.sub("", example.target if spec.extract else example.answer)
         row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
@@ -183,9 +183,9 @@ def score_texts(asked: Asked) -> Rows:
     references: dict[str, list[Example]] = {}
     for example in asked.examples:
         references.setdefault(asked.prompter.prompt_text(example.prompt, example.tools), []).append(example)
-    texts = _generated(asked, [group[0] for group in references.values()])
+    texts, special = _generated(asked, [group[0] for group in references.values()]), specials_of(asked.tokenizer)
     return [
-        {"predicted": text.strip(), "references": [without_special(e.answer, asked.tokenizer) for e in group]}
+        {"predicted": text.strip(), "references": [special.sub("", e.answer) for e in group]}
         for text, group in zip(texts, references.values(), strict=True)
     ]
 
@@ -229,11 +229,11 @@ def generate_all(
     advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
     """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
-    texts = [""] * len(prompts)
+    texts, ends = [""] * len(prompts), ends_of(model, tokenizer)
     for part in _batches([len(p) for p in prompts], batch_size):
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
-        width, ends = batch["input_ids"].shape[1], ends_of(model, tokenizer)
+        width = batch["input_ids"].shape[1]
         with torch.inference_mode(), plain_search(model):
             out = model.generate(
                 **_to(model, batch),

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
-from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.load import process_count, quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.progress import Bar, console
@@ -152,7 +152,7 @@ def _train(
         "examples": len(ready.rows),
         "left_out": ready.left_out,
     }
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = process_count()
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from transformers import TrainerCallback
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, on_signals
-from dual_lora.lab.model.load import best_device
+from dual_lora.lab.model.load import best_device, process_count
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder
@@ -117,7 +116,7 @@ class Watch(TrainerCallback):
 
         def finish_step(number: int) -> None:
             nonlocal came
-            echo = int(os.environ.get("WORLD_SIZE", "1")) > 1 and time.monotonic() - came < ECHO
+            echo = process_count() > 1 and time.monotonic() - came < ECHO
             if self.stopped_by and number == signal.SIGINT and not echo:
                 raise Stopped(number)
             came = came or time.monotonic()

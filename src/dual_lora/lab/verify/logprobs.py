@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dual_lora.lab.data.batches import accepted_arguments, left_padded
+from dual_lora.lab.data.batches import accepted_arguments, left_padded, unwrapped
 
 ROWS_AT_ONCE = 8
 INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
@@ -71,7 +71,7 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The base's parameters by the names that they have without an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = unwrapped(model)
     added = {
         id(parameter)
         for layer in plain.modules()
@@ -139,7 +139,7 @@ def as_bf16(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def as_int4(model: Any) -> Iterator[None]:
     """The model with its matrices, but for embeddings and head, rounded to four bits."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = unwrapped(model)
     spared = {id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)}
     head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
     spared |= {id(weight) for weight in [getattr(head, "weight", None)] if weight is not None}
