@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from forked import forking
 from pages import PAGES, ROOT, blocks, commands, name_of
 
 pytest.importorskip("cyclopts")
@@ -109,6 +110,38 @@ def test_shell_commands_exist_and_take_these_arguments(page, some):
         assert subprocess.run(["bash", "-n"], input=block.code, text=True).returncode == 0
         for line in commands(block.code):
             check_command(line, f"{name_of(page)}:{block.line}: {line}", written)
+
+
+def looks_only():
+    """Commands that train nothing and need no file of the reader's: they are executed."""
+    for page in PAGES:
+        if name_of(page) != "docs/reference/cli.md":
+            for line in {line: 0 for b in blocks(page) if b.language == "bash" for line in commands(b.code)}:
+                program, *words = shlex.split(line, comments=True) or [""]
+                looks = "--dry-run" in words or words in (["compare"], ["estimate", "--models"])
+                looks |= words[:1] == ["recipes"] or (words[:1] == ["estimate"] and "--calibrate" not in words)
+                if program == "dual-lora" and looks and "$" not in line and "my-" not in line:
+                    many = [pytest.mark.long] * ("--fits" in words)  # a minute of simulated steps
+                    yield pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}", marks=many)
+
+
+@pytest.fixture(scope="module")
+def command_line():
+    with forking("from dual_lora.lab.cli import main\nimport peft, transformers") as run:
+        yield run
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("words", looks_only())
+def test_a_command_that_only_looks_ends_well(words, command_line, tmp_path):
+    status, said = command_line(
+        f"import os\nfrom dual_lora.lab.cli import main\nos.chdir({str(tmp_path)!r})\nmain({words!r})"
+    )
+    if "DUAL_LORA_DATA" in said:
+        pytest.skip("the page's data are not here (DUAL_LORA_DATA)")
+    assert (status, bool(said.strip())) == (0, True), said
+    assert not list(tmp_path.iterdir()), "it left something behind"
 
 
 def check_command(line, where, written=()):
