@@ -146,8 +146,9 @@ def flops_a_weight(recipe: Recipe, width: int, tokens: float) -> float:
     width: of the model; tokens: of a step. A method whose step cannot be simulated counts like LoRA.
     """
     method = str(recipe.method["name"])
-    rank, heads = recipe.method.get(rank_field(method) or ""), max(1, width // ROW)
-    return _simulated(method, rank, heads * ROW, max(1, round(tokens / ROW)), recipe.train.gradient_checkpointing)
+    rank = recipe.method.get(rank_field(method) or "")
+    whole = max(64, width // 64 * 64)  # heads of 64, as calibration's model has
+    return _simulated(method, rank, whole, max(1, round(tokens / ROW)), recipe.train.gradient_checkpointing)
 
 
 @functools.cache
