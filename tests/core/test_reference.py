@@ -45,6 +45,13 @@ def test_a_row_without_an_update():
     assert torch.equal(left_out[[0, 2, 3]], whole[[0, 2, 3]])
 
 
+def test_delta_weight_of_two_ranks_of_one_has_rank_two():
+    """Sign of a product of rank 1 has rank 1, and ReLU of one has rank 2: the positive and the negative parts."""
+    torch.manual_seed(0)
+    f = Factors(torch.randn(1, 48), torch.randn(64, 1), torch.randn(1, 48), torch.randn(64, 1))
+    assert torch.linalg.matrix_rank(delta_weight(f, 1.0)) == 2
+
+
 @pytest.mark.parametrize("form", FORMS, ids=name_of)
 def test_form_survives_its_code(form):
     assert Form.from_code(Form(**form).code) == Form(**form)
