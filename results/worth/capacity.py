@@ -31,7 +31,7 @@ RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
 
 def dual_lora(r: int, **fields: object) -> PeftConfig:
-    """Dual LoRA with r1 = r2 = r / 2. At r = 2 its update has rank 2 at most: a sign pattern of rank 1 keeps ranks."""
+    """Dual LoRA with r1 = r2 = r / 2. At r = 2 its update has rank 2: a sign pattern of rank 1 keeps ranks."""
     return DualLoraConfig(r=r, alpha=2 * r, warmup_steps=STEPS // 20, target_modules=["dense"], **fields)
 
 
