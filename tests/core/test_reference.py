@@ -46,7 +46,7 @@ def test_a_row_without_an_update():
 
 
 def test_delta_weight_of_two_ranks_of_one_has_rank_two():
-    """Without zeros, Sign of a product of rank 1 has rank 1, and ReLU of one rank 2: its positive and negative parts."""
+    """Without zeros, Sign of a product of rank 1 has rank 1, and ReLU of one rank 2: two signs, two parts."""
     torch.manual_seed(0)
     f = Factors(torch.randn(1, 48), torch.randn(64, 1), torch.randn(1, 48), torch.randn(64, 1))
     assert torch.linalg.matrix_rank(delta_weight(f, 1.0)) == 2
