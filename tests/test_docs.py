@@ -112,17 +112,22 @@ def test_shell_commands_exist_and_take_these_arguments(page, some):
             check_command(line, f"{name_of(page)}:{block.line}: {line}", written)
 
 
-def looks_only():
-    """Commands that train nothing and need no file of the reader's: they are executed."""
-    for page in PAGES:
-        if name_of(page) != "docs/reference/cli.md":
-            for line in {line: 0 for b in blocks(page) if b.language == "bash" for line in commands(b.code)}:
-                program, *words = shlex.split(line, comments=True) or [""]
-                looks = "--dry-run" in words or words in (["compare"], ["estimate", "--models"])
-                looks |= words[:1] == ["recipes"] or (words[:1] == ["estimate"] and "--calibrate" not in words)
-                if program == "dual-lora" and looks and "$" not in line and "my-" not in line:
-                    many = [pytest.mark.long] * ("--fits" in words)  # a minute of simulated steps
-                    yield pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}", marks=many)
+def only_looks(words):
+    """Whether a dual-lora command trains nothing and needs no file of the reader's."""
+    if any("$" in word or word.startswith("my-") for word in words):
+        return False
+    looks = words[0] == "recipes" or (words[0] == "estimate" and "--calibrate" not in words)
+    return looks or "--dry-run" in words or words == ["compare"]
+
+
+def looking():
+    pages = [page for page in PAGES if name_of(page) != "docs/reference/cli.md"]
+    lines = [(page, line) for page in pages for b in blocks(page) if b.language == "bash" for line in commands(b.code)]
+    for page, line in dict.fromkeys(lines):
+        program, *words = shlex.split(line, comments=True) or [""]
+        if program == "dual-lora" and only_looks(words):
+            long = [pytest.mark.long] if "--fits" in words else []  # a minute of simulated steps
+            yield pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}", marks=long)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +138,7 @@ def command_line():
 
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("words", looks_only())
+@pytest.mark.parametrize("words", looking())
 def test_a_command_that_only_looks_ends_well(words, command_line, tmp_path):
     status, said = command_line(
         f"import os\nfrom dual_lora.lab.cli import main\nos.chdir({str(tmp_path)!r})\nmain({words!r})"

@@ -17,12 +17,13 @@ that follows from these was measured: they serve to plan a study, not to compare
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -168,6 +169,31 @@ def calibration_options(dtype: str, method: str, width: int, on: str, tokens: in
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
     return StepOptions("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
+
+
+def flops_a_weight(method: Mapping[str, Any], width: int, tokens: float, checkpointing: bool = False) -> float:
+    """Flops of a training step for each weight of a linear layer and each token, by two blocks of a model so wide.
+
+    method: its name and rank, as in a recipe; tokens: of a step. A method whose step cannot be simulated counts like
+    LoRA.
+    """
+    whole = max(64, width // 64 * 64)  # heads of 64, as calibration's model has
+    return _flops_a_weight(tuple(method.items()), whole, max(1, round(tokens / ROW)), checkpointing)
+
+
+@functools.cache
+def _flops_a_weight(method: tuple[tuple[str, Any], ...], width: int, rows: int, checkpointing: bool) -> float:
+    from dual_lora.lab.model.load import quiet
+
+    like_lora = calibration_options("float32", "lora", width, "cpu", rows * ROW)
+    like_lora.config.vocab_size = 64  # no head to speak of
+    with quiet():
+        try:
+            step = simulate(replace(like_lora, method=dict(method), checkpointing=checkpointing))
+        except Exception:  # PEFT's other methods fail on tensors without data in ways of their own
+            step = simulate(replace(like_lora, checkpointing=checkpointing))
+    weights: float = step.base_parameters - like_lora.config.vocab_size * width
+    return step.flops / (rows * ROW * weights)
 
 
 def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dual_lora.lab.cost.calibrate import (
     DECODE_SECONDS,
-    ROW,
     Card,
     Cost,
-    calibration_options,
     card,
     cost_of,
+    flops_a_weight,
     known_rates,
     rough_cost,
 )
+from dual_lora.lab.cost.memory import memory_of
+from dual_lora.lab.cost.options import from_recipe
 from dual_lora.lab.cost.simulate import simulate
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
-from dual_lora.lab.model.load import quiet
 from dual_lora.lab.recipe.schema import DataSection, Recipe
 from dual_lora.lab.study.budget import planned_steps, rank_field
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
@@ -128,7 +127,8 @@ def run_seconds(cell: Cell, speed: Speed, recipe: Recipe | None = None, split: s
     recipe, size, cost = recipe or cell.recipe, cell.size, speed.of(cell)
     rows, judged = speed.records(recipe.data, "train"), speed.records(recipe.data, split)
     a_pass = rows.tokens * recipe.train.batch_size
-    a_weight = flops_a_weight(recipe, size.width, a_pass)
+    method = {k: v for k, v in recipe.method.items() if k in ("name", rank_field(str(recipe.method["name"])))}
+    a_weight = flops_a_weight(method, size.width, a_pass, recipe.train.gradient_checkpointing)
     step = cost.seconds(a_weight * size.multiplied * a_pass, size.multiplied + size.trainable)
     choices = max(1, judged.choices) if "choice" in recipe.evaluate.tasks[:1] else 1
     read = judged.tokens * judged.number * choices
@@ -138,33 +138,6 @@ def run_seconds(cell: Cell, speed: Speed, recipe: Recipe | None = None, split: s
             speed.token(cell) * recipe.evaluate.max_new_tokens * math.ceil(judged.number / recipe.evaluate.batch_size)
         )
     return planned_steps(recipe) * recipe.train.accumulate * step, use
-
-
-def flops_a_weight(recipe: Recipe, width: int, tokens: float) -> float:
-    """Flops of a training step for each weight of a linear layer and each token: `estimate`'s count, of two blocks.
-
-    width: of the model; tokens: of a step. A method whose step cannot be simulated counts like LoRA.
-    """
-    method = str(recipe.method["name"])
-    rank = recipe.method.get(rank_field(method) or "")
-    whole = max(64, width // 64 * 64)  # heads of 64, as calibration's model has
-    return _simulated(method, rank, whole, max(1, round(tokens / ROW)), recipe.train.gradient_checkpointing)
-
-
-@functools.cache
-def _simulated(method: str, rank: Any, width: int, rows: int, checkpointing: bool) -> float:
-    options = calibration_options("float32", "lora", width, "cpu", rows * ROW)
-    options.config.vocab_size = 64  # no head to speak of
-    how = {"name": method} | ({str(rank_field(method)): rank} if rank else {})
-    with quiet():
-        try:
-            step = simulate(replace(options, method=how, checkpointing=checkpointing))
-        except Exception:  # PEFT's other methods fail on tensors without data in ways of their own
-            if method == "lora":
-                raise
-            return _simulated("lora", 16, width, rows, checkpointing)
-    weights: float = step.base_parameters - options.config.vocab_size * width
-    return step.flops / (rows * ROW * weights)
 
 
 class RunTimes:
@@ -289,9 +262,6 @@ def forecast(
 
 def _peak(cell: Cell) -> float:
     """Bytes of a GPU at the fullest moment of a training step, every row at full length."""
-    from dual_lora.lab.cost.memory import memory_of
-    from dual_lora.lab.cost.options import from_recipe
-
     options = from_recipe(cell.recipe, on="gpu", **({"classes": cell.classes} if cell.classes else {}))
     return memory_of(options, simulate(options)).peak
 
