@@ -4,7 +4,7 @@
     dual-lora judge STUDY/texts.csv --reference lora --metric rouge_l --margin 0.01 --out STUDY/rouge_l
     dual-lora judge STUDY/bleu.csv --reference lora --margin 1 --out STUDY/bleu
 
-Every final adapter writes a sentence for each of so many prompts of the study's test records, greedily. A text's
+Every final adapter writes a sentence for each of so many prompts of the study's test file, greedily. A text's
 ROUGE-L and, where WordNet is installed, METEOR against all references of its prompt are in texts.csv; BLEU, which is
 no mean over texts, is in bleu.csv, one figure a run. The texts themselves are kept in STUDY/texts, one file a run;
 what is there is not written again.

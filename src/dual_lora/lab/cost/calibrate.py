@@ -174,18 +174,21 @@ def calibration_options(dtype: str, method: str, width: int, on: str, tokens: in
 def flops_a_weight(method: Mapping[str, Any], width: int, tokens: float, checkpointing: bool = False) -> float:
     """Flops of a training step for each weight of a linear layer and each token, by two blocks of a model so wide.
 
-    method: its name and rank, as in a recipe; tokens: of a step. A method whose step cannot be simulated counts like
-    LoRA.
+    method: its name and rank, as in a recipe, on all linear layers; tokens: of a step. A method whose step cannot be
+    simulated counts like LoRA.
     """
     whole = max(64, width // 64 * 64)  # heads of 64, as calibration's model has
-    return _flops_a_weight(tuple(method.items()), whole, max(1, round(tokens / ROW)), checkpointing)
+    rows = max(1, round(tokens / ROW))
+    return _flops_a_weight(tuple(method.items()), whole, rows, max(1, round(tokens / rows)), checkpointing)
 
 
 @functools.cache
-def _flops_a_weight(method: tuple[tuple[str, Any], ...], width: int, rows: int, checkpointing: bool) -> float:
+def _flops_a_weight(
+    method: tuple[tuple[str, Any], ...], width: int, rows: int, length: int, checkpointing: bool
+) -> float:
     from dual_lora.lab.model.load import quiet
 
-    like_lora = calibration_options("float32", "lora", width, "cpu", rows * ROW)
+    like_lora = replace(calibration_options("float32", "lora", width, "cpu", rows * ROW), length=length)
     like_lora.config.vocab_size = 64  # no head to speak of
     with quiet():
         try:
@@ -193,7 +196,7 @@ def _flops_a_weight(method: tuple[tuple[str, Any], ...], width: int, rows: int, 
         except Exception:  # PEFT's other methods fail on tensors without data in ways of their own
             step = simulate(replace(like_lora, checkpointing=checkpointing))
     weights: float = step.base_parameters - like_lora.config.vocab_size * width
-    return step.flops / (rows * ROW * weights)
+    return step.flops / (rows * length * weights)
 
 
 def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:

@@ -104,7 +104,9 @@ def _simulate(options: StepOptions, layers: int | None) -> Step:
 
     model = empty_model(options, layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it prints what it then raises
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # it prints what it then raises
     try:
         with mode:
             become_fake(model, mode)
@@ -117,6 +119,8 @@ def _simulate(options: StepOptions, layers: int | None) -> Step:
         raise UserError(
             f"{options.name} does not run in {options.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
         ) from error
+    finally:
+        log.setLevel(before)
 
 
 def empty_model(options: StepOptions, layers: int | None = None) -> Any:
@@ -136,7 +140,11 @@ def empty_model(options: StepOptions, layers: int | None = None) -> Any:
         config.num_labels = options.classes
     base = empty_base(config, options.head, options.name, options.dtype, options.attention)
     fresh = new_modules(base) if options.head != "causal" else []
-    return adapted(base, options.method, options.head, options.name, fresh=fresh).train()
+    model = adapted(base, options.method, options.head, options.name, fresh=fresh).train()
+    for module in model.modules():  # PEFT's LoHa and LoKr ask a drawn value whether to leave the layer out
+        if not any(getattr(module, "module_dropout", {None: True}).values()):
+            module.training = False
+    return model
 
 
 def _run(options: StepOptions, model: Any) -> Step:
@@ -293,8 +301,9 @@ def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
     configs: Any = getattr(model, "peft_config", None)
     if configs is None:
         return model.parameters()
-    prefix = next(iter(configs.values())).peft_type.value.lower() + "_"
-    added = (prefix, ".modules_to_save.", ".trainable_tokens_")
+    kind = next(iter(configs.values())).peft_type.value.lower() + "_"
+    prefix = getattr(model.base_model, "prefix", kind)  # "hada_" for LoHa, "vera_lambda_" for a part of VeRA's
+    added = (kind, prefix, ".modules_to_save.", ".trainable_tokens_")
     return [p for n, p in model.named_parameters() if not any(part in n for part in added)]
 
 

@@ -104,7 +104,7 @@ class Scale:
         still = [Pattern(text, "freeze") for text in frozen]
         trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
         trainable = sum(p.numel() for n, p in trained if not any(s.search(n) for s in still))
-        return Size(trainable, count_of(base), multiplied, getattr(base.config, "hidden_size", 0))
+        return Size(trainable, count_of(base), multiplied, getattr(base.config.get_text_config(), "hidden_size", 0))
 
     def _base(self, part: ModelSection, classes: int | None) -> Any:
         key = (part.path, part.head, classes)
