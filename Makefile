@@ -104,10 +104,13 @@ format: $(VENV)/.ready ## style, mended
 types: $(VENV)/.ready ## types
 	$(PY) -m mypy
 
-docs: $(VENV)/.ready ## the documentation site, into site/ (no network needed once its packages are there)
-	$(PY) -m pip install --quiet -e ".[docs]"
+docs: $(VENV)/.docs ## the documentation site, into site/ (no network needed once its packages are there)
 	$(PY) -m scripts.reference
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet -e ".[docs]"
+	@touch $@
 
 pictures: $(VENV)/.ready ## the documentation's pictures (the report's needs Chromium) and the quick start's outputs
 	$(PY) -m scripts.pictures

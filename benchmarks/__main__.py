@@ -104,7 +104,7 @@ def noise(shares: list[float]) -> str:
     low = min(shares)
     return (
         f"This process had {low:.0%} to {max(shares):.0%} of the cores it asked for (load average {load:.1f} on "
-        f"{os.cpu_count()} cores). One thread is judged by processor time, which neighbours disturb through the "
+        f"{os.cpu_count()} cores). One thread is measured by processor time, which neighbours disturb through the "
         "caches; several threads by wall time."
     )
 

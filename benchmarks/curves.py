@@ -1,6 +1,6 @@
-"""Costs as they grow (tokens, size, rank, adapters) with the flop limit beside them, and the sweep of block sizes.
+"""Costs as they grow (tokens, size, rank, adapters) with the flop limit, and the sweep of block sizes.
 
-Every point of a curve is judged first, value and every gradient of every adapter. These take longer than the gates;
+Every point of a curve is tested first, value and every gradient of every adapter. These take longer than the gates;
 their rows go into the ledger, and `plot` draws them from there.
 """
 

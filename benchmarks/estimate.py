@@ -1,4 +1,4 @@
-"""Estimates beside measurements: peak memory and time of real training runs, each in a fresh process on one thread.
+"""Estimates against measurements: peak memory and time of real training runs, each in a fresh process on one thread.
 
     python -m benchmarks estimate [--only "seconds: MiniLM,memory with"]
 
@@ -8,7 +8,7 @@ moment of the second one, and the weights that stood before; estimated is the sa
 
 glibc keeps freed blocks in its heap when they are smaller than a threshold that grows with use, up to 32 MiB. The
 gated runs fix it (MALLOC_MMAP_THRESHOLD_), so that freed memory is returned, as a GPU's allocator would report it; a
-run called "ordinary memory" shows what the habit costs, without a gate.
+run called "ordinary memory" shows what that costs, without a gate.
 
 Time. The same recipes for a few steps with an ordinary heap (returning memory costs page faults). Measured is the
 processor time of all steps but the first, which neighbours on the machine disturb through the caches alone; estimated

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "cost.md"
 BEGIN, END = "<!-- figures: written by python -m benchmarks.figures -->", "<!-- end of figures -->"
 THREADS = 1
 
-# What the reader sees, the work's name in the gates, and what it is held against.
+# What the reader sees, the work's name in the gates, and what it is compared with.
 LINES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("training step, SmolLM2-135M, 4×256 tokens, fp32", gates.STEP, "dual", ("lora", "full", "dora", "hira", "naive")),
     ("peak memory growth in that step", "memory of that step", "dual", ("lora",)),

@@ -1,6 +1,6 @@
 """What Dual LoRA costs on a GPU, against limits: `python -m benchmarks.gpu`.
 
-First the kernels and the operator are judged, value and every gradient; a wrong one is not timed. Then, interleaved in
+First the kernels and the operator are tested, value and every gradient; a wrong one is not timed. Then, interleaved in
 one process and paired by round: the operator against PEFT's LoRA with factors in fp32 (what PEFT does by itself) and
 in bf16, and against naive autograd, on Llama-3-8B's linear layers in bf16, forward and backward; peak memory; the
 compose kernel against a copy of the same bytes; and a training step of an 8B model. Rows go to ledger.jsonl with the
@@ -29,7 +29,7 @@ from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, scaling
 
 NO_GPU = (
-    "No GPU is present, so nothing was measured and no gate was met or missed. The kernels are judged without one, in"
+    "No GPU is present, so nothing was measured and no gate was met or missed. The kernels are tested without one, in"
     " Triton's interpreter, by `pytest tests/core -k triton`; `--rehearse` walks through this script on the CPU."
 )
 RANK = layers.RANK
@@ -80,7 +80,7 @@ class Row(NamedTuple):
 
 
 class Card:
-    """A GPU, or for a rehearsal the CPU with a wall clock and no account of memory."""
+    """A GPU, or for a rehearsal the CPU with wall time and no account of memory."""
 
     def __init__(self, device: str):
         self.device = torch.device(device)

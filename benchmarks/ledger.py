@@ -18,7 +18,7 @@ PATH = Path(__file__).parent / "ledger.jsonl"
 
 
 def provenance() -> dict[str, Any]:
-    """What a figure depends on beside the code measured."""
+    """What a figure depends on besides the code measured."""
     from dual_lora.core.product import onednn_is_faster
     from dual_lora.lab.model.precision import fast_precision
 

@@ -1,4 +1,4 @@
-"""Forward and backward of one linear layer, for every method, beside the floor: the products that cannot be avoided."""
+"""Forward and backward of one linear layer, for every method, against the floor: the products that have to be."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-# A sample shorter than this is repeated inside the clock's two readings.
+# A sample shorter than this is repeated between the two readings of time.
 SAMPLE_SECONDS = 0.03
 # Half the width of a ratio's interval, relative, at which rounds end.
 NARROW = 0.01

@@ -96,5 +96,5 @@ def show(verdicts: Sequence[Verdict], noise: str) -> None:
     console = Console(width=None if Console().is_terminal else 150)
     console.print(table)
     if any(verdict.emulated for verdict in verdicts):
-        console.print("* This processor has no units for bf16: where there is a floor, it alone is judged by.")
+        console.print("* This processor has no units for bf16: where there is a floor, it alone decides.")
     console.print(noise)

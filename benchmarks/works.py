@@ -43,7 +43,7 @@ def _nf4(threads: int, seconds: float) -> dict[str, Measured]:
 
 
 def _step(threads: int, seconds: float) -> dict[str, Measured]:
-    """The step on one thread, or (2) on all: then also how the step of ours scales, beside LoRA's."""
+    """The step on one thread, or (2) on all: then also how the step of ours scales, and LoRA's."""
     from . import step
 
     made = _trainings()
@@ -55,7 +55,7 @@ def _step(threads: int, seconds: float) -> dict[str, Measured]:
 
 
 def _bf16_step(threads: int, seconds: float) -> dict[str, Measured]:
-    """Its layers are judged in bf16 by the works of one layer, and its model in fp32."""
+    """Its layers are tested in bf16 by the works of one layer, and its model in fp32."""
     import torch
 
     from . import step
@@ -76,7 +76,7 @@ _made: dict[str, Any] = {}
 
 
 def _trainings() -> dict[str, Any]:
-    """The models of the step, built and judged once for all numbers of threads."""
+    """The models of the step, built and tested once for all numbers of threads."""
     from . import layers, step
 
     if not _made:

@@ -1,7 +1,7 @@
 """What each method can do in the installed PEFT, found out by trying: `python conformance/capabilities.py`.
 
 Every row is tried on a tiny model. "yes" means that it worked and did what it says: the adapter had an effect, and the
-numbers were right. "–" means that it raised, was ignored without a word, or gave other numbers; `--why` prints which.
+numbers were right. "–" means that it raised, was silently ignored, or gave other numbers; `--why` prints which.
 "?" means that a library is missing. `--write` keeps the table for `dual-lora info`.
 """
 

@@ -55,7 +55,7 @@ CALLED = {
 
 
 def mutants(node: ast.AST) -> Iterator[ast.AST]:
-    """What may stand in the place of a node; its own children are not changed."""
+    """What may stand instead of a node; its own children are not changed."""
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
             changed = copy.deepcopy(node)

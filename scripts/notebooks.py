@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
 def executed(book: dict[str, Any]) -> dict[str, Any]:
-    """The notebook with its outputs, run from top to bottom in a folder of its own beside the project's results."""
+    """The notebook with its outputs, run from top to bottom in a folder of its own with the project's results."""
     names: dict[str, Any] = {"__name__": "__main__"}
     cells, before = [], Path.cwd()
     with tempfile.TemporaryDirectory() as space:

@@ -343,6 +343,7 @@ def test_the_site_is_built_without_a_network(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     # A hosted runner's variable: pages of notebooks then lead to hosted ones.
     env = {**os.environ, "GITHUB_REPOSITORY": "owner/name"}
+    env |= {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # nobody answers there
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "site" / "explanation" / "method" / "index.html").read_text().count("<math") >= 2

@@ -1,6 +1,6 @@
 """Fill in the pages of docs/explanation that quote results: `python -m scripts.evidence --write`.
 
-The .md files beside this one are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
+The .md files of this folder are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
 A line <!-- holds: STUDY/METHOD is VERDICT; ... --> says what the words around it rest on; it stops the script when the
 results say otherwise. STUDY/* is every comparison of the study, "is not VERDICT" the opposite.
 """

@@ -23,7 +23,7 @@ DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
 
 @functools.cache
 def study(name: str) -> dict[str, Any]:
-    """A published study's results, or judged scores of a script. Raises ValueError for what is not there."""
+    """A published study's results, or the verdicts on a script's scores. Raises ValueError for what is not there."""
     files = ROOT / "results" / "studies" / name / "results.json", ROOT / "results" / "worth" / f"{name}.json"
     file = next((f for f in files if f.is_file()), None)
     if file is None:

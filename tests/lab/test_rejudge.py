@@ -92,5 +92,5 @@ def test_judged_scores_are_judged_from_their_source(tmp_path):
     file = tmp_path / "s.csv"
     rows = [f"{m},{s},{i},loss,{s + i + (m == 'b')}" for m in "ab" for s in range(3) for i in range(3)]
     file.write_text("\n".join(["method,seed,item,metric,score", *rows]))
-    with pytest.raises(UserError, match=r"These are judged scores: .*`dual-lora judge s\.csv`"):
+    with pytest.raises(UserError, match=r"scores that others made: .*`dual-lora judge s\.csv`"):
         rejudge(judge(file, margin=3, better="more"))

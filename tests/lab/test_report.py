@@ -63,7 +63,7 @@ def test_verdict_words_figures_and_counts_are_in_the_text(folder):
     words = re.sub("</?strong>", "", page)
     for c in study["comparisons"]:
         assert c["sentence"].replace("'", "&#39;") in words
-    assert "6 comparisons, judged together" in page
+    assert "6 comparisons, tested together" in page
     assert f"{study['comparisons'][0]['difference']:+.4f}" in page
     assert "This study is not complete" in page
     assert "Failed: lora|x: out of memory" in page

@@ -315,7 +315,7 @@ def test_a_diverged_rate_ends_the_search():
 def test_a_search_goes_by_what_judges_or_says_why(tiny):
     tasks = {"letters": {"recipe": str(tiny / "letters.yaml"), "metric": "choice"}}
     search = {"space": {"learning_rate": [1e-3, 1e-2]}, "metric": "loss"}
-    with pytest.raises(UserError, match=r"letters is judged by choice, and the search goes by loss.*search.why"):
+    with pytest.raises(UserError, match=r"letters compares by choice, and the search goes by loss.*search.why"):
         laid_out(tiny, tasks=tasks, search=search)
     _, cells = laid_out(tiny, tasks=tasks, search=search | {"why": "forty records are few"})
     study, cells = laid_out(tiny, tasks=tasks, search=search | {"metric": None})
@@ -324,7 +324,7 @@ def test_a_search_goes_by_what_judges_or_says_why(tiny):
 
 def test_published_results_say_by_what_they_were_tuned():
     results = rejudge(json.loads((RESULTS / "methods-cola" / "results.json").read_text()))
-    note = "Tuned by loss, judged by matthews. What is best by one may be worst by the other."
+    note = "Tuned by loss, compared by matthews. What is best by one may be worst by the other."
     assert note in results["notes"]
     for tuned_by_what_judges in ("methods-e2e", "longer-cola"):
         results = rejudge(json.loads((RESULTS / tuned_by_what_judges / "results.json").read_text()))

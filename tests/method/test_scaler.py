@@ -211,8 +211,8 @@ def test_an_unknown_scaler_is_noticed_in_its_step(kind, autocast):
 
 def test_another_scaler_than_the_known_one_is_noticed():
     """A Trainer's, of a run that failed, may still be known when the next loop begins."""
-    scalers.set_grad_scaler(torch.amp.GradScaler("cpu", init_scale=2.0))
-    assert steps_by(torch.amp.GradScaler("cpu", init_scale=1024.0), adapted(init_weights=False))
+    with grad_scaler(torch.amp.GradScaler("cpu", init_scale=2.0)):
+        assert steps_by(torch.amp.GradScaler("cpu", init_scale=1024.0), adapted(init_weights=False))
 
 
 @pytest.mark.parametrize("case", ["known", "disabled", "identity", "no sign"])

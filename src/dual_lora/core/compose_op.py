@@ -67,7 +67,7 @@ class Composed(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """What autograd keeps in the place of a composed weight, or of a view of it."""
+    """What autograd keeps instead of a composed weight, or of a view of it."""
 
     weight: Tensor | None
     adapters: Sequence[Adapter]

@@ -141,7 +141,7 @@ def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
 
 
 def refuse_meta(leading: Tensor, *operands: Tensor | None) -> None:
-    """Raise RuntimeError for operands on the meta device beside a leading one that is not: there is no result."""
+    """Raise RuntimeError for operands on the meta device where the leading one is not: there is no result."""
     # A handle's number is on the CPU, whatever the weight's device.
     on_meta = any(t is not None and t.ndim and t.device.type == "meta" for t in operands)
     if on_meta and leading.device.type != "meta":

@@ -1,4 +1,4 @@
-"""Dual LoRA in plain PyTorch: the definition that every faster implementation is judged by.
+"""Dual LoRA in plain PyTorch: the definition that every faster implementation is compared with.
 
     P = B A     Q = D C     ΔW = s · ReLU(P) ⊙ Sign(Q)     s = λ α / √(r1 r2)     Sign(0) = -1
 
@@ -50,7 +50,7 @@ class Form(NamedTuple):
     ste: straight-through estimator of Sign's gradient H.
         "clip" (the paper): clip(H, -1, 1); "identity": H; "hardtanh": H where |Q| <= 1, else 0;
         "surrogate": H / (1 + (k Q / rms(Q))²), k = 4. A surrogate gradient (Neftci, Mostafa & Zenke 2019, "Surrogate
-        gradient learning in spiking neural networks"): the derivative of atan in the place of Sign's, as in Fang et al.
+        gradient learning in spiking neural networks"): the derivative of atan instead of Sign's, as in Fang et al.
         2021; SuperSpike (Zenke & Ganguli 2018) has that of a fast sigmoid. Its width follows Q's root mean square
         over the whole matrix, a constant in backward, so that it is the same at every scale of D and C.
     magnitude: "relu", or "identity" for the ablation without ReLU.

@@ -75,7 +75,7 @@ def composing(weight: Tensor | RowSource | None, adapters: Sequence[Adapter], dt
 
 
 def differentiating(dy: Tensor | None, x: Tensor, adapters: Sequence[Adapter], scaled: bool) -> Launch:
-    """The launch that makes the factors' gradients from dy and x, or from G in the place of x."""
+    """The launch that makes the factors' gradients from dy and x, or from G instead of x."""
     B, A = adapters[0].factors.B, adapters[0].factors.A
     O, I, experts = B.shape[-2], A.shape[-1], B.shape[:-2]
     sizes = 0 if dy is None else kind(x.shape[0]), kind(O), kind(I), *map(kind, experts)
@@ -134,7 +134,7 @@ def error(launch: Launch) -> float:
     """The largest error of this launch on a small problem, against fp64 and relative to each result's largest entry."""
     generator = torch.Generator().manual_seed(0)
     tile = launch.tile
-    edges = {1: 0, 16: 48, 0: 37}  # beside a whole tile, a part of one
+    edges = {1: 0, 16: 48, 0: 37}  # a whole tile, and a part of one
     T, O, I = (
         1 if k == 1 else n + edges[k] for n, k in zip((tile.tokens, tile.rows, tile.cols), launch.sizes, strict=False)
     )

@@ -6,7 +6,7 @@
 
 A tile's four small products belong to sums over other programs. Two ways of adding them up:
 
-* atomic (the default): fp32 atomic additions into the results; nothing beside them is allocated, and the order of
+* atomic (the default): fp32 atomic additions into the results; nothing else is allocated, and the order of
   the additions, so the last bits, change from run to run;
 * deterministic: each program writes its share, one sum afterwards. The shares take about
   4 (r1 + r2) O I (1/rows + splits/cols) bytes for a tile of rows × cols, 48 MiB for 4096 × 4096 at rank 32.
@@ -42,7 +42,7 @@ RANKS = 16
 UNALIGNED = 64 * 64  # entries of the largest tile for inputs that are not aligned
 
 # (device, bytes of an input's element): tiles, the largest first. The first that fills the device is taken.
-# 128 × 256 spills up to 480 bytes a thread on sm_90, beside the loop over tokens and not in it: the columns that wait
+# 128 × 256 spills up to 480 bytes a thread on sm_90, outside the loop over tokens: the columns that wait
 # for their turn. It stays because it reads each of dy and x half as often as 128 × 128 does, which spills nothing.
 TILES = {
     ("sm_80", 2): (Tile(128, 128, 32, 8, 4, splits=4), Tile(64, 64, 32, 4, 4)),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from dual_lora.lab.run.record import device_name, version_of
 
-# Beside what the package needs: what it works with where it is there.
+# Besides what the package needs: what it works with where it is there.
 INTEGRATIONS = ("accelerate", "trl", "deepspeed", "triton", "bitsandbytes", "torchao", "hqq", "gptqmodel")
 
 

@@ -63,7 +63,7 @@ def _lines(found: Any) -> list[dict[str, Any]]:
 
 
 def _also(card: dict[str, Any]) -> list[dict[str, Any]]:
-    """What has to hold on a card beside the launches."""
+    """What has to hold on a card besides the launches."""
     if not card["launches"]:
         return []
     bits = card["same bits twice"]

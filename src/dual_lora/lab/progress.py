@@ -76,7 +76,7 @@ class Bar:
             print(self._line(), file=sys.stderr, flush=True)
 
     def to(self, done: int, note: str | None = None) -> None:
-        """Set the number of finished units and, if given, the note beside it."""
+        """Set the number of finished units and, if given, its note."""
         self.done, self._moved = done, time.monotonic()
         if note is not None:
             self._note = note

@@ -175,7 +175,7 @@ class DualLoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PeftConfig; raises ValueError if the adapter file beside the configuration was cut short."""
+        """As PeftConfig; raises ValueError if the adapter file next to the configuration was cut short."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         check_file(pretrained_model_name_or_path, subfolder)
         return config

@@ -54,7 +54,7 @@ class Conversion(NamedTuple):
 
 
 def table(lines: dict[str, str]) -> str:
-    """What is said of each layer, below one another."""
+    """A line about each layer."""
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
 

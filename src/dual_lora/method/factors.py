@@ -201,8 +201,7 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""
-        left = self.steps_left(adapter)
-        return 1.0 - left / self.warmup_steps[adapter] if left else 1.0
+        return warmup.factor(self.steps_left(adapter), self.warmup_steps[adapter])
 
     def step(self, adapter: str) -> None:
         """Count one optimizer step."""
@@ -345,6 +344,6 @@ def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
     for adapter in layer.adapter_names():
         mark_as_stored(layer._stored(adapter))
         layer.steps_left(adapter)
-        if adapter in layer.tied:  # `assign=True` has put two parameters in the place of one
+        if adapter in layer.tied:  # `assign=True` has made two parameters of one
             layer._tie_again(adapter)
         layer._make_scale(adapter)

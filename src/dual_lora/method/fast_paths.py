@@ -1,7 +1,7 @@
 """Modules of PyTorch that read the weights off their children and leave the children's forward out.
 
-An adapter below them would be the base without a word. Encoder layers do so in inference alone: that is switched off
-while an adapter is below them. The others are given the composed weight to read.
+An adapter below them would be the base, without a warning. Encoder layers do so in inference alone: that is switched
+off while an adapter is below them. The others are given the composed weight to read.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class ReadLinear(Linear):
     takes_dropout = False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge, without a word about what the attention has merged already."""
+        """Merge, without a warning about what the attention has merged already."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name not in self.merged_adapters]
         if names:
             super().merge(safe_merge, names)
 
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """Unmerge, without a word about what the attention has unmerged already."""
+        """Unmerge, without a warning about what the attention has unmerged already."""
         if self.merged:
             super().unmerge(adapter_names)
 

@@ -33,7 +33,7 @@ RANK_DIMENSION = {"A": -2, "B": -1, "C": -2, "D": -1}
 def hotswap_from_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: DualLoraConfig
 ) -> None:
-    """Put the factors of `state_dict` (as saved, with or without the adapter's name) in the place of an adapter's.
+    """Replace an adapter's factors by those of `state_dict` (as saved, with or without the adapter's name).
 
     Layers that the new adapter leaves out get ΔW = 0. The model's configuration then says what is stored, for saving.
     Raises RuntimeError, with nothing changed, for tensors of layers that the old adapter does not have and for shapes

@@ -24,6 +24,6 @@ def present(factors: nn.ParameterDict, adapter: str) -> Tensor:
 def _read(kept: Any, adapter: str) -> Tensor:
     try:
         return kept[adapter]
-    except KeyError:  # PEFT writes an adapter beside a base on the disk under names that are made for LoRA's
+    except KeyError:  # PEFT writes an adapter of a base on the disk under names that are made for LoRA's
         layer, _, letter = kept.prefix.removesuffix(".").rpartition(".")
         return kept.dataset[f"{layer}.{adapter}.{letter}"]

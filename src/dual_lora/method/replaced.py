@@ -1,4 +1,4 @@
-"""Call a module with another tensor in the place of one of its parameters."""
+"""Call a module with another tensor instead of one of its parameters."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def refuse_bare_parts(base: nn.Module) -> None:
     if getattr(base, "_hf_tp_plan", None) and not is_sharded(getattr(base, "weight", None)):
         raise ValueError(
             f"This {type(base).__name__} holds a bare part of its weight (tensor parallel plan {base._hf_tp_plan!r} of "
-            "transformers before 5.15): what the whole weight is cannot be told from it. Use transformers 5.17 or "
+            "transformers before 5.15): it does not say what the whole weight is. Use transformers 5.17 or "
             "later, or load the base without `tp_plan`."
         )
 
@@ -137,7 +137,7 @@ def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
 
 
 class _StandIn:
-    """In the place of a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
+    """Instead of a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
 
     def __init__(self, layer: Any, names: list[str], with_base: bool):
         self.layer, self.names, self.with_base = layer, names, with_base

@@ -1,4 +1,4 @@
-"""The step counter of the warm-up: λ rises with the optimizer's steps, without a call by the user.
+"""The warm-up: λ, and the counter of steps by which it rises with the optimizer, without a call by the user.
 
 One global hook runs after every optimizer step. A layer's adapter is counted by the optimizer that holds its first
 trainable factor in the order B, A, D, C. Of steps inside a step (a wrapper's, ZeroRedundancyOptimizer's, a subclass's)
@@ -66,6 +66,11 @@ _records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDi
 # Of an optimizer, what others held that stepped inside its steps: ever, and inside the present one.
 _inside: weakref.WeakKeyDictionary[Optimizer, tuple[set[int], set[int]]] = weakref.WeakKeyDictionary()
 _warned: weakref.WeakKeyDictionary[Optimizer, Warned] = weakref.WeakKeyDictionary()  # once a run, not once a layer
+
+
+def factor(left: int, steps: int) -> float:
+    """λ of an adapter with `left` of its warm-up's steps to go: 0 at the start, 1 at the end."""
+    return 1.0 - left / steps if left else 1.0
 
 
 def watch(layer: FactorsLayer) -> None:

@@ -90,7 +90,7 @@ async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Recei
         return messages.pop(0) if messages else await receive()
 
     whole = b"".join(message.get("body", b"") for message in messages)
-    if b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():  # sound, beside other fields
+    if b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():  # sound, with other fields
         model = _MODEL_OF_FORM.search(whole)
         return {"model": model[1].decode(errors="replace")} if model else {}, again
     return _object_of(whole), again

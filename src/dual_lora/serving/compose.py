@@ -1,7 +1,7 @@
 """A checkpoint's weights as an inference server reads them, with an adapter composed in on the way.
 
 A server holds plain weights. What is read for an adapted module comes out as W + ΔW, one tensor after the other: never
-does more than one composed weight wait beside the model. Every PEFT method that has a merge works, by its own merge.
+is more than one composed weight in memory with the model. Every PEFT method that has a merge works, by its own merge.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _meta_model(config: Any) -> nn.Module:
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """The model with absent weights on a real device in the place of those on the meta device."""
+    """The model with absent weights on a real device instead of those on the meta device."""
     shared: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in model.modules():
         for key, parameter in module._parameters.items():

@@ -219,7 +219,7 @@ class ServedAdapters:
 
 
 def _end_of(folder: str) -> str:
-    """What tells a folder from others; in the answers that it sends vLLM puts <path> in the place of a whole path."""
+    """What identifies a folder; in the answers that it sends vLLM writes <path> instead of a whole path."""
     return "/".join(Path(folder).parts[-2:])
 
 

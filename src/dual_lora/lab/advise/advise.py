@@ -1,6 +1,6 @@
 """`dual-lora advise`: make the paired study as long as the minutes allow, run it, and say what follows.
 
-What lies in the folder is an ordinary study: `compare` goes on with it, `report` and `rejudge` read it. Beside it
+What lies in the folder is an ordinary study: `compare` goes on with it, `report` and `rejudge` read it. Next to it
 stands `recommended.yaml`, the recipe with the method and the learning rate that were found best.
 """
 

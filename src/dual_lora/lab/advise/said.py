@@ -224,7 +224,7 @@ def _how(study: Study, whole: Study, work: Work, methods: Methods, metric: str, 
     rates = ", ".join(f"{rate:g}" for rate in study.search.space["learning_rate"]) if study.search else ""
     return [
         f"Each method was tuned alike (learning rates {rates}; at most {TRIALS} trials) on {work.validation} "
-        f"validation records, then trained with {length.seeds} new seeds and judged by {metric} on {work.test} test "
+        f"validation records, then trained with {length.seeds} new seeds and compared by {metric} on {work.test} test "
         f"records. They train {' to '.join(f'{size:,}' for size in sizes)} parameters each.",
         f"{short} Differences below {margin:g} count as none (--margin).",
         "A method is recommended for its score only if it is significantly better, and LoRA only if a gain of "

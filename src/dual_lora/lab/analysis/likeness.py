@@ -1,7 +1,7 @@
 """How alike two updates of the same weight are, and DoRA's view of an update as magnitude and direction.
 
 An update of 16 million entries has a cosine near 0 with any other by chance alone (its spread is 1/√(O I)), and two
-subspaces of k among n directions overlap by k/n by chance: both are given beside the figures.
+subspaces of k among n directions overlap by k/n by chance: both are given with the figures.
 """
 
 from __future__ import annotations

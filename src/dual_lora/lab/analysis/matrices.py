@@ -1,4 +1,4 @@
-"""An update ΔW [O, I] that is read a few rows at a time, so that a 7B model's layers fit beside each other.
+"""An update ΔW [O, I] that is read a few rows at a time, so that a 7B model's layers fit together.
 
 O out features, I in features. Every block is fp32.
 """

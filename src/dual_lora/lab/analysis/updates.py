@@ -55,7 +55,7 @@ def snapshot(model: nn.Module, adapter: str = "default") -> dict[str, LayerUpdat
     """What the adapter does to every layer now; stays what it is when the model trains on.
 
     Holds copies of the adapter's own tensors, never of a weight. Dual LoRA's updates are at full strength, with the
-    warm-up's λ beside them: the pattern of signs and zeros is there before λ lets it act. Layers whose update is not
+    warm-up's λ with them: the pattern of signs and zeros is there before λ lets it act. Layers whose update is not
     one matrix (`is_matrix`) are left out.
     """
     from dual_lora.method.layer import DualLoraLayer

@@ -29,7 +29,7 @@ def compare(
         int | None, Parameter(help="Runs at a time (process, ray). [default: one a GPU, else one a core]")
     ] = None,
     keep: Annotated[
-        Literal["adapters", "all", "nothing"], Parameter(help="What stays of the final runs beside their scores.")
+        Literal["adapters", "all", "nothing"], Parameter(help="What is kept of the final runs, besides their scores.")
     ] = "adapters",
     update: Annotated[
         bool, Parameter(help="Go on although the study or its code has changed; what is valid is kept.")

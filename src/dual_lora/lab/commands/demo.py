@@ -101,7 +101,7 @@ def _facts(result: DemoResult) -> Panel:
     spent = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
     facts = {
         "trained on": f"{result.examples:,} examples, seed {result.seed}",
-        "parameters": f"{result.trainable_parameters:,} trained beside {result.base_parameters:,} frozen ({share:.1%})",
+        "parameters": f"{result.trainable_parameters:,} trained, {result.base_parameters:,} frozen ({share:.1%})",
         "time": f"{duration(result.total_seconds)}: {spent}",
         "memory": f"{size(result.training_memory)} at the peak of training, {size(result.peak_memory)} over all stages",
         "merged": f"{result.merged}: {same} of {count} answers are the adapter's, letter by letter",

@@ -25,7 +25,7 @@ def card(
     license: Licence = None,
     json: Json = False,
 ) -> None:
-    """Write a run's card for a model hub: README.md beside the adapter, with method, data, scores and cost.
+    """Write a run's card for a model hub: README.md next to the adapter, with method, data, scores and cost.
 
     Training writes one by itself. Again after `dual-lora evaluate`, it has the scores.
 

@@ -76,7 +76,7 @@ def judge(
     if out is not None:
         from dual_lora.lab.report.report import report
 
-        report([out / "results.json"], out / "report.html", f"Judged: {source.name}")
+        report([out / "results.json"], out / "report.html", f"Verdicts: {source.name}")
     if json:
         finish(results, None, True)
     else:

@@ -6,5 +6,5 @@ activations   which bytes are held at every moment of a step
 operators     arithmetic of an operator call that torch does not count, and what it uses inside itself
 memory        the step's memory by phase, on one device or many
 calibrate     the model of time, and how fast this machine is
-side_by_side  several methods beside each other; the largest batch, length or rank for a given memory
+side_by_side  several methods side by side; the largest batch, length or rank for a given memory
 """

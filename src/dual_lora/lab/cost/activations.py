@@ -21,7 +21,7 @@ ACTIVATIONS, WORKSPACE, GRADIENTS = "activations", "workspace", "gradients"
 
 
 class Bytes(NamedTuple):
-    """What is held beside the model at one moment."""
+    """What is held in memory at one moment, without the model."""
 
     activations: float = 0.0
     workspace: float = 0.0

@@ -9,7 +9,7 @@ not grow with the tokens: composing ΔW and its gradients in Dual LoRA, norms of
 change with the width of a model; between the measured widths they are interpolated, beyond them the nearest one counts.
 
 One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
-anything else by the clock on the wall, so on a machine at rest. The fastest round counts.
+anything else by wall time, so on a machine at rest. The fastest round counts.
 
 A card that is not here (`card`) is taken by its maker's published figures (cards.yaml) and two assumptions. No time
 that follows from these was measured: they serve to plan a study, not to compare methods.

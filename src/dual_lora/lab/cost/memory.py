@@ -4,7 +4,7 @@ standing = weights + trained + optimizer + buffers;
 forward, logits, loss, backward: standing + what is held in that part (`simulate`);
 step: standing + gradients + what the optimizer uses while it updates. The peak is the largest of these.
 
-| strategy | weights | gradients | optimizer | beside them |
+| strategy | weights | gradients | optimizer | other memory |
 |---|---|---|---|---|
 | ddp | whole | whole | whole | buckets as large as the gradients |
 | zero1 | whole | whole | 1/n, and fp32 copies of what is trained | a bucket |

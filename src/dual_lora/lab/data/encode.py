@@ -118,7 +118,7 @@ class Prompter:
             labels += (context if self.learn_prompt else [IGNORED] * len(context)) + answer
             if not last:
                 written = self.prompt_text(example.messages[:i], example.tools) + said + str(self.tokenizer.eos_token)
-        labels[:1] = [IGNORED]  # nothing stands before it to be told from; in a padded row that would be padding
+        labels[:1] = [IGNORED]  # nothing stands before it; in a padded row that would be padding
         return Encoded(example.where, ids, labels)
 
 

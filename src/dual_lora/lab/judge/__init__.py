@@ -1,1 +1,1 @@
-"""Verdicts on scores that others made: read them (CSV, lm-eval, PEFT), judge them as a study is judged."""
+"""Verdicts on scores that others made: read them (CSV, lm-eval, PEFT), compare them as a study does."""

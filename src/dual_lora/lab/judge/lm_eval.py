@@ -3,9 +3,9 @@
 FOLDER/METHOD/SEED/**/samples_TASK_DATE.jsonl   SEED: seed-1, seed1, run-1 or 1, also further down
 FOLDER/METHOD/**/samples_TASK_DATE.jsonl        one seed
 
-The harness's own folder of the model's name may lie below. results_DATE.json beside the samples says which way a metric
-is better, how many documents there were, and what the harness made of their scores. A metric that is not the mean of
-them is left out: lambada's perplexity is logged as a log-likelihood, of which more is better.
+The harness's own folder of the model's name may lie below. results_DATE.json next to the samples says which way a
+metric is better, how many documents there were, and what the harness made of their scores. A metric that is not the
+mean of them is left out: lambada's perplexity is logged as a log-likelihood, of which more is better.
 
 Items are documents, known by their number and hash: two runs that saw other documents do not pair.
 """
@@ -60,12 +60,15 @@ def read_lm_eval(folder: Path) -> Scores:
                 prompts.setdefault((task, f"{row.seed} {row.item}"), {})[method] = prompt
         for name, way in _directions(results, task).items():
             if scores.better.setdefault((task, name), way) != way:
-                raise UserError(f"The results beside {file} and others say opposite things of {name}: give --better.")
+                raise UserError(
+                    f"The results in the folder of {file} say of {name} that the other direction is better than "
+                    "other results do: give --better."
+                )
     for name, files in as_told.items():
         if len(files) == 2:
             raise UserError(
-                f"The mean of {name} in {files[False]} is not what the results beside it say, as it is in other logs: "
-                "one of the two files was changed."
+                f"The mean of {name} in {files[False]} differs from the one in its results_*.json. In other logs they "
+                "agree, so one of the two files was changed."
             )
         aside |= {name: None} if False in files else {}
     scores.rows = [row for row in scores.rows if f"{row.metric} on {row.scenario[1]}" not in aside]
@@ -115,7 +118,7 @@ def _rows(file: Path, method: str, seed: int, task: str, aside: dict[str, None])
 
 
 def _results(folder: Path, task: str, date: str) -> dict[str, Any]:
-    """What the harness wrote beside the samples, {} without such a file; of another date only which way is better."""
+    """What the harness wrote next to the samples, {} without such a file; of another date only which way is better."""
     own = folder / f"results_{date}.json"
     for file in dict.fromkeys([own, *sorted(folder.glob("results_*.json"), reverse=True)]):
         with contextlib.suppress(OSError, ValueError):

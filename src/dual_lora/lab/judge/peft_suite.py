@@ -1,7 +1,7 @@
 """PEFT's method comparison: its results read as scores, its experiment folders, and a study's results written for it.
 
 results/METHOD--NAME.json                          one a run: run_info, train_info, meta_info
-experiments/METHOD/NAME/adapter_config.json        what a run is, with training_params.json beside it
+experiments/METHOD/NAME/adapter_config.json        what a run is, with training_params.json next to it
 https://github.com/huggingface/peft/tree/main/method_comparison
 """
 
@@ -68,7 +68,7 @@ def read_peft(folder: Path) -> Scores:
         costs.setdefault((scenario, method), []).append(cost)
     scores.costs = {key: _medians(own) for key, own in costs.items()}
     if stopped:
-        scores.notes.append(f"Not judged, as they did not end well: {', '.join(stopped)}.")
+        scores.notes.append(f"Not compared, as they did not end well: {', '.join(stopped)}.")
     if len(models := {scenario[0] for scenario, _ in scores.costs}) == 1:  # named once, not in every row
         scores.notes.append(f"All runs are of {models.pop()}.")
         scores.rows = [row._replace(scenario=("", task)) for row in scores.rows]

@@ -84,7 +84,7 @@ def seed_number(text: Any, where: str) -> int:
 
 
 def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
-    """The metric that each scenario is judged by; rows of others are dropped, and runs that have no other are named.
+    """The metric by which each scenario is compared; rows of others are dropped, and runs that have no other are named.
 
     Raises UserError where a scenario has several and none is asked for, and where it lacks the one that is.
     """

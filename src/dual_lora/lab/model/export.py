@@ -1,7 +1,7 @@
 """Convert an adapter to LoRA (PEFT's or mlx-lm's), or a LoRA to a Dual LoRA start; say what that loses on records.
 
-A conversion is written as an adapter folder that PEFT loads, with conversion.json beside it: every layer's figures, the
-losses and the verdict.
+A conversion is written as an adapter folder that PEFT loads, with conversion.json next to it: every layer's figures,
+the losses and the verdict.
 """
 
 from __future__ import annotations

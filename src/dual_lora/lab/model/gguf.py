@@ -52,7 +52,7 @@ def export_gguf(
     quantize: str | None = None,
     converter: str | None = None,
 ) -> GgufResult:
-    """Merge a run or adapter and convert the result to the GGUF file ``out``, with a Modelfile for Ollama beside it.
+    """Merge a run or adapter and convert the result to the GGUF file ``out``, with a Modelfile for Ollama next to it.
 
     outtype: the converter's --outtype (f32, f16, bf16, q8_0, auto). quantize: a type of llama-quantize (Q4_K_M, …).
     converter: its script, or llama.cpp's folder; left out: $DUAL_LORA_GGUF_CONVERTER, then the PATH. Raises UserError
@@ -181,7 +181,7 @@ def _sibling(converter: list[str], script: str) -> list[str]:
     """The command of another script in the converter's folder."""
     path = Path(converter[-1]).resolve().parent / script
     if not path.is_file():
-        raise UserError(f"There is no {path}, which llama.cpp has beside {SCRIPT}: give its folder by --converter.")
+        raise UserError(f"There is no {path}, which llama.cpp has next to {SCRIPT}: give its folder by --converter.")
     return [sys.executable, str(path)]
 
 

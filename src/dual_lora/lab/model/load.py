@@ -70,7 +70,7 @@ def locate(path: str) -> Location:
 
 
 def _in_package(name: str) -> Location:
-    """The one model (GGUF, or config.json beside safetensors) among the files of an installed distribution."""
+    """The one model (GGUF, or config.json next to safetensors) among the files of an installed distribution."""
     try:
         files = metadata.distribution(name).files or []
     except metadata.PackageNotFoundError:

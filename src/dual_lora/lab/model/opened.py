@@ -20,7 +20,7 @@ from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
 
-NOTE = "lab.json"  # beside the adapter's weights: the recipe and the class names
+NOTE = "lab.json"  # next to the adapter's weights: the recipe and the class names
 
 # Methods whose adapter, switched off, leaves the base's own outputs. Of the others, and of new ones, the base is loaded
 # anew: PiSSA's start is taken out of the weights.

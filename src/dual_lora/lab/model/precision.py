@@ -115,12 +115,12 @@ def leaves_open(recipe: Recipe) -> bool:
 
 
 def settled(recipe: Recipe, precision: Short) -> Recipe:
-    """The recipe with `precision` in the place of every `auto`."""
+    """The recipe with `precision` instead of every `auto`."""
     return _replaced(recipe, {at: words[precision] for at, words in FIELDS.items()})
 
 
 def settled_as(recipe: Recipe, before: Recipe) -> Recipe:
-    """The recipe with what `before`, its run, has in the place of every `auto`."""
+    """The recipe with what `before`, its run, has instead of every `auto`."""
     return _replaced(recipe, {(part, name): getattr(getattr(before, part), name) for part, name in FIELDS})
 
 

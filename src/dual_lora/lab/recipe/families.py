@@ -14,7 +14,7 @@
     twins:                         recipes outside the combinations: common settings and their own
       twin: {...}
 
-Later settings lie over earlier ones. `reported` beside the settings of a source are figures that it reports.
+Later settings lie over earlier ones. `reported` next to the settings of a source are figures that it reports.
 """
 
 from __future__ import annotations

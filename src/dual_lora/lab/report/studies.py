@@ -52,7 +52,7 @@ def _judged(results: Results, source: Source, folded: bool) -> list[Block]:
         blocks.append(Text("This study is not complete; what follows holds for the runs that are there.", "warning"))
     if comparisons:
         words = ", ".join(f"{n} × {verdict}" for verdict, n in Counter(c["verdict"] for c in comparisons).most_common())
-        blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, judged together: {words}."))
+        blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, tested together: {words}."))
     else:
         blocks.append(Text("There is nothing to compare yet.", "note"))
     cards = [_verdict(c) for c in comparisons]
@@ -171,7 +171,7 @@ def _incomparable(methods: list[MethodRow]) -> str:
 def _tuning(name: str, methods: list[MethodRow], metric: str | None, source: Source) -> Chart:
     """The score of each trial over the first setting that was searched: how much a method depends on it.
 
-    metric: what trials are judged by; None for the task's own.
+    metric: by what trials are compared; None for the task's own.
     """
     views = []
     for where in dict.fromkeys(scenario(m) for m in methods):
@@ -189,7 +189,7 @@ def _tuning(name: str, methods: list[MethodRow], metric: str | None, source: Sou
         ]
         y = Axis(f"{judged} on validation records ({metrics.better(judged)} is better)")
         views.append(View(where, Axis(key.rpartition(".")[2].replace("_", " "), log=True), y, points))
-    note = "Trials are judged on validation records, never on test. A gap is a run that diverged."
+    note = "Trials are compared on validation records, never on test. A gap is a run that diverged."
     return Chart(f"{name}: tuning", "lines", views, source, note)
 
 

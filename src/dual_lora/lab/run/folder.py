@@ -33,7 +33,7 @@ from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
 LOCK = ".lock"
 FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
 ENTRIES = (*FILES, "checkpoints", "start", "adapter", "model", "evaluation", "analysis", "tensorboard")
-# The files that a run wrote, as globs: each by its name, or by the list that stands beside it.
+# The files that a run wrote, as globs: each by its name, or by the list in the same folder.
 OWN = (
     *FILES,
     *(f"{folder}/{WHOLE}" for folder in ("checkpoints/checkpoint-*", "start", "adapter", "model")),

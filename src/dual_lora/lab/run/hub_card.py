@@ -1,4 +1,4 @@
-"""A run's card for a model hub: the README.md beside its weights, with method, data, scores, cost and how to load it.
+"""A run's card for a model hub: the README.md next to its weights, with method, data, scores, cost and how to load it.
 
 PEFT writes a card of metadata and empty headings when an adapter is saved. This one keeps the metadata, gives it a text
 and takes local paths out. What a person writes above or below the two marks stays when the card is written anew.
@@ -38,7 +38,7 @@ def write_card(
     base_model: str | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write the card of a finished run beside its weights and return its path.
+    """Write the card of a finished run next to its weights and return its path.
 
     base_model: the base's name on a hub, where the recipe names a folder. licence: of the adapter, as the hub names it.
     Left out, both are what an earlier card says.

@@ -19,7 +19,7 @@ from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.folder import result_of, run_at
 from dual_lora.lab.run.hub_card import REMOVED, card_text, known_base, public, read_card, source_name
 
-# What PEFT, transformers, their tokenizers and the laboratory write beside weights.
+# What PEFT, transformers, their tokenizers and the laboratory write next to weights.
 WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 SETTINGS = {"adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json", "lab.json"}
 VOCABULARY = {

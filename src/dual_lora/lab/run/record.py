@@ -109,7 +109,7 @@ def _commit() -> str | None:
     """
     git = PACKAGE.parents[1] / ".git"
     with contextlib.suppress(OSError, ValueError, StopIteration):
-        if git.is_file():  # a work tree beside the repository
+        if git.is_file():  # a work tree of its own, outside the repository
             git = (git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref:"):
@@ -124,7 +124,7 @@ def _commit() -> str | None:
     return None
 
 
-# What decides a run's scores beside its recipe and its data; a change of a report or of a command does not.
+# What decides a run's scores besides its recipe and its data; a change of a report or of a command does not.
 _DECIDING = (
     "core/",
     "method/",

@@ -1,6 +1,6 @@
 """The one way to write a file or a folder: whole or not at all, and never through somebody else's file.
 
-The new content goes to a name of its own beside the target: drawn at random, made exclusively (mode x), so that it
+The new content goes to a name of its own next to the target: drawn at random, made exclusively (mode x), so that it
 follows no link and meets no other writer. It reaches the disk and takes the target's place in one step. After a
 crash at any moment the old content is there or the new one. Nothing that was not made here is removed, but for the
 target.
@@ -26,7 +26,7 @@ REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  #
 
 @contextmanager
 def _in_place_of(target: Path) -> Iterator[Path]:
-    """A name beside the target for what is to take its place, and does so at the end."""
+    """A name next to the target for what is to take its place, and does so at the end."""
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
@@ -51,7 +51,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_folder_atomically(target: Path, write: Callable[[Path], object], listed: bool = False) -> None:
-    """``write(folder)`` fills a folder beside ``target``, which then takes its place. listed: see `mark_whole`."""
+    """``write(folder)`` fills a folder next to ``target``, which then takes its place. listed: see `mark_whole`."""
     with _in_place_of(target) as part:
         part.mkdir()
         write(part)

@@ -124,7 +124,7 @@ def probe_job(study: Study, cell: Cell, rank: int | None = None) -> Job:
 def pace_job(study: Study, cell: Cell) -> Job:
     """A few steps and a few validation records, to learn what a whole run costs.
 
-    It logs, so that its first steps, which warm up, can be told from the others.
+    It logs, so that its first steps, which warm up, can be left out.
     """
     limit = min(PROBE_RECORDS, cell.recipe.data.test_limit or PROBE_RECORDS)
     over = {"train": {"steps": PROBE_STEPS, "log_every": PROBE_STEPS // 4}, "data": {"test_limit": limit}}

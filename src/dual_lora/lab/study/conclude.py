@@ -57,7 +57,7 @@ def conclude(
 
 
 def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[str, Any]:
-    """What all comparisons of one scenario are judged by."""
+    """The metric by which one scenario is compared."""
     return {
         "task": task_name(*scenario),
         "scenario": scenario,

@@ -203,7 +203,7 @@ def forecast(
 ) -> Forecast:
     """`--dry-run`: the study's runs, sizes and an estimate of its time. Everything is checked, nothing is run.
 
-    on: a card of `calibrate`, whose published figures are taken in the place of this machine's speed.
+    on: a card of `calibrate`, whose published figures are taken instead of this machine's speed.
     """
     study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()

@@ -48,7 +48,7 @@ class Job:
     method: str
     seed: int
     metric: str
-    split: Split  # which records it is judged by
+    split: Split  # by which records it is scored
     settings: Settings = field(default_factory=dict)  # what a search varied or chose
     data: dict[str, str] = field(default_factory=dict)  # split: what its files held
     freeze: dict[str, float] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Outcome(BaseModel):
     score: FiniteFloat | None = None
     metric: str | None = None
     figures: dict[str, float | None] | None = None  # everything that the evaluation gave
-    items: int | None = None  # how many scores lie beside it
+    items: int | None = None  # how many scores are in its other file
     constant: float | None = None  # how often one answer to everything would be right
     training: Training | None = None
     steps_per_second: float | None = None

@@ -28,7 +28,7 @@ METRICS: dict[str, tuple[str, int]] = {
     "bleu": ("bleu", 1),
     "pearson": ("regression", 1),
     "mse": ("regression", -1),
-    "forgetting": ("forgetting", -1),  # beside a task, never a task's own
+    "forgetting": ("forgetting", -1),  # with a task, never a task's own
 }
 # Head of a model -> (what such a model is called, the metrics that it has).
 HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -76,7 +76,7 @@ def evaluation(metric: str, head: str) -> str:
 
 
 def default_metric(tasks: Sequence[str], head: str) -> str:
-    """What a recipe is judged by if the study does not say."""
+    """By what a recipe is compared if the study does not say."""
     first = tasks[0] if tasks else ("loss" if head == "causal" else head)
     return {"classification": "accuracy", "nlg": "bleu", "regression": "pearson"}.get(first, first)
 

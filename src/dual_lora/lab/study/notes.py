@@ -1,4 +1,4 @@
-"""What has to be said beside the verdicts: of searches, of methods that learned nothing, of what is missing."""
+"""What has to be said with the verdicts: of searches, of methods that learned nothing, of what is missing."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
 
 
 def amended(results: Results) -> list[str]:
-    """What was changed in a study after it was begun, or judged again, when, and which verdicts changed by it."""
+    """What was changed in a study after its beginning, when, and which verdicts changed by it."""
     said = []
     for a in results.get("amendments", []):
         seen = f" {a['ended']} of {a['of']} final runs known by then had ended." if "of" in a else ""
@@ -131,7 +131,7 @@ def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
     if search is None or search.metric is None:
         return []
     why = f": {search.why.rstrip('.')}." if search.why else ". What is best by one may be worst by the other."
-    return [f"Tuned by {search.metric}, judged by {judge}{why}" for judge in judges if judge != search.metric]
+    return [f"Tuned by {search.metric}, compared by {judge}{why}" for judge in judges if judge != search.metric]
 
 
 def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
@@ -206,7 +206,7 @@ def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
         for numbers, names in groups.items()
     )
     return [
-        "Times and speeds are not comparable: runs were measured beside different numbers of others, some of them for "
+        "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
         f"another study or another call. Runs at a time: {parts}."
     ]
 

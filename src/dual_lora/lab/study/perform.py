@@ -74,7 +74,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Hold a lock beside the run's folder, so that nobody else runs the same job. The folder may be no link."""
+    """Hold a lock next to the run's folder, so that nobody else runs the same job. The folder may be no link."""
     if folder.is_symlink():
         raise UserError(f"{folder} is a link to {folder.readlink()}, expected a run's own folder: remove the link.")
     busy = f"The run {folder} is still held by another process; wait for it, then start the study again."

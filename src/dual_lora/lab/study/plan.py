@@ -118,7 +118,7 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
         )
     if search and tuned_by != metric and not search.why.strip():
         raise UserError(
-            f"tasks.{task} is judged by {metric}, and the search goes by {tuned_by}: what is best by one may be worst "
+            f"tasks.{task} compares by {metric}, and the search goes by {tuned_by}: what is best by one may be worst "
             f"by the other. Leave search.metric out to tune by {metric}, or say in search.why what speaks for it."
         )
     return metric
@@ -224,7 +224,7 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
 
 
 def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, Any]]:
-    """The study with bf16 or fp32 in the place of every `auto`, and what the choice followed from.
+    """The study with bf16 or fp32 instead of every `auto`, and what the choice followed from.
 
     A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
     study leaves nothing open.
@@ -255,7 +255,7 @@ def _varied(study: Study) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _filled_in(study: Study, precision: Short) -> Study:
-    """The study with `precision` in the place of every `auto` that it lays over its recipes."""
+    """The study with `precision` instead of every `auto` that it lays over its recipes."""
     values = study.model_dump(mode="json")
     over = [values["overrides"], *values["models"].values(), *values["tasks"].values(), *values["methods"].values()]
     for laid in over:

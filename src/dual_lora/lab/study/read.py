@@ -33,7 +33,7 @@ def read_study(source: str | Path | Study) -> Study:
         raise UserError(_is_a_recipe(str(source)))
     values = _extended(values, path, [path])
     study = build_study(values, str(path))
-    for task in study.tasks.values():  # a recipe may lie beside its study
+    for task in study.tasks.values():  # a recipe may lie in the study's folder
         if not Path(task.recipe).is_file() and (beside := path.parent / task.recipe).is_file():
             task.recipe = str(beside.resolve())
     return study
@@ -58,7 +58,7 @@ def values_in(path: Path) -> dict[str, Any]:
 
 
 def _extended(values: dict[str, Any], path: Path, seen: list[Path]) -> dict[str, Any]:
-    """The values over those of the study that `extends` names (a file beside it, or a shipped study).
+    """The values over those of the study that `extends` names (a file in its folder, or a shipped study).
 
     A field replaces the other study's; only `methods` are merged, entry by entry and field by field.
     """

@@ -27,7 +27,7 @@ from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
 
-WHY = "Judged again from the stored scores: seeds and items each with degrees of freedom of their own."
+WHY = "Verdicts computed again from the stored scores: seeds and items each with degrees of freedom of their own."
 GONE = ("overall", "ranking")  # of format 1
 NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "not distinguishable": "inconclusive"}
 
@@ -35,7 +35,9 @@ NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "
 def rejudge(results: Results) -> Results:
     """The results with today's verdicts. Raises UserError for a file that does not hold what they need."""
     if "judged_from" in results:  # its margins and directions are no study's
-        raise UserError(f"These are judged scores: judge them again, `dual-lora judge {results['judged_from']}`.")
+        raise UserError(
+            f"These are scores that others made: use `dual-lora judge {results['judged_from']}` for new verdicts."
+        )
     try:
         study = build_study(results["study"])
         methods, before, untrained = results["methods"], results["comparisons"], results.get("untrained", [])

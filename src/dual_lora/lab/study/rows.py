@@ -100,7 +100,10 @@ class ComparisonRow(TypedDict):
 
 
 class AmendmentRow(TypedDict):
-    """A change of a study that was begun; ended, of: final runs known by then. changed: verdicts, when judged again."""
+    """A change of a study after its beginning.
+
+    ended, of: how many of the final runs had ended by then. changed: the verdicts that another rule changed.
+    """
 
     date: str
     what: str

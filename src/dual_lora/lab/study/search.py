@@ -47,7 +47,7 @@ Axis = list[Any] | Range
 
 
 class Search(Section):
-    """The same number of trials for every method, judged on validation records, never on test."""
+    """The same number of trials for every method, scored on validation records, never on test."""
 
     space: dict[str, Axis] = Field(description="Name (learning_rate, train.X or method.X): list of values, or a range.")
     trials: int | None = Field(None, ge=1, description="Trials of each method; left out: every point of the lists.")

@@ -1,6 +1,6 @@
 """Which method is better, and how sure can we be? Statistics for paired runs.
 
-Two methods are trained with the same seeds and judged on the same test items. Their difference is a table
+Two methods are trained with the same seeds and scored on the same test items. Their difference is a table
 
     d[s, i] = score of the candidate - score of the reference        [S seeds, N items], higher is better
 
@@ -89,7 +89,7 @@ def errors(seeds: Table, items: Table, rest: Table, S: int, N: int) -> tuple[Tab
 def spread(d: ArrayLike, scale: float = 1.0) -> Spread:
     """Mean of the differences d [S, N]; seeds and items are both random samples (the module's formula).
 
-    scale: the order of the scores that were subtracted, by which their rounding is judged.
+    scale: the order of the scores that were subtracted, by which their rounding is bounded.
     """
     d = table(d)
     S, N = d.shape

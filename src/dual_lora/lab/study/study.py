@@ -34,7 +34,7 @@ from dual_lora.lab.recipe.schema import NAME, Section
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
 
-# Methods that need more than a PEFT configuration, beside those that `methods.ALIASES` knows.
+# Methods that need more than a PEFT configuration, besides those that `methods.ALIASES` knows.
 PRESETS: dict[str, dict[str, Any]] = {
     "loraplus": {"name": "lora", "train": {"optimizer": "loraplus"}},
     "galore": {

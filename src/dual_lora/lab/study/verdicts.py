@@ -39,7 +39,7 @@ class Comparison:
         difference were as large as the margin; same_low, same_high: the interval which that test holds against the
         margin (90 % at a level of 5 %).
     visible: the smallest true difference that a study of this size finds with `power`, at the corrected
-    level; None where nothing varied, and noise can't be judged.
+    level; None where nothing varied, and noise can't be estimated.
     """
 
     candidate: str

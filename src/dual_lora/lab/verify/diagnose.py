@@ -1,4 +1,4 @@
-"""What a candidate is, judged by its tokens' log-probabilities c beside those of base b and adapter a. Numbers only.
+"""What a candidate is, by its tokens' log-probabilities c, those of base b and of adapter a. Numbers only.
 
 The strength is the projection t = ⟨c − b, a − b⟩ / ‖a − b‖²: 0 is off, 1 is on, 2 is merged twice. Rounding and other
 adapters leave a residual c − a. A fault is named only where a really computed model with that fault explains what was

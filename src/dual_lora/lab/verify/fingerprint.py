@@ -1,4 +1,4 @@
-"""A small file beside an adapter that says what it gives: `verify` needs neither data nor base model with it.
+"""A small file next to an adapter that says what it gives: `verify` needs neither data nor base model with it.
 
 Twenty tokens with the log-probabilities of base and adapter and of the adapter with the usual faults, and hashes of a
 sample of the base's weights, of the tokenizer and of the chat template. The prompts are built in and the answers are

@@ -93,7 +93,7 @@ def verify(
     """Whether a candidate acts as the adapter in `source` does.
 
     against: a merged folder or a GGUF file. adapter: another adapter's folder. endpoint, model: an OpenAI-compatible
-    server's URL and the name there. None of them: the adapter itself, loaded anew, beside its fingerprint.
+    server's URL and the name there. None of them: the adapter itself, loaded anew, against its fingerprint.
     prompts: see `find_probes`. Raises UserError for everything that a person can put right.
     """
     began = time.perf_counter()
