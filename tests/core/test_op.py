@@ -50,6 +50,16 @@ def test_a_weight_in_fp64_keeps_its_bits_beside_factors_in_fp32(form, source, sm
     torch.testing.assert_close(x.grad, dy @ want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_factors_of_a_low_precision_are_multiplied_in_fp32(low, small_blocks):
+    torch.manual_seed(0)
+    W = torch.randn(60, 40)
+    given = Factors(*(torch.randn(s).to(low) for s in [(2, 40), (60, 2), (3, 40), (60, 3)]))
+    exact = Factors(*(f.float() for f in given))
+    low_one, exact_one = (Adapter(factors, torch.tensor(0.5), Form()) for factors in (given, exact))
+    assert torch.equal(*(blocked.compose(W, [it], torch.float32) for it in (low_one, exact_one)))
+
+
 def test_the_case_reaches_both_sides_of_every_kink():
     case = make_case()
     _, grads = expected(case)

@@ -7,7 +7,7 @@ from numerics import assert_close, error
 from dual_lora.core import blocked, dispatch
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.op import dual_lora_linear
-from dual_lora.core.reference import Adapter, Factors, Form, mean_square_of
+from dual_lora.core.reference import Adapter, Factors, Form, mean_square_of, product_gradients
 
 SURROGATE = Form("surrogate")
 O, I = 90, 70
@@ -115,6 +115,14 @@ def test_mean_squares_of_experts_are_their_own():
     C, D = torch.randn(4, 3, I), torch.randn(4, O, 3) * torch.tensor([1.0, 10, 0, 1e-3]).view(4, 1, 1)
     want = torch.stack([(d @ c).square().mean() for c, d in zip(C, D, strict=True)])
     torch.testing.assert_close(mean_square_of(C, D), want)
+
+
+def test_gradients_of_experts_have_a_width_each():
+    G, P, Q = torch.randn(3, 4, O, I, dtype=torch.float64)
+    Q *= torch.tensor([1.0, 10, 0.1, 1e-3]).view(4, 1, 1)
+    alone = [product_gradients(*one, 0.5, Form("surrogate")) for one in zip(G, P, Q, strict=True)]
+    for got, want in zip(product_gradients(G, P, Q, 0.5, Form("surrogate")), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
 
 
 def test_a_part_of_the_weight_has_the_width_of_the_whole():
