@@ -1,10 +1,11 @@
 """The documentation's pictures: `python -m scripts.pictures` draws them all, `… forest demo` some.
 
-forest  a study's verdicts, from its committed results
-demo    the demo's last screen, from the record of a real one (docs/pictures/demo.json; `… demo FOLDER` takes a new one)
-report  the report as Chromium shows it, if Chromium is installed
-costs   the ledger's curves
-update.svg and gradient.svg are drawn by hand.
+matrices  the factors' products, ΔW and an update of LoRA's, entry by entry
+forest    a study's verdicts, from its committed results
+demo      the demo's last screen, from the record of a real one (docs/pictures/demo.json; a new one: `… demo FOLDER`)
+report    the report as Chromium shows it, if Chromium is installed
+costs     the ledger's curves
+The two diagrams, update.svg and gradient.svg, are written as SVG.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ PICTURES = ROOT / "docs" / "pictures"
 STUDY = ROOT / "results" / "studies" / "methods-encoder" / "results.json"
 REPORT = ROOT / "results" / "report.html"
 
+ALL = ("matrices", "forest", "demo", "report", "costs")
 WIDTH, LEFT, RIGHT, TOP, LINE = 760, 110, 190, 64, 34
 COLOURS = {"equivalent": "#0b6e4f", "better": "#1d4ed8", "worse": "#b91c1c"}
 
@@ -71,6 +73,51 @@ def forest(results: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def matrices(rows: int = 24, columns: int = 24) -> str:
+    """ReLU(BA), Sign(DC), their product and a BA of LoRA's with as many parameters, of random factors."""
+    import torch
+
+    from dual_lora.core.reference import Factors, Form, delta_weight, direction, magnitude
+
+    generator = torch.Generator().manual_seed(0)
+
+    def factor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    A, B, C, D = factors = Factors(factor(2, columns), factor(rows, 2), factor(2, columns), factor(rows, 2))
+    update, lora, form = delta_weight(factors, 1.0, Form()), factor(rows, 4) @ factor(4, columns), Form()
+    shown = [
+        ("ReLU(BA)", magnitude(B @ A, form), "how far"),
+        ("Sign(DC)", direction(D @ C, form), "which way"),
+        ("ΔW", update, f"rank {torch.linalg.matrix_rank(update)}, {(update == 0).double().mean():.0%} zeros"),
+        ("LoRA's BA, r = 4", lora, f"rank {torch.linalg.matrix_rank(lora)}, no zeros"),
+    ]
+    size, gap = 7, 22
+    step = size * columns + gap
+    width, height = step * len(shown) + gap, size * rows + 70
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="13" '
+        'text-anchor="middle" font-family="system-ui, sans-serif"><title>An update of Dual LoRA with r1 = r2 = 2, entry '
+        "by entry, and one of LoRA</title>",
+        f'<rect width="{width}" height="{height}" rx="12" fill="#fbfbfa"/>',
+    ]
+    for k, (name, matrix, below) in enumerate(shown):
+        left, top, middle = gap + k * step, 36, gap + k * step + size * columns / 2
+        strength = (matrix.abs() / matrix.abs().max()).mul(4).ceil()  # 0 to 4: an entry that is not zero shows
+        parts += [
+            f'<text x="{middle}" y="24" fill="#222">{escape(name)}</text>',
+            f'<rect x="{left}" y="{top}" width="{size * columns}" height="{size * rows}" fill="#fff" stroke="#999"/>',
+        ]
+        for colour, sign in (("#1d4ed8", 1), ("#b91c1c", -1)):
+            for level in range(1, 5):
+                places = ((matrix.sign() == sign) & (strength == level)).nonzero().tolist()
+                path = "".join(f"M{left + size * j} {top + size * i}h{size}v{size}h-{size}z" for i, j in places)
+                parts += [f'<path d="{path}" fill="{colour}" opacity="{level / 4}"/>'] if path else []
+        y = top + size * rows + 20
+        parts.append(f'<text x="{middle}" y="{y}" fill="#666">{escape(below)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def demo(record: dict[str, Any]) -> str:
     """The demo's last screen as rich draws terminals, without the fonts that it would load from a network."""
     from rich.console import Console
@@ -111,14 +158,16 @@ def report(page: Path, target: Path) -> bool:
 
 def main(wanted: list[str]) -> int:
     """Draw what is asked for; returns 0, or 1 if something could not be drawn."""
-    names = wanted or ["forest", "demo", "report", "costs"]
+    names = wanted or [*ALL]
     PICTURES.mkdir(parents=True, exist_ok=True)
+    if "matrices" in names:
+        (PICTURES / "matrices.svg").write_text(matrices(), encoding="utf-8")
     if "forest" in names:
         text = forest(json.loads(STUDY.read_text(encoding="utf-8")))
         (PICTURES / "forest.svg").write_text(text, encoding="utf-8")
     if "demo" in names:
         record = PICTURES / "demo.json"
-        if names[-1] not in ("forest", "demo", "report", "costs"):
+        if names[-1] not in ALL:
             shutil.copy(Path(names[-1]) / "demo.json", record)
         (PICTURES / "demo.svg").write_text(demo(json.loads(record.read_text(encoding="utf-8"))), encoding="utf-8")
     if "costs" in names:

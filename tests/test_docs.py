@@ -298,6 +298,9 @@ def test_generated_pages_are_current():
 def test_drawn_pictures_are_current():
     import pictures
 
+    assert (pictures.PICTURES / "matrices.svg").read_text(encoding="utf-8") == pictures.matrices(), (
+        "run `make pictures`"
+    )
     results = json.loads(pictures.STUDY.read_text(encoding="utf-8"))
     drawn = pictures.forest(results)
     assert (pictures.PICTURES / "forest.svg").read_text(encoding="utf-8") == drawn, "run `make pictures`"
