@@ -84,21 +84,24 @@ def matrices(rows: int = 24, columns: int = 24) -> str:
     def factor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
+    def about(matrix: torch.Tensor) -> str:
+        return f"rank {torch.linalg.matrix_rank(matrix)}, {(matrix == 0).double().mean():.0%} zeros"
+
     A, B, C, D = factors = Factors(factor(2, columns), factor(rows, 2), factor(2, columns), factor(rows, 2))
     update, lora, form = delta_weight(factors, 1.0, Form()), factor(rows, 4) @ factor(4, columns), Form()
     shown = [
         ("ReLU(BA)", magnitude(B @ A, form), "how far"),
         ("Sign(DC)", direction(D @ C, form), "which way"),
-        ("ΔW", update, f"rank {torch.linalg.matrix_rank(update)}, {(update == 0).double().mean():.0%} zeros"),
-        ("LoRA's BA, r = 4", lora, f"rank {torch.linalg.matrix_rank(lora)}, no zeros"),
+        ("ΔW", update, about(update)),
+        ("LoRA's BA, r = 4", lora, about(lora)),
     ]
     size, gap = 7, 22
     step = size * columns + gap
     width, height = step * len(shown) + gap, size * rows + 70
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="13" '
-        'text-anchor="middle" font-family="system-ui, sans-serif"><title>An update of Dual LoRA with r1 = r2 = 2, entry '
-        "by entry, and one of LoRA</title>",
+        'text-anchor="middle" font-family="system-ui, sans-serif"><title>An update of Dual LoRA with r1 = r2 = 2, '
+        "entry by entry, and one of LoRA</title>",
         f'<rect width="{width}" height="{height}" rx="12" fill="#fbfbfa"/>',
     ]
     for k, (name, matrix, below) in enumerate(shown):
@@ -110,8 +113,8 @@ def matrices(rows: int = 24, columns: int = 24) -> str:
         ]
         for colour, sign in (("#1d4ed8", 1), ("#b91c1c", -1)):
             for level in range(1, 5):
-                places = ((matrix.sign() == sign) & (strength == level)).nonzero().tolist()
-                path = "".join(f"M{left + size * j} {top + size * i}h{size}v{size}h-{size}z" for i, j in places)
+                entries = ((matrix.sign() == sign) & (strength == level)).nonzero().tolist()
+                path = "".join(f"M{left + size * j} {top + size * i}h{size}v{size}h-{size}z" for i, j in entries)
                 parts += [f'<path d="{path}" fill="{colour}" opacity="{level / 4}"/>'] if path else []
         y = top + size * rows + 20
         parts.append(f'<text x="{middle}" y="{y}" fill="#666">{escape(below)}</text>')
