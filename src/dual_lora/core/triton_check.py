@@ -124,7 +124,7 @@ def _find(launch: Launch) -> bool:
 
 
 def _input(launch: Launch) -> torch.dtype:
-    """The dtype that the kernel computes for: that of the composed weight, of x or of G."""
+    """The dtype of the launch's last tensor (the composed weight, x or G), which the kernel is made for."""
     last = launch.tensors[-1]
     assert last is not None
     return last.dtype

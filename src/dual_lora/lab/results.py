@@ -1,6 +1,6 @@
 """Results of studies, analyses and benchmarks as pandas tables, for notebooks.
 
->>> study = load_study("results/activations/results.json")                       # doctest: +SKIP
+>>> study = load_study("results/studies/quick/results.json")               # doctest: +SKIP
 >>> study.verdicts[["candidate", "task", "verdict", "difference", "low", "high"]]  # doctest: +SKIP
 >>> analysis = load_analysis("results/trajectory/analysis.json")                 # doctest: +SKIP
 >>> analysis.over_training("zero").plot()                                        # doctest: +SKIP

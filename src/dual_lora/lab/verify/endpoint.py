@@ -57,7 +57,7 @@ class Endpoint:
         if parts.username or parts.password:
             raise UserError(f"--endpoint holds a password: give a token in the environment, as {TOKENS[0]}.")
         if parts.query or parts.fragment:
-            raise UserError(f"--endpoint is {url!r}, expected no ? and no #: what stands before /completions.")
+            raise UserError(f"--endpoint is {url!r}, expected a URL without ? and #, such as http://localhost:8000/v1.")
         path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
         self.url, self.model, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model, timeout
         self._open = urllib.request.build_opener(_NoRedirect).open

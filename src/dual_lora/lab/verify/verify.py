@@ -90,7 +90,7 @@ def verify(
     dtype: str | None = None,
     timeout: float = 60.0,
 ) -> Report:
-    """Whether a candidate acts as the adapter in `source` does.
+    """Compare what a candidate predicts with what the adapter in `source` predicts.
 
     against: a merged folder or a GGUF file. adapter: another adapter's folder. endpoint, model: an OpenAI-compatible
     server's URL and the name there. None of them: the adapter itself, loaded anew, against its fingerprint.
