@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.study import perform
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.job import Outcome
+from dual_lora.lab.study.plan import lay_out
 from dual_lora.lab.study.rejudge import rejudge
 
 SOME = 20  # minutes: enough on the most crowded machine; quiet ones need one, as seeds and steps have a limit here
@@ -348,7 +350,7 @@ def test_not_known_says_what_would_settle_it(lora_wins, letters):
     advice = judged(letters, results)
     assert advice.needed is None
     assert advice.next == ""
-    assert "More minutes alone will not settle it: that takes about" in advice.sentences[0]
+    assert "More minutes alone will not settle it: that takes 20 seeds and about" in advice.sentences[0]
 
 
 def test_a_tie_names_the_cost_only_where_it_is_there(lora_wins, letters):
@@ -377,3 +379,65 @@ def test_a_study_that_failed_gives_no_advice(lora_wins, monkeypatch):
     monkeypatch.setattr(advising, "compare", lambda *_, **__: half)
     with pytest.raises(UserError, match=r"1 runs failed, so there is no advice yet: .*the dog ate it\. Put it right"):
         advise(recipe, SOME, out, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost", "use", "words"),
+    [
+        (LORA, 1, None, r"Not known: 1 of 5 runs of LoRA diverged"),
+        (DUAL, 1, None, r"Not known: Dual LoRA is significantly better, but 1 of 5 runs of it diverged\. Give another"),
+        (NO_SIGN, 1, DUAL, "Use Dual LoRA"),
+    ],
+)
+def test_a_method_of_which_a_run_diverged_is_not_recommended(name, lost, use, words, lora_wins, letters):
+    """The score that such a run counts with is the worst that was seen, and it may be worse than that."""
+    _, out, _ = lora_wins
+    results = json.loads((out / "results.json").read_text())
+    for m in results["methods"]:
+        m |= {"score": 0.3, "diverged": lost * (m["method"] == name), "seeds": m["seeds"][:1] * 5}
+    better = {"verdict": "significantly better", "difference": 0.1, "low": 0.05, "high": 0.15}
+    even = {"verdict": "equivalent within the margin", "difference": 0.0, "same_low": -0.01, "same_high": 0.01}
+    for c in results["comparisons"]:
+        c |= better if c["candidate"] == DUAL and name != LORA else even
+    advice = judged(letters, results)
+    assert advice.use == use
+    assert re.match(words, advice.sentences[0]), advice.sentences[0]
+
+
+def test_without_any_score_there_is_no_advice(lora_wins, letters):
+    results = json.loads((lora_wins[1] / "results.json").read_text()) | {"comparisons": []}
+    with pytest.raises(UserError, match=r"No method has a run.*lower train\.learning_rate"):
+        judged(letters, results)
+
+
+def test_an_alpha_that_is_not_written_is_the_same_for_all():
+    bare = {"model": {"path": "x"}, "data": {"train": "train.jsonl"}}
+    lora, dual, no_sign = methods_of(build_recipe(bare | {"method": {"name": "lora", "r": 16}})).values()
+    assert (lora.get("lora_alpha", 8), dual["alpha"], no_sign["alpha"]) == (8, 8, 8), "PEFT's default"
+    lora, dual, _ = methods_of(build_recipe(bare | {"method": {"name": "dual_lora", "r": 16}})).values()
+    assert (lora["lora_alpha"], dual.get("alpha", "2r")) == ("2r", "2r")
+
+
+def test_an_odd_rank_is_split_unequally(letters):
+    cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5}), SOME))
+    assert len({cell.size.trainable for cell in cells}) == 1
+
+
+def test_the_best_recipe_has_the_chosen_method_alone(lora_wins, letters, tmp_path, monkeypatch):
+    """A recipe without Sign, for which Dual LoRA was best, trains Dual LoRA."""
+    recipe = recipe_file(letters, "no-sign", method={"name": "dual_lora", "r": 4, "direction_activation": "identity"})
+    made = advising._Made(recipe, SOME, tmp_path, None, None)
+    made.folder.path.mkdir(exist_ok=True)
+    advising._write_recipe(recipe, made, SimpleNamespace(use=DUAL, rate=1e-3))
+    assert "direction_activation" not in read_recipe(tmp_path / "recommended.yaml").method
+
+
+def test_fewer_steps_than_were_begun_with_are_noticed(lora_wins, letters):
+    recipe, out, _ = lora_wins
+    text = recipe.read_text()
+    try:
+        recipe.write_text(text.replace("steps: 30", "steps: 21"))
+        with pytest.raises(UserError, match=r"have 30 steps, and the recipe has 21 now\. Give --out"):
+            advise(recipe, SOME, out, progress=False)
+    finally:
+        recipe.write_text(text)

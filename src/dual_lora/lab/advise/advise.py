@@ -144,6 +144,12 @@ def _check_same_question(whole: Study, folder: StudyFolder) -> None:
             f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe, --minutes and "
             "--margin to go on with it, or another --out."
         )
+    begun, now = length_of(known).steps, length_of(whole).steps
+    if begun > now:
+        raise UserError(
+            f"The runs in {folder.path} have {begun} steps, and the recipe has {now} now. Give --out for a new study, "
+            f"or {begun} steps in the recipe to go on."
+        )
 
 
 def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:
@@ -161,6 +167,6 @@ def _write_recipe(source: str | Path, made: _Made, advice: Advice) -> None:
     cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
     recipe = recipe_of(source)[1]
     method = {"name": cell.entry.name, **fields_at(cell.entry, cell.rank)}
-    over = {"method": method, "train": {"learning_rate": advice.rate}}
-    best = build_recipe(merged(recipe.model_dump(mode="json", exclude={"origin"}), over))
+    values = recipe.model_dump(mode="json", exclude={"origin"}) | {"method": method}
+    best = build_recipe(merged(values, {"train": {"learning_rate": advice.rate}}))
     write_atomically(made.folder.path / RECOMMENDED, best.to_yaml())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,6 +138,20 @@ def needed_seeds(spread: stats.Spread, margin: float, level: float, power: float
         visible = stats.smallest_visible(with_seeds(spread, seeds), level, power)
         if visible is not None and visible <= margin:
             return seeds
+    return None
+
+
+def needed_records(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
+    """Test records with which `MOST_SEEDS` seeds would show a difference of the margin; None where the seeds alone vary
+    too much. The items' part of the error falls with their root, the seeds' part stays.
+    """
+    seeds = with_seeds(spread, MOST_SEEDS)
+    for records in (float(f"{spread.items * 1.1**k:.2g}") for k in range(80)):
+        error = math.hypot(seeds.seed_error, spread.item_error * math.sqrt(spread.items / records))
+        more = replace(seeds, error=error, items=int(records))
+        visible = stats.smallest_visible(more, level, power)
+        if visible is not None and visible <= margin:
+            return int(records)
     return None
 
 

@@ -113,6 +113,10 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     kind = str(own.pop("name")).lower().replace("-", "_")
     shared = {key: own[key] for key in SHARED if key in own}
     alpha, dropout = own.get("lora_alpha", own.get("alpha")), own.get("lora_dropout", own.get("dropout"))
+    if kind == "lora":
+        from peft import LoraConfig
+
+        alpha = alpha or LoraConfig().lora_alpha
     r, r1, r2 = (own.pop(key, None) for key in ("r", "r1", "r2"))
     r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
@@ -121,6 +125,8 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}
     if kind == "lora":
         lora = own
+        if isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
+            dual |= {"r1": f"{rank - rank // 2}r/{rank}", "r2": f"{rank // 2}r/{rank}"}
     elif kind == "dual_lora":
         dual = own
         dual.pop("direction_activation", None)

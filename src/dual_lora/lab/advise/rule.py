@@ -5,10 +5,12 @@
    costs less; to another method only if that is equivalent and its step takes `QUICKER` times LoRA's time or less.
 3. Else nothing is known yet.
 
-A method that has not learned the task, or none of whose runs came to an end, is never recommended.
+A method that has not learned the task, or of which a run diverged, is never recommended. Where LoRA is such a method,
+nothing is known of a gain either.
 
-A gain is ruled out by a verdict (worse, equivalent), or by the upper end of the 95 % interval where that lies below the
-margin: 2.5 % for each of two methods, so that LoRA too is recommended wrongly in 5 % of studies at most.
+A gain is ruled out where a method is significantly worse, or none of its runs came to an end, or by the upper end of
+the interval where that lies below the margin: 2.5 % for each of two methods, so that LoRA too is recommended wrongly in
+5 % of studies at most. For shares of right answers the interval has a least width (`said.upper`).
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ class Why(StrEnum):
     NO_GAIN = "no other method gains what matters"
     OPEN = "a gain that matters may exist"
     NOTHING_LEARNED = "LoRA did not learn the task"
+    DIVERGED = "runs of LoRA diverged"
 
 
 @dataclass(frozen=True)
 class Rival:
     """A method that was compared with LoRA. difference, high: how much better it is, and the upper end of the interval,
     None where it has no score. time: of its step, as a multiple of LoRA's; None if unknown. failed: it has not learned
-    the task, or diverged in every run.
+    the task, or a run of it diverged.
     """
 
     name: str
@@ -51,7 +54,7 @@ class Rival:
     @property
     def ruled_out(self) -> bool:
         """Whether it surely gains less than the margin."""
-        if self.failed or self.verdict in (Verdict.WORSE, Verdict.EQUIVALENT):
+        if self.verdict in (Verdict.WORSE, Verdict.DIVERGED):
             return True
         return self.verdict not in SAYS_NOTHING and self.high is not None and self.high < self.margin
 
@@ -64,13 +67,13 @@ class Recommendation:
     why: Why
 
 
-def recommend(rivals: Sequence[Rival], lora: str = "LoRA", lora_failed: bool = False) -> Recommendation:
-    """The module's rule. lora: the name of the method that all others were compared with."""
+def recommend(rivals: Sequence[Rival], lora: str = "LoRA", lora_failed: Why | None = None) -> Recommendation:
+    """The module's rule. lora: the name of the method that all others were compared with; lora_failed: in what way."""
     better = [r for r in rivals if r.verdict is Verdict.BETTER and not r.failed]
     if better:
         return Recommendation(max(better, key=lambda r: r.difference or 0.0).name, Why.BETTER)
-    if lora_failed:
-        return Recommendation(None, Why.NOTHING_LEARNED)
+    if lora_failed is not None:
+        return Recommendation(None, lora_failed)
     if not all(r.ruled_out for r in rivals):
         return Recommendation(None, Why.OPEN)
     alike = [r for r in rivals if r.verdict is Verdict.EQUIVALENT and not r.failed]

@@ -9,11 +9,13 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from dual_lora.lab.advise.pace import GOOD_SEEDS, MOST_SEEDS, TRIALS, Work, needed_seeds, with_seeds
+from dual_lora.lab.advise.pace import GOOD_SEEDS, MOST_SEEDS, TRIALS, Work, needed_records, needed_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
 from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import notes
 from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.metrics import a_share
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE
@@ -56,19 +58,24 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     study = build_study(results["study"])
     methods = {m["method"]: m for m in results["methods"]}
     judged = {c["candidate"]: c for c in results["comparisons"]}
-    failed = {name for name, m in methods.items() if _failed(m, results.get("untrained", []))}
-    rivals = [_rival(c, methods, failed) for c in judged.values()]
-    found = recommend(rivals, LORA, LORA in failed)
+    failed = {name: why for name, m in methods.items() if (why := _failed(m, results.get("untrained", [])))}
+    rivals = [_rival(c, methods, name in failed) for name, c in judged.items()]
+    if DUAL not in judged:
+        raise UserError(
+            "No method has a run that came to an end with a score: every loss became infinite or NaN. Give a lower "
+            "train.learning_rate in the recipe, and another --out."
+        )
+    found = recommend(rivals, LORA, failed.get(LORA))
     (margin,) = study.margin.values()
     needed, records = _needed(found, rivals, judged, study, work)
     about = [_about(rival, judged[rival.name]) for rival in rivals]
-    rival = next((r for r in rivals if r.name == found.use), next(r for r in rivals if r.name == DUAL))
-    left_open = _open([judged[r.name] for r in rivals if not r.ruled_out], minutes, margin, needed, records)
+    rival = next(r for name in (found.use, DUAL) for r in rivals if r.name == name)
+    left_open = _open([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
     again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
     return Advice(
         found.use,
         found.why,
-        [_answer(found, rival, judged[rival.name], margin, left_open), *about],
+        [_answer(found, rival, judged[rival.name], methods[LORA], left_open), *about],
         [_row(m, judged.get(m["method"]), methods[LORA]) for m in results["methods"]],
         _how(study, whole, work, methods, next(iter(study.margin)), margin),
         results["notes"],
@@ -81,18 +88,38 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     )
 
 
-def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> bool:
-    lost = method["diverged_in_search"] or method["diverged"] == len(method["seeds"])
-    return lost or bool(notes.why_unlearned(method, untrained))
+def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
+    """A run without a score counts with the worst one that was seen: it may be worse than that."""
+    if method["diverged_in_search"] or method["diverged"]:
+        return Why.DIVERGED
+    return Why.NOTHING_LEARNED if notes.why_unlearned(method, untrained) else None
 
 
-def _rival(c: ComparisonRow, methods: Methods, failed: set[str]) -> Rival:
-    name = c["candidate"]
+def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:
+    time = _times(methods[c["candidate"]], methods[LORA])
     assert c["margin"] is not None, "a study of advise has one"
-    return Rival(
-        name, Verdict(c["verdict"]), c["difference"], c["high"], c["margin"], _times(methods[name], methods[LORA]),
-        name in failed,
-    )  # fmt: skip
+    return Rival(c["candidate"], Verdict(c["verdict"]), c["difference"], upper(c), c["margin"], time, failed)
+
+
+def upper(c: ComparisonRow) -> float | None:
+    """How much better the candidate may be: the upper end of the interval that its verdict goes by.
+
+    If a share of right answers differs by the margin m, an item's difference varies by m (1 - m) or more, also where
+    few items happen to show it: the interval is at least as wide as that.
+    """
+    alike = c["verdict"] == Verdict.EQUIVALENT
+    high, difference, m = c["same_high"] if alike else c["high"], c["difference"], c["margin"]
+    if high is None or difference is None or m is None or not a_share(c["metric"]) or not m < 1 < c["spread"]["items"]:
+        return high
+    spread, least = _spread(c), math.sqrt(m * (1 - m) / c["spread"]["items"])
+    if spread.item_error >= least:
+        return high
+    wide = dataclasses.replace(spread, difference=difference, error=math.hypot(spread.seed_error, least))
+    return stats.interval(wide, 2 * c["confidence"] - 1 if alike else c["confidence"])[1]
+
+
+def _spread(c: ComparisonRow) -> stats.Spread:
+    return stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
 
 
 def _times(method: MethodRow, lora: MethodRow) -> float | None:
@@ -104,7 +131,7 @@ def _times(method: MethodRow, lora: MethodRow) -> float | None:
 def _needed(
     found: Recommendation, rivals: list[Rival], judged: Pairs, study: Study, work: Work
 ) -> tuple[int | None, int | None]:
-    """Minutes that would show a difference of the margin, or, where no number of seeds would, test records."""
+    """Minutes that would show a difference of the margin, or, where no number of seeds would, test records as well."""
     if found.why is not Why.OPEN:
         return None, None
     level, now, wanted = study.level / len(rivals), len(study.seeds), 0
@@ -113,13 +140,11 @@ def _needed(
         c = judged[rival.name]
         if rival.ruled_out or c["visible"] is None:
             continue
-        spread = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
-        enough = needed_seeds(spread, rival.margin, level, study.power)
+        enough = needed_seeds(_spread(c), rival.margin, level, study.power)
         if enough is None and short:
             enough = GOOD_SEEDS
         if enough is None:
-            visible = stats.smallest_visible(with_seeds(spread, MOST_SEEDS), level, study.power) or 0.0
-            return None, int(float(f"{spread.items * (visible / rival.margin) ** 2:.2g}"))
+            return None, needed_records(_spread(c), rival.margin, level, study.power)
         wanted = max(wanted, enough)
     if not wanted or (now >= MOST_SEEDS and not short):
         return None, None
@@ -148,8 +173,9 @@ def _about(rival: Rival, c: ComparisonRow) -> str:
     return f"{rival.name} against LoRA: {rival.verdict}{f' ({more})' if more else ''}."
 
 
-def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, margin: float, open_: str) -> str:
+def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, lora: MethodRow, open_: str) -> str:
     """The answer in a sentence. rival, c: the method that it is about; open_: what a study that left it open says."""
+    margin = rival.margin
     step = f", and {_step(rival)}" if rival.time is not None else ""
     if found.why is Why.BETTER:
         return f"Use {found.use}: it is significantly better than LoRA ({_figure(c)}){step}."
@@ -162,6 +188,11 @@ def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, margin: float
             "Not known: LoRA did not learn the task in these runs, and nothing else did significantly better. Give "
             "more --minutes, or another train.learning_rate in the recipe."
         )
+    if found.why is Why.DIVERGED:
+        return (
+            f"Not known: {_diverged(lora)} of LoRA diverged, and how bad they are no score says. Give a lower "
+            "train.learning_rate in the recipe."
+        )
     step = (
         f"costs less: {_step(rival)}" if rival.time is not None and rival.time > 1 else "every library and server takes"
     )
@@ -169,8 +200,8 @@ def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, margin: float
 
 
 def _no_gain(rival: Rival, c: ComparisonRow, margin: float) -> str:
-    if rival.failed:
-        return f"{rival.name} did not learn the task"
+    if rival.verdict is Verdict.DIVERGED:
+        return f"no run of {rival.name} came to an end with a score"
     if rival.verdict is Verdict.EQUIVALENT:
         return f"no difference that matters was seen ({_figure(c, alike=True)}, within ±{margin:g})"
     if rival.verdict is Verdict.WORSE:
@@ -180,24 +211,44 @@ def _no_gain(rival: Rival, c: ComparisonRow, margin: float) -> str:
 
 def _tie(rival: Rival) -> str:
     """Why a tie goes to LoRA; its cost is named only where these runs show it."""
-    if rival.failed or rival.verdict is Verdict.WORSE:
+    if rival.verdict in (Verdict.WORSE, Verdict.DIVERGED):
         return ""
     if rival.time is not None and rival.time > 1:
         return " A tie goes to LoRA, because it costs less."
     return " A tie goes to LoRA, which every library and server takes."
 
 
-def _open(pairs: list[ComparisonRow], minutes: float, margin: float, needed: int | None, records: int | None) -> str:
-    """What a study that left the answer open could have seen, and what would settle it."""
-    seen = max((c["visible"] for c in pairs if c["visible"] is not None), default=None)
-    could = "nothing" if seen is None else f"a difference of {seen:.2g}"
+def _diverged(method: MethodRow) -> str:
+    runs = len(method["seeds"])
+    return "all runs" if method["diverged_in_search"] else f"{method['diverged']} of {runs} runs"
+
+
+def _open(
+    rivals: list[Rival], judged: Pairs, methods: Methods, minutes: float, needed: int | None, records: int | None
+) -> str:
+    """Why the answer is open, and what would settle it. rivals: those that may gain what matters."""
+    for rival in rivals:
+        if rival.verdict is Verdict.BETTER:  # and not recommended
+            lost = methods[rival.name]["diverged"]
+            why = f"{_diverged(methods[rival.name])} of it diverged" if lost else "it did not learn the task"
+            return f"{rival.name} is significantly better, but {why}. Give another train.learning_rate in the recipe."
+    seen = [c["visible"] for r in rivals if (c := judged[r.name])["visible"] is not None]
+    margin = rivals[0].margin if rivals else 0.0
+    if seen and max(seen) > margin:
+        could = f"a difference of {max(seen):.2g} could have been seen, and what matters begins at {margin:g}"
+    elif any(r.verdict is Verdict.UNCLEAR for r in rivals):
+        could = f"there is a difference, and it may be smaller or larger than the {margin:g} from which it matters"
+    else:
+        could = f"the methods differ on too few test records to rule out a gain of {margin:g}"
     if needed:
         out = f"Give --minutes {needed}."
     elif records:
-        out = f"More minutes alone will not settle it: that takes about {records:,} test records, or a larger --margin."
+        out = (
+            f"More minutes alone will not settle it: that takes {MOST_SEEDS} seeds and about {records:,} test records."
+        )
     else:
         out = "Give more test records, or a larger --margin."
-    return f"with {minutes:g} minutes {could} could have been seen, and what matters begins at {margin:g}. {out}"
+    return f"with {minutes:g} minutes {could}. {out}"
 
 
 def _row(m: MethodRow, c: ComparisonRow | None, lora: MethodRow) -> Values:
