@@ -315,7 +315,7 @@ def test_equivalence_shows_the_interval_that_it_is_judged_by():
     low, high = stats.interval(judged.spread, 0.9)
     assert (judged.same_low, judged.same_high) == pytest.approx((low, high))
     assert judged.low < low < high < judged.high
-    assert f"90% interval {low:+.4g} to {high:+.4g}" in judged.sentence
+    assert f", 90% interval {low:+.4g} to {high:+.4g}" in judged.sentence
     assert "95%" not in judged.sentence
 
 
@@ -346,7 +346,7 @@ def test_identical_runs():
     assert judged.visible is None, "nothing varied: there is no noise to judge by"
     assert verdicts.false_alarm([judged], 0.05) is None
     assert "100% interval" not in judged.sentence
-    assert "90% interval +0 to +0" in judged.sentence
+    assert ", 90% interval +0 to +0" in judged.sentence
 
 
 @pytest.mark.parametrize(("seeds", "items"), [(2, 1), (2, 2), (3, 1)])

@@ -29,7 +29,7 @@ def test_a_clear_winner_on_two_tasks(tmp_path):
     sentences = {c["candidate"]: c["sentence"] for c in results["comparisons"]}
     assert sentences["strong"].endswith(" weak did best with the largest train.learning_rate tried (0.01).")
     assert "did best" not in sentences["twin"]  # no winner, no loser
-    assert "90% interval" in sentences["twin"], "of the test of equivalence"
+    assert ", 90% interval" in sentences["twin"], "of the test of equivalence"
     assert "95% interval" in sentences["strong"]
     page = io.StringIO()
     show_results(results | {"failed": [], "untrained": []}, Console(file=page, width=160))
