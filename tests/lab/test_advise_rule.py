@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,3 +166,15 @@ def test_needed_records_are_just_enough():
 
     assert visible(records) <= 0.02 < visible(int(0.85 * records))
     assert needed_records(stats.Spread(0.0, 0.05, 0.049, 5, 100), 0.02, 0.025, 0.8) is None, "seeds vary too much"
+
+
+def test_too_few_items_are_said_and_not_waited_for():
+    """One item of 400 differs: more seeds or minutes would not change that."""
+    dual = np.ones((5, 400))
+    dual[:, 0] = 0.0
+    found, c = of_table(np.ones((5, 400)), dual)
+    row = dataclasses.asdict(c)
+    rivals = [Rival(c.candidate, c.verdict, c.difference, said.upper(row), MARGIN, 1.4)]
+    study = SimpleNamespace(level=0.05, power=0.8, seeds=[1, 2, 3, 4, 5], overrides={"train": {"steps": 30}})
+    assert said._needed(found, rivals, {c.candidate: row}, study, SimpleNamespace(steps=30)) == (None, None)
+    assert "differ on too few test records" in said._open(rivals, {c.candidate: row}, {}, 20.0, None, None)

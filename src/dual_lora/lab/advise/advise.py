@@ -73,7 +73,7 @@ def plan(
     metric: str | None = None,
     margin: float | None = None,
 ) -> Forecast:
-    """`--dry-run`: what the study would be, by arithmetic unless its first steps have been measured."""
+    """`--dry-run`: what the study would be, fitted by its first steps if measured already; its time by arithmetic."""
     made = _Made(source, minutes, out, metric, margin)
     return forecast(made.begun or made.guessed(), made.folder.path)
 

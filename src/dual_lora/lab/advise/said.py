@@ -108,14 +108,21 @@ def upper(c: ComparisonRow) -> float | None:
     few items happen to show it: the interval is at least as wide as that.
     """
     alike = c["verdict"] == Verdict.EQUIVALENT
-    high, difference, m = c["same_high"] if alike else c["high"], c["difference"], c["margin"]
-    if high is None or difference is None or m is None or not a_share(c["metric"]) or not m < 1 < c["spread"]["items"]:
+    high, difference, least = c["same_high"] if alike else c["high"], c["difference"], _least_error(c)
+    if high is None or difference is None or not least:
         return high
-    spread, least = _spread(c), math.sqrt(m * (1 - m) / c["spread"]["items"])
-    if spread.item_error >= least:
-        return high
+    spread = _spread(c)
     wide = dataclasses.replace(spread, difference=difference, error=math.hypot(spread.seed_error, least))
     return stats.interval(wide, 2 * c["confidence"] - 1 if alike else c["confidence"])[1]
+
+
+def _least_error(c: ComparisonRow) -> float:
+    """The items' part of the error, by the margin alone, where fewer items differ than that; else 0."""
+    m, items = c["margin"], c["spread"]["items"]
+    if m is None or c["difference"] is None or not a_share(c["metric"]) or not m < 1 < items:
+        return 0.0
+    least = math.sqrt(m * (1 - m) / items)
+    return least if _spread(c).item_error < least else 0.0
 
 
 def _spread(c: ComparisonRow) -> stats.Spread:
@@ -140,6 +147,8 @@ def _needed(
         c = judged[rival.name]
         if rival.ruled_out or c["visible"] is None:
             continue
+        if _least_error(c):  # neither seeds nor steps help
+            return None, None
         enough = needed_seeds(_spread(c), rival.margin, level, study.power)
         if enough is None and short:
             enough = GOOD_SEEDS
