@@ -191,7 +191,7 @@ def test_gguf_lora(call, trained, tmp_path, converter):
     (converter.parent / export_gguf.LORA_SCRIPT).unlink()
     code, _, error = call("export", source, tmp_path / "other.gguf", *options)
     assert code != 0
-    assert "convert_lora_to_gguf.py, which llama.cpp has beside" in " ".join(error.split())
+    assert "convert_lora_to_gguf.py, which llama.cpp has next to" in " ".join(error.split())
 
 
 def test_mlx_lora_says_what_the_lora_says(call, trained, tmp_path):
