@@ -73,13 +73,13 @@ def forest(results: dict[str, Any]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def matrices(rows: int = 24, columns: int = 24) -> str:
+def matrices() -> str:
     """ReLU(BA), Sign(DC), their product and a BA of LoRA's with as many parameters, of random factors."""
     import torch
 
     from dual_lora.core.reference import Factors, Form, delta_weight, direction, magnitude
 
-    generator = torch.Generator().manual_seed(0)
+    n, generator = 24, torch.Generator().manual_seed(0)
 
     def factor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -87,8 +87,8 @@ def matrices(rows: int = 24, columns: int = 24) -> str:
     def about(matrix: torch.Tensor) -> str:
         return f"rank {torch.linalg.matrix_rank(matrix)}, {(matrix == 0).double().mean():.0%} zeros"
 
-    A, B, C, D = factors = Factors(factor(2, columns), factor(rows, 2), factor(2, columns), factor(rows, 2))
-    update, lora, form = delta_weight(factors, 1.0, Form()), factor(rows, 4) @ factor(4, columns), Form()
+    A, B, C, D = factors = Factors(factor(2, n), factor(n, 2), factor(2, n), factor(n, 2))
+    update, lora, form = delta_weight(factors, 1.0, Form()), factor(n, 4) @ factor(4, n), Form()
     shown = [
         ("ReLU(BA)", magnitude(B @ A, form), "how far"),
         ("Sign(DC)", direction(D @ C, form), "which way"),
@@ -96,8 +96,9 @@ def matrices(rows: int = 24, columns: int = 24) -> str:
         ("LoRA's BA, r = 4", lora, about(lora)),
     ]
     size, gap = 7, 22
-    step = size * columns + gap
-    width, height = step * len(shown) + gap, size * rows + 70
+    side = size * n
+    step = side + gap
+    width, height = step * len(shown) + gap, side + 70
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" font-size="13" '
         'text-anchor="middle" font-family="system-ui, sans-serif"><title>An update of Dual LoRA with r1 = r2 = 2, '
@@ -105,18 +106,18 @@ def matrices(rows: int = 24, columns: int = 24) -> str:
         f'<rect width="{width}" height="{height}" rx="12" fill="#fbfbfa"/>',
     ]
     for k, (name, matrix, below) in enumerate(shown):
-        left, top, middle = gap + k * step, 36, gap + k * step + size * columns / 2
+        left, top, middle = gap + k * step, 36, gap + k * step + side / 2
         strength = (matrix.abs() / matrix.abs().max()).mul(4).ceil()  # 0 to 4: an entry that is not zero shows
         parts += [
             f'<text x="{middle}" y="24" fill="#222">{escape(name)}</text>',
-            f'<rect x="{left}" y="{top}" width="{size * columns}" height="{size * rows}" fill="#fff" stroke="#999"/>',
+            f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="#fff" stroke="#999"/>',
         ]
         for colour, sign in (("#1d4ed8", 1), ("#b91c1c", -1)):
             for level in range(1, 5):
                 entries = ((matrix.sign() == sign) & (strength == level)).nonzero().tolist()
                 path = "".join(f"M{left + size * j} {top + size * i}h{size}v{size}h-{size}z" for i, j in entries)
                 parts += [f'<path d="{path}" fill="{colour}" opacity="{level / 4}"/>'] if path else []
-        y = top + size * rows + 20
+        y = top + side + 20
         parts.append(f'<text x="{middle}" y="{y}" fill="#666">{escape(below)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 

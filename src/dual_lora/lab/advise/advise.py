@@ -16,7 +16,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.run.write import write_atomically
-from dual_lora.lab.study.cell import Cell, fields_at, pace_job
+from dual_lora.lab.study.cell import Cell, pace_job
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.execute import Options, run_jobs
 from dual_lora.lab.study.folder import StudyFolder
@@ -165,8 +165,6 @@ def _measure(jobs: Sequence[Job], runs: Path, progress: bool) -> None:
 def _write_recipe(source: str | Path, made: _Made, advice: Advice) -> None:
     """The recipe with the method that was found best, at its own number of steps."""
     cell: Cell = next(cell for cell in made.cells if cell.method == advice.use)
-    recipe = recipe_of(source)[1]
-    method = {"name": cell.entry.name, **fields_at(cell.entry, cell.rank)}
-    values = recipe.model_dump(mode="json", exclude={"origin"}) | {"method": method}
+    values = recipe_of(source)[1].model_dump(mode="json", exclude={"origin"}) | {"method": cell.recipe.method}
     best = build_recipe(merged(values, {"train": {"learning_rate": advice.rate}}))
     write_atomically(made.folder.path / RECOMMENDED, best.to_yaml())

@@ -121,17 +121,17 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
     rank = r or whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
+    if kind != "dual_lora" and isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
+        r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}
     if kind == "lora":
         lora = own
-        if isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
-            dual |= {"r1": f"{rank - rank // 2}r/{rank}", "r2": f"{rank // 2}r/{rank}"}
     elif kind == "dual_lora":
         dual = own
         dual.pop("direction_activation", None)
-        if whole:
-            dual |= {"r1": f"{r1}r/{whole}", "r2": f"{r2}r/{whole}"}
+    if whole:
+        dual |= {"r1": f"{r1}r/{whole}", "r2": f"{r2}r/{whole}"}
     return {
         LORA: {"name": "lora", "r": rank, **shared, **lora},
         DUAL: {"name": "dual_lora", **shared, **dual},

@@ -95,8 +95,7 @@ def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
         return ""
     if figures and all(f.get("matthews") == 0 for f in figures):
         return "every run is right as often as one that gives every item the same answer (Matthews 0)"
-    correlations = [f.get("pearson") for f in figures]
-    if figures and all(p is not None and p <= 0 for p in correlations):
+    if figures and all((correlation := f.get("pearson")) is not None and correlation <= 0 for f in figures):
         return "what it predicts does not rise with what is right in any run (Pearson 0 or less)"
     sign = metrics.direction(method["better"])
     for base in untrained:
