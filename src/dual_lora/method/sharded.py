@@ -137,7 +137,7 @@ def agree(weight: DTensor, factors: Iterable[Tensor]) -> None:
 
 
 class _StandIn:
-    """Instead of a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
+    """Stands for a sharded weight: `linear(x, it, bias)` is the product with this process's part of W + ΣΔW."""
 
     def __init__(self, layer: Any, names: list[str], with_base: bool):
         self.layer, self.names, self.with_base = layer, names, with_base

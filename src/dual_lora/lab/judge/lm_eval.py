@@ -61,8 +61,8 @@ def read_lm_eval(folder: Path) -> Scores:
         for name, way in _directions(results, task).items():
             if scores.better.setdefault((task, name), way) != way:
                 raise UserError(
-                    f"The results in the folder of {file} say of {name} that the other direction is better than "
-                    "other results do: give --better."
+                    f"Whether more or less {name} is better: the results in the folder of {file} and others "
+                    "disagree. Give --better."
                 )
     for name, files in as_told.items():
         if len(files) == 2:
