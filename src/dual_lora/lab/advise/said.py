@@ -104,29 +104,34 @@ def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:
 def upper(c: ComparisonRow) -> float | None:
     """How much better the candidate may be: the upper end of the interval that its verdict goes by.
 
-    If a share of right answers differs by the margin m, an item's difference varies by m (1 - m) or more, also where
-    few items happen to show it: the interval is at least as wide as that.
+    Where few right or wrong answers differ, that of the interval which such answers allow (`_least_error`).
     """
     alike = c["verdict"] == Verdict.EQUIVALENT
-    high, difference, least = c["same_high"] if alike else c["high"], c["difference"], _least_error(c)
-    if high is None or difference is None or not least:
-        return high
-    spread = _spread(c)
-    wide = dataclasses.replace(spread, difference=difference, error=math.hypot(spread.seed_error, least))
-    return stats.interval(wide, 2 * c["confidence"] - 1 if alike else c["confidence"])[1]
+    if c["high"] is None or not _least_error(c):
+        return c["same_high"] if alike else c["high"]
+    return stats.interval(_spread(c), c["confidence"])[1]
 
 
 def _least_error(c: ComparisonRow) -> float:
-    """The items' part of the error, by the margin alone, where fewer items differ than that; else 0."""
-    m, items = c["margin"], c["spread"]["items"]
-    if m is None or c["difference"] is None or not a_share(c["metric"]) or not m < 1 < items:
+    """The items' part of the error by the margin alone, where less was seen; else 0, as where answers are no counts.
+
+    If scores of right and wrong answers differ by the margin m, an item's part in that varies by m (R - m) or more,
+    also where few items happen to show it. R: how far one answer can move a score that all others leave alone.
+    """
+    m, items, reach = c["margin"], c["spread"]["items"], 2 if c["metric"] == "matthews" else 1
+    counts = a_share(c["metric"]) or c["metric"] in ("matthews", "f1")
+    if m is None or c["difference"] is None or not counts or not m < 1 < items:
         return 0.0
-    least = math.sqrt(m * (1 - m) / items)
-    return least if _spread(c).item_error < least else 0.0
+    least = math.sqrt(m * (reach - m) / items)
+    spread = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+    return least if spread.item_error < least else 0.0
 
 
 def _spread(c: ComparisonRow) -> stats.Spread:
-    return stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+    """The spread of a comparison, with the least error of its items."""
+    seen = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+    error = math.hypot(seen.seed_error, max(seen.item_error, _least_error(c)))
+    return dataclasses.replace(seen, difference=c["difference"] or 0.0, error=error)
 
 
 def _times(method: MethodRow, lora: MethodRow) -> float | None:
@@ -145,10 +150,10 @@ def _needed(
     short = length_of(study).steps < work.steps  # then noise too is a short run's: first the recipe's own length
     for rival in rivals:
         c = judged[rival.name]
-        if rival.ruled_out or c["visible"] is None:
-            continue
-        if _least_error(c):  # neither seeds nor steps help
+        if rival.verdict is Verdict.BETTER:  # what is missing is not more of the same
             return None, None
+        if rival.ruled_out or (c["visible"] is None and not _least_error(c)):
+            continue
         enough = needed_seeds(_spread(c), rival.margin, level, study.power)
         if enough is None and short:
             enough = GOOD_SEEDS
@@ -194,7 +199,7 @@ def _answer(found: Recommendation, rival: Rival, c: ComparisonRow, lora: MethodR
         return f"Use LoRA: {_no_gain(rival, c, margin)}{step}.{_tie(rival)}"
     if found.why is Why.NOTHING_LEARNED:
         return (
-            "Not known: LoRA did not learn the task in these runs, and nothing else did significantly better. Give "
+            "Not known: LoRA did not learn the task in these runs, and nothing else can be recommended. Give "
             "more --minutes, or another train.learning_rate in the recipe."
         )
     if found.why is Why.DIVERGED:
@@ -247,8 +252,10 @@ def _open(
         could = f"a difference of {max(seen):.2g} could have been seen, and what matters begins at {margin:g}"
     elif any(r.verdict is Verdict.UNCLEAR for r in rivals):
         could = f"there is a difference, and it may be smaller or larger than the {margin:g} from which it matters"
-    else:
+    elif any(_least_error(judged[r.name]) for r in rivals):
         could = f"the methods differ on too few test records to rule out a gain of {margin:g}"
+    else:
+        could = f"a gain of {margin:g} was not ruled out"
     if needed:
         out = f"Give --minutes {needed}."
     elif records:
