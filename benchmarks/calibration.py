@@ -166,6 +166,43 @@ def tables(work: int, random: np.random.Generator) -> Iterator[tuple[str, int, i
                         yield kind, seeds, items, luck, taste, tally.shares()
 
 
+MARGIN = 0.01  # of accuracy, as in the shipped studies
+SHARED = (
+    0.0,
+    0.5,
+    1.0,
+)  # of an answer's chance to differ: none (each run by itself), half, all (the same in every run)
+
+
+def few(
+    studies: int, random: np.random.Generator, items: tuple[int, ...] = (100, 200, 400, 800, 1600)
+) -> Iterator[tuple[int, int, tuple[float, ...]]]:
+    """Right and wrong answers of which few differ: items, seeds, and the share of studies that say *equivalent*.
+
+    First where all that differ are better, and they are as many as the margin says, so it is wrong: for each of
+    `SHARED`. Last where as many are better as are worse, so it is right.
+    """
+    for many in items:
+        for seeds in (3, 5, 8):
+            shape, shares = (studies, seeds, many), []
+            for shared in SHARED:
+                chance = np.full((studies, 1, many), MARGIN)
+                if shared == 1:
+                    chance = (random.random(chance.shape) < MARGIN).astype(np.float64)
+                elif shared:
+                    left = 1 / shared - 1
+                    chance = random.beta(MARGIN * left, (1 - MARGIN) * left, chance.shape)
+                shares.append(equivalent((random.random(shape) < chance).astype(np.float64)))
+            sides = random.choice([-1.0, 1.0], (studies, 1, many)) * (random.random((studies, 1, many)) < MARGIN)
+            yield many, seeds, (*shares, equivalent(np.broadcast_to(sides, shape)))
+
+
+def equivalent(d: Array) -> float:
+    """The share of the tables d [studies, S, N] that are called equivalent."""
+    p = [stats.same_p(stats.spread(each), MARGIN, counted=True) for each in d]
+    return float((np.array(p) < 0.05).mean())
+
+
 def committed(folder: Path = ROOT / "results" / "studies") -> list[dict[str, Any]]:
     """The results of every published study."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*/results.json"))]
@@ -318,6 +355,10 @@ def page_tables(work: int) -> dict[str, str]:
             ("seeds", "ρ", *WORST), grouped(crossed(studies, random), lambda r: (r[0], f"{r[1]:g}"))
         ),
         "kinds": table(("metric", "seeds", "items", *WORST), kinds),
+        "few": table(
+            ("items", "seeds", "each run by itself", "half and half", "the same in every run", "truly alike"),
+            [(*at, *(f"{x:.3f}" for x in shares)) for *at, shares in few(20 * work, np.random.default_rng(17))],
+        ),
         "real": table(("task · metric", "runs", "seeds", *WORST), runs),
         "tuning": table(("curve of", "tuned by", "seeds", "chosen differently", "alarm", "alarm if alike"), tuned),
         "studies": table(("study", "comparisons", "seeds", "any false alarm"), levels),

@@ -40,6 +40,16 @@ def test_the_level_holds_for_every_kind_of_score(kind, luck):
         assert_level(tally.shares()["one"], 0.05, 300, (seeds, items))
 
 
+def test_the_level_holds_where_few_answers_differ():
+    for *what, shares in calibration.few(200, np.random.default_rng(0), (200, 400)):
+        for share in shares[:-1]:
+            assert_level(share, 0.06, 200, what)
+    page = calibration.PAGE.read_text(encoding="utf-8").partition("<!-- few -->")[2].partition("<!-- end -->")[0]
+    rows = [[float(x) for x in line.strip("| ").split(" | ")] for line in page.strip().splitlines()[2:]]
+    assert len(rows) == 5 * 3
+    assert all(share <= 0.07 for _, _, *wrong, _ in rows for share in wrong)
+
+
 def test_a_single_search_makes_more_of_two_equal_methods_than_their_settings_do():
     rows = list(calibration.tuning(4000, calibration.committed(), np.random.default_rng(0)))
     at = {row[:3]: row[3:] for row in rows}

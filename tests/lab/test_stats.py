@@ -158,7 +158,7 @@ def test_a_margin_that_no_answers_can_reach():
 
 def test_one_seed_has_the_items_error_alone():
     d = np.array([[0.0, 1.0, 0.0, 1.0]])
-    assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4)
+    assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4, 0.5, 1.0)
     assert stats.spread(np.full((1, 4), 0.5)) == stats.Spread(0.5, 0.0, 0.0, 1, 4)
 
 
@@ -230,6 +230,46 @@ def test_equivalence_is_claimed_wrongly_at_most_at_the_level():
     mean, half = halves(draw(random, 5, 60, NOISES["mixed"], 0.2, (4000,)), 0.1)
     share, slack = rate(np.abs(mean) + half < 0.2)
     assert share < 0.05 + slack
+
+
+@pytest.mark.parametrize(("seeds", "items"), [(3, 400), (8, 400), (5, 800)])
+def test_equivalence_holds_its_level_where_all_answers_that_differ_are_better(seeds, items):
+    """The chance of seeing few of them by luck is that of a binomial; without a least error it is 9 %."""
+    random, margin, studies = np.random.default_rng(seeds), 0.01, 3000
+    better = random.random((studies, 1, items)) < margin
+    wrong = plain = 0
+    for d in np.broadcast_to(better, (studies, seeds, items)).astype(float):
+        wrong += stats.same_p(stats.spread(d), margin, counted=True) < 0.05
+        plain += stats.same_p(stats.spread(d), margin, counted=False) < 0.05
+    assert wrong / studies < 0.05 + 3 * math.sqrt(0.05 * 0.95 / studies)
+    assert plain / studies > 0.07, "what the rule is for"
+
+
+def test_the_least_error_against_a_margin():
+    """3 of 400 answers are better, the same in each of 4 runs: by 0.0075, and a difference of 0.02 is 8 of 400."""
+    d = np.zeros((4, 400))
+    d[:, :3] = 1.0
+    s = stats.spread(d)
+    assert (s.deviation, s.largest) == (pytest.approx(math.sqrt(0.0075 * 0.9925)), 1.0)
+    wider = stats.against_margin(s, 0.02)
+    assert wider.error / s.error == pytest.approx(math.sqrt(0.02 * 0.98 / (0.0075 * 0.9925)))
+    assert wider.seed_error / s.seed_error == pytest.approx(wider.error / s.error)
+    assert stats.against_margin(s, 0.005) == s, "a smaller difference takes no more answers than were seen"
+    pair = verdicts.compare_pair(d, np.zeros_like(d), margin=0.02, counted=True)
+    assert (pair.same_low, pair.same_high) == pytest.approx(stats.interval(wider, 0.9))
+    assert (pair.low, pair.high) == pytest.approx(stats.interval(s, 0.95)), "no difference is another question"
+    assert (pair.p_same < 0.05) == (pair.same_high < 0.02)
+    measured = verdicts.compare_pair(d, np.zeros_like(d), margin=0.02)
+    assert (measured.same_low, measured.same_high) == pytest.approx(stats.interval(s, 0.9))
+
+
+def test_p_is_never_below_the_chance_that_no_answer_differs():
+    d = np.zeros((8, 200))
+    d[::2, 0], d[1::2, 1] = 1.0, -1.0
+    assert stats.same_p(stats.spread(d), 0.01, counted=True) == pytest.approx(0.99**200)
+    assert stats.same_p(stats.spread(d), 0.01, counted=False) < 0.05
+    whole = stats.Spread(0.001, 0.001, 0.001, 5, 1, 0.002, 0.004)  # scores of whole test sets have no answers
+    assert stats.same_p(whole, 0.01, counted=True) == stats.same_p(whole, 0.01, counted=False) < 0.05
 
 
 @pytest.mark.parametrize(("seeds", "unseen"), [(3, 0.67), (5, 0.51), (8, 0.34)])

@@ -123,13 +123,13 @@ def _least_error(c: ComparisonRow) -> float:
     if m is None or c["difference"] is None or not counts or not m < 1 < items:
         return 0.0
     least = math.sqrt(m * (reach - m) / items)
-    spread = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+    spread = stats.Spread(**c["spread"])
     return least if spread.item_error < least else 0.0
 
 
 def _spread(c: ComparisonRow) -> stats.Spread:
     """The spread of a comparison, with the least error of its items."""
-    seen = stats.Spread(**{f.name: c["spread"][f.name] for f in dataclasses.fields(stats.Spread)})
+    seen = stats.Spread(**c["spread"])
     error = math.hypot(seen.seed_error, max(seen.item_error, _least_error(c)))
     return dataclasses.replace(seen, difference=c["difference"] or 0.0, error=error)
 

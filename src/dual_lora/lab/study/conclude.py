@@ -110,7 +110,7 @@ def _plain(c: verdicts.Comparison) -> ComparisonRow:
     del values["scenario"]
     if c.verdict is verdicts.Verdict.DIVERGED:  # figures of a method that has none
         absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
-        figures = dict.fromkeys(("difference", "error", "seed_error"))
+        figures = dict.fromkeys(("difference", "error", "seed_error", "deviation", "largest"))
         values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
     elif c.seeds == c.items == 1:  # one figure each: nothing says how far another one would lie
         values |= dict.fromkeys(("low", "high", "same_low", "same_high"))

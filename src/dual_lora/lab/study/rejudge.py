@@ -82,7 +82,8 @@ def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
         difference = error = seed_error = 0.0
     elif seed_error is None:
         seed_error = _seed_error(two, at, scenario, error)
-    s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"])
+    single = (spread.get("deviation"), spread.get("largest"))
+    s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"], *single)
     about = about_pairs(study, scenario, c["metric"])
     return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 

@@ -20,6 +20,11 @@ so E F(Σ w t² χ²/df) ≥ Σ w E F(t² χ²/df) = 1 - level for shares w of t
 Satterthwaite's degrees of freedom does not: where three seeds happen to agree it takes N - 1 for S - 1, and its level
 of 0.005 is 0.04 in truth (docs/explanation/calibration.md).
 
+A test against a margin asks what would be seen if the true difference were that margin. Where answers are right or
+wrong, few of them may happen to differ, and then the error that was seen is too small as well. One answer moves the
+score by the largest single difference L at most, so a mean of the margin m takes m / L of the answers at least, and
+single differences then vary by m (L - m). Where they were seen to vary by less, both parts of the error grow with that.
+
 Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schuirmann 1987 (two one-sided tests),
 Holm 1979.
 """
@@ -29,7 +34,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,13 +45,19 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean difference and its standard error; `seed_error` is the seeds' part of it (0 with one seed: unknown)."""
+    """A mean difference and its standard error; `seed_error` is the seeds' part of it (0 with one seed: unknown).
+
+    deviation, largest: of the single differences d[s, i], the standard deviation and the largest without its sign; None
+        where they are not known.
+    """
 
     difference: float
     error: float
     seed_error: float
     seeds: int
     items: int
+    deviation: float | None = None
+    largest: float | None = None
 
     @property
     def item_error(self) -> float:
@@ -101,13 +112,26 @@ def spread(d: ArrayLike, scale: float = 1.0) -> Spread:
         mean = 0.0 if abs(mean) <= rounding else mean
         error = abs(mean) / (S * N) if S > 1 else 0.0
         return Spread(mean, error, error, S, N)
+    single = (float(d.std()), float(np.abs(d).max()))
     if S == 1:
-        return Spread(mean, float(d.std(ddof=1) / math.sqrt(N)), 0.0, S, N)
+        return Spread(mean, float(d.std(ddof=1) / math.sqrt(N)), 0.0, S, N, *single)
     if N == 1:
         error = float(d.std(ddof=1) / math.sqrt(S))
-        return Spread(mean, error, error, S, N)
+        return Spread(mean, error, error, S, N, *single)
     _, error, seed_error = error_parts(d)
-    return Spread(0.0 if abs(mean) <= rounding else mean, float(error), float(seed_error), S, N)
+    return Spread(0.0 if abs(mean) <= rounding else mean, float(error), float(seed_error), S, N, *single)
+
+
+def against_margin(s: Spread, margin: float) -> Spread:
+    """The spread of right and wrong answers if the true difference were the margin: with the larger error that such a
+    difference has at least (the module's words)."""
+    if s.deviation is None or s.largest is None or s.items < 2 or s.deviation == 0:
+        return s
+    least = margin * (s.largest - margin)
+    if least <= s.deviation**2:
+        return s
+    larger = math.sqrt(least) / s.deviation
+    return replace(s, error=larger * s.error, seed_error=larger * s.seed_error)
 
 
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
@@ -149,16 +173,20 @@ def difference_p(s: Spread) -> float:
 def same_p(s: Spread, margin: float, counted: bool) -> float:
     """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
 
-    counted: an item adds a right or a wrong answer. Two methods may then agree on few items by luck, which has the
-    chance (1 - margin)^N at most. Measured scores that agree to the last bit are of one and the same function.
+    counted: an item adds a right or a wrong answer. Two methods may then agree on few items by luck (`against_margin`),
+    and on all of N with a chance of (1 - margin)^N at most, so p is never below that. Measured scores that agree to the
+    last bit are of one and the same function. One item is a whole test set.
     """
     if margin <= 0:
         raise ValueError(f"Margin {margin}: equivalence needs a positive margin, in the metric's unit.")
     distance = margin - abs(s.difference)
+    s = against_margin(s, margin) if counted else s
     p = _two_sided(abs(distance), s) / 2
+    luck = max(0.0, 1 - margin) ** s.items if counted else 0.0
     if s.error == 0:
-        return max(0.0, 1 - margin) ** s.items if counted else 0.0
-    return p if distance > 0 else 1 - p
+        return luck
+    p = p if distance > 0 else 1 - p
+    return max(p, luck) if s.items > 1 else p
 
 
 def holm(p: Sequence[float]) -> list[float]:

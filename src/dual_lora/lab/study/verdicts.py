@@ -144,7 +144,8 @@ def compare_spread(
     counted: see `same_p`. about: further fields of `Comparison`.
     """
     low, high = stats.interval(s, confidence)
-    same_low, same_high = stats.interval(s, 2 * confidence - 1)
+    alike = stats.against_margin(s, margin) if counted and margin is not None else s
+    same_low, same_high = stats.interval(alike, 2 * confidence - 1)
     many = s.seeds > 1
     return Comparison(
         candidate=names[0],
