@@ -19,7 +19,7 @@ from dual_lora.lab.advise import pace, said
 from dual_lora.lab.advise.advise import advise, plan
 from dual_lora.lab.advise.pace import Pace, Work, needed_seeds, with_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, of_length, paired_study
-from dual_lora.lab.advise.rule import Why
+from dual_lora.lab.advise.rule import Rival, Why
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.study import perform
@@ -27,6 +27,7 @@ from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.job import Outcome
 from dual_lora.lab.study.plan import lay_out
 from dual_lora.lab.study.rejudge import rejudge
+from dual_lora.lab.study.verdicts import Verdict
 
 SOME = 20  # minutes: enough on the most crowded machine; quiet ones need one, as seeds and steps have a limit here
 NEVER = 100_000  # steps of a ramp: λ stays near 0, and the method can't learn within the run
@@ -421,6 +422,27 @@ def test_an_alpha_that_is_not_written_is_the_same_for_all():
 def test_an_odd_rank_is_split_unequally(letters):
     cells = lay_out(paired_study(recipe_file(letters, "odd", method={"name": "lora", "r": 5}), SOME))
     assert len({cell.size.trainable for cell in cells}) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"name": "lora", "r": 1}, "lora has rank 1, and no Dual LoRA trains as few parameters.* Give r: 2"),
+        ({"name": "dual_lora", "r": 5}, "r = 5 is odd and cannot be halved. Use r = 6, or give"),
+        ({"name": "dual_lora", "r": 1}, "at least 2"),
+    ],
+)
+def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):
+    with pytest.raises(UserError, match=f"^method.r: .*{words}"):
+        paired_study(recipe_file(letters, "rank", method=method), SOME)
+
+
+def test_what_is_significantly_worse_by_little_is_no_tie():
+    def tie(verdict, difference):
+        return said._tie(Rival("Dual LoRA", verdict, difference, 0.005, 0.01, time=1.2))
+
+    assert tie(Verdict.UNCLEAR, -0.005) == tie(Verdict.WORSE, -0.02) == ""
+    assert tie(Verdict.UNCLEAR, 0.002) == tie(Verdict.EQUIVALENT, 0.0) == " A tie goes to LoRA, because it costs less."
 
 
 def test_the_best_recipe_has_the_chosen_method_alone(lora_wins, letters, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
+from dual_lora.method.config import DualLoraConfig
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
 SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
@@ -108,7 +109,10 @@ def length_of(study: Study) -> Length:
 
 
 def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The three methods, as a study writes them; LoRA has the rank, the others' are solved for."""
+    """The three methods, as a study writes them; LoRA has the rank, the others' are solved for.
+
+    Raises UserError for ranks that Dual LoRA cannot have.
+    """
     own = {key: value for key, value in recipe.method.items() if value is not None}
     kind = str(own.pop("name")).lower().replace("-", "_")
     shared = {key: own[key] for key in SHARED if key in own}
@@ -121,6 +125,16 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
     rank = r or whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
+    if kind == "dual_lora":
+        try:
+            DualLoraConfig(r=rank if r1 is None else None, r1=r1, r2=r2)
+        except ValueError as error:
+            raise UserError(f"method.{error}") from None
+    elif rank == 1:
+        raise UserError(
+            f"method.r: {kind} has rank 1, and no Dual LoRA trains as few parameters: it has a rank for the magnitude "
+            "and one for the direction. Give r: 2 or more."
+        )
     if kind != "dual_lora" and isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}

@@ -225,7 +225,8 @@ def _no_gain(rival: Rival, c: ComparisonRow, margin: float) -> str:
 
 def _tie(rival: Rival) -> str:
     """Why a tie goes to LoRA; its cost is named only where these runs show it."""
-    if rival.verdict in (Verdict.WORSE, Verdict.DIVERGED):
+    below = rival.verdict is Verdict.UNCLEAR and (rival.difference or 0.0) < 0
+    if below or rival.verdict in (Verdict.WORSE, Verdict.DIVERGED):
         return ""
     if rival.time is not None and rival.time > 1:
         return " A tie goes to LoRA, because it costs less."
