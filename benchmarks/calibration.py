@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,32 +175,43 @@ SHARED = (
 )  # of an answer's chance to differ: none (each run by itself), half, all (the same in every run)
 
 
+FEW = ("each run by itself", "half and half", "the same in every run", "with noise", "small set", "truly alike")
+
+
 def few(
-    studies: int, random: np.random.Generator, items: tuple[int, ...] = (100, 200, 400, 800, 1600)
+    studies: int, random: np.random.Generator, items: tuple[int, ...] = (100, 300, 400, 800, 1600)
 ) -> Iterator[tuple[int, int, tuple[float, ...]]]:
     """Right and wrong answers of which few differ: items, seeds, and the share of studies that say *equivalent*.
 
     First where all that differ are better, and they are as many as the margin says, so it is wrong: for each of
-    `SHARED`. Last where as many are better as are worse, so it is right.
+    `SHARED`; then the same in every run with noise in each; then all in a small test set that counts as much as a large
+    one. Last where as many are better as are worse, so it is right.
     """
     for many in items:
         for seeds in (3, 5, 8):
-            shape, shares = (studies, seeds, many), []
+            shape, whole, shares = (studies, seeds, many), (studies, 1, many), []
             for shared in SHARED:
-                chance = np.full((studies, 1, many), MARGIN)
+                chance = np.full(whole, MARGIN)
                 if shared == 1:
-                    chance = (random.random(chance.shape) < MARGIN).astype(np.float64)
+                    chance = (random.random(whole) < MARGIN).astype(np.float64)
                 elif shared:
                     left = 1 / shared - 1
-                    chance = random.beta(MARGIN * left, (1 - MARGIN) * left, chance.shape)
+                    chance = random.beta(MARGIN * left, (1 - MARGIN) * left, whole)
                 shares.append(equivalent((random.random(shape) < chance).astype(np.float64)))
-            sides = random.choice([-1.0, 1.0], (studies, 1, many)) * (random.random((studies, 1, many)) < MARGIN)
+            gain = np.broadcast_to(random.random(whole) < MARGIN / 0.99, shape).astype(np.float64)
+            sides = random.choice([-1.0, 1.0], shape)
+            shares.append(equivalent(np.where(random.random(shape) < 0.01, sides, gain)))
+            small = many // 11
+            weight = many / (2 * small)  # of an answer in the small set, 1 in the mean of all
+            gain = np.where(np.arange(many) < small, weight * (random.random(whole) < 2 * MARGIN), 0.0)
+            shares.append(equivalent(np.broadcast_to(gain, shape), weight))
+            sides = random.choice([-1.0, 1.0], whole) * (random.random(whole) < MARGIN)
             yield many, seeds, (*shares, equivalent(np.broadcast_to(sides, shape)))
 
 
-def equivalent(d: Array) -> float:
+def equivalent(d: Array, reach: float = 1.0) -> float:
     """The share of the tables d [studies, S, N] that are called equivalent."""
-    p = [stats.same_p(stats.spread(each), MARGIN, counted=True) for each in d]
+    p = [stats.same_p(replace(stats.spread(each), reach=reach), MARGIN) for each in d]
     return float((np.array(p) < 0.05).mean())
 
 
@@ -356,7 +368,7 @@ def page_tables(work: int) -> dict[str, str]:
         ),
         "kinds": table(("metric", "seeds", "items", *WORST), kinds),
         "few": table(
-            ("items", "seeds", "each run by itself", "half and half", "the same in every run", "truly alike"),
+            ("items", "seeds", *FEW),
             [(*at, *(f"{x:.3f}" for x in shares)) for *at, shares in few(20 * work, np.random.default_rng(17))],
         ),
         "real": table(("task · metric", "runs", "seeds", *WORST), runs),

@@ -3,7 +3,8 @@
 STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference), memory, and of its comparison:
                              verdict, difference, interval, same (90 %), visible, p, seeds, items, margin,
                              change (with its interval), size (with its metric), sure; (untrained): score, constant
-                             METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired
+                             METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired,
+                             METHOD by forgetting for what it forgot
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dual_lora.lab.report.columns import number
@@ -66,6 +68,7 @@ def _method(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _comparison(results: dict[str, Any], name: str) -> dict[str, Any]:
+    name, _, metric = name.partition(" by ")
     pair, _, task = name.partition("@")
     candidate, _, reference = pair.partition(" vs ")
     found = [
@@ -73,6 +76,7 @@ def _comparison(results: dict[str, Any], name: str) -> dict[str, Any]:
         for c in results["comparisons"]
         if c["candidate"] == candidate and reference in ("", c["reference"]) and task in ("", c["task"])
     ]
+    found = [c for c in found if (c["metric"] == metric if metric else c["metric"] != "forgetting")]
     if len(found) != 1:
         raise KeyError(f"{len(found)} comparisons of {candidate}")
     return found[0]
@@ -82,6 +86,9 @@ def _of_study(name: str, method: str, field: str) -> str:
     results = study(name)
     if method == "(untrained)":
         return number(results["untrained"][0][field], ".3f")
+    if field == "score" and method.endswith(" by forgetting"):
+        seeds = _method(results, method.removesuffix(" by forgetting"))["seeds"]
+        return number(fmean(seed["figures"]["forgetting"] for seed in seeds), "+.3f")
     if field in ("score", "deviation", "rate", "seconds"):
         m = _method(results, method)
         decimals = DECIMALS.get(m["metric"], 3)

@@ -207,7 +207,7 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
         ({}, {"minutes": 0}, "--minutes is 0, expected a number above 0"),
         ({}, {"minutes": float("nan")}, "--minutes is nan"),
         ({}, {"margin": -1.0}, "margin -1.0 for loss: expected a positive number"),
-        ({"method": {"name": "lora", "r": 1}}, {}, "cannot be matched within 5%"),
+        ({"method": {"name": "lora", "r": 1}}, {}, "method.r: lora has rank 1"),
         ({"method": {"name": "lora", "rr": 1}}, {}, "method lora has no field 'rr'"),
     ],
 )

@@ -14,6 +14,7 @@ from dual_lora.lab.advise import said
 from dual_lora.lab.advise.pace import needed_records, with_seeds
 from dual_lora.lab.advise.rule import QUICKER, SAYS_NOTHING, Recommendation, Rival, Why, recommend
 from dual_lora.lab.study import statistics as stats
+from dual_lora.lab.study.metrics import usual_reach
 from dual_lora.lab.study.verdicts import Verdict, compare_pair, judge
 
 MARGIN = 0.01
@@ -127,7 +128,8 @@ def test_how_often_it_is_wrong():
 
 def of_table(dual, lora, margin=MARGIN, metric="exact_match"):
     """The recommendation on two tables of scores, as `dual-lora advise` makes it, and the comparison."""
-    (c,) = judge([compare_pair(dual, lora, names=("Dual LoRA", "LoRA"), margin=margin, counted=True, metric=metric)])
+    about = {"margin": margin, "reach": usual_reach(metric), "metric": metric}
+    (c,) = judge([compare_pair(dual, lora, names=("Dual LoRA", "LoRA"), **about)])
     row = dataclasses.asdict(c)
     return recommend([Rival(c.candidate, c.verdict, c.difference, said.upper(row), margin, 1.4)]), c
 

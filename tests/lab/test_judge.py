@@ -44,7 +44,7 @@ def test_a_table_gets_the_verdicts_of_a_study(tmp_path):
     results = judge(write_table(tmp_path / "s.csv", rows), margin=0.02)
     own = tables(read_table(tmp_path / "s.csv").rows)["", "task"]
     pairs = [
-        verdicts.compare_pair(own[name].table, own["lora"].table, names=(name, "lora"), margin=0.02, counted=True)
+        verdicts.compare_pair(own[name].table, own["lora"].table, names=(name, "lora"), margin=0.02, reach=1.0)
         for name in ("mine", "other")
     ]
     for found, expected in zip(results["comparisons"], verdicts.judge(pairs), strict=True):
@@ -160,6 +160,20 @@ def test_the_unit_of_the_scores_changes_no_verdict(tmp_path):
     for other in found[1:]:
         assert other[0] == found[0][0]
         assert other[1:] == pytest.approx(found[0][1:])
+
+
+def test_right_answers_in_percent_are_right_answers(tmp_path):
+    """20 answers that all agree: too few for a hundredth, in either unit. Scores that only look alike are measured."""
+    found = []
+    for unit in (1.0, 100.0):
+        rows = [[m, s, i, unit * (i % 3 > 0)] for m in "ab" for s in range(3) for i in range(20)]
+        (c,) = judge(write_table(tmp_path / "s.csv", rows), margin=0.01 * unit, better="more")["comparisons"]
+        found.append((c["verdict"], c["p_same"], c["spread"]["reach"] / unit))
+    assert found[0] == pytest.approx(found[1])
+    assert found[0][::2] == ("inconclusive", 1.0)
+    rows = [[m, s, i, 0.5 + 0.1 * i] for m in "ab" for s in range(3) for i in range(2)]
+    (c,) = judge(write_table(tmp_path / "s.csv", rows), margin=0.01, better="more")["comparisons"]
+    assert (c["verdict"], c["spread"]["reach"]) == ("equivalent within the margin", None)
 
 
 def test_runs_without_the_metric_are_named(tmp_path):

@@ -140,3 +140,30 @@ def test_three_class_f1_is_the_macro_mean():
 def test_f1_leaves_out_a_class_that_nobody_names():
     rows = [{"correct": True, "predicted": "a", "nats": 0.0}, {"correct": False, "predicted": "b", "nats": 1.0}] * 2
     check("f1", "classification", rows, list("aabb"), list("abc"))
+
+
+def test_how_far_one_answer_moves_a_share():
+    """Of two test sets, of 2 and 8 items, each counts half: an answer of the small one counts 2.5 times the mean."""
+    weights = np.array([2.5] * 2 + [0.625] * 8)
+    runs = weights[None, :, None] * np.ones((3, 1, 1))
+    assert metrics.reach("accuracy", runs) == 2.5
+    assert metrics.reach("accuracy", runs[:, 2:] / 0.625) == 1.0
+    assert metrics.reach("accuracy", 0 * runs) == 1.0, "nobody is right"
+    assert metrics.reach("loss", runs) is None
+
+
+@pytest.mark.parametrize("metric", ["f1", "matthews"])
+@pytest.mark.parametrize("rare", [0.5, 0.1])
+def test_how_far_one_answer_moves_a_metric_of_classes(metric, rare):
+    """By flipping every answer in turn. A rare class counts more."""
+    random, N = np.random.default_rng(0), 200
+    labels = (random.random(N) < rare).astype(int)
+    guesses = np.where(random.random(N) < 0.1, 1 - labels, labels)
+
+    def score(guess):
+        return metrics.value(metric, metrics.confusion_cells(labels, guess[None], 2)[0].mean(0))
+
+    moved = [abs(score(np.where(np.arange(N) == i, 1 - guesses, guesses)) - score(guesses)) for i in range(N)]
+    found = metrics.reach(metric, metrics.confusion_cells(labels, np.stack([guesses] * 3), 2))
+    assert found == pytest.approx(N * max(moved))
+    assert (found > 1.5 * metrics.usual_reach(metric)) == (rare == 0.1)

@@ -80,6 +80,14 @@ def test_seeds_part_of_the_error_follows_from_the_stored_scores():
         assert c["spread"]["seed_error"] == pytest.approx(d.std(ddof=1) / np.sqrt(len(d)))
 
 
+@pytest.mark.parametrize("reach", [float("nan"), 0.0, -1.0])
+def test_an_impossible_reach_is_named(reach):
+    results = json.loads((STUDIES / "quick" / "results.json").read_text())
+    results["comparisons"][0]["spread"]["reach"] = reach
+    with pytest.raises(UserError, match=r"reach of dual_lora against lora is .*: expected a number above 0"):
+        rejudge(results)
+
+
 def test_a_file_of_something_else_is_named():
     with pytest.raises(UserError, match="no results of a study"):
         rejudge({"study": {"name": "s", "tasks": ["t"], "methods": {"a": {}, "b": {}}, "seeds": 2}})

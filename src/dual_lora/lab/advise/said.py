@@ -15,7 +15,6 @@ from dual_lora.lab.advise.rule import Recommendation, Rival, Why, recommend
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import notes
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.metrics import a_share
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE
@@ -104,34 +103,24 @@ def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:
 def upper(c: ComparisonRow) -> float | None:
     """How much better the candidate may be: the upper end of the interval that its verdict goes by.
 
-    Where few right or wrong answers differ, that of the interval which such answers allow (`_least_error`).
+    Where few right or wrong answers differ, that of the interval which they allow (`statistics.against_margin`).
     """
     alike = c["verdict"] == Verdict.EQUIVALENT
-    if c["high"] is None or not _least_error(c):
+    if c["high"] is None or not _too_few_differ(c):
         return c["same_high"] if alike else c["high"]
     return stats.interval(_spread(c), c["confidence"])[1]
 
 
-def _least_error(c: ComparisonRow) -> float:
-    """The items' part of the error by the margin alone, where less was seen; else 0, as where answers are no counts.
-
-    If scores of right and wrong answers differ by the margin m, an item's part in that varies by m (R - m) or more,
-    also where few items happen to show it. R: how far one answer can move a score that all others leave alone.
-    """
-    m, items, reach = c["margin"], c["spread"]["items"], 2 if c["metric"] == "matthews" else 1
-    counts = a_share(c["metric"]) or c["metric"] in ("matthews", "f1")
-    if m is None or c["difference"] is None or not counts or not m < 1 < items:
-        return 0.0
-    least = math.sqrt(m * (reach - m) / items)
-    spread = stats.Spread(**c["spread"])
-    return least if spread.item_error < least else 0.0
+def _too_few_differ(c: ComparisonRow) -> bool:
+    """Whether the items' error was seen to be smaller than a difference of the margin allows."""
+    return c["difference"] is not None and _spread(c).error > c["spread"]["error"]
 
 
 def _spread(c: ComparisonRow) -> stats.Spread:
     """The spread of a comparison, with the least error of its items."""
-    seen = stats.Spread(**c["spread"])
-    error = math.hypot(seen.seed_error, max(seen.item_error, _least_error(c)))
-    return dataclasses.replace(seen, difference=c["difference"] or 0.0, error=error)
+    return stats.against_margin(
+        stats.Spread(**c["spread"] | {"difference": c["difference"] or 0.0}), c["margin"] or 0.0
+    )
 
 
 def _times(method: MethodRow, lora: MethodRow) -> float | None:
@@ -152,7 +141,7 @@ def _needed(
         c = judged[rival.name]
         if rival.verdict is Verdict.BETTER:  # what is missing is not more of the same
             return None, None
-        if rival.ruled_out or (c["visible"] is None and not _least_error(c)):
+        if rival.ruled_out or (c["visible"] is None and not _too_few_differ(c)):
             continue
         enough = needed_seeds(_spread(c), rival.margin, level, study.power)
         if enough is None and short:
@@ -253,7 +242,7 @@ def _open(
         could = f"a difference of {max(seen):.2g} could have been seen, and what matters begins at {margin:g}"
     elif any(r.verdict is Verdict.UNCLEAR for r in rivals):
         could = f"there is a difference, and it may be smaller or larger than the {margin:g} from which it matters"
-    elif any(_least_error(judged[r.name]) for r in rivals):
+    elif any(_too_few_differ(judged[r.name]) for r in rivals):
         could = f"the methods differ on too few test records to rule out a gain of {margin:g}"
     else:
         could = f"a gain of {margin:g} was not ruled out"

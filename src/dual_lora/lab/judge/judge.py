@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
@@ -190,12 +191,20 @@ def _pairs(
         )
     about: dict[str, Any] = {"task": task_name(*scenario), "scenario": scenario, "metric": metric, "better": better}
     about |= {"margin": margin, "confidence": 1 - level, "scale": float(np.abs(values).max())}
-    about["counted"] = whole or bool(np.isin(values, (0.0, 1.0)).all())
+    about["reach"] = None if whole else _reach(values)
     return [
         verdicts.compare_pair(sign * runs.table, reference, names=(method, against), **about)
         for method, runs in own.items()
         if method != against
     ]
+
+
+def _reach(scores: NDArray[np.float64]) -> float | None:
+    """What a right answer counts, where all scores are of right or wrong answers: 1, 100 in percentages, or another."""
+    found = set(np.unique(scores).tolist())
+    if len(found) > 2 or (len(found) == 2 and 0 not in found) or (len(found) == 1 and not found & {0, 1, 100}):
+        return None
+    return max(map(abs, found)) or 1.0
 
 
 def _method(

@@ -66,7 +66,6 @@ def about_pairs(study: Study, scenario: tuple[str, str], metric: str) -> dict[st
         "margin": study.margin.get(metric),
         "confidence": 1 - study.level,
         "power": study.power,
-        "counted": metrics.counted(metric),
     }
 
 
@@ -110,7 +109,7 @@ def _plain(c: verdicts.Comparison) -> ComparisonRow:
     del values["scenario"]
     if c.verdict is verdicts.Verdict.DIVERGED:  # figures of a method that has none
         absent = ("candidate_score", "reference_score", "difference", "low", "high", "same_low", "same_high")
-        figures = dict.fromkeys(("difference", "error", "seed_error", "deviation", "largest"))
+        figures = dict.fromkeys(("difference", "error", "seed_error"))
         values |= dict.fromkeys(absent) | {"spread": values["spread"] | figures}
     elif c.seeds == c.items == 1:  # one figure each: nothing says how far another one would lie
         values |= dict.fromkeys(("low", "high", "same_low", "same_high"))

@@ -138,6 +138,34 @@ def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
     return sign(metric) * pseudo_values(np.asarray(runs, dtype=np.float64), lambda m: value(metric, m))
 
 
+def reach(metric: str, runs: Sequence[Any]) -> float | None:
+    """How far one answer can move the metric, times N (`statistics.Spread`); None where items are measured.
+
+    runs: features [S, N, K] of all that is compared. Of a share it is the largest weight of an item. Matthews'
+    correlation and F1 move most where a class is rare: the largest step from the mean confusion matrix.
+    """
+    if not counted(metric):
+        return None
+    x = np.asarray(runs, dtype=np.float64)
+    if a_share(metric):
+        return float(x.max()) or 1.0
+    items, k = x.shape[1], math.isqrt(x.shape[2])
+    mean = x.mean((0, 1))
+    now, steps = value(metric, mean), [0.0]
+    for cell in np.flatnonzero(mean):
+        row = cell - cell % k  # of one label, for every prediction
+        for other in {*range(row, row + k)} - {cell}:
+            moved = mean.copy()
+            moved[[cell, other]] += (-1 / items, 1 / items)
+            steps.append(items * abs(value(metric, moved) - now))
+    return max(steps) or 1.0
+
+
+def usual_reach(metric: str) -> float | None:
+    """The same for one test set and classes of like size, where the runs are not at hand."""
+    return (2.0 if metric == "matthews" else 1.0) if counted(metric) else None
+
+
 def _ngrams(text: str, references: Sequence[str]) -> list[float]:
     from sacrebleu.metrics import BLEU
 

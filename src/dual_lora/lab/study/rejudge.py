@@ -27,7 +27,7 @@ from dual_lora.lab.study.results import RESULTS_FORMAT, wanted
 from dual_lora.lab.study.rows import AmendmentRow, ComparisonRow, MethodRow, Results
 from dual_lora.lab.study.study import Study
 
-WHY = "Verdicts computed again from the stored scores: seeds and items each with degrees of freedom of their own."
+WHY = "Verdicts computed again from the stored scores, by the rule of this version (docs/explanation/calibration.md)."
 GONE = ("overall", "ranking")  # of format 1
 NEW_WORDS = {"better": "significantly better", "worse": "significantly worse", "not distinguishable": "inconclusive"}
 
@@ -82,8 +82,12 @@ def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:
         difference = error = seed_error = 0.0
     elif seed_error is None:
         seed_error = _seed_error(two, at, scenario, error)
-    single = (spread.get("deviation"), spread.get("largest"))
-    s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"], *single)
+    reach = spread.get("reach", metrics.usual_reach(c["metric"]))
+    if reach is not None and not 0 < reach < math.inf:
+        raise UserError(
+            f"The reach of {c['candidate']} against {c['reference']} is {reach}: expected a number above 0."
+        )
+    s = stats.Spread(difference, error, seed_error, spread["seeds"], spread["items"], reach)
     about = about_pairs(study, scenario, c["metric"])
     return verdicts.compare_spread(s, scores, (c["candidate"], c["reference"]), **about)  # type: ignore[arg-type]
 

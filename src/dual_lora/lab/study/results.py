@@ -48,12 +48,12 @@ def build_results(
     amendments, plan: as the study's folder has them.
     """
     lost: list[str] = []
-    tables = _score_tables(finished, runs, lost, len(study.seeds))
+    tables, reaches = _score_tables(finished, runs, lost, len(study.seeds))
     methods = [_method(study, f, tables.get(f.cell.at)) for f in finished]
-    pairs = _pairs(study, finished, tables)
+    pairs = _pairs(study, finished, tables, reaches)
     missing = _missing(study, finished)
     alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
-    pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), "forgetting")
+    pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), {}, "forgetting")
     said = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
@@ -81,9 +81,15 @@ def build_results(
     }
 
 
-def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> Tables:
-    """Item shares [S, N], better is more, of every complete cell. A diverged run gets the worst score of its task."""
+def _score_tables(
+    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
+) -> tuple[Tables, dict[tuple[str, str], float | None]]:
+    """Item shares [S, N], better is more, of every complete cell, and how far an answer moves each scenario's metric.
+
+    A diverged run gets the worst score of its task.
+    """
     tables: Tables = {}
+    reaches = dict[tuple[str, str], float | None]()
     for scenario in dict.fromkeys(f.cell.scenario for f in finished if f.complete):
         here = [f for f in finished if f.complete and f.cell.scenario == scenario]
         metric = here[0].cell.metric
@@ -100,6 +106,7 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
         if not good:
             said.append(f"Every run on {task_name(*scenario)} diverged: there is nothing to compare.")
             continue
+        reaches[scenario] = metrics.reach(metric, [row for rows in came.values() for row in rows.values()])
         worst = min(table.mean(1).min() for table in good.values())
         for key, rows in came.items():
             tables[key] = np.full((seeds, counts[0]), worst)
@@ -113,15 +120,22 @@ def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], see
                     f"{lost} of {seeds} runs of {cell_name(*key)} diverged; each counts with the "
                     f"worst score of any run there ({metrics.sign(metric) * worst:.4g})."
                 )
-    return tables
+    return tables, reaches
 
 
-def _pairs(study: Study, finished: Sequence[Finished], tables: Tables, metric: str = "") -> list[verdicts.Comparison]:
+def _pairs(
+    study: Study,
+    finished: Sequence[Finished],
+    tables: Tables,
+    reaches: dict[tuple[str, str], float | None],
+    metric: str = "",
+) -> list[verdicts.Comparison]:
     """The pairs of every scenario that have tables. metric: of the tables, each task's own unless told."""
     pairs = []
     for scenario in dict.fromkeys(f.cell.scenario for f in finished):
         here = [f.cell for f in finished if f.cell.scenario == scenario and f.cell.at in tables]
         about = about_pairs(study, scenario, metric or here[0].metric) if here else {}
+        about["reach"] = reaches.get(scenario)
         pairs += [
             verdicts.compare_pair(tables[(*scenario, a)], tables[(*scenario, b)], names=(a, b), **about)
             for a, b in wanted(study, [cell.method for cell in here])

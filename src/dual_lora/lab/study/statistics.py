@@ -20,10 +20,10 @@ so E F(Σ w t² χ²/df) ≥ Σ w E F(t² χ²/df) = 1 - level for shares w of t
 Satterthwaite's degrees of freedom does not: where three seeds happen to agree it takes N - 1 for S - 1, and its level
 of 0.005 is 0.04 in truth (docs/explanation/calibration.md).
 
-A test against a margin asks what would be seen if the true difference were that margin. Where answers are right or
-wrong, few of them may happen to differ, and then the error that was seen is too small as well. One answer moves the
-score by the largest single difference L at most, so a mean of the margin m takes m / L of the answers at least, and
-single differences then vary by m (L - m). Where they were seen to vary by less, both parts of the error grow with that.
+A test against a margin asks what would be seen if the true difference were that margin m. Where answers are right or
+wrong, few of those that differ may happen to be among the items, and then the error that was seen is too small as well.
+If one answer moves the score by R / N at most, a difference of m takes a share m / R of the answers at least, so an
+item's part in it varies by m (R - m) or more: the items' error is never taken for less (`against_margin`).
 
 Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schuirmann 1987 (two one-sided tests),
 Holm 1979.
@@ -47,8 +47,8 @@ Table = NDArray[np.float64]
 class Spread:
     """A mean difference and its standard error; `seed_error` is the seeds' part of it (0 with one seed: unknown).
 
-    deviation, largest: of the single differences d[s, i], the standard deviation and the largest without its sign; None
-        where they are not known.
+    reach: how far one answer can move the score, times N, where answers are right or wrong (for one test set's accuracy
+        1); None where items are measured.
     """
 
     difference: float
@@ -56,8 +56,7 @@ class Spread:
     seed_error: float
     seeds: int
     items: int
-    deviation: float | None = None
-    largest: float | None = None
+    reach: float | None = None
 
     @property
     def item_error(self) -> float:
@@ -112,33 +111,28 @@ def spread(d: ArrayLike, scale: float = 1.0) -> Spread:
         mean = 0.0 if abs(mean) <= rounding else mean
         error = abs(mean) / (S * N) if S > 1 else 0.0
         return Spread(mean, error, error, S, N)
-    single = (float(d.std()), float(np.abs(d).max()))
     if S == 1:
-        return Spread(mean, float(d.std(ddof=1) / math.sqrt(N)), 0.0, S, N, *single)
+        return Spread(mean, float(d.std(ddof=1) / math.sqrt(N)), 0.0, S, N)
     if N == 1:
         error = float(d.std(ddof=1) / math.sqrt(S))
-        return Spread(mean, error, error, S, N, *single)
+        return Spread(mean, error, error, S, N)
     _, error, seed_error = error_parts(d)
-    return Spread(0.0 if abs(mean) <= rounding else mean, float(error), float(seed_error), S, N, *single)
+    return Spread(0.0 if abs(mean) <= rounding else mean, float(error), float(seed_error), S, N)
 
 
 def against_margin(s: Spread, margin: float) -> Spread:
-    """The spread of right and wrong answers if the true difference were the margin: with the larger error that such a
-    difference has at least (the module's words)."""
-    if s.deviation is None or s.largest is None or s.items < 2 or s.deviation == 0:
+    """The spread with the items' error that a true difference of the margin has at least (the module's words)."""
+    if s.reach is None or s.items < 2 or margin >= s.reach:
         return s
-    least = margin * (s.largest - margin)
-    if least <= s.deviation**2:
-        return s
-    larger = math.sqrt(least) / s.deviation
-    return replace(s, error=larger * s.error, seed_error=larger * s.seed_error)
+    least = math.sqrt(margin * (s.reach - margin) / s.items)
+    return replace(s, error=math.hypot(s.seed_error, max(s.item_error, least)))
 
 
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
     """Half of the interval's width at 1 - level (the module's formula); arrays are taken as they come."""
     parts = ((seed_error, seeds - 1), (item_error, items - 1))
-    squares = [(stats.t.isf(level / 2, df) * np.asarray(error)) ** 2 for error, df in parts if df > 0]
-    return np.asarray(np.sqrt(sum(squares)))
+    ends = [stats.t.isf(level / 2, df) * np.asarray(error) for error, df in parts if df > 0]
+    return np.asarray(functools.reduce(np.hypot, ends, 0.0))
 
 
 def interval(s: Spread, confidence: float) -> tuple[float, float]:
@@ -170,23 +164,20 @@ def difference_p(s: Spread) -> float:
     return _two_sided(abs(s.difference), s)
 
 
-def same_p(s: Spread, margin: float, counted: bool) -> float:
+def same_p(s: Spread, margin: float) -> float:
     """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
 
-    counted: an item adds a right or a wrong answer. Two methods may then agree on few items by luck (`against_margin`),
-    and on all of N with a chance of (1 - margin)^N at most, so p is never below that. Measured scores that agree to the
-    last bit are of one and the same function. One item is a whole test set.
+    Measured scores that agree to the last bit are of one and the same function; single ones for a whole test set prove
+    nothing by that.
     """
     if margin <= 0:
         raise ValueError(f"Margin {margin}: equivalence needs a positive margin, in the metric's unit.")
     distance = margin - abs(s.difference)
-    s = against_margin(s, margin) if counted else s
-    p = _two_sided(abs(distance), s) / 2
-    luck = max(0.0, 1 - margin) ** s.items if counted else 0.0
+    s = against_margin(s, margin)
     if s.error == 0:
-        return luck
-    p = p if distance > 0 else 1 - p
-    return max(p, luck) if s.items > 1 else p
+        return 1.0 if s.items == 1 else 0.0
+    p = _two_sided(abs(distance), s) / 2
+    return p if distance > 0 else 1 - p
 
 
 def holm(p: Sequence[float]) -> list[float]:

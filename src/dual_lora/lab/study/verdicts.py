@@ -114,11 +114,17 @@ def false_alarm(comparisons: Sequence[Comparison], level: float, missing: int = 
 
 
 def compare_pair(
-    candidate: ArrayLike, reference: ArrayLike, *, names: tuple[str, str] = NAMES, scale: float = 1.0, **about: Any
+    candidate: ArrayLike,
+    reference: ArrayLike,
+    *,
+    names: tuple[str, str] = NAMES,
+    scale: float = 1.0,
+    reach: float | None = None,
+    **about: Any,
 ) -> Comparison:
     """One comparison before correction, from scores [S, N] (higher is better); `about` as in `compare_spread`.
 
-    scale: the order of the scores, see `statistics.spread`.
+    scale: the order of the scores, see `statistics.spread`. reach: see `statistics.Spread`.
     """
     a, b = stats.table(candidate), stats.table(reference)
     if a.shape != b.shape:
@@ -126,7 +132,8 @@ def compare_pair(
             f"{names[0]} has scores {a.shape} and {names[1]} {b.shape} on {about.get('task', 'task')}: pairing needs "
             "the same seeds and items."
         )
-    return compare_spread(stats.spread(a - b, scale), (float(a.mean()), float(b.mean())), names, **about)
+    spread = replace(stats.spread(a - b, scale), reach=reach)
+    return compare_spread(spread, (float(a.mean()), float(b.mean())), names, **about)
 
 
 def compare_spread(
@@ -136,15 +143,14 @@ def compare_spread(
     *,
     margin: float | None = None,
     confidence: float = 0.95,
-    counted: bool = False,
     **about: Any,
 ) -> Comparison:
     """One comparison before correction, from the spread of its differences; pass all of them to `judge`.
 
-    counted: see `same_p`. about: further fields of `Comparison`.
+    about: further fields of `Comparison`.
     """
     low, high = stats.interval(s, confidence)
-    alike = stats.against_margin(s, margin) if counted and margin is not None else s
+    alike = s if margin is None else stats.against_margin(s, margin)
     same_low, same_high = stats.interval(alike, 2 * confidence - 1)
     many = s.seeds > 1
     return Comparison(
@@ -157,7 +163,7 @@ def compare_spread(
         high=high,
         confidence=confidence,
         p=stats.difference_p(s) if many else None,
-        p_same=stats.same_p(s, margin, counted) if many and margin is not None else None,
+        p_same=stats.same_p(s, margin) if many and margin is not None else None,
         same_low=same_low,
         same_high=same_high,
         margin=margin,
