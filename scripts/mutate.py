@@ -18,6 +18,7 @@ import itertools
 import os
 import resource
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
@@ -27,6 +28,7 @@ import pytest
 
 SECONDS = 120  # of processor time for all tests of a mutant
 SOURCE = Path(__file__).parent.parent / "src"
+TEXT = Path(tempfile.gettempdir()) / f"mutant-{os.getpid()}.py"  # of the one that runs
 # The first is none: it says what has to be said before Triton is imported.
 LIBRARIES = (
     "tests.conftest",
@@ -126,7 +128,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
     tree: ast.Module
 
     def get_code(self, fullname: str) -> CodeType:
-        return compile(self.tree, self.path, "exec")
+        """From a file of its own: Triton takes a kernel's text from there."""
+        TEXT.write_text(ast.unparse(self.tree), encoding="utf-8")
+        return compile(TEXT.read_text(encoding="utf-8"), TEXT, "exec")
 
 
 def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:
@@ -160,6 +164,7 @@ def main(module: str, *tests: str) -> int:
         if passes(module, changed, [*tests]):
             survived += 1
             print(f"{module}:{line}: {text}", flush=True)
+    TEXT.unlink()
     print(f"{count} mutants, {survived} survived", flush=True)
     return survived
 

@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+# A build for CUDA without a GPU starts a thread for one if the first backward comes after a FakeTensorMode, and no fork
+# can train from then on.
+torch.ones(1, requires_grad=True).sum().backward()
 # Every save writes PEFT's model card, whose template is compiled each time: a tenth of a tiny training.
 jinja2.Environment.compile = functools.lru_cache(64)(jinja2.Environment.compile)
 
