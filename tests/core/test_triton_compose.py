@@ -110,7 +110,7 @@ def test_factors_of_any_strides():
     assert_same(compose(weight, [turned]), plain(weight, [adapter], torch.float32))
 
 
-@pytest.mark.parametrize("routed", [None, [2, 0]], ids=["all", "routed"])
+@pytest.mark.parametrize("routed", [None, [2, 0], []], ids=["all", "routed", "none"])
 def test_experts(routed):
     weights, stacks = zip(*(inputs(seed=seed) for seed in range(3)), strict=True)
     factors = Factors(*(torch.stack(f) for f in zip(*(s[0].factors for s in stacks), strict=True)))
@@ -119,9 +119,9 @@ def test_experts(routed):
     if routed is None:
         assert_same(compose(batch, [adapter]), want)
     else:
-        want[1] = 7  # nobody asked for it
-        out = torch.full_like(batch, 7)
-        assert_same(compose(batch, [adapter], out=out, routed=torch.tensor(routed, device=DEVICE)), want)
+        want[[e for e in range(3) if e not in routed]] = 7  # nobody asked for them
+        chosen = torch.tensor(routed, dtype=torch.int64, device=DEVICE)
+        assert_same(compose(batch, [adapter], out=torch.full_like(batch, 7), routed=chosen), want)
 
 
 def test_nan_stays_nan():
