@@ -129,8 +129,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         """From a file of its own: Triton takes a kernel's text from there."""
-        TEXT.write_text(ast.unparse(self.tree), encoding="utf-8")
-        return compile(TEXT.read_text(encoding="utf-8"), TEXT, "exec")
+        text = ast.unparse(self.tree)
+        TEXT.write_text(text, encoding="utf-8")
+        return compile(text, TEXT, "exec")
 
 
 def passes(module: str, tree: ast.Module, tests: list[str]) -> bool:

@@ -74,9 +74,11 @@ def _comparison(results: dict[str, Any], name: str) -> dict[str, Any]:
     found = [
         c
         for c in results["comparisons"]
-        if c["candidate"] == candidate and reference in ("", c["reference"]) and task in ("", c["task"])
+        if c["candidate"] == candidate
+        and reference in ("", c["reference"])
+        and task in ("", c["task"])
+        and (c["metric"] == metric if metric else c["metric"] != "forgetting")
     ]
-    found = [c for c in found if (c["metric"] == metric if metric else c["metric"] != "forgetting")]
     if len(found) != 1:
         raise KeyError(f"{len(found)} comparisons of {candidate}")
     return found[0]

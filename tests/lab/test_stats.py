@@ -267,6 +267,14 @@ def test_the_least_error_against_a_margin():
     assert (measured.same_low, measured.same_high) == pytest.approx(stats.interval(s, 0.9))
 
 
+def test_an_error_that_is_large_enough_stays_to_the_last_bit():
+    """The root of a square's difference, squared and added again, is often another number."""
+    random = np.random.default_rng(0)
+    for parts in random.random((200, 2)):
+        s = stats.Spread(0.0, math.hypot(*parts), parts[0], 5, 400, 1.0)
+        assert stats.against_margin(s, 1e-4) is s
+
+
 def test_scores_of_whole_test_sets_that_agree_prove_nothing():
     whole = stats.Spread(0.001, 0.001, 0.001, 5, 1)
     assert stats.same_p(whole, 0.01) < 0.05, "they may vary, and agree within the margin"

@@ -135,7 +135,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
             f"method.r: {kind} has rank 1, and no Dual LoRA trains as few parameters: it has a rank for the magnitude "
             "and one for the direction. Give r: 2 or more."
         )
-    if kind != "dual_lora" and isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
+    elif isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}

@@ -113,7 +113,7 @@ def upper(c: ComparisonRow) -> float | None:
 
 def _too_few_differ(c: ComparisonRow) -> bool:
     """Whether the items' error was seen to be smaller than a difference of the margin allows."""
-    return c["difference"] is not None and _spread(c).error > c["spread"]["error"]
+    return c["difference"] is not None and _spread(c).error != c["spread"]["error"]
 
 
 def _spread(c: ComparisonRow) -> stats.Spread:

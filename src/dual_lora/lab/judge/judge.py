@@ -202,9 +202,10 @@ def _pairs(
 def _reach(scores: NDArray[np.float64]) -> float | None:
     """What a right answer counts, where all scores are of right or wrong answers: 1, 100 in percentages, or another."""
     found = set(np.unique(scores).tolist())
-    if len(found) > 2 or (len(found) == 2 and 0 not in found) or (len(found) == 1 and not found & {0, 1, 100}):
+    right = max(found, key=abs)
+    if not found <= {0, right} or (0 not in found and right not in (1, 100)):
         return None
-    return max(map(abs, found)) or 1.0
+    return abs(right) or 1.0
 
 
 def _method(

@@ -146,11 +146,10 @@ def reach(metric: str, runs: Sequence[Any]) -> float | None:
     """
     if not counted(metric):
         return None
-    x = np.asarray(runs, dtype=np.float64)
     if a_share(metric):
-        return float(x.max()) or 1.0
-    items, k = x.shape[1], math.isqrt(x.shape[2])
-    mean = x.mean((0, 1))
+        return float(max(np.max(run) for run in runs)) or 1.0
+    mean, items = np.mean([np.mean(run, axis=0) for run in runs], axis=0), len(runs[0])
+    k = math.isqrt(mean.size)
     now, steps = value(metric, mean), [0.0]
     for cell in np.flatnonzero(mean):
         row = cell - cell % k  # of one label, for every prediction

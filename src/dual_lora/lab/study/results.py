@@ -19,6 +19,7 @@ from dual_lora.lab.study.rows import AmendmentRow, MethodRow, ParetoRow, PointRo
 from dual_lora.lab.study.study import Study
 
 Tables = dict[tuple[str, str, str], stats.Table]  # (model, task, method) -> [S, N]
+Reaches = dict[tuple[str, str], float | None]  # scenario -> `metrics.reach`
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
 # Cost -> (its name for people, whether less is better).
@@ -81,15 +82,13 @@ def build_results(
     }
 
 
-def _score_tables(
-    finished: Sequence[Finished], runs: Path, said: list[str], seeds: int
-) -> tuple[Tables, dict[tuple[str, str], float | None]]:
+def _score_tables(finished: Sequence[Finished], runs: Path, said: list[str], seeds: int) -> tuple[Tables, Reaches]:
     """Item shares [S, N], better is more, of every complete cell, and how far an answer moves each scenario's metric.
 
     A diverged run gets the worst score of its task.
     """
     tables: Tables = {}
-    reaches = dict[tuple[str, str], float | None]()
+    reaches: Reaches = {}
     for scenario in dict.fromkeys(f.cell.scenario for f in finished if f.complete):
         here = [f for f in finished if f.complete and f.cell.scenario == scenario]
         metric = here[0].cell.metric
@@ -127,7 +126,7 @@ def _pairs(
     study: Study,
     finished: Sequence[Finished],
     tables: Tables,
-    reaches: dict[tuple[str, str], float | None],
+    reaches: Reaches,
     metric: str = "",
 ) -> list[verdicts.Comparison]:
     """The pairs of every scenario that have tables. metric: of the tables, each task's own unless told."""

@@ -121,11 +121,12 @@ def spread(d: ArrayLike, scale: float = 1.0) -> Spread:
 
 
 def against_margin(s: Spread, margin: float) -> Spread:
-    """The spread with the items' error that a true difference of the margin has at least (the module's words)."""
+    """The spread with the items' error that a true difference of the margin has at least (the module's words), or `s`
+    itself where no less was seen."""
     if s.reach is None or s.items < 2 or margin >= s.reach:
         return s
     least = math.sqrt(margin * (s.reach - margin) / s.items)
-    return replace(s, error=math.hypot(s.seed_error, max(s.item_error, least)))
+    return s if s.item_error >= least else replace(s, error=math.hypot(s.seed_error, least))
 
 
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
