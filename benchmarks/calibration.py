@@ -168,11 +168,8 @@ def tables(work: int, random: np.random.Generator) -> Iterator[tuple[str, int, i
 
 
 MARGIN = 0.01  # of accuracy, as in the shipped studies
-SHARED = (
-    0.0,
-    0.5,
-    1.0,
-)  # of an answer's chance to differ: none (each run by itself), half, all (the same in every run)
+# Of an answer's chance to differ, what runs share: none (each by itself), half, all (the same in every run).
+SHARED = (0.0, 0.5, 1.0)
 
 
 FEW = ("each run by itself", "half and half", "the same in every run", "with noise", "small set", "truly alike")

@@ -414,7 +414,8 @@ def test_a_few_answers_that_all_agree_prove_nothing(seeds, items):
     assert apart.low < 0 < 1 < apart.high
     alike = verdicts.judge([verdicts.compare_pair(wrong, wrong, margin=0.02, reach=1.0)])[0]
     assert alike.verdict is verdicts.Verdict.INCONCLUSIVE
-    assert alike.p_same > 0.4
+    error = math.sqrt(0.02 * 0.98 / items)  # that a difference of the margin has at least
+    assert alike.p_same == pytest.approx(scipy_stats.t.sf(0.02 / error, items - 1) if items > 1 else 1.0)
 
 
 def test_many_answers_that_all_agree_are_a_verdict():
