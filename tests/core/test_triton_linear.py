@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operands import Rows
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
@@ -14,18 +15,19 @@ from dual_lora.lab.gpu_trials import every
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("form", [lambda weight: weight, Rows], ids=["tensor", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_forward_and_backward_agree_with_the_blocks(dtype):
-    """P and Q are integers, so that no sign depends on a rounding."""
+def test_forward_and_backward_agree_with_the_blocks(dtype, form):
+    """P and Q are integers, so that no sign depends on a rounding. A weight may be a tensor, or be read by its rows."""
     T, O, I, r = 48, 100, 72, 8
     factors = Factors(*(torch.randint(-2, 3, s, device=DEVICE).float() for s in ((r, I), (O, r), (r, I), (O, r))))
     adapters = [Adapter(factors, torch.tensor(0.01, device=DEVICE), Form())]
     x, dy, weight = (torch.randn(s, device=DEVICE).to(dtype) for s in ((T, I), (T, O), (O, I)))
     needs = Needs(True, False, True)
     ours, theirs = (
-        [f.forward(x, weight, adapters), *(g for g in (b.x, *b.factors[0]))]
-        for f in (triton_linear, blocked)
-        for b in [f.backward(dy, x, weight, adapters, None, needs)]
+        [f.forward(x, W, adapters), *(g for g in (b.x, *b.factors[0]))]
+        for f, W in ((triton_linear, form(weight)), (blocked, weight))
+        for b in [f.backward(dy, x, W, adapters, None, needs)]
     )
     for got, want in zip(ours, theirs, strict=True):
         limit = 1e-5 if dtype == torch.float32 else 4e-2

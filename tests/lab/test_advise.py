@@ -430,6 +430,8 @@ def test_an_odd_rank_is_split_unequally(letters):
         ({"name": "lora", "r": 1}, "lora has rank 1, and no Dual LoRA trains as few parameters.* Give r: 2"),
         ({"name": "dual_lora", "r": 5}, "r = 5 is odd and cannot be halved. Use r = 6, or give"),
         ({"name": "dual_lora", "r": 1}, "at least 2"),
+        ({"name": "dual_lora", "r2": 3}, ""),
+        ({"name": "dual_lora", "r": 8, "r1": 3, "r2": 3}, ""),
     ],
 )
 def test_a_rank_that_dual_lora_cannot_have_is_named(letters, method, words):

@@ -15,11 +15,11 @@ from tiny_study import SHORT, figures, in_child, job, outcomes, write_records, w
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import perform, plan
+from dual_lora.lab.study import metrics, perform, plan
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
-from dual_lora.lab.study.job import read_outcome, run_file
+from dual_lora.lab.study.job import read_outcome, read_scores, run_file
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_results
 
@@ -177,6 +177,19 @@ def test_a_model_of_nan_has_diverged_however_well_it_scores(figures, items, tmp_
     made = job(kind="base")
     assert perform.perform(made, tmp_path).status == "diverged"
     assert read_outcome(tmp_path, made.key).status == "diverged"
+
+
+def test_what_an_answer_counts_is_kept_of_several_test_sets_also_where_it_is_wrong(tmp_path):
+    examples = [SimpleNamespace(label="x", messages=None, part=part) for part in "aaab"]
+    items = [{"task": "x", "correct": right} for right in (True, True, False, False)]
+    measured, made = SimpleNamespace(metrics={"tuned": {"accuracy": 0.5}}, items=items), job()
+    score = perform._scored(made, tmp_path, measured, examples, ["x"])["score"]
+    rows = read_scores(tmp_path, made.key)
+    assert score == pytest.approx(rows[:, 0].mean()) == pytest.approx(1 / 3)
+    assert metrics.reach(made.metric, [rows]) == 2.0
+    measured.items = items[:3]
+    perform._scored(made, tmp_path, measured, examples[:3], ["x"])
+    assert read_scores(tmp_path, made.key).tolist() == [[1.0], [1.0], [0.0]], "of one set as before"
 
 
 def test_runs_remember_how_many_there_were_at_a_time(tiny, whole, copy_of_whole):

@@ -149,6 +149,11 @@ def test_how_far_one_answer_moves_a_share():
     assert metrics.reach("accuracy", runs) == 2.5
     assert metrics.reach("accuracy", runs[:, 2:] / 0.625) == 1.0
     assert metrics.reach("accuracy", 0 * runs) == 1.0, "nobody is right"
+    right = np.array([0.0] * 2 + [1.0] * 8)  # nobody in the small set
+    weighed = [np.stack([weights * right, weights], 1)] * 2
+    assert metrics.reach("accuracy", weighed) == 2.5
+    assert metrics.score_table("accuracy", weighed) == pytest.approx(np.stack([weights * right] * 2))
+    assert metrics.score_table("accuracy", [weighed[0], weighed[0][:, :1]]).shape == (2, 10), "a run of before"
     assert metrics.reach("loss", runs) is None
 
 

@@ -121,21 +121,22 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         from peft import LoraConfig
 
         alpha = alpha or LoraConfig().lora_alpha
-    r, r1, r2 = (own.pop(key, None) for key in ("r", "r1", "r2"))
+    ranks = {key: own.pop(key) for key in ("r", "r1", "r2") if key in own}
+    if kind == "dual_lora":
+        try:
+            DualLoraConfig(**ranks)
+        except ValueError as error:
+            raise UserError(f"method.{error}") from None
+    r, r1, r2 = (ranks.get(key) for key in ("r", "r1", "r2"))
     r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
     rank = r or whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
-    if kind == "dual_lora":
-        try:
-            DualLoraConfig(r=rank if r1 is None else None, r1=r1, r2=r2)
-        except ValueError as error:
-            raise UserError(f"method.{error}") from None
-    elif rank == 1:
+    if rank == 1:
         raise UserError(
             f"method.r: {kind} has rank 1, and no Dual LoRA trains as few parameters: it has a rank for the magnitude "
             "and one for the direction. Give r: 2 or more."
         )
-    elif isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
+    if kind != "dual_lora" and isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}

@@ -135,14 +135,17 @@ def value(metric: str, means: NDArray[np.float64]) -> float:
 
 def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
     """Item shares [S, N] of the runs' features [S, N, K], with the sign turned so that more is better."""
+    if a_share(metric):
+        runs = [np.asarray(run)[:, :1] for run in runs]  # without the weights, which older runs do not have
     return sign(metric) * pseudo_values(np.asarray(runs, dtype=np.float64), lambda m: value(metric, m))
 
 
 def reach(metric: str, runs: Sequence[Any]) -> float | None:
     """How far one answer can move the metric, times N (`statistics.Spread`); None where items are measured.
 
-    runs: features [S, N, K] of all that is compared. Of a share it is the largest weight of an item. Matthews'
-    correlation and F1 move most where a class is rare: the largest step from the mean confusion matrix.
+    runs: features [S, N, K] of all that is compared. Of a share it is the largest weight of an item, right or not: of
+    several test sets the features have it in a second column. Matthews' correlation and F1 move most where a class is
+    rare: the largest step from the mean confusion matrix.
     """
     if not counted(metric):
         return None

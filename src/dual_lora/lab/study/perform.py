@@ -157,7 +157,10 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     other = [item for item in measured.items if item.get("task") == "forgetting"]
     own = [item for item in measured.items if item.get("task") != "forgetting"]
     shares = metrics.features(job.metric, own, labels, classes, prompts)
-    shares = [[counts * x for x in row] for counts, row in zip(_counts(examples, len(shares)), shares, strict=True)]
+    counts = _counts(examples, len(shares))
+    shares = [[count * x for x in row] for count, row in zip(counts, shares, strict=True)]
+    if metrics.a_share(job.metric) and len(set(counts)) > 1:
+        shares = [[*row, count] for count, row in zip(counts, shares, strict=True)]  # for `metrics.reach`
     score = metrics.value(job.metric, np.asarray(shares, dtype=np.float64).mean(0))
     (figures,) = measured.metrics.values()
     if not math.isfinite(score) or not _all_finite(figures, measured.items):

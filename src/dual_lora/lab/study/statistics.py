@@ -168,17 +168,19 @@ def difference_p(s: Spread) -> float:
 def same_p(s: Spread, margin: float) -> float:
     """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
 
-    Measured scores that agree to the last bit are of one and the same function; single ones for a whole test set prove
-    nothing by that.
+    p of right and wrong answers is never below the chance that none of those N that would differ is seen. Measured
+    scores that agree to the last bit are of one and the same function; single ones for a whole test set prove nothing
+    by that.
     """
     if margin <= 0:
         raise ValueError(f"Margin {margin}: equivalence needs a positive margin, in the metric's unit.")
     distance = margin - abs(s.difference)
+    unseen = 0.0 if s.reach is None else max(0.0, 1 - margin / s.reach) ** s.items
     s = against_margin(s, margin)
     if s.error == 0:
-        return 1.0 if s.items == 1 else 0.0
+        return 1.0 if s.reach is None and s.items == 1 else unseen
     p = _two_sided(abs(distance), s) / 2
-    return p if distance > 0 else 1 - p
+    return max(unseen, p if distance > 0 else 1 - p)
 
 
 def holm(p: Sequence[float]) -> list[float]:
