@@ -10,11 +10,13 @@ random head. Every method trains 1,920 numbers for each rank (full fine-tuning 5
 bits, 6 each, by trained number. Training and test are the same keys: recall is what was stored. Chance is 1/64 = 0.016.
 How rates are chosen: search.py. At r = 8 it takes four times the steps to see each fact as often as at r = 2.
 
-Of strings: SmolLM2, its last feed-forward matrix (1,536 → 576), 2,112 numbers for each rank. It reads "key=value", two
-random strings of eight hexadecimal digits, a token each, and each digit of the value is chosen among the sixteen. A
-fact is 32 bits, and stored where all eight digits are right. What the matrix reads does not depend on it, so it is
-computed once. Of layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers,
-4,608 numbers for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
+Of strings: SmolLM2, one matrix of its last feed-forward part (576 → 1,536, before SiLU), 2,112 numbers for each rank.
+It reads "key=value", two random strings of eight hexadecimal digits, a token each, and chooses each digit of the value
+among the sixteen (chance 1/16): 32 bits a fact, of which the share of right digits counts. What the matrix reads does
+not depend on it, so it is computed once.
+
+Of layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers, 4,608 numbers
+for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
 """
 
 from __future__ import annotations
@@ -38,8 +40,7 @@ from dual_lora import DualLoraConfig
 from dual_lora.lab.model.load import Loaded, load_model, locate
 from dual_lora.lab.recipe.schema import ModelSection
 
-LABELS, BATCH = 64, 128
-RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+LABELS = 64
 
 
 class Setting(NamedTuple):
@@ -79,6 +80,7 @@ class Matrix(nn.Module):
     """Keys [N, 384] → features [N, 1536]: the first layer's first feed-forward matrix."""
 
     target, rank_1, bits = ".*dense", 384 + 1536, math.log2(LABELS)
+    batch, rates = 128, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
     def __init__(self, encoder: Any):
         super().__init__()
@@ -98,6 +100,7 @@ class Layers(nn.Module):
     """Keys [N, 4] of tokens → features [N, 384]: the whole encoder, without dropout."""
 
     target, rank_1, bits = r".*attention\.output\.dense", 6 * (384 + 384), math.log2(LABELS)
+    batch, rates = 128, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 
     def __init__(self, encoder: Any):
         super().__init__()
@@ -113,18 +116,19 @@ class Layers(nn.Module):
 
 
 class Strings(nn.Module):
-    """What the last feed-forward matrix reads and is added to, [N, 8, 1536 + 576] → features [N, 8, 576]."""
+    """What the last feed-forward part reads and is added to, [N, 8, 2 · 576] → features [N, 8, 576]."""
 
-    target, rank_1, bits = ".*down_proj", 1536 + 576, 8 * math.log2(16)
+    target, rank_1, bits = ".*gate_proj", 1536 + 576, 8 * math.log2(16)
+    batch, rates = 32, [1e-2, 3e-2, 1e-1]
 
     def __init__(self, decoder: Loaded):
         super().__init__()
-        self.down_proj = copy.deepcopy(decoder.model.model.layers[-1].mlp.down_proj)
+        self.mlp = copy.deepcopy(decoder.model.model.layers[-1].mlp)
         self.norm = copy.deepcopy(decoder.model.model.norm)
 
     def forward(self, keys: Tensor) -> Tensor:
-        read, added_to = keys.split([1536, 576], -1)
-        return self.norm(added_to + self.down_proj(read))
+        read, added_to = keys.chunk(2, -1)
+        return self.norm(added_to + self.mlp(read))
 
     @staticmethod
     def facts(decoder: Loaded, count: int, draw: torch.Generator) -> Facts:
@@ -133,20 +137,20 @@ class Strings(nn.Module):
         digits = torch.randint(16, (count, 2, 8), generator=draw)
         tokens = alphabet[torch.cat([digits[:, 0], torch.full((count, 1), 16), digits[:, 1]], 1)]
         model = decoder.model.model
-        matrix = model.layers[-1].mlp.down_proj
+        mlp = model.layers[-1].mlp
         read: list[Tensor] = []
         sums: list[Tensor] = []
         hooks = [
             module.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0][:, 8:-1]))
-            for module, seen in ((matrix, read), (model.norm, sums))
+            for module, seen in ((mlp, read), (model.norm, sums))
         ]
         with torch.no_grad():
-            for part in tokens.split(BATCH):
+            for part in tokens.split(128):
                 model(input_ids=part)
             for hook in hooks:
                 hook.remove()
             features = torch.cat(read)
-            keys = torch.cat([features, torch.cat(sums) - matrix(features)], -1)
+            keys = torch.cat([features, torch.cat(sums) - mlp(features)], -1)
         return keys, digits[:, 1], decoder.model.lm_head.weight[alphabet[:16]].detach()
 
 
@@ -186,8 +190,8 @@ def drawn(load: float, setting: Setting, source: Any) -> Facts:
     return setting.base.facts(source, count, torch.Generator().manual_seed(count))
 
 
-def stored(method: str, setting: Setting, rate: float, seed: int, source: Any, facts: Facts) -> list[int]:
-    """Train; for each key 1 where its label, or every digit, is the largest logit, else 0."""
+def stored(method: str, setting: Setting, rate: float, seed: int, source: Any, facts: Facts) -> list[float]:
+    """Train; for each key 1 where its label is the largest logit, else 0; of a value the share of such digits."""
     keys, labels, head = facts
     torch.manual_seed(seed)
     model = model_of(method, setting, source, head)
@@ -195,16 +199,16 @@ def stored(method: str, setting: Setting, rate: float, seed: int, source: Any, f
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, setting.steps)
     order = torch.Generator().manual_seed(seed)  # the same for all methods
     for _ in range(setting.steps):
-        chosen = torch.randperm(len(keys), generator=order)[:BATCH]
+        chosen = torch.randperm(len(keys), generator=order)[: setting.base.batch]
         loss = cross_entropy(model(keys[chosen]).flatten(0, -2), labels[chosen].flatten())
         if not loss.isfinite():
-            return [0] * len(keys)
+            return [0.0] * len(keys)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         decay.step()
     with torch.no_grad():
-        return (model(keys).argmax(-1) == labels).view(len(keys), -1).all(1).int().tolist()
+        return (model(keys).argmax(-1) == labels).view(len(keys), -1).float().mean(1).tolist()
 
 
 def main() -> None:
@@ -226,11 +230,11 @@ def main() -> None:
     for load in args.loads:
         facts = drawn(load, setting, source)
 
-        def run(method: str, rate: float, seed: int, facts: Facts = facts) -> list[int]:
+        def run(method: str, rate: float, seed: int, facts: Facts = facts) -> list[float]:
             return stored(method, setting, rate, seed, source, facts)
 
         for method in args.methods:
-            comparison.add(f"{load:g} bits", method, RATES, run)
+            comparison.add(f"{load:g} bits", method, setting.base.rates, run)
 
 
 if __name__ == "__main__":
