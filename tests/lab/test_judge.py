@@ -176,6 +176,24 @@ def test_right_answers_in_percent_are_right_answers(tmp_path):
     assert (c["verdict"], c["spread"]["reach"]) == ("equivalent within the margin", None)
 
 
+@pytest.mark.parametrize(
+    ("values", "reach"),
+    [
+        ([0, 1, 0.5], 1),
+        ([0, 0.25, 0.5, 0.75, 1], 1),
+        ([1, 2, 3, 5], 4),
+        ([-1, 1], 2),
+        ([i / 9 for i in range(12)], None),
+    ],
+)
+def test_scores_of_few_values_are_no_measurements(tmp_path, values, reach):
+    """24 items that all agree say nothing of a hundredth, whatever else than right and wrong they may be."""
+    rows = [[m, s, i, values[i % len(values)]] for m in "ab" for s in range(3) for i in range(24)]
+    (c,) = judge(write_table(tmp_path / "s.csv", rows), margin=0.01, better="more")["comparisons"]
+    assert c["spread"]["reach"] == reach
+    assert c["verdict"] == ("inconclusive" if reach else "equivalent within the margin")
+
+
 def test_runs_without_the_metric_are_named(tmp_path):
     """A seed that has another metric only was dropped without a word."""
     rows = [[m, s, i, "f1" if s == 1 else "acc", i % 2] for m in "ab" for s in (1, 2, 3) for i in range(4)]

@@ -36,6 +36,7 @@ WHOLE_ONLY = (
     "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
     "for other items."
 )
+FEW = 11  # values from none to ten tenths; each at least as often on average, or they are measured
 # Words in the name of a metric of which there should be less, and of which there should be more.
 LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
 MORE = set("accuracy acc exact match f1 recall precision bleu rouge matthews mcc pearson auc".split())  # noqa: SIM905
@@ -200,12 +201,14 @@ def _pairs(
 
 
 def _reach(scores: NDArray[np.float64]) -> float | None:
-    """What a right answer counts, where all scores are of right or wrong answers: 1, 100 in percentages, or another."""
-    found = set(np.unique(scores).tolist())
-    right = max(found, key=abs)
-    if not found <= {0, right} or (0 not in found and right not in (1, 100)):
-        return None
-    return abs(right) or 1.0
+    """How far one item can move: what a right answer counts (1, 100 in percentages, or another), or from the lowest to
+    the highest of a few values, such as marks and quarters. None where scores are measured.
+    """
+    found = np.unique(scores)
+    right = float(max(found, key=abs))
+    if set(found) <= {0.0, right} and (0 in found or right in (1, 100)):
+        return abs(right) or 1.0
+    return float(np.ptp(found)) if 1 < len(found) <= min(FEW, scores.size / FEW) else None
 
 
 def _method(
