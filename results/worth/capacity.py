@@ -12,8 +12,8 @@ How rates are chosen: search.py. At r = 8 it takes four times the steps to see e
 
 Of strings: SmolLM2, one matrix of its last feed-forward part (576 → 1,536, before SiLU), 2,112 numbers for each rank.
 It reads "key=value", two random strings of eight hexadecimal digits, a token each, and chooses each digit of the value
-among the sixteen (chance 1/16): 32 bits a fact, of which the share of right digits counts. What the matrix reads does
-not depend on it, so it is computed once.
+among the sixteen (chance 1/16), given the true ones before it: 32 bits a fact, of which the share of right digits
+counts. What the matrix reads does not depend on it, so it is computed once. Full fine-tuning trains 884,736 numbers.
 
 Of layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers, 4,608 numbers
 for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.

@@ -156,6 +156,46 @@ def test_a_margin_that_no_answers_can_reach():
     assert stats.same_p(stats.Spread(0.0, 0.0, 0.0, 3, 10, 1.0), 2.0) == 0.0
 
 
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.2, 0.4])
+@pytest.mark.parametrize("items", [60, 230, 340])
+def test_equivalent_is_right_at_any_level_where_each_answer_that_differs_is_better(level, items):
+    """By the binomial itself: all runs agree, and a share of the margin is better. At 0.2 a third was wrong."""
+    margin, wrong = 0.01, 0.0
+    for better in range(items):
+        d = np.zeros((3, items))
+        d[:, :better] = 1
+        if stats.same_p(dataclasses.replace(stats.spread(d), reach=1.0), margin) > level:
+            break
+        wrong += scipy_stats.binom.pmf(better, items, margin)
+    assert wrong <= level
+
+
+@pytest.mark.parametrize(("items", "share"), [((50, 500), 0.02), ((20, 400), 0.02), ((71, 3270), 0.005)])
+def test_no_difference_is_found_where_a_small_set_takes_back_what_a_large_one_gains(items, share):
+    """As many are worse in the small set as are better in the large one, all the same in every run, by the binomials.
+
+    Where none of the small set was among the items, the difference was "significant": in up to 70 % of studies.
+    """
+    small, large = items
+    wrong, total = 0.0, small + large
+    for worse in range(6):
+        for better in range(large // 10):
+            chance = scipy_stats.binom.pmf(worse, small, share) * scipy_stats.binom.pmf(better, large, share)
+            if chance < 1e-4:
+                continue
+            d = np.zeros((2, total))
+            d[:, :worse] = -total / small / 2
+            d[:, small : small + better] = total / large / 2
+            s = dataclasses.replace(stats.spread(d), seeds=5, reach=total / small / 2)
+            wrong += chance * (stats.difference_p(s) < 0.05)
+    assert wrong < 0.05
+
+
+def test_two_answers_are_no_difference():
+    """Right on both, in every run, where the other method is wrong."""
+    assert stats.difference_p(dataclasses.replace(stats.spread(np.ones((3, 2))), reach=1.0)) == 0.5
+
+
 def test_one_seed_has_the_items_error_alone():
     d = np.array([[0.0, 1.0, 0.0, 1.0]])
     assert stats.spread(d) == stats.Spread(0.5, d.std(ddof=1) / 2, 0.0, 1, 4)

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import planned_steps
+from dual_lora.lab.study.budget import planned_steps, rank_field
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
-from dual_lora.method.config import DualLoraConfig
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
 SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
@@ -111,8 +111,9 @@ def length_of(study: Study) -> Length:
 def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The three methods, as a study writes them; LoRA has the rank, the others' are solved for.
 
-    Raises UserError for ranks that Dual LoRA cannot have.
+    Raises UserError for fields that the recipe's method does not have, and for ranks that Dual LoRA cannot have.
     """
+    method_config(recipe.method, recipe.model.head, 10**6, [])
     own = {key: value for key, value in recipe.method.items() if value is not None}
     kind = str(own.pop("name")).lower().replace("-", "_")
     shared = {key: own[key] for key in SHARED if key in own}
@@ -121,22 +122,18 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         from peft import LoraConfig
 
         alpha = alpha or LoraConfig().lora_alpha
-    ranks = {key: own.pop(key) for key in ("r", "r1", "r2") if key in own}
-    if kind == "dual_lora":
-        try:
-            DualLoraConfig(**ranks)
-        except ValueError as error:
-            raise UserError(f"method.{error}") from None
-    r, r1, r2 = (ranks.get(key) for key in ("r", "r1", "r2"))
+    field = rank_field(str(recipe.method["name"]))
+    field = field if field in ("r", "init_r") else "r"  # others are no ranks
+    r, r1, r2 = (own.pop(key, None) for key in (field, "r1", "r2"))
     r1, r2 = (r - r2 if r and r2 and r1 is None else r1), (r - r1 if r and r1 and r2 is None else r2)
     whole = r1 + r2 if isinstance(r1, int) and isinstance(r2, int) else None
-    rank = r or whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
-    if rank == 1:
+    rank = r if r is not None else whole or (8 if kind in ("lora", "dual_lora") else RANK)  # PEFT's default
+    if type(rank) is not int or rank < 2:
         raise UserError(
-            f"method.r: {kind} has rank 1, and no Dual LoRA trains as few parameters: it has a rank for the magnitude "
-            "and one for the direction. Give r: 2 or more."
+            f"method.{field}: {kind} has rank {rank!r}. Give a whole number of 2 or more: Dual LoRA has a rank for the "
+            "magnitude and one for the direction, and is compared with as many parameters."
         )
-    if kind != "dual_lora" and isinstance(rank, int) and rank > 1 and rank % 2:  # as many parameters, of unequal parts
+    if kind != "dual_lora" and rank % 2:  # as many parameters, of unequal parts
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
     dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}

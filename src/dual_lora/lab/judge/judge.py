@@ -36,7 +36,7 @@ WHOLE_ONLY = (
     "There is one score a run, none for each test item: the verdicts hold for these test items and other seeds, not "
     "for other items."
 )
-FEW = 11  # values from none to ten tenths; each at least as often on average, or they are measured
+FEW = 11  # values, from none to ten tenths; with fewer items than that no more than one less than there are
 # Words in the name of a metric of which there should be less, and of which there should be more.
 LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
 MORE = set("accuracy acc exact match f1 recall precision bleu rouge matthews mcc pearson auc".split())  # noqa: SIM905
@@ -192,7 +192,7 @@ def _pairs(
         )
     about: dict[str, Any] = {"task": task_name(*scenario), "scenario": scenario, "metric": metric, "better": better}
     about |= {"margin": margin, "confidence": 1 - level, "scale": float(np.abs(values).max())}
-    about["reach"] = None if whole else _reach(values)
+    about["reach"] = None if whole else _reach(values, len(own[against].items))
     return [
         verdicts.compare_pair(sign * runs.table, reference, names=(method, against), **about)
         for method, runs in own.items()
@@ -200,15 +200,17 @@ def _pairs(
     ]
 
 
-def _reach(scores: NDArray[np.float64]) -> float | None:
-    """How far one item can move: what a right answer counts (1, 100 in percentages, or another), or from the lowest to
-    the highest of a few values, such as marks and quarters. None where scores are measured.
+def _reach(scores: NDArray[np.float64], items: int) -> float | None:
+    """How far one item can move, where scores are answers: all the same or nothing (right or wrong), or of few values
+    (marks, quarters), from 0 on, and of values up to 1 up to there. None where they are measured.
     """
     found = np.unique(scores)
-    right = float(max(found, key=abs))
-    if set(found) <= {0.0, right} and (0 in found or right in (1, 100)):
-        return abs(right) or 1.0
-    return float(np.ptp(found)) if 1 < len(found) <= min(FEW, scores.size / FEW) else None
+    low, high = min(found[0], 0.0), max(found[-1], 0.0)
+    if set(found) <= {0.0, low + high}:
+        return float(high - low) or 1.0
+    if len(found) > min(FEW, items - 1):
+        return None
+    return float(high - low) if low < 0 or high > 1 else 1.0
 
 
 def _method(

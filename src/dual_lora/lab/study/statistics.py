@@ -22,8 +22,10 @@ of 0.005 is 0.04 in truth (docs/explanation/calibration.md).
 
 A test against a margin asks what would be seen if the true difference were that margin m. Where answers are right or
 wrong, few of those that differ may happen to be among the items, and then the error that was seen is too small as well.
-If one answer moves the score by R / N at most, a difference of m takes a share m / R of the answers at least, so an
-item's part in it varies by m (R - m) or more: the items' error is never taken for less (`against_margin`).
+If one answer moves the score by R / N, a difference of m takes a share m / R of the answers at least. Where those are
+right or wrong an item's part in it varies by m (R - m) or more: the items' error is never taken for less
+(`against_margin`), and p for no less than the chance that so few of them are seen. Nor is p of "no difference" below
+the chance that none of the answers is seen that would make up for the difference (`difference_p`).
 
 Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schuirmann 1987 (two one-sided tests),
 Holm 1979.
@@ -161,26 +163,34 @@ def _two_sided(distance: float, s: Spread) -> float:
 
 
 def difference_p(s: Spread) -> float:
-    """Two-sided p of "no difference"."""
-    return _two_sided(abs(s.difference), s)
+    """Two-sided p of "no difference".
+
+    Answers that move the score by R / N each make up for a difference d if a share d / (R + d) of them does: p is never
+    below twice the chance that none of N is such a one.
+    """
+    unseen = 0.0 if s.reach is None else 2 * (1 + abs(s.difference) / s.reach) ** -s.items
+    return max(_two_sided(abs(s.difference), s), min(unseen, 1.0))
 
 
 def same_p(s: Spread, margin: float) -> float:
     """Two one-sided tests: p of "the true difference is as large as the margin, one way or the other".
 
-    p of right and wrong answers is never below the chance that none of those N that would differ is seen. Measured
+    p of right and wrong answers is never below the chance that no more of those N that would differ are seen. Measured
     scores that agree to the last bit are of one and the same function; single ones for a whole test set prove nothing
     by that.
     """
     if margin <= 0:
         raise ValueError(f"Margin {margin}: equivalence needs a positive margin, in the metric's unit.")
     distance = margin - abs(s.difference)
-    unseen = 0.0 if s.reach is None else max(0.0, 1 - margin / s.reach) ** s.items
+    few = 0.0
+    if s.reach is not None and distance > 0:
+        seen = math.floor(s.items * abs(s.difference) / s.reach + 1e-6)
+        few = float(stats.binom.cdf(seen, s.items, min(margin / s.reach, 1.0)))
     s = against_margin(s, margin)
     if s.error == 0:
-        return 1.0 if s.reach is None and s.items == 1 else unseen
+        return 1.0 if s.reach is None and s.items == 1 else few
     p = _two_sided(abs(distance), s) / 2
-    return max(unseen, p if distance > 0 else 1 - p)
+    return max(few, p if distance > 0 else 1 - p)
 
 
 def holm(p: Sequence[float]) -> list[float]:
