@@ -100,7 +100,7 @@ class Layers(nn.Module):
     """Keys [N, 4] of tokens → features [N, 384]: the whole encoder, without dropout."""
 
     target, rank_1, bits = r".*attention\.output\.dense", 6 * (384 + 384), math.log2(LABELS)
-    batch, rates = 128, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    batch, rates = Matrix.batch, Matrix.rates
 
     def __init__(self, encoder: Any):
         super().__init__()

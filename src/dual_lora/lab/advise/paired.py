@@ -113,7 +113,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
     Raises UserError for fields that the recipe's method does not have, and for ranks that Dual LoRA cannot have.
     """
-    method_config(recipe.method, recipe.model.head, 10**6, [])
+    method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # raises for a wrong field
     own = {key: value for key, value in recipe.method.items() if value is not None}
     kind = str(own.pop("name")).lower().replace("-", "_")
     shared = {key: own[key] for key in SHARED if key in own}
