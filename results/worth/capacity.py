@@ -16,7 +16,7 @@ among the sixteen (chance 1/16), given the true ones before it: 32 bits a fact, 
 counts. What the matrix reads does not depend on it, so it is computed once. Full fine-tuning trains 884,736 numbers.
 
 Of layers: all of MiniLM, the matrix after the attention (384 → 384) adapted in each of its six layers, 4,608 numbers
-for each rank. A key is four random tokens, and the head sees the mean of the last hidden states.
+for each rank. A key is two random tokens, and the head sees the mean of the last hidden states.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class Matrix(nn.Module):
 
 
 class Layers(nn.Module):
-    """Keys [N, 4] of tokens → features [N, 384]: the whole encoder, without dropout."""
+    """Keys [N, 2] of tokens → features [N, 384]: the whole encoder, without dropout."""
 
     target, rank_1, bits = r".*attention\.output\.dense", 6 * (384 + 384), math.log2(LABELS)
-    batch, rates = Matrix.batch, Matrix.rates
+    batch, rates = 64, Matrix.rates
 
     def __init__(self, encoder: Any):
         super().__init__()
@@ -111,7 +111,7 @@ class Layers(nn.Module):
 
     @staticmethod
     def facts(encoder: Any, count: int, draw: torch.Generator) -> Facts:
-        words = torch.randint(1000, 30522, (count, 4), generator=draw)  # and their parts
+        words = torch.randint(1000, 30522, (count, 2), generator=draw)  # and their parts
         return with_labels(words, 384, draw)
 
 

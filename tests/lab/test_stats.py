@@ -299,6 +299,9 @@ def test_the_least_error_against_a_margin():
     assert stats.against_margin(dataclasses.replace(s, reach=5.0), 0.02).item_error == pytest.approx(
         math.sqrt(0.02 * 4.98 / 400)
     )
+    two, one = (stats.Spread(0.0, 0.0, 0.0, 4, items, reach=1.0) for items in (2, 1))
+    assert stats.against_margin(two, 0.02).item_error == pytest.approx(math.sqrt(0.02 * 0.98 / 2))
+    assert stats.against_margin(one, 0.02) == one, "one item has no spread over items"
     pair = verdicts.compare_pair(d, np.zeros_like(d), margin=0.02, reach=1.0)
     assert (pair.same_low, pair.same_high) == pytest.approx(stats.interval(wider, 0.9))
     assert (pair.low, pair.high) == pytest.approx(stats.interval(s, 0.95)), "no difference is another question"
@@ -358,6 +361,12 @@ def test_family_of_comparisons_keeps_the_level():
         any_plain.append(min(p) < 0.05)
     assert np.mean(any_hit) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 150)
     assert np.mean(any_plain) > 2 * 0.05
+
+
+def test_a_stored_difference_without_any_error_is_certain():
+    """No table of scores gives one today; results of earlier versions hold such rows."""
+    assert stats.difference_p(stats.Spread(0.01, 0.0, 0.0, 3, 10)) == 0.0
+    assert stats.difference_p(stats.Spread(0.0, 0.0, 0.0, 3, 10)) == 1.0
 
 
 def test_holm_by_hand():

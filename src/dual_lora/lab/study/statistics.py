@@ -40,7 +40,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 Table = NDArray[np.float64]
 
@@ -134,7 +134,8 @@ def against_margin(s: Spread, margin: float) -> Spread:
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
     """Half of the interval's width at 1 - level (the module's formula); arrays are taken as they come."""
     parts = ((seed_error, seeds - 1), (item_error, items - 1))
-    ends = [stats.t.isf(level / 2, df) * np.asarray(error) for error, df in parts if df > 0]
+    # Student's t from `special`: the numbers of `stats.t.isf` and `stats.t.sf`, at a tenth of the time.
+    ends = [-special.stdtrit(df, level / 2) * np.asarray(error) for error, df in parts if df > 0]
     return np.asarray(functools.reduce(np.hypot, ends, 0.0))
 
 
@@ -150,7 +151,7 @@ def _two_sided(distance: float, s: Spread) -> float:
         raise ValueError("One seed says nothing about other seeds: give at least two.")
     if s.error == 0 or distance == 0:
         return 1.0 if distance == 0 else 0.0
-    ends = [2 * float(stats.t.sf(distance / s.error, df)) for df in (s.seeds - 1, s.items - 1) if df > 0]
+    ends = [2 * float(special.stdtr(df, -distance / s.error)) for df in (s.seeds - 1, s.items - 1) if df > 0]
     low, high = max(min(ends), 1e-300), max(ends)
     if high <= low * (1 + 1e-12):
         return high
