@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml requirements-models.txt
 demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to ten minutes)
 	$(VENV)/bin/dual-lora demo
 
-test: $(VENV)/.ready ## the test suite (no network, no GPU needed; 8 to 10 minutes on two quiet cores)
+test: $(VENV)/.ready ## the test suite (no network, no GPU needed; 8 to 16 minutes on two quiet cores)
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations 10 -m "not long"
 
 test-all: $(VENV)/.ready ## the same with the long tests

@@ -135,3 +135,20 @@ def test_what_is_not_aligned_gets_no_tile_that_would_spill(monkeypatch, dy, x):
     aligned = bf16(64, 4096)
     assert triton_gradient.tile_for(4096, 4096, 1, aligned, aligned)[:2] == (128, 256)
     assert triton_gradient.tile_for(4096, 4096, 1, dy, x)[:2] == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("O", "I", "batch", "tile"),
+    [
+        (99 * 128, 256, 1, (128, 256)),  # 99 programs: three quarters of 132 processors
+        (3 * 128, 256, 33, (128, 256)),
+        (128, 3 * 256, 33, (128, 256)),
+        (98 * 128, 256, 1, (128, 128)),  # 98, and 196 of the next smaller
+        (99 * 128 - 1, 255, 1, (128, 256)),  # a part of a tile is one
+        (64, 64, 1, (64, 64)),  # never enough: the smallest
+    ],
+)
+def test_the_largest_tile_that_keeps_the_card_busy(monkeypatch, O, I, batch, tile):
+    monkeypatch.setattr(triton_launch, "target", lambda device: "sm_90")
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
+    assert triton_gradient.tile_for(O, I, batch, None, bf16(16, 256))[:2] == tile
