@@ -126,7 +126,8 @@ def looking():
     for page, line in dict.fromkeys(lines):
         program, *words = shlex.split(line, comments=True) or [""]
         if program == "dual-lora" and only_looks(words):
-            long = [pytest.mark.long] if "--on" in words else []  # half a minute and more of simulated steps
+            # Half a minute and more of simulated steps.
+            long = [pytest.mark.long] if {"--fits", "--on"} & set(words) else []
             yield pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}", marks=long)
 
 
