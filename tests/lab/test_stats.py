@@ -363,8 +363,8 @@ def test_family_of_comparisons_keeps_the_level():
     assert np.mean(any_plain) > 2 * 0.05
 
 
-def test_a_stored_difference_without_any_error_is_certain():
-    """No table of scores gives one today; results of earlier versions hold such rows."""
+def test_a_difference_without_any_error_is_certain():
+    """Of a spread that is given so: no table of scores makes one, and no published result holds one."""
     assert stats.difference_p(stats.Spread(0.01, 0.0, 0.0, 3, 10)) == 0.0
     assert stats.difference_p(stats.Spread(0.0, 0.0, 0.0, 3, 10)) == 1.0
 

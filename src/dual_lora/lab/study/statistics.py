@@ -134,7 +134,7 @@ def against_margin(s: Spread, margin: float) -> Spread:
 def half_width(level: float, seed_error: ArrayLike, item_error: ArrayLike, seeds: int, items: int) -> Table:
     """Half of the interval's width at 1 - level (the module's formula); arrays are taken as they come."""
     parts = ((seed_error, seeds - 1), (item_error, items - 1))
-    # Student's t from `special`: the numbers of `stats.t.isf` and `stats.t.sf`, at a tenth of the time.
+    # Student's t from `special`: the numbers of `stats.t.isf` and `stats.t.sf` without their checks.
     ends = [-special.stdtrit(df, level / 2) * np.asarray(error) for error, df in parts if df > 0]
     return np.asarray(functools.reduce(np.hypot, ends, 0.0))
 
