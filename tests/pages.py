@@ -54,3 +54,11 @@ def blocks(page: Path) -> list[Block]:
 def commands(code: str) -> list[str]:
     """The lines of a shell block, those that go on in the next one joined."""
     return [line.strip() for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def only_looks(words: list[str]) -> bool:
+    """Whether a dual-lora command trains nothing and needs no file of the reader's."""
+    if any("$" in word or word.startswith(("my-", "gpu-")) for word in words):  # gpu-: data that the reader fetches
+        return False
+    looks = words[0] == "recipes" or (words[0] == "estimate" and "--calibrate" not in words)
+    return looks or "--dry-run" in words or words == ["compare"]

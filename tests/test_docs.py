@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from forked import forking
-from pages import PAGES, ROOT, blocks, commands, name_of
+from pages import PAGES, ROOT, blocks, commands, name_of, only_looks
 
 pytest.importorskip("cyclopts")
 KNOWN = {"hidden", "skip", "needs", "from", "file", "run", "recipe", "study"}
@@ -110,14 +110,6 @@ def test_shell_commands_exist_and_take_these_arguments(page, some):
         assert subprocess.run(["bash", "-n"], input=block.code, text=True).returncode == 0
         for line in commands(block.code):
             check_command(line, f"{name_of(page)}:{block.line}: {line}", written)
-
-
-def only_looks(words):
-    """Whether a dual-lora command trains nothing and needs no file of the reader's."""
-    if any("$" in word or word.startswith(("my-", "gpu-")) for word in words):  # gpu-: data that the reader fetches
-        return False
-    looks = words[0] == "recipes" or (words[0] == "estimate" and "--calibrate" not in words)
-    return looks or "--dry-run" in words or words == ["compare"]
 
 
 def looking():

@@ -67,6 +67,25 @@ def test_every_form_is_right():
         assert triton_check.error(launch) <= 1e-5
 
 
+def test_a_trial_is_the_launch_that_it_stands_for(monkeypatch):
+    right, seen = triton_gradient.factor_gradients, []
+
+    def noted(dy, x, adapters, loss_scale=None, deterministic=None, routed=None, tile=None):
+        seen.append((dy is not None, loss_scale is not None, deterministic, tile, x.dtype, len(adapters)))
+        return right(dy, x, adapters, loss_scale, deterministic, routed, tile)
+
+    monkeypatch.setattr(triton_gradient, "factor_gradients", noted)
+    first = gradients()[0]
+    ranks, tile = (R, (2, 2, Form())), first.tile
+    for launch in (first, first._replace(scaled=True), first._replace(deterministic=True, ranks=ranks)):
+        assert triton_check.error(launch) <= 1e-5
+    assert seen == [
+        (True, False, False, tile, torch.float32, 1),
+        (True, True, False, tile, torch.float32, 1),
+        (True, False, True, tile, torch.float32, 2),
+    ]
+
+
 @pytest.mark.parametrize("place", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_small_problem_is_placed_as_the_large_one(place, aligned):

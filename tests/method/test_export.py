@@ -234,10 +234,17 @@ def onnx_runs():
 
 # A merged model holds no operator of ours (`test_exported_program`), so a few stand for all of them.
 ONNX = [(name, False) for name in CASES] + [("llama", True), ("encoder", True), ("experts", True)]
+# Some ten seconds each; of several forms of one layer one is in `make test`.
+STOOD_FOR = {("conv1d", False), ("conv3d", False), ("separate attention", False), ("transposed experts", False),
+             ("encoder", True), ("experts", True)}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "merged"), ONNX, ids=[f"{name}{'-merged' * merged}" for name, merged in ONNX])
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [pytest.param(*each, marks=pytest.mark.long) if each in STOOD_FOR else each for each in ONNX],
+    ids=[f"{name}{'-merged' * merged}" for name, merged in ONNX],
+)
 def test_onnx(name, merged, onnx_runs):
     model, x, other = CASES[name]()
     with torch.no_grad():

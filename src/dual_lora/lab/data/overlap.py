@@ -38,11 +38,14 @@ def shared(data: DataSection) -> list[Shared]:
     return [each for each in counted if each.found]
 
 
-def undeclared(data: DataSection) -> str:
-    """Why the recipe's sets are not apart, and what to do; "" where they are, or where it declares what they share."""
+def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
+    """Why the recipe's sets are not apart, and what to do; "" where they are, or where it declares what they share.
+
+    found: what `shared` found, where it was asked already.
+    """
     if data.overlap == "all":
         return ""
-    over = [each for each in shared(data) if each.found > data.overlap]
+    over = [each for each in (shared(data) if found is None else found) if each.found > data.overlap]
     if not over:
         return ""
     together = (

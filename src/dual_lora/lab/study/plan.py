@@ -160,9 +160,9 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
             f"tasks.{task}: data.validation and data.test are the same records, {same}. Tuning on test records "
             "makes every comparison worthless: use data.holdout to take validation records out of training."
         )
-    if why := undeclared(data):
-        raise UserError(f"tasks.{task}: {why}")
     found = shared(data)
+    if why := undeclared(data, found):
+        raise UserError(f"tasks.{task}: {why}")
     return f"Of {task}, {' and '.join(each.words for each in found)}; the recipe declares it." if found else ""
 
 
