@@ -126,6 +126,17 @@ def test_hub_name_with_split(tmp_path):
     assert example.where == f"hub:{tmp_path}:train, record 1"
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"test": "hub:a/b"}, {"validation": "hub:a/b,c"}, {"tests": {"x": "hub:a/b:test", "y": "y.json + hub:a/b"}}],
+)
+def test_what_judges_names_its_split_of_a_hub(wrong):
+    """Without one it is the training records."""
+    with pytest.raises(ValueError, match=r"hub:a/b(,c)? names no split: write hub:a/b(,c)?:test"):
+        DataSection(**wrong)
+    assert DataSection(train="hub:a/b", test="hub:a/b:test", tests={"x": "x.json + hub:a/b,c:validation"})
+
+
 CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": %s}]}'
 
 

@@ -185,10 +185,15 @@ def test_padded_hotswap_keeps_every_tensor(tmp_path):
     model = PeftModel.from_pretrained(llama(), tmp_path / "a").eval()
     hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
     torch.testing.assert_close(logits(model), first, atol=1e-5, rtol=1e-4)
-    before = {name: (p.data_ptr(), p.shape) for name, p in model.named_parameters()}
+
+    def addresses():
+        scales = {name: m.dual_lora_scale["default"] for name, m in model.named_modules() if hasattr(m, "dual_lora_A")}
+        return {name: (t.data_ptr(), t.shape) for name, t in (*model.named_parameters(), *scales.items())}
+
+    before = addresses()
     hotswap_adapter(model, str(tmp_path / "b"), adapter_name="default", torch_device="cpu")
     torch.testing.assert_close(logits(model), second, atol=1e-5, rtol=1e-4)
-    assert {name: (p.data_ptr(), p.shape) for name, p in model.named_parameters()} == before
+    assert addresses() == before
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,12 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         left, scale = self.steps_left(adapter), self.dual_lora_scale[adapter]
         if left > 0:
             self._set_steps_left(adapter, left - 1)
-            if not scale.is_inference():  # in the same memory, for CUDA graphs that were captured before
-                self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
+            self._move_scale(adapter, scale)
+
+    def _move_scale(self, adapter: str, memory: Tensor) -> None:
+        """Keep the scale where an earlier one was, for CUDA graphs that were captured before."""
+        if not memory.is_inference():
+            self.dual_lora_scale[adapter] = memory.copy_(self.dual_lora_scale[adapter])
 
     @torch.inference_mode(False)  # who loads or scales in inference mode may train afterwards
     def _set_steps_left(self, adapter: str, left: int) -> None:

@@ -61,12 +61,14 @@ def hotswap_from_state_dict(
             known[key].copy_(value)
         for name, layer in layers.items():
             composed_weights.drop(layer)
+            scale = layer.dual_lora_scale[adapter_name]
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             layer.set_ranks(adapter_name, *layer_options(config, key_of(name, layer)))
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
+            layer._move_scale(adapter_name, scale)
 
     configs: Any = getattr(model, "peft_config", {})
     if adapter_name in configs:

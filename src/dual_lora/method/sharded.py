@@ -68,7 +68,7 @@ def refuse(base: nn.Module, weight: Any) -> None:
 
 
 def refuse_bare_parts(base: nn.Module) -> None:
-    """Raise ValueError for a weight that was cut without a trace of the whole: transformers before 5.15, quantised."""
+    """Raise ValueError for a weight that was cut without a trace of the whole: transformers before 5.17, quantised."""
     if getattr(base, "_hf_quantized_needs_local_tp", False) and getattr(base, "_is_hooked", False):
         raise ValueError(
             f"Dual LoRA cannot work on a quantised {type(base).__name__} under tensor parallelism: shard the "
@@ -77,7 +77,7 @@ def refuse_bare_parts(base: nn.Module) -> None:
     if getattr(base, "_hf_tp_plan", None) and not is_sharded(getattr(base, "weight", None)):
         raise ValueError(
             f"This {type(base).__name__} holds a bare part of its weight (tensor parallel plan {base._hf_tp_plan!r} of "
-            "transformers before 5.15): it does not say what the whole weight is. Use transformers 5.17 or "
+            "transformers before 5.17): it does not say what the whole weight is. Use transformers 5.17 or "
             "later, or load the base without `tp_plan`."
         )
 

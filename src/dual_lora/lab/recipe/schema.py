@@ -52,12 +52,14 @@ class DataSection(Section):
         "Relative paths are sought in the working folder, then in $DUAL_LORA_DATA (default ../shared/data). "
         "Several sources are joined by ' + '.",
     )
-    test: str | None = Field(None, description="Test records, named in the same way.")
+    test: str | None = Field(
+        None, description="Test records, named in the same way; of a data set on the hub with their split."
+    )
     tests: dict[str, str] = Field(
         default_factory=dict,
         description="In place of test: several test sets by name. Each is measured apart, and their mean is given.",
     )
-    validation: str | None = Field(None, description="Validation records, named in the same way.")
+    validation: str | None = Field(None, description="Validation records, named as those of test.")
     holdout: int = Field(
         0, ge=0, description="With no validation records: take so many out of the training records, always the same."
     )
@@ -100,7 +102,7 @@ class DataSection(Section):
         "the question alone and answer with the text that the label stands for.",
     )
     max_length: int = Field(
-        512, ge=4, le=MOST, description="Longest example in tokens; longer ones are left out and counted."
+        512, ge=4, le=MOST, description="Longest example in tokens; longer ones are left out (a classifier's texts are cut) and counted."
     )
     train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
     test_limit: int | None = Field(
@@ -110,6 +112,16 @@ class DataSection(Section):
         None, ge=1, description="The same for different prompts, each with all its answers (references)."
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
+
+    @model_validator(mode="after")
+    def _what_judges_names_its_split(self) -> DataSection:
+        """A hub's data set without one is its split `train`, on which no test shall silently run."""
+        named = {"validation": self.validation, "test": self.test, **{f"tests.{k}": v for k, v in self.tests.items()}}
+        for field, source in named.items():
+            for one in (source or "").split(" + "):
+                if (name := one.strip()).startswith("hub:") and ":" not in name.removeprefix("hub:"):
+                    raise ValueError(f"data.{field}: {name} names no split: write {name}:test (or :train, if you mean it)")
+        return self
 
 
 class TrainSection(Section):
@@ -149,7 +161,7 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Any further field of transformers.TrainingArguments."
+        default_factory=dict, description="Further fields of transformers.TrainingArguments. A wrong name's error lists them."
     )
 
     @field_validator("rates")
