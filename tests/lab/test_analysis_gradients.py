@@ -177,6 +177,8 @@ def test_contribution_of_other_methods_is_by_kind_of_tensor():
     model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
     rows = contributions(model, factor_state(model), lambda m: float(loss_of(m, batch()).detach()))
     assert {r["group"] for r in rows} == {"", "all", "lora_A", "lora_B"}
+    rows = contributions(model, factor_state(model), lambda m: 0.0, keeps_base=False)
+    assert {r["group"] for r in rows} == {"", "lora_A", "lora_B"}, "PiSSA's base without its adapter is no base"
 
 
 class Twice(nn.Module):

@@ -201,6 +201,10 @@ def test_likeness_is_to_the_same_step(analysis):
     assert learned > mean  # the random start is like nothing
     assert all("learned_cosine" not in r for r in analysis.runs[1].likeness)
     assert all(r["learned_share"] > 0 for r in rows_of(dual.layers, step=6))
+    shares = {(r["step"], r["layer"]): r["learned_share"] for r in dual.layers if "learned_share" in r}
+    for r in dual.likeness:  # all sizes include λ
+        expected = shares[r["step"], r["layer"]] * r["norm_relative"]
+        assert r["learned_norm_relative"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_is_perfectly_like_itself(runs):

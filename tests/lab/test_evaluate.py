@@ -19,8 +19,8 @@ from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.figures import summary
-from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss
+from dual_lora.lab.run.figures import figures, summary
+from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss, search_of
 from dual_lora.lab.run.train import run
 
 
@@ -195,6 +195,64 @@ def test_greedy_is_greedy_whatever_the_model_s_makers_set(loaded):
         setattr(model.generation_config, name, value)
         assert generate_all(model, tokenizer, prompts, 2, 8) == plain, name
     assert model.generation_config is own, "put back"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_no_word_twice_in_an_answer_but_a_prompts_may(loaded, beams):
+    """As LoRA's own decoder counts; transformers' setting forbids the prompt's words as well."""
+    model, tokenizer, _, _ = loaded
+    red, blue, end = tokenizer.convert_tokens_to_ids(["red", "blue", "</s>"])
+    head = torch.full((len(tokenizer),), -9.0)
+    head[[red, blue, end]] = torch.tensor([3.0, 2.0, 1.0])
+    bias = lambda module, given, logits: torch.zeros_like(logits) + head  # noqa: E731
+    hook = model.get_output_embeddings().register_forward_hook(bias)
+    try:
+        how = search_of(EvaluateSection(beams=beams, no_repeat_ngram=1, length_penalty=3.0))
+        found = generate_all(model, tokenizer, [[red, blue], [blue]], 2, 5, search=how)
+        assert [sorted(text.split()) for text in found] == [["blue", "red"]] * 2
+    finally:
+        hook.remove()
+
+
+def test_a_model_of_nan_has_no_score(tiny_lm, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        open_tuned(tmp_path / "m")
+
+
+def test_an_adapter_from_elsewhere_brings_its_chat_template(tiny_lm, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm), AutoTokenizer.from_pretrained(tiny_lm)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "a")
+    assert open_tuned(tmp_path / "a").tokenizer.chat_template == tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages[0]['content'] }} !"
+    tokenizer.save_pretrained(tmp_path / "a")
+    assert open_tuned(tmp_path / "a").tokenizer.chat_template == tokenizer.chat_template
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    (tmp_path / "a" / "tokenizer_config.json").write_text("[]")
+    with pytest.warns(UserWarning, match="is not used, but its base's"):
+        open_tuned(tmp_path / "a")
+
+
+@pytest.mark.parametrize("task", ["bleu", "nlg"])
+def test_several_test_sets_are_measured_apart_with_several_references_too(task, loaded, monkeypatch):
+    model, _, examples, prompter = loaded
+    monkeypatch.setattr(scoring, "generate_all", lambda *given: ["red blue green red"] * len(given[2]))
+    sets = [("a", "red blue green red"), ("a", "red green"), ("b", "no word of it")]
+    three = [replace(examples[0], answer=answer, part=part) for part, answer in sets]
+    rows = scoring.score_texts(Asked(model, three, prompter, EvaluateSection()))
+    assert [(row["part"], len(row["references"])) for row in rows] == [("a", 2), ("b", 1)]
+    found = figures(task, rows, three)
+    assert found["bleu/a"] > 10 * found["bleu/b"]
+    assert found["bleu"] == pytest.approx((found["bleu/a"] + found["bleu/b"]) / 2)
 
 
 def test_an_answer_ends_where_the_makers_say_and_keeps_its_blanks(loaded, monkeypatch):

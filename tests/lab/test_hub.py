@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import hub_card
 from dual_lora.lab.run.evaluate import evaluate
@@ -82,6 +84,26 @@ def test_the_card_has_the_scores_once_they_are_measured(copy):
     assert "loss" in metrics
     assert re.search(r"\| loss \| \d+\.\d{4} \| \d+\.\d{4} \|", text)
     assert 'AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")' in text
+
+
+def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
+    recipe, other = read_recipe(copy), read_recipe(copy).data.model_copy(update={"test_limit": 3})
+    own = evaluate(copy, progress=False).metrics
+    for measured in (evaluate(copy, other, progress=False), evaluate(open_tuned(copy, dtype="bfloat16"), progress=False)):
+        assert measured.other in ({"data.test_limit": 3}, {"dtype": "bfloat16"})
+        assert json.loads(Path(measured.file).read_text())["other"] == measured.other
+    hub_card.write_card(RunFolder(copy), recipe)
+    said = metadata((copy / "adapter" / "README.md").read_text())["model-index"][0]["results"]
+    assert {(r["dataset"]["name"], m["type"], m["value"]) for r in said for m in r["metrics"]} == {
+        ("test.json", name, value) for name, value in own["tuned"].items()
+    }
+
+
+def test_scores_of_several_test_sets_have_their_names(copy):
+    recipe = read_recipe(copy)
+    recipe.data.test, recipe.data.tests = None, {"a": "x/one.json", "b": "hub:me/two,en:test"}
+    names = {name: hub_card._dataset(recipe, name) for name in ("loss", "loss/a", "loss/b")}
+    assert names == {"loss": "one.json, me/two", "loss/a": "one.json", "loss/b": "me/two"}
 
 
 def test_written_anew_it_keeps_a_persons_words_and_the_base_model(copy):

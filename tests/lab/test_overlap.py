@@ -76,6 +76,16 @@ def test_records_in_two_sets_are_counted_and_declared(facts):
     assert "data.group: prompt" in by_line
 
 
+def test_the_same_prompt_in_other_groups_is_shared_too(tmp_path):
+    def records(name, document):
+        file = tmp_path / name
+        file.write_text("".join(f'{{"prompt": "{i} ?", "answer": "x", "of": "{document}{i}"}}\n' for i in range(8)))
+        return str(file)
+
+    data = DataSection(train=records("a.jsonl", "a"), test=records("b.jsonl", "b"), group="of")
+    assert [tuple(found) for found in shared(data)] == [("test", "train", 8, 8)]
+
+
 def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):
     file = write_study(tmp_path)
     lines = [(tmp_path / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]

@@ -249,7 +249,7 @@ def test_a_head_for_one_number(encoder_values, tmp_path):
 def test_search_for_an_answer():
     assert search_of(EvaluateSection()) == {}
     assert search_of(EvaluateSection(beams=10, length_penalty=0.8, no_repeat_ngram=4)) == {
-        "num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4
+        "num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram": 4
     }  # fmt: skip
 
 

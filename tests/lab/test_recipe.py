@@ -37,6 +37,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(name):
         ),
         ({**MINIMAL, "learning_rate": 1}, "unknown field 'learning_rate'. Did you mean 'train.learning_rate'"),
         ({**MINIMAL, "train": {"schedule": "cosin"}}, "train.schedule is 'cosin', expected.*Did you mean 'cosine'"),
+        ({**MINIMAL, "data": {"fields": {"text_pairs": "x"}}}, "no format reads a field 'text_pairs'.*text_pair"),
         ({**MINIMAL, "train": {"steps": 0}}, "train.steps is 0: input should be greater than or equal to 1"),
         ({**MINIMAL, "train": {"steps": "many"}}, "train.steps is 'many'"),
         ({**MINIMAL, "train": {"learning_rate": -1}}, "train.learning_rate is -1"),
@@ -60,6 +61,23 @@ def test_another_method_does_not_inherit_settings():
     assert merged({"method": {"name": "dual_lora", "r1": 8}}, {"method": {"name": "lora"}})["method"] == {
         "name": "lora"
     }
+
+
+@pytest.mark.parametrize("written", [{"name": "dual_lora", "r": 64}, {"r": 64}])
+@pytest.mark.parametrize("given", ["dual-lora", "Dual_LoRA", "dual_lora"])
+def test_a_method_in_another_spelling_is_the_same(written, given):
+    values = merged({**MINIMAL, "method": written}, {"method": {"name": given}})
+    assert build_recipe(values).method == {"name": "dual_lora", "r": 64}
+
+
+def test_what_is_given_is_not_outweighed_by_what_the_recipe_says_otherwise():
+    train = {"steps": 9, "rates": {".*": 2.0}, "arguments": {"warmup_steps": 50, "use_cpu": True}}
+    given = {"epochs": 2.0, "lr_warmup": 0.1, "rates": {"lora_B": 4.0}}
+    found = build_recipe(merged({**MINIMAL, "train": train}, {"train": given})).train
+    assert (found.steps, found.epochs, found.lr_warmup, found.arguments) == (None, 2.0, 0.1, {"use_cpu": True})
+    assert list(found.rates.items()) == [("lora_B", 4.0), (".*", 2.0)], "the first that fits counts"
+    both = merged({"train": train}, {"train": {"epochs": 2.0, "steps": 3, "arguments": {"warmup_steps": 1}}})["train"]
+    assert (both["steps"], both["arguments"]["warmup_steps"]) == (3, 1)
 
 
 def test_every_field_of_a_recipe_is_a_flag_with_help():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_study import die, in_child
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import train as training
 from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
@@ -369,6 +369,7 @@ def test_ramp_is_a_tenth_of_the_steps_when_left_out():
         ({"name": "lora", "r": 0}, "positive integer.* 0"),
         ({"name": "lora", "target_modules": ["nowhere"]}, "nowhere"),
         ({"name": "full", "r": 3}, "full takes no settings"),
+        ({"name": "lora", "init_lora_weights": "eva"}, "EVA's start needs a pass over the data"),
     ],
 )
 def test_wrong_methods(method, message, lm_values, tmp_path):
@@ -467,6 +468,47 @@ def test_validation_losses_stand_in_the_metrics(lm_values, tmp_path):
     assert result.examples == 40
     measured = evaluate(result.tuned, progress=False).metrics["tuned"]["loss"]
     assert result.validation_loss == pytest.approx(measured, rel=1e-4)
+
+
+def test_a_validation_loss_counts_answers_alone_and_says_what_it_leaves_out(lm_values, tmp_path):
+    from dual_lora.lab.run.evaluate import evaluate
+
+    lm_values["data"] |= {"validation": lm_values["data"]["test"], "learn_prompt": True, "overlap": "all"}
+    lm_values["train"]["validate_every"] = 6
+    lm_values["evaluate"] = {"tasks": ["loss"], "split": "validation", "base": False}
+    result = run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    measured = evaluate(result.tuned, progress=False).metrics["tuned"]["loss"]
+    assert result.validation_loss == pytest.approx(measured, rel=1e-4)
+    records = json.loads(Path(lm_values["data"]["test"]).read_text())
+    (tmp_path / "long.json").write_text(json.dumps([*records, {**records[0], "instruction": "is red ? " * 200}]))
+    lm_values["data"]["validation"] = str(tmp_path / "long.json")
+    with pytest.warns(UserWarning, match=f"leaves out 1 of {len(records) + 1} validation records"):
+        run(build_recipe(lm_values), tmp_path / "other", progress=False)
+
+
+def test_adalora_begins_anew_rather_than_with_other_ranks(lm_values, tmp_path, monkeypatch):
+    """Its checkpoints do not hold the averages that choose the ranks."""
+    lm_values["method"] = {"name": "adalora", "init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 1}
+    lm_values["train"] |= {"steps": 8, "checkpoint_every": 3}
+    recipe = build_recipe(lm_values)
+    run(recipe, tmp_path / "straight", progress=False)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(Stopped):
+            run(recipe, tmp_path / "stopped", progress=False)
+    with pytest.warns(UserWarning, match="the run begins anew"):
+        run(recipe, tmp_path / "stopped", resume=True, progress=False)
+    assert_same_adapter(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_without_a_checkpoint_the_run_s_recipe_is_the_one_that_goes_on(lm_values, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stopped):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    lm_values["train"]["batch_size"] = 2
+    run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    assert read_recipe(tmp_path / "run").train.batch_size == 2
 
 
 def test_a_value_of_minus_hundred_is_one(encoder_values, tmp_path):

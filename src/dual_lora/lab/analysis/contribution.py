@@ -26,16 +26,20 @@ def factor_state(model: Any) -> Tensors:
     return {key: parameter.detach().clone() for key, parameter in _parameters(model)}
 
 
-def contributions(model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1) -> list[dict[str, Any]]:
+def contributions(
+    model: Any, start: Tensors, loss_of: Callable[[Any], float], draws: int = 1, keeps_base: bool = True
+) -> list[dict[str, Any]]:
     """One row a variant: loss with the whole adapter, without it, and with each group set back or drawn anew.
 
     start: `factor_state` at the start of training. loss_of: the loss of the model on held-out records. draws: how often
-    a group is drawn anew (the mean and the spread are given). The model is put back as it was.
+    a group is drawn anew (the mean and the spread are given). keeps_base: whether the model without its adapter is the
+    base; else (PiSSA) that row is left out. The model is put back as it was.
     """
     groups = _groups_of(model)
     rows = [_row("as trained", "", loss_of(model))]
-    with model.disable_adapter():
-        rows.append(_row("without the adapter", "all", loss_of(model)))
+    if keeps_base:
+        with model.disable_adapter():
+            rows.append(_row("without the adapter", "all", loss_of(model)))
     for group, kinds in groups.items():
         with _changed(model, kinds, lambda key, _: start[key]):
             rows.append(_row("set back to the start", group, loss_of(model)))

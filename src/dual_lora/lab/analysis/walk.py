@@ -111,7 +111,7 @@ class Walk:
             self._say_what_is_left_out()
             if loss_of is not None:
                 self.result.contribution = contributions(
-                    self.opened.model, self.start_factors, loss_of, self.options.draws
+                    self.opened.model, self.start_factors, loss_of, self.options.draws, not self.opened.origin
                 )
 
     def _say_what_is_left_out(self) -> None:
@@ -190,7 +190,8 @@ class Walk:
         self.result.layers.append(row)
         if target is not None:
             alike = self._likeness(name, matrix, target.update())
-            alike["norm_relative"] *= now.strength
+            for size in {"norm_relative", "learned_norm_relative"} & set(alike):
+                alike[size] *= now.strength
             self.result.likeness.append({"step": state.step, "layer": name, "O": O, "I": I, **alike})
 
     def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:

@@ -29,9 +29,9 @@ class Shared(NamedTuple):
 def shared(data: DataSection) -> list[Shared]:
     """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out."""
     sets = {split: found for split in WORDS if (found := _records(data, split))}
-    keys = {split: {_key(example) for example in examples} for split, examples in sets.items()}
+    keys = {split: set().union(*map(_keys, examples)) for split, examples in sets.items()}
     counted = [
-        Shared(of, among, sum(_key(example) in keys[among] for example in sets[of]), len(sets[of]))
+        Shared(of, among, sum(not keys[among].isdisjoint(_keys(example)) for example in sets[of]), len(sets[of]))
         for of, among in PAIRS
         if of in sets and among in sets
     ]
@@ -59,8 +59,9 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
     )
 
 
-def _key(example: Example) -> str:
-    return example.group or item_of(example)
+def _keys(example: Example) -> set[str]:
+    """What is asked, and the group that it belongs to."""
+    return {item_of(example), example.group} - {""}
 
 
 def _records(data: DataSection, split: str) -> list[Example]:

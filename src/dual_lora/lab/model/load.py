@@ -91,11 +91,11 @@ def _has_weights(config: Any, files: Any) -> bool:
     return any(f.parent == config.parent and f.suffix == ".safetensors" for f in files)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at ``path``, with a padding token."""
+def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model at ``path``, with a padding token. location: where it lies, of a folder without one."""
     from transformers import AutoTokenizer
 
-    location = locate(path)
+    location = location or locate(path)
     with _clear_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
     if tokenizer.pad_token is None:

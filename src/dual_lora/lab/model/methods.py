@@ -76,6 +76,12 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         settings.setdefault("total_step", steps)
         if "init_r" in settings:  # PEFT's own ratio of 12 to 8; with its 8 a smaller init_r fails in training
             settings.setdefault("target_r", max(1, settings["init_r"] * 2 // 3))
+    if settings.get("init_lora_weights") == "eva":
+        raise UserError(
+            f"method {method['name']}: EVA's start needs a pass over the data before it (PEFT's "
+            "initialize_lora_eva_weights), which is not made here: it would train plain LoRA. Leave init_lora_weights "
+            "out, or train it with transformers' Trainer."
+        )
     if settings.get("init_lora_weights") == "lora_ga":
         from peft.tuners.lora.config import LoraGAConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import UNREAD, Loaded, load_model
+from dual_lora.lab.model.load import UNREAD, Loaded, Location, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
@@ -44,6 +44,7 @@ class Tuned:
     base_model: Any = None  # full fine-tuning: the model as it was before
     run: Path | None = None
     untrained: Callable[[], Any] | None = None  # loads that model
+    given: dict[str, str] = field(default_factory=dict)  # the base and the precision that were asked for
     _loaded: Any = field(default=None, repr=False)  # what it has loaded
 
     @property
@@ -108,13 +109,15 @@ def open_tuned(
     folder = RunFolder(path)
     if folder.is_run:
         result = result_of(folder)
-        if result == folder.full_model:
-            return _open_full(folder, dtype, device)
-        return _open_adapter(result, base, dtype, device, run=path)
+        full = result == folder.full_model
+        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, run=path)
+        tuned.given = {name: value for name, value in {"base": base, "dtype": dtype}.items() if value}
+        return tuned
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device)
     part = ModelSection(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
+    check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
     return Tuned(loaded.model, loaded.tokenizer, str(source))
 
 
@@ -197,7 +200,19 @@ def _open_adapter(
     check_finite_weights(brought, f"The adapter {adapter}")
     _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
-    return Tuned(model.eval(), loaded.tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
+    tokenizer = loaded.tokenizer if recipe else _tokenizer_of(adapter, loaded.tokenizer)
+    return Tuned(model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
+
+
+def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
+    """The one that was saved with an adapter from elsewhere, whose chat template may be its own; else the base's."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return of_base
+    try:
+        return load_tokenizer(str(adapter), Location(str(adapter)))
+    except UserError as error:
+        warnings.warn(f"The tokenizer in {adapter} is not used, but its base's: {error}", stacklevel=4)
+        return of_base
 
 
 def _warn_of_unread(adapter: Path, model: Any) -> None:

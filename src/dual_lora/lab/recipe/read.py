@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import parse_yaml, read_yaml_text
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.schema import Recipe, method_in
 
 FAMILIES = "paper"  # the folder of recipes that are written as families
 
@@ -72,20 +72,32 @@ def problems(error: ValidationError) -> str:
     return " ".join(_problem(item) for item in error.errors())
 
 
+_EXCLUSIVE = {"data": (("test", "tests"), ("tests", "test")), "train": (("epochs", "steps"),)}
+
+
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``overrides`` laid over ``values``, mapping by mapping.
 
     A new method name drops the old method's fields, and data.test the recipe's data.tests (and the other way round).
+    train.epochs drops its steps, train.lr_warmup the same among train.arguments. Patterns of train.rates that are given
+    come before the recipe's, as the first that fits counts.
     """
     result = dict(values)
     for key, value in overrides.items():
         old = result.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            renamed = key == "method" and value.get("name", old.get("name")) != old.get("name")
-            result[key] = value if renamed else merged(old, value)
-            for given, other in (("test", "tests"), ("tests", "test")) if key == "data" else ():
+            renamed = key == "method" and method_in({**old, **value}) != method_in(old)
+            result[key] = value if renamed else value | old | value if key == "rates" else merged(old, value)
+            for given, other in _EXCLUSIVE.get(key, ()):
                 if value.get(given) and other not in value:
                     result[key].pop(other, None)
+            if key == "train" and "lr_warmup" in value and isinstance(result[key].get("arguments"), dict):
+                kept = value.get("arguments") or {}
+                result[key]["arguments"] = {
+                    name: setting
+                    for name, setting in result[key]["arguments"].items()
+                    if name not in ("warmup_steps", "warmup_ratio") or name in kept
+                }
         else:
             result[key] = value
     return result

@@ -5,6 +5,7 @@ A recipe has five parts: model, method, data, train, evaluate. ``dual-lora recip
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
@@ -109,9 +110,17 @@ class DataSection(Section):
         None, ge=1, description="Use only so many test or validation records (seeded choice)."
     )
     test_prompts: int | None = Field(
-        None, ge=1, description="The same for different prompts, each with all its answers (references)."
+        None, ge=1, description="The same for different prompts of test records, each with all its answers (references)."
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
+
+    @field_validator("fields")
+    @classmethod
+    def _fields_exist(cls, value: dict[str, str]) -> dict[str, str]:
+        for ours in value:
+            if ours not in FIELDS:
+                raise ValueError(f"no format reads a field {ours!r}; expected OURS: THEIRS with one of {', '.join(FIELDS)}")
+        return value
 
     @model_validator(mode="after")
     def _what_judges_names_its_split(self) -> DataSection:
@@ -122,6 +131,19 @@ class DataSection(Section):
                 if (name := one.strip()).startswith("hub:") and ":" not in name.removeprefix("hub:"):
                     raise ValueError(f"data.{field}: {name} names no split: write {name}:test (or :train, if you mean it)")
         return self
+
+
+FIELDS = (
+    "messages", "tools", "instruction", "input", "output", "prompt", "answer", "text", "text_pair", "label", "choices",
+    "line",
+)  # fmt: skip
+"""What records are read for; `data.fields` gives them the names that a file has."""
+
+
+def method_in(method: Mapping[str, Any]) -> Any:
+    """A method's name in the one spelling that it has here: dual-lora and Dual_LoRA are dual_lora."""
+    name = method.get("name", "dual_lora")
+    return name if not isinstance(name, str) or ":" in name else name.lower().replace("-", "_")
 
 
 class TrainSection(Section):
@@ -189,7 +211,7 @@ class EvaluateSection(Section):
     )
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
     no_repeat_ngram: int = Field(
-        0, ge=0, le=MOST, description="No n-gram of this length occurs twice in an answer; 0: any may."
+        0, ge=0, le=MOST, description="No n-gram of this length occurs twice in an answer (the prompt's may); 0: any may."
     )
     extract: str | None = Field(
         None,
@@ -253,7 +275,7 @@ class Recipe(Section):
     @field_validator("method")
     @classmethod
     def _method_has_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return value if "name" in value else {"name": "dual_lora", **value}
+        return {"name": method_in(value), **{key: field for key, field in value.items() if key != "name"}}
 
     @model_validator(mode="after")
     def _forgetting_is_a_language_models(self) -> Recipe:

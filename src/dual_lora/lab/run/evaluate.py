@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -50,12 +51,14 @@ class EvalResult:
     items: list[dict[str, Any]] = field(repr=False)
     file: str | None = None
     reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
+    other: dict[str, Any] = field(default_factory=dict)  # how it was measured otherwise than the run's recipe says
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
         names = ("source", "split", "examples", "cut", "metrics", "seconds", "file")
         reported = {"reported": self.reported} if self.reported else {}
-        return {k: getattr(self, k) for k in names} | reported
+        other = {"other": self.other} if self.other else {}
+        return {k: getattr(self, k) for k in names} | reported | other
 
     def scores(self, variant: str, task: str) -> list[float]:
         """One number an item, in the order of the records: 1/0 for correct, mean nats for loss."""
@@ -75,7 +78,8 @@ def evaluate(
     """Evaluate a run, an adapter, a model, or one that is open already (``RunResult.tuned``, ``open_tuned``).
 
     data, spec: taken from the run's recipe where left out. examples: evaluate these instead of a split of ``data``.
-    variants: "base" and "tuned"; left out, what ``spec.base`` says. Raises UserError for tasks that do not fit.
+    variants: "base" and "tuned"; left out, what ``spec.base`` says. A run keeps the result; what was measured otherwise
+    than its recipe says is kept apart, and is no score of its card. Raises UserError for tasks that do not fit.
     """
     tuned = source if isinstance(source, Tuned) else open_tuned(source)
     data, spec = _settings(tuned.recipe, data, spec)
@@ -117,8 +121,26 @@ def evaluate(
     if tuned.recipe is not None and tuned.recipe.origin is not None:
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
-        result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks])))
+        result.other = _otherwise(tuned, data, spec)
+        apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
+        result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
     return result
+
+
+def _otherwise(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
+    """The settings by which the scores are not those of the run's own recipe; its tasks and its split are free."""
+    if tuned.recipe is None:
+        return dict(tuned.given)
+    free = {"tasks", "split", "base", "batch_size"}
+    pairs = {
+        f"{part}.{name}": (getattr(ours, name), getattr(theirs, name))
+        for part, ours, theirs in (("data", data, tuned.recipe.data), ("evaluate", spec, tuned.recipe.evaluate))
+        for name in type(ours).model_fields
+        if part == "data" or name not in free
+    }
+    known = {"base": tuned.recipe.model.path, "dtype": tuned.recipe.model.dtype}
+    asked = {name: value for name, value in tuned.given.items() if value != known[name]}
+    return {name: ours for name, (ours, theirs) in pairs.items() if ours != theirs} | asked
 
 
 def write_result(result: EvalResult, folder: Path) -> Path:

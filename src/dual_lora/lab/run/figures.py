@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 def figures(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
     """The figures of a task over its rows; of several test sets (`Example.part`) each, and their mean first."""
     parts = list(dict.fromkeys(example.part for example in examples))
-    if len(parts) < 2 or len(rows) != len(examples):
+    if len(parts) < 2:
         return summary(task, rows, examples)
     each = {}
     for part in parts:
+        if task in ("bleu", "nlg"):  # a row is a prompt
+            each[part] = summary(task, [row for row in rows if row["part"] == part], [])
+            continue
         own = [i for i, example in enumerate(examples) if example.part == part]
         each[part] = summary(task, [rows[i] for i in own], [examples[i] for i in own])
     names = list(each[parts[0]])

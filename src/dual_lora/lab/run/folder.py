@@ -127,7 +127,7 @@ class RunFolder:
 
     def keep_newest(self, count: int) -> None:
         """Remove all but the ``count`` newest whole checkpoints."""
-        for path in list(self.whole_checkpoints().values())[:-count]:
+        for path in list(self.whole_checkpoints().values())[: -count or None]:
             (path / WHOLE).unlink()  # first: a half-removed checkpoint must not look whole
             shutil.rmtree(path)
 

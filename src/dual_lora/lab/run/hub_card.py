@@ -70,7 +70,8 @@ def card_text(
         base = data.base_model = known_base(before, recipe, base_model)
         data.license = licence or data.license
         record = record or read_object(folder.record)
-        results = [read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json"))]
+        measured = (read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json")))
+        results = [result for result in measured if not result.get("other")]  # the rest are of other data or settings
         adapter = recipe.method["name"] != "full"
         data.library_name = "peft" if adapter else "transformers"
         data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
@@ -208,13 +209,11 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
     """The same for the hub's own tables: the trained model's figures on test records."""
-    data = source_name(recipe.data.test or recipe.data.validation or recipe.data.train or "")
-    dataset = data.removeprefix("hub:").split(":")[0].split(",")[0] if data.startswith("hub:") else data
     return [
         EvalResult(
             task_type=TASKS[recipe.model.head][0],
-            dataset_type=dataset,
-            dataset_name=dataset,
+            dataset_type=_dataset(recipe, name),
+            dataset_name=_dataset(recipe, name),
             dataset_split=result["split"],
             metric_type=name,
             metric_value=value,
@@ -224,6 +223,14 @@ def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalRes
         for name, value in result["metrics"].get("tuned", {}).items()
         if value is not None and math.isfinite(value)
     ]
+
+
+def _dataset(recipe: Recipe, metric: str) -> str:
+    """The test set of a metric, or of `metric/part`; of a mean over several sets all their names."""
+    tests = recipe.data.tests or {"": recipe.data.test or ""}
+    part = metric.partition("/")[2]
+    found = [source_name(source) for source in ([tests[part]] if part in tests else tests.values())]
+    return ", ".join(s.removeprefix("hub:").split(":")[0].split(",")[0] if s.startswith("hub:") else s for s in found)
 
 
 def _cost(record: Mapping[str, Any]) -> dict[str, str]:

@@ -70,7 +70,7 @@ def prepare(recipe: Recipe) -> Prepared:
     set_seed(part.seed)
     loaded = load_base(recipe.model, part.seed, len(classes) or None)
     ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
-    validation = _encoded(recipe, held, loaded.tokenizer, classes)[0] if held else []
+    validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
     return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
 
 
@@ -103,6 +103,19 @@ def _encoded(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[
         return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
     prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
     return encode_all(examples, prompter, recipe.data.max_length)
+
+
+def _validating(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str]) -> list[Encoded]:
+    """The rows of the validation loss, which counts answers alone, as an evaluation does."""
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"learn_prompt": False})})
+    rows, left_out = _encoded(plain, examples, tokenizer, classes)
+    if left_out and not classes:
+        warnings.warn(
+            f"The validation loss leaves out {left_out} of {len(examples)} validation records, which are longer than "
+            f"data.max_length ({recipe.data.max_length}).",
+            stacklevel=3,
+        )
+    return rows
 
 
 def _fits_head(example: Any, head: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
+from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from dual_lora.lab.data.batches import Collator, accepted_arguments, collator, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
@@ -180,12 +181,14 @@ def score_exact_match(asked: Asked) -> Rows:
 
 def score_texts(asked: Asked) -> Rows:
     """One greedy text for each different prompt, with all answers to this prompt as references."""
-    references: dict[str, list[Example]] = {}
+    references: dict[tuple[str, str], list[Example]] = {}  # of several test sets each has its own
     for example in asked.examples:
-        references.setdefault(asked.prompter.prompt_text(example.prompt, example.tools), []).append(example)
+        key = example.part, asked.prompter.prompt_text(example.prompt, example.tools)
+        references.setdefault(key, []).append(example)
     texts, special = _generated(asked, [group[0] for group in references.values()]), specials_of(asked.tokenizer)
     return [
         {"predicted": text.strip(), "references": [special.sub("", e.answer) for e in group]}
+        | ({"part": group[0].part} if group[0].part else {})
         for text, group in zip(texts, references.values(), strict=True)
     ]
 
@@ -229,11 +232,14 @@ def generate_all(
     advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
     """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
-    texts, ends = [""] * len(prompts), ends_of(model, tokenizer)
+    texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
+    once = search.pop(NO_REPEAT, 0)
     for part in _batches([len(p) for p in prompts], batch_size):
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
         width = batch["input_ids"].shape[1]
+        if once:
+            search["logits_processor"] = [_NoRepeat(once, width)]
         with torch.inference_mode(), plain_search(model):
             out = model.generate(
                 **_to(model, batch),
@@ -241,7 +247,7 @@ def generate_all(
                 do_sample=False,
                 eos_token_id=ends or None,
                 pad_token_id=tokenizer.pad_token_id,
-                **(search or {}),
+                **search,
             )
         for i, text in zip(part, texts_of(out[:, width:].tolist(), tokenizer, ends), strict=True):
             texts[i] = text
@@ -249,10 +255,23 @@ def generate_all(
     return texts
 
 
+NO_REPEAT = "no_repeat_ngram"
+
+
+class _NoRepeat(LogitsProcessor):
+    """No n-gram twice in an answer, as LoRA's own code has it; transformers' setting forbids the prompt's as well."""
+
+    def __init__(self, size: int, width: int):
+        self.rule, self.width = NoRepeatNGramLogitsProcessor(size), width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self.rule(input_ids[:, self.width :], scores)
+
+
 def search_of(spec: EvaluateSection) -> dict[str, Any]:
-    """The search for an answer in the terms of ``generate``; empty for a greedy one."""
+    """The search for an answer in the terms of ``generate_all``; empty for a greedy one."""
     given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
-    return given | ({"no_repeat_ngram_size": spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
+    return given | ({NO_REPEAT: spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
 
 
 def _same(found: str, expected: str, compare: str) -> bool:

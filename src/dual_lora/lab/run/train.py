@@ -146,6 +146,14 @@ def _train(
     check_patterns("train.rates", part.rates, model)
 
     start, checkpoint = folder.last_checkpoint()
+    if checkpoint and is_kind(config, "ADALORA"):
+        warnings.warn(
+            "AdaLoRA's checkpoints do not hold the averages by which it chooses ranks, so the run begins anew.",
+            stacklevel=2,
+        )
+        start, checkpoint = 0, None
+        if main:
+            folder.keep_newest(0)
     counts = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "all_parameters": sum(p.numel() for p in model.parameters()),
@@ -251,8 +259,9 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
 
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
+    anew = not folder.is_run or (folder.record.is_file() and not start)  # which may take other rows at once
     write_json(folder.record, record)  # first: a recipe alone may be the user's own
-    if not folder.is_run:
+    if anew:
         write_atomically(folder.recipe, recipe.to_yaml())
     kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
     write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))
