@@ -34,8 +34,8 @@ A recipe is one YAML file, and every field is a flag too: `train.steps` is `--tr
 `dual-lora recipes show NAME` prints a complete one, and a run's folder keeps its own as `recipe.yaml`.
 
 `--method.name lora --method.r 16` (or any PEFT method, or `full`) trains the same recipe with another method.
-Settings that are not given are then that method's own defaults, but for two: `target_modules` is `all-linear`, and Dual LoRA's
-`warmup_steps` is a tenth of the steps.
+Settings that are not given are then that method's own defaults, but for two: `target_modules` is `all-linear`, and Dual
+LoRA's `warmup_steps` is a tenth of the steps.
 
 An editor completes and checks recipes by [the JSON Schema](schemas/recipe.schema.json): write it to a file with
 `dual-lora schema recipe > recipe.schema.json`, and put this into the first line of yours:

@@ -17,8 +17,8 @@ pytest.importorskip("cyclopts")
 pytest.importorskip("peft")
 from tiny_study import write_model, write_records
 
-PAGES = ["README.md", *(f"docs/how-to/{name}.md" for name in
-                        ("own-data", "merge-and-serve", "verify", "publish", "analysis", "advise", "studies"))]  # fmt: skip
+HOW_TO = ("own-data", "merge-and-serve", "verify", "publish", "analysis", "advise", "studies")
+PAGES = ["README.md", *(f"docs/how-to/{name}.md" for name in HOW_TO)]
 SHORTER = {"--train.steps": "2", "--train.batch-size": "2", "--train.checkpoint-every": "1", "--data.test-limit": "4"}
 ELSEWHERE = {
     "--endpoint": "a server: tests/serving",

@@ -89,7 +89,10 @@ def test_the_card_has_the_scores_once_they_are_measured(copy):
 def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
     recipe, other = read_recipe(copy), read_recipe(copy).data.model_copy(update={"test_limit": 3})
     own = evaluate(copy, progress=False).metrics
-    for measured in (evaluate(copy, other, progress=False), evaluate(open_tuned(copy, dtype="bfloat16"), progress=False)):
+    for measured in (
+        evaluate(copy, other, progress=False),
+        evaluate(open_tuned(copy, dtype="bfloat16"), progress=False),
+    ):
         assert measured.other in ({"data.test_limit": 3}, {"dtype": "bfloat16"})
         assert json.loads(Path(measured.file).read_text())["other"] == measured.other
     hub_card.write_card(RunFolder(copy), recipe)

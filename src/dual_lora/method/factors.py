@@ -130,8 +130,10 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         self.alpha[adapter_name], self.scaling[adapter_name] = alpha, scaling(alpha, r1, r2)
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
-        """Use the factors of another layer, whose weight this layer's base shares."""
+        """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
         self.tied[adapter_name] = other
+        for name in ("r", "r1", "r2", "alpha", "scaling", "forms", "warmup_steps"):
+            getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
         self._tie_again(adapter_name)
 
     def _tie_again(self, adapter_name: str) -> None:
@@ -180,6 +182,11 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         """The trainable factors in the order B, A, D, C; the first one's optimizer counts the adapter's steps."""
         A, B, C, D = self._stored(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
+
+    def moved_factors(self, adapter: str) -> list[Tensor]:
+        """Those that an optimizer's step moves, in that order: also what does not train any more and has a gradient."""
+        A, B, C, D = self._stored(adapter)
+        return [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
 
     def clips(self, adapter: str) -> bool:
         """Whether the adapter trains by the clip, which looks at the values of gradients."""

@@ -182,7 +182,7 @@ class MapLayer(DualLoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
-        dropped = [n for n in active if self.training and isinstance(self.dual_lora_dropout[n], nn.Dropout)]
+        dropped = [n for n in active if _drops(self.dual_lora_dropout[n])]
         own, rest = self._is_own(), [n for n in active if n not in dropped]
         fused = rest if own or (not (args or kwargs) and self._is_plain()) else []
         if fused:
@@ -251,6 +251,11 @@ class Linear(MapLayer):
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
+
+
+def _drops(dropout: nn.Module) -> bool:
+    """Whether it drops now: by its own mode, which Monte Carlo dropout sets apart from the model's."""
+    return isinstance(dropout, nn.Dropout) and dropout.training
 
 
 def is_traced() -> bool:

@@ -64,6 +64,9 @@ class MergeLayer(FactorsLayer):
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
         if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
+            for owner in set(self.tied.values()):
+                apart = [name for name in owner.merged_adapters if name not in self.tied]
+                owner._write_merged([*apart, *names], safe_merge)  # type: ignore[operator]
             self.merged_adapters = names
             return
         parameters = self._merge_parameters()
@@ -136,7 +139,14 @@ class MergeLayer(FactorsLayer):
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before load_state_dict(): RuntimeError for a base weight that the next unmerge would overwrite."""
+    """Before load_state_dict(): RuntimeError for a base weight that the next unmerge would overwrite, and for factors
+    that the merged weight would not show."""
+    merged = tuple(f"{prefix}dual_lora_B.{name}" for name in layer.merged_adapters)
+    if any(key in state for key in merged):
+        raise RuntimeError(
+            f"Cannot load an adapter into a layer that has {layer.merged_adapters} merged: the merged weight would "
+            "stay that of the old one. Call `unmerge_adapter()` first."
+        )
     if layer.merged and any(key.startswith(f"{prefix}base_layer.") for key in state):
         raise RuntimeError(
             f"Cannot load a base weight into a layer that has {layer.merged_adapters} merged: unmerging would bring "

@@ -87,6 +87,11 @@ class DualLoraModel(BaseTuner):
         TRL's trainers make it for a model that comes with an adapter, and then copy what has ".default." in its name,
         as LoRA's weights have. Names of factors end in ".default": the reference would silently be another model.
         """
+        if any(adapter_name in name.split(".") for name, _ in model.named_modules()):
+            raise ValueError(
+                f"An adapter cannot be called {adapter_name!r}, as a module of this model is: a saved adapter would "
+                "lack layers. Choose another name."
+            )
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         set_fast_paths(model)
@@ -210,6 +215,12 @@ class DualLoraModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        inside = {id(m._out) for m in self.modules() if isinstance(m, MultiheadAttention)}
+        if any(isinstance(m, ReadLinear) and id(m) not in inside for m in self.modules()):
+            raise TypeError(
+                "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
+                "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
+            )
         with ExitStack() as hooks:
             for module in self.modules():
                 if isinstance(module, DualLoraLayer | AuxiliaryTrainingWrapper):
@@ -327,6 +338,19 @@ def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
 
 def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
     """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key))
+    rank = _fitting("rank_pattern", config.rank_pattern, key)
     r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
-    return r1, r2, config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), key), config.alpha)
+    alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
+    return r1, r2, config.alpha if alpha is None else alpha
+
+
+def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
+    """What a pattern says of the layer named `key`, None if none does. Of several the first in their order counts."""
+    found = [pattern for pattern in patterns if get_pattern_key([pattern], key) == pattern]
+    if len({str(patterns[pattern]) for pattern in found}) > 1:
+        warnings.warn(
+            f"{name} has several values for one layer: {', '.join(map(repr, found))}. The first in alphabetical order "
+            "counts, as a saved configuration is sorted so: write patterns of which one fits each layer.",
+            stacklevel=2,
+        )
+    return patterns[found[0]] if found else None

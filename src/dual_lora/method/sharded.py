@@ -236,9 +236,11 @@ def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: A
 
 
 def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict() into such a layer: with the counts that it had."""
+    """Before load_state_dict(): with the counts that such a layer had; a state of factors without one is finished."""
     for adapter in layer.adapter_names():
         left, factor = layer.dual_lora_left[adapter], state.get(f"{prefix}dual_lora_A.{adapter}")
         if left.is_meta and factor is not None and is_sharded(factor):
             known = torch.tensor(layer._read[adapter][2], dtype=left.dtype, device=factor.device)
             state.setdefault(f"{prefix}dual_lora_left.{adapter}", known)
+        elif f"{prefix}dual_lora_B.{adapter}" in state:  # of trainable parameters alone
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", torch.tensor(0, dtype=torch.int32))

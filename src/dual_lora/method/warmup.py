@@ -61,6 +61,7 @@ class _Record:
         return False
 
 
+_DCP = "torch.distributed.checkpoint.state_dict"
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 _records: weakref.WeakKeyDictionary[Any, dict[str, _Record]] = weakref.WeakKeyDictionary()
 # Of an optimizer, what others held that stepped inside its steps: ever, and inside the present one.
@@ -90,16 +91,16 @@ def forget(layer: FactorsLayer, adapter: str) -> None:
 
 
 def count_step(model: nn.Module) -> None:
-    """Count one update of the adapters that train, where no torch.optim.Optimizer makes it.
+    """Count one update of the adapters that train (if none does, of all), where no torch.optim.Optimizer makes it.
 
     The warm-up counts the steps of optimizers by itself. Call this after every update that is written by hand
     (`p -= lr * p.grad`), made by an optimizer that is no torch.optim.Optimizer, or replayed from a CUDA graph.
     """
     composed_weights.clear()
-    for layer in _layers.intersection(model.modules()):
-        for adapter in layer.adapter_names():
-            if layer.trainable_factors(adapter):
-                _count(layer, adapter)
+    layers = [(layer, name) for layer in _layers.intersection(model.modules()) for name in layer.adapter_names()]
+    training = [(layer, name) for layer, name in layers if layer.trainable_factors(name)]
+    for layer, adapter in training or layers:  # none trains in a copy that follows a model which does
+        _count(layer, adapter)
 
 
 def _count(layer: FactorsLayer, adapter: str) -> None:
@@ -116,7 +117,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     composed_weights.clear()  # fused optimizers, and bitsandbytes', raise no version counter
     # By this attribute a gradient scaler tells a fused optimizer to leave everything as it is.
     skipped = getattr(optimizer, "found_inf", None)
-    if not _layers or (skipped is not None and bool(skipped)):
+    if not _layers or (skipped is not None and bool(skipped)) or _makes_state():
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     running = _running(_STEP)
@@ -131,7 +132,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in list(_layers):
         done = True
         for adapter in layer.adapter_names():
-            factors = layer.trainable_factors(adapter)
+            factors = layer.moved_factors(adapter)
             if not factors:
                 done = done and layer.steps_left(adapter) == 0  # it may be chosen to train later
                 continue
@@ -158,6 +159,16 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 register_optimizer_step_post_hook(torch._dynamo.disable(_after_step))
+
+
+def _makes_state() -> bool:
+    """Whether torch.distributed.checkpoint makes this step, with a rate of 0, for an optimizer's state to be there."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == _DCP:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _running(method: CodeType) -> list[Any]:

@@ -190,8 +190,8 @@ class Walk:
         self.result.layers.append(row)
         if target is not None:
             alike = self._likeness(name, matrix, target.update())
-            for size in {"norm_relative", "learned_norm_relative"} & set(alike):
-                alike[size] *= now.strength
+            for name_of_size in {"norm_relative", "learned_norm_relative"} & set(alike):
+                alike[name_of_size] *= now.strength
             self.result.likeness.append({"step": state.step, "layer": name, "O": O, "I": I, **alike})
 
     def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:

@@ -27,7 +27,8 @@ def verify(
         str | None, Parameter(help="The adapter's name on that server: what requests give as `model`.")
     ] = None,
     prompts: Annotated[
-        str | None, Parameter(help="Records, or a .txt file with a prompt a line. [default: the fingerprint's, or the run's own records]")
+        str | None,
+        Parameter(help="Records, or a .txt with a prompt a line. [default: the fingerprint's, or the run's]"),
     ] = None,
     timeout: Annotated[float, Parameter(help="Seconds that the server may take for each answer.")] = 60.0,
     base: Base = None,

@@ -92,7 +92,7 @@ def _has_weights(config: Any, files: Any) -> bool:
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at ``path``, with a padding token. location: where it lies, of a folder without one."""
+    """The tokenizer of the model at ``path``, with a padding token. location: of a folder without model."""
     from transformers import AutoTokenizer
 
     location = location or locate(path)

@@ -103,14 +103,19 @@ class DataSection(Section):
         "the question alone and answer with the text that the label stands for.",
     )
     max_length: int = Field(
-        512, ge=4, le=MOST, description="Longest example in tokens; longer ones are left out (a classifier's texts are cut) and counted."
+        512,
+        ge=4,
+        le=MOST,
+        description="Longest example in tokens; longer ones are left out (a classifier's texts are cut) and counted.",
     )
     train_limit: int | None = Field(None, ge=1, description="Use only so many training records (seeded choice).")
     test_limit: int | None = Field(
         None, ge=1, description="Use only so many test or validation records (seeded choice)."
     )
     test_prompts: int | None = Field(
-        None, ge=1, description="The same for different prompts of test records, each with all its answers (references)."
+        None,
+        ge=1,
+        description="The same for different prompts of test records, each with all its answers (references).",
     )
     seed: int = Field(0, description="Seed of holdout and limits; independent of the training seed.")
 
@@ -119,7 +124,9 @@ class DataSection(Section):
     def _fields_exist(cls, value: dict[str, str]) -> dict[str, str]:
         for ours in value:
             if ours not in FIELDS:
-                raise ValueError(f"no format reads a field {ours!r}; expected OURS: THEIRS with one of {', '.join(FIELDS)}")
+                raise ValueError(
+                    f"no format reads a field {ours!r}; expected OURS: THEIRS with one of {', '.join(FIELDS)}"
+                )
         return value
 
     @model_validator(mode="after")
@@ -129,7 +136,9 @@ class DataSection(Section):
         for field, source in named.items():
             for one in (source or "").split(" + "):
                 if (name := one.strip()).startswith("hub:") and ":" not in name.removeprefix("hub:"):
-                    raise ValueError(f"data.{field}: {name} names no split: write {name}:test (or :train, if you mean it)")
+                    raise ValueError(
+                        f"data.{field}: {name} names no split: write {name}:test (or :train, if you mean it)"
+                    )
         return self
 
 
@@ -183,7 +192,8 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
     arguments: dict[str, Any] = Field(
-        default_factory=dict, description="Further fields of transformers.TrainingArguments. A wrong name's error lists them."
+        default_factory=dict,
+        description="Further fields of transformers.TrainingArguments. A wrong name's error lists them.",
     )
 
     @field_validator("rates")
@@ -211,7 +221,10 @@ class EvaluateSection(Section):
     )
     length_penalty: float = Field(1.0, description="Beam search: above 0 favours longer answers.")
     no_repeat_ngram: int = Field(
-        0, ge=0, le=MOST, description="No n-gram of this length occurs twice in an answer (the prompt's may); 0: any may."
+        0,
+        ge=0,
+        le=MOST,
+        description="No n-gram of this length occurs twice in an answer (the prompt's may); 0: any may.",
     )
     extract: str | None = Field(
         None,

@@ -51,7 +51,7 @@ class EvalResult:
     items: list[dict[str, Any]] = field(repr=False)
     file: str | None = None
     reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
-    other: dict[str, Any] = field(default_factory=dict)  # how it was measured otherwise than the run's recipe says
+    other: dict[str, Any] = field(default_factory=dict)  # settings that are not those of the run's recipe
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
@@ -78,8 +78,9 @@ def evaluate(
     """Evaluate a run, an adapter, a model, or one that is open already (``RunResult.tuned``, ``open_tuned``).
 
     data, spec: taken from the run's recipe where left out. examples: evaluate these instead of a split of ``data``.
-    variants: "base" and "tuned"; left out, what ``spec.base`` says. A run keeps the result; what was measured otherwise
-    than its recipe says is kept apart, and is no score of its card. Raises UserError for tasks that do not fit.
+    variants: "base" and "tuned"; left out, what ``spec.base`` says. A run keeps the result; what was measured with
+    other settings than its recipe's is kept apart, and is no score of its card. Raises UserError for tasks that do not
+    fit.
     """
     tuned = source if isinstance(source, Tuned) else open_tuned(source)
     data, spec = _settings(tuned.recipe, data, spec)

@@ -1,0 +1,203 @@
+"""Ordinary calls of PEFT and torch that once gave another model than LoRA's would have been, without a word."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import adapted, points
+from torch import nn
+from torch.nn.functional import mse_loss
+
+from dual_lora import DualLoraConfig, count_step
+
+
+def llama(tie=False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    small = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**small, num_key_value_heads=2, tie_word_embeddings=tie)).eval()
+
+
+def visible(**options):
+    return DualLoraConfig(**{"r": 4, "init_weights": False, "warmup_steps": 0, **options})
+
+
+def logits(model, **given):
+    given = given or {"input_ids": torch.arange(12).view(2, 6)}
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def left(model, adapter="default"):
+    return {m.steps_left(adapter) for m in model.modules() if hasattr(m, "dual_lora_A")}
+
+
+def test_a_state_of_trainable_parameters_alone_is_finished():
+    """As frameworks that save `requires_grad` alone have it."""
+    trained = adapted(init_weights=False)
+    state = {n: p.detach().clone() for n, p in trained.named_parameters() if p.requires_grad}
+    fresh = adapted(warmup_steps=7)
+    assert left(fresh) == {7}
+    fresh.load_state_dict(state, strict=False)
+    assert left(fresh) == {0}
+    torch.testing.assert_close(fresh(points()), trained(points()))
+
+
+def two_adapters():
+    model = adapted(warmup_steps=6)
+    model.add_adapter("b", model.peft_config["default"])
+    optimizer = torch.optim.AdamW([p for n, p in model.named_parameters() if "dual_lora_" in n], lr=1e-2)
+    return model, optimizer
+
+
+def test_an_adapter_chosen_earlier_in_the_step_is_counted_and_trains():
+    model, optimizer = two_adapters()
+    for _ in range(6):
+        optimizer.zero_grad()
+        for name, sign in (("default", 1.0), ("b", -1.0)):
+            model.set_adapter(name)
+            out = model(points())
+            mse_loss(out, sign * torch.ones_like(out)).backward()
+        optimizer.step()
+    assert (left(model), left(model, "b")) == ({0}, {0})
+
+
+def test_a_step_while_adapters_are_switched_off_is_counted():
+    model, optimizer = two_adapters()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(points()).square().mean().backward()
+        with model.disable_adapter():
+            optimizer.step()
+    assert (left(model), left(model, "b")) == ({3}, {6}), "b has no gradient"
+
+
+def test_a_copy_that_follows_is_counted_by_hand():
+    student = adapted(warmup_steps=4)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        student(points()).square().mean().backward()
+        optimizer.step()
+        for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+            ours.data.copy_(theirs.data)
+        count_step(teacher)
+    torch.testing.assert_close(teacher(points()), student(points()))
+
+
+def test_count_step_leaves_the_adapters_that_do_not_train():
+    model, _ = two_adapters()
+    count_step(model)
+    assert (left(model), left(model, "b")) == ({5}, {6})
+
+
+def test_an_optimizer_state_loaded_by_torch_s_own_functions_is_no_step():
+    state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    model = adapted(warmup_steps=10)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(points()).square().mean().backward()
+        optimizer.step()
+    saved = state_dict.get_optimizer_state_dict(model, optimizer)
+    other = adapted(warmup_steps=10)
+    other.load_state_dict(model.state_dict())
+    again = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-3)
+    state_dict.set_optimizer_state_dict(other, again, optim_state_dict=saved)
+    assert left(other) == {6}
+
+
+def test_patterns_of_one_layer_are_read_alike_before_and_after_saving(tmp_path):
+    several = {r"model\.layers\.0\.self_attn\.k_proj": 64.0, "k_proj": 1.0}
+    with pytest.warns(UserWarning, match="alpha_pattern has several values for one layer"):
+        model = get_peft_model(llama(), visible(target_modules=["k_proj"], alpha_pattern=several)).eval()
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="alpha_pattern has several values"):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("patterns", [{"alpha_pattern": {"embed_tokens": 32.0}}, {"rank_pattern": {"embed_tokens": 8}}])
+def test_a_tied_head_acts_as_the_embedding_that_it_is(patterns):
+    options = dict(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True, alpha=8.0, **patterns)
+    model = get_peft_model(llama(tie=True), visible(**options)).eval()
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_merged_tied_head_alone_is_switched_off():
+    options = dict(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    base, model = llama(tie=True), get_peft_model(llama(tie=True), visible(**options)).eval()
+    given = {"inputs_embeds": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))}
+    before = logits(model, **given)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, **given), logits(base, **given))
+    torch.testing.assert_close(logits(model, **given), before)
+
+
+def test_a_hot_swap_of_shared_factors_is_one_of_both():
+    from dual_lora.method.hotswap import hotswap_from_state_dict
+
+    options = dict(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    model, other = (get_peft_model(llama(tie=True), visible(**options)).eval() for _ in range(2))
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "dual_lora_" in name:
+                p.normal_(generator=torch.Generator().manual_seed(3)).mul_(0.3)
+    state = {n: p.detach() for n, p in other.named_parameters() if "dual_lora_" in n}  # shared ones once
+    hotswap_from_state_dict(model, state, "default", other.peft_config["default"])
+    torch.testing.assert_close(logits(model), logits(other))
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x, **kwargs):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_a_layer_whose_weight_is_read():
+    torch.manual_seed(0)
+    base = Attends().eval()
+    model = get_peft_model(copy.deepcopy(base), visible(target_modules=["out_proj"])).eval()
+    x = torch.randn(3, 5, 8)
+    with pytest.raises(TypeError, match="weight is read and not called"):
+        model(x, adapter_names=["default", "default", "__base__"])
+    adapted_output = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), adapted_output)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x))
+    torch.testing.assert_close(model(x), adapted_output)
+
+
+def test_an_adapter_is_not_called_as_a_module_is():
+    """PEFT would leave a layer out of the file of another adapter."""
+    model = adapted()
+    name = next(n for n, _ in model.base_model.model.named_modules() if n)
+    with pytest.raises(ValueError, match=f"cannot be called '{name}', as a module of this model is"):
+        model.add_adapter(name, model.peft_config["default"])
+
+
+def test_factors_are_not_loaded_under_a_merged_weight():
+    model, other = adapted(init_weights=False), adapted(init_weights=False)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"merged weight would stay.*unmerge_adapter"):
+        model.load_state_dict({n: p for n, p in other.named_parameters() if "dual_lora_" in n}, strict=False)
+
+
+def test_dropout_goes_by_its_own_mode():
+    """Monte Carlo dropout: the model in eval mode, its dropouts in training mode."""
+    model = adapted(init_weights=False, dropout=0.5).eval()
+    assert torch.equal(model(points()), model(points()))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    assert not torch.equal(model(points()), model(points()))
