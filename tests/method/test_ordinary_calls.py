@@ -154,6 +154,40 @@ def test_a_hot_swap_of_shared_factors_is_one_of_both():
     torch.testing.assert_close(logits(model), logits(other))
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"]])
+def test_an_embedding_saved_while_merged_is_the_base_s(tmp_path, targets):
+    model = get_peft_model(llama(), visible(target_modules=targets)).eval()
+    before, weights = logits(model), {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    merged = {n: p.clone() for n, p in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(p, merged[n]) for n, p in model.named_parameters()), "the model stays merged"
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), before)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+
+
+class Masked(nn.Linear):
+    """As in PixelCNN and MADE: a mask is written into the weight at every call."""
+
+    def forward(self, x):
+        self.weight.data *= torch.ones_like(self.weight).tril()
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_into_its_weight():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), Masked(6, 6))
+    model = get_peft_model(net, visible(target_modules=["1"]))
+    layer = model.base_model.model[1]
+    x = torch.randn(3, 6, requires_grad=True)
+    model(x).square().sum().backward()
+    W = (layer.get_base_layer().weight + layer.get_delta_weight("default")).detach().tril()
+    again = x.detach().requires_grad_()
+    nn.functional.linear(net[0](again), W, net[1].get_base_layer().bias).square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
 class Attends(nn.Module):
     def __init__(self):
         super().__init__()

@@ -140,7 +140,7 @@ class DualLoraConfig(PeftConfig):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
-        if self.init_weights not in (True, False, "zero"):
+        if not isinstance(self.init_weights, bool) and self.init_weights != "zero":
             raise ValueError(
                 f"Unknown init_weights {self.init_weights!r}: choose True (Gaussian start under the warm-up), 'zero' "
                 "(B = 0, no warm-up) or False (random, for tests)."

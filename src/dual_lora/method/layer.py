@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core import dispatch
-from ..core.compose_op import Composed, dual_lora_weight, recomposing
+from ..core.compose_op import Composed, dual_lora_weight
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
@@ -155,7 +155,8 @@ class MapLayer(DualLoraLayer):
         base: Any = self.base_layer
         weight = base.weight
         composed = self._composed(weight, self._adapters(names), weight, dtype=weight.dtype)
-        with recomposing(composed), replaced(base, {"weight": self._from_matrix(composed.result)}):
+        # Not composed again in backward: such a forward may write into its weight (a mask), which dx has to see.
+        with replaced(base, {"weight": self._from_matrix(composed.result)}):
             return base(x, *args, **kwargs)
 
     def _branch(self, x: Tensor, name: str, *args: Any, **kwargs: Any) -> Tensor:

@@ -302,6 +302,7 @@ class DualLoraModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
+        _unmerge(model, adapter_name, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         saved.warn_if_not_gathered(state, adapter_name)
         return state
@@ -315,6 +316,15 @@ class DualLoraModel(BaseTuner):
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
         return state
+
+
+def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
+    """Put the weights of before a merge into a model's state, from which PEFT saves embeddings with the adapter."""
+    for name, layer in named_layers(model, adapter).items():
+        for part, original in (layer._original or {}).items():
+            key = f"{name}.base_layer.{part}"
+            if key in state and state[key].shape == original.shape:
+                state[key] = original
 
 
 def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
