@@ -154,6 +154,13 @@ def test_a_hot_swap_of_shared_factors_is_one_of_both():
     torch.testing.assert_close(logits(model), logits(other))
 
 
+def test_a_merge_into_a_named_parameter_that_another_layer_shares_is_said():
+    options = dict(target_modules=[], target_parameters=["embed_tokens.weight"])
+    model = get_peft_model(llama(tie=True), visible(**options)).eval()
+    with pytest.warns(UserWarning, match=r"changes Linear.* as well, which shares its weight"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "q_proj"]])
 def test_an_embedding_saved_while_merged_is_the_base_s(tmp_path, targets):
     model = get_peft_model(llama(), visible(target_modules=targets)).eval()

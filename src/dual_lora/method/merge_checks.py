@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .layer import DualLoraLayer, MapLayer, layers_of
+from .layer import DualLoraLayer, layers_of
 from .quantized import QuantizedLinear
 
 
@@ -60,22 +60,23 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
     if any(config.layer_replication for config in tuner.peft_config.values()):
         raise ValueError("Cannot merge Dual LoRA layers when base model layers are replicated")
     holders: dict[int, list[nn.Module]] = {}
-    layers: dict[nn.Module, DualLoraLayer] = {}
+    layers: dict[tuple[nn.Module, int], DualLoraLayer] = {}  # by the base layer and the parameter that each adapts
     for module in tuner.modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append(module)
-        if isinstance(module, MapLayer) and not isinstance(module, QuantizedLinear):
-            layers[module.get_base_layer()] = module
+        if isinstance(module, DualLoraLayer) and not isinstance(module, QuantizedLinear):
+            layers |= {(module.get_base_layer(), id(p)): module for p in module._merge_parameters().values()}
 
     def updates(layer: DualLoraLayer) -> set[str]:
         asked = layer.active_adapters if adapter_names is None else adapter_names
         return {*layer._present(asked), *layer.merged_adapters}
 
-    for base, layer in layers.items():
+    for (base, weight), layer in layers.items():
         own = updates(layer) - layer.tied.keys()
-        for other in holders.get(id(layer._parameter()), ()) if own else ():
-            theirs = updates(layers[other]) if other in layers else set()
-            if other is base or (other in layers and own <= layers[other].tied.keys()):
+        for other in holders.get(weight, ()) if own else ():
+            its = layers.get((other, weight))
+            theirs = updates(its) if its is not None else set()
+            if other is base or (its is not None and own <= its.tied.keys()):
                 continue
             way_out = (
                 "Untie them first (`layer.weight = nn.Parameter(layer.weight.clone())` and "
