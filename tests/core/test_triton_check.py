@@ -120,7 +120,20 @@ def test_what_makes_another_program_is_tried_anew_and_what_does_not_is_not(monke
     assert ask(dy=None, x=torch.randn(48, 32, device=DEVICE)) == 5
     assert ask(x=torch.randn(16 * 32 + 1, device=DEVICE)[1:].view(16, 32)) == 6  # aligned to nothing
     assert ask(dy=dy.half(), x=x.half()) == 7
-    assert ask() == 7
+    assert (
+        ask(torch.randn(17, 48, device=DEVICE), torch.randn(17, 32, device=DEVICE)) == 8
+    )  # tokens that 16 divides not
+    assert ask() == 8
+
+
+def test_a_weight_that_is_read_by_rows_is_tried_as_what_it_is_dequantised_to():
+    def tried(weight):
+        return triton_check.composing(weight, [adapter()], torch.float16).tensors
+
+    weight = torch.randn(48, 32, device=DEVICE)
+    assert tried(object()) == (triton_check.layout(weight.half()),) * 2
+    assert tried(weight) == (triton_check.layout(weight), triton_check.layout(weight.half()))
+    assert tried(None) == (None, triton_check.layout(weight.half()))
 
 
 @pytest.mark.parametrize("wrong", ["the last tile", "one entry", "not a number"])
