@@ -86,6 +86,21 @@ def test_a_trial_is_the_launch_that_it_stands_for(monkeypatch):
     ]
 
 
+def test_a_trial_of_composing_has_the_weight_that_it_stands_for(monkeypatch):
+    right, seen = triton_compose.compose, []
+
+    def noted(weight, *args):
+        seen.append(triton_check.layout(weight))
+        return right(weight, *args)
+
+    monkeypatch.setattr(triton_compose, "compose", noted)
+    first = launches()[0]
+    weights = [first.tensors[0], first.tensors[0]._replace(aligned=False), None]
+    for weight in weights:
+        assert triton_check.error(first._replace(tensors=(weight, first.tensors[1]))) <= 1e-5
+    assert seen == weights
+
+
 @pytest.mark.parametrize("place", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_small_problem_is_placed_as_the_large_one(place, aligned):
