@@ -135,9 +135,8 @@ def test_what_makes_another_program_is_tried_anew_and_what_does_not_is_not(monke
     assert ask(dy=None, x=torch.randn(48, 32, device=DEVICE)) == 5
     assert ask(x=torch.randn(16 * 32 + 1, device=DEVICE)[1:].view(16, 32)) == 6  # aligned to nothing
     assert ask(dy=dy.half(), x=x.half()) == 7
-    assert (
-        ask(torch.randn(17, 48, device=DEVICE), torch.randn(17, 32, device=DEVICE)) == 8
-    )  # tokens that 16 divides not
+    # A number of tokens that 16 does not divide.
+    assert ask(torch.randn(17, 48, device=DEVICE), torch.randn(17, 32, device=DEVICE)) == 8
     assert ask() == 8
 
 

@@ -62,17 +62,22 @@ def test_same_seed_same_adapter_other_seed_other_adapter(lm_values, tmp_path):
         assert_same_adapter(tmp_path / "a", tmp_path / "c")
 
 
+def straight_and_stopped(recipe, folder, monkeypatch):
+    """The run whole, and the same stopped in its fifth step, each in a folder of that name."""
+    run(recipe, folder / "straight", progress=False)
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(Stopped):
+            run(recipe, folder / "stopped", progress=False)
+
+
 @pytest.mark.parametrize("method", ["dual_lora", "dora", "full"])
 def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
     """Stopped in the fifth of eight steps; the fourth, which the metrics know already, is past the checkpoint."""
     lm_values["method"] = {"name": method} if method == "full" else {"name": method, "r": 4}
     lm_values["train"] |= {"steps": 8, "accumulate": 2, "checkpoint_every": 3}
     recipe = build_recipe(lm_values)
-    run(recipe, tmp_path / "straight", progress=False)
-    with monkeypatch.context() as patch:
-        stop_after(5, patch)
-        with pytest.raises(Stopped):
-            run(recipe, tmp_path / "stopped", progress=False)
+    straight_and_stopped(recipe, tmp_path, monkeypatch)
     run(recipe, tmp_path / "stopped", resume=True, progress=False)
     if method == "full":
         one, other = (load_file(tmp_path / f / "model/model.safetensors") for f in ("straight", "stopped"))
@@ -491,11 +496,7 @@ def test_adalora_begins_anew_rather_than_with_other_ranks(lm_values, tmp_path, m
     lm_values["method"] = {"name": "adalora", "init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 1}
     lm_values["train"] |= {"steps": 8, "checkpoint_every": 3}
     recipe = build_recipe(lm_values)
-    run(recipe, tmp_path / "straight", progress=False)
-    with monkeypatch.context() as patch:
-        stop_after(5, patch)
-        with pytest.raises(Stopped):
-            run(recipe, tmp_path / "stopped", progress=False)
+    straight_and_stopped(recipe, tmp_path, monkeypatch)
     with pytest.warns(UserWarning, match="the run begins anew"):
         run(recipe, tmp_path / "stopped", resume=True, progress=False)
     assert_same_adapter(tmp_path / "straight", tmp_path / "stopped")

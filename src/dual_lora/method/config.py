@@ -122,9 +122,8 @@ class DualLoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
-            setattr(
-                self, name, dict(sorted(getattr(self, name).items()))
-            )  # as the file has them: the first that fits counts
+            # As the file has them: the first that fits counts.
+            setattr(self, name, dict(sorted(getattr(self, name).items())))
         for key, rank in self.rank_pattern.items():
             self.ranks_of(rank, where=f"rank_pattern[{key!r}]")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}

@@ -55,9 +55,8 @@ class ReadLinear(Linear):
     @property
     def weight(self) -> Tensor:
         """W + ΣΔW over the active adapters."""
-        weight: Any
         names = self._at_work()  # first: it may take a merged update out of the weight
-        weight = self.get_base_layer().weight
+        weight: Any = self.get_base_layer().weight
         if not names:
             return weight
         return also_recompose(self._composed(weight, self._adapters(names), weight))

@@ -15,7 +15,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from types import CodeType
+from collections.abc import Iterator
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,12 +164,15 @@ register_optimizer_step_post_hook(torch._dynamo.disable(_after_step))
 
 def _makes_state() -> bool:
     """Whether torch.distributed.checkpoint makes this step, with a rate of 0, for an optimizer's state to be there."""
-    frame = sys._getframe(1)
+    return any(f.f_code.co_name == "_init_optim_state" and f.f_globals.get("__name__") == _DCP for f in _callers())
+
+
+def _callers() -> Iterator[FrameType]:
+    """The call stack, the innermost frame first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state" and frame.f_globals.get("__name__") == _DCP:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+        yield frame
+        frame = frame.f_back
 
 
 def _running(method: CodeType) -> list[Any]:
@@ -176,13 +180,7 @@ def _running(method: CodeType) -> list[Any]:
 
     A list kept by hooks before and after a step would be wrong for ever after a step that raised an error.
     """
-    found = []
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is method:
-            found.append(frame.f_locals["self"])
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
+    return [frame.f_locals["self"] for frame in _callers() if frame.f_code is method]
 
 
 class _Backward:
