@@ -4,6 +4,7 @@ Tests import no other tests: what they share lies in modules beside them.
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,28 @@ def test_imports_point_inwards(path):
             top = name.split(".")[0]
             known = top in sys.stdlib_module_names or top in ALLOWED[own]
             assert known, f"{dotted(path)} imports {name}, which its ring may not"
+
+
+def module_of(name):
+    """The module that an import of `name` takes something from: itself, or what holds it; None outside the package."""
+    while name and name not in FILES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+FILES = {dotted(path): path for path in MODULES}
+READ_OF = {name: {module_of(other) for other in imports(path)} - {"", name} for name, path in FILES.items()}
+
+
+def test_no_module_reads_itself_in_a_circle():
+    """Wherever the import stands, for types alone as well. (A package's own file hands on what its modules make.)"""
+    assert "dual_lora.core.reference" in READ_OF["dual_lora.core.blocked"]
+    modules = {name: other for name, other in READ_OF.items() if FILES[name].name != "__init__.py"}
+    assert list(graphlib.TopologicalSorter(modules).static_order())
+
+
+def test_no_file_is_long():
+    assert not [dotted(path) for path in MODULES if len(path.read_text().splitlines()) > 350]
 
 
 def test_what_studies_are_made_of_knows_no_study():

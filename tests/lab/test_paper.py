@@ -18,7 +18,7 @@ from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
 from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.loop import mean_loss
+from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import search_of
 from dual_lora.lab.run.train import run
 

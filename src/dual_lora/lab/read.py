@@ -69,6 +69,19 @@ def read_object(file: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that is still being written is left out."""
+    lines = lines_of(regular(file).read_text(encoding="utf-8"))
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line) if line.strip() else None)
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"line {number} is no JSON ({error.msg})") from None
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def read_yaml_text(file: Path) -> str:
     """The text of a YAML file. Raises UserError for one that is too large or not UTF-8."""
     try:

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.read import read_json
+from dual_lora.lab.read import read_json, read_json_lines
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 Row = dict[str, Any]
+
+ANALYSIS = "dual-lora analysis"  # the format of its file
 
 
 def mean_over_layers(rows: Sequence[Row], key: str) -> float | None:
@@ -162,8 +164,6 @@ def _runs(results: dict[str, Any], part: Literal["seeds", "trials"]) -> pd.DataF
 
 def load_analysis(path: str | Path) -> AnalysisResults:
     """Results of `dual-lora analyze`: its JSON file, or the folder that holds analysis.json."""
-    from dual_lora.lab.report.gather import ANALYSIS
-
     file, value = _read(path, "analysis.json")
     if value.get("format") != ANALYSIS:
         raise UserError(f"{file} is no analysis; `dual-lora analyze` writes them.")
@@ -178,10 +178,8 @@ def load_analysis(path: str | Path) -> AnalysisResults:
 
 def load_ledger(path: str | Path = "benchmarks/ledger.jsonl") -> pd.DataFrame:
     """All rows of the benchmark ledger."""
-    from dual_lora.lab.report.gather import read_lines
-
     try:
-        return _frame(read_lines(Path(path)))
+        return _frame(read_json_lines(Path(path)))
     except FileNotFoundError:
         raise UserError(f"There is no ledger {path}; `make bench` writes one.") from None
 

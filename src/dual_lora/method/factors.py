@@ -1,4 +1,4 @@
-"""The factors of every adapter on one layer, and how strong they act: λ of the warm-up, α/√(r1 r2), a user's scale.
+"""The factors of every adapter on one layer: how they are drawn, kept in fp32, tied, moved, loaded and removed.
 
 Shapes, by adapter name: A [r1, I], B [O, r1], C [r2, I], D [O, r2], always fp32 (fp64 after `.double()`).
 """
@@ -14,17 +14,18 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core.reference import Adapter, Factors, Form, scaling
+from ..core.reference import Adapter, Factors, Form
 from . import offloaded, sharded, warmup
-from .cache import composed_weights, version_of
+from .cache import composed_weights
 from .config import DualLoraConfig
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
+from .strength import Strength
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
 
-class FactorsLayer(nn.Module, BaseTunerLayer):
-    """Factors, warm-up and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
+class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
+    """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
     takes_dropout = True  # whether the adapter may see another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
@@ -123,12 +124,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
         mark_as_stored(self._stored(adapter_name))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def set_ranks(self, adapter_name: str, r1: int, r2: int, alpha: float | None) -> None:
-        """Ranks, α and the scale that they make."""
-        alpha = 2.0 * (r1 + r2) if alpha is None else float(alpha)
-        self.r[adapter_name], self.r1[adapter_name], self.r2[adapter_name] = r1 + r2, r1, r2
-        self.alpha[adapter_name], self.scaling[adapter_name] = alpha, scaling(alpha, r1, r2)
-
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
         self.tied[adapter_name] = other
@@ -170,109 +165,6 @@ class FactorsLayer(nn.Module, BaseTunerLayer):
 
     def _adapters(self, names: Iterable[str]) -> Adapters:
         return {name: self.adapter(name) for name in names}
-
-    def _present(self, names: list[str]) -> list[str]:
-        return [name for name in dict.fromkeys(names) if name in self.scaling]
-
-    def adapter_names(self) -> list[str]:
-        """All adapters of this layer."""
-        return list(self.scaling)
-
-    def trainable_factors(self, adapter: str) -> list[Tensor]:
-        """The trainable factors in the order B, A, D, C; the first one's optimizer counts the adapter's steps."""
-        A, B, C, D = self._stored(adapter)
-        return [f for f in (B, A, D, C) if f.requires_grad]
-
-    def moved_factors(self, adapter: str) -> list[Tensor]:
-        """Those that an optimizer's step moves, in that order: also what does not train any more and has a gradient."""
-        A, B, C, D = self._stored(adapter)
-        return [f for f in (B, A, D, C) if f.requires_grad or f.grad is not None]
-
-    def clips(self, adapter: str) -> bool:
-        """Whether the adapter trains by the clip, which looks at the values of gradients."""
-        form = self.forms[adapter]
-        return form.ste == "clip" and form.direction == "sign" and bool(self.trainable_factors(adapter))
-
-    # Warm-up.
-
-    def steps_left(self, adapter: str) -> int:
-        """Optimizer steps before the adapter acts at full strength."""
-        stored, (read, version, left) = self.dual_lora_left[adapter], self._read[adapter]
-        if stored.is_meta or (stored is read and version_of(stored) == version):
-            return left
-        # A loader that runs no hook of ours (transformers' own) has put other factors in place as well; those of a low
-        # precision may be FSDP2's working copies.
-        self._set_steps_left(adapter, int(stored))
-        mark_as_stored(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
-        return self._read[adapter][2]
-
-    def warmup_factor(self, adapter: str) -> float:
-        """λ: 0 at the start of the warm-up, 1 at its end."""
-        return warmup.factor(self.steps_left(adapter), self.warmup_steps[adapter])
-
-    def step(self, adapter: str) -> None:
-        """Count one optimizer step."""
-        left, scale = self.steps_left(adapter), self.dual_lora_scale[adapter]
-        if left > 0:
-            self._set_steps_left(adapter, left - 1)
-            self._move_scale(adapter, scale)
-
-    def _move_scale(self, adapter: str, memory: Tensor) -> None:
-        """Keep the scale where an earlier one was, for CUDA graphs that were captured before."""
-        if not memory.is_inference():
-            self.dual_lora_scale[adapter] = memory.copy_(self.dual_lora_scale[adapter])
-
-    @torch.inference_mode(False)  # who loads or scales in inference mode may train afterwards
-    def _set_steps_left(self, adapter: str, left: int) -> None:
-        left = max(0, min(left, self.warmup_steps[adapter]))
-        # Another tensor, as the present one may be an inference tensor, which cannot be written to.
-        stored = self.dual_lora_left[adapter] = torch.full_like(self.dual_lora_left[adapter], left)
-        self._read[adapter] = stored, version_of(stored), left
-        self._make_scale(adapter)
-        if left or self.training:
-            warmup.watch(self)
-
-    def _scale(self, adapter: str, A: Tensor) -> Tensor:
-        """λ α/√(r1 r2) as a 0-dim tensor where the factors are."""
-        if not torch.compiler.is_compiling():
-            self.steps_left(adapter)
-            if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter] != self.scaling[adapter]:
-                self._make_scale(adapter)
-        return self.dual_lora_scale[adapter].to(A.device)
-
-    @torch.inference_mode(False)
-    def _make_scale(self, adapter: str) -> None:
-        """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
-        A = self.dual_lora_A[adapter]
-        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-        self._scaled[adapter] = self.scaling[adapter]
-        value = self.scaling[adapter] * self.warmup_factor(adapter)
-        self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the adapter's strength to `scale` times its configured α/√(r1 r2).
-
-        A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
-        """
-        if adapter in self.scaling:
-            self._set_scaling(adapter, scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
-
-    def _set_scaling(self, adapter: str, value: float) -> None:
-        self.scaling[adapter] = value
-        self._make_scale(adapter)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters by `scale`."""
-        for adapter in self._present(self.active_adapters):
-            self._set_scaling(adapter, self.scaling[adapter] * scale)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the strength of the active adapters by `scale`, or set it back to the configured one."""
-        for adapter in self._present(self.active_adapters):
-            if scale is None:
-                self.set_scale(adapter, 1.0)
-            else:
-                self._set_scaling(adapter, self.scaling[adapter] / scale)
 
     # Life cycle: what drops the cached weight, what restores derived state.
 

@@ -22,7 +22,7 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
 from .layer import DualLoraLayer, layers_of, named_layers
-from .model import layer_options
+from .patterns import layer_options
 from .precision import mark_as_stored
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.

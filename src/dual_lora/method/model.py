@@ -12,19 +12,16 @@ from typing import Any, cast
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook as with_adapter_names
-from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _check_lora_target_modules_mamba
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
 )
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
-from . import merge_checks, saved
+from . import merge_checks, saved, weighted
 from .attention import MultiheadAttention
 from .config import DualLoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
@@ -32,6 +29,7 @@ from .embedding import Embedding
 from .experts import ParamWrapper
 from .fast_paths import ReadLinear, is_read, set_fast_paths
 from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
+from .patterns import layer_options
 from .precision import Warned
 from .quantized import dispatch_quantized
 
@@ -98,7 +96,7 @@ class DualLoraModel(BaseTuner):
         merge_checks.warn_of_second_names(model)
         if is_reference:
             for layer in layers_of(self.model, "default"):
-                _copy_factors(layer, "default", adapter_name)
+                weighted.copy_factors(layer, "default", adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         known = self.target_module_mapping.get(model_config.get("model_type", ""))
@@ -265,38 +263,11 @@ class DualLoraModel(BaseTuner):
                 f"There is an adapter {adapter_name!r} already, which would be lost: choose another name, or call "
                 f"`delete_adapter({adapter_name!r})` first."
             )
-        for name in adapters:
-            if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(self.peft_config)}.")
-        if len(adapters) != 1 or len(weights) != 1 or combination_type != "linear" or not weights[0]:
-            raise ValueError(
-                f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{combination_type}') into one "
-                "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of "
-                "this form. Activate them together (`model.base_model.set_adapter([…])`, each layer's "
-                "`set_scale(name, w)` for weights), merge them into the base (`merge_adapter([…])`), or convert each "
-                "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a weight works."
-            )
-        source = adapters[0]
-        for name, layer in named_layers(self.model, source).items():
-            if weights[0] * layer.scaling[source] < 0:
-                _refuse_undirected(layer, source, name)
+        source, weight = weighted.one_of(self.model, self.peft_config, adapters, weights, combination_type)
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
         self.inject_adapter(self.model, adapter_name)
-        for layer in layers_of(self.model, source):
-            _copy_factors(layer, source, adapter_name)
-            if adapter_name in layer.tied:
-                continue  # the factors are the embedding's
-            # In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
-            strength = weights[0] * layer.scaling[source] / layer.scaling[adapter_name]
-            layer.factors(adapter_name).B.data.mul_(abs(strength))
-            if strength < 0:
-                layer.factors(adapter_name).D.data.neg_()
-        for module in self.model.modules():
-            if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
-                module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
-            elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
-                module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
+        weighted.copy_at(self.model, source, weight, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -325,42 +296,3 @@ def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
             key = f"{name}.base_layer.{part}"
             if key in state and state[key].shape == original.shape:
                 state[key] = original
-
-
-def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
-    """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
-    factors, form = layer.adapter(adapter).factors, layer.forms[adapter]
-    if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
-        raise ValueError(
-            f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "
-            "round does not turn their sign: this adapter cannot be copied with a negative weight. Use it with a "
-            "negative strength (each layer's `set_scale(name, -1)`), or merge it with one."
-        )
-
-
-def _copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
-    """Factors and warm-up of one adapter to another one of the same ranks."""
-    if adapter_name not in layer.tied:
-        for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
-            new.data.copy_(old.data)
-    layer._set_steps_left(adapter_name, layer.steps_left(source))
-
-
-def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
-    """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
-    rank = _fitting("rank_pattern", config.rank_pattern, key)
-    r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
-    alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
-    return r1, r2, config.alpha if alpha is None else alpha
-
-
-def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
-    """What a pattern says of the layer named `key`, None if none does. Of several the first in their order counts."""
-    found = [pattern for pattern in patterns if get_pattern_key([pattern], key) == pattern]
-    if len({str(patterns[pattern]) for pattern in found}) > 1:
-        warnings.warn(
-            f"{name} has several values for one layer: {', '.join(map(repr, found))}. The first in alphabetical order "
-            "counts, as a saved configuration is sorted so: write patterns of which one fits each layer.",
-            stacklevel=2,
-        )
-    return patterns[found[0]] if found else None

@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from .precision import Warned
 from .scaler import warn_of_unknown
 from .sharded import local
 
-if TYPE_CHECKING:
-    from .factors import FactorsLayer
-
 # Steps after which a suspicion is spoken out. The first step has λ = 0 and gradients of zero by definition.
 OWN_STEPS_WATCHED = 4
 FOREIGN_STEPS_ALLOWED = 10
@@ -41,6 +38,17 @@ BACKWARDS_ALLOWED = 100
 # What runs an optimizer's `step` between its hooks; the local variable `self` is the optimizer.
 _STEP = Optimizer.profile_hook_step(Optimizer.step).__code__  # type: ignore[attr-defined]
 _SCALER_STEP = torch.amp.GradScaler.step.__code__
+
+
+class Counted(Protocol):
+    """A layer whose adapters' steps are counted; what each method says stands at `Strength`."""
+
+    def adapter_names(self) -> list[str]: ...
+    def trainable_factors(self, adapter: str) -> list[Tensor]: ...
+    def moved_factors(self, adapter: str) -> list[Tensor]: ...
+    def clips(self, adapter: str) -> bool: ...
+    def steps_left(self, adapter: str) -> int: ...
+    def step(self, adapter: str) -> None: ...
 
 
 class _Record:
@@ -75,7 +83,7 @@ def factor(left: int, steps: int) -> float:
     return 1.0 - left / steps if left else 1.0
 
 
-def watch(layer: FactorsLayer) -> None:
+def watch(layer: Counted) -> None:
     """Let a layer's steps be counted, until its warm-up is over."""
     _layers.add(layer)
     for adapter in layer.adapter_names():
@@ -86,7 +94,7 @@ def watch(layer: FactorsLayer) -> None:
                 _Backward(layer, adapter, factors[0])
 
 
-def forget(layer: FactorsLayer, adapter: str) -> None:
+def forget(layer: Counted, adapter: str) -> None:
     """Watch an adapter that is made anew as one that was not seen to train."""
     _records.get(layer, {}).pop(adapter, None)
 
@@ -104,13 +112,13 @@ def count_step(model: nn.Module) -> None:
         _count(layer, adapter)
 
 
-def _count(layer: FactorsLayer, adapter: str) -> None:
+def _count(layer: Counted, adapter: str) -> None:
     record = _record(layer, adapter)
     record.steps, record.foreign, record.backwards = record.steps + 1, 0, 0
     layer.step(adapter)
 
 
-def _record(layer: FactorsLayer, adapter: str) -> _Record:
+def _record(layer: Counted, adapter: str) -> _Record:
     return _records.setdefault(layer, {}).setdefault(adapter, _Record())
 
 
@@ -186,7 +194,7 @@ def _running(method: CodeType) -> list[Any]:
 class _Backward:
     """Counts, during the warm-up, the backward passes into an adapter's first factor."""
 
-    def __init__(self, layer: FactorsLayer, adapter: str, factor: Tensor):
+    def __init__(self, layer: Counted, adapter: str, factor: Tensor):
         self._layer, self._adapter = weakref.ref(layer), adapter
         self._handle: RemovableHandle = factor.register_post_accumulate_grad_hook(self)
 

@@ -21,15 +21,13 @@ from dual_lora.lab.analysis.ranks import rank_examples
 from dual_lora.lab.analysis.trajectory import State, chosen_layers, states_of
 from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import check_device
+from dual_lora.lab.model.device import check_device
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.results import ANALYSIS
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.record import read_metrics, surroundings
 from dual_lora.lab.run.write import write_atomically
-
-FORMAT = "dual-lora analysis"
-
 
 VERSION = 1
 
@@ -82,7 +80,7 @@ def analyze(
 
 def check_free(file: Path) -> None:
     """Raise UserError if something lies there that no analysis would replace."""
-    if file.exists() and not (file.is_file() and FORMAT.encode() in file.open("rb").read(100)):
+    if file.exists() and not (file.is_file() and ANALYSIS.encode() in file.open("rb").read(100)):
         raise UserError(f"The output {file} exists and is no analysis: give another --out, or remove it first.")
 
 
@@ -90,7 +88,7 @@ def save(analysis: Analysis, file: str | Path) -> Path:
     """Write the analysis as JSON (numbers that are not finite become null)."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"format": FORMAT, "version": VERSION, **asdict(analysis)}
+    values = {"format": ANALYSIS, "version": VERSION, **asdict(analysis)}
     write_atomically(path, json.dumps(_finite(values), indent=None, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 

@@ -25,7 +25,7 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run, run_at
-from dual_lora.lab.run.loop import mean_loss
+from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
 
 

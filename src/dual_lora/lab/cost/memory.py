@@ -21,26 +21,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dual_lora.lab.cost.options import STATES, StepOptions
 from dual_lora.lab.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from dual_lora.lab.cost.options import StepOptions
     from dual_lora.lab.cost.simulate import Step
 
 Strategy = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 BUCKET = 5e8  # elements, DeepSpeed's reduce_bucket_size; allocated whole, however little is trained
 MOST_WHOLE = 1e9  # parameters, DeepSpeed's stage3_max_live_parameters
 BLOCKS = 3  # that FSDP2 holds whole at a time
-# Bytes of optimizer state: times the bytes of the trained parameters, and more for each of them. 8-bit states have a
-# 4-byte scale for every 256 values, twice. Adafactor keeps a row and a column of each matrix, next to nothing.
-STATES = {
-    "adamw": (2.0, 0.0),
-    "adamw_8bit": (0.0, 2.0 + 2 * 4 / 256),
-    "lion": (1.0, 0.0),
-    "sgd": (0.0, 0.0),
-    "momentum": (1.0, 0.0),
-    "adafactor": (0.0, 0.0),
-}
 # Bytes of one packed weight: 4 bits and a 4-byte scale for every 64 weights; 8 bits (a scale a row is next to nothing).
 PACKED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}

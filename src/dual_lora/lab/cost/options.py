@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dual_lora.lab.cost.memory import STATES
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
@@ -20,6 +19,16 @@ Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "gpu"]
 Head = Literal["causal", "classification"]
 DTYPES = ("float32", "bfloat16", "float16")
+# Bytes of optimizer state: times the bytes of the trained parameters, and more for each of them. 8-bit states have a
+# 4-byte scale for every 256 values, twice. Adafactor keeps a row and a column of each matrix, next to nothing.
+STATES = {
+    "adamw": (2.0, 0.0),
+    "adamw_8bit": (0.0, 2.0 + 2 * 4 / 256),
+    "lion": (1.0, 0.0),
+    "sgd": (0.0, 0.0),
+    "momentum": (1.0, 0.0),
+    "adafactor": (0.0, 0.0),
+}
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: M
 
     import torch
 
-    from dual_lora.lab.run.loop import mean_loss
+    from dual_lora.lab.run.loss import mean_loss
 
     labels = batch.pop("labels")
     cast = (

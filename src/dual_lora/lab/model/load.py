@@ -12,6 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.device import best_device, is_sharded_launch
 from dual_lora.lab.model.gguf_whole import check_whole
 
 if TYPE_CHECKING:
@@ -172,49 +173,6 @@ def forget_packing(model: PreTrainedModel) -> None:
         if hasattr(model, name):
             delattr(model, name)
     model.is_quantized = False  # type: ignore[assignment]
-
-
-def is_sharded_launch() -> bool:
-    """Whether accelerate has started this process to share out the weights (FSDP, ZeRO-3).
-
-    Such a model may be larger than a card: it waits in the host's memory and comes onto the cards in parts.
-    """
-    import os
-
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    return fsdp or (zero and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
-
-
-def process_count() -> int:
-    """How many processes were launched together."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def best_device() -> str:
-    """The accelerator of this process (its own one under ``accelerate launch``), else the CPU."""
-    import os
-
-    import torch
-
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raise UserError unless torch can compute on ``device`` ("cpu", "cuda", "cuda:1", ...) here."""
-    import torch
-
-    try:
-        torch.zeros(1, device=device).add_(1)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
-        ) from None
 
 
 @contextlib.contextmanager

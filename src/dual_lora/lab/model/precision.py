@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from dual_lora.lab.model.load import best_device, process_count
+from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.recipe.schema import Recipe
 
 if TYPE_CHECKING:

@@ -5,19 +5,17 @@ Files come from other people: one that cannot be read, is no regular file, is to
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.read import lines_of, read_json, regular
+from dual_lora.lab.read import read_json, read_json_lines, regular
 from dual_lora.lab.report.blocks import Source
-from dual_lora.lab.results import with_sizes
+from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
 
-ANALYSIS = "dual-lora analysis"
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
 SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
 # What reading a stranger's file may raise.
@@ -101,7 +99,7 @@ def gather(paths: list[str | Path]) -> Material:
 
 
 def _add_ledger(material: Material, file: Path) -> None:
-    if rows := read_lines(file):
+    if rows := read_json_lines(file):
         material.ledgers.append((file, rows))
     else:
         material.problems.append(f"The ledger {short_path(file)} holds no rows yet.")
@@ -117,19 +115,6 @@ def _add_json(material: Material, file: Path, named: bool) -> None:
         material.studies.append((file, value))
     elif named:
         material.problems.append(f"{short_path(file)} is neither a study's results nor an analysis.")
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = lines_of(regular(file).read_text(encoding="utf-8"))
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line) if line.strip() else None)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} is no JSON ({error.msg})") from None
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def source_of(file: Path, made: dict[str, Any]) -> Source:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import cross_entropy, mse_loss
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
@@ -16,12 +15,13 @@ from transformers.training_args import OptimizerNames
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.model.load import best_device, process_count
+from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import Recipe, TrainSection
 from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.watch import Watch
 
 if TYPE_CHECKING:
@@ -130,30 +130,6 @@ def check_patterns(field: str, patterns: Iterable[str], model: Any) -> None:
     for pattern in [Pattern(text, field) for text in patterns]:
         if not any(pattern.search(name) for name in names):
             raise UserError(f"{field}: {pattern.text!r} fits no trainable parameter, for example {names[:3]}.")
-
-
-def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
-    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number; of values the squared
-    error. A value of NaN is no label.
-
-    smoothing: share of each target that is spread evenly over the vocabulary.
-    """
-    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-    if labels.is_floating_point():
-        known = ~labels.isnan()
-        total = mse_loss(logits.flatten().float()[known], labels[known], reduction="sum")
-        return total / (count if count is not None else known.sum())
-    if labels.dim() == 2:
-        labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
-        logits = logits[:, :-1]
-    total = cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=smoothing,
-    )
-    return total / (count if count is not None else (labels != IGNORED).sum())
 
 
 class _Loss:

@@ -20,10 +20,11 @@ from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, enc
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
-from dual_lora.lab.model.load import Loaded, process_count
+from dual_lora.lab.model.device import process_count
+from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.loop import mean_loss
+from dual_lora.lab.run.loss import mean_loss
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory

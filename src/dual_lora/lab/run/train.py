@@ -18,7 +18,8 @@ from transformers import Trainer, TrainerCallback
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
-from dual_lora.lab.model.load import process_count, quiet
+from dual_lora.lab.model.device import process_count
+from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.progress import Bar, console

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, on_signals
-from dual_lora.lab.model.load import best_device, process_count
+from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder

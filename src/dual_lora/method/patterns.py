@@ -1,0 +1,30 @@
+"""Ranks and α of a layer by its name: `rank_pattern` and `alpha_pattern`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.utils.other import get_pattern_key
+
+from .config import DualLoraConfig
+
+
+def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
+    """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
+    rank = _fitting("rank_pattern", config.rank_pattern, key)
+    r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
+    alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
+    return r1, r2, config.alpha if alpha is None else alpha
+
+
+def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
+    """What a pattern says of the layer named `key`, None if none does. Of several the first in their order counts."""
+    found = [pattern for pattern in patterns if get_pattern_key([pattern], key) == pattern]
+    if len({str(patterns[pattern]) for pattern in found}) > 1:
+        warnings.warn(
+            f"{name} has several values for one layer: {', '.join(map(repr, found))}. The first in alphabetical order "
+            "counts, as a saved configuration is sorted so: write patterns of which one fits each layer.",
+            stacklevel=2,
+        )
+    return patterns[found[0]] if found else None

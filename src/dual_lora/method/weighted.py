@@ -1,0 +1,75 @@
+"""One adapter copied to another of the same ranks, at another strength: ΔW' = w ΔW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from .layer import DualLoraLayer, layers_of, named_layers
+
+
+def one_of(
+    model: nn.Module, known: dict[str, Any], adapters: list[str], weights: list[float], kind: str
+) -> tuple[str, float]:
+    """The adapter to copy and its weight.
+
+    known: the model's adapters. Raises ValueError for unknown adapters, a sum of several, and an adapter that cannot
+    take a negative weight.
+    """
+    for name in adapters:
+        if name not in known:
+            raise ValueError(f"Adapter {name} does not exist. Loaded: {', '.join(known)}.")
+    if len(adapters) != 1 or len(weights) != 1 or kind != "linear" or not weights[0]:
+        raise ValueError(
+            f"Dual LoRA cannot combine adapters {adapters} with weights {weights} ('{kind}') into one "
+            "adapter: ΔW = ReLU(BA) ⊙ Sign(DC) is not linear in its factors, so the sum of two updates is not of "
+            "this form. Activate them together (`model.base_model.set_adapter([…])`, each layer's "
+            "`set_scale(name, w)` for weights), merge them into the base (`merge_adapter([…])`), or convert each "
+            "to LoRA (`peft.convert_to_lora`) and combine those. One adapter with a weight works."
+        )
+    for name, layer in named_layers(model, adapters[0]).items():
+        if weights[0] * layer.scaling[adapters[0]] < 0:
+            _refuse_undirected(layer, adapters[0], name)
+    return adapters[0], weights[0]
+
+
+def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> None:
+    """Copy an adapter with all that it trains to one that is there already; w is in B' = |w| B, and D' = -D if w < 0.
+
+    In B and not in α, which would have to be saved for every layer. `set_scale` may have been at work.
+    """
+    for layer in layers_of(model, source):
+        copy_factors(layer, source, adapter_name)
+        if adapter_name in layer.tied:
+            continue  # the factors are the embedding's
+        strength = weight * layer.scaling[source] / layer.scaling[adapter_name]
+        layer.factors(adapter_name).B.data.mul_(abs(strength))
+        if strength < 0:
+            layer.factors(adapter_name).D.data.neg_()
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
+            module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
+        elif isinstance(module, TrainableTokensLayer) and source in module.trainable_tokens_delta:
+            module.trainable_tokens_delta[adapter_name].data.copy_(module.trainable_tokens_delta[source].data)
+
+
+def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
+    """Factors and warm-up of one adapter to another one of the same ranks."""
+    if adapter_name not in layer.tied:
+        for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
+            new.data.copy_(old.data)
+    layer._set_steps_left(adapter_name, layer.steps_left(source))
+
+
+def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
+    """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
+    factors, form = layer.adapter(adapter).factors, layer.forms[adapter]
+    if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
+        raise ValueError(
+            f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "
+            "round does not turn their sign: this adapter cannot be copied with a negative weight. Use it with a "
+            "negative strength (each layer's `set_scale(name, -1)`), or merge it with one."
+        )
