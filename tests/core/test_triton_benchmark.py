@@ -37,6 +37,7 @@ def test_rehearsal_reaches_the_end_and_records_nothing():
     assert (ledger.read_bytes() if ledger.exists() else None) == before
 
 
+@pytest.mark.long
 def test_where_no_kernel_compiles_the_operator_is_measured_and_the_reason_said():
     code = """
 import sys

@@ -29,7 +29,7 @@ def test_both_operands_of_the_weight_gradient_are_copied_asynchronously(tmp_path
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("sm_80", ['"forms": "every"']),
+        pytest.param("sm_80", ['"forms": "every"'], marks=pytest.mark.long),  # half a minute
         ("sm_90", ['"gradient"', 'bfloat16"', "[64, 64", '"deterministic": false']),
         ("gfx942", ['"gradient"', "float32", "[32, 64"]),
     ],

@@ -288,6 +288,12 @@ def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded
         ('{"a": 1, "a": 2}', '{"a": 2}', False),
         ("9" * 5000, "9", False),
         ("[" * 100_000, "[]", False),
+        ("1,234.0", "1234", True),  # as MetaMathQA's answers are written
+        ("-12,345,678", "-12345678", True),
+        ("1,23", "123", False),
+        ("0,123", "123", False),
+        ('"1,234"', "1234", False),
+        ('["1,234"]', '["1234"]', False),
     ],
 )
 def test_json_is_compared_as_json(found, expected, same):

@@ -97,6 +97,7 @@ def test_the_default_backend(name, strict):
 
 @ONE_GRAPH
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_trainers_own_switch(tmp_path, strict):
     """`torch_compile=True` of transformers' Trainer, with its default backend."""
     seen = []

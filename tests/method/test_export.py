@@ -115,18 +115,22 @@ def exported(model, x):
     return torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=False)
 
 
-@pytest.fixture(params=[k if "expert" not in k else pytest.param(k, marks=pytest.mark.slow) for k in CASES])
-def case(request):
-    return CASES[request.param]()
-
-
 def ours(program):
     return [str(node.target) for node in program.graph.nodes if str(node.target).startswith("dual_lora.")]
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_exported_program(case, merged):
-    model, x, other = case
+def trials():
+    """Each case, unmerged and merged. Of what is merged, which is plain PyTorch, three stand for the others."""
+    for name in CASES:
+        marks = [pytest.mark.slow] if "expert" in name else []
+        yield pytest.param(name, False, marks=marks, id=name)
+        stood_for = [] if name in ("mlp", "llama", "experts") else [pytest.mark.long]
+        yield pytest.param(name, True, marks=marks + stood_for, id=f"{name}-merged")
+
+
+@pytest.mark.parametrize(("name", "merged"), trials())
+def test_exported_program(name, merged):
+    model, x, other = CASES[name]()
     with torch.no_grad():
         expected = model(x), model(other)
     if merged:
@@ -234,9 +238,9 @@ def onnx_runs():
 
 # A merged model holds no operator of ours (`test_exported_program`), so a few stand for all of them.
 ONNX = [(name, False) for name in CASES] + [("llama", True), ("encoder", True), ("experts", True)]
-# Some ten seconds each; of several forms of one layer one is in `make test`.
+# Some ten seconds each; of several forms of one layer, and of the language models, one is in `make test`.
 STOOD_FOR = {("conv1d", False), ("conv3d", False), ("separate attention", False), ("transposed experts", False),
-             ("encoder", True), ("experts", True)}  # fmt: skip
+             ("bert", False), ("gpt2", False), ("llama", True), ("encoder", True), ("experts", True)}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -231,7 +231,9 @@ class EvaluateSection(Section):
         description="exact_match: regular expression; its first match in the generated text is the answer. "
         "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
-    compare: Literal["text", "json"] = Field("text", description="exact_match: equal text, or equal JSON value.")
+    compare: Literal["text", "json"] = Field(
+        "text", description="exact_match: equal text, or equal JSON value (1,000.0 is 1000)."
+    )
     forgetting: str | None = Field(
         None,
         description="Text that is not the task's (a .txt line each, or records with a field text): how much its loss "

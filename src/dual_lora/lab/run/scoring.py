@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run.extraction import answer_in
+
+_THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
 Rows = list[dict[str, Any]]
 Advance = Callable[[int], None]
@@ -278,9 +281,14 @@ def _same(found: str, expected: str, compare: str) -> bool:
     if compare == "text":  # é in one sign or in two is the same text, and many tokenizers write one of them only
         return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)
     try:
-        return _alike(*(json.loads(text, object_pairs_hook=_object) for text in (found, expected)))
+        return _alike(*(json.loads(_uncut(text), object_pairs_hook=_object) for text in (found, expected)))
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
         return False
+
+
+def _uncut(text: str) -> str:
+    """A number without the commas between its thousands; any other text as it is."""
+    return text.replace(",", "") if _THOUSANDS.fullmatch(text.strip()) else text
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
