@@ -141,7 +141,7 @@ def test_sizes_are_what_really_trains(tiny):
                    {"name": "pissa", "r": 2}, {"name": "vera", "r": 4}, {"name": "ia3"}, {"name": "hira", "r": 2},
                    {"name": "shira", "r": 2}):  # fmt: skip
         recipe = build_recipe({"model": {"path": str(tiny / "model")}, "method": method})
-        model = apply_method(load_model(recipe.model), method_config(method, "causal", 100, []), "x", 0)
+        model = apply_method(load_model(recipe.model), method_config(method, "causal", 100, []), recipe.model, 0)
         real = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert Scale().size(recipe, None).trainable == real, method
 

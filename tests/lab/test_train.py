@@ -415,7 +415,7 @@ def test_loraplus_hurries_both_factors_on_the_output_s_side(lm_values):
     lm_values["method"] = {"name": "dual_lora", "r": 4}
     lm_values["train"] |= {"optimizer": "loraplus", "loraplus_ratio": 8.0, "learning_rate": 0.01}
     recipe = build_recipe(lm_values)
-    model = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 3, []), "tiny", seed=0)
+    model = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 3, []), recipe.model, seed=0)
     rates = {id(p): group["lr"] for group in _optimizer(model, recipe).param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -431,7 +431,7 @@ def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
     lm_values["train"] |= {"steps": 1, "learning_rate": 0.01, "lr_warmup": 0.0, "arguments": {"adam_epsilon": 1e-30}}
     lm_values["train"]["rates"] = {"dual_lora_D": 4.0, "dual_lora_[CD]": 0.5}
     recipe = build_recipe(lm_values)
-    start = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 1, []), "tiny", seed=0)
+    start = apply_method(load_model(recipe.model), method_config(recipe.method, "causal", 1, []), recipe.model, seed=0)
     start = {name: p for name, p in start.named_parameters() if p.requires_grad}
     for name, parameter in run(recipe, tmp_path / "run", progress=False).tuned.model.named_parameters():
         if name in start:
@@ -573,7 +573,7 @@ def test_lora_plus_has_the_recipe_s_decay_and_betas(method, lm_values, tmp_path)
     }  # fmt: skip
     recipe = build_recipe(lm_values)
     loaded = prepare(recipe).loaded
-    model = apply_method(loaded, method_config(recipe.method, "causal", 6, loaded.fresh), recipe.model.path, 0)
+    model = apply_method(loaded, method_config(recipe.method, "causal", 6, loaded.fresh), recipe.model, 0)
     groups = [group for group in _optimizer(model, recipe).param_groups if group["params"]]
     assert {group["weight_decay"] for group in groups} == {0.5}
     assert {(group["betas"], group["eps"]) for group in groups} == {((0.5, 0.999), 1e-6)}

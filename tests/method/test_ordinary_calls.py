@@ -1,15 +1,23 @@
 """Ordinary calls of PEFT and torch that once gave another model than LoRA's would have been, without a word."""
 
 import copy
+import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.utils.quantization_utils import Bnb4bitBackend
+from peft.utils.warning import PeftWarning
 from tiny import adapted, points
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.functional import mse_loss
 
-from dual_lora import DualLoraConfig, count_step
+from dual_lora import DualLoraConfig, count_step, dual_lora_linear, save_as_dual_lora, save_as_lora
+from dual_lora.core.compose_op import dual_lora_weight
+from dual_lora.core.embedding_op import dual_lora_embedding
+from dual_lora.core.reference import delta_weight
+from dual_lora.method.quantized_rows import row_source
 
 
 def llama(tie=False):
@@ -242,3 +250,137 @@ def test_dropout_goes_by_its_own_mode():
         if isinstance(module, nn.Dropout):
             module.train()
     assert not torch.equal(model(points()), model(points()))
+
+
+def read_layer():
+    """An attention reads the weight of its output projection and never calls it."""
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+
+
+def test_a_layer_that_is_read_does_not_become_a_lora_that_does_nothing(tmp_path):
+    model = get_peft_model(read_layer(), visible(target_modules=["out_proj"]))
+    with pytest.raises(TypeError, match=r"read and not called.*out_proj.*ReadLinear"):
+        save_as_lora(tmp_path, model, 8)
+    with pytest.raises(TypeError, match="support LoRA conversion"):
+        convert_to_lora(model, 8)
+
+
+def test_a_lora_that_did_nothing_does_not_become_a_dual_lora_that_acts(tmp_path):
+    x = torch.randn(2, 3, 8)
+    model = get_peft_model(read_layer(), LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False))
+    torch.testing.assert_close(model(x), read_layer()(x))
+    with pytest.raises(TypeError, match="out_proj' is read by the module above it"):
+        save_as_dual_lora(tmp_path, model)
+
+
+@pytest.mark.parametrize(("letter", "value"), [("A", float("inf")), ("C", float("nan"))])
+def test_broken_factors_are_not_converted(letter, value, tmp_path):
+    model = adapted(init_weights=False)
+    layer = next(m for m in model.modules() if hasattr(m, "dual_lora_A"))
+    getattr(layer, f"dual_lora_{letter}")["default"].data[0, 0] = value
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        save_as_lora(tmp_path, model, 2)
+
+
+def test_a_converted_adapter_keeps_its_base_s_revision(tmp_path):
+    model = adapted(init_weights=False, revision="v2")
+    assert save_as_lora(tmp_path, model, 0.999).config.revision == "v2"
+
+
+def test_a_strength_that_is_not_saved_is_said(tmp_path):
+    model = adapted(init_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "plain")
+    for module in model.modules():
+        if hasattr(module, "dual_lora_A"):
+            module.set_scale("default", 0.5)
+    y = model(points())
+    with pytest.warns(PeftWarning, match=r"acts at 0.5 times its own strength.*add_weighted_adapter\(\['default'\]"):
+        model.save_pretrained(tmp_path / "half")
+    model.base_model.add_weighted_adapter(["default"], [1.0], "scaled")
+    model.set_adapter("scaled")
+    torch.testing.assert_close(model(points()), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "copy", selected_adapters=["scaled"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_an_embedding_s_scale_is_not_rounded(dtype):
+    """√768 in bf16 is 0.13 % more; as in a base of that precision, rows times a Python number are rounded once."""
+    modeling = pytest.importorskip("transformers.models.plbart.modeling_plbart")
+    torch.manual_seed(0)
+    base = modeling.PLBartScaledWordEmbedding(50, 768, 1, embed_scale=768**0.5).to(dtype)
+    ids = torch.arange(40).view(4, 10)
+    expected = base(ids)
+    model = get_peft_model(nn.Sequential(base), DualLoraConfig(r=4, target_modules=["0"]))
+    with torch.no_grad():
+        assert torch.equal(model(ids), expected), "λ is 0"
+
+
+def test_a_scale_that_is_to_train_is_refused():
+    model = adapted(init_weights=False)
+    adapter = next(m for m in model.modules() if hasattr(m, "dual_lora_A")).adapter("default")
+    x = torch.randn(3, adapter.factors.A.shape[1])
+    weight = torch.zeros(adapter.factors.B.shape[0], x.shape[1])
+    trained = adapter._replace(scale=adapter.scale.clone().requires_grad_())
+    for compute in (
+        lambda: dual_lora_linear(x, weight, None, [trained]),
+        lambda: dual_lora_weight(weight, [trained]),
+        lambda: delta_weight(trained.factors, trained.scale, trained.form),
+    ):
+        with pytest.raises(ValueError, match="scale of a Dual LoRA adapter requires a gradient"):
+            compute()
+    with torch.no_grad():
+        dual_lora_linear(x, weight, None, [trained])
+
+
+def test_whole_numbers_are_no_input():
+    model = adapted(init_weights=False)
+    adapter = next(m for m in model.modules() if hasattr(m, "dual_lora_A")).adapter("default")
+    x = torch.ones(3, adapter.factors.A.shape[1], dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"x is torch.int64, expected a floating dtype"):
+        dual_lora_linear(x, None, None, [adapter])
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "scale"])
+def test_a_tangent_of_any_operand_is_refused(which):
+    model = adapted(init_weights=False)
+    adapter = next(m for m in model.modules() if hasattr(m, "dual_lora_A")).adapter("default")
+    O, I = adapter.factors.B.shape[0], adapter.factors.A.shape[1]
+    given = {"weight": torch.zeros(O, I), "bias": torch.zeros(O), "scale": adapter.scale.detach()}
+    x = torch.randn(3, I)
+    with forward_ad.dual_level():
+        given[which] = forward_ad.make_dual(given[which], torch.ones_like(given[which]))
+        adapters = [adapter._replace(scale=given["scale"])]
+        with pytest.raises(NotImplementedError, match="no forward mode"):
+            dual_lora_linear(x, given["weight"], given["bias"], adapters)
+        if which != "bias":
+            with pytest.raises(NotImplementedError, match="no forward mode"):
+                dual_lora_weight(given["weight"], adapters)
+            with pytest.raises(NotImplementedError, match="no forward mode"):
+                dual_lora_embedding(torch.tensor([0]), given["weight"], adapters)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_four_bits_in_any_storage_are_read_at_their_places(storage):
+    """`bnb_4bit_quant_storage`, as FSDP wants it for QLoRA."""
+    bnb = pytest.importorskip("bitsandbytes")
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(96, 1100, bias=False, compute_dtype=torch.float32, quant_type="nf4", quant_storage=storage)
+    base.weight = bnb.nn.Params4bit(
+        torch.randn(1100, 96), requires_grad=False, quant_type="nf4", quant_storage=storage, blocksize=64
+    )
+    base = base.to("cpu")
+    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    model = get_peft_model(nn.Sequential(base), visible(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    x = torch.randn(2, 96)
+    torch.testing.assert_close(model(x), x @ (weight + layer.get_delta_weight("default")).T, rtol=1e-3, atol=1e-3)
+    rows = row_source(base, Bnb4bitBackend())
+    for start, stop in ((0, 3), (3, 6), (1001, 1100)):
+        assert torch.equal(rows.rows(start, stop).float(), weight[start:stop])

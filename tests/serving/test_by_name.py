@@ -113,6 +113,23 @@ def test_a_form_names_its_model_too(name, more, server):
     assert asyncio.run(server.ask(sound + b"--edge--\r\n", kind=FORM))[1][1] == server.one
 
 
+def test_only_a_field_of_that_very_name_is_the_model(server):
+    head, end = b"--edge\r\nContent-Disposition: form-data; ", b"--edge--\r\n"
+    for other in (b'name="model_id"', b"name=model_version", b'filename="x"; name="xmodel"'):
+        field = head + other + b"\r\n\r\nm\r\n"
+        for model in (b'Name="model"', b'name = "model"', b"name=model; x=y"):
+            body = field + head + model + b"\r\n\r\nb\r\n" + end
+            assert asyncio.run(server.ask(body, kind=FORM))[1][1] == server.other
+        assert asyncio.run(server.ask(field + end, kind=FORM))[1][1] == server.one
+
+
+def test_a_form_with_two_models_is_refused(server):
+    field = b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\n%s\r\n'
+    status, said = asyncio.run(server.ask(field % b"m" + field % b"b" + b"--edge--\r\n", kind=FORM))
+    assert status == 400
+    assert "2 fields named model" in said["error"]["message"]
+
+
 def test_what_cannot_reach_the_model_waits_for_nobody(server):
     async def main():
         await server.served.turns.enter("b")

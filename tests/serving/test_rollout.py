@@ -31,3 +31,61 @@ def test_all_of_the_trainers_sampling_is_asked_for(monkeypatch):
     monkeypatch.setattr(rollout.server, "complete", complete)
     rollout(["a prompt"], trainer)
     assert asked == {**given, "frequency_penalty": 0.5}
+
+
+class Tokenizer:
+    """Writes down what a conversation's template was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def apply_chat_template(self, prompt, **given):
+        self.asked.append(given)
+        return "hi"
+
+    def __call__(self, text, **given):
+        return SimpleNamespace(input_ids=[7])
+
+
+def trainer(**more):
+    accelerator = SimpleNamespace(is_main_process=True, unwrap_model=lambda m: m, wait_for_everyone=lambda: None)
+    sampling = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
+    return SimpleNamespace(
+        state=SimpleNamespace(global_step=0), accelerator=accelerator, model="m", processing_class=Tokenizer(),
+        max_completion_length=1, args=SimpleNamespace(generation_kwargs=None), **sampling, **more,
+    )  # fmt: skip
+
+
+def rollout(monkeypatch):
+    made = VllmRollout("http://x/v1", "m")
+    sent = []
+    monkeypatch.setattr(made.server, "send", sent.append)
+    monkeypatch.setattr(made.server, "complete", lambda ids, *_, **__: [])
+    return made, sent
+
+
+def test_a_conversation_has_the_trainers_template_its_settings_and_its_tools(monkeypatch):
+    made, _ = rollout(monkeypatch)
+    given = {"chat_template_kwargs": {"enable_thinking": False}, "chat_template": "{{ x }}", "tools": [len]}
+    one = trainer(**given)
+    made([[{"role": "user", "content": "hi"}]], one)
+    (asked,) = one.processing_class.asked
+    assert asked["enable_thinking"] is False
+    assert (asked["chat_template"], asked["tools"]) == ("{{ x }}", [len])
+    assert asked["add_generation_prompt"]
+    plain = trainer(tools=[], chat_template_kwargs=None)
+    made([[{"role": "user", "content": "hi"}]], plain)
+    assert plain.processing_class.asked[0]["tools"] is None
+
+
+def test_a_second_training_sends_its_own_weights(monkeypatch):
+    """Both at step 0: of two trainers, or of one that trains twice."""
+    made, sent = rollout(monkeypatch)
+    one = trainer()
+    for _ in range(2):
+        made([], one)
+    assert len(sent) == 1
+    one.state = SimpleNamespace(global_step=0)
+    made([], one)
+    made([], trainer())
+    assert len(sent) == 3

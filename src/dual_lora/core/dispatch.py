@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from . import blocked
 from .blocked import RowSource
 from .handle import Handle, source_of
-from .reference import Adapter, Factors, Form
+from .reference import Adapter, Factors, Form, refuse_trained
 
 SWITCH = "DUAL_LORA_KERNELS"  # "plain" keeps to PyTorch's own operations
 OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
@@ -65,7 +65,7 @@ def compose(
 
     `out` may be the weight itself.
     """
-    refuse_transforms(None, adapters)
+    refuse_transforms(adapters, weight)
     if isinstance(weight, Handle):
         weight = source_of(weight.number)
     device = adapters[0].scale.device
@@ -124,13 +124,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter]) -> None:
+def refuse_transforms(adapters: Sequence[Adapter], *operands: Any) -> None:
     """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
     inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
     forward = forward_ad._current_level >= 0
     if not (inside or forward):
         return
-    tensors = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
+    tensors = [t for t in (*operands, *(t for a in adapters for t in (*a.factors, a.scale))) if isinstance(t, Tensor)]
     transformed = inside and any(map(_functorch.is_functorch_wrapped_tensor, tensors))
     if transformed or (forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)):
         raise NotImplementedError(
@@ -175,7 +175,12 @@ def adapters_of(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequ
 
 
 def flat(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Factors, scales and forms of adapters as an operator takes them; `adapters_of` is the inverse."""
+    """Factors, scales and forms of adapters as an operator takes them; `adapters_of` is the inverse.
+
+    Raises ValueError for a scale that is to be trained.
+    """
+    for adapter in adapters:
+        refuse_trained(adapter.scale)
     scales = [a.scale if a.mean_square is None else torch.stack([a.scale, a.mean_square]) for a in adapters]
     return [f for a in adapters for f in a.factors], scales, [a.form.code for a in adapters]
 

@@ -55,17 +55,19 @@ def dual_lora_linear(
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
 
     Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
-    Raises ValueError for shapes that do not fit, RuntimeError on double backward, NotImplementedError under
-    torch.func's transforms and in forward mode.
+    Raises ValueError for shapes that do not fit, TypeError for an x that is no floating tensor, RuntimeError on
+    double backward, NotImplementedError under torch.func's transforms and in forward mode.
     """
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
     first = adapters[0].factors
     O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
     check_factors(adapters, O, I)
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}, expected a floating dtype: W + ΔW is composed in it.")
     if x.shape[-1] != I:
         raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
-    dispatch.refuse_transforms(x, adapters)
+    dispatch.refuse_transforms(adapters, x, weight, bias, loss_scale)
     autocast = dispatch.autocast_dtype(x.device, x.dtype)
     if autocast is not None:
         x = x.to(autocast)

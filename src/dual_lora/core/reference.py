@@ -211,6 +211,15 @@ class _Combine(torch.autograd.Function):
         return *product_gradients(G, P, Q, scale, form, loss_scale), None, None, None
 
 
+def refuse_trained(scale: Tensor | float) -> None:
+    """Raise ValueError for a scale that is to be trained: the factors alone get gradients."""
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "The scale of a Dual LoRA adapter requires a gradient, and there is none for it: detach it, or multiply "
+            "the factor B by it (a positive one scales ΔW as much)."
+        )
+
+
 def delta_weight(
     factors: Factors,
     scale: Tensor | float,
@@ -218,6 +227,7 @@ def delta_weight(
     loss_scale: Tensor | float | None = None,
 ) -> Tensor:
     """ΔW, [O, I], in the factors' dtype, differentiable in the four factors."""
+    refuse_trained(scale)
     A, B, C, D = factors
     with ieee_fp32():
         P, Q = B @ A, D @ C

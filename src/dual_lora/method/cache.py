@@ -8,9 +8,10 @@ made from, told by the tensors' version counters and storages; and it lives only
 no version counter: every optimizer step clears the cache. Entries are also dropped on backward into their factors,
 `train()`, loading, merging and adapter changes, and (linear layers) where a training pass follows a generation.
 
-Writes through `.data` (`param.data.mul_()`, as averages of weights are put in place) are not seen; `param.data = other`
-is. A linear layer composes anew for a prompt or an evaluation of sequences (`DECODED_TOKENS`); in other layers, or
-without sequences, call `composed_weights.clear()` after such writes.
+Writes to the same memory past autograd are not seen: `param.data.mul_()`, as averages of weights are put in place,
+through `param.detach().numpy()`, or to a vector whose parts are the parameters (`vector_to_parameters`, evolution
+strategies). `param.data = other`, of other memory, is. A linear layer composes anew for a prompt or an evaluation of
+sequences (`DECODED_TOKENS`); in other layers, or without sequences, call `composed_weights.clear()` after such writes.
 """
 
 from __future__ import annotations

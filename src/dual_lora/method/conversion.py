@@ -72,7 +72,8 @@ def convert_to_lora(
     advance: called with 1 after every layer, for a progress bar.
 
     Warns when the median layer loses more than 30 % of its update. Raises TypeError where a layer is not linear, and
-    ValueError for a rank that cannot be and an adapter that changes biases: merge such an adapter instead.
+    ValueError for a rank that cannot be, for factors that are not finite, and for an adapter that changes biases: merge
+    that one instead.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise ValueError(
@@ -85,6 +86,8 @@ def convert_to_lora(
     state: dict[str, Tensor] = {}
     losses = []
     for name, layer in layers.items():
+        if not all(bool(f.isfinite().all()) for f in layer.factors(adapter_name)):
+            raise ValueError(f"The layer {name!r} of adapter {adapter_name!r} holds NaN or infinity: it seems broken.")
         A, B, error = truncated(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
         losses.append(LayerLoss(name.removeprefix(PREFIX), A.shape[0], error))
@@ -132,7 +135,7 @@ def truncated(matrix: Tensor, rank: int | float) -> tuple[Tensor, Tensor, float]
 
 _ALIKE = (
     "modules_to_save", "trainable_token_indices", "ensure_weight_tying", "layer_replication",
-    "task_type", "base_model_name_or_path",
+    "task_type", "base_model_name_or_path", "revision",
 )  # fmt: skip
 
 
@@ -178,7 +181,8 @@ def _linear_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
     others = [name for name, m in found.items() if not m.supports_lora_conversion(adapter_name)]
     if others:
         raise TypeError(
-            f"{len(others)} of {len(found)} adapted layers are not linear and do not support LoRA conversion, e.g. "
+            f"{len(others)} of {len(found)} adapted layers are not linear, or are read and not called, and do not "
+            f"support LoRA conversion, e.g. "
             f"{others[0]!r} ({type(found[others[0]]).__name__}). Merge the adapter instead (`merge_and_unload()`)."
         )
     return found  # type: ignore[return-value]

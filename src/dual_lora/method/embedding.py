@@ -85,6 +85,8 @@ class Embedding(MapLayer):
             scale_grad_by_freq=base.scale_grad_by_freq,
             dtype=base.weight.dtype,
         )
+        if isinstance(getattr(base, "embed_scale", None), int | float):  # as a tensor it would be rounded first
+            return y * base.embed_scale
         scale = self._get_embed_scale()
         return y if scale is None else y * scale.to(y.dtype)
 

@@ -40,6 +40,10 @@ class ReadLinear(Linear):
 
     takes_dropout = False
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Not: a LoRA layer in this place would be the base, for nobody calls it."""
+        return False
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge, without a warning about what the attention has merged already."""
         names = self.active_adapters if adapter_names is None else adapter_names

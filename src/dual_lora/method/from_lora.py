@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
 from .conversion import PREFIX, refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
+from .fast_paths import is_read
 
 
 class LayerKept(NamedTuple):
@@ -178,6 +179,11 @@ def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLinear]:
             raise TypeError(
                 f"The LoRA layer {name!r} ({type(layer).__name__}) is not linear; only linear layers can be converted. "
                 f"{way_out}"
+            )
+        if is_read(model.get_submodule(name.rpartition(".")[0]), layer.get_base_layer()):
+            raise TypeError(
+                f"The LoRA layer {name!r} is read by the module above it and not called: this LoRA does nothing there, "
+                "and a Dual LoRA would. Leave it out."
             )
         if adapter_name in layer.lora_variant or layer.lora_bias[adapter_name]:
             what = type(layer.lora_variant.get(adapter_name)).__name__ if layer.lora_variant else "a bias"

@@ -276,6 +276,7 @@ class DualLoraModel(BaseTuner):
         _unmerge(model, adapter_name, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         saved.warn_if_not_gathered(state, adapter_name)
+        saved.warn_of_scales(layers_of(model, adapter_name), adapter_name)
         return state
 
     @classmethod

@@ -27,7 +27,8 @@ class _FourBitRows:
 
     def __init__(self, base: Any):
         undo_packing_for_cpu(base)
-        self.packed, self.state = base.weight.data, base.weight.quant_state
+        # As bytes: with `bnb_4bit_quant_storage` they lie in wider elements.
+        self.packed, self.state = base.weight.data.view(-1).view(torch.uint8), base.weight.quant_state
         self.shape = (base.out_features, base.in_features)
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -45,7 +46,7 @@ class _FourBitRows:
             quant_type=state.quant_type,
             dtype=state.dtype,
         )
-        packed = self.packed.view(-1)[low // 2 : -(-high // 2)].view(-1, 1)
+        packed = self.packed[low // 2 : -(-high // 2)].view(-1, 1)
         entries = F.dequantize_4bit(packed, part).view(-1)
         return entries[start * I - low : stop * I - low].view(stop - start, I)
 

@@ -6,6 +6,7 @@ random. Without the count (written by another program) an adapter is finished.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import warnings
@@ -66,6 +67,20 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
             "deepspeed.zero.GatheredParameters([…]) / FullyShardedDataParallel.summon_full_params(model).",
             PeftWarning,
             stacklevel=3,
+        )
+
+
+def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
+    """Say that an adapter acts at another strength than the one it will have when it is loaded."""
+    scales = {layer.scaling[adapter_name] / usual for layer in layers if (usual := layer.usual_scaling(adapter_name))}
+    other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
+    if other is not None:
+        warnings.warn(
+            f"Adapter {adapter_name!r} acts at {other:.4g} times its own strength (`set_scale`), which is not saved: "
+            "it will be loaded at its own. To save it as it acts: "
+            f"model.base_model.add_weighted_adapter([{adapter_name!r}], [1.0], 'scaled'), and save that.",
+            PeftWarning,
+            stacklevel=4,
         )
 
 

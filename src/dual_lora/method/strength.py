@@ -124,7 +124,11 @@ class Strength:
         A graph that waits for its backward keeps the strength that it had, and so does a captured CUDA graph.
         """
         if adapter in self.scaling:
-            self._set_scaling(adapter, scale * scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter]))
+            self._set_scaling(adapter, scale * self.usual_scaling(adapter))
+
+    def usual_scaling(self, adapter: str) -> float:
+        """α/√(r1 r2), whatever has been set in its place."""
+        return scaling(self.alpha[adapter], self.r1[adapter], self.r2[adapter])
 
     def _set_scaling(self, adapter: str, value: float) -> None:
         self.scaling[adapter] = value

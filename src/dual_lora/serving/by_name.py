@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import Awaitable, Callable, Container, MutableMapping
+from email import message_from_bytes
+from email.utils import collapse_rfc2231_value
 from typing import Any
 
 from .turns import Turns
@@ -16,7 +17,6 @@ from .turns import Turns
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-_MODEL_OF_FORM = re.compile(rb'\bname="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n')
 PATIENCE = 60.0  # seconds: who does not read an answer for so long would keep all others waiting
 
 
@@ -39,6 +39,9 @@ class ByName:
             receive = self._without_names(receive, send)
         body, receive = await _read(scope, receive)
         model = body.get("model")
+        if isinstance(model, list):
+            await _refuse(send, 400, f"The form has {len(model)} fields named model: give one.")
+            return
         name = model if isinstance(model, str) and model in self.names else None
         if name is not None and body.get("background"):
             await _refuse(
@@ -79,7 +82,7 @@ class ByName:
 
 
 async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
-    """What the body says, of a form only its model; and the same body to be received again."""
+    """What the body says, of a form only its model (a list of several); and the same body to be received again."""
     if scope["type"] != "http":
         return {}, receive
     messages = [await receive()]
@@ -90,10 +93,23 @@ async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Recei
         return messages.pop(0) if messages else await receive()
 
     whole = b"".join(message.get("body", b"") for message in messages)
-    if b"multipart/" in dict(scope["headers"]).get(b"content-type", b"").lower():  # sound, with other fields
-        model = _MODEL_OF_FORM.search(whole)
-        return {"model": model[1].decode(errors="replace")} if model else {}, again
+    kind = dict(scope["headers"]).get(b"content-type", b"")
+    if b"multipart/" in kind.lower():  # sound, with other fields
+        models = _models_in_form(kind, whole)
+        return {"model": models[0] if len(models) == 1 else models} if models else {}, again
     return _object_of(whole), again
+
+
+def _models_in_form(kind: bytes, body: bytes) -> list[str]:
+    """The values of the fields named model, by the boundary that the content type gives."""
+    boundary = message_from_bytes(b"Content-Type: " + kind + b"\n\n").get_boundary()
+    found = []
+    for part in body.split(b"--" + boundary.encode("latin-1", "replace"))[1:] if boundary else []:
+        head, _, value = part.lstrip(b"\r\n").partition(b"\r\n\r\n")
+        name = message_from_bytes(head + b"\r\n\r\n").get_param("name", header="content-disposition")
+        if name is not None and collapse_rfc2231_value(name) == "model":
+            found.append(value.removesuffix(b"\r\n").decode(errors="replace"))
+    return found
 
 
 def _object_of(text: str | bytes) -> dict[str, Any]:

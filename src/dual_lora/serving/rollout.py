@@ -20,16 +20,16 @@ class VllmRollout:
 
     def __init__(self, url: str, model: str, timeout: float = 600.0):
         self.server = AdapterServer(url, model, timeout)
-        self._sent_at = -1
+        self._sent_at: tuple[Any, int] = None, -1  # a training's state and its step
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
-        if trainer.state.global_step != self._sent_at:
+        state, step = trainer.state, trainer.state.global_step
+        if state is not self._sent_at[0] or step != self._sent_at[1]:
             if trainer.accelerator.is_main_process:
                 self.server.send(trainer.accelerator.unwrap_model(trainer.model))
             trainer.accelerator.wait_for_everyone()
-            self._sent_at = trainer.state.global_step
-        tokenizer = trainer.processing_class
-        ids = [_tokens(tokenizer, prompt) for prompt in prompts]
+            self._sent_at = state, step
+        ids = [_tokens(trainer, prompt) for prompt in prompts]
         done = self.server.complete(ids, trainer.max_completion_length, **_sampling(trainer))
         return {
             "prompt_ids": [one.prompt for one in done],
@@ -50,8 +50,17 @@ def _sampling(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _tokens(tokenizer: Any, prompt: Any) -> list[int]:
+def _tokens(trainer: Any, prompt: Any) -> list[int]:
+    """A prompt's tokens; a conversation by the trainer's own template, its settings and its tools, as TRL does it."""
+    tokenizer = trainer.processing_class
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        prompt,
+        tools=getattr(trainer, "tools", None) or None,
+        chat_template=getattr(trainer, "chat_template", None),
+        tokenize=False,
+        add_generation_prompt=True,
+        **(getattr(trainer, "chat_template_kwargs", None) or {}),
+    )
     return list(tokenizer(text, add_special_tokens=False).input_ids)

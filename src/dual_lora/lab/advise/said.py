@@ -19,7 +19,7 @@ from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE
 from dual_lora.lab.study.study import Study
-from dual_lora.lab.study.verdicts import Verdict
+from dual_lora.lab.study.verdicts import Verdict, percent
 
 Values = dict[str, Any]
 Pairs = dict[str, ComparisonRow]  # by candidate
@@ -162,7 +162,7 @@ def _figure(c: ComparisonRow, alike: bool = False) -> str:
     what = f"{'' if c['better'] == 'more' else 'reduction of '}{c['metric']} {c['difference']:+.3g}"
     share = 2 * c["confidence"] - 1 if alike else c["confidence"]
     low, high = (c["same_low"], c["same_high"]) if alike else (c["low"], c["high"])
-    return what if low is None else f"{what} [{share:.0%}: {low:+.3g} to {high:+.3g}]"
+    return what if low is None else f"{what} [{percent(share)}: {low:+.3g} to {high:+.3g}]"
 
 
 def _step(rival: Rival) -> str:
@@ -285,6 +285,6 @@ def _how(study: Study, whole: Study, work: Work, methods: Methods, metric: str, 
         f"records. They train {' to '.join(f'{size:,}' for size in sizes)} parameters each.",
         f"{short} Differences below {margin:g} count as none (--margin).",
         "A method is recommended for its score only if it is significantly better, and LoRA only if a gain of "
-        f"{margin:g} is ruled out: either is wrong in at most {study.level:.0%} of such studies, for the settings "
+        f"{margin:g} is ruled out: either is wrong in at most {percent(study.level)} of such studies, for the settings "
         "named here.",
     ]

@@ -130,7 +130,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
         ready = in_order(recipe, load_split(recipe.data, "train"), loaded.tokenizer, classes, _processes(record))
         collate = collator(loaded.tokenizer, bool(classes), loaded.model)
         show_gradients(loaded.model, config, ready, recipe.train.batch_size, collate)
-    model = apply_method(loaded, config, recipe.model.path, recipe.train.seed)
+    model = apply_method(loaded, config, recipe.model, recipe.train.seed)
     changed = {name for name, size in _sizes(model).items() if size != before.get(name, size)}
     origin = {name: found for name, found in snapshot(model).items() if name in changed}
     return OpenedRun(folder.path, recipe, record, model, loaded.tokenizer, classes, origin)

@@ -75,23 +75,34 @@ class StepOptions:
     @property
     def rank(self) -> int:
         """The method's total rank, 0 for full fine-tuning."""
-        if self.method["name"] == "full":
+        if (name := _plain(self.method["name"])) == "full":
             return 0
-        return int(self.method.get("r") or self.method.get("r1", 0) + self.method.get("r2", 0) or 8)
+        both = self.method.get("r1", 0) + self.method.get("r2", 0)
+        return int(self.method.get(_rank_field(name)) or both or (12 if name == "adalora" else 8))
 
     def with_rank(self, rank: int) -> StepOptions:
         """The same step at another total rank."""
-        return replace(self, method={k: v for k, v in self.method.items() if k not in ("r1", "r2")} | {"r": rank})
+        field_name = _rank_field(_plain(self.method["name"]))
+        kept = {k: v for k, v in self.method.items() if k not in ("r1", "r2")}
+        return replace(self, method=kept | {field_name: rank})
 
     def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
-        own = str(self.method["name"]).lower().replace("-", "_")
-        if name == own:
+        if _plain(name) == _plain(self.method["name"]):
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
         shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
-        return replace(self, method={"name": name, "r": self.rank or 16, **shared})
+        return replace(self, method={"name": name, _rank_field(_plain(name)): self.rank or 16, **shared})
+
+
+def _plain(name: Any) -> str:
+    return str(name).lower().replace("-", "_")
+
+
+def _rank_field(name: str) -> str:
+    """AdaLoRA begins with init_r, of which it keeps a part; its r is not read."""
+    return "init_r" if name == "adalora" else "r"
 
 
 def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:

@@ -40,6 +40,8 @@ FEW = 11  # values, from none to ten tenths; with fewer items than that no more 
 # Words in the name of a metric of which there should be less, and of which there should be more.
 LESS = set("loss nll entropy perplexity ppl bits mse mae rmse error wer cer brier".split())  # noqa: SIM905
 MORE = set("accuracy acc exact match f1 recall precision bleu rouge matthews mcc pearson auc".split())  # noqa: SIM905
+# With one of these a name is that of a distance or a change, of which more may be either.
+TURNED = set("gap drop gain change difference diff delta rise fall decline decrease increase reduction".split())  # noqa: SIM905
 
 
 def judge(
@@ -101,6 +103,7 @@ def judge(
         + ([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons)
         + _one_seed(paired)
         + guessed
+        + _other_units(paired)
         + scores.notes,
         "untrained": [],
         "failed": [],
@@ -149,7 +152,7 @@ def _directions(
         if told is None:
             words = set(re.findall("[a-z0-9]+", name.lower().replace("_", " ")))
             told = "less" if LESS & words else "more"
-            if told == "less" or not MORE & words:
+            if told == "less" or not MORE & words or TURNED & words:
                 guessed[metric] = told
         found[scenario] = told
     return found, [
@@ -157,6 +160,20 @@ def _directions(
         f"--better {'more' if way == 'less' else 'less'}."
         for metric, way in guessed.items()
     ]
+
+
+def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> list[str]:
+    """Tasks where one method's scores look like shares and another's like percent."""
+    notes = []
+    for scenario, own in paired.items():
+        small = [method for method, runs in own.items() if runs.table.min() >= 0 and runs.table.max() <= 1]
+        large = [method for method, runs in own.items() if runs.table.min() >= 0 and 20 < runs.table.max() <= 100]
+        if small and large:
+            notes.append(
+                f"On {task_name(*scenario)} the scores of {', '.join(small)} lie between 0 and 1, those of "
+                f"{', '.join(large)} go up to 100: are some of them in percent?"
+            )
+    return notes
 
 
 def _study(
@@ -260,7 +277,8 @@ def _method(
 def _level(false_alarm: float | None, level: float) -> list[str]:
     if false_alarm is None:
         return []
-    return [f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {level:.0%} at most."]
+    most = verdicts.percent(level)
+    return [f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."]
 
 
 def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> list[str]:

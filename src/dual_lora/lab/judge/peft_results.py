@@ -32,6 +32,7 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
     Raises UserError for a folder that is no study's, or whose runs have gone: results.json alone holds too little.
     """
     results = _results(study)
+    tasks = {(method["model"], method["task"]) for method in results["methods"]}
     written: set[Path] = set()
     experiments: set[Path] = set()
     for method in results["methods"]:
@@ -46,8 +47,15 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
                 )
             recipe, record = recipe_of_run(folder.path), read_json(folder.record)
             family = str(record["method"].get("peft_type", "full-finetuning")).lower()
-            name = _name(f"{method['task']}-{method['model']}-{method['method']}-seed{run['seed']}")
-            experiment = out / "experiments" / family / name
+            task = _name(f"{method['task']}-{method['model']}")
+            name = _name(f"{task}-{method['method']}-seed{run['seed']}")
+            root = out / task if len(tasks) > 1 else out  # all in one folder is one task to whoever reads it
+            experiment = root / "experiments" / family / name
+            if experiment in experiments:
+                raise UserError(
+                    f"Two methods of {study} would be {family}/{name} in PEFT's form, one of them "
+                    f"{method['method']!r}: give them names that differ in letters or digits."
+                )
             made = _result(f"{family}/{name}", recipe, record, method, run)
             ended = datetime.fromtimestamp(folder.record.stat().st_mtime, UTC).isoformat(timespec="seconds")
             made["run_info"] = {"created_at": ended} | made["run_info"]
@@ -55,7 +63,7 @@ def write_peft(study: Path, out: Path) -> dict[str, int]:
             if made["run_info"]["peft_config"] is not None:
                 write_json(experiment / "adapter_config.json", made["run_info"]["peft_config"])
             write_json(experiment / "training_params.json", made["run_info"]["train_config"])
-            file = out / "results" / f"{family}--{name}.json"
+            file = root / "results" / f"{family}--{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, made)
             written.add(file)

@@ -27,7 +27,7 @@ _AT_START = ("pissa", "olora", "lora_ga")  # aliases of LoRA that decompose weig
 _REAL_LIMIT = 1_000_000_000  # parameters up to which a model is built for real, if a method cannot start on meta
 
 
-def load_config(path: str, **more: Any) -> PreTrainedConfig:
+def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrainedConfig:
     """The configuration of the model at `path`; of a published name nothing is fetched. more: values laid over it.
 
     path: a folder, its config.json, a GGUF file, package:NAME, or a name that is published or on the hub.
@@ -42,7 +42,7 @@ def load_config(path: str, **more: Any) -> PreTrainedConfig:
         with quiet():
             if known_name(path) and not here.exists():
                 return published_config(path, **more)
-            location = Location(str(here)) if here.name == "config.json" else locate(path)
+            location = Location(str(here)) if here.name == "config.json" else locate(path, revision)
             config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
             return config
     except (OSError, ValueError) as error:
@@ -158,7 +158,7 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
 
     part, method = recipe.model, recipe.method
     labels = {"classification": {"num_labels": classes}, "regression": {"num_labels": 1}}.get(part.head, {})
-    base = empty_base(load_config(part.path, **labels), part.head, part.path)
+    base = empty_base(load_config(part.path, part.revision, **labels), part.head, part.path)
     model = adapted(base, method, part.head, part.path, recipe.train.steps or 1000)
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     targets = method.get("target_modules")

@@ -30,9 +30,10 @@ class Location:
 
     name: str
     gguf_file: str | None = None
+    revision: str | None = None  # of a name on the hub
 
     def arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))}
 
 
 @dataclass
@@ -44,8 +45,10 @@ class Loaded:
     fresh: list[str] = field(default_factory=list)
 
 
-def locate(path: str) -> Location:
+def locate(path: str, revision: str | None = None) -> Location:
     """Folder, GGUF file, ``package:NAME`` or hub name → its location. Raises UserError if it cannot be there."""
+    if revision and (path.startswith("package:") or Path(path).expanduser().exists()):
+        raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
     here = Path(path).expanduser()
@@ -67,7 +70,7 @@ def locate(path: str) -> Location:
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.")
-    return Location(path)
+    return Location(path, revision=revision)
 
 
 def _in_package(name: str) -> Location:
@@ -93,7 +96,7 @@ def _has_weights(config: Any, files: Any) -> bool:
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model at ``path``, with a padding token. location: of a folder without model."""
+    """The tokenizer of the model at ``path``, with a padding token. location: of a revision, a folder without model."""
     from transformers import AutoTokenizer
 
     location = location or locate(path)
@@ -112,8 +115,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    location = locate(part.path)
-    tokenizer = load_tokenizer(part.path)
+    location = locate(part.path, part.revision)
+    tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention

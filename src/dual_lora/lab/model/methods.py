@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from dual_lora.lab.model.load import Loaded
+    from dual_lora.lab.recipe.schema import ModelSection
 
 # Methods that PEFT offers as a setting of another one.
 ALIASES: dict[str, dict[str, Any]] = {
@@ -95,8 +96,8 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
         raise UserError(f"method {method['name']}: {kind}{' '.join(str(error).split())}") from error
 
 
-def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed: int) -> Any:
-    """The model with trainable weights of the method; ``base_name`` is what the adapter remembers as its base.
+def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, seed: int) -> Any:
+    """The model with trainable weights of the method; ``base`` is what the adapter remembers as its base.
 
     Raises UserError when nothing would be trained or the method does not fit the model.
     """
@@ -110,7 +111,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed
     check_config(config, loaded.model, "method")
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(loaded.model, config)
+        model = get_peft_model(loaded.model, config, revision=base.revision)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
@@ -118,7 +119,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base_name: str, seed
         raise UserError(f"The method does not fit the model: {kind}{' '.join(str(error).split())}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
-    model.peft_config["default"].base_model_name_or_path = base_name
+    model.peft_config["default"].base_model_name_or_path = base.path
     return model
 
 

@@ -150,7 +150,8 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
             f"{folder.full_model / NOTE}, the note of the recipe, is missing: the run has to be made again."
         )
     part = recipe.model.model_copy(update={"dtype": dtype or recipe.model.dtype})
-    loaded = load_model(part.model_copy(update={"path": str(folder.full_model)}), len(classes) or None, device)
+    trained = part.model_copy(update={"path": str(folder.full_model), "revision": None})
+    loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
@@ -181,7 +182,8 @@ def _open_adapter(
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
-    part = part.model_copy(update={k: v for k, v in {"path": base, "dtype": dtype}.items() if v})
+    part = part.model_copy(update={"path": base, "revision": None} if base else {})
+    part = part.model_copy(update={"dtype": dtype} if dtype else {})
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
@@ -247,7 +249,9 @@ def _part_of(config: Any, adapter: Path) -> ModelSection:
     if not config.base_model_name_or_path:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"
-    return ModelSection(path=config.base_model_name_or_path, head=head)  # type: ignore[arg-type]
+    path, revision = config.base_model_name_or_path, getattr(config, "revision", None)
+    local = path.startswith("package:") or Path(path).expanduser().exists()
+    return ModelSection(path=path, head=head, revision=None if local else revision)  # type: ignore[arg-type]
 
 
 def _labels_in(adapter: Path) -> int:

@@ -31,6 +31,9 @@ class ModelSection(Section):
     path: str = Field(
         description="Folder, hub name, GGUF file, or package:NAME for a model inside an installed package."
     )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a model on the hub; its main one if left out."
+    )
     head: Literal["causal", "classification", "regression"] = Field(
         "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )

@@ -17,7 +17,7 @@ from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
-SKIPPED = {"checkpoints", "adapter", "model", "node_modules", ".git", ".venv"}
+SKIPPED, IN_A_RUN = {"node_modules", ".git", ".venv"}, {"checkpoints", "adapter", "model"}
 # What reading a stranger's file may raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 
@@ -68,11 +68,14 @@ def _inside(folder: Path, problems: list[str]) -> list[Path]:
     while folders:
         folder = folders.pop()
         try:
-            with os.scandir(folder) as entries:
+            with os.scandir(folder) as found_here:
+                entries = list(found_here)
+                of_a_run = any(entry.name == "recipe.yaml" for entry in entries)
                 for entry in entries:
                     item = Path(entry.path)
                     if entry.is_dir(follow_symlinks=False):
-                        folders += [item] if item.name not in SKIPPED else []
+                        skipped = item.name in SKIPPED or (of_a_run and item.name in IN_A_RUN)
+                        folders += [] if skipped else [item]
                     elif item.name in NAMES or (item.suffix == ".json" and folder.name in ("results", "analysis")):
                         found.append(item)
         except OSError as error:

@@ -92,8 +92,11 @@ def build_page(material: Material, title: str) -> tuple[Page, list[Source]]:
 
     def study(file: Path, results: Any) -> tuple[list[Section], Source]:
         name = str(results["study"].get("name") or file.parent.name)
-        again = sum(slug(name) == slug(known) for known, _ in whole)
-        names.append(name := f"{name} ({again + 1})" if again else name)
+        taken, first, again = {slug(known) for known, _ in whole}, name, 1
+        while slug(name) in taken:
+            again += 1
+            name = f"{first} ({again})"
+        names.append(name)
         overview_sections([(name, results), (f"{name}_", results)])  # tried here; made below, of all of them
         made = study_sections(file, results, name, len(material.studies) == 1)
         return made, source_of(file, results.get("provenance", {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
 from dual_lora.lab.study.notes import amended, at_a_time, numbers_at_a_time
 from dual_lora.lab.study.rows import ComparisonRow, MethodRow, ParetoRow, Results, UntrainedRow
+from dual_lora.lab.study.verdicts import percent
 
+SMALL = 0.01  # scores below it need more than four decimals
 VERDICTS = "candidate reference scenario metric verdict difference low high p_holm visible"
 SCORES = (
     "scenario metric method score score_deviation seeds forgetting diverged rank trainable_parameters mismatch settings"
@@ -69,7 +72,10 @@ def verdict_table(results: Results, keys: str, source: Source | None = None, fol
     """One row a comparison. keys: of the columns."""
     study, comparisons = results["study"], results["comparisons"]
     rows = [c | {"scenario": scenario(c)} | {key: c["spread"][key] for key in ("seeds", "items")} for c in comparisons]
-    named = columns(keys, low=f"{comparisons[0]['confidence']:.0%} from")
+    named = columns(keys, low=f"{percent(comparisons[0]['confidence'])} from")
+    scores = [c[side] for c in comparisons for side in ("candidate_score", "reference_score")]
+    if all(abs(score or 0.0) < SMALL for score in scores):
+        named = [replace(column, form=column.form.replace(".4f", "g")) for column in named]
     note = f"Chance of any false alarm in the study: {study['level']:g} at most."
     return Table(f"{study['name']}: verdicts", named, rows, source, note, folded)
 
@@ -90,7 +96,9 @@ def _differences(study: dict[str, Any], metric: str, comparisons: list[Compariso
     ]
     references = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
     view = View("", Axis(f"difference in {metric} to {references} (right is better)"), Axis(""), points)
-    note = f"Points are means over paired seeds and items, bars their {comparisons[0]['confidence']:.0%} intervals."
+    note = (
+        f"Points are means over paired seeds and items, bars their {percent(comparisons[0]['confidence'])} intervals."
+    )
     note += " Shaded: margin of equivalence." if margin else ""
     band = (-margin, margin) if margin else None
     return Chart(f"{study['name']}: differences in {metric}", "intervals", [view], source, note, band, zero=True)

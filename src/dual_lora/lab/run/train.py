@@ -143,7 +143,7 @@ def _train(
         )
     if wants_gradients(config):
         show_gradients(loaded.model, config, ready, part.batch_size, ready.collator(loaded.model))
-    model = apply_method(loaded, config, recipe.model.path, part.seed)
+    model = apply_method(loaded, config, recipe.model, part.seed)
     check_patterns("train.rates", part.rates, model)
 
     start, checkpoint = folder.last_checkpoint()

@@ -69,7 +69,7 @@ class Scale:
     """Counts methods on models; each model is built once."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[str, str, int | None], Any] = {}
+        self._models: dict[tuple[str, str | None, str, int | None], Any] = {}
         self._sizes: dict[str, Size] = {}
 
     def size(
@@ -85,7 +85,8 @@ class Scale:
         """
         still, named = list(frozen), {field: list(patterns) for field, patterns in (named or {}).items()}
         model = recipe.model
-        asked = json.dumps([model.path, model.head, classes, recipe.method, still, named], sort_keys=True)
+        values = [model.path, model.revision, model.head, classes, recipe.method, still, named]
+        asked = json.dumps(values, sort_keys=True)
         if asked not in self._sizes:
             self._sizes[asked] = self._count(recipe, classes, still, named)
         return self._sizes[asked]
@@ -107,10 +108,10 @@ class Scale:
         return Size(trainable, count_of(base), multiplied, getattr(base.config.get_text_config(), "hidden_size", 0))
 
     def _base(self, part: ModelSection, classes: int | None) -> Any:
-        key = (part.path, part.head, classes)
+        key = (part.path, part.revision, part.head, classes)
         if key not in self._models:
             labels = {"num_labels": classes} if classes else {}
-            self._models[key] = empty_base(load_config(part.path, **labels), part.head, part.path)
+            self._models[key] = empty_base(load_config(part.path, part.revision, **labels), part.head, part.path)
         return self._models[key]
 
 

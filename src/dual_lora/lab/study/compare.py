@@ -23,7 +23,7 @@ from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_job
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, fingerprint, read_outcome, task_name
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, prints, read_outcome, task_name
 from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
@@ -89,8 +89,8 @@ def _recipes(study: Study) -> dict[str, Any]:
     return {
         f"{task_name(model, task)} {part}": value
         for model, task, recipe in plan.scenarios(study)
-        for part, value in {**recipe.model_dump(mode="json"), "records": fingerprint(recipe)}.items()
-        if part in ("model", "data", "train", "evaluate", "records")
+        for part, value in {**recipe.model_dump(mode="json"), **prints(recipe)}.items()
+        if part in ("model", "data", "train", "evaluate", "records", "weights")
     }
 
 

@@ -163,6 +163,7 @@ class StudyFolder:
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            known.jobs = {}  # of the plan before; those that belong to this one too come again
         if precision and (update or not known.precision):
             known.precision = precision
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole

@@ -207,7 +207,7 @@ def forecast(
     """
     study = read_study(source)
     folder = StudyFolder(Path(out) if out is not None else Path("studies") / study.name).read()
-    study, _ = settled_study(study, folder)
+    study, _ = settled_study(study, folder, "bf16" if on else None)
     side_by_side = runs_side_by_side(executor, workers)
     cells = lay_out(study)
     runs_folder = folder.runs(runs)
@@ -242,7 +242,8 @@ def forecast(
     for job in itertools.chain(*jobs, base_jobs(cells)):
         if ended := outcome(job):
             done += 1
-            times.learn(job, ended.seconds)
+            if speed.card is None:  # a card's times do not follow from this machine's
+                times.learn(job, ended.seconds)
         else:
             left.append(job)
     for row, own in zip(rows, jobs, strict=True):
@@ -255,7 +256,7 @@ def forecast(
         times.left(left, side_by_side) or 0.0,
         side_by_side,
         sum(4 * cell.size.trainable * len(study.seeds) for cell in cells if cell.entry.name != "full"),
-        "finished runs of this study" if done else speed.basis,
+        "finished runs of this study" if done and speed.card is None else speed.basis,
         speed.card.memory if speed.card else None,
     )
 

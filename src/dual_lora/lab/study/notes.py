@@ -15,6 +15,7 @@ from dual_lora.lab.study.job import cell_name, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
+from dual_lora.lab.study.verdicts import percent
 
 
 def _cell(method: MethodRow) -> str:
@@ -40,8 +41,8 @@ def level(false_alarm: float | None, allowed: float) -> list[str]:
     if false_alarm is None:
         return []
     return [
-        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {allowed:.0%} at "
-        "most. It holds for the methods with the settings named here, not for what another search would choose."
+        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {percent(allowed)} "
+        "at most. It holds for the methods with the settings named here, not for what another search would choose."
     ]
 
 
@@ -211,6 +212,18 @@ def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
         "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
         f"another study or another call. Runs at a time: {parts}."
     ]
+
+
+def devices(finished: Sequence[Finished]) -> list[str]:
+    """Runs of a study that went on elsewhere: times of two machines do not compare."""
+    groups: dict[str, list[str]] = {}
+    for f in finished:
+        for device in dict.fromkeys(o.device for _, o in f.finals if o and o.device):
+            groups.setdefault(device, []).append(str(f.cell))
+    if len(groups) < 2:
+        return []
+    parts = "; ".join(f"{device}: {', '.join(cells)}" for device, cells in groups.items())
+    return [f"Times and speeds are not comparable: the runs were done on different devices. {parts}."]
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:

@@ -22,7 +22,7 @@ import numpy as np
 from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.run.failures import Diverged, NotFinite
-from dual_lora.lab.run.record import code_version
+from dual_lora.lab.run.record import code_version, device_name
 from dual_lora.lab.run.write import hold, write_json
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import Job, Outcome, read_outcome, run_file, write_outcome
@@ -57,7 +57,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                 if not (isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)):
                     raise
                 came = {"status": "diverged", "error": str(error)}
-            came |= {"warnings": said, "runs_at_a_time": at_a_time, "code": code}
+            came |= {"warnings": said, "runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.time() - start, 3), **came)
             write_outcome(runs, outcome)
             _tidy(job, runs / job.key, keep)
@@ -86,7 +86,8 @@ def retire(runs: Path, outcome: Outcome) -> None:
     """Put the files of a finished run aside under the name of the code that did it, so that it is done again."""
     aside = f"{outcome.key}.by-{(outcome.code or 'unknown').partition(',')[0][:20]}"
     with _held(runs / outcome.key):
-        for name in ("", ".scores.json", ".json"):  # the outcome last: until then the run is finished
+        # The outcome last: until then the run is finished.
+        for name in ("", ".scores.json", ".forgetting.json", ".json"):
             if (old := runs / f"{outcome.key}{name}").exists():
                 old.replace(runs / f"{aside}-{secrets.token_hex(2)}{name}")
 

@@ -223,11 +223,11 @@ def _check_training(study: Study, scale: Scale, cell: Cell) -> None:
             )
 
 
-def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, Any]]:
+def settled_study(study: Study, folder: StudyFolder, elsewhere: Short | None = None) -> tuple[Study, dict[str, Any]]:
     """The study with bf16 or fp32 instead of every `auto`, and what the choice followed from.
 
     A study that was begun in `folder` keeps its choice, by `precision` in its study.yaml. Nothing is chosen where the
-    study leaves nothing open.
+    study leaves nothing open. elsewhere: what another machine would choose, on which the study would begin.
     """
     for name, values in _varied(study):
         if name.removeprefix("train.") == "autocast" and AUTO in values:
@@ -242,7 +242,10 @@ def settled_study(study: Study, folder: StudyFolder) -> tuple[Study, dict[str, A
             f"The study in {folder.path} was begun with precision {before}: write `precision: bf16` or "
             "`precision: fp32` into the study, as its runs have it (runs/*/recipe.yaml)."
         )
-    found = fast_precision() if before == AUTO else Fast(before, "as the study was begun")
+    if before != AUTO:
+        found = Fast(before, "as the study was begun")
+    else:
+        found = Fast(elsewhere, "as on the card") if elsewhere else fast_precision()
     return _filled_in(study, found.precision), {"asked": AUTO, **asdict(found)}
 
 

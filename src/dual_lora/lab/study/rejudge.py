@@ -45,7 +45,7 @@ def rejudge(results: Results) -> Results:
         pairs = [_pair(study, c, at) for c in before]
     except (KeyError, TypeError) as error:
         raise UserError(f"These are no results of a study: {error!r} is missing or not what it should be.") from None
-    missing = 0 if results.get("complete", True) else max(0, _planned(study) - len(pairs))
+    missing = 0 if results.get("complete", True) else _missing(study, pairs)
     said = conclude(study, pairs, methods, untrained, results.get("amendments", []), missing)
     changed = [
         {key: new[key] for key in ("candidate", "reference", "model", "task")}
@@ -65,10 +65,11 @@ def rejudge(results: Results) -> Results:
     }
 
 
-def _planned(study: Study) -> int:
-    """How many pairs the whole study has, without those in forgetting."""
-    names = list(study.variants())
-    return len(wanted(study, names)) * len(study.tasks) * max(1, len(study.models))
+def _missing(study: Study, pairs: list[verdicts.Comparison]) -> int:
+    """How many pairs the whole study has beyond these; twice as many where forgetting is measured as well."""
+    planned = len(wanted(study, list(study.variants()))) * len(study.tasks) * max(1, len(study.models))
+    forgetting = sum(pair.metric == "forgetting" for pair in pairs)
+    return max(0, planned - (len(pairs) - forgetting)) * (2 if forgetting else 1)
 
 
 def _pair(study: Study, c: ComparisonRow, at: Methods) -> verdicts.Comparison:

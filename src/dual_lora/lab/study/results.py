@@ -78,6 +78,7 @@ def build_results(
         + notes.unmeasured(finished)
         + notes.warned(finished)
         + notes.shared_machine(methods)
+        + notes.devices(finished)
         + notes.precisions(finished),
     }
 
@@ -278,6 +279,8 @@ def _forgetting_tables(finished: Sequence[Finished], runs: Path, said: list[str]
         if f.cell.recipe.evaluate.forgetting is None or not f.complete or f.diverged_in_search:
             continue
         try:
+            if any(outcome is None or outcome.status != "done" for _, outcome in f.finals):
+                raise ValueError("A run without an end has no figure.")
             features = [read_scores(runs, job.key, "forgetting") for job, _ in f.finals]
         except (OSError, ValueError):
             said.append(f"Forgetting of {f.cell} is not compared: not every run of it came to an end with a figure.")

@@ -100,8 +100,13 @@ class Comparison:
             share, low, high = self.confidence, self.low, self.high
             seen = "" if self.visible is None else f"; visible from {self.visible:.3g}"
             end = f"p {self.p_holm:.3g} corrected, {self.seeds} seeds{seen}"
-        figure += f", {share:.0%} interval {low:+.4g} to {high:+.4g}"
+        figure += f", {percent(share)} interval {low:+.4g} to {high:+.4g}"
         return f"{head} ({figure}, {end}). {self.note}".rstrip()
+
+
+def percent(share: float) -> str:
+    """A confidence or a level as people write it: 95%, 99.6%."""
+    return f"{100 * share:.4g}%"
 
 
 def false_alarm(comparisons: Sequence[Comparison], level: float, missing: int = 0) -> float | None:
