@@ -246,3 +246,13 @@ class TestSeventyBillion:
 def test_unknown_strategy_names_the_nearest():
     with pytest.raises(UserError, match="Did you mean 'zero3'"):
         memory_of(TestFits.options, simulate(TestFits.options), 2, "zero-3")
+
+
+def test_adalora_s_rank_is_the_one_it_begins_with():
+    config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=512, **SIZES)
+    options = StepOptions("tiny", config, method={"name": "lora", "r": 32}, dtype="float32", batch=1, length=8)
+    ada = options.with_method("adalora")
+    assert ada.method == {"name": "adalora", "init_r": 32}
+    assert (ada.rank, ada.with_rank(64).rank, ada.with_method("lora").rank) == (32, 64, 32)
+    assert simulate(ada).trained > simulate(options.with_rank(8)).trained
+    assert replace(options, method={"name": "adalora"}).rank == 12, "PEFT's own"

@@ -8,15 +8,18 @@ import pytest
 
 pytest.importorskip("peft")
 
-from tiny_study import write_study
+from tiny_study import SHORT, write_study
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from dual_lora.lab.cost.calibrate import calibration_options, flops_a_weight, training_step
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import simulate
+from dual_lora.lab.model import precision
 from dual_lora.lab.study import forecast as module
+from dual_lora.lab.study import plan
 from dual_lora.lab.study.forecast import forecast
+from dual_lora.lab.study.job import Outcome
 from dual_lora.lab.study.tables import show_forecast
 
 
@@ -79,3 +82,27 @@ def test_arithmetic_is_what_torch_counts_in_a_real_step(method, tokens):
         step()
     weights = 2 * (4 * 256 * 256 + 3 * 256 * options.config.intermediate_size)
     assert 0.98 < flops_a_weight(how, 256, tokens) / (counter.get_total_flops() / tokens / weights) < 1.1
+
+
+SHORT_ROWS = {"data": {"max_length": 32}}  # the model takes 64 tokens
+
+
+def test_a_card_s_time_does_not_follow_from_runs_here(tiny, tmp_path, monkeypatch):
+    study = write_study(tiny, overrides=SHORT_ROWS)
+    before = forecast(study, tmp_path / "x", on="h100-80gb")
+    monkeypatch.setattr(module, "read_outcome", lambda _, key: Outcome(key=key, status="done", seconds=50.0))
+    here, there = forecast(study, tmp_path / "x"), forecast(study, tmp_path / "x", on="h100-80gb")
+    assert here.basis == "finished runs of this study"
+    assert all(row["seconds"] >= 150 for row in here.rows)
+    assert there.basis == before.basis
+    assert "published figures" in there.basis
+    assert max(row["seconds"] for row in there.rows) < 50
+
+
+def test_on_a_card_auto_is_bf16(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "fast_precision", lambda: precision.Fast("fp32", "here"))
+    peaks = {}
+    for dtype in ("auto", "bfloat16", "float32"):
+        study = write_study(tiny, **SHORT, overrides=SHORT_ROWS | {"model": {"dtype": dtype}})
+        peaks[dtype] = [row["peak_memory"] for row in forecast(study, tmp_path / "x", on="h100-80gb").rows]
+    assert peaks["auto"] == peaks["bfloat16"] != peaks["float32"]

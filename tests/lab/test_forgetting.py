@@ -125,6 +125,8 @@ def test_a_study_judges_it_beside_its_task(tmp_path, capsys):
     assert page.problems == []
     keys = {s["key"] for m in results["methods"] for s in m["seeds"]}
     texts.write_text("p o n m\n")
+    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters records\.forgetting\. Give --update"):
+        compare(file, tmp_path / "out", progress=False)
     again = compare(file, tmp_path / "out", update=True, progress=False)
     assert not keys & {s["key"] for m in again["methods"] for s in m["seeds"]}, "other text is another run"
     trials = [[t["key"] for m in r["methods"] for t in m["trials"]] for r in (results, again)]

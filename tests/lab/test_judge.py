@@ -17,6 +17,7 @@ from tiny_study import made
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
 from dual_lora.lab.judge.scores import read_table, tables
+from dual_lora.lab.report.report import report
 from dual_lora.lab.study import verdicts
 
 
@@ -443,3 +444,51 @@ def test_logs_that_do_not_pair_are_named(evaluations):
     twice.rename(evaluations / twice.name)
     with pytest.raises(UserError, match=r"lies in .* itself: expected"):
         judge(evaluations, metric="acc")
+
+
+@pytest.mark.parametrize("metric", ["accuracy gap", "f1_drop", "exact-match change"])
+def test_a_distance_or_a_change_is_no_metric_whose_direction_is_known(metric, tmp_path):
+    rows = [[m, s, i, metric, (s + i + (m == "b")) % 3 / 3] for m in "ab" for s in range(4) for i in range(9)]
+    results = judge(write_table(tmp_path / "s.csv", rows, ("method", "seed", "item", "metric", "score")))
+    assert any(f"Which way {metric} is better was not said" in note for note in results["notes"])
+
+
+def test_percent_beside_shares_is_asked_about(tmp_path):
+    rows = rows_of({"a": 0.5, "b": 0.6})
+    plain = judge(write_table(tmp_path / "s.csv", rows))
+    assert not any("in percent" in note for note in plain["notes"])
+    scaled = [[m, s, i, 100 * score if m == "b" else score] for m, s, i, score in rows]
+    said = judge(write_table(tmp_path / "p.csv", scaled))["notes"]
+    assert any(
+        "scores of a lie between 0 and 1, those of b go up to 100: are some of them in percent?" in n for n in said
+    )
+
+
+def test_a_small_level_is_written_in_full(tmp_path, call):
+    file = write_table(tmp_path / "s.csv", rows_of({"a": 0.2, "b": 0.9}))
+    results = judge(file, level=0.004)
+    assert "99.6% interval" in results["comparisons"][0]["sentence"]
+    assert any(note.endswith("0.4% at most.") for note in results["notes"])
+    assert call("judge", file, "--level", "0.004", "--out", tmp_path / "out")[0] == 0
+    report([tmp_path / "out"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "99.6% from" in page
+    assert "100% from" not in page
+    assert "their 99.6% intervals" in page
+
+
+def test_small_scores_are_shown_with_their_digits(tmp_path, call):
+    noise = np.random.default_rng(0).normal(size=(2, 4, 30))
+    rows = [
+        [m, s, i, (1 + 2 * k) * 1e-5 + 1e-7 * noise[k, s, i]]
+        for k, m in enumerate("ab")
+        for s in range(4)
+        for i in range(30)
+    ]
+    file = write_table(tmp_path / "s.csv", rows)
+    assert call("judge", file, "--better", "less", "--out", tmp_path / "out")[0] == 0
+    report([tmp_path / "out"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    table = page[page.index("verdicts</caption>") :] if "verdicts</caption>" in page else page
+    assert "−2.0" in table or "−2e-05" in table
+    assert "−0.0000" not in page

@@ -144,3 +144,23 @@ def test_a_study_is_written_for_peft_and_read_back(tmp_path, call):
     (tmp_path / "out" / "runs").rename(tmp_path / "gone")
     with pytest.raises(UserError, match=r"is not there: PEFT's results hold each run's loss"):
         write_peft(tmp_path / "out", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_methods_of_one_name_and_tasks_of_one_study_stay_apart(tmp_path):
+    from tiny_study import write_study
+
+    from dual_lora.lab.study.compare import compare
+
+    two = {"lora": {"r": 4}, "lora+": {"name": "lora", "r": 2}}
+    compare(write_study(tmp_path, methods=two, budget=None, search=None, seeds=1), tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match=r"Two methods of .* would be lora/letters-lora-seed1 .* 'lora\+': give them"):
+        write_peft(tmp_path / "out", tmp_path / "suite")
+    tasks = {name: {"recipe": str(tmp_path / "letters.yaml"), "metric": "loss"} for name in ("A", "B")}
+    tasks["B"]["train"] = {"steps": 3}
+    one = {"lora": {"r": 4}, "dual_lora": {"r": 4}}
+    file = write_study(tmp_path, methods=one, tasks=tasks, budget=None, search=None, seeds=1)
+    compare(file, tmp_path / "two", progress=False)
+    assert write_peft(tmp_path / "two", tmp_path / "both") == {"results": 4, "experiments": 4}
+    for task in "AB":
+        assert len([*(tmp_path / "both" / task / "results").iterdir()]) == 2

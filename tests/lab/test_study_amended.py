@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import LlamaForCausalLM
 
 pytest.importorskip("peft")
 
-from tiny_study import SHORT, ended, figures, job, laid_out, outcomes, trials, write_study
+from tiny_study import SHORT, cell, ended, figures, job, judged, laid_out, outcomes, trials, write_study
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report.report import report
@@ -279,13 +283,13 @@ def test_the_search_goes_on_at_an_end_and_is_capped(best, extend, rates, tiny):
     def distance(job):
         return abs(math.log(job.settings["train.learning_rate"] / best))
 
-    for cell in cells.values():
-        while left := [job for job in trial_jobs(study, cell, outcome) if job.key not in done]:
+    for own in cells.values():
+        while left := [job for job in trial_jobs(study, own, outcome) if job.key not in done]:
             done |= {job.key: ended(job, score=distance(job))[1] for job in left}
-        jobs = trial_jobs(study, cell, outcome)
+        jobs = trial_jobs(study, own, outcome)
         assert [job.settings["train.learning_rate"] for job in jobs] == grid + rates
         assert len({job.key for job in jobs}) == len(jobs)
-    assert [j.key for j in trial_jobs(study, cell)] == [j.key for j in jobs[:3]], (
+    assert [j.key for j in trial_jobs(study, own)] == [j.key for j in jobs[:3]], (
         "nothing beyond before the grid is done"
     )
 
@@ -344,3 +348,89 @@ def test_shipped_searches_go_by_what_judges_or_say_why(name):
         if study.search is not None:
             assert (study.search.metric or judge) == judge or study.search.why
             assert "cola" not in name or study.search.metric in (None, "matthews")
+
+
+def test_other_weights_of_the_base_are_noticed(tmp_path):
+    study = write_study(tmp_path, **SHORT)
+    compare(study, tmp_path / "out", progress=False)
+    compare(study, tmp_path / "out", progress=False)
+    torch.manual_seed(7)
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"recipes or data have changed.*: letters weights\.model.safetensors\. Give"):
+        compare(study, tmp_path / "out", progress=False)
+    file = tmp_path / "out" / "study.json"
+    known = json.loads(file.read_text())
+    del known["recipes"]["letters weights"]
+    file.write_text(json.dumps(known))
+    assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
+
+
+def test_after_an_update_the_old_plan_s_runs_are_not_waited_for(tmp_path):
+    class Enough(Exception):
+        pass
+
+    ended = []
+
+    def stop(*_, **__):
+        ended.append(1)
+        if len(ended) > 2:
+            raise Enough
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(perform, "_trained", lambda *given, real=perform._trained: (stop(), real(*given))[1])
+        with contextlib.suppress(Enough):
+            compare(write_study(tmp_path, search=None, seeds=3), tmp_path / "out", progress=False)
+    results = compare(write_study(tmp_path, search=None, seeds=[11, 12]), tmp_path / "out", update=True, progress=False)
+    assert results["complete"]
+    assert folders.progress(tmp_path / "out" / "study.json") is None
+    margin = write_study(tmp_path, search=None, seeds=[11, 12], margin=0.5)
+    amendments = compare(margin, tmp_path / "out", update=True, progress=False)["amendments"]
+    assert (amendments[-1]["ended"], amendments[-1]["of"]) == (4, 4)
+
+
+def test_a_retired_run_leaves_no_figure_of_what_it_forgot(tmp_path):
+    runs, measured = [], lambda shift: [[100.0, 100 + shift + 0.1 * k, 20.0] for k in range(30)]
+    for method, shift in (("a", 0.0), ("b", 6.0)):
+        made = cell(tmp_path, method, [[[1.0]] * 30] * 3, metric="choice")
+        evaluate = made.cell.recipe.evaluate.model_copy(update={"forgetting": "x.txt"})
+        made.cell.recipe = made.cell.recipe.model_copy(update={"evaluate": evaluate})
+        for of, _ in made.finals:
+            write_json(run_file(tmp_path, of.key, "forgetting"), measured(shift))
+        runs.append(made)
+    of, outcome = runs[1].finals[2]
+    perform.retire(tmp_path, outcome)
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(f"{of.key}.f")]
+    write_json(run_file(tmp_path, of.key, "forgetting"), measured(0.0))  # left by an earlier version
+    runs[1].finals[2] = ended(of, status="diverged", score=None)
+    said = judged(tmp_path, runs)
+    assert not [c for c in said["comparisons"] if c["metric"] == "forgetting"]
+    assert any("Forgetting of b on t is not compared" in note for note in said["notes"])
+
+
+def test_an_unfinished_study_that_measures_forgetting_is_judged_again_alike(tmp_path):
+    random = np.random.default_rng(3)
+    runs = []
+    for method, skill in (("a", 0.6), ("b", 0.72), ("c", 0.6), ("d", 0.6)):
+        right = [(random.random((200, 1)) < skill).astype(float).tolist() for _ in range(4)]
+        made = cell(tmp_path, method, right, metric="choice", finals=range(9) if method in "ab" else [0])
+        evaluate = made.cell.recipe.evaluate.model_copy(update={"forgetting": "x.txt"})
+        made.cell.recipe = made.cell.recipe.model_copy(update={"evaluate": evaluate})
+        for of, _ in made.finals:
+            nats = [[100.0, 100 + 6 * random.normal(), 20.0] for _ in range(30)]
+            write_json(run_file(tmp_path, of.key, "forgetting"), nats)
+        runs.append(made)
+    before = judged(tmp_path, runs, reference="a")
+    after = rejudge(before)
+    assert not before["complete"]
+    assert len(before["comparisons"]) == 2
+    assert [c["p_holm"] for c in after["comparisons"]] == pytest.approx([c["p_holm"] for c in before["comparisons"]])
+
+
+def test_times_of_two_devices_are_not_compared(tmp_path):
+    runs = [cell(tmp_path, m, [[[1.0]] * 5] * 2, metric="choice", device="one") for m in "ab"]
+    assert not [note for note in judged(tmp_path, runs)["notes"] if "devices" in note]
+    of, outcome = runs[1].finals[1]
+    runs[1].finals[1] = of, outcome.model_copy(update={"device": "another"})
+    (note,) = [note for note in judged(tmp_path, runs)["notes"] if "devices" in note]
+    assert note.endswith("one: a on t, b on t; another: b on t.")
