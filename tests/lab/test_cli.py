@@ -51,6 +51,13 @@ def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
     assert json.loads(out)["bytes"] > 0
     code, out, _ = call("evaluate", run, "--evaluate.no-base", "--evaluate.tasks", "loss", "--json")
     assert list(json.loads(out)["metrics"]) == ["tuned"]
+    data = {name: value for name, value in lm_values["data"].items() if name != "test"}
+    several = write_recipe(
+        lm_values | {"data": data | {"tests": dict.fromkeys("ab", lm_values["data"]["test"])}}, "two.yaml"
+    )
+    one = ("--data.test", lm_values["data"]["test"], "--evaluate.no-base", "--evaluate.tasks", "loss", "--json")
+    counts = [json.loads(call("evaluate", run, "--recipe", several, *more)[1])["examples"] for more in (one, one[2:])]
+    assert counts[1] == 2 * counts[0], "a test set that is given takes the place of several"
 
 
 def test_our_warnings_are_seen_wherever_they_point(call, lm_values, write_recipe, tmp_path):

@@ -80,6 +80,13 @@ def test_what_is_given_is_not_outweighed_by_what_the_recipe_says_otherwise():
     assert (both["steps"], both["arguments"]["warmup_steps"]) == (3, 1)
 
 
+@pytest.mark.parametrize(("path", "revision"), [("me/other", None), ("me/tiny", "v2")])
+def test_another_base_has_not_the_revision_of_the_recipe_s(path, revision):
+    values = {**MINIMAL, "model": {"path": "me/tiny", "revision": "v2"}}
+    assert build_recipe(merged(values, {"model": {"path": path}})).model.revision == revision
+    assert build_recipe(merged(values, {"model": {"path": path, "revision": "v3"}})).model.revision == "v3"
+
+
 def test_every_field_of_a_recipe_is_a_flag_with_help():
     def leaves(model, prefix=""):
         for name, field in model.model_fields.items():

@@ -48,8 +48,8 @@ def evaluate(
     tuned = open_tuned(source, base, dtype)
     ground = ground or tuned.recipe
     data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
-    data = DataSection.model_validate(merged(data.model_dump(), overrides.get("data", {})))
-    spec = EvaluateSection.model_validate(merged(spec.model_dump(), overrides.get("evaluate", {})))
+    values = merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)
+    data, spec = DataSection.model_validate(values["data"]), EvaluateSection.model_validate(values["evaluate"])
     result = run_evaluation(tuned, data, spec)
     if recipe and ground and ground.origin:
         result.reported = ground.origin.reported

@@ -72,15 +72,20 @@ def problems(error: ValidationError) -> str:
     return " ".join(_problem(item) for item in error.errors())
 
 
-_EXCLUSIVE = {"data": (("test", "tests"), ("tests", "test")), "train": (("epochs", "steps"),)}
+# What is dropped where something else is given in its place.
+_EXCLUSIVE = {
+    "model": (("path", "revision"),),
+    "data": (("test", "tests"), ("tests", "test")),
+    "train": (("epochs", "steps"),),
+}
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``overrides`` laid over ``values``, mapping by mapping.
 
-    A new method name drops the old method's fields, and data.test the recipe's data.tests (and the other way round).
-    train.epochs drops its steps, train.lr_warmup the same among train.arguments. Patterns of train.rates that are given
-    come before the recipe's, as the first that fits counts.
+    A new method name drops the old method's fields, another model.path the revision, and data.test the recipe's
+    data.tests (and the other way round). train.epochs drops its steps, train.lr_warmup the same among train.arguments.
+    Patterns of train.rates that are given come before the recipe's, as the first that fits counts.
     """
     result = dict(values)
     for key, value in overrides.items():
@@ -89,7 +94,7 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
             renamed = key == "method" and method_in({**old, **value}) != method_in(old)
             result[key] = value if renamed else value | old | value if key == "rates" else merged(old, value)
             for given, other in _EXCLUSIVE.get(key, ()):
-                if value.get(given) and other not in value:
+                if value.get(given) and value[given] != old.get(given) and other not in value:
                     result[key].pop(other, None)
             if key == "train" and "lr_warmup" in value and isinstance(result[key].get("arguments"), dict):
                 kept = value.get("arguments") or {}
