@@ -479,3 +479,9 @@ def test_fewer_steps_than_were_begun_with_are_noticed(lora_wins, letters):
             advise(recipe, SOME, out, progress=False)
     finally:
         recipe.write_text(text)
+
+
+def test_the_recipe_s_own_rate_is_among_those_that_are_tried(letters):
+    train = {"steps": 30, "batch_size": 16, "learning_rate": 1.25e-3}
+    study = paired_study(recipe_file(letters, "rate", train=train), 20)
+    assert study.search.space["learning_rate"] == [0.00042, 1.25e-3, 0.0037]

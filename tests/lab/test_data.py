@@ -344,3 +344,23 @@ def test_classes_have_one_order_in_every_process():
 def test_a_value_to_learn_is_a_finite_number(value, tokenizer):
     with pytest.raises(UserError, match=f"label '{value}' is no number"):
         encode_texts([Example("1", text=("red",), label=value)], tokenizer, 8, [VALUE])
+
+
+def test_named_fields_say_which_format_a_record_has(tmp_path):
+    """Data sets often have a conversation beside their columns."""
+    record = {
+        "messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}],
+        "question": "is it?", "reply": "false", "text": "a text",
+    }  # fmt: skip
+    (tmp_path / "both.json").write_text(json.dumps([record]))
+    named = {"prompt": "question", "answer": "reply"}
+    (example,) = read_examples(str(tmp_path / "both.json"), DataSection(fields=named))
+    assert (example.prompt[-1]["content"], example.answer) == ("is it?", "false")
+    (example,) = read_examples(str(tmp_path / "both.json"), DataSection())
+    assert example.answer == "blue"
+
+
+def test_blanks_make_no_class(tmp_path):
+    (tmp_path / "labels.csv").write_text("text,label\na,pos\nb,pos \nc, neg\n")
+    examples = read_examples(str(tmp_path / "labels.csv"), DataSection())
+    assert class_names(examples) == ["neg", "pos"]

@@ -3,6 +3,7 @@
 import inspect
 import json
 import unicodedata
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AddedToken
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import ends_of, texts_of
+from dual_lora.lab.model.generate import ends_of, generate, texts_of
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
@@ -318,3 +319,22 @@ def test_choices_of_a_model_with_a_state_are_read_one_by_one(loaded):
         logs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         own = sum(float(logs[len(ids) - len(answer) - 1 + i, token]) for i, token in enumerate(answer))
         assert one["scores"][0] == pytest.approx(own, abs=1e-4)
+
+
+def test_one_request_is_answered_as_an_evaluation_would(tiny_lm):
+    tuned = open_tuned(tiny_lm)
+    plain = "".join(generate(tuned, "is the fire red ?", max_new_tokens=8))
+    tuned.model.generation_config.repetition_penalty = 5.0
+    tuned.model.generation_config.no_repeat_ngram_size = 1
+    assert "".join(generate(tuned, "is the fire red ?", max_new_tokens=8)) == plain
+
+
+def test_a_choice_that_begins_with_another_is_said(loaded):
+    model, _, examples, prompter = loaded
+    spec = EvaluateSection()
+    example = replace(examples[0], choices=("red", "red blue"), answer="red", target="red")
+    with pytest.warns(UserWarning, match=r"'red blue' begins, in tokens, with the choice 'red'.*per_token: true"):
+        scoring.score_choice(Asked(model, [example], prompter, spec))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scoring.score_choice(Asked(model, [example], prompter, spec.model_copy(update={"per_token": True})))

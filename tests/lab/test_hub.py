@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
@@ -49,8 +51,6 @@ def trained(tmp_path_factory, tiny_lm, questions):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    import shutil
-
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -313,3 +313,45 @@ def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
     (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match="a token"), prepared(copy, "me/warm", base_model="org/tiny"):
         pass
+
+
+def test_examples_that_are_given_are_no_scores_of_the_card(copy, questions):
+    recipe = read_recipe(copy)
+    before = json.loads(Path(evaluate(copy, progress=False).file).read_text())
+    own = load_split(recipe.data, "test")
+    assert evaluate(copy, examples=own, progress=False).other == {}
+    measured = evaluate(copy, examples=own[:3], progress=False)
+    assert set(measured.other) == {"examples"}
+    kept = json.loads((copy / "evaluation" / "test-choice-loss" / "result.json").read_text())
+    assert kept["examples"] == before["examples"]
+
+
+def test_what_is_measured_on_other_text_is_no_score_of_the_test_set(copy, tmp_path):
+    (tmp_path / "texts.txt").write_text("the fire is warm\nice is cold\n")
+    recipe = read_recipe(copy)
+    more = recipe.evaluate.model_copy(update={"forgetting": str(tmp_path / "texts.txt")})
+    recipe = recipe.model_copy(update={"evaluate": more})
+    (copy / "recipe.yaml").write_text(recipe.to_yaml())
+    (copy / "adapter" / "lab.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "classes": []}))
+    evaluate(copy, progress=False)
+    hub_card.write_card(RunFolder(copy), recipe)
+    said = metadata((copy / "adapter" / "README.md").read_text())["model-index"][0]["results"]
+    assert {m["type"] for r in said for m in r["metrics"]} == {"choice", "loss", "perplexity"}
+
+
+def test_a_classifier_s_long_texts_are_cut(encoder_values, tmp_path):
+    (tmp_path / "long.tsv").write_text("sentence\tlabel\n" + "good good good good good good\tpos\nbad\tneg\n" * 4)
+    data = {"train": str(tmp_path / "long.tsv"), "fields": {"text": "sentence"}, "max_length": 4}
+    encoder_values |= {"data": data, "train": {"steps": 1, "batch_size": 4}}
+    run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert re.search(r"\d+ longer than 4 tokens cut", card)
+    assert "left out" not in card
+
+
+def test_a_run_is_measured_with_the_tokenizer_that_was_saved_with_it(copy, tiny_lm, tmp_path):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    before = open_tuned(copy).tokenizer
+    before.chat_template = "{{ messages[0].content }} now"
+    before.save_pretrained(copy / "adapter")
+    assert open_tuned(copy, base=str(base)).tokenizer.chat_template == "{{ messages[0].content }} now"

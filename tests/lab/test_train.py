@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_study import die, in_child
+from transformers import LlamaConfig
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
@@ -592,4 +594,46 @@ def test_arguments_that_would_do_nothing_or_change_the_rows_of_a_step_are_refuse
 def test_a_method_with_a_loss_of_its_own_is_refused(lm_values, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "OWN_LOSS", ("LORA",))
     with pytest.raises(UserError, match="adds a loss of its own"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def stopped(values, out):
+    """A run that is stopped after its third step."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = control.should_save = state.global_step >= 3
+
+    return run(build_recipe(values), out, progress=False, callbacks=[Stop()])
+
+
+def test_other_records_or_another_base_are_not_resumed(lm_values, tmp_path):
+    data, base = tmp_path / "train.json", tmp_path / "base"
+    data.write_bytes(Path(lm_values["data"]["train"]).read_bytes())
+    shutil.copytree(lm_values["model"]["path"], base)
+    lm_values["data"]["train"], lm_values["model"] = str(data), {"path": str(base)}
+    assert stopped(lm_values, tmp_path / "run").state == "interrupted"
+    before = data.read_text()
+    data.write_text(before.replace('"true"', '"red"'))
+    with pytest.raises(UserError, match=r"started with other training records .*--overwrite"):
+        run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    data.write_text(before)
+    weights = base / "model.safetensors"
+    kept = weights.read_bytes()
+    save_file({n: -t for n, t in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"started with other base model's weights: put them back"):
+        run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    weights.write_bytes(kept)
+    assert run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False).state == "finished"
+
+
+def test_rows_beyond_the_model_s_positions_are_said(lm_values, tmp_path):
+    records = [{"prompt": "is the fire warm ? " * 20, "answer": "true"}] * 8
+    (tmp_path / "long.json").write_text(json.dumps(records))
+    lm_values["data"] = {"train": str(tmp_path / "long.json"), "template": "plain"}
+    longest = LlamaConfig.from_pretrained(lm_values["model"]["path"]).max_position_embeddings
+    lm_values["data"]["max_length"] = 4 * longest
+    lm_values["train"] |= {"steps": 1}
+    with pytest.warns(UserWarning, match=rf"the model knows {longest} positions: set data.max_length to {longest}"):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)

@@ -148,3 +148,22 @@ def test_wrong_calls_are_one_sentence(runs, tiny_lm, tmp_path, reviews):
             verify(run, **options)
     with pytest.raises(UserError, match="holds no adapter"):
         verify(str(tiny_lm))
+
+
+def test_an_altered_adapter_is_found_on_prompts_of_ones_own_too(runs, tmp_path):
+    """On prompts an adapter is compared with itself: its fingerprint has to say first that it is the one."""
+    (tmp_path / "prompts.txt").write_text("is the fire warm ?\nis the ice cold ?\n")
+    given = {"prompts": str(tmp_path / "prompts.txt")}
+    assert verify(runs["lora"] / "adapter", **given).good
+    altered = shutil.copytree(runs["lora"] / "adapter", tmp_path / "altered")
+    tensors = load_file(altered / "adapter_model.safetensors")
+    other = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+    save_file(other, altered / "adapter_model.safetensors", {"format": "pt"})
+    assert verify(altered, **given).finding.word == "another adapter"
+
+
+def test_another_tokenizer_beside_the_adapter_is_found(runs, tmp_path):
+    altered = shutil.copytree(runs["lora"] / "adapter", tmp_path / "altered")
+    file = altered / "tokenizer.json"
+    file.write_text(file.read_text().replace('"fire"', '"fyre"'))
+    assert verify(altered).finding.word == "other tokenizer"

@@ -80,7 +80,7 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
         "reference": LORA,
         "budget": {"match": "parameters", "like": LORA},
         "search": {
-            "space": {"learning_rate": [float(f"{rate * factor:.2g}") for factor in (1 / SPREAD, 1.0, SPREAD)]},
+            "space": {"learning_rate": [float(f"{rate / SPREAD:.2g}"), rate, float(f"{rate * SPREAD:.2g}")]},
             "extend": EXTEND,
             "holdout": _held_out(recipe),
         },

@@ -55,7 +55,8 @@ def train(
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
-    left = f", {result.left_out} longer than {chosen.data.max_length} tokens left out" if result.left_out else ""
+    gone = "left out" if chosen.model.head == "causal" else "cut"
+    left = f", {result.left_out} longer than {chosen.data.max_length} tokens {gone}" if result.left_out else ""
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +43,14 @@ class Encoded:
         """Length of the end of the sequence that holds every label."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
         return len(self.labels) - first
+
+
+def print_of_rows(rows: Iterable[Encoded]) -> str:
+    """A print of what is learned from."""
+    print_of = hashlib.sha256()
+    for row in rows:
+        print_of.update(repr((row.input_ids, row.labels, row.token_types)).encode())
+    return print_of.hexdigest()[:16]
 
 
 @dataclass(frozen=True)

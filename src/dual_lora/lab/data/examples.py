@@ -6,7 +6,7 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
     if data.fields:
         renamed = [{ours: _field(r, theirs) for ours, theirs in data.fields.items()} for r in records]
         records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
-    form = _FORMATS[data.format if data.format != "auto" else _guess(records[0])]
+    form = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]
     if data.answers == "text":
         examples = [in_words(example) for example in examples]
@@ -163,16 +163,21 @@ def _list(record: Record, name: str) -> list[Any]:
     return value
 
 
-def _guess(record: Record) -> str:
-    for form, keys in (
-        ("chat", {"messages"}),
-        ("instruction", {"instruction", "output"}),
-        ("prompt", {"prompt", "answer"}),
-        ("text", {"text", "label"}),
-        ("facts", {"line"}),
-    ):
-        if keys <= set(record.values):
-            return form
+_FIELDS = {
+    "chat": {"messages"},
+    "instruction": {"instruction", "output"},
+    "prompt": {"prompt", "answer"},
+    "text": {"text", "label"},
+    "facts": {"line"},
+}
+
+
+def _guess(record: Record, named: Container[str]) -> str:
+    """The format of a record: one of which a field was named in data.fields, before any other that fits."""
+    fitting = [form for form, keys in _FIELDS.items() if keys <= set(record.values)]
+    fitting.sort(key=lambda form: not any(key in named for key in _FIELDS[form]))
+    if fitting:
+        return fitting[0]
     raise UserError(
         f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or "
         "instruction and output, or prompt and answer, or text and label. Map names with data.fields: {text: sentence}."
@@ -271,7 +276,7 @@ def _labelled_text(record: Record) -> Example:
     texts = [_text(record, "text")]
     if "text_pair" in record.values:
         texts.append(_text(record, "text_pair"))
-    return Example(record.where, text=tuple(texts), label=_text(record, "label"))
+    return Example(record.where, text=tuple(texts), label=_text(record, "label").strip())
 
 
 _FORMATS: dict[str, Callable[[Record], Example]] = {

@@ -80,13 +80,14 @@ def generate(
     def work(model: Any) -> None:
         try:
             torch.manual_seed(seed)
-            with torch.inference_mode():
+            ends = ends_of(model, tuned.tokenizer) or None  # which the makers' settings name
+            with torch.inference_mode(), plain_search(model):
                 model.generate(
                     input_ids=ids.to(model.device),
                     attention_mask=torch.ones_like(ids).to(model.device),
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
-                    eos_token_id=ends_of(model, tuned.tokenizer) or None,
+                    eos_token_id=ends,
                     pad_token_id=tuned.tokenizer.pad_token_id,
                     **choice,
                 )

@@ -202,12 +202,12 @@ def _open_adapter(
     check_finite_weights(brought, f"The adapter {adapter}")
     _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
-    tokenizer = loaded.tokenizer if recipe else _tokenizer_of(adapter, loaded.tokenizer)
+    tokenizer = _tokenizer_of(adapter, loaded.tokenizer)
     return Tuned(model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
 
 
 def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
-    """The one that was saved with an adapter from elsewhere, whose chat template may be its own; else the base's."""
+    """The one that was saved with the adapter: its chat template may be its own, or the base's may have changed."""
     if not (adapter / "tokenizer_config.json").is_file():
         return of_base
     try:

@@ -84,6 +84,7 @@ def evaluate(
     """
     tuned = source if isinstance(source, Tuned) else open_tuned(source)
     data, spec = _settings(tuned.recipe, data, spec)
+    given = {} if examples is None else _given(examples, data, spec)
     examples = load_split(data, spec.split) if examples is None else examples
     if not examples:
         raise UserError("There are no examples to evaluate.")
@@ -122,10 +123,20 @@ def evaluate(
     if tuned.recipe is not None and tuned.recipe.origin is not None:
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
-        result.other = _otherwise(tuned, data, spec)
+        result.other = _otherwise(tuned, data, spec) | given
         apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
     return result
+
+
+def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) -> dict[str, str]:
+    """Examples that are not those of the split: by a print of them."""
+    try:
+        if examples == load_split(data, spec.split):
+            return {}
+    except UserError:  # there is no such split
+        pass
+    return {"examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:8]}
 
 
 def _otherwise(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:

@@ -219,6 +219,18 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
+def made_of_the_same(folder: RunFolder, now: dict[str, Any]) -> None:
+    """Raise UserError where the records or the base are not what the run was started with, as far as it noted them."""
+    before = folder.recorded().get("made_of", {})
+    words = {"rows": "training records (or their tokens)", "weights": "base model's weights"}
+    changed = [words[name] for name in words if name in before and before[name] != now[name]]
+    if changed:
+        raise UserError(
+            f"The run {folder.path} was started with other {' and '.join(changed)}: put them back, or begin anew with "
+            "--overwrite or in another --out."
+        )
+
+
 def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:
     """The order of the examples depends on the global batch size, over all processes."""
     try:

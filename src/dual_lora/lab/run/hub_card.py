@@ -172,9 +172,8 @@ def _training(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, str]:
     part, result = recipe.train, record["result"]
     rows = record.get("rows_at_once", part.batch_size) * part.accumulate
     settings = ", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name")
-    lost = (
-        f", {result['left_out']:,} longer than {recipe.data.max_length} tokens left out" if result["left_out"] else ""
-    )
+    gone = "left out" if recipe.model.head == "causal" else "cut"
+    lost = f", {result['left_out']:,} longer than {recipe.data.max_length} tokens {gone}" * bool(result["left_out"])
     return {
         "method": recipe.method["name"] + (f": {settings}" if settings else ""),
         "base weights": f"{recipe.model.dtype}, autocast {part.autocast}",
@@ -207,6 +206,9 @@ def _scores(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(["## Scores", *tables])
 
 
+ON_OTHER_TEXT = ("forgetting", "text_loss")  # figures that are not of the test records
+
+
 def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalResult]:
     """The same for the hub's own tables: the trained model's figures on test records."""
     return [
@@ -221,6 +223,7 @@ def _index(results: Sequence[Mapping[str, Any]], recipe: Recipe) -> list[EvalRes
         for result in results
         if result["split"] == "test"
         for name, value in result["metrics"].get("tuned", {}).items()
+        if name not in ON_OTHER_TEXT
         if value is not None and math.isfinite(value)
     ]
 

@@ -71,8 +71,20 @@ def prepare(recipe: Recipe) -> Prepared:
     set_seed(part.seed)
     loaded = load_base(recipe.model, part.seed, len(classes) or None)
     ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
+    _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
     return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
+
+
+def _warn_of_positions(config: Any, longest: int) -> None:
+    """Some models compute on beyond the positions that they have learned, and worse."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and 0 < known < longest:
+        warnings.warn(
+            f"The longest training record has {longest:,} tokens, and the model knows {known:,} positions: set "
+            f"data.max_length to {known} or less.",
+            stacklevel=3,
+        )
 
 
 def classes_of(recipe: Recipe, examples: list[Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +94,8 @@ def score_choice(asked: Asked) -> Rows:
         prompts.append(prompter.prompt_ids(example.prompt, example.tools))
         answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
 
+    if not spec.per_token and (hidden := _never_chosen(examples, answers)):
+        warnings.warn(hidden, stacklevel=2)
     rows: Rows = [{}] * len(examples)
     at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
     for part in _batches([len(prompt) for prompt in prompts], at_a_time):
@@ -104,6 +107,19 @@ def score_choice(asked: Asked) -> Rows:
             rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
         asked.advance(len(part))
     return rows
+
+
+def _never_chosen(examples: Sequence[Example], answers: Sequence[list[list[int]]]) -> str:
+    """Says so where a choice's tokens go on from another choice's: its summed log-likelihood is always the smaller."""
+    for example, own in zip(examples, answers, strict=True):
+        for k, long in enumerate(own):
+            for short, text in zip(own, example.choices, strict=True):
+                if len(short) < len(long) and long[: len(short)] == short:
+                    return (
+                        f"{example.where}: the choice {example.choices[k]!r} begins, in tokens, with the choice "
+                        f"{text!r}, so that no model can prefer it. Give evaluate.per_token: true, or other choices."
+                    )
+    return ""
 
 
 def _log_likelihoods(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from dual_lora.lab.data.encode import print_of_rows
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.model import precision
@@ -22,11 +23,19 @@ from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run, same_recipe, same_rows_at_once, same_sharding
+from dual_lora.lab.run.folder import (
+    RunFolder,
+    made_of_the_same,
+    recipe_of_run,
+    same_recipe,
+    same_rows_at_once,
+    same_sharding,
+)
 from dual_lora.lab.run.hub_card import card_text
 from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns
 from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
@@ -162,10 +171,12 @@ def _train(
         "left_out": ready.left_out,
     }
     processes = process_count()
+    made_of = {"rows": print_of_rows(ready.rows), "weights": print_of_weights(recipe.model)}
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
+        made_of_the_same(folder, made_of)
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
-    record |= {"processes": processes, "rows_at_once": part.batch_size * processes}
+    record |= {"processes": processes, "rows_at_once": part.batch_size * processes, "made_of": made_of}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
     chosen = folder.recorded().get("precision") if folder.is_run else None  # by an earlier session of this run

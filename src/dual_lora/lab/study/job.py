@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.recipe.read import identity
-from dual_lora.lab.recipe.schema import ModelSection, Recipe
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 
@@ -205,47 +206,7 @@ def print_of_texts(source: str | None) -> dict[str, str]:
 def prints(recipe: Recipe) -> dict[str, dict[str, str]]:
     """What the files of a task held: its records and texts, and the weights of its base."""
     records = fingerprint(recipe) | print_of_texts(recipe.evaluate.forgetting)
-    return {"records": records, "weights": _print_of_weights(recipe.model)}
-
-
-def _print_of_weights(part: ModelSection) -> dict[str, str]:
-    """What the base's files held, by their sizes and samples of them: whole ones may take minutes to read.
-
-    Of a model on the hub the commit that is here; nothing where none is.
-    """
-    from dual_lora.lab.model.load import locate
-
-    location = locate(part.path, part.revision)
-    folder = Path(location.name)
-    if location.gguf_file:
-        files = [folder / location.gguf_file]
-    elif folder.is_dir():
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
-    else:
-        commit = _commit_here(location.name, location.revision)
-        return {"commit": commit} if commit else {}
-    return {file.name: _sampled(file) for file in files}
-
-
-def _commit_here(name: str, revision: str | None) -> str | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        file = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no name that a hub would have
-        return None
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
-def _sampled(file: Path, samples: int = 64, size: int = 4096) -> str:
-    """A print of a file's size and of parts that are spread over it."""
-    whole = file.stat().st_size
-    print_of = hashlib.sha256(str(whole).encode())
-    with file.open("rb") as held:
-        for k in range(samples):
-            held.seek(max(0, whole - size) * k // (samples - 1))
-            print_of.update(held.read(size))
-    return print_of.hexdigest()[:16]
+    return {"records": records, "weights": print_of_weights(recipe.model)}
 
 
 def check_data(job: Job) -> None:

@@ -176,6 +176,10 @@ def _of_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
     if saved is None or prompts is not None:
+        if saved is not None:  # on prompts it is compared with itself, whatever became of it
+            whole = _of_itself(source, saved, None, base, dtype)
+            if not whole.finding.good:
+                return whole
         own = _from_model(source, prompts, base, dtype)
         finding = judge(own.known.tuned, own.known, own.guesses, exact=True)
         if finding.word == "undecided":
@@ -190,6 +194,9 @@ def _of_itself(
     same_base = fingerprints.hash_of_base(tuned.model) == saved.base_sample
     finding = judge(found, own.known, own.guesses, exact, unpacked=exact and same_base)
     notes = strength_notes(tuned)
+    wrong = _words(own, tuned.tokenizer)
+    if finding.good and wrong is not None:
+        finding = replace(finding, word=wrong.word, cause=wrong.cause)
     if not finding.good and not same_base:
         finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)

@@ -1,0 +1,50 @@
+"""Which weights a base has, without reading all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dual_lora.lab.model.load import locate
+
+if TYPE_CHECKING:
+    from dual_lora.lab.recipe.schema import ModelSection
+
+
+def print_of_weights(part: ModelSection) -> dict[str, str]:
+    """What the base's files held, by their sizes and samples of them: whole ones may take minutes to read.
+
+    Of a model on the hub the commit that is here; nothing where none is.
+    """
+    location = locate(part.path, part.revision)
+    folder = Path(location.name)
+    if location.gguf_file:
+        files = [folder / location.gguf_file]
+    elif folder.is_dir():
+        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
+    else:
+        commit = _commit_here(location.name, location.revision)
+        return {"commit": commit} if commit else {}
+    return {file.name: _sampled(file) for file in files}
+
+
+def _commit_here(name: str, revision: str | None) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name that a hub would have
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def _sampled(file: Path, samples: int = 64, size: int = 4096) -> str:
+    """A print of a file's size and of parts that are spread over it."""
+    whole = file.stat().st_size
+    print_of = hashlib.sha256(str(whole).encode())
+    with file.open("rb") as held:
+        for k in range(samples):
+            held.seek(max(0, whole - size) * k // (samples - 1))
+            print_of.update(held.read(size))
+    return print_of.hexdigest()[:16]
