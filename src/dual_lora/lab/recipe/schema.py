@@ -168,7 +168,13 @@ class TrainSection(Section):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls over the run."
     )
-    lr_warmup: float = Field(0.05, ge=0, le=1, description="Share of the steps over which the learning rate rises.")
+    lr_warmup: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the steps over which the learning rate rises. Without effect under schedule: constant; "
+        "constant_with_warmup has it.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Gradient norm is cut to this; 0 for never.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     autocast: Literal["auto", "none", "bf16", "fp16"] = Field(
