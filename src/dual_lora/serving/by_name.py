@@ -39,7 +39,7 @@ class ByName:
             receive = self._without_names(receive, send)
         body, receive = await _read(scope, receive)
         model = body.get("model")
-        if isinstance(model, list):
+        if isinstance(model, tuple):
             await _refuse(send, 400, f"The form has {len(model)} fields named model: give one.")
             return
         name = model if isinstance(model, str) and model in self.names else None
@@ -82,7 +82,7 @@ class ByName:
 
 
 async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
-    """What the body says, of a form only its model (a list of several); and the same body to be received again."""
+    """What the body says, of a form only its model (a tuple of several); and the same body to be received again."""
     if scope["type"] != "http":
         return {}, receive
     messages = [await receive()]
@@ -95,7 +95,7 @@ async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Recei
     whole = b"".join(message.get("body", b"") for message in messages)
     kind = dict(scope["headers"]).get(b"content-type", b"")
     if b"multipart/" in kind.lower():  # sound, with other fields
-        models = _models_in_form(kind, whole)
+        models = tuple(_models_in_form(kind, whole))
         return {"model": models[0] if len(models) == 1 else models} if models else {}, again
     return _object_of(whole), again
 
