@@ -182,6 +182,7 @@ def _linear_layers(model: nn.Module, adapter_name: str) -> dict[str, Linear]:
     if others:
         raise TypeError(
             f"{len(others)} of {len(found)} adapted layers are not linear, or are read and not called, and do not "
-            f"support LoRA conversion, e.g. {others[0]!r} ({type(found[others[0]]).__name__}). Merge the adapter instead (`merge_and_unload()`)."
+            f"support LoRA conversion, e.g. {others[0]!r} ({type(found[others[0]]).__name__}). Merge the adapter "
+            "instead (`merge_and_unload()`)."
         )
     return found  # type: ignore[return-value]
