@@ -364,6 +364,22 @@ def test_a_tangent_of_any_operand_is_refused(which):
                 dual_lora_embedding(torch.tensor([0]), given["weight"], adapters)
 
 
+def test_torch_func_s_derivatives_of_a_weight_are_refused():
+    model = adapted(init_weights=False)
+    adapter = next(m for m in model.modules() if hasattr(m, "dual_lora_A")).adapter("default")
+    weight, x = torch.zeros(adapter.factors.B.shape[0], adapter.factors.A.shape[1]), points(3)
+
+    def f(w):
+        return dual_lora_linear(x[:, : w.shape[1]], w, None, [adapter]).sum()
+
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func"):
+        torch.func.jvp(f, (weight,), (torch.ones_like(weight),))
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func"):
+        torch.func.grad(f)(weight)
+    with pytest.raises(NotImplementedError, match=r"no rule for torch\.func"):
+        torch.func.vmap(f)(weight.expand(2, -1, -1))
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 def test_four_bits_in_any_storage_are_read_at_their_places(storage):
     """`bnb_4bit_quant_storage`, as FSDP wants it for QLoRA."""

@@ -51,7 +51,7 @@ def dual_lora_weight(
     """
     if not adapters:
         raise ValueError("dual_lora_weight got no adapter: pass at least one, or use the weight as it is.")
-    dispatch.refuse_transforms(adapters, weight, loss_scale)
+    dispatch.refuse_transforms(None, adapters, weight, loss_scale)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
     return torch.ops.dual_lora.weight(weight, *dispatch.flat(adapters), loss_scale, routed, dtype)

@@ -65,7 +65,7 @@ def compose(
 
     `out` may be the weight itself.
     """
-    refuse_transforms(adapters, weight)
+    refuse_transforms(None, adapters, weight)
     if isinstance(weight, Handle):
         weight = source_of(weight.number)
     device = adapters[0].scale.device
@@ -124,14 +124,23 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_transforms(adapters: Sequence[Adapter], *operands: Any) -> None:
+def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter], *others: Any) -> None:
     """Raise NotImplementedError for torch.func's transforms, and for a tangent, which would be lost in silence."""
     inside = not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
     forward = forward_ad._current_level >= 0
     if not (inside or forward):
         return
-    tensors = [t for t in (*operands, *(t for a in adapters for t in (*a.factors, a.scale))) if isinstance(t, Tensor)]
-    transformed = inside and any(map(_functorch.is_functorch_wrapped_tensor, tensors))
+    own = [*(() if x is None else (x,)), *(f for a in adapters for f in a.factors)]
+    rest = [t for t in (*others, *(a.scale for a in adapters)) if isinstance(t, Tensor)]
+    # Inside a transform every view is wrapped, that of a weight that nobody differentiates as well.
+    transformed = inside and (
+        any(map(_functorch.is_functorch_wrapped_tensor, own))
+        or any(
+            _functorch.is_batchedtensor(t) or (_functorch.is_functorch_wrapped_tensor(t) and t.requires_grad)
+            for t in rest
+        )
+    )
+    tensors = own + rest
     if transformed or (forward and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)):
         raise NotImplementedError(
             "Dual LoRA has no forward mode and no rule for torch.func's transforms (grad, vjp, jvp, vmap): its "

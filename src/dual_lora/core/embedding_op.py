@@ -47,7 +47,7 @@ def dual_lora_embedding(
     """
     if not adapters:
         raise ValueError("dual_lora_embedding got no adapter: pass at least one, or use F.embedding.")
-    dispatch.refuse_transforms(adapters, weight, loss_scale)
+    dispatch.refuse_transforms(indices, adapters, weight, loss_scale)
     if dtype is None:
         dtype = torch.float32 if weight is None else weight.dtype
     return torch.ops.dual_lora.embedding(

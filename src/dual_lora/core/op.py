@@ -67,7 +67,7 @@ def dual_lora_linear(
         raise TypeError(f"x is {x.dtype}, expected a floating dtype: W + ΔW is composed in it.")
     if x.shape[-1] != I:
         raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
-    dispatch.refuse_transforms(adapters, x, weight, bias, loss_scale)
+    dispatch.refuse_transforms(x, adapters, weight, bias, loss_scale)
     autocast = dispatch.autocast_dtype(x.device, x.dtype)
     if autocast is not None:
         x = x.to(autocast)
