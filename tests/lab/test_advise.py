@@ -150,6 +150,7 @@ def test_where_dual_lora_wins(letters, call, short):
     assert code == 0
 
 
+@pytest.mark.long  # as a study that was killed, in test_study_stopped
 def test_interrupted_it_goes_on(letters, tmp_path, monkeypatch, call, short):
     """Stopped while it measures, and again among its runs: no finished run is repeated, and the plan stays."""
     recipe, out = recipe_file(letters), tmp_path / "out"

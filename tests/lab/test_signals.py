@@ -97,7 +97,7 @@ def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_train_ends_with_the_status_of_the_signal(number, lm_values, tmp_path, write_recipe):
     lm_values["train"] |= {"steps": 5000, "checkpoint_every": 5000}
     recipe, out = write_recipe(lm_values), tmp_path / "run"
