@@ -51,17 +51,16 @@ def train(
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
+    from dual_lora.lab.run.hub_card import too_long
     from dual_lora.lab.run.train import run
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
-    gone = "left out" if chosen.model.head == "causal" else "cut"
-    left = f", {result.left_out} longer than {chosen.data.max_length} tokens {gone}" if result.left_out else ""
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {
         "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s",
-        "examples": f"{result.examples:,}{left}",
+        "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
         "memory": f"{size(result.peak_memory)} at the peak",

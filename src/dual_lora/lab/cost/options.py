@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
+from dual_lora.lab.recipe.schema import method_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -75,29 +76,25 @@ class StepOptions:
     @property
     def rank(self) -> int:
         """The method's total rank, 0 for full fine-tuning."""
-        if (name := _plain(self.method["name"])) == "full":
+        if (name := method_in(self.method)) == "full":
             return 0
         both = self.method.get("r1", 0) + self.method.get("r2", 0)
         return int(self.method.get(_rank_field(name)) or both or (12 if name == "adalora" else 8))
 
     def with_rank(self, rank: int) -> StepOptions:
         """The same step at another total rank."""
-        field_name = _rank_field(_plain(self.method["name"]))
+        field_name = _rank_field(method_in(self.method))
         kept = {k: v for k, v in self.method.items() if k not in ("r1", "r2")}
         return replace(self, method=kept | {field_name: rank})
 
     def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
-        if _plain(name) == _plain(self.method["name"]):
+        if method_in({"name": name}) == method_in(self.method):
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
         shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
-        return replace(self, method={"name": name, _rank_field(_plain(name)): self.rank or 16, **shared})
-
-
-def _plain(name: Any) -> str:
-    return str(name).lower().replace("-", "_")
+        return replace(self, method={"name": name, _rank_field(method_in({"name": name})): self.rank or 16, **shared})
 
 
 def _rank_field(name: str) -> str:

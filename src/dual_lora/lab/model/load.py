@@ -45,9 +45,14 @@ class Loaded:
     fresh: list[str] = field(default_factory=list)
 
 
+def is_here(path: str) -> bool:
+    """Whether a model's path is on this machine, and not a name on the hub."""
+    return path.startswith("package:") or Path(path).expanduser().exists()
+
+
 def locate(path: str, revision: str | None = None) -> Location:
     """Folder, GGUF file, ``package:NAME`` or hub name → its location. Raises UserError if it cannot be there."""
-    if revision and (path.startswith("package:") or Path(path).expanduser().exists()):
+    if revision and is_here(path):
         raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
     if path.startswith("package:"):
         return _in_package(path.removeprefix("package:"))
@@ -202,6 +207,5 @@ def _clear_errors(path: str) -> Any:
         first = (str(error).strip() or "no reason given").splitlines()[0]
         if not isinstance(error, OSError | ValueError):
             first = f"{type(error).__name__}: {first}"
-        here = path.startswith("package:") or Path(path).expanduser().exists()
-        where = "" if here else " (there is no such folder here)"
+        where = "" if is_here(path) else " (there is no such folder here)"
         raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error

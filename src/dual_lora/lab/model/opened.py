@@ -13,7 +13,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import UNREAD, Loaded, Location, load_model, load_tokenizer
+from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
@@ -182,8 +182,8 @@ def _open_adapter(
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
-    part = part.model_copy(update={"path": base, "revision": None} if base else {})
-    part = part.model_copy(update={"dtype": dtype} if dtype else {})
+    another = {"path": base, "revision": None} if base else {}
+    part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}))
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
@@ -249,9 +249,9 @@ def _part_of(config: Any, adapter: Path) -> ModelSection:
     if not config.base_model_name_or_path:
         raise UserError(f"The adapter {adapter} does not name its base model: give --base.")
     head = "classification" if config.task_type == "SEQ_CLS" else "causal"
-    path, revision = config.base_model_name_or_path, getattr(config, "revision", None)
-    local = path.startswith("package:") or Path(path).expanduser().exists()
-    return ModelSection(path=path, head=head, revision=None if local else revision)  # type: ignore[arg-type]
+    path = config.base_model_name_or_path
+    revision = None if is_here(path) else getattr(config, "revision", None)
+    return ModelSection(path=path, head=head, revision=revision)  # type: ignore[arg-type]
 
 
 def _labels_in(adapter: Path) -> int:

@@ -168,12 +168,17 @@ def _use(recipe: Recipe, record: Mapping[str, Any], base: str | None, adapter: b
     return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
+def too_long(recipe: Recipe, count: int) -> str:
+    """What became of the training records that are too long, to be said after the number of examples."""
+    gone = "left out" if recipe.model.head == "causal" else "cut"
+    return f", {count:,} longer than {recipe.data.max_length} tokens {gone}" if count else ""
+
+
 def _training(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, str]:
     part, result = recipe.train, record["result"]
     rows = record.get("rows_at_once", part.batch_size) * part.accumulate
     settings = ", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name")
-    gone = "left out" if recipe.model.head == "causal" else "cut"
-    lost = f", {result['left_out']:,} longer than {recipe.data.max_length} tokens {gone}" * bool(result["left_out"])
+    lost = too_long(recipe, result["left_out"])
     return {
         "method": recipe.method["name"] + (f": {settings}" if settings else ""),
         "base weights": f"{recipe.model.dtype}, autocast {part.autocast}",
