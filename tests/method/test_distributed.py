@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STEPS = 4
-KINDS = ["ddp", "fsdp2"] + [
+DDP = pytest.param("ddp", marks=pytest.mark.long)  # tests/lab/test_train.py has two processes of it
+KINDS = [DDP, "fsdp2"] + [
     pytest.param(
         f"zero{stage}",
         marks=pytest.mark.skipif(
@@ -22,7 +23,7 @@ KINDS = ["ddp", "fsdp2"] + [
     )
     for stage in range(4)
 ]
-RESUMED = ["fsdp2", pytest.param("ddp", marks=pytest.mark.long), *KINDS[2:]]
+RESUMED = ["fsdp2", DDP, *KINDS[2:]]
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,7 @@ def test_a_run_resumes_on_another_number_of_processes(kind, tmp_path, single):
     assert_same(train(kind, tmp_path, resume=first), continued)
 
 
+@pytest.mark.long  # test_two_processes_train_what_one_trains looks at what two processes save
 @pytest.mark.parametrize("kind", RESUMED)
 def test_one_process_resumes_a_run_of_two(kind, tmp_path, single):
     *_, continued = single
