@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 
@@ -227,6 +228,26 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer):
     assert tokenizer.decode([i for i in encoded.labels if i != IGNORED]) == "blue </s> red </s>"
     whole = tokenizer.apply_chat_template(list(example.messages), tokenize=False)
     assert encoded.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+
+
+def test_a_template_with_an_end_of_its_own_shows_it_and_the_tokenizer_s_is_learned(tokenizer):
+    """Gemma's turns end with <end_of_turn>, and its tokenizer's end is <eos>."""
+    own = deepcopy(tokenizer)
+    own.chat_template = own.chat_template.replace("</s>", "<unk>")
+    example = turns(("user", "sky ?"), ("assistant", "blue"), ("user", "fire ?"), ("assistant", "red"))
+    for learn_prompt in (False, True):
+        encoded = Prompter(own, learn_prompt=learn_prompt).encode(example)
+        assert own.decode(encoded.input_ids) == (
+            "<s> user : sky ? <unk> <s> assistant : blue <unk> <s> user : fire ? <unk> <s> assistant : red </s>"
+        )
+        learned = own.decode([i for i in encoded.labels if i != IGNORED])
+        if learn_prompt:  # all but the first token, which nothing stands before
+            assert learned == (
+                "user : sky ? <unk> <s> assistant : blue </s> <s> user : fire ? <unk> <s> assistant : red </s>"
+            )
+        else:
+            assert learned == "blue </s> red </s>"
+            assert encoded.labels[encoded.input_ids.index(own.convert_tokens_to_ids("blue")) + 1] == own.eos_token_id
 
 
 def test_templates(tokenizer):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -100,6 +101,20 @@ def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
     assert {(r["dataset"]["name"], m["type"], m["value"]) for r in said for m in r["metrics"]} == {
         ("test.json", name, value) for name, value in own["tuned"].items()
     }
+
+
+def test_scores_of_weights_that_the_run_held_before_are_left_out_and_said(copy):
+    recipe, file = read_recipe(copy), copy / "adapter" / "adapter_model.safetensors"
+    evaluate(copy, progress=False)
+    hub_card.write_card(RunFolder(copy), recipe)
+    assert "model-index" in metadata((copy / "adapter" / "README.md").read_text())
+    save_file({name: -weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="other weights than the run holds now"):
+        hub_card.write_card(RunFolder(copy), recipe)
+    assert "model-index" not in metadata((copy / "adapter" / "README.md").read_text())
+    evaluate(copy, progress=False)
+    hub_card.write_card(RunFolder(copy), recipe)
+    assert "model-index" in metadata((copy / "adapter" / "README.md").read_text())
 
 
 def test_scores_of_several_test_sets_have_their_names(copy):

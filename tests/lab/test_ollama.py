@@ -70,6 +70,16 @@ def test_same_prompt(name, tokenizer, monkeypatch):
         assert as_ollama(text, chat) == expected
 
 
+def test_a_template_s_own_end_of_a_turn_stops_too(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES["chatml"].replace("<|im_end|>", "<end_of_turn>"))
+    text = modelfile(tokenizer, "./model.gguf")
+    assert [line for line in text.splitlines() if "stop" in line] == [
+        'PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<end_of_turn>"'
+    ]  # fmt: skip
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATES["plain"])
+    assert modelfile(tokenizer, "./model.gguf").count("PARAMETER stop") == 1
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", REFUSED[name])

@@ -86,6 +86,17 @@ def test_the_same_prompt_in_other_groups_is_shared_too(tmp_path):
     assert [tuple(found) for found in shared(data)] == [("test", "train", 8, 8)]
 
 
+def test_what_an_earlier_turn_asks_is_shared_too(tmp_path):
+    def chat(*texts):
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]}
+
+    (tmp_path / "train.jsonl").write_text(json.dumps(chat("sky?", "blue", "and fire?", "red")) + "\n")
+    tests = [chat("sky?", "grey"), chat("and fire?", "red"), chat("sky?", "blue", "and fire?", "hot")]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in tests))
+    data = DataSection(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
+    assert [(each.of, each.found, each.size) for each in shared(data)] == [("test", 2, 3)]
+
+
 def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):
     file = write_study(tmp_path)
     lines = [(tmp_path / name).read_text().splitlines(True) for name in ("train.jsonl", "test.jsonl")]

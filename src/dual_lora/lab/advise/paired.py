@@ -13,7 +13,7 @@ from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.recipe.read import read_recipe
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import planned_steps, rank_field
 from dual_lora.lab.study.read import build_study
@@ -115,7 +115,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])  # raises for a wrong field
     own = {key: value for key, value in recipe.method.items() if value is not None}
-    kind = str(own.pop("name")).lower().replace("-", "_")
+    kind = spelled(own.pop("name"))
     shared = {key: own[key] for key in SHARED if key in own}
     alpha, dropout = own.get("lora_alpha", own.get("alpha")), own.get("lora_dropout", own.get("dropout"))
     if kind == "lora":

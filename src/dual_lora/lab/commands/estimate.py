@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.recipe.schema import method_in, spelled
 
 if TYPE_CHECKING:
     from dual_lora.lab.cost.options import StepOptions
@@ -172,10 +173,10 @@ def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     from dual_lora.lab.cost.calibrate import METHODS
     from dual_lora.lab.model.methods import method_names
 
-    own = str(options.method["name"]).lower().replace("-", "_")
+    own = method_in(options.method)
     if methods is None:
         return [*METHODS] if own in METHODS else [own, *METHODS]
-    chosen = [name.lower().replace("-", "_") for given in methods for name in given.split(",")]
+    chosen = [spelled(name) for given in methods for name in given.split(",")]
     for name in chosen:
         if name not in method_names():
             raise UserError(f"--methods: there is no method {name!r}.{suggest(name, method_names())}")

@@ -32,6 +32,7 @@ from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import parse_yaml, read_object
+from dual_lora.lab.recipe.schema import spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -119,7 +120,7 @@ def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float
 
 def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
     """What `calibrate` has measured, at this width; None for a method or precision that it does not measure."""
-    points = known["costs"].get(dtype, {}).get(method.lower().replace("-", "_"))
+    points = known["costs"].get(dtype, {}).get(spelled(method))
     return _at([Cost(*point) for point in points], width) if points else None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
-from dual_lora.lab.recipe.schema import method_in
+from dual_lora.lab.recipe.schema import method_in, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -89,12 +89,12 @@ class StepOptions:
 
     def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
-        if method_in({"name": name}) == method_in(self.method):
+        if spelled(name) == method_in(self.method):
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
         shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
-        return replace(self, method={"name": name, _rank_field(method_in({"name": name})): self.rank or 16, **shared})
+        return replace(self, method={"name": name, _rank_field(spelled(name)): self.rank or 16, **shared})
 
 
 def _rank_field(name: str) -> str:

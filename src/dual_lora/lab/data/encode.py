@@ -104,7 +104,11 @@ class Prompter:
         return [*ids, self.tokenizer.eos_token_id] if end else ids
 
     def encode(self, example: Example) -> Encoded:
-        """Prompt and answers; in a longer conversation every assistant's turn is learned, nothing else."""
+        """Prompt and answers; in a longer conversation every assistant's turn is learned, nothing else.
+
+        The tokenizer's end is what each answer is taught to end with. Where the template ends a turn with another token
+        (Gemma's, Phi's), later turns are read after that one.
+        """
         ids: list[int] = []
         labels: list[int] = []
         written = ""
@@ -122,12 +126,15 @@ class Prompter:
                         "answers cannot be learned at once; give each answer a record of its own."
                     )
                 context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
+            taught = list(context) if self.learn_prompt else [IGNORED] * len(context)
+            if written:
+                taught[:1] = [self.tokenizer.eos_token_id]  # of the answer before
             said = text_of(message, example.where)
-            answer = self.answer_ids(said)
+            answer = self.answer_ids(said, end=last)
             ids += context + answer
-            labels += (context if self.learn_prompt else [IGNORED] * len(context)) + answer
+            labels += taught + answer
             if not last:
-                written = self.prompt_text(example.messages[:i], example.tools) + said + str(self.tokenizer.eos_token)
+                written = self.prompt_text(example.messages[:i], example.tools) + said
         labels[:1] = [IGNORED]  # nothing stands before it; in a padded row that would be padding
         return Encoded(example.where, ids, labels)
 

@@ -60,8 +60,9 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
 
 
 def _keys(example: Example) -> set[str]:
-    """What is asked, and the group that it belongs to."""
-    return {item_of(example), example.group} - {""}
+    """What is asked (in a conversation, before each of its answers), and the group that it belongs to."""
+    turns = {repr(example.messages[:i]) for i, m in enumerate(example.messages) if m["role"] == "assistant" and i}
+    return {item_of(example), example.group, *turns} - {""}
 
 
 def _records(data: DataSection, split: str) -> list[Example]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import method_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +117,7 @@ def adapted(
 
 def _without_start(method: dict[str, Any]) -> dict[str, Any]:
     """The method without a start that draws or decomposes weights, which an empty model has not."""
-    starts = "init_lora_weights" in method or str(method["name"]).lower().replace("-", "_") in _AT_START
+    starts = "init_lora_weights" in method or method_in(method) in _AT_START
     return {**method, "init_lora_weights": False} if starts else method
 
 

@@ -207,8 +207,10 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
     template is not a fixed text around each message.
     """
     lines = [f"FROM {weights}"] + ([f"ADAPTER {adapter}"] if adapter else [])
+    ends = [tokenizer.eos_token]
     if getattr(tokenizer, "chat_template", None):
         around, default, start = _pieces(tokenizer)
+        ends.append(around["assistant"][1].strip())
         _check(tokenizer, around, default, start)
         texts = [*(text for pair in around.values() for text in pair), default, start]
         if any(sign in text for text in texts for sign in ('"""', "{{", "}}")):
@@ -222,8 +224,7 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{branches}{{{{ end }}}}{{{{- end }}}}{start}"""')
         if default:
             lines.append(f'SYSTEM """{default}"""')
-    if tokenizer.eos_token:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    lines += [f'PARAMETER stop "{end}"' for end in dict.fromkeys(ends) if end]
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.permission import import_allowed
+from dual_lora.lab.recipe.schema import spelled
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -133,7 +134,7 @@ def plain_name(name: str) -> str:
     module, colon, plain = name.rpartition(":")
     if colon:
         import_allowed(module, f"method {name!r}")
-    return plain.lower().replace("-", "_")
+    return spelled(plain)
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

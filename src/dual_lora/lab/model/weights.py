@@ -1,4 +1,4 @@
-"""Which weights a base has, without reading all of them."""
+"""Which weights a base or an adapter has, without reading all of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
     if location.gguf_file:
         files = [folder / location.gguf_file]
     elif folder.is_dir():
-        files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
+        return print_of_folder(folder)
     else:
         commit = _commit_here(location.name, location.revision)
         return {"commit": commit} if commit else {}
+    return {file.name: _sampled(file) for file in files}
+
+
+def print_of_folder(folder: Path) -> dict[str, str]:
+    """What a model's or an adapter's folder holds, by the sizes of its files of weights and samples of them."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
     return {file.name: _sampled(file) for file in files}
 
 

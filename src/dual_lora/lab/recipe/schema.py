@@ -152,10 +152,15 @@ FIELDS = (
 """What records are read for; `data.fields` gives them the names that a file has."""
 
 
-def method_in(method: Mapping[str, Any]) -> Any:
+def spelled(name: str) -> str:
     """A method's name in the one spelling that it has here: dual-lora and Dual_LoRA are dual_lora."""
+    return name if ":" in name else name.lower().replace("-", "_")
+
+
+def method_in(method: Mapping[str, Any]) -> Any:
+    """The method's name, `spelled`; what is no name is left as it is."""
     name = method.get("name", "dual_lora")
-    return name if not isinstance(name, str) or ":" in name else name.lower().replace("-", "_")
+    return spelled(name) if isinstance(name, str) else name
 
 
 class TrainSection(Section):

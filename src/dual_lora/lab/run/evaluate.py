@@ -16,11 +16,13 @@ from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
+from dual_lora.lab.model.weights import print_of_folder
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe, Task
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.figures import figures
+from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.scoring import Asked, Rows, loss_rows
 from dual_lora.lab.run.write import json_text, write_atomically, write_json
 
@@ -52,13 +54,14 @@ class EvalResult:
     file: str | None = None
     reported: dict[str, dict[str, float | str]] = field(default_factory=dict)  # by the recipe's sources, see Origin
     other: dict[str, Any] = field(default_factory=dict)  # settings that are not those of the run's recipe
+    weights: dict[str, str] = field(default_factory=dict)  # a print of what the run held, so that a card knows it again
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for ``--json``."""
         names = ("source", "split", "examples", "cut", "metrics", "seconds", "file")
         reported = {"reported": self.reported} if self.reported else {}
-        other = {"other": self.other} if self.other else {}
-        return {k: getattr(self, k) for k in names} | reported | other
+        more = {name: value for name in ("other", "weights") if (value := getattr(self, name))}
+        return {k: getattr(self, k) for k in names} | reported | more
 
     def scores(self, variant: str, task: str) -> list[float]:
         """One number an item, in the order of the records: 1/0 for correct, mean nats for loss."""
@@ -124,6 +127,7 @@ def evaluate(
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
         result.other = _otherwise(tuned, data, spec) | given
+        result.weights = print_of_folder(held) if (held := RunFolder(tuned.run).result) else {}
         apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dual_lora.lab.errors import UserError, damaged
+from dual_lora.lab.model.weights import print_of_folder
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
@@ -70,8 +72,7 @@ def card_text(
         base = data.base_model = known_base(before, recipe, base_model)
         data.license = licence or data.license
         record = record or read_object(folder.record)
-        measured = (read_object(file) for file in sorted((folder.path / "evaluation").glob("*/result.json")))
-        results = [result for result in measured if not result.get("other")]  # the rest are of other data or settings
+        results = _results(folder)
         adapter = recipe.method["name"] != "full"
         data.library_name = "peft" if adapter else "transformers"
         data.pipeline_tag = data.pipeline_tag or TASKS[recipe.model.head][0]
@@ -99,6 +100,23 @@ def card_text(
         own = f"{BEGIN}\n\n{body}\n\n{END}"
         text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: own, before.text, flags=re.S) if ours else own  # type: ignore[union-attr]
         return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _results(folder: RunFolder) -> list[dict[str, Any]]:
+    """The run's evaluations, without those of other data or settings, and without those of weights it had before."""
+    now = print_of_folder(folder.result) if folder.result else {}
+    found = []
+    for file in sorted((folder.path / "evaluation").glob("*/result.json")):
+        result = read_object(file)
+        if result.get("weights", now) != now:
+            warnings.warn(
+                f"{file} was measured with other weights than the run holds now, so the card leaves it out: "
+                f"`dual-lora evaluate {folder.path}` measures them.",
+                stacklevel=2,
+            )
+        elif not result.get("other"):
+            found.append(result)
+    return found
 
 
 def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str | None:

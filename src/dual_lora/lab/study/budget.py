@@ -10,7 +10,7 @@ from typing import Any
 
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config
 from dual_lora.lab.patterns import Pattern
-from dual_lora.lab.recipe.schema import ModelSection, Recipe
+from dual_lora.lab.recipe.schema import ModelSection, Recipe, spelled
 
 # The field that sets a method's size, where it is not "r".
 RANK_FIELDS = {
@@ -40,8 +40,7 @@ def rank_field(method: str) -> str | None:
     """The field of a method that sets its size, None if it has none."""
     from dual_lora.lab.model.methods import method_fields
 
-    plain = method.lower().replace("-", "_")
-    field = RANK_FIELDS.get(plain, "r")
+    field = RANK_FIELDS.get(spelled(method), "r")
     return field if field in method_fields(method) else None
 
 
