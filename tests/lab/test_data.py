@@ -179,8 +179,8 @@ def test_a_call_of_a_tool_may_stand_in_a_prompt_and_is_not_learned(file, tokeniz
     asked, said = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "blue"}
     (example,) = read_examples(file("a.jsonl", json.dumps({"messages": [asked, call, said]})), DataSection())
     assert example.prompt[1] == call
-    with pytest.raises(UserError, match="of role 'assistant' is null, expected text"):
-        Prompter(tokenizer, "plain").encode(example)
+    with pytest.raises(UserError, match="holds tool_calls, and content alone is learned"):
+        Prompter(tokenizer).encode(example)
     with pytest.raises(UserError, match="A prompt: the content of the message of role 'assistant' is null"):
         Prompter(tokenizer, "plain").prompt_text(example.prompt)
     (number,) = read_examples(file("b.jsonl", CHAT % "42"), DataSection())
@@ -228,6 +228,65 @@ def test_every_answer_of_a_conversation_is_learned(tokenizer):
     assert tokenizer.decode([i for i in encoded.labels if i != IGNORED]) == "blue </s> red </s>"
     whole = tokenizer.apply_chat_template(list(example.messages), tokenize=False)
     assert encoded.input_ids == tokenizer(whole, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tool_calls": [{"function": {"name": "look"}}]}, "holds tool_calls"),
+        ({"function_call": {"name": "look"}}, "holds function_call"),
+        ({"reasoning_content": "Let me see."}, "holds reasoning_content"),
+        ({"weight": 0}, "has weight 0"),
+    ],
+)
+@pytest.mark.parametrize("turn", [1, 3])
+def test_what_an_answer_holds_beside_its_content_is_no_part_of_it(more, said, turn, file, tokenizer):
+    def learned(text):
+        for example in read_examples(file("a.jsonl", text), DataSection()):
+            Prompter(tokenizer).encode(example)
+
+    chat = [{"role": ("user", "assistant")[i % 2], "content": "sky"} for i in range(4)]
+    learned(json.dumps({"messages": chat}) + "\n")
+    chat[turn] |= more
+    with pytest.raises(UserError, match=said):
+        learned(json.dumps({"messages": chat}) + "\n")
+    chat[turn] |= {"tool_calls": [], "function_call": None, "reasoning_content": "", "weight": 1}
+    learned(json.dumps({"messages": chat}) + "\n")
+
+
+def test_several_answers_need_a_chat_template(tokenizer):
+    example = turns(("user", "sky ?"), ("assistant", "blue"), ("user", "fire ?"), ("assistant", "red"))
+    for template in ("plain", "alpaca"):
+        with pytest.raises(UserError, match=f"the {template} template rewrites earlier turns"):
+            Prompter(tokenizer, template).encode(example)
+
+
+def test_the_date_in_a_prompt_is_the_same_tomorrow(tokenizer):
+    own = deepcopy(tokenizer)
+    own.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + own.chat_template
+    messages = ({"role": "user", "content": "sky ?"},)
+    assert Prompter(own).prompt_text(messages) == "2024-07-26 " + Prompter(tokenizer).prompt_text(messages)
+    own.chat_template = "{{ date_string }} " + tokenizer.chat_template
+    assert Prompter(own).prompt_text(messages).startswith("26 Jul 2024 <s>")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ('{"prompt": NaN, "answer": "x"}', "'prompt' is nan"),
+        ('{"prompt": "x", "answer": NaN}', "'answer' is nan"),
+        ('{"text": "x", "label": NaN}', "'label' is nan"),
+        ('{"text": "x", "label": " "}', "label is empty"),
+    ],
+)
+def test_a_missing_value_is_no_text(record, said, file):
+    with pytest.raises(UserError, match=said):
+        read_examples(file("a.jsonl", record + "\n"), DataSection())
+
+
+def test_an_input_of_nan_is_none(file):
+    (example,) = read_examples(file("a.jsonl", '{"instruction": "q", "input": NaN, "output": "a"}\n'), DataSection())
+    assert example.prompt[0]["content"] == "q"
 
 
 def test_a_template_with_an_end_of_its_own_shows_it_and_the_tokenizer_s_is_learned(tokenizer):

@@ -95,6 +95,10 @@ def test_what_an_earlier_turn_asks_is_shared_too(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(one) + "\n" for one in tests))
     data = DataSection(train=str(tmp_path / "train.jsonl"), test=str(tmp_path / "test.jsonl"))
     assert [(each.of, each.found, each.size) for each in shared(data)] == [("test", 2, 3)]
+    greeted = [chat("hello", "hi", question, "yes") for question in ("sky?", "fire?")]
+    for name, record in zip(("train", "test"), greeted, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    assert shared(data) == [], "a greeting is nothing that is asked"
 
 
 def test_a_study_refuses_what_its_recipe_does_not_declare(tmp_path):

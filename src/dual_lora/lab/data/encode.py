@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dual_lora.lab.data.examples import Example, text_of
+from dual_lora.lab.data.examples import Example, answer_of, text_of
 from dual_lora.lab.errors import UserError, described
 
 IGNORED = -100  # the label that losses of PyTorch leave out
@@ -24,6 +26,10 @@ LLM_ADAPTERS = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n\n"
     f"{_I}### Instruction:\n{_I}{{prompt}}\n{_I}\n{_I}### Response:\n{_I}"
 )
+
+
+_DATE = datetime.date(2024, 7, 26)  # which Llama's template takes where it is told none
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(['"])([^'"]*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,15 @@ class Encoded:
         """Length of the end of the sequence that holds every label."""
         first = next((i for i, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
         return len(self.labels) - first
+
+
+def fixed_date(tokenizer: Any) -> dict[str, Any]:
+    """Arguments for a chat template that writes the day's date into a prompt: one that is the same tomorrow."""
+    template = tokenizer.chat_template
+    more: dict[str, Any] = {"date_string": _DATE.strftime("%d %b %Y")} if "date_string" in str(template) else {}
+    if isinstance(template, str) and (told := _TODAY.sub(lambda m: repr(_DATE.strftime(m[2])), template)) != template:
+        more["chat_template"] = told
+    return more
 
 
 def print_of_rows(rows: Iterable[Encoded]) -> str:
@@ -74,7 +89,7 @@ class Prompter:
         """The prompt as text, up to where the answer begins."""
         kind = self.kind
         if kind == "chat":
-            more = {"tools": list(tools)} if tools else {}
+            more = {**fixed_date(self.tokenizer), **({"tools": list(tools)} if tools else {})}
             try:
                 return str(
                     self.tokenizer.apply_chat_template(
@@ -107,7 +122,7 @@ class Prompter:
         """Prompt and answers; in a longer conversation every assistant's turn is learned, nothing else.
 
         The tokenizer's end is what each answer is taught to end with. Where the template ends a turn with another token
-        (Gemma's, Phi's), later turns are read after that one.
+        (Gemma's, Phi's), later turns are read after that one. Raises UserError for a template that rewrites a turn.
         """
         ids: list[int] = []
         labels: list[int] = []
@@ -120,16 +135,16 @@ class Prompter:
                 context = self.prompt_ids(example.messages[:i], example.tools)
             else:
                 text = self.prompt_text(example.messages[:i], example.tools)
-                if not text.startswith(written):
+                if self.kind != "chat" or not text.startswith(written):
                     raise UserError(
-                        f"{example.where}: the chat template rewrites earlier turns, so a conversation of several "
-                        "answers cannot be learned at once; give each answer a record of its own."
+                        f"{example.where}: the {self.kind} template rewrites earlier turns, so a conversation of "
+                        "several answers cannot be learned at once; give each answer a record of its own."
                     )
                 context = self.tokenizer(text[len(written) :], add_special_tokens=False).input_ids
             taught = list(context) if self.learn_prompt else [IGNORED] * len(context)
             if written:
                 taught[:1] = [self.tokenizer.eos_token_id]  # of the answer before
-            said = text_of(message, example.where)
+            said = answer_of(message, example.where)
             answer = self.answer_ids(said, end=last)
             ids += context + answer
             labels += taught + answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections import Counter
@@ -152,6 +153,8 @@ def _written(value: Any, what: str) -> str:
     """A value as text; true and false as JSON writes them. Raises UserError for one that is no text."""
     if not isinstance(value, str | int | float):
         raise UserError(f"{what} is a {type(value).__name__}, expected text.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{what} is {value}, which is what a missing value becomes; expected text.")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -192,8 +195,30 @@ def _chat(record: Record) -> Example:
         raise UserError(f"{record.where}: messages has to be a list of {{role, content}}.")
     if not messages or messages[-1]["role"] != "assistant":
         raise UserError(f"{record.where}: the last message has to be the assistant's, it is the answer to learn.")
-    answer = text_of(messages[-1], record.where)
+    answer = answer_of(messages[-1], record.where)
     return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
+
+
+# What an assistant's message may hold beside its content. Templates write it, or leave it out, each in its own way.
+_MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
+
+def answer_of(message: dict[str, Any], where: str) -> str:
+    """What a message of the assistant teaches: its content. Raises UserError where it holds more, or is not to teach.
+
+    In a prompt it may hold what it likes: the template knows how to write it.
+    """
+    if unread := [name for name in _MORE if message.get(name)]:
+        raise UserError(
+            f"{where}: a message of the assistant holds {' and '.join(unread)}, and content alone is learned: write "
+            "into content what is to be answered."
+        )
+    if message.get("weight") == 0:
+        raise UserError(
+            f"{where}: a message of the assistant has weight 0, and every answer of a conversation is learned: end "
+            "the record before it, or give the answers records of their own."
+        )
+    return text_of(message, where)
 
 
 def text_of(message: dict[str, Any], where: str) -> str:
@@ -210,7 +235,8 @@ def text_of(message: dict[str, Any], where: str) -> str:
 
 def _instruction(record: Record) -> Example:
     text = _text(record, "instruction")
-    if record.values.get("input") not in (None, ""):
+    more = record.values.get("input")
+    if more not in (None, "") and more == more:  # NaN, as a table's empty cell is written, is none
         text = f"{text}\n\n{_text(record, 'input')}"
     answer = _text(record, "output")
     return _generation(record, _turn(text, answer), answer)
@@ -276,7 +302,10 @@ def _labelled_text(record: Record) -> Example:
     texts = [_text(record, "text")]
     if "text_pair" in record.values:
         texts.append(_text(record, "text_pair"))
-    return Example(record.where, text=tuple(texts), label=_text(record, "label").strip())
+    label = _text(record, "label").strip()
+    if not label:
+        raise UserError(f"{record.where}: the label is empty: give this class a name, or leave the record out.")
+    return Example(record.where, text=tuple(texts), label=label)
 
 
 _FORMATS: dict[str, Callable[[Record], Example]] = {

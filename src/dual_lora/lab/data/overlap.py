@@ -29,9 +29,9 @@ class Shared(NamedTuple):
 def shared(data: DataSection) -> list[Shared]:
     """What the sets share, as the recipe uses them. Sets that are not there, or on a hub, are left out."""
     sets = {split: found for split in WORDS if (found := _records(data, split))}
-    keys = {split: set().union(*map(_keys, examples)) for split, examples in sets.items()}
+    known = {split: set().union(*map(_every, examples)) for split, examples in sets.items()}
     counted = [
-        Shared(of, among, sum(not keys[among].isdisjoint(_keys(example)) for example in sets[of]), len(sets[of]))
+        Shared(of, among, sum(not known[among].isdisjoint(_asked(example)) for example in sets[of]), len(sets[of]))
         for of, among in PAIRS
         if of in sets and among in sets
     ]
@@ -59,10 +59,15 @@ def undeclared(data: DataSection, found: list[Shared] | None = None) -> str:
     )
 
 
-def _keys(example: Example) -> set[str]:
-    """What is asked (in a conversation, before each of its answers), and the group that it belongs to."""
+def _asked(example: Example) -> set[str]:
+    """What is asked, and the group that it belongs to."""
+    return {item_of(example), example.group} - {""}
+
+
+def _every(example: Example) -> set[str]:
+    """The same, and in a conversation what is asked before each of its answers."""
     turns = {repr(example.messages[:i]) for i, m in enumerate(example.messages) if m["role"] == "assistant" and i}
-    return {item_of(example), example.group, *turns} - {""}
+    return _asked(example) | turns
 
 
 def _records(data: DataSection, split: str) -> list[Example]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import Exported, export_lora
 from dual_lora.lab.model.merge import merge
@@ -231,7 +232,8 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
 def _render(tokenizer: Any, messages: list[tuple[str, str]], start: bool = False) -> str:
     chat = [{"role": role, "content": content} for role, content in messages]
     try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=start)
+        more = fixed_date(tokenizer)
+        text: str = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=start, **more)
     except Exception as error:  # a template's own refusals, of a role or an order
         raise UserError(f"The chat template cannot be written for Ollama: {error}") from error
     # Where the tokenizer puts a first token, llama.cpp does as well.

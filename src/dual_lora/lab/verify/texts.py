@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final
 
+from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
 from dual_lora.lab.verify.logprobs import Probe
@@ -117,7 +118,8 @@ def _is_number(text: str) -> bool:
 def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
     if not tokenizer.chat_template:
         return None
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    more = fixed_date(tokenizer)
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more))
 
 
 def _short(text: str | None) -> str:
