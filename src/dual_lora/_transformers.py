@@ -23,9 +23,15 @@ def _looking_first(load_adapter: Any) -> Any:
     @functools.wraps(load_adapter)
     def wrapped(model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""
-        if _is_ours(peft_model_id, subfolder):
+        ours = _is_ours(peft_model_id, subfolder)
+        if ours:
             import_module("dual_lora.method.saved").check_file(peft_model_id, subfolder)
-        return load_adapter(model, peft_model_id, *args, **kwargs)
+        before = set(getattr(model, "peft_config", {}))
+        result = load_adapter(model, peft_model_id, *args, **kwargs)
+        if ours:
+            for name in set(model.peft_config) - before:
+                import_module("dual_lora.method.loaded").settle(model, name, peft_model_id, subfolder)
+        return result
 
     return wrapped
 

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (  # noqa: E402
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from dual_lora import DualLoraConfig, DualLoraLayer  # noqa: E402
+from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights  # noqa: E402
 from dual_lora.core import blocked  # noqa: E402
 
 RANK = int(os.environ["RANK"])
@@ -371,6 +371,29 @@ def switched_under_fsdp2(mesh, folder):
     assert_same(steps(model), steps(whole))
 
 
+def written_under_fsdp2(mesh, folder):
+    """What is written to shards between passes without gradients is seen by the next pass."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    whole = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"]).eval()
+    model = copy.deepcopy(whole)
+    for block in model.base_model.model:
+        fully_shard(block)
+    fully_shard(model)
+    x = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for _ in range(3):
+            before = composed_weights.bytes_held
+            model(x)
+            assert composed_weights.bytes_held == before, "a gathered weight's version says nothing of its shards"
+            torch.testing.assert_close(model(x), whole(x))
+            assert composed_weights.bytes_held > before, "a layer that is not sharded keeps its weight"
+            for p in (*model.parameters(), *whole.parameters()):
+                p.mul_(0.9)
+            composed_weights.clear()
+
+
 def filled_after_sharding(mesh, folder):
     """As accelerate prepares a model for FSDP2: emptied, sharded, and filled with what stands in its state."""
     from torch.distributed.fsdp import fully_shard
@@ -413,6 +436,7 @@ CASES = {
     "reference": reference_pass,
     "filled": filled_after_sharding,
     "switched": switched_under_fsdp2,
+    "written": written_under_fsdp2,
     "refusals": refusals,
 }
 

@@ -414,6 +414,23 @@ def test_tied_layers_are_loaded_and_stay_tied(targets, low, left_out, tmp_path):
     assert all(h is e for h, e in zip(head.factors("default"), embedding.factors("default"), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"], ["lm_head", "q_proj"]])
+def test_saved_while_merged_into_a_tied_weight(targets, tied, tmp_path):
+    base = llama(tie_word_embeddings=True)
+    model = adapted(copy.deepcopy(base), target_modules=targets, ensure_weight_tying=tied, init_weights=False).eval()
+    expected = logits(model)
+    model.merge_adapter()
+    if tied:  # else the other layer reads the merged weight too, of which PEFT warns
+        torch.testing.assert_close(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(logits(again), expected)
+    with again.disable_adapter():
+        assert torch.equal(logits(again), logits(base.eval()))
+
+
 def test_the_embedding_of_tied_layers_may_not_be_missing(tmp_path):
     options = dict(target_modules=["embed_tokens"], ensure_weight_tying=True)
     adapted(llama(tie_word_embeddings=True), **options).save_pretrained(tmp_path)

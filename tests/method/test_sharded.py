@@ -21,6 +21,7 @@ CASES = [
     "reference",
     "filled",
     "switched",
+    "written",
     "refusals",
 ]
 if importlib.util.find_spec("transformers.distributed.tensor_parallel"):  # 5.17 and later; earlier shards are refused

@@ -33,7 +33,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
         *("r", "r1", "r2", "alpha", "scaling", "forms", "warmup_steps", "tied"),
-        *("dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
+        *("dual_lora_dropout", "dual_lora_left", "dual_lora_scale", "dual_lora_ramp"),
     )
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
@@ -57,6 +57,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         # The count as read last, with its tensor and that one's version: so that a device is not waited for.
         self._read: dict[str, tuple[Tensor, int | None, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
+        self.dual_lora_ramp: dict[str, Tensor] = {}  # α/√(r1 r2) and the warm-up's steps, by which graphs compute that
         self._scaled: dict[str, float] = {}  # the strength in it, as code that knows LoRA writes to `scaling`
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is

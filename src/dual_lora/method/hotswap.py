@@ -63,19 +63,19 @@ def hotswap_from_state_dict(
             composed_weights.drop(layer)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            scale = layer.dual_lora_scale[adapter_name]
+            memory = layer._scale_memory(adapter_name)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             layer.set_ranks(adapter_name, *layer_options(config, key_of(name, layer)))
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")
             layer._set_steps_left(adapter_name, 0 if left is None else int(left))
-            layer._move_scale(adapter_name, scale)
+            layer._move_scale(adapter_name, memory)
         for layer in layers.values():
             if adapter_name in layer.tied:
-                scale = layer.dual_lora_scale[adapter_name]
+                memory = layer._scale_memory(adapter_name)
                 layer.tie(adapter_name, layer.tied[adapter_name])
-                layer._move_scale(adapter_name, scale)
+                layer._move_scale(adapter_name, memory)
 
     configs: Any = getattr(model, "peft_config", {})
     if adapter_name in configs:

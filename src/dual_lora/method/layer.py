@@ -75,6 +75,8 @@ class DualLoraLayer(MergeLayer):
         """
         if torch.is_grad_enabled() or is_traced() or torch._C._len_torch_dispatch_stack():  # make_fx, fake tensors
             return False
+        if sharded.is_gathered(self):
+            return False
         return not self.training or (x is not None and x.dim() == 3 and x.shape[1] == 1)
 
     def _kept_weight(self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:

@@ -283,7 +283,7 @@ class DualLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state = saved.with_counts(state_dict)
+        state = saved.with_counts(state_dict, named_layers(model, adapter_name), adapter_name)
         saved.warn_if_unfinished(state, config)
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
@@ -294,6 +294,15 @@ def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     """Put the weights of before a merge into a model's state, from which PEFT saves embeddings with the adapter."""
     for name, layer in named_layers(model, adapter).items():
         for part, original in (layer._original or {}).items():
-            key = f"{name}.base_layer.{part}"
-            if key in state and state[key].shape == original.shape:
-                state[key] = original
+            merged = state.get(f"{name}.base_layer.{part}")
+            if merged is None or merged.shape != original.shape:
+                continue
+            for key, tensor in state.items():  # a tied weight stands there more than once
+                if tensor is merged or _is_same(tensor, merged):
+                    state[key] = original
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a state are one parameter's."""
+    plain = {type(one), type(other)} <= {Tensor, nn.Parameter}
+    return plain and one.shape == other.shape and not one.is_meta and 0 != one.data_ptr() == other.data_ptr()

@@ -10,12 +10,15 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from .strength import Strength
 
 PEFT_PREFIX = "base_model.model."
 # As a file's header names them. `verify.numbers`, which knows no method, says why these.
@@ -49,10 +52,12 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
         )
 
 
-def with_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with a count for every layer; 0 steps left where there is none."""
+def with_counts(state: dict[str, Tensor], layers: Mapping[str, Strength], adapter_name: str) -> dict[str, Tensor]:
+    """The state with a count for every layer; where there is none, what the model's layer of this name knows."""
     stems = [key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key]
-    return {f"{stem}.dual_lora_left": torch.tensor(0, dtype=torch.int32) for stem in stems} | state
+    known = {n.removeprefix(PEFT_PREFIX): layer.steps_left_without(adapter_name) for n, layer in layers.items()}
+    counts = {stem: known.get(stem.removeprefix(PEFT_PREFIX), 0) for stem in stems}
+    return {f"{stem}.dual_lora_left": torch.tensor(n, dtype=torch.int32) for stem, n in counts.items()} | state
 
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:

@@ -13,6 +13,8 @@ replaced.
 
 from __future__ import annotations
 
+import sys
+import weakref
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any, NamedTuple
@@ -50,6 +52,26 @@ def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
             dist.all_reduce(holds, dist.ReduceOp.MIN, group)
             here = bool(holds)
     return here
+
+
+_gathered: tuple[int, weakref.WeakSet[nn.Module]] = (0, weakref.WeakSet())
+
+
+def is_gathered(layer: nn.Module) -> bool:
+    """Whether FSDP2 shards the layer and gathers it for each forward, with a version that no write to a shard moves.
+
+    FSDP2 says of no tensor that it has gathered it; it is asked which modules it manages, once they have changed.
+    """
+    global _gathered
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    if not known:
+        return False
+    if _gathered[0] != len(known):
+        states = [state() for state in known.values()]
+        groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", [getattr(s, "_fsdp_param_group", None)])]
+        parts = [part for group in groups if group is not None for part in group.fsdp_params]
+        _gathered = len(known), weakref.WeakSet(part._module_info.module for part in parts)
+    return any(module in _gathered[1] for module in layer.modules())
 
 
 def takes_product(base: nn.Module) -> bool:
@@ -236,11 +258,15 @@ def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: A
 
 
 def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict(): with the counts that such a layer had; a state of factors without one is finished."""
+    """Before load_state_dict(): with the counts that such a layer had; a state of factors without one is finished.
+
+    In the middle of a warm-up it is not: averages are put in place so, and taken out again.
+    """
     for adapter in layer.adapter_names():
         left, factor = layer.dual_lora_left[adapter], state.get(f"{prefix}dual_lora_A.{adapter}")
         if left.is_meta and factor is not None and is_sharded(factor):
             known = torch.tensor(layer._read[adapter][2], dtype=left.dtype, device=factor.device)
             state.setdefault(f"{prefix}dual_lora_left.{adapter}", known)
         elif f"{prefix}dual_lora_B.{adapter}" in state:  # of trainable parameters alone
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", torch.tensor(0, dtype=torch.int32))
+            count = torch.tensor(layer.steps_left_without(adapter), dtype=torch.int32)
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", count)

@@ -28,6 +28,7 @@ class Strength:
     dual_lora_A: nn.ParameterDict
     dual_lora_left: BufferDict
     dual_lora_scale: dict[str, Tensor]
+    dual_lora_ramp: dict[str, Tensor]
     active_adapters: list[str]
     training: bool
     _read: dict[str, tuple[Tensor, int | None, int]]
@@ -75,21 +76,36 @@ class Strength:
         mark_as_stored(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
         return self._read[adapter][2]
 
+    def steps_left_without(self, adapter: str) -> int:
+        """The same after factors were put in place that say nothing of it: 0, but in the middle of a warm-up."""
+        left = self.steps_left(adapter)
+        return left if left < self.warmup_steps[adapter] else 0
+
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""
         return warmup.factor(self.steps_left(adapter), self.warmup_steps[adapter])
 
     def step(self, adapter: str) -> None:
         """Count one optimizer step."""
-        left, scale = self.steps_left(adapter), self.dual_lora_scale[adapter]
+        left, memory = self.steps_left(adapter), self._scale_memory(adapter)
         if left > 0:
             self._set_steps_left(adapter, left - 1)
-            self._move_scale(adapter, scale)
+            self._move_scale(adapter, memory)
 
-    def _move_scale(self, adapter: str, memory: Tensor) -> None:
-        """Keep the scale where an earlier one was, for CUDA graphs that were captured before."""
-        if not memory.is_inference():
-            self.dual_lora_scale[adapter] = memory.copy_(self.dual_lora_scale[adapter])
+    def _scale_memory(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors by which forward knows how strong an adapter is."""
+        return self.dual_lora_scale[adapter], self.dual_lora_ramp[adapter], self.dual_lora_left[adapter]
+
+    def _move_scale(self, adapter: str, memory: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep the strength where an earlier one was, for CUDA graphs that were captured before."""
+        scale, ramp, left = memory
+        if any(tensor.is_inference() for tensor in memory):
+            return
+        self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
+        self.dual_lora_ramp[adapter] = ramp.copy_(self.dual_lora_ramp[adapter])
+        if not left.is_meta:
+            stored = self.dual_lora_left[adapter] = left.copy_(self.dual_lora_left[adapter])
+            self._read[adapter] = stored, version_of(stored), self._read[adapter][2]
 
     @torch.inference_mode(False)  # who loads or scales in inference mode may train afterwards
     def _set_steps_left(self, adapter: str, left: int) -> None:
@@ -103,10 +119,17 @@ class Strength:
 
     def _scale(self, adapter: str, A: Tensor) -> Tensor:
         """λ α/√(r1 r2) as a 0-dim tensor where the factors are."""
-        if not torch.compiler.is_compiling():
-            self.steps_left(adapter)
-            if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter] != self.scaling[adapter]:
-                self._make_scale(adapter)
+        left = self.dual_lora_left[adapter]
+        if torch.compiler.is_compiling():
+            if left.is_meta:  # offloaded, and a graph cannot look at it
+                return self.dual_lora_scale[adapter].to(A.device)
+            # A graph computes λ from the count: it has to see who writes there without a hook of ours (DDP's broadcast,
+            # distributed checkpoints, averages of models, transformers' loader).
+            strength, steps = self.dual_lora_ramp[adapter].to(A.device).unbind()
+            return strength * (1 - left.to(A.device) / steps)
+        self.steps_left(adapter)
+        if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter] != self.scaling[adapter]:
+            self._make_scale(adapter)
         return self.dual_lora_scale[adapter].to(A.device)
 
     @torch.inference_mode(False)
@@ -115,8 +138,9 @@ class Strength:
         A = self.dual_lora_A[adapter]
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
         self._scaled[adapter] = self.scaling[adapter]
-        value = self.scaling[adapter] * self.warmup_factor(adapter)
+        value, steps = self.scaling[adapter] * self.warmup_factor(adapter), max(1, self.warmup_steps[adapter])
         self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
+        self.dual_lora_ramp[adapter] = torch.tensor([self.scaling[adapter], steps], dtype=dtype, device=A.device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's strength to `scale` times its configured α/√(r1 r2).
