@@ -49,7 +49,10 @@ def _tokenizer(folder):
 
 
 # Tests that look at what a finished run notes for `verify`, or at every file of its folder.
-FINGERPRINTS = {"test_crash", "test_fingerprint", "test_full_disk", "test_fuzz", "test_hub", "test_launched"}
+FINGERPRINTS = {
+    *("test_crash", "test_fingerprint", "test_full_disk", "test_fuzz", "test_hub", "test_launched"),
+    "test_same_model_same_score",
+}
 
 
 @pytest.fixture(autouse=True)

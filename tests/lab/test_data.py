@@ -284,6 +284,13 @@ def test_a_missing_value_is_no_text(record, said, file):
         read_examples(file("a.jsonl", record + "\n"), DataSection())
 
 
+@pytest.mark.parametrize("name", ["system", "history"])
+def test_what_an_instruction_holds_and_nobody_reads_is_said(name, file):
+    record = {"instruction": "q", "output": "a", name: ["before"]}
+    with pytest.warns(UserWarning, match=f"hold {name}, which is not read"):
+        read_examples(file("a.jsonl", json.dumps(record) + "\n"), DataSection())
+
+
 def test_an_input_of_nan_is_none(file):
     (example,) = read_examples(file("a.jsonl", '{"instruction": "q", "input": NaN, "output": "a"}\n'), DataSection())
     assert example.prompt[0]["content"] == "q"

@@ -19,9 +19,10 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run import scoring
+from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import figures, summary
-from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_choice, score_loss, search_of
+from dual_lora.lab.run.scoring import Asked, _same, generate_all, score_loss, search_of
 from dual_lora.lab.run.train import run
 
 
@@ -334,7 +335,7 @@ def test_a_choice_that_begins_with_another_is_said(loaded):
     spec = EvaluateSection()
     example = replace(examples[0], choices=("red", "red blue"), answer="red", target="red")
     with pytest.warns(UserWarning, match=r"'red blue' begins, in tokens, with the choice 'red'.*per_token: true"):
-        scoring.score_choice(Asked(model, [example], prompter, spec))
+        score_choice(Asked(model, [example], prompter, spec))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        scoring.score_choice(Asked(model, [example], prompter, spec.model_copy(update={"per_token": True})))
+        score_choice(Asked(model, [example], prompter, spec.model_copy(update={"per_token": True})))

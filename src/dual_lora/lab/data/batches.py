@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dual_lora.lab.data.encode import IGNORED, Encoded
+from dual_lora.lab.errors import UserError
 
 BATCHES_PER_POOL = 16  # rows of like length are put together within such a pool; larger pools pad less, mix less
 
@@ -53,12 +54,17 @@ class Collator:
     """Rows to tensors. Language models: padded on the left, with position ids and the number of last positions
     whose logits are needed (``logits_to_keep``), if the model knows these arguments. Classifiers: padded on the right,
     with the tokens' types where rows have some and the model takes them.
+
+    on_the_right: language models whose virtual tokens stand before the row. unmasked: the type of a model that reads
+    padding; rows of unequal length raise UserError.
     """
 
     pad: int
     classification: bool = False
     accepts: frozenset[str] = frozenset({"position_ids", "logits_to_keep", "token_type_ids"})
     type_pad: int = 0
+    on_the_right: bool = False
+    unmasked: str = ""
 
     def __call__(self, rows: list[Encoded]) -> dict[str, Any]:
         import torch
@@ -81,6 +87,14 @@ class Collator:
                 types = [row.token_types or [0] * len(row.input_ids) for row in rows]
                 batch["token_type_ids"] = padded(types, self.type_pad)
             return batch
+        check_padding(self.unmasked, [len(row.input_ids) for row in rows])
+        if self.on_the_right:
+            gaps = [width - len(row.input_ids) for row in rows]
+            return {
+                "input_ids": torch.tensor([r.input_ids + [self.pad] * gap for r, gap in zip(rows, gaps, strict=True)]),
+                "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
+                "labels": torch.tensor([[*r.labels, *[IGNORED] * gap] for r, gap in zip(rows, gaps, strict=True)]),
+            }
         batch = left_padded([row.input_ids for row in rows], self.pad)
         labels_2d = [[IGNORED] * (width - len(row.labels)) + row.labels for row in rows]
         batch["labels"] = torch.tensor(labels_2d)
@@ -105,6 +119,29 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
 _KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
 
 
+UNMASKED = {"rwkv", "recurrent_gemma"}  # what stands before a row goes into their state, masked or not
+
+
+def kind_of_unmasked(model: Any) -> str:
+    """The type of a model that reads padding, "" for all others."""
+    kind = str(getattr(unwrapped(model).config, "model_type", ""))
+    return kind if kind in UNMASKED else ""
+
+
+def check_padding(unmasked: str, lengths: list[int]) -> None:
+    """Raise UserError where such a model would get rows of unequal length."""
+    if unmasked and len(set(lengths)) > 1:
+        raise UserError(
+            f"A model of type {unmasked} reads padding, so that its results would depend on the other rows of a batch: "
+            "set train.batch_size: 1 (with train.accumulate) and evaluate.batch_size: 1."
+        )
+
+
+def learns_prompts(model: Any) -> bool:
+    """Whether an adapter puts virtual tokens before the row: padding on the left would stand between the two."""
+    return any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values())
+
+
 def unwrapped(model: Any) -> Any:
     """The model of transformers, with its adapters' layers in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -119,4 +156,11 @@ def accepted_arguments(model: Any) -> frozenset[str]:
 
 def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
     """Rows to tensors, for this model and its tokenizer."""
-    return Collator(tokenizer.pad_token_id, classification, accepted_arguments(model), tokenizer.pad_token_type_id)
+    return Collator(
+        tokenizer.pad_token_id,
+        classification,
+        accepted_arguments(model),
+        tokenizer.pad_token_type_id,
+        on_the_right=learns_prompts(model),
+        unmasked=kind_of_unmasked(model),
+    )

@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
@@ -199,7 +200,7 @@ def _chat(record: Record) -> Example:
     return _generation(record, tuple(messages), answer, tuple(_list(record, "tools")))
 
 
-# What an assistant's message may hold beside its content. Templates write it, or leave it out, each in its own way.
+# What an assistant's message may hold next to its content. Templates write it, or leave it out, each in its own way.
 _MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
@@ -238,6 +239,12 @@ def _instruction(record: Record) -> Example:
     more = record.values.get("input")
     if more not in (None, "") and more == more:  # NaN, as a table's empty cell is written, is none
         text = f"{text}\n\n{_text(record, 'input')}"
+    if unread := [name for name in ("system", "history") if record.values.get(name)]:
+        warnings.warn(
+            f"Records of the form instruction hold {' and '.join(unread)}, which is not read: write them as messages "
+            "to learn with it.",
+            stacklevel=2,
+        )
     answer = _text(record, "output")
     return _generation(record, _turn(text, answer), answer)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer
 
-from dual_lora.lab.data.batches import unwrapped
+from dual_lora.lab.data.batches import learns_prompts, unwrapped
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
@@ -22,6 +22,15 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     named = getattr(unwrapped(model).generation_config, "eos_token_id", None)
     named = [] if named is None else torch.as_tensor(named).flatten().tolist()  # a number, or several
     return sorted({tokenizer.eos_token_id, *named} - {None})
+
+
+def check_writes(model: Any) -> None:
+    """Raise UserError for PEFT's prompt learning, whose `generate` writes other tokens than its forward pass says."""
+    if learns_prompts(model):
+        raise UserError(
+            "Texts of prompt tuning, prefix tuning and p-tuning are not written here: with this PEFT and transformers "
+            "they are not what the trained model says. Measure loss or choice (evaluate.tasks)."
+        )
 
 
 def texts_of(rows: list[list[int]], tokenizer: Any, ends: list[int]) -> list[str]:
@@ -67,12 +76,13 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}, expected at least 1.")
     if tuned.classes:
         raise UserError(f"{tuned.source} is a classifier, it writes no text.")
+    check_writes(tuned.model)
     prompter = Prompter(tuned.tokenizer, tuned.recipe.data.template if tuned.recipe else "auto")
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     ids = torch.tensor([prompter.prompt_ids((*messages, {"role": "user", "content": prompt}))])
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature:
-        choice = {"do_sample": True, "temperature": temperature}
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}  # of all tokens
     shown = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     streamer = TextIteratorStreamer(tuned.tokenizer, skip_prompt=True, **shown)
     failed: list[BaseException] = []

@@ -15,6 +15,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -139,8 +140,23 @@ def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
 
 
 def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:
-    text = json.dumps({"recipe": recipe.model_dump(mode="json"), "classes": classes}, indent=1, ensure_ascii=False)
-    (adapter / NOTE).write_text(text + "\n", encoding="utf-8")
+    """With a print of the base's weights, where they are here: the adapter fits no others."""
+    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes}
+    with contextlib.suppress(UserError):
+        note["base"] = print_of_weights(recipe.model)
+    (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_base(adapter: Path, part: ModelSection, asked: bool) -> None:
+    """Raise UserError where the base's weights are not those that the adapter was trained on; warn if it was asked for
+    by name."""
+    known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
+    if not known or print_of_weights(part) == known:
+        return
+    what = f"The weights (or the configuration) of {part.path} are not those that {adapter} was trained on"
+    if not asked:
+        raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
+    warnings.warn(f"{what}.", stacklevel=4)
 
 
 def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:
@@ -153,6 +169,7 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     trained = part.model_copy(update={"path": str(folder.full_model), "revision": None})
     loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
+    _check_base(folder.full_model, part, asked=True)
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
 
@@ -184,6 +201,7 @@ def _open_adapter(
     part = recipe.model if recipe else _part_of(config, adapter)
     another = {"path": base, "revision": None} if base else {}
     part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}))
+    _check_base(adapter, part, base is not None)
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)

@@ -30,8 +30,9 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
 
 
 def print_of_folder(folder: Path) -> dict[str, str]:
-    """What a model's or an adapter's folder holds, by the sizes of its files of weights and samples of them."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") and f.is_file())
+    """What a model's or an adapter's folder holds: its weights, by files' sizes and samples, and its configuration."""
+    weights = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin") or f.name == "config.json")
+    files = sorted(f for f in weights if f.is_file())
     return {file.name: _sampled(file) for file in files}
 
 

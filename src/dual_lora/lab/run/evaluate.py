@@ -20,6 +20,7 @@ from dual_lora.lab.model.weights import print_of_folder
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe, Task
 from dual_lora.lab.run import scoring
+from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.failures import NotFinite
 from dual_lora.lab.run.figures import figures
 from dual_lora.lab.run.folder import RunFolder
@@ -31,7 +32,7 @@ LONGEST = 768  # tokens of a text for forgetting, as in PEFT's comparison
 _ENCODER = ("classification", "regression")
 _TASKS: dict[Task, Callable[[Asked], Rows]] = {
     "loss": scoring.score_loss,
-    "choice": scoring.score_choice,
+    "choice": score_choice,
     "exact_match": scoring.score_exact_match,
     "bleu": scoring.score_texts,
     "nlg": scoring.score_texts,

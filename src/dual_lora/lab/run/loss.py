@@ -22,6 +22,7 @@ def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: 
         total = mse_loss(logits.flatten().float()[known], labels[known], reduction="sum")
         return total / (count if count is not None else known.sum())
     if labels.dim() == 2:
+        logits = logits[:, -labels.shape[1] :]  # without those of virtual tokens
         labels = labels[:, labels.shape[1] - logits.shape[1] + 1 :]  # the last positions, shifted by one
         logits = logits[:, :-1]
     total = cross_entropy(

@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
-from dual_lora.lab.data.batches import Collator, accepted_arguments, collator, left_padded
+from dual_lora.lab.data.batches import Collator, check_padding, collator, kind_of_unmasked, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
-from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import ends_of, plain_search, specials_of, texts_of
+from dual_lora.lab.model.generate import check_writes, ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.extraction import answer_in
+from dual_lora.lab.run.extraction import COMMONSENSE, answer_in
 
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
@@ -71,120 +70,13 @@ def _logits(
     model: Any, encoded: list[Encoded], collate: Collator, size: int, advance: Advance
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Of each batch the rows' indices, their logits and their labels."""
-    for part in _batches([len(e.input_ids) for e in encoded], size):
-        batch = _to(model, collate([encoded[i] for i in part]))
+    for part in batches([len(e.input_ids) for e in encoded], size):
+        batch = to_device(model, collate([encoded[i] for i in part]))
         labels = batch.pop("labels")
         with torch.inference_mode():
             logits = model(**batch).logits
-        yield part, logits, labels
+        yield part, logits[:, -labels.shape[1] :] if labels.dim() == 2 else logits, labels  # none of virtual tokens
         advance(len(part))
-
-
-def score_choice(asked: Asked) -> Rows:
-    """The choice with the largest log-likelihood, and all of them. A prompt is read once for all of its choices."""
-    examples, prompter, spec = asked.examples, asked.prompter, asked.spec
-    prompts: list[list[int]] = []
-    answers: list[list[list[int]]] = []
-    for example in examples:
-        if example.target not in example.choices:
-            raise UserError(
-                f"{example.where}: the answer {example.target!r} is not among the choices "
-                f"{', '.join(example.choices) or '(none)'}: set data.choices, or give the records a field choices."
-            )
-        prompts.append(prompter.prompt_ids(example.prompt, example.tools))
-        answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
-
-    if not spec.per_token and (hidden := _never_chosen(examples, answers)):
-        warnings.warn(hidden, stacklevel=2)
-    rows: Rows = [{}] * len(examples)
-    at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
-    for part in _batches([len(prompt) for prompt in prompts], at_a_time):
-        own = [prompts[i] for i in part], [answers[i] for i in part]
-        scores = _log_likelihoods(asked.model, *own, asked.tokenizer.pad_token_id)
-        for i, sums in zip(part, scores, strict=True):
-            values = [x / len(a) if spec.per_token else x for x, a in zip(sums, answers[i], strict=True)]
-            chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
-            rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
-        asked.advance(len(part))
-    return rows
-
-
-def _never_chosen(examples: Sequence[Example], answers: Sequence[list[list[int]]]) -> str:
-    """Says so where a choice's tokens go on from another choice's: its summed log-likelihood is always the smaller."""
-    for example, own in zip(examples, answers, strict=True):
-        for k, long in enumerate(own):
-            for short, text in zip(own, example.choices, strict=True):
-                if len(short) < len(long) and long[: len(short)] == short:
-                    return (
-                        f"{example.where}: the choice {example.choices[k]!r} begins, in tokens, with the choice "
-                        f"{text!r}, so that no model can prefer it. Give evaluate.per_token: true, or other choices."
-                    )
-    return ""
-
-
-def _log_likelihoods(
-    model: Any, prompts: list[list[int]], answers: list[list[list[int]]], pad: int
-) -> list[list[float]]:
-    """The log-likelihood of each answer's tokens after its prompt. Answers that differ in their last token alone
-    stand in the same logits."""
-    contexts = [(i, context) for i, own in enumerate(answers) for context in _contexts(own)]
-    row_of = {context: row for row, context in enumerate(contexts)}
-    with torch.inference_mode():
-        logs = log_softmax(_logits_after(model, prompts, contexts, pad).float(), -1)
-    sums: list[list[float]] = []
-    for i, own in enumerate(answers):
-        sums.append([])
-        for answer in own:
-            index = torch.tensor(answer, device=logs.device)
-            steps = torch.arange(len(answer), device=logs.device)
-            sums[-1].append(float(logs[row_of[i, tuple(answer[:-1])], steps, index].sum()))
-    return sums
-
-
-def _contexts(answers: list[list[int]]) -> list[tuple[int, ...]]:
-    """The different beginnings of a prompt's answers, each without the last token, which nothing follows."""
-    return list(dict.fromkeys(tuple(answer[:-1]) for answer in answers))
-
-
-# Layers of a cache whose rows can be chosen; those of Mamba and its kin hold a state as well.
-_ROW_BY_ROW = {"DynamicLayer", "DynamicSlidingWindowLayer"}
-
-
-def _logits_after(
-    model: Any, prompts: list[list[int]], contexts: list[tuple[int, tuple[int, ...]]], pad: int
-) -> torch.Tensor:
-    """Logits [contexts, 1 + longest, vocabulary] after a prompt and after each further token of a context.
-
-    contexts: (the prompt's index, tokens). Without a cache that can be taken apart, prompts are read with each context.
-    """
-    accepts = accepted_arguments(model)
-    owners = torch.tensor([i for i, _ in contexts], device=model.device)
-    longest = max(len(tokens) for _, tokens in contexts)
-    padded = torch.tensor([[*tokens, *[pad] * (longest - len(tokens))] for _, tokens in contexts], device=model.device)
-
-    def read(batch: dict[str, Any], keep: int, **more: Any) -> Any:
-        known = {k: v for k, v in batch.items() if k != "position_ids" or k in accepts}
-        return model(**known, **({"logits_to_keep": keep} if "logits_to_keep" in accepts else {}), **more)
-
-    batch = _to(model, left_padded(prompts, pad))
-    alone = read(batch, 1, use_cache=True)
-    first: torch.Tensor = alone.logits[owners, -1:]
-    if longest == 0:
-        return first
-    name = "cache" if "cache" in accepts else "past_key_values"
-    cache: Any = alone.get(name)
-    layers = getattr(cache, "layers", None)
-    if not layers or any(type(layer).__name__ not in _ROW_BY_ROW for layer in layers):
-        whole = [prompts[i] + tokens for i, tokens in zip(owners.tolist(), padded.tolist(), strict=True)]
-        logits: torch.Tensor = read(_to(model, left_padded(whole, pad)), longest + 1).logits
-        return logits[:, -longest - 1 :]
-    cache.batch_select_indices(owners)
-    follow = {
-        "input_ids": padded,
-        "attention_mask": torch.cat([batch["attention_mask"][owners], torch.ones_like(padded)], 1),
-        "position_ids": batch["position_ids"][owners, -1:] + torch.arange(1, longest + 1, device=model.device),
-    }
-    return torch.cat([first, read(follow, longest, **{name: cache}).logits], 1)
 
 
 def score_exact_match(asked: Asked) -> Rows:
@@ -192,10 +84,16 @@ def score_exact_match(asked: Asked) -> Rows:
     spec, special, rows = asked.spec, specials_of(asked.tokenizer), []
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
-        expected = special.sub("", example.target if spec.extract else example.answer)
+        expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
         row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
+
+
+def _expected(example: Example, extract: str) -> str:
+    """The right answer: of records that have no field of their own for it, what stands in the whole answer."""
+    whole = example.target == example.answer and extract != COMMONSENSE
+    return (answer_in(example.answer, extract, example.target) if whole else "") or example.target
 
 
 def score_texts(asked: Asked) -> Rows:
@@ -215,6 +113,12 @@ def score_texts(asked: Asked) -> Rows:
 def _generated(asked: Asked, examples: list[Example]) -> list[str]:
     """What the model writes after each example's prompt, by the search that the recipe wants."""
     prompts, spec = [asked.prompter.prompt_ids(e.prompt, e.tools) for e in examples], asked.spec
+    if longer := sum(len(asked.prompter.answer_ids(e.answer)) > spec.max_new_tokens + 1 for e in examples):
+        warnings.warn(
+            f"{longer} of {len(examples)} expected answers are longer than evaluate.max_new_tokens = "
+            f"{spec.max_new_tokens}, so that none of the model's can be as long.",
+            stacklevel=2,
+        )
     how = spec.batch_size, spec.max_new_tokens, asked.advance, search_of(spec)
     return generate_all(asked.model, asked.tokenizer, prompts, *how)
 
@@ -251,9 +155,11 @@ def generate_all(
     advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
     """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
+    check_writes(model)
     texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
     once = search.pop(NO_REPEAT, 0)
-    for part in _batches([len(p) for p in prompts], batch_size):
+    for part in batches([len(p) for p in prompts], batch_size):
+        check_padding(kind_of_unmasked(model), [len(prompts[i]) for i in part])
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
         width = batch["input_ids"].shape[1]
@@ -261,7 +167,7 @@ def generate_all(
             search["logits_processor"] = [_NoRepeat(once, width)]
         with torch.inference_mode(), plain_search(model):
             out = model.generate(
-                **_to(model, batch),
+                **to_device(model, batch),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=ends or None,
@@ -294,10 +200,12 @@ def search_of(spec: EvaluateSection) -> dict[str, Any]:
 
 
 def _same(found: str, expected: str, compare: str) -> bool:
-    if compare == "text":  # é in one sign or in two is the same text, and many tokenizers write one of them only
+    # é in one sign or in two is the same text, and many tokenizers write one of them only.
+    if compare == "text":
         return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)
     try:
-        return _alike(*(json.loads(_uncut(text), object_pairs_hook=_object) for text in (found, expected)))
+        normal = (unicodedata.normalize("NFC", text) for text in (found, expected))
+        return _alike(*(json.loads(_uncut(text), object_pairs_hook=_object) for text in normal))
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, thousands of brackets
         return False
 
@@ -322,12 +230,12 @@ def _alike(a: Any, b: Any) -> bool:
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
-def _batches(lengths: list[int], size: int) -> Iterator[list[int]]:
+def batches(lengths: list[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of rows of like length, the longest first: too little memory then shows at once."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def _to(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def to_device(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

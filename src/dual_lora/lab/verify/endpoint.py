@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.verify.logprobs import Probe
+from dual_lora.lab.verify.logprobs import SPACES, Probe
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
@@ -124,7 +124,7 @@ class Endpoint:
             if not told or not told[0].others:
                 raise UserError(self._gives_none())
             token = probe.ids[place]
-            value = told[0].others.get(f"#{token}", told[0].others.get(texts[token]))
+            value = told[0].value_of(token, texts[token])
             floor = min(told[0].others.values())
             values.append(floor if value is None else value)
             floors.append(floor)
@@ -216,6 +216,17 @@ class Entry:
     logprob: float | None
     others: dict[str, float]
     names: dict[int, str] = field(default_factory=dict)
+
+    def value_of(self, token: int, text: str) -> float | None:
+        """What is told of a token among the likeliest: by its number, by its text, or by its text without blanks where
+        only one there has it, as of servers that decode each token by itself."""
+        if any(name.startswith("#") for name in self.others):
+            return self.others.get(f"#{token}")
+        written = {name.translate(SPACES): value for name, value in self.others.items()}
+        if text in written:
+            return written[text]
+        alike = [value for name, value in written.items() if name.strip() == text.strip() != ""]
+        return alike[0] if len(alike) == 1 else None
 
 
 class _Refused(Exception):

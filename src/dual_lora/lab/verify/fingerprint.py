@@ -22,11 +22,12 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.model.weights import print_of_folder
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
 from dual_lora.lab.verify.guesses import ModelGuesses, adapted_layers, known_of, parts
-from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of
+from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of
 from dual_lora.lab.verify.prompts import both, built_in_probes
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
 
@@ -70,6 +71,7 @@ class Fingerprint(BaseModel):
     rounding: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     rounded_strength: Annotated[float, Field(ge=-10, le=10)] = 1.0
     warms_up: bool = False
+    weights: Annotated[dict[Text, Text], Field(max_length=64)] = {}  # a print of the adapter that it is of
     plain: Annotated[dict[Text, Annotated[int, Field(ge=1)]], Field(max_length=8)] = {}  # text: number of its tokens
 
     @model_validator(mode="after")
@@ -148,7 +150,7 @@ def leave(tuned: Tuned, folder: Path) -> None:
         return
     try:
         with quiet():
-            write(make(tuned), folder)
+            write(make(tuned).model_copy(update={"weights": print_of_folder(folder)}), folder)
     except Exception as error:  # whatever a method of PEFT does not support: the adapter itself is saved
         console.print(f"No fingerprint was written ({described(error)}).", markup=False, soft_wrap=True)
 
@@ -171,6 +173,15 @@ def read(folder: Path) -> Fingerprint | None:
         raise UserError(f"{file} is no fingerprint of an adapter ({at}: {first['msg']}): remove it.") from None
     except ValueError as error:
         raise UserError(f"{file} is no fingerprint of an adapter ({error}): remove it.") from None
+
+
+def check_is_of(saved: Fingerprint | None, folder: Path | None) -> None:
+    """Raise UserError where the adapter next to a fingerprint is another one by now."""
+    if saved is not None and saved.weights and folder is not None and saved.weights != print_of_folder(folder):
+        raise UserError(
+            f"{folder / FILE} is the fingerprint of other weights than the folder holds now (`dual-lora verify` "
+            "without another option compares the two): put them back, or remove the fingerprint to go by the weights."
+        )
 
 
 def can_be_made(tuned: Tuned) -> bool:
@@ -222,5 +233,5 @@ def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
 
 
 def _stored(probe: Probe, tokenizer: Any) -> Probe:
-    texts = tuple(tokenizer.decode([token])[:512] for token in probe.ids)
+    texts = tuple(text_of(tokenizer, token)[:512] for token in probe.ids)
     return replace(probe, texts=texts, first=texts[probe.start] if 0 < probe.start < len(texts) else None)

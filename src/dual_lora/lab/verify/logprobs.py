@@ -17,7 +17,15 @@ ROWS_AT_ONCE = 8
 INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
 
 
+SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how vocabularies write blanks and line ends
 Text = Annotated[str, Field(max_length=512)]
+
+
+def text_of(tokenizer: Any, token: int) -> str:
+    """A token's text with the blank that it begins with, which SentencePiece's decoding of one token leaves out."""
+    text, piece = str(tokenizer.decode([token])), tokenizer.convert_ids_to_tokens(token)
+    begins = isinstance(piece, str) and len(piece) > 1 and piece[0] == "▁"
+    return " " + text if begins and text == piece[1:] else text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import ends_of, plain_search
+from dual_lora.lab.model.generate import check_writes, ends_of, plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataSection
@@ -133,6 +133,7 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
 
 def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
     """The prompts with what the adapter writes after them."""
+    check_writes(tuned.model)
     asked = [({"role": "user", "content": question},) for question in questions]
     prompts = [prompter.prompt_ids(messages)[-LONGEST + CONTINUED :] for messages in asked]
     batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)

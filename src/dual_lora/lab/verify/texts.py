@@ -10,7 +10,7 @@ from typing import Any, Final
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.verify.diagnose import Finding
 from dual_lora.lab.verify.endpoint import Answer, Endpoint
-from dual_lora.lab.verify.logprobs import Probe
+from dual_lora.lab.verify.logprobs import SPACES, Probe
 from dual_lora.lab.verify.prompts import BUILT_IN
 
 OTHER: Final = "other tokenizer"
@@ -18,7 +18,6 @@ TEMPLATE: Final = "wrong chat template"
 PLAIN = BUILT_IN[:3]
 CONVERSATIONS = 3
 OTHERWISE = 0.25  # share of tokens: some are no text by themselves, and are written in several ways
-SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how vocabularies write blanks and line ends
 
 
 def plain_counts(tokenizer: Any) -> dict[str, int]:

@@ -1,0 +1,207 @@
+"""A score is of the model and the records that it is said to be of, whatever the batch, the base or the padding."""
+
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from dual_lora.lab.data.batches import collator
+from dual_lora.lab.data.encode import Prompter
+from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import export_lora
+from dual_lora.lab.model.generate import generate
+from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import EvaluateSection
+from dual_lora.lab.run import scoring
+from dual_lora.lab.run.choice import score_choice
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.loss import mean_loss
+from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
+from dual_lora.lab.run.train import run
+from dual_lora.lab.verify.verify import verify
+
+
+@pytest.fixture
+def loaded(lm_values):
+    recipe = build_recipe(lm_values)
+    base = load_model(recipe.model)
+    return base.model, base.tokenizer, load_split(recipe.data, "test"), Prompter(base.tokenizer)
+
+
+def longer(example, words):
+    """The example with an answer of so many more words."""
+    said = {"role": "assistant", "content": example.answer + " sky" * words}
+    return replace(example, messages=(*example.messages[:-1], said), answer=said["content"])
+
+
+PROMPT_LEARNING = {
+    "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "p": lambda: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8),
+    "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("method", PROMPT_LEARNING)
+def test_virtual_tokens_stand_next_to_the_prompt(method, loaded):
+    """Padding on the left would stand between the two, and PEFT drops position ids."""
+    base, tokenizer, examples, prompter = loaded
+    torch.manual_seed(0)
+    model = get_peft_model(base, PROMPT_LEARNING[method]()).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.5)
+    examples = [longer(e, i % 3) for i, e in enumerate(examples[:6])]
+    encoded = [prompter.encode(e) for e in examples]
+    assert len({len(one.input_ids) for one in encoded}) > 1
+    rows = score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=6)))
+    for row, one in zip(rows, encoded, strict=True):
+        ids = torch.tensor([one.input_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(one.labels) :]
+        logs = logits[:-1].log_softmax(-1)
+        expected = -sum(float(logs[i, t]) for i, t in enumerate(one.labels[1:]) if t >= 0)
+        assert row["nats"] == pytest.approx(expected, rel=1e-4)
+    batch = collator(tokenizer, False, model)(encoded)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        loss = float(mean_loss(model(**batch), labels))
+    assert loss == pytest.approx(sum(r["nats"] for r in rows) / sum(r["tokens"] for r in rows), rel=1e-4)
+
+    asked = [replace(e, answer=e.target, choices=("true", "false sky is", "cold ice")) for e in examples]
+    asked = [e for e in asked if e.target == "true"]
+    for example, row in zip(asked, score_choice(Asked(model, asked, prompter, EvaluateSection())), strict=True):
+        prompt = prompter.prompt_ids(example.prompt)
+        for choice, score in zip(example.choices, row["scores"], strict=True):
+            answer = prompter.answer_ids(choice, end=False)
+            ids = torch.tensor([prompt + answer])
+            with torch.no_grad():
+                logs = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].log_softmax(-1)
+            own = sum(float(logs[len(logs) - len(answer) - 1 + i, t]) for i, t in enumerate(answer))
+            assert score == pytest.approx(own, rel=1e-4)
+    with pytest.raises(UserError, match="Measure loss or choice"):
+        generate_all(model, tokenizer, [encoded[0].input_ids], 1, 3)
+
+
+def test_a_model_that_reads_padding_gets_none(loaded):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    _, tokenizer, examples, prompter = loaded
+    config = RwkvConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    model = RwkvForCausalLM(config).eval()
+    examples = [longer(e, i % 3) for i, e in enumerate(examples[:3])]
+    with pytest.raises(UserError, match=r"type rwkv reads padding.*batch_size: 1"):
+        score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=3)))
+    assert len(score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=1)))) == 3
+    prompts = [prompter.prompt_ids(e.prompt) for e in examples]
+    with pytest.raises(UserError, match="type rwkv reads padding"):
+        generate_all(model, tokenizer, [prompts[0], prompts[0][1:]], 2, 2)
+
+
+def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch):
+    """GSM8K's form: the answer's number stands at the end of its reasoning, and in no field of its own."""
+    model, _, examples, prompter = loaded
+    whole = "two and three are five #### 5"
+    example = replace(examples[0], answer=whole, target=whole)
+    spec = EvaluateSection(extract=r"#### (-?[0-9.,]+)")
+    for text, right in ((whole, True), ("#### 5", True), ("#### 6", False), ("5", False)):
+        monkeypatch.setattr(scoring, "generate_all", lambda *_, text=text: [text])
+        (row,) = score_exact_match(Asked(model, [example], prompter, spec))
+        assert row["correct"] is right
+        (row,) = score_exact_match(Asked(model, [replace(example, target="5")], prompter, spec))
+        assert row["correct"] is right
+
+
+def test_answers_that_cannot_be_written_in_full_are_said(loaded):
+    model, _, examples, prompter = loaded
+    long = [replace(examples[0], answer="red blue red blue"), examples[1]]
+    with pytest.warns(UserWarning, match=r"1 of 2 expected answers are longer than evaluate.max_new_tokens = 3"):
+        score_exact_match(Asked(model, long, prompter, EvaluateSection(max_new_tokens=3)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score_exact_match(Asked(model, long, prompter, EvaluateSection(max_new_tokens=4)))
+
+
+def test_choices_that_nothing_tells_apart_are_said(loaded):
+    model, _, examples, prompter = loaded
+    same = replace(examples[0], choices=("unheard", "unseen", "red"), answer="unseen", target="unseen")
+    with pytest.warns(UserWarning, match="the choices 'unseen' and 'unheard' are the same tokens"):
+        score_choice(Asked(model, [same], prompter, EvaluateSection()))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    with pytest.warns(UserWarning, match="In 2 of 2 questions the two best choices are equally likely"):
+        score_choice(Asked(model, examples[:2], prompter, EvaluateSection()))
+
+
+def test_all_tokens_may_be_drawn(tiny_lm, monkeypatch):
+    """transformers would draw from the fifty likeliest alone."""
+    tuned, seen = open_tuned(tiny_lm), {}
+    own = tuned.model.generate
+    monkeypatch.setattr(tuned.model, "generate", lambda **given: seen.update(given) or own(**given))
+    "".join(generate(tuned, "is the fire red ?", temperature=1.0, max_new_tokens=2))
+    assert (seen["do_sample"], seen["top_k"], seen["top_p"]) == (True, 0, 1.0)
+
+
+@pytest.fixture
+def trained(lm_values, tmp_path):
+    """A run on a base of its own, with a fingerprint."""
+    base = shutil.copytree(lm_values["model"]["path"], tmp_path / "base")
+    values = lm_values | {"model": {"path": str(base)}, "evaluate": {"tasks": ["loss"]}}
+    folder = tmp_path / "run"
+    run(build_recipe(values), folder, progress=False)
+    return folder, base
+
+
+def other_weights(file):
+    tensors = load_file(file)
+    save_file({name: value * 3 for name, value in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(trained, tmp_path):
+    folder, base = trained
+    before = evaluate(folder, progress=False)
+    kept = shutil.copytree(base, tmp_path / "kept")
+    other_weights(base / "model.safetensors")
+    for ask in (
+        lambda: evaluate(folder, progress=False),
+        lambda: open_tuned(folder / "adapter"),
+        lambda: verify(folder),
+        lambda: export_lora(folder, tmp_path / "lora", rank=2, progress=False),
+    ):
+        with pytest.raises(UserError, match=r"base are not those that .* was trained on.*--base"):
+            ask()
+    with pytest.warns(UserWarning, match="not those that"):
+        open_tuned(folder, base=str(base))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        same = evaluate(open_tuned(folder, base=str(kept)), progress=False)
+    assert same.metrics == before.metrics
+    shutil.copy(kept / "model.safetensors", base)
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"weights \(or the configuration\)"):
+        open_tuned(folder)
+
+
+def test_a_fingerprint_of_other_weights_is_not_asked(trained, tmp_path):
+    folder, _ = trained
+    assert verify(folder).good
+    stale = shutil.copytree(folder, tmp_path / "stale")
+    other_weights(stale / "adapter" / "adapter_model.safetensors")
+    assert not verify(stale).good
+    for asked in (
+        {"adapter": str(folder)},
+        {"endpoint": "http://127.0.0.1:9/v1", "model": "x"},
+        {"endpoint": "http://127.0.0.1:9/v1", "model": "x", "prompts": "built-in"},
+    ):
+        with pytest.raises(UserError, match="is the fingerprint of other weights than the folder holds now"):
+            verify(stale, **asked)
+    (stale / "adapter" / "fingerprint.json").unlink()
+    assert not verify(stale, adapter=str(folder)).good

@@ -1,0 +1,43 @@
+"""Tokens as servers write them: blanks in three ways, decoded one by one, or by their numbers."""
+
+import pytest
+
+from dual_lora.lab.verify.endpoint import Entry
+from dual_lora.lab.verify.logprobs import text_of
+
+
+class Pieces:
+    """Decodes one token as SentencePiece's tokenizers do: without the blank that begins it."""
+
+    vocabulary = ("▁is", "is", "▁", "\n", "Ġred")
+
+    def convert_ids_to_tokens(self, token):
+        return self.vocabulary[token]
+
+    def decode(self, tokens):
+        return self.vocabulary[tokens[0]].replace("Ġ", " ").removeprefix("▁")
+
+
+def test_a_piece_keeps_its_blank():
+    assert [text_of(Pieces(), token) for token in range(5)] == [" is", "is", "", "\n", " red"]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({" is": -1.0, "is": -2.0}, -1.0),
+        ({"▁is": -1.0, "is": -2.0}, -1.0),
+        ({"Ġis": -1.0, "is": -2.0}, -1.0),
+        ({"is": -2.0, "red": -1.0}, -2.0),  # decoded one by one: nothing else there can be it
+        ({"is ": -2.0, "is": -1.0}, None),  # two may be
+        ({"#7": -1.0, " is": -2.0}, -1.0),
+        ({"#8": -1.0, " is": -2.0}, None),  # its number is not among the likeliest
+        ({"red": -1.0}, None),
+    ],
+)
+def test_a_token_is_found_as_it_is_written(told, expected):
+    assert Entry("x", -1.0, told).value_of(7, " is") == expected
+
+
+def test_a_blank_is_not_any_blank():
+    assert Entry("x", -1.0, {"\n": -1.0}).value_of(7, " ") is None
