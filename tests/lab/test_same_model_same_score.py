@@ -183,6 +183,12 @@ def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tr
         warnings.simplefilter("error", UserWarning)
         same = evaluate(open_tuned(folder, base=str(kept)), progress=False)
     assert same.metrics == before.metrics
+    note = json.loads((folder / "adapter" / "lab.json").read_text())
+    assert set(note["base"]) == {"model.safetensors", "config.json"}
+    for unknown in ({"commit": "a" * 40}, None, "x"):  # of the hub, where it was trained
+        (folder / "adapter" / "lab.json").write_text(json.dumps(note | {"base": unknown}))
+        open_tuned(folder)
+    (folder / "adapter" / "lab.json").write_text(json.dumps(note))
     shutil.copy(kept / "model.safetensors", base)
     values = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
