@@ -101,6 +101,32 @@ def test_a_trial_of_composing_has_the_weight_that_it_stands_for(monkeypatch):
     assert seen == weights
 
 
+def test_a_trial_meets_every_branch_of_the_formula(monkeypatch):
+    """Entries on both sides of ReLU and Sign, and at zero, in factors, weight, input and gradient."""
+    seen = []
+
+    def noted(kernel):
+        def call(first, second, *given, **named):
+            adapters, tensors = (second, [first]) if kernel is compose else (given[0], [first, second])
+            seen.append((adapters, [t for t in tensors if t is not None]))
+            return kernel(first, second, *given, **named)
+
+        return call
+
+    compose, gradient = triton_compose.compose, triton_gradient.factor_gradients
+    monkeypatch.setattr(triton_compose, "compose", noted(compose))
+    monkeypatch.setattr(triton_gradient, "factor_gradients", noted(gradient))
+    launch = gradients()[0]
+    for one in (launches()[0], launch, launch._replace(sizes=(0, *launch.sizes[1:]))):
+        assert triton_check.error(one) <= 1e-5
+    assert len(seen) == 3
+    for adapters, tensors in seen:
+        A, B, C, D = adapters[0].factors
+        for values in (*tensors, A, B, C, D, B @ A, D @ C):
+            assert set(values.double().sign().unique().tolist()) == {-1, 0, 1}
+        assert 0 < float(adapters[0].scale) < 1
+
+
 @pytest.mark.parametrize("place", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_the_small_problem_is_placed_as_the_large_one(place, aligned):

@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from tiny import Mlp, adapted, changed, factor, layer, layers, llama, points, state, tokens, train, trainable
+from torch import nn
 
 from dual_lora import DualLoraConfig
+from dual_lora.method import warmup
 
 
 def loss(model):
@@ -459,6 +461,17 @@ def test_factors_without_gradients_are_noticed():
     with pytest.warns(UserWarning, match="got no gradient in optimizer step 4") as caught:
         train(model, 8, optimizer=optimizer, loss=detached)
     assert len(told(caught)) == 1
+
+
+@pytest.mark.parametrize("held", [3, 0])
+def test_a_process_that_holds_nothing_of_a_factor_cannot_tell(held):
+    """Of FSDP's flat shards some are empty, and get no gradient."""
+    factors = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(held))]
+    optimizer = torch.optim.SGD(factors, 0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warmup._check_gradients(optimizer, "default", factors, 4)
+    assert len(told(caught)) == (held > 0)
 
 
 def test_gradients_of_zero_are_noticed():

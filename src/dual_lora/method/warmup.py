@@ -224,13 +224,13 @@ def _check_gradients(optimizer: Optimizer, adapter: str, factors: list[Tensor], 
     # Each process looks at its own parts: asked of the others at different times, they would wait for ever. One that
     # holds nothing of some factor cannot tell; the first always holds something of each.
     here = [local(g) for g in grads]
-    if not grads:
+    if not grads and all(local(f).numel() for f in factors):
         _warned.setdefault(optimizer, Warned()).once(
             f"The factors of the Dual LoRA adapter {adapter!r} got no gradient in optimizer step {steps}: they do not "
             "train. Is the loss connected to the adapted layers (no torch.no_grad(), no detach(); gradient "
             "checkpointing with use_reentrant=False or model.enable_input_require_grads()), and the adapter active?",
         )
-    elif all(g.numel() for g in here) and not any(bool(g.any()) for g in here):
+    elif grads and all(g.numel() for g in here) and not any(bool(g.any()) for g in here):
         _warned.setdefault(optimizer, Warned()).once(
             f"All gradients of a layer of the Dual LoRA adapter {adapter!r} are exactly zero in optimizer step "
             f"{steps}: its factors do not move. Is the layer's output used, and the loss finite and not constant?",
