@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model import opened, weights
 from dual_lora.lab.model.export import export_lora
 from dual_lora.lab.model.generate import generate
 from dual_lora.lab.model.load import load_model
@@ -100,6 +102,8 @@ def test_a_model_that_reads_padding_gets_none(loaded):
     with pytest.raises(UserError, match=r"type rwkv reads padding.*batch_size: 1"):
         score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=3)))
     assert len(score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=1)))) == 3
+    one = replace(examples[0], answer="red", target="red", choices=("red", "cold ice is"))
+    assert len(score_choice(Asked(model, [one], prompter, EvaluateSection(batch_size=1)))) == 1
     prompts = [prompter.prompt_ids(e.prompt) for e in examples]
     with pytest.raises(UserError, match="type rwkv reads padding"):
         generate_all(model, tokenizer, [prompts[0], prompts[0][1:]], 2, 2)
@@ -108,15 +112,19 @@ def test_a_model_that_reads_padding_gets_none(loaded):
 def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch):
     """GSM8K's form: the answer's number stands at the end of its reasoning, and in no field of its own."""
     model, _, examples, prompter = loaded
-    whole = "two and three are five #### 5"
-    example = replace(examples[0], answer=whole, target=whole)
     spec = EvaluateSection(extract=r"#### (-?[0-9.,]+)")
-    for text, right in ((whole, True), ("#### 5", True), ("#### 6", False), ("5", False)):
+    whole = "two and three make five, and one more makes six #### 6"
+    for text, right in ((whole, True), ("#### 6", True), ("#### 5", False), ("6", False)):
         monkeypatch.setattr(scoring, "generate_all", lambda *_, text=text: [text])
-        (row,) = score_exact_match(Asked(model, [example], prompter, spec))
-        assert row["correct"] is right
-        (row,) = score_exact_match(Asked(model, [replace(example, target="5")], prompter, spec))
-        assert row["correct"] is right
+        for target in (whole, "6"):
+            example = replace(examples[0], answer=whole, target=target)
+            (row,) = score_exact_match(Asked(model, [example], prompter, spec))
+            assert row["correct"] is right
+    for reference, text in (("3/4", "1/4"), ("1,250", "250")):  # a short answer is compared as it is
+        monkeypatch.setattr(scoring, "generate_all", lambda *_, text=text: [text])
+        example = replace(examples[0], answer=reference, target=reference)
+        (row,) = score_exact_match(Asked(model, [example], prompter, EvaluateSection(extract=r"(\d+)\D*$")))
+        assert not row["correct"]
 
 
 def test_answers_that_cannot_be_written_in_full_are_said(loaded):
@@ -136,8 +144,10 @@ def test_choices_that_nothing_tells_apart_are_said(loaded):
         score_choice(Asked(model, [same], prompter, EvaluateSection()))
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    with pytest.warns(UserWarning, match="In 2 of 2 questions the two best choices are equally likely"):
+    with pytest.warns(UserWarning, match=r"In 2 of 2 questions the two best choices are equally likely.*counts\.$"):
         score_choice(Asked(model, examples[:2], prompter, EvaluateSection()))
+    with pytest.warns(UserWarning, match="--dtype float32 tells them apart"):
+        score_choice(Asked(model.bfloat16(), examples[:2], prompter, EvaluateSection()))
 
 
 def test_all_tokens_may_be_drawn(tiny_lm, monkeypatch):
@@ -178,7 +188,9 @@ def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tr
         with pytest.raises(UserError, match=r"base are not those that .* was trained on.*--base"):
             ask()
     with pytest.warns(UserWarning, match="not those that"):
-        open_tuned(folder, base=str(base))
+        of_other = evaluate(open_tuned(folder, base=str(base)), progress=False)
+    assert set(of_other.other) == {"base_weights"}  # so it does not come into the card
+    assert json.loads(Path(before.file).read_text())["metrics"] == before.metrics
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         same = evaluate(open_tuned(folder, base=str(kept)), progress=False)
@@ -196,9 +208,35 @@ def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tr
         open_tuned(folder)
 
 
+def test_a_hub_s_commit_that_changes_no_weights_is_no_other_base(trained, monkeypatch, tmp_path):
+    folder, base = trained
+    cached = [shutil.copytree(base, tmp_path / "snapshots" / commit) for commit in ("a", "b")]
+    part = open_tuned(folder).recipe.model.model_copy(update={"path": "me/tiny"})
+    for snapshot in cached:
+        monkeypatch.setattr(weights, "_folder_here", lambda *_, snapshot=snapshot: snapshot)
+        assert opened._other_base(folder / "adapter", part, asked=False) == {}
+    other_weights(cached[1] / "model.safetensors")
+    with pytest.raises(UserError, match="are not those that"):
+        opened._other_base(folder / "adapter", part, asked=False)
+
+
+def test_a_conversation_is_evaluated_whatever_its_earlier_turns_hold(lm_values, tmp_path):
+    """They are part of the prompt, and only learning needs them as answers."""
+    said = [{"role": ("user", "assistant")[i % 2], "content": "is the fire red ?"} for i in range(4)]
+    said[1] |= {"weight": 0, "reasoning_content": "red", "content": ""}
+    said[3] |= {"weight": 0}
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": said}) + "\n")
+    recipe = build_recipe(lm_values)
+    data = recipe.data.model_copy(update={"test": str(tmp_path / "test.jsonl")})
+    spec = EvaluateSection(tasks=["exact_match"], max_new_tokens=8)
+    assert evaluate(lm_values["model"]["path"], data, spec, progress=False).examples == 1
+
+
 def test_a_fingerprint_of_other_weights_is_not_asked(trained, tmp_path):
     folder, _ = trained
     assert verify(folder).good
+    save_file({"x": torch.zeros(1)}, folder / "adapter" / "optimizer.safetensors")  # no part of the adapter
+    assert verify(folder, adapter=str(folder)).good
     stale = shutil.copytree(folder, tmp_path / "stale")
     other_weights(stale / "adapter" / "adapter_model.safetensors")
     assert not verify(stale).good

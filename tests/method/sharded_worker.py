@@ -377,7 +377,11 @@ def written_under_fsdp2(mesh, folder):
 
     torch.manual_seed(0)
     whole = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"]).eval()
-    model = copy.deepcopy(whole)
+    for _ in range(2):  # the second model takes the first one's place
+        passes(copy.deepcopy(whole), copy.deepcopy(whole), fully_shard)
+
+
+def passes(model, whole, fully_shard):
     for block in model.base_model.model:
         fully_shard(block)
     fully_shard(model)

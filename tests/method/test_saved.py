@@ -415,16 +415,18 @@ def test_tied_layers_are_loaded_and_stay_tied(targets, low, left_out, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["embed_tokens", "q_proj"], ["lm_head", "q_proj"]])
-def test_saved_while_merged_into_a_tied_weight(targets, tied, tmp_path):
+def test_saved_while_merged_into_a_tied_weight(targets, tied, copied, tmp_path):
     base = llama(tie_word_embeddings=True)
     model = adapted(copy.deepcopy(base), target_modules=targets, ensure_weight_tying=tied, init_weights=False).eval()
     expected = logits(model)
     model.merge_adapter()
     if tied:  # else the other layer reads the merged weight too, of which PEFT warns
         torch.testing.assert_close(logits(model), expected)
-    model.save_pretrained(tmp_path)
+    given = {name: value.clone() for name, value in model.state_dict().items()} if copied else None
+    model.save_pretrained(tmp_path, state_dict=given)
     again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     torch.testing.assert_close(logits(again), expected)
     with again.disable_adapter():

@@ -292,17 +292,15 @@ class DualLoraModel(BaseTuner):
 
 def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
     """Put the weights of before a merge into a model's state, from which PEFT saves embeddings with the adapter."""
-    for name, layer in named_layers(model, adapter).items():
-        for part, original in (layer._original or {}).items():
-            merged = state.get(f"{name}.base_layer.{part}")
-            if merged is None or merged.shape != original.shape:
-                continue
-            for key, tensor in state.items():  # a tied weight stands there more than once
-                if tensor is merged or _is_same(tensor, merged):
-                    state[key] = original
-
-
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a state are one parameter's."""
-    plain = {type(one), type(other)} <= {Tensor, nn.Parameter}
-    return plain and one.shape == other.shape and not one.is_meta and 0 != one.data_ptr() == other.data_ptr()
+    merged = {
+        id(parameter): layer._original[part]
+        for layer in named_layers(model, adapter).values()
+        if layer._original is not None
+        for part, parameter in layer._merge_parameters().items()
+    }
+    for name, parameter in (
+        model.named_parameters(remove_duplicate=False) if merged else ()
+    ):  # a tied one more than once
+        original = merged.get(id(parameter))
+        if original is not None and name in state and state[name].shape == original.shape:
+            state[name] = original

@@ -54,7 +54,7 @@ def everywhere(here: bool, tensors: Iterable[Any]) -> bool:
     return here
 
 
-_gathered: tuple[int, weakref.WeakSet[nn.Module]] = (0, weakref.WeakSet())
+_gathered: tuple[list[int], weakref.WeakSet[nn.Module]] = ([], weakref.WeakSet())
 
 
 def is_gathered(layer: nn.Module) -> bool:
@@ -66,11 +66,12 @@ def is_gathered(layer: nn.Module) -> bool:
     known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
     if not known:
         return False
-    if _gathered[0] != len(known):
-        states = [state() for state in known.values()]
+    states = [state() for state in known.values()]
+    if _gathered[0] != [id(state) for state in states]:
         groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", [getattr(s, "_fsdp_param_group", None)])]
         parts = [part for group in groups if group is not None for part in group.fsdp_params]
-        _gathered = len(known), weakref.WeakSet(part._module_info.module for part in parts)
+        owners = (module for part in parts for module in (part._module_info.module, *part._module_info.shared_modules))
+        _gathered = [id(state) for state in states], weakref.WeakSet(owners)
     return any(module in _gathered[1] for module in layer.modules())
 
 

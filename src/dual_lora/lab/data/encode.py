@@ -135,7 +135,7 @@ class Prompter:
                 context = self.prompt_ids(example.messages[:i], example.tools)
             else:
                 text = self.prompt_text(example.messages[:i], example.tools)
-                if self.kind != "chat" or not text.startswith(written):
+                if self.kind != "chat" or not text.startswith(written) or text == written:
                     raise UserError(
                         f"{example.where}: the {self.kind} template rewrites earlier turns, so a conversation of "
                         "several answers cannot be learned at once; give each answer a record of its own."
@@ -144,6 +144,11 @@ class Prompter:
             taught = list(context) if self.learn_prompt else [IGNORED] * len(context)
             if written:
                 taught[:1] = [self.tokenizer.eos_token_id]  # of the answer before
+            if message.get("weight") == 0:
+                raise UserError(
+                    f"{example.where}: a message of the assistant has weight 0, and every answer of a conversation is "
+                    "learned: end the record before it, or give the answers records of their own."
+                )
             said = answer_of(message, example.where)
             answer = self.answer_ids(said, end=last)
             ids += context + answer

@@ -138,6 +138,11 @@ def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Exam
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), limit))]
 
 
+def _is_missing(value: Any) -> bool:
+    """Null, empty, or NaN, as a table's empty cell is written."""
+    return value is None or value in ("", []) or value != value
+
+
 def _field(record: Record, name: str) -> Any:
     if name not in record.values or record.values[name] is None:
         raise UserError(
@@ -205,19 +210,14 @@ _MORE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "think
 
 
 def answer_of(message: dict[str, Any], where: str) -> str:
-    """What a message of the assistant teaches: its content. Raises UserError where it holds more, or is not to teach.
+    """What a message of the assistant says: its content. Raises UserError where it holds more.
 
     In a prompt it may hold what it likes: the template knows how to write it.
     """
-    if unread := [name for name in _MORE if message.get(name)]:
+    if unread := [name for name in _MORE if not _is_missing(message.get(name))]:
         raise UserError(
             f"{where}: a message of the assistant holds {' and '.join(unread)}, and content alone is learned: write "
             "into content what is to be answered."
-        )
-    if message.get("weight") == 0:
-        raise UserError(
-            f"{where}: a message of the assistant has weight 0, and every answer of a conversation is learned: end "
-            "the record before it, or give the answers records of their own."
         )
     return text_of(message, where)
 
@@ -236,10 +236,9 @@ def text_of(message: dict[str, Any], where: str) -> str:
 
 def _instruction(record: Record) -> Example:
     text = _text(record, "instruction")
-    more = record.values.get("input")
-    if more not in (None, "") and more == more:  # NaN, as a table's empty cell is written, is none
+    if not _is_missing(record.values.get("input")):
         text = f"{text}\n\n{_text(record, 'input')}"
-    if unread := [name for name in ("system", "history") if record.values.get(name)]:
+    if unread := [name for name in ("system", "history") if not _is_missing(record.values.get(name))]:
         warnings.warn(
             f"Records of the form instruction hold {' and '.join(unread)}, which is not read: write them as messages "
             "to learn with it.",
@@ -265,7 +264,7 @@ def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: t
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
     target = record.values.get("answer")
-    target = answer if target in (None, "") else _text(record, "answer")
+    target = answer if _is_missing(target) else _text(record, "answer")
     choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
     named = tuple(_written(choice, f"{record.where}: a choice") for choice in choices)
     return Example(record.where, messages, tools, answer, target, named)

@@ -15,7 +15,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import have_changed, print_of_weights
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -112,7 +112,7 @@ def open_tuned(
         result = result_of(folder)
         full = result == folder.full_model
         tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, run=path)
-        tuned.given = {name: value for name, value in {"base": base, "dtype": dtype}.items() if value}
+        tuned.given |= {name: value for name, value in {"base": base, "dtype": dtype}.items() if value}
         return tuned
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device)
@@ -139,26 +139,25 @@ def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
     return build_recipe(recipe, str(file)), classes
 
 
-def write_note(adapter: Path, recipe: Recipe, classes: list[str]) -> None:
-    """With a print of the base's weights, where they are here: the adapter fits no others."""
-    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes}
-    with contextlib.suppress(UserError):
-        note["base"] = print_of_weights(recipe.model)
+def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:
+    """base: a print of its weights, as they were when it was loaded; the adapter fits no others."""
+    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes} | ({"base": base} if base else {})
     (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_base(adapter: Path, part: ModelSection, asked: bool) -> None:
-    """Raise UserError where the base's weights are not those that the adapter was trained on; warn if it was asked for
-    by name."""
+def _other_base(adapter: Path, part: ModelSection, asked: bool) -> dict[str, str]:
+    """What tells a base, which was just loaded, from the one that the adapter was trained on; {} where nothing does.
+
+    Raises UserError for another one; warns if it was asked for by name.
+    """
     known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
-    now = print_of_weights(part) if isinstance(known, dict) else {}
-    # What one of them alone has tells nothing: a copy in other shards, a folder there and a hub's commit here.
-    if not isinstance(known, dict) or all(known[name] == now[name] for name in known.keys() & now.keys()):
-        return
+    if not have_changed(known, now := print_of_weights(part)):
+        return {}
     what = f"The weights (or the configuration) of {part.path} are not those that {adapter} was trained on"
     if not asked:
         raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
     warnings.warn(f"{what}.", stacklevel=4)
+    return {"base_weights": " ".join(now[name] for name in sorted(now))[:200]}
 
 
 def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:
@@ -171,9 +170,9 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     trained = part.model_copy(update={"path": str(folder.full_model), "revision": None})
     loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
-    _check_base(folder.full_model, part, asked=True)
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
-    return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path)
+    other = _other_base(folder.full_model, part, asked=True)
+    return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path, given=other)
 
 
 def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str | None = None) -> Loaded:
@@ -201,12 +200,12 @@ def _open_adapter(
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
-    another = {"path": base, "revision": None} if base else {}
+    another = {"path": base, "revision": None} if base and base != part.path else {}
     part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}))
-    _check_base(adapter, part, base is not None)
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
+    other = _other_base(adapter, part, base is not None)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
@@ -223,7 +222,9 @@ def _open_adapter(
     _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))
     tokenizer = _tokenizer_of(adapter, loaded.tokenizer)
-    return Tuned(model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained)
+    return Tuned(
+        model.eval(), tokenizer, str(run or adapter), recipe, classes, run=run, untrained=untrained, given=other
+    )
 
 
 def _tokenizer_of(adapter: Path, of_base: Any) -> Any:

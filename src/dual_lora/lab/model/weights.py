@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def print_of_weights(part: ModelSection) -> dict[str, str]:
-    """What the base's files held, by their sizes and samples of them: whole ones may take minutes to read.
+    """What the base's files hold, by their sizes and samples of them: whole ones may take minutes to read.
 
-    Of a model on the hub the commit that is here; nothing where none is.
+    Of a model on the hub those that are here; nothing where none is.
     """
     location = locate(part.path, part.revision)
     folder = Path(location.name)
@@ -24,8 +24,8 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
     elif folder.is_dir():
         return print_of_folder(folder)
     else:
-        commit = _commit_here(location.name, location.revision)
-        return {"commit": commit} if commit else {}
+        folder_here = _folder_here(location.name, location.revision)
+        return print_of_folder(folder_here) if folder_here else {}
     return {file.name: _sampled(file) for file in files}
 
 
@@ -36,14 +36,22 @@ def print_of_folder(folder: Path) -> dict[str, str]:
     return {file.name: _sampled(file) for file in files}
 
 
-def _commit_here(name: str, revision: str | None) -> str | None:
+def have_changed(before: object, now: dict[str, str]) -> bool:
+    """Whether a print says that other weights are there by now.
+
+    What one of two prints alone has tells nothing: a copy may be in other shards, and a folder may hold more.
+    """
+    return isinstance(before, dict) and any(before[name] != now[name] for name in before.keys() & now.keys())
+
+
+def _folder_here(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
     except ValueError:  # no name that a hub would have
         return None
-    return Path(file).parent.name if isinstance(file, str) else None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def _sampled(file: Path, samples: int = 64, size: int = 4096) -> str:

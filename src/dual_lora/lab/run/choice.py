@@ -41,10 +41,12 @@ def score_choice(asked: Asked) -> Rows:
             chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
             rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
         asked.advance(len(part))
-    if even := sum(sorted(row["scores"])[-2:-1] == [max(row["scores"])] for row in rows):
+    told = [r["scores"] for r, e in zip(rows, examples, strict=True) if len(set(e.choices)) == len(e.choices)]
+    if even := sum(sorted(scores)[-2:-1] == [max(scores)] for scores in told):
+        coarse = getattr(asked.model, "dtype", torch.float32) != torch.float32
         warnings.warn(
-            f"In {even} of {len(rows)} questions the two best choices are equally likely, and the first of them "
-            "counts. A model in bf16 or fp16 computes coarsely: --dtype float32 tells them apart.",
+            f"In {even} of {len(rows)} questions the two best choices are equally likely, and the first of them counts."
+            + (" This precision is coarse: --dtype float32 tells them apart." if coarse else ""),
             stacklevel=2,
         )
     return rows
@@ -119,7 +121,7 @@ def _logits_after(
             found = read({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, len(tokens) + 1).logits[0]
             rows.append(torch.nn.functional.pad(found[-len(tokens) - 1 :], (0, 0, 0, longest - len(tokens))))
         return torch.stack(rows)
-    check_padding(kind_of_unmasked(model), [len(prompts[i]) + len(tokens) for i, tokens in contexts])
+    check_padding(kind_of_unmasked(model), [len(prompt) for prompt in prompts])
     batch = to_device(model, left_padded(prompts, pad))
     alone = read(batch, 1, use_cache=True)
     first: torch.Tensor = alone.logits[owners, -1:]

@@ -156,7 +156,7 @@ def _otherwise(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> dict[s
         if part == "data" or name not in free
     }
     known = {"base": tuned.recipe.model.path, "dtype": tuned.recipe.model.dtype}
-    asked = {name: value for name, value in tuned.given.items() if value != known[name]}
+    asked = {name: value for name, value in tuned.given.items() if value != known.get(name)}
     return {name: ours for name, (ours, theirs) in pairs.items() if ours != theirs} | asked
 
 
@@ -222,7 +222,8 @@ def _long(examples: list[Example], prompter: Prompter, data: DataSection, tuned:
     """Examples longer than data.max_length: texts were cut to it, prompts were not."""
     if examples[0].text:
         return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)
-    return sum(len(prompter.encode(e).input_ids) > data.max_length for e in examples)
+    lengths = (len(prompter.prompt_ids(e.prompt, e.tools)) + len(prompter.answer_ids(e.answer)) for e in examples)
+    return sum(length > data.max_length for length in lengths)
 
 
 def forgetting_rows(tuned: Tuned, spec: EvaluateSection) -> Rows:

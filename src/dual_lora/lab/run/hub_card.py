@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dual_lora.lab.errors import UserError, damaged
-from dual_lora.lab.model.weights import print_of_folder
+from dual_lora.lab.model.weights import have_changed, print_of_folder
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
@@ -108,14 +108,16 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
     found = []
     for file in sorted((folder.path / "evaluation").glob("*/result.json")):
         result = read_object(file)
-        if result.get("weights", now) != now:
-            warnings.warn(
-                f"{file} was measured with other weights than the run holds now, so the card leaves it out: "
-                f"`dual-lora evaluate {folder.path}` measures them.",
-                stacklevel=2,
-            )
-        elif not result.get("other"):
+        if result.get("other"):
+            continue
+        if not have_changed(result.get("weights"), now):
             found.append(result)
+            continue
+        warnings.warn(
+            f"{file} was measured with other weights than the run holds now, so the card leaves it out: "
+            f"`dual-lora evaluate {folder.path}` measures them; or remove it.",
+            stacklevel=2,
+        )
     return found
 
 

@@ -171,7 +171,7 @@ def _train(
         "left_out": ready.left_out,
     }
     processes = process_count()
-    made_of = {"rows": print_of_rows(ready.rows), "weights": print_of_weights(recipe.model)}
+    made_of: dict[str, Any] = {"rows": print_of_rows(ready.rows), "weights": print_of_weights(recipe.model)}
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
         made_of_the_same(folder, made_of)
@@ -239,7 +239,7 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        _save(trainer, tuned, recipe, target, main, complete)
+        _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
@@ -289,8 +289,9 @@ def _callbacks_of(config: Any) -> list[TrainerCallback]:
 
 
 def _save(
-    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, complete: Callable[[Path], None]
-) -> None:
+    trainer: Trainer, tuned: Tuned, recipe: Recipe, target: Path, main: bool, base: dict[str, str],
+    complete: Callable[[Path], None],
+) -> None:  # fmt: skip
     def write(folder: Path) -> None:
         with quiet():
             if (start := target.with_name("start")).is_dir():
@@ -299,7 +300,7 @@ def _save(
                 trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
             tuned.tokenizer.save_pretrained(str(folder))
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
-        write_note(folder, recipe, tuned.classes)
+        write_note(folder, recipe, tuned.classes, base)
         complete(folder)  # before the folder is listed: fingerprint and card are ours too
 
     if main:

@@ -112,7 +112,7 @@ class Endpoint:
 
     def _singly(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
         every = [(probe, place) for probe in probes for place in probe.places]
-        kept, values, floors = [], [], []
+        kept, told_of = [], []
         written: dict[int, str] = {}
         step = max(1, math.ceil(len(every) / ASKED_SINGLY))
         for index in range(0, len(every), step):
@@ -123,15 +123,15 @@ class Endpoint:
                 continue  # which llama.cpp's server holds back, with its log-probabilities
             if not told or not told[0].others:
                 raise UserError(self._gives_none())
-            token = probe.ids[place]
-            value = told[0].value_of(token, texts[token])
-            floor = min(told[0].others.values())
-            values.append(floor if value is None else value)
-            floors.append(floor)
+            told_of.append((probe.ids[place], told[0]))
             written |= told[0].names
             kept.append(index)
         if not kept:
             raise UserError(self._gives_none())
+        blanks = any(entry.writes_blanks for _, entry in told_of)
+        floors = [min(entry.others.values()) for _, entry in told_of]
+        known = [entry.value_of(token, texts[token], blanks) for token, entry in told_of]
+        values = [floor if value is None else value for value, floor in zip(known, floors, strict=True)]
         found, least = torch.tensor(values, dtype=torch.float64), torch.tensor(floors, dtype=torch.float64)
         return Answer(found, least, kept, written, False)
 
@@ -209,22 +209,28 @@ class Endpoint:
 
 @dataclass
 class Entry:
-    """One position: the token as the server writes it, its log-probability, those of the likeliest ("#id" or text), and
-    the names of these, where their ids are told."""
+    """One position: the token as the server writes it, its log-probability, those of the likeliest by text and, where
+    they are told, by their ids, and the names of these."""
 
     token: str
     logprob: float | None
     others: dict[str, float]
+    ids: dict[int, float] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
 
-    def value_of(self, token: int, text: str) -> float | None:
-        """What is told of a token among the likeliest: by its number, by its text, or by its text without blanks where
-        only one there has it, as of servers that decode each token by itself."""
-        if any(name.startswith("#") for name in self.others):
-            return self.others.get(f"#{token}")
+    @property
+    def writes_blanks(self) -> bool:
+        """Whether a token here begins with a blank: a server that decodes each by itself leaves SentencePiece's out."""
+        return any(name.translate(SPACES)[:1] == " " for name in self.others)
+
+    def value_of(self, token: int, text: str, blanks: bool) -> float | None:
+        """What is told of a token among the likeliest: by its number, by its text, or where the server writes no blanks
+        by its text without them, if only one there has it."""
+        if self.ids:
+            return self.ids.get(token)
         written = {name.translate(SPACES): value for name, value in self.others.items()}
-        if text in written:
-            return written[text]
+        if text in written or blanks:
+            return written.get(text)
         alike = [value for name, value in written.items() if name.strip() == text.strip() != ""]
         return alike[0] if len(alike) == 1 else None
 
@@ -264,19 +270,22 @@ def _is_part_of_a_character(told: dict[str, Any]) -> bool:
 
 
 def _entry_of_content(item: dict[str, Any]) -> Entry:
-    others, names = {}, {}
+    others: dict[str, float] = {}
+    ids: dict[int, float] = {}
+    names: dict[int, str] = {}
     for each in item.get("top_logprobs") or []:
         if (value := _number(each["logprob"])) is not None:
             others[str(each["token"])] = value
             if isinstance(each.get("id"), int):
-                others[f"#{each['id']}"] = value
+                ids[each["id"]] = value
                 names[each["id"]] = str(each["token"])
-    return Entry(str(item["token"]), _number(item["logprob"]), others, names)
+    return Entry(str(item["token"]), _number(item["logprob"]), others, ids, names)
 
 
 def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:
-    others = {name.replace("token_id:", "#", 1): x for name, v in top.items() if (x := _number(v)) is not None}
-    return Entry(token, _number(value), others)
+    others = {name: x for name, v in top.items() if (x := _number(v)) is not None}
+    numbers = {name.removeprefix("token_id:"): x for name, x in others.items() if name.startswith("token_id:")}
+    return Entry(token, _number(value), others, {int(n): x for n, x in numbers.items() if n.isdecimal()})
 
 
 def _within(seconds: float, work: Callable[[], bytes]) -> bytes:

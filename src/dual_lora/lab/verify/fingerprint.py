@@ -22,7 +22,7 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
-from dual_lora.lab.model.weights import print_of_folder
+from dual_lora.lab.model.weights import have_changed, print_of_folder
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
@@ -177,7 +177,7 @@ def read(folder: Path) -> Fingerprint | None:
 
 def check_is_of(saved: Fingerprint | None, folder: Path | None) -> None:
     """Raise UserError where the adapter next to a fingerprint is another one by now."""
-    if saved is not None and saved.weights and folder is not None and saved.weights != print_of_folder(folder):
+    if saved is not None and folder is not None and have_changed(saved.weights, print_of_folder(folder)):
         raise UserError(
             f"{folder / FILE} is the fingerprint of other weights than the folder holds now (`dual-lora verify` "
             "without another option compares the two): put them back, or remove the fingerprint to go by the weights."

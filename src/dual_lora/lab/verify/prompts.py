@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.lab.data.batches import left_padded
+from dual_lora.lab.data.batches import learns_prompts, left_padded
 from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.generate import check_writes, ends_of, plain_search
+from dual_lora.lab.model.generate import ends_of, plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataSection
@@ -133,14 +133,15 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
 
 def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
     """The prompts with what the adapter writes after them."""
-    check_writes(tuned.model)
     asked = [({"role": "user", "content": question},) for question in questions]
     prompts = [prompter.prompt_ids(messages)[-LONGEST + CONTINUED :] for messages in asked]
     batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)
     batch.pop("position_ids")  # generate counts positions itself
     width = batch["input_ids"].shape[1]
     ends = ends_of(tuned.model, tuned.tokenizer)
-    with tuned.as_variant(tuned.variants[-1]) as model, torch.inference_mode(), plain_search(model):
+    # Any answer will do: of prompt learning the base's, as its own `generate` does not give its own.
+    variant = tuned.variants[0 if learns_prompts(tuned.model) else -1]
+    with tuned.as_variant(variant) as model, torch.inference_mode(), plain_search(model):
         out = model.generate(
             **{name: tensor.to(model.device) for name, tensor in batch.items()},
             max_new_tokens=CONTINUED, do_sample=False,
