@@ -3,7 +3,7 @@
 import pytest
 
 from dual_lora.lab.verify.endpoint import Entry
-from dual_lora.lab.verify.logprobs import text_of
+from dual_lora.lab.verify.logprobs import text_of_token
 
 
 class Pieces:
@@ -19,7 +19,7 @@ class Pieces:
 
 
 def test_a_piece_keeps_its_blank():
-    assert [text_of(Pieces(), token) for token in range(5)] == [" is", "is", "", "\n", " red"]
+    assert [text_of_token(Pieces(), token) for token in range(5)] == [" is", "is", "", "\n", " red"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         self._read: dict[str, tuple[Tensor, int | None, int]] = {}
         self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
         self.dual_lora_ramp: dict[str, Tensor] = {}  # α/√(r1 r2) and the warm-up's steps, by which graphs compute that
-        self._scaled: dict[str, float] = {}  # the strength in it, as code that knows LoRA writes to `scaling`
+        # What the two are made of, the strength first, as code that knows LoRA writes to `scaling`.
+        self._scaled: dict[str, tuple[float, int, torch.dtype, torch.device]] = {}
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers

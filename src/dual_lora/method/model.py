@@ -298,9 +298,9 @@ def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
         if layer._original is not None
         for part, parameter in layer._merge_parameters().items()
     }
-    for name, parameter in (
-        model.named_parameters(remove_duplicate=False) if merged else ()
-    ):  # a tied one more than once
+    if not merged:
+        return
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied one more than once
         original = merged.get(id(parameter))
         if original is not None and name in state and state[name].shape == original.shape:
             state[name] = original

@@ -32,7 +32,7 @@ class Strength:
     active_adapters: list[str]
     training: bool
     _read: dict[str, tuple[Tensor, int | None, int]]
-    _scaled: dict[str, float]
+    _scaled: dict[str, tuple[float, int, torch.dtype, torch.device]]
 
     def _stored(self, adapter: str) -> Factors:
         raise NotImplementedError
@@ -102,7 +102,8 @@ class Strength:
         if any(tensor.is_inference() for tensor in memory):
             return
         self.dual_lora_scale[adapter] = scale.copy_(self.dual_lora_scale[adapter])
-        self.dual_lora_ramp[adapter] = ramp.copy_(self.dual_lora_ramp[adapter])
+        if self.dual_lora_ramp[adapter] is not ramp:
+            self.dual_lora_ramp[adapter] = ramp.copy_(self.dual_lora_ramp[adapter])
         if not left.is_meta:
             stored = self.dual_lora_left[adapter] = left.copy_(self.dual_lora_left[adapter])
             self._read[adapter] = stored, version_of(stored), self._read[adapter][2]
@@ -128,7 +129,7 @@ class Strength:
             strength, steps = self.dual_lora_ramp[adapter].to(A.device).unbind()
             return strength * (1 - left.to(A.device) / steps)
         self.steps_left(adapter)
-        if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter] != self.scaling[adapter]:
+        if self.dual_lora_scale[adapter].device != A.device or self._scaled[adapter][0] != self.scaling[adapter]:
             self._make_scale(adapter)
         return self.dual_lora_scale[adapter].to(A.device)
 
@@ -137,10 +138,12 @@ class Strength:
         """Anew, and not in place: a graph that waits for its backward has saved the one that was."""
         A = self.dual_lora_A[adapter]
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-        self._scaled[adapter] = self.scaling[adapter]
-        value, steps = self.scaling[adapter] * self.warmup_factor(adapter), max(1, self.warmup_steps[adapter])
+        value = self.scaling[adapter] * self.warmup_factor(adapter)
         self.dual_lora_scale[adapter] = torch.full((), value, dtype=dtype, device=A.device)
-        self.dual_lora_ramp[adapter] = torch.tensor([self.scaling[adapter], steps], dtype=dtype, device=A.device)
+        made_of = self.scaling[adapter], max(1, self.warmup_steps[adapter]), dtype, A.device
+        if adapter not in self.dual_lora_ramp or self._scaled[adapter] != made_of:  # to a card it is copied
+            self._scaled[adapter] = made_of
+            self.dual_lora_ramp[adapter] = torch.tensor(made_of[:2], dtype=dtype, device=A.device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's strength to `scale` times its configured α/√(r1 r2).

@@ -18,15 +18,11 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
     Of a model on the hub those that are here; nothing where none is.
     """
     location = locate(part.path, part.revision)
-    folder = Path(location.name)
     if location.gguf_file:
-        files = [folder / location.gguf_file]
-    elif folder.is_dir():
-        return print_of_folder(folder)
-    else:
-        folder_here = _folder_here(location.name, location.revision)
-        return print_of_folder(folder_here) if folder_here else {}
-    return {file.name: _sampled(file) for file in files}
+        return {location.gguf_file: _sampled(Path(location.name) / location.gguf_file)}
+    here = Path(location.name)
+    folder = here if here.is_dir() else _folder_here(location.name, location.revision)
+    return print_of_folder(folder) if folder else {}
 
 
 def print_of_folder(folder: Path) -> dict[str, str]:

@@ -27,7 +27,7 @@ from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
 from dual_lora.lab.verify.guesses import ModelGuesses, adapted_layers, known_of, parts
-from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of
+from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of_token
 from dual_lora.lab.verify.prompts import both, built_in_probes
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
 
@@ -233,5 +233,5 @@ def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
 
 
 def _stored(probe: Probe, tokenizer: Any) -> Probe:
-    texts = tuple(text_of(tokenizer, token)[:512] for token in probe.ids)
+    texts = tuple(text_of_token(tokenizer, token)[:512] for token in probe.ids)
     return replace(probe, texts=texts, first=texts[probe.start] if 0 < probe.start < len(texts) else None)

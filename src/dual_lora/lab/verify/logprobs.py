@@ -21,7 +21,7 @@ SPACES = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how vocabularies 
 Text = Annotated[str, Field(max_length=512)]
 
 
-def text_of(tokenizer: Any, token: int) -> str:
+def text_of_token(tokenizer: Any, token: int) -> str:
     """A token's text with the blank that it begins with, which SentencePiece's decoding of one token leaves out."""
     text, piece = str(tokenizer.decode([token])), tokenizer.convert_ids_to_tokens(token)
     begins = isinstance(piece, str) and len(piece) > 1 and piece[0] == "▁"

@@ -21,7 +21,7 @@ from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
 from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
 from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strength_notes
-from dual_lora.lab.verify.logprobs import Probe, base_parameters, score, text_of
+from dual_lora.lab.verify.logprobs import Probe, base_parameters, score, text_of_token
 from dual_lora.lab.verify.prompts import both, choose, find_probes
 from dual_lora.lab.verify.texts import PLAIN, compare_hashes, compare_server, compare_tokenizers, plain_counts
 
@@ -155,7 +155,7 @@ def _from_model(source: str, prompts: str | None, base: str | None, dtype: str |
     picked = torch.cat([numbers[i] for i in kept])
     probes = [probes[i] for i in kept]
     known = known_of(tuned, probes, (pair[0][picked], pair[1][picked]))
-    texts = {token: text_of(tuned.tokenizer, token) for p in probes for token in p.ids}
+    texts = {token: text_of_token(tuned.tokenizer, token) for p in probes for token in p.ids}
     exact, plain = _dtype_of(tuned.model) == torch.float32, plain_counts(tuned.tokenizer)
     return Reference(probes, known, ModelGuesses(tuned.model, probes), texts, plain, where, exact, tuned)
 
