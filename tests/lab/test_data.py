@@ -250,7 +250,7 @@ def test_what_an_answer_holds_beside_its_content_is_no_part_of_it(more, said, tu
     chat[turn] |= more
     with pytest.raises(UserError, match=said):
         learned(json.dumps({"messages": chat}) + "\n")
-    chat[turn] |= {"tool_calls": [], "function_call": None, "reasoning_content": "", "weight": 1}
+    chat[turn] |= {"tool_calls": [], "function_call": {}, "reasoning_content": "\n", "thinking": False, "weight": 1}
     learned(json.dumps({"messages": chat}) + "\n")
 
 

@@ -280,6 +280,24 @@ def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded
 
 
 @pytest.mark.parametrize(
+    ("reference", "written", "pattern", "right"),
+    [
+        ("4 * 5 = 20\n#### 20", "It is so.\n#### 20", r"####\s*(\S+)", True),  # as GSM8K's, and short
+        ("4 * 5 = 20\n#### 20", "It is so.\n#### 4", r"####\s*(\S+)", False),
+        ("The answer is 20", "I see: The answer is 20", r"The answer is (\d+)", True),
+        ("3/4", "3", r"(\d+)", False),  # no mark tells what of it is the answer
+        ("20", "It is 20", r"(\d+)", True),
+    ],
+)
+def test_what_a_reference_answers(reference, written, pattern, right, loaded, monkeypatch):
+    model, _, examples, prompter = loaded
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: [written])
+    example = replace(examples[0], answer=reference, target=reference)
+    (row,) = scoring.score_exact_match(Asked(model, [example], prompter, EvaluateSection(extract=pattern)))
+    assert row["correct"] is right
+
+
+@pytest.mark.parametrize(
     ("found", "expected", "same"),
     [
         ('{"a": true}', '{"a": 1}', False),

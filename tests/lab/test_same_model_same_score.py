@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import Prompter
@@ -195,8 +196,9 @@ def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tr
         warnings.simplefilter("error", UserWarning)
         same = evaluate(open_tuned(folder, base=str(kept)), progress=False)
     assert same.metrics == before.metrics
+    assert not same.other  # which comes into the card
     note = json.loads((folder / "adapter" / "lab.json").read_text())
-    assert set(note["base"]) == {"model.safetensors", "config.json"}
+    assert {"model.norm.weight", "config hidden_size"} <= set(note["base"])
     for unknown in ({"commit": "a" * 40}, None, "x"):  # of the hub, where it was trained
         (folder / "adapter" / "lab.json").write_text(json.dumps(note | {"base": unknown}))
         open_tuned(folder)
@@ -208,16 +210,52 @@ def test_a_base_that_has_changed_is_not_taken_for_the_one_that_was_trained_on(tr
         open_tuned(folder)
 
 
+def saved_again(base, factor, **how):
+    """The base written by today's transformers, in shards, in its own place."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    shutil.rmtree(base)
+    model.save_pretrained(base, **how)
+    tokenizer.save_pretrained(base)
+
+
+def test_a_base_is_known_by_its_tensors_whatever_files_hold_them(trained):
+    folder, base = trained
+    config = json.loads((base / "config.json").read_text())
+    written = config | {"transformers_version": "4.42.0", "torch_dtype": "float32", "use_cache": False}
+    (base / "config.json").write_text(json.dumps(written))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        before = evaluate(folder, progress=False)
+        saved_again(base, 1, max_shard_size="20KB")
+        assert len([*base.glob("*.safetensors")]) > 1
+        again = evaluate(folder, progress=False)
+    assert (again.metrics, again.other) == (before.metrics, {})
+    saved_again(base, 3, max_shard_size="20KB")
+    with pytest.raises(UserError, match="base are not those that"):
+        evaluate(folder, progress=False)
+
+
+def test_files_of_another_kind_tell_nothing_and_that_is_said(trained):
+    folder, base = trained
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match="nothing tells whether the weights are the same"):
+        open_tuned(folder)
+
+
 def test_a_hub_s_commit_that_changes_no_weights_is_no_other_base(trained, monkeypatch, tmp_path):
     folder, base = trained
     cached = [shutil.copytree(base, tmp_path / "snapshots" / commit) for commit in ("a", "b")]
     part = open_tuned(folder).recipe.model.model_copy(update={"path": "me/tiny"})
     for snapshot in cached:
         monkeypatch.setattr(weights, "_folder_here", lambda *_, snapshot=snapshot: snapshot)
-        assert opened._other_base(folder / "adapter", part, asked=False) == {}
+        assert opened._other_base(folder / "adapter", part, None) == {}
     other_weights(cached[1] / "model.safetensors")
     with pytest.raises(UserError, match="are not those that"):
-        opened._other_base(folder / "adapter", part, asked=False)
+        opened._other_base(folder / "adapter", part, None)
 
 
 def test_a_conversation_is_evaluated_whatever_its_earlier_turns_hold(lm_values, tmp_path):

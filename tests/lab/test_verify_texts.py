@@ -33,12 +33,13 @@ def test_a_piece_keeps_its_blank():
         ({"is ": -2.0, "is": -1.0}, False, None),  # two may be
         ({"#": -3.0, "#7": -2.0, " is": -1.0}, True, -1.0),  # of a page in Markdown
         ({"red": -1.0}, False, None),
+        ({"is": -2.0, " ": -1.0}, False, -2.0),  # a token of blanks alone is written so by every server
     ],
 )
 def test_a_token_is_found_as_it_is_written(told, blanks, expected):
     entry = Entry("x", -1.0, told)
     assert entry.value_of(7, " is", blanks) == expected
-    assert entry.writes_blanks == any(name[0] in " ▁Ġ" for name in told)
+    assert entry.writes_blanks == any(name[0] in " ▁Ġ" and name != " " for name in told)
 
 
 def test_a_token_s_number_tells_it_from_all_others():

@@ -146,6 +146,17 @@ def test_exported_program(name, merged):
             torch.testing.assert_close(run(other), expected[1], **CLOSE)
 
 
+@pytest.mark.parametrize("first", [4, 20], ids="{} tokens".format)
+def test_the_length_of_a_prompt_is_free(first):
+    """Whatever a layer may decide by it: a prompt begins something, a token or two go on."""
+    model, *_ = CASES["llama"]()
+    length = Dim("length", min=2, max=64)
+    program = torch.export.export(model, (tokens(2, first),), dynamic_shapes=({1: length},), strict=False)
+    for other in (3, 33):
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(tokens(2, other)), model(tokens(2, other)), **CLOSE)
+
+
 def test_lambda_is_part_of_what_is_exported():
     model = adapted(init_weights=True, warmup_steps=4, init_std=0.5)
     for module in model.modules():

@@ -278,6 +278,9 @@ def test_a_weighted_adapter_takes_nobodys_name():
     for name in ("default", "b"):
         with pytest.raises(ValueError, match="would be lost"):
             model.base_model.add_weighted_adapter(["default"], [2.0], name)
+    with pytest.raises(ValueError, match="first"):  # that of a module, which PEFT refuses
+        model.base_model.add_weighted_adapter(["default"], [2.0], "first")
+    assert "first" not in model.peft_config
     assert not changed(model, before)
 
 

@@ -433,6 +433,18 @@ def test_saved_while_merged_into_a_tied_weight(targets, tied, copied, tmp_path):
         assert torch.equal(logits(again), logits(base.eval()))
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Setting `save_embedding_layers`")
+def test_saved_while_another_adapter_is_merged(tmp_path):
+    """Into an embedding, which PEFT saves with whatever adapter it is asked for."""
+    base = llama(tie_word_embeddings=True)
+    model = adapted(copy.deepcopy(base), target_modules=["q_proj"], init_weights=False)
+    model.add_adapter("other", DualLoraConfig(r=4, target_modules=["embed_tokens"], init_weights=False, warmup_steps=0))
+    expected = logits(model.eval())
+    model.base_model.merge_adapter(["other"])
+    model.save_pretrained(tmp_path, selected_adapters=["default"], save_embedding_layers=True)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path).eval()), expected)
+
+
 def test_the_embedding_of_tied_layers_may_not_be_missing(tmp_path):
     options = dict(target_modules=["embed_tokens"], ensure_weight_tying=True)
     adapted(llama(tie_word_embeddings=True), **options).save_pretrained(tmp_path)

@@ -245,9 +245,10 @@ class Linear(MapLayer):
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
         keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
-        begins = (x.dim() == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
-        if begins and not is_traced():
-            composed_weights.drop(self)
+        if not is_traced():  # a graph would be of the lengths for which the answer was the same
+            begins = (x.dim() == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
+            if begins:
+                composed_weights.drop(self)
         adapters = [*chosen.values()]
         if source is None or not keeps:
             return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x))

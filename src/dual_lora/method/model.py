@@ -266,14 +266,20 @@ class DualLoraModel(BaseTuner):
         source, weight = weighted.one_of(self.model, self.peft_config, adapters, weights, combination_type)
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[source])
         self.peft_config[adapter_name].inference_mode = False
-        self.inject_adapter(self.model, adapter_name)
-        weighted.copy_at(self.model, source, weight, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+            weighted.copy_at(self.model, source, weight, adapter_name)
+        except Exception:  # such as a name that a module has
+            for layer in layers_of(self.model, adapter_name):
+                layer.delete_adapter(adapter_name)
+            del self.peft_config[adapter_name]
+            raise
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        _unmerge(model, adapter_name, kwargs.get("state_dict") or (args[0] if args else {}))
+        _unmerge(model, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         saved.warn_if_not_gathered(state, adapter_name)
         saved.warn_of_scales(layers_of(model, adapter_name), adapter_name)
@@ -290,11 +296,11 @@ class DualLoraModel(BaseTuner):
         return state
 
 
-def _unmerge(model: nn.Module, adapter: str, state: dict[str, Tensor]) -> None:
-    """Put the weights of before a merge into a model's state, from which PEFT saves embeddings with the adapter."""
+def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the weights of before any merge into a model's state, from which PEFT saves embeddings with an adapter."""
     merged = {
         id(parameter): layer._original[part]
-        for layer in named_layers(model, adapter).values()
+        for layer in layers_of(model)
         if layer._original is not None
         for part, parameter in layer._merge_parameters().items()
     }

@@ -214,7 +214,8 @@ def answer_of(message: dict[str, Any], where: str) -> str:
 
     In a prompt it may hold what it likes: the template knows how to write it.
     """
-    if unread := [name for name in _MORE if not _is_missing(message.get(name))]:
+    more = {name: message.get(name) for name in _MORE}
+    if unread := [name for name, v in more.items() if not _is_missing(v.strip() if isinstance(v, str) else v or None)]:
         raise UserError(
             f"{where}: a message of the assistant holds {' and '.join(unread)}, and content alone is learned: write "
             "into content what is to be answered."

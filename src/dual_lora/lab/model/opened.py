@@ -15,7 +15,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
-from dual_lora.lab.model.weights import have_changed, print_of_weights
+from dual_lora.lab.model.weights import is_another, print_of_weights, told_of
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -112,7 +112,7 @@ def open_tuned(
         result = result_of(folder)
         full = result == folder.full_model
         tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, run=path)
-        tuned.given |= {name: value for name, value in {"base": base, "dtype": dtype}.items() if value}
+        tuned.given |= {"dtype": dtype} if dtype else {}
         return tuned
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, base, dtype, device)
@@ -145,19 +145,28 @@ def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str
     (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _other_base(adapter: Path, part: ModelSection, asked: bool) -> dict[str, str]:
+def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:
     """What tells a base, which was just loaded, from the one that the adapter was trained on; {} where nothing does.
 
-    Raises UserError for another one; warns if it was asked for by name.
+    base: as it was asked for by name. Raises UserError for another one, and only warns if it was asked for.
     """
     known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
-    if not have_changed(known, now := print_of_weights(part)):
+    another = is_another(known, now := print_of_weights(part))
+    if another is None:
+        if known and now:
+            warnings.warn(
+                f"The files of {part.path} are of another kind than those that {adapter} was trained on (safetensors, "
+                "GGUF), so nothing tells whether the weights are the same.",
+                stacklevel=4,
+            )
+        return {"base": base} if base else {}
+    if not another:
         return {}
     what = f"The weights (or the configuration) of {part.path} are not those that {adapter} was trained on"
-    if not asked:
+    if base is None:
         raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
     warnings.warn(f"{what}.", stacklevel=4)
-    return {"base_weights": " ".join(now[name] for name in sorted(now))[:200]}
+    return {"base_weights": told_of(now)}
 
 
 def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:
@@ -171,7 +180,7 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
-    other = _other_base(folder.full_model, part, asked=True)
+    other = _other_base(folder.full_model, part, part.path)
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path, given=other)
 
 
@@ -205,7 +214,7 @@ def _open_adapter(
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
-    other = _other_base(adapter, part, base is not None)
+    other = _other_base(adapter, part, base)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)

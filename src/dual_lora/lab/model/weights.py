@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import struct
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.model.load import locate
 
@@ -12,17 +15,42 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 
-def print_of_weights(part: ModelSection) -> dict[str, str]:
-    """What the base's files hold, by their sizes and samples of them: whole ones may take minutes to read.
+TENSORS = 128  # of a model that are looked at
+# Of a configuration, what says who wrote it and not what the model computes.
+_NO_MODEL = {"transformers_version", "torch_dtype", "dtype", "use_cache", "model_type"}
 
+
+def print_of_weights(part: ModelSection) -> dict[str, str]:
+    """What the base's files hold, by parts of some tensors and the numbers of its configuration: all may take minutes.
+
+    By tensors, so that a copy in other shards is the same. Files of other kinds (GGUF, pickled ones) are taken whole.
     Of a model on the hub those that are here; nothing where none is.
     """
     location = locate(part.path, part.revision)
     if location.gguf_file:
-        return {location.gguf_file: _sampled(Path(location.name) / location.gguf_file)}
+        return {"GGUF": _sampled(Path(location.name) / location.gguf_file)}
     here = Path(location.name)
     folder = here if here.is_dir() else _folder_here(location.name, location.revision)
-    return print_of_folder(folder) if folder else {}
+    if folder is None:
+        return {}
+    tensors = _tensors_in(folder) or {f"file {f.name}": _sampled(f) for f in sorted(folder.glob("*.bin"))}
+    return tensors | _numbers_of(folder / "config.json")
+
+
+def is_another(before: object, now: dict[str, str]) -> bool | None:
+    """Whether two prints are of other weights; None where nothing tells: one is missing, or files are of other kinds.
+
+    What one of two prints alone has tells nothing: tied weights are in some files, and versions name settings anew.
+    """
+    known = before.keys() & now.keys() if isinstance(before, dict) else set()
+    if isinstance(before, dict) and any(before[name] != now[name] for name in known):
+        return True
+    return False if any(not name.startswith(_SETTING) for name in known) else None
+
+
+def told_of(prints: dict[str, str]) -> str:
+    """A print in a few characters."""
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def print_of_folder(folder: Path) -> dict[str, str]:
@@ -40,6 +68,40 @@ def have_changed(before: object, now: dict[str, str]) -> bool:
     return isinstance(before, dict) and any(before[name] != now[name] for name in before.keys() & now.keys())
 
 
+_SETTING = "config "
+
+
+def _numbers_of(config: Path) -> dict[str, str]:
+    """The plain values of a configuration."""
+    try:
+        values = json.loads(config.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    plain = {
+        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        for name, value in values.items()
+        if isinstance(value, str | int | float) and name not in _NO_MODEL and not name.startswith("_")
+    }
+    return {_SETTING + name: json.dumps(value) for name, value in sorted(plain.items())}
+
+
+def _tensors_in(folder: Path) -> dict[str, str]:
+    """Prints of the tensors in safetensors files: of all, or of as many as are looked at, whatever their shards."""
+    held: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened, suppress(ValueError, struct.error):  # a damaged one is the loader's to say
+            (length,) = struct.unpack("<Q", opened.read(8))
+            held |= {name: (file, 8 + length, at) for name, at in json.loads(opened.read(length)).items()}
+    held.pop("__metadata__", None)
+    chosen = sorted(held, key=lambda name: hashlib.sha256(name.encode()).digest())[:TENSORS]
+    return {name: _sampled_tensor(*held[name]) for name in sorted(chosen)}
+
+
+def _sampled_tensor(file: Path, begin: int, at: dict[str, Any]) -> str:
+    first, last = at["data_offsets"]
+    return _sampled(file, 4, 1024, begin + first, begin + last, f"{at['dtype']} {at['shape']}")[:8]
+
+
 def _folder_here(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
@@ -50,12 +112,14 @@ def _folder_here(name: str, revision: str | None) -> Path | None:
     return Path(file).parent if isinstance(file, str) else None
 
 
-def _sampled(file: Path, samples: int = 64, size: int = 4096) -> str:
-    """A print of a file's size and of parts that are spread over it."""
-    whole = file.stat().st_size
-    print_of = hashlib.sha256(str(whole).encode())
+def _sampled(
+    file: Path, samples: int = 64, size: int = 4096, first: int = 0, last: int | None = None, told: str = ""
+) -> str:
+    """A print of the size of a file, or of the bytes from `first` to `last` in it, and of parts spread over them."""
+    whole = (file.stat().st_size if last is None else last) - first
+    print_of = hashlib.sha256((told or str(whole)).encode())
     with file.open("rb") as held:
         for k in range(samples):
-            held.seek(max(0, whole - size) * k // (samples - 1))
-            print_of.update(held.read(size))
+            held.seek(first + max(0, whole - size) * k // (samples - 1))
+            print_of.update(held.read(min(size, whole)))
     return print_of.hexdigest()[:16]

@@ -35,6 +35,12 @@ def answer_in(text: str, extract: str, target: str) -> str:
     return (match[match.lastindex or 0] if match else "").strip()
 
 
+def is_marked(text: str, extract: str) -> bool:
+    """Whether ``text`` has a mark by which the pattern knows the answer, as "####" before a number."""
+    match = _pattern(extract).search(text)
+    return match is not None and match[match.lastindex or 0].strip() != match[0].strip()
+
+
 @lru_cache
 def _pattern(text: str) -> Pattern:
     return Pattern(text, "evaluate.extract")

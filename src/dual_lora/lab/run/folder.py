@@ -25,7 +25,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import have_changed
+from dual_lora.lab.model.weights import is_another
 from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -225,7 +225,7 @@ def made_of_the_same(folder: RunFolder, now: dict[str, Any]) -> None:
     before = folder.recorded().get("made_of", {})
     words = {"rows": "training records (or their tokens)", "weights": "base model's weights"}
     changed = [words["rows"]] if before.get("rows", now["rows"]) != now["rows"] else []
-    changed += [words["weights"]] if have_changed(before.get("weights"), now["weights"]) else []
+    changed += [words["weights"]] if is_another(before.get("weights"), now["weights"]) else []
     if changed:
         raise UserError(
             f"The run {folder.path} was started with other {' and '.join(changed)}: put them back, or begin anew with "

@@ -217,7 +217,7 @@ def _loss(result: Mapping[str, Any]) -> str:
 
 def _scores(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
-        return "## Scores\n\nNone were measured."
+        return "## Scores\n\nNone were measured with the recipe's own data, base and settings."
     tables = []
     for result in results:
         variants = list(result["metrics"])

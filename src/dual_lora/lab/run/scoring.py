@@ -19,7 +19,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.model.generate import check_writes, ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.extraction import COMMONSENSE, answer_in
+from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, is_marked
 
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
@@ -92,8 +92,10 @@ def score_exact_match(asked: Asked) -> Rows:
 
 def _expected(example: Example, extract: str) -> str:
     """The right answer: of records that have no field of their own for it, what stands in a worked solution."""
-    whole = example.target == example.answer and extract != COMMONSENSE and len(example.answer.split()) > SHORT
-    return (answer_in(example.answer, extract, example.target) if whole else "") or example.target
+    if example.target != example.answer or extract == COMMONSENSE:
+        return example.target
+    worked = len(example.answer.split()) > SHORT or is_marked(example.answer, extract)
+    return (answer_in(example.answer, extract, example.target) if worked else "") or example.target
 
 
 def score_texts(asked: Asked) -> Rows:

@@ -24,6 +24,7 @@ RANK_FIELDS = {
     "adaption_prompt": "adapter_len",
 }
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
+_SHAPELESS = {"ste", "magnitude_activation", "direction_activation"}  # Dual LoRA's fields that no tensor's shape needs
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,14 @@ class Scale:
 
         named: field -> its regular expressions, which have to fit a trainable parameter. Raises UserError otherwise.
         """
+        from dual_lora.lab.model.methods import method_config
+
         still, named = list(frozen), {field: list(patterns) for field, patterns in (named or {}).items()}
-        model = recipe.model
-        values = [model.path, model.revision, model.head, classes, recipe.method, still, named]
+        model, method = recipe.model, recipe.method
+        if method["name"] == "dual_lora":
+            method_config(method, model.head, recipe.train.steps or 100, [])  # is what is left out of the key right?
+            method = {field: value for field, value in method.items() if field not in _SHAPELESS}
+        values = [model.path, model.revision, model.head, classes, method, still, named]
         asked = json.dumps(values, sort_keys=True)
         if asked not in self._sizes:
             self._sizes[asked] = self._count(recipe, classes, still, named)
@@ -130,7 +136,7 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
     low, upper, high = 1, None, max(1, top // step)
     rising = at(min(2, high)) >= at(1)
     guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
-    while low < high and (upper is None or upper - low > 1):
+    while low < high and (upper is None or upper - low > 1) and target not in known.values():
         # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
         middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
         at_most = high if upper is None else upper - 1

@@ -221,7 +221,7 @@ class Entry:
     @property
     def writes_blanks(self) -> bool:
         """Whether a token here begins with a blank: a server that decodes each by itself leaves SentencePiece's out."""
-        return any(name.translate(SPACES)[:1] == " " for name in self.others)
+        return any(name[:1] == " " and name.strip() for name in (n.translate(SPACES) for n in self.others))
 
     def value_of(self, token: int, text: str, blanks: bool) -> float | None:
         """What is told of a token among the likeliest: by its number, by its text, or where the server writes no blanks
