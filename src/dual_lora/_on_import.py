@@ -4,8 +4,6 @@
 print their help should not pay. If PEFT is there already, it happens at once.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder

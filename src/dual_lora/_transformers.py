@@ -3,8 +3,6 @@
 Imports nothing when transformers does: PEFT, which `dual_lora.method` needs, cannot be imported at that moment.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import os

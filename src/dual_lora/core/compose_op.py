@@ -7,8 +7,6 @@ The layer's own function would keep the composed weight for its backward; `recom
 instead, so that nothing of the weight's size is kept.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ are entered in PyTorch's table of decompositions, so that `torch.onnx.export` fi
 torch.export have tables of their own and keep the operators.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ else. Forward, backward, merge and cache all ask here, so that they agree on eve
 another one where Q is within rounding of zero.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import warnings

@@ -4,8 +4,6 @@ The result and the gradients are those of torch.nn.functional.embedding with the
 `padding_idx` is the base's: nn.Embedding does not train it, so ΔW is zero there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ when it runs. Were it a Python number, it would be a constant of the graph, and 
 compiled for every block anew.
 """
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from collections.abc import Callable

@@ -5,8 +5,6 @@ TF32 operands flip 0.009 % of the signs and change ΔW by 1.7 % (measured). PyTo
 after which the functions of the first way raise RuntimeError.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

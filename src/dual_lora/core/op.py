@@ -10,8 +10,6 @@ Eager mode calls the same two functions from a plain `torch.autograd.Function`: 
 tensors costs some 200 µs of Python a layer, which is longer than a layer takes on a GPU below T = 2048.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

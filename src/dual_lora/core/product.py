@@ -5,8 +5,6 @@ and uses for bf16, takes less time: half on a Zen 5, a tenth less on a Zen 4 (do
 Everywhere else this is torch.mm.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

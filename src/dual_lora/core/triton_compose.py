@@ -6,8 +6,6 @@ The sum is made in fp32 and rounded once, to the output's dtype. Several adapter
 one launch. On the CPU this runs in Triton's interpreter only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

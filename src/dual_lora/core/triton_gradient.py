@@ -14,8 +14,6 @@ A tile's four small products belong to sums over other programs. Two ways of add
 Several adapters share one G. A G that is there already (of a composed weight) is read, and not made.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ The factor products run on plain fp32 units, whose operands want registers: that
 tiles. A rank chunk of 16 is the least that `tl.dot` takes for fp32 on NVIDIA before Triton 3.8.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -7,8 +7,6 @@ keeps G = dyᵀx in registers. A quantised weight is dequantised into a temporar
 `triton_check` tries each way of launching the kernels on the card before anything is computed with it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

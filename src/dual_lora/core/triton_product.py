@@ -4,8 +4,6 @@ The formula of `reference.py` in the language of tiles: `magnitude`, `direction`
 P and Q are fp32 sums over the rank in ascending order whatever the tile, so that all kernels agree on signs.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """The command line ``dual-lora``. A command is a file of its own, imported when it is called."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

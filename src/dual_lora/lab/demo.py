@@ -19,7 +19,7 @@ from dual_lora.lab.data.tool_calls import TEST_SETS
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.read import read_recipe
+from dual_lora.lab.recipe.read import merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import OWN as OF_A_RUN
 from dual_lora.lab.run.folder import check_plain, files_in, remove_own
@@ -143,8 +143,6 @@ def ask(out: Path, request: str) -> str:
 
 
 def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
-    from dual_lora.lab.recipe.read import merged
-
     data = {"train": str(out / "data" / "train.jsonl"), "test": str(out / "data" / f"{TEST_SETS[-1]}.jsonl")}
     return read_recipe(RECIPE, merged({"data": data, "train": {"seed": seed}}, overrides))
 

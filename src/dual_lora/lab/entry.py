@@ -1,7 +1,5 @@
 """Where the command `dual-lora` begins: it says what to install where the laboratory's packages are missing."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -1,7 +1,5 @@
 """What is installed here and what Dual LoRA does with it: versions against the supported ranges, devices, kernels."""
 
-from __future__ import annotations
-
 import os
 import platform
 from importlib import metadata

@@ -6,8 +6,6 @@ ahead of time, and the same launches in Triton's interpreter. Triton is an inter
 so those two run in processes of their own: `python -m dual_lora.lab.gpu_check interpret | compile TARGET`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -23,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.core import dispatch
+from dual_lora.core import dispatch, triton_check, triton_compose, triton_gradient, triton_launch
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form
+from dual_lora.lab import gpu_trials
 from dual_lora.lab.run.record import version_of
 
 RANK = 16  # r1 = r2
@@ -131,9 +130,6 @@ def _tried(function: Callable[[], Any]) -> Any:
 
 def launches(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Every tile, alignment and order of sums for that dtype: the error against fp64, and what it may be."""
-    from dual_lora.core import triton_check
-    from dual_lora.lab import gpu_trials
-
     found = []
     for launch in gpu_trials.every(device, dtype, [(RANK, RANK, Form())]):
         limit = triton_check.TOLERANCE[dtype]
@@ -173,8 +169,6 @@ def signs(device: torch.device, size: int) -> dict[str, int]:
 
 def same_bits(device: torch.device, size: int) -> dict[str, bool]:
     """Whether two runs give the same gradients, with atomic sums and with deterministic ones (these have to)."""
-    from dual_lora.core import triton_gradient
-
     _, adapter = _case(device, size, torch.float32)
     dy, x = (torch.randn(64, size, device=device) for _ in range(2))
     found = {}
@@ -212,8 +206,6 @@ def graph(device: torch.device) -> str:
 
 def costs(device: torch.device, size: int, tokens: int) -> dict[str, float]:
     """Bytes and seconds of one bf16 layer, forward and backward; seconds of its kernels; host seconds."""
-    from dual_lora.core import triton_compose, triton_gradient
-
     W, adapter = _case(device, size, torch.bfloat16)
     x, dy = (torch.randn(tokens, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     x.requires_grad_()
@@ -286,9 +278,6 @@ def compile_for(card: str) -> list[dict[str, Any]]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
-
-    from dual_lora.core import triton_check, triton_launch
-    from dual_lora.lab import gpu_trials
 
     arch: Any = card if card.startswith("gfx") else int(card.removeprefix("sm_"))
     target = GPUTarget("hip", arch, 64) if card.startswith("gfx") else GPUTarget("cuda", arch, 32)

@@ -5,8 +5,6 @@ would be lost is signs: rounded operands flip 90 (TF32) or 670 (bf16) in a milli
 TF32 products, whose sum has nearly fp32's bits, should flip as few as fp32 does. A card has to show that first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

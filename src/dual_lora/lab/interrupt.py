@@ -1,7 +1,5 @@
 """Being asked to stop: by Ctrl-C, by SIGTERM (docker stop, SLURM, kill) or by SIGUSR1 (SLURM's warning before it)."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Regular expressions out of files, with a time limit: some search a short text for longer than anybody waits."""
 
-from __future__ import annotations
-
 import time
 from functools import lru_cache
 from typing import Any

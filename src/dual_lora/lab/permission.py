@@ -6,8 +6,6 @@ person's own environment ($DUAL_LORA_ALLOW_MODULES, names with commas between). 
 nothing that is read from a file adds to it.
 """
 
-from __future__ import annotations
-
 import os
 from importlib import import_module
 from types import ModuleType

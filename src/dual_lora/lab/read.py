@@ -1,7 +1,5 @@
 """Read files that may come from anybody: regular ones, of a bearable size, as text, JSON or YAML."""
 
-from __future__ import annotations
-
 import json
 import stat
 from collections.abc import Iterator

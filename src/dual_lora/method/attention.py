@@ -8,8 +8,6 @@ nn.MultiheadAttention calls none of its projections: its forward runs with the c
 and reads the output projection's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

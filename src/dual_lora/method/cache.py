@@ -14,8 +14,6 @@ strategies). `param.data = other`, of other memory, is. A linear layer composes 
 sequences (`DECODED_TOKENS`); in other layers, or without sequences, call `composed_weights.clear()` after such writes.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 It has a file of its own: PEFT may be imported while transformers still is, which cannot give its TrainerCallback then.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Stride, padding (and its modes), dilation and groups are the base layer's: its o
 composed weight.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

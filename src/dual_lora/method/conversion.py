@@ -6,8 +6,6 @@ these layers too; here every layer has the same shape of factors and scale 1 (sm
 because servers of LoRA adapters know neither ranks nor scales of single layers.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable

@@ -5,8 +5,6 @@ step. DeepSpeed has no hook for a step, so its engine's method is wrapped. ZeRO-
 before that module is called; a ParameterDict never is, so the factors are registered with the layer that uses them.
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from typing import Any

@@ -4,8 +4,6 @@ Only the rows in use are composed. The row of `padding_idx` stays the base's, as
 Dropout of the adapter plays no part: indices cannot be dropped out.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ composed: all at once where the module's function takes the whole tensor, one at
 Several parameters of one module nest their wrappers, as PEFT expects.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -4,8 +4,6 @@ An adapter below them would be the base, without a warning. Encoder layers do so
 off while an adapter is below them. The others are given the composed weight to read.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

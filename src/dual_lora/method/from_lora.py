@@ -9,8 +9,6 @@ LoRA's update U = s B A becomes ΔW = α/√(r1 r2) · ReLU(B' A') ⊙ Sign(D C)
 start for training. To keep all of U, merge the LoRA into its base and begin Dual LoRA there.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from statistics import median_high

@@ -4,8 +4,6 @@ A smaller rank is padded with zeros, which leaves P = B A and Q = D C as they ar
 `install` teaches `peft.utils.hotswap` this method; adapters of other methods go to PEFT's own functions.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

@@ -4,8 +4,6 @@ Xu et al., arXiv 2512.03402. The mathematics is in `core`; here is the choice be
 adapter (dropout, hooks). `factors` keeps the adapters and their warm-up, `merge` writes them into the base.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """After transformers' own loader, which calls no hook of PEFT's: what it leaves open of a warm-up."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

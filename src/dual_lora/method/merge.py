@@ -1,7 +1,5 @@
 """Exact merging: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

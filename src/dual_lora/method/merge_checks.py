@@ -1,7 +1,5 @@
 """What a merge of a whole model looks at first, and what it says at its end."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """DualLoraModel: finds the layers, puts the adapters on them, saves and loads the warm-up's count."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 Its hooks bring a module's parameters for the time of that module's forward. A ParameterDict has none: it is asked for.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

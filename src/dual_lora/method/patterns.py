@@ -1,7 +1,5 @@
 """Ranks and α of a layer by its name: `rank_pattern` and `alpha_pattern`."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

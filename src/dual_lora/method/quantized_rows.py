@@ -1,7 +1,5 @@
 """Weights of quantised layers, dequantised some rows at a time, so that the whole one never stands in memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

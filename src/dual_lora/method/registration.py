@@ -4,8 +4,6 @@ PEFT accepts only names in its `PeftType` enum, so the member has to be added fi
 itself, ours stays out of its way and says so.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Call a module with another tensor instead of one of its parameters."""
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ PEFT reads the tensors; here it is checked that they are all there and fit, beca
 random. Without the count (written by another program) an adapter is finished.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

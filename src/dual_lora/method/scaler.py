@@ -9,8 +9,6 @@ class nothing does. Unknown, it makes C's and D's gradients wrong (by 59 % at th
 fp64); A's and B's are linear in the loss.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

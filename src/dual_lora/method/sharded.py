@@ -11,8 +11,6 @@ brings its inputs and outputs into their layouts by hooks. Those stay in charge:
 replaced.
 """
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Iterable

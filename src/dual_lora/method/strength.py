@@ -3,8 +3,6 @@
 λ is derived from one number an adapter, the optimizer steps that are left of its warm-up.
 """
 
-from __future__ import annotations
-
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn

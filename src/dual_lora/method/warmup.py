@@ -10,8 +10,6 @@ The hook also notices the worst failure of such methods, the silent no-op: facto
 gradient, or whose gradient stays zero; and a gradient scaler that the clip does not know.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 import weakref

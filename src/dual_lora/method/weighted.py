@@ -1,7 +1,5 @@
 """One adapter copied to another of the same ranks, at another strength: ΔW' = w ΔW."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft.tuners.trainable_tokens import TrainableTokensLayer

@@ -3,8 +3,6 @@
 An ASGI middleware around vLLM's own routes, for which one set of weights is all there is.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Container, MutableMapping

@@ -3,8 +3,6 @@
 Only the address that the caller names is contacted. Full weights never travel: a server composes W + ΔW itself.
 """
 
-from __future__ import annotations
-
 import http.client
 import json
 import math

@@ -4,8 +4,6 @@ A server holds plain weights. What is read for an adapted module comes out as W 
 is more than one composed weight in memory with the model. Every PEFT method that has a merge works, by its own merge.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Composed weights of several adapters, kept within a memory limit: a switch then costs a copy, no composition."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterator
 
 from torch import Tensor

@@ -3,8 +3,6 @@
 Does the one fit the other? Told by names and shapes, before anything is allocated or read.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

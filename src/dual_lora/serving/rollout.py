@@ -3,8 +3,6 @@
 `GRPOTrainer(..., rollout_func=VllmRollout("http://localhost:8000/v1", "mine"))`, with TRL's own settings for sampling.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

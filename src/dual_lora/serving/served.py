@@ -4,8 +4,6 @@ Only the factors are new. The base model's weights are read again from its own f
 back on an earlier adapter, the weights are what they were, bit for bit.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import logging

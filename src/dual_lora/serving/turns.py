@@ -4,8 +4,6 @@ One batch cannot hold several full-rank updates, and a running request must keep
 while somebody waits joins the end of the queue, so that nobody waits for more than one turn of each other adapter.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field

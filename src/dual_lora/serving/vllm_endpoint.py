@@ -6,8 +6,6 @@ for them as their `model`; `PUT /v1/dual_lora/adapters/NAME` brings the files of
 if the user asks for them: `VLLM_PLUGINS=dual_lora vllm serve …`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil

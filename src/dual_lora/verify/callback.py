@@ -1,7 +1,5 @@
 """A callback for transformers' Trainer that notices an adapter that does not train, for any method of PEFT."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import sys

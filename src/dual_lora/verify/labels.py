@@ -1,7 +1,5 @@
 """What a batch of training rows teaches: whether answers carry the loss, padding does not, and answers learn to end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Whether an adapter, of any method of PEFT, holds finite floating-point numbers where it computes with such."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

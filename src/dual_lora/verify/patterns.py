@@ -4,8 +4,6 @@ A configuration may come with somebody else's adapter, and Python's `re`, which 
 ever; nothing can stop it, and no other thread runs meanwhile.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

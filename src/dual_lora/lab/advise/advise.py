@@ -4,8 +4,6 @@ What lies in the folder is an ordinary study: `compare` goes on with it, `report
 stands `recommended.yaml`, the recipe with the method and the learning rate that were found best.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

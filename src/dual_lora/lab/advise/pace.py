@@ -6,8 +6,6 @@ A few measured steps and evaluated records of each method give the three numbers
 time does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ What the recipe's own `method` says about LoRA or Dual LoRA holds for that one; 
 hold for all three.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 

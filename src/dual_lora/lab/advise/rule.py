@@ -13,8 +13,6 @@ the interval where that lies below the margin: 2.5 % for each of two methods, so
 5 % of studies at most. For shares of right answers the interval has a least width (`said.upper`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """An advice in plain English: the answer first, with how sure it is, then the figures and how it came about."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

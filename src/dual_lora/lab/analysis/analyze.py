@@ -5,8 +5,6 @@ analysis = analyze(["runs/dual", "runs/lora"], reference="runs/full")
 save(analysis, "analysis.json")
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The analysis while a Trainer runs: every step is seen, so that flips are counted and not guessed from checkpoints."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ structure is worth, at the same size. Both are taken from a finished adapter; fr
 ablation, that is, another run.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The full weight gradient G = dyᵀx of a layer is made a block of rows at a time
 of a weight's size is kept.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator

@@ -4,8 +4,6 @@ An update of 16 million entries has a cosine near 0 with any other by chance alo
 subspaces of k among n directions overlap by k/n by chance: both are given with the figures.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 

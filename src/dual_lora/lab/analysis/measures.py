@@ -1,7 +1,5 @@
 """Zeros, signs and sizes of one update, and what changed between two, in one pass over blocks of rows."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """A run's surroundings, made again from its recipe: the model as it started, its first batches, held-out records."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import RunFolder, recipe_of_run, run_at
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
+from dual_lora.method.layer import DualLoraLayer
 
 
 @dataclass
@@ -97,8 +96,6 @@ class OpenedRun:
     @contextmanager
     def at_full_strength(self) -> Iterator[None]:
         """Dual LoRA's layers with λ = 1, as after the warm-up."""
-        from dual_lora.method.layer import DualLoraLayer
-
         layers = [m for m in adapted_layers(self.model).values() if isinstance(m, DualLoraLayer)]
         left = [m.steps_left("default") for m in layers]
         for layer in layers:

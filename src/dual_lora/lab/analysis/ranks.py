@@ -5,8 +5,6 @@ lower it (`rank_examples` shows both). With r ≥ 2 nothing better than min(O, I
 for their product; only rank-1 factors bound it. rank(X ⊙ Y) ≤ rank X · rank Y (Schur) gives no more.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

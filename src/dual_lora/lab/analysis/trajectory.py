@@ -1,11 +1,11 @@
 """A run's states in their order: the start (made again from the seed), every whole checkpoint, the end."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from peft import set_peft_model_state_dict
 
 from dual_lora.lab.analysis.matrices import Difference
 from dual_lora.lab.analysis.opened_run import OpenedRun
@@ -86,7 +86,6 @@ def full_updates_of(state: State, base: Any, layers: list[str]) -> AbstractConte
 
 def load_adapter_into(model: Any, folder: Path) -> None:
     """Put an adapter's saved tensors into the model. Raises UserError where they are missing, damaged or do not fit."""
-    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     file = folder / "adapter_model.safetensors"

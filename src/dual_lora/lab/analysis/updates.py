@@ -4,8 +4,6 @@ A layer's name is that of the module in the base model ("model.layers.0.self_att
 methods meet on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """One run's adapted layers, one after another: what is measured of each."""
 
-from __future__ import annotations
-
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field

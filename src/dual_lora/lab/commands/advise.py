@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import finish, finish_forecast, size
 from dual_lora.lab.commands.parameters import DryRun, Json
 from dual_lora.lab.interrupt import resumable
+from dual_lora.lab.terminal import figures
 
 if TYPE_CHECKING:
     from dual_lora.lab.advise.said import Advice
@@ -79,8 +80,6 @@ def _card(advice: Advice) -> Any:
 
 
 def _table(advice: Advice) -> Any:
-    from dual_lora.lab.terminal import figures
-
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish
 from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.terminal import Console, printed
 
 if TYPE_CHECKING:
     from dual_lora.lab.analysis.analyze import Analysis
@@ -52,7 +53,6 @@ def analyze(
     from dual_lora.lab.analysis.analyze import analyze as run_analysis
     from dual_lora.lab.analysis.analyze import check_free, save
     from dual_lora.lab.analysis.walk import Options
-    from dual_lora.lab.terminal import Console
 
     options = Options(states, layers, ranks, gradients, held_out)
     out = out or runs[0] / "analysis" / "analysis.json"
@@ -88,7 +88,6 @@ def _show(analysis: Analysis) -> None:
     """Print one line a run, then what each group contributes, and the notes."""
     from dual_lora.lab.report.blocks import Table
     from dual_lora.lab.report.columns import columns
-    from dual_lora.lab.terminal import Console, printed
 
     console = Console()
     console = console if console.is_terminal else Console(width=190)

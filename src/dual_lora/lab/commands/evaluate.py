@@ -1,7 +1,5 @@
 """dual-lora evaluate"""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any

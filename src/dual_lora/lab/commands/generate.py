@@ -1,7 +1,5 @@
 """dual-lora generate"""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """dual-lora gpu-check"""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any
 

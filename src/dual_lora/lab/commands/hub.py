@@ -1,7 +1,5 @@
 """dual-lora card, dual-lora push"""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """dual-lora info"""
 
-from __future__ import annotations
-
 import json as json_module
 import platform
 from pathlib import Path

@@ -1,7 +1,5 @@
 """dual-lora merge"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

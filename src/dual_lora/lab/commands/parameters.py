@@ -1,7 +1,5 @@
 """Parameters that several commands have, each with one help text; every field of a recipe as a flag."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter

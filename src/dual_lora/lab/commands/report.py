@@ -1,13 +1,12 @@
 """dual-lora report"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.errors import UserError
 
 USUAL = ("studies", "results", "benchmarks", "runs")
 
@@ -34,7 +33,6 @@ def report(
     from dataclasses import asdict
 
     from dual_lora.lab.commands.card import facts_card, finish, size
-    from dual_lora.lab.errors import UserError
     from dual_lora.lab.report.report import Report
     from dual_lora.lab.report.report import report as write_report
     from dual_lora.lab.report.report import watch as keep_writing

@@ -1,7 +1,5 @@
 """dual-lora schema"""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 

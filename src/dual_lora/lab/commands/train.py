@@ -1,7 +1,5 @@
 """dual-lora train"""
 
-from __future__ import annotations
-
 from pathlib import Path
 from shlex import quote
 from typing import Annotated, Any

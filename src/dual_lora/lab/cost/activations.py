@@ -5,8 +5,6 @@ counted. A storage belongs to the phase in which it was made (activations in for
 gradients once it has become some parameter's.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -28,6 +28,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.errors import UserError, suggest
@@ -71,8 +73,6 @@ def cache_file() -> Path:
 
 def machine() -> str:
     """What rates depend on: the device, its threads and torch."""
-    import torch
-
     from dual_lora.lab.run.record import device_name
 
     return f"{device_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -92,8 +92,6 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
 
     Returns {"on", "date", "costs": {dtype: {method: [[width, flops a second, seconds a weight], ...]}}}.
     """
-    import torch
-
     on = "gpu" if torch.cuda.is_available() else "cpu"
     works = [(d, m, w) for d in DTYPES for w in WIDTHS[on] for m in METHODS]
     costs: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
@@ -129,8 +127,6 @@ def rough_cost() -> Cost:
 
     On a CPU in processor time, one thread times their number: what else runs at this moment does not count.
     """
-    import torch
-
     on_gpu = torch.cuda.is_available()
     device, clock = ("cuda", time.perf_counter) if on_gpu else ("cpu", time.process_time)
     threads = torch.get_num_threads()
@@ -218,8 +214,6 @@ def line(steps: Sequence[Step], seconds: Sequence[float], width: int) -> Cost:
 
 
 def _fastest(options: StepOptions, seconds: float) -> float:
-    import torch
-
     on_gpu = options.on == "gpu"
     clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     step = training_step(options, "cuda" if on_gpu else "cpu")
@@ -237,7 +231,6 @@ def _fastest(options: StepOptions, seconds: float) -> float:
 
 def training_step(options: StepOptions, device: str) -> Callable[[], None]:
     """One real optimizer step of the options' model with random weights."""
-    import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 

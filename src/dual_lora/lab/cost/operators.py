@@ -11,8 +11,6 @@ output head meets the last positions of every row (transformers' `logits_to_keep
 SmolLM2-135M, measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What `estimate` shows: one step with several methods on several numbers of devices, and the largest that fits."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import re

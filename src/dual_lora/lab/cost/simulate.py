@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of
+from dual_lora.lab.cost.operators import register_own
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 
@@ -148,7 +151,6 @@ def empty_model(options: StepOptions, layers: int | None = None) -> Any:
 
 
 def _run(options: StepOptions, model: Any) -> Step:
-    from dual_lora.lab.cost.operators import register_own
     from dual_lora.lab.model.load import quiet
 
     register_own()
@@ -173,8 +175,6 @@ def _run(options: StepOptions, model: Any) -> Step:
 
 def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: MemoryTracker) -> Bytes:
     import contextlib
-
-    import torch
 
     from dual_lora.lab.run.loss import mean_loss
 
@@ -203,8 +203,6 @@ def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:
     """What the laboratory's collator gives. Rows of different lengths need a mask; one row alone has no padding, and
     transformers leaves the mask out.
     """
-    import torch
-
     from dual_lora.lab.data.batches import accepted_arguments
 
     rows, length = options.batch, options.length
@@ -222,8 +220,6 @@ def batch_of(options: StepOptions, model: Any) -> dict[str, Tensor]:
 
 def blocks_of(model: Any) -> list[nn.Module]:
     """The transformer's blocks: its longest list of modules of one kind."""
-    from torch import nn
-
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
     return list(max(lists, key=len, default=[]))
 
@@ -287,8 +283,6 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
 
 def _packable(model: Any) -> Iterable[Tensor]:
     """Weights that quantisation packs: linear layers but the output head."""
-    from torch import nn
-
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's

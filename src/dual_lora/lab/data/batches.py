@@ -1,7 +1,5 @@
 """Batches padded to their longest row, in an order that depends on the seed and nothing else."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Examples to token ids, with labels on the answer's tokens only."""
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """Examples: what a record asks and what the right answer is, whatever format it came in."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

@@ -1,7 +1,5 @@
 """Records that stand in two of train, validation and test: what is asked there may have been learned by heart."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from dual_lora.lab.data.examples import Example, item_of, load_split

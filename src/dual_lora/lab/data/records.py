@@ -1,7 +1,5 @@
 """Read records, each with where it stands, so that an error can name file and line."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

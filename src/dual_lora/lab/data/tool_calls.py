@@ -10,8 +10,6 @@
 *Seen* means that it occurs in `train`. `scripts/tool_calls` makes the files.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

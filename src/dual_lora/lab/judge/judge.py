@@ -4,8 +4,6 @@ from dual_lora.lab.judge.judge import judge
 results = judge("scores.csv", reference="lora", margin=0.01)
 """
 
-from __future__ import annotations
-
 import math
 import re
 import time

@@ -10,8 +10,6 @@ mean of them is left out: lambada's perplexity is logged as a log-likelihood, of
 Items are documents, known by their number and hash: two runs that saw other documents do not pair.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

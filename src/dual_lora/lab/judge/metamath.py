@@ -7,8 +7,6 @@ from files of the same fields, and writes metamathqa/train.json and test.json in
 Records whose question and answer are longer than 1,300 characters are left out, as PEFT does.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterable

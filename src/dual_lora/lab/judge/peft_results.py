@@ -6,8 +6,6 @@ OUT/results/METHOD--NAME.json    one a final run that ended well; NAME ends with
 What PEFT's suite measures and a run of ours does not is null; memory is the peak, also where PEFT has a mean.
 """
 
-from __future__ import annotations
-
 import platform
 import re
 from datetime import UTC, datetime

@@ -5,8 +5,6 @@ experiments/METHOD/NAME/adapter_config.json        what a run is, with training_
 https://github.com/huggingface/peft/tree/main/method_comparison
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """Scores of runs that were made elsewhere, read from a table, checked and put into paired tables [seeds, items]."""
 
-from __future__ import annotations
-
 import csv
 import math
 import unicodedata

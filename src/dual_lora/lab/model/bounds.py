@@ -3,14 +3,14 @@
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from dual_lora.lab.errors import UserError
-from dual_lora.verify.numbers import check_numbers
+from dual_lora.verify.numbers import all_finite, check_numbers
 from dual_lora.verify.patterns import check_patterns
 
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
@@ -85,8 +85,6 @@ def check_stored_numbers(file: Path, what: str) -> None:
 
     A file that is missing or damaged is left to whoever reads it.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as stored:
             kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
@@ -100,8 +98,6 @@ def check_stored_numbers(file: Path, what: str) -> None:
 
 def check_finite_weights(weights: Mapping[str, Any], what: str) -> None:
     """Raise UserError if a weight that a run or an adapter brought along holds NaN or infinity. what: its name."""
-    from dual_lora.verify.numbers import all_finite
-
     bad = [name for name, weight in weights.items() if weight.is_floating_point() and not all_finite(weight)]
     if bad:
         raise UserError(

@@ -1,7 +1,5 @@
 """Where a process computes, and how many were launched together."""
 
-from __future__ import annotations
-
 import os
 
 from dual_lora.lab.errors import UserError

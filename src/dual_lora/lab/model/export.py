@@ -4,8 +4,6 @@ A conversion is written as an adapter folder that PEFT loads, with conversion.js
 the losses and the verdict.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tempfile
@@ -14,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
@@ -223,8 +223,6 @@ def _data(tuned: Tuned) -> DataSection:
 
 def _sizes(folder: Path) -> tuple[int, int]:
     """Numbers in the factors, and in the weights that they change: a layer's two factors A [r, I] and B [O, r]."""
-    from safetensors import safe_open
-
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     factors = {key: s for key, s in shapes.items() if "lora_" in key and len(s) == 2}

@@ -1,7 +1,5 @@
 """Answer one prompt, piece by piece; where an answer ends, and what of it is text."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import threading

@@ -3,8 +3,6 @@
 llama.cpp's published converters and its quantiser write them; they are not part of this package.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Whether transformers has read all of a GGUF file: it leaves out what it has no place for, and says nothing."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Merge an adapter into its base and write a plain model folder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import torch
+from peft import get_peft_model
+
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.permission import import_allowed
@@ -102,9 +105,6 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
 
     Raises UserError when nothing would be trained or the method does not fit the model.
     """
-    import torch
-    from peft import get_peft_model
-
     if config is None:
         for parameter in loaded.model.parameters():
             parameter.requires_grad_(True)

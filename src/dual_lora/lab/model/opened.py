@@ -1,7 +1,5 @@
 """Open what was trained: a run folder, an adapter folder or any plain model."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings
@@ -10,6 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
@@ -186,8 +188,6 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
 
 def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str | None = None) -> Loaded:
     """The untrained model; the seed gives a new head the same weights as at the start of its training."""
-    import torch
-
     torch.manual_seed(seed)
     return load_model(part, num_labels, device)
 
@@ -195,9 +195,6 @@ def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str
 def _open_adapter(
     adapter: Path, base: str | None, dtype: str | None, device: str | None, run: Path | None = None
 ) -> Tuned:
-    import torch
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
     recipe, classes = read_note(adapter)
@@ -249,9 +246,7 @@ def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
 
 def _warn_of_unread(adapter: Path, model: Any) -> None:
     """Say which tensors of an adapter's file the model has not taken: PEFT says what is missing, not what is left."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils import load_peft_weights
-    from safetensors import safe_open
 
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
@@ -269,8 +264,6 @@ def _warn_of_unread(adapter: Path, model: Any) -> None:
 
 def untrained_model(part: ModelSection, seed: int, num_labels: int | None, device: str) -> Any:
     """As it was before its training, for `Tuned.untrained`."""
-    import torch
-
     with torch.random.fork_rng():  # whoever asks goes on with the random numbers that it had
         return load_base(part, seed, num_labels, device).model
 
@@ -286,8 +279,6 @@ def _part_of(config: Any, adapter: Path) -> ModelSection:
 
 def _labels_in(adapter: Path) -> int:
     """Number of classes of a saved classification head: its number of rows."""
-    from safetensors import safe_open
-
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         heads = [k for k in file.keys() if k.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]  # noqa: SIM118
         if len(heads) != 1:

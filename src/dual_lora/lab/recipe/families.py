@@ -17,8 +17,6 @@
 Later settings lie over earlier ones. `reported` next to the settings of a source are figures that it reports.
 """
 
-from __future__ import annotations
-
 import itertools
 import textwrap
 from collections.abc import Iterator

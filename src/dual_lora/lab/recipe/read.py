@@ -1,7 +1,5 @@
 """Recipes out of YAML files and plain values; what is wrong with them, in sentences; what makes two runs the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """What a page is made of. Plain values with their sources; every text is made here, so that a page only places it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

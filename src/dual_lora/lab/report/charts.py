@@ -3,8 +3,6 @@
 Colours are names of the style sheet's variables, so that a chart follows the page from light to dark.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A form is "" (text), "verdict", "check" (met or missed), "B" (bytes), "g" (about
 or ".1%". A measure's meaning also names it where a reader chooses what a chart shows.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 The forms are data: the page's script writes the rows that a reader has filtered and sorted by the same rules.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Files come from other people: one that cannot be read, is no regular file, is too large or too deep is named, not shown.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """An analysis as blocks: signs and zeros, ranks, gradients, likeness to full fine-tuning, what a group contributes."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

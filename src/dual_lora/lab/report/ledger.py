@@ -1,7 +1,5 @@
 """The benchmark ledger as blocks: gates met and missed, costs as they grow, and how a figure changed over time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

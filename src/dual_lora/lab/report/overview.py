@@ -1,7 +1,5 @@
 """The top of a page of several studies: the pair that most of them compare, then each question with its answer."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -5,8 +5,6 @@ security policy lets no script run but those whose hash it names. Charts are dra
 with Vega's interpreter, which needs no `eval`; library and data are packed by gzip, which halves the page.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib

@@ -4,8 +4,6 @@ from dual_lora.lab.report.report import report
 report(["results", "benchmarks/ledger.jsonl"], "report.html")
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

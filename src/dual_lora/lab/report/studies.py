@@ -1,7 +1,5 @@
 """A study's results as blocks: verdicts first, then scores, tuning and cost; and one that is still running."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The task `choice`: which of a question's answers a model finds likeliest. A prompt is read once for all of them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

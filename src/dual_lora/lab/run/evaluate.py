@@ -1,7 +1,5 @@
 """Evaluate a model, base and adapter side by side, and keep the result of every item."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

@@ -4,8 +4,6 @@ LLM-Adapters and DoRA after it (commonsense_evaluate.py, extract_answer) take th
 the text holds, wherever it stands, and count a text without one as wrong.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from dual_lora.lab.errors import UserError

@@ -1,7 +1,5 @@
 """What stops a run, in one sentence, with what is left to go on from."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

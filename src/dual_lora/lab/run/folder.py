@@ -12,8 +12,6 @@ A run may come from somebody else. Its entries have to be plain files and folder
 written or removed out of the folder that the user named.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

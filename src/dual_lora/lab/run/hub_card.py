@@ -4,8 +4,6 @@ PEFT writes a card of metadata and empty headings when an adapter is saved. This
 and takes local paths out. What a person writes above or below the two marks stays when the card is written anew.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

@@ -10,8 +10,6 @@ bleu and nist are counted on the tokens of mteval-13a, the others on words of th
 both in lower case (the script uses Stanford's tokenizer, this nltk's; they part at few words).
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -4,8 +4,6 @@ LoRA-GA (Wang et al., arXiv 2407.05000): before the factors are made, PEFT wants
 It averages those of the first batches of the run's own data order, and puts the leading directions into A and B.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import warnings

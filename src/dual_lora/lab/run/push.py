@@ -1,7 +1,5 @@
 """Upload a run to a model hub: its weights, tokenizer, note and card, and no other file of its folder."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

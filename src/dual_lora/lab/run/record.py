@@ -1,7 +1,5 @@
 """The record of a run: what ran, on what, how fast, with what memory."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

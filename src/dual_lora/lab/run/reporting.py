@@ -3,8 +3,6 @@
 No recipe can ask for it: a recipe may come from somebody else, and most of these send what a run logs over the network.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """One function a task: model + examples → one row an example, in their order. Batched, longest rows first."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Fine-tune by a recipe: transformers' Trainer with a fixed order of rows, whole checkpoints and a full record."""
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

@@ -1,7 +1,5 @@
 """Trainer callbacks: what is seen and written while a run goes on."""
 
-from __future__ import annotations
-
 import math
 import signal
 import time

@@ -6,8 +6,6 @@ crash at any moment the old content is there or the new one. Nothing that was no
 target.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """How large is a method on a model, and which rank makes it as large as another? Counted on an empty model."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping

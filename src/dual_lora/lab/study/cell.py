@@ -1,7 +1,5 @@
 """A cell is one method on one task with one model: what a study's table is made of. From it follow its runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any

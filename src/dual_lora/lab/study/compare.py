@@ -3,8 +3,6 @@
 What lies in the study's folder is said in `folder`, what a run leaves there in `job`.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterable, Sequence

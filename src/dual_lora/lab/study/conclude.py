@@ -1,7 +1,5 @@
 """From pairs and methods, as a results.json has them, to what may be said of them; no run is looked at."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast

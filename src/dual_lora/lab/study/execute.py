@@ -4,8 +4,6 @@ The outcome file of a run is the only channel that counts: a worker writes it wh
 may be killed, and so may the runner; an orphaned worker notices its runner's death and ends.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing
@@ -18,6 +16,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
+
+import torch
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError, described, suggest
@@ -69,8 +69,6 @@ def check_executor(executor: str) -> None:
 
 def runs_side_by_side(executor: str, workers: int | None) -> int:
     """How many runs go on at a time: as many as were asked for, else one a GPU, else one a core."""
-    import torch
-
     return 1 if executor == "serial" else workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
@@ -171,8 +169,6 @@ def _hire(runs: Path, options: Options, at_a_time: int, slot: int) -> _Worker:
 
 def _share(slot: int, workers: int) -> dict[str, str]:
     """What the environment says to the worker in this slot: how many cores it uses, and which GPU, in turn."""
-    import torch
-
     cores = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // workers))
     cards = torch.cuda.device_count()
     if not cards:
@@ -222,7 +218,6 @@ def _last_words(code: int | None) -> str:
 
 def _on_ray(options: Options, jobs: Sequence[Job], runs: Path, at_a_time: int) -> Iterator[Answer]:
     import ray
-    import torch
 
     if not ray.is_initialized():
         try:

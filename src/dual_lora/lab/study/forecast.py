@@ -1,7 +1,5 @@
 """How long will a study take? By its own runs as soon as there are any, else by `cost/calibrate`'s model of time."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

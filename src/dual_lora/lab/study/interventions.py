@@ -1,7 +1,5 @@
 """What an ablation does to a group of parameters while it trains: hold it still, or keep it in low precision."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

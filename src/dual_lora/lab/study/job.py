@@ -8,8 +8,6 @@ runs/KEY.error.json    why it stopped; removed as soon as it is finished
 The key is a hash of what the job says. Equal jobs have equal keys, so nothing that is finished is ever run again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -4,8 +4,6 @@ Parameters are counted. Time and peak memory are measured: a few steps of every 
 which rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

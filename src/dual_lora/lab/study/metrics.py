@@ -6,8 +6,6 @@ of the mean products. So an item's share in any of them is defined (`pseudo_valu
 for all of them. Spearman's correlation is none: an item's rank depends on all others.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What has to be said with the verdicts: of searches, of methods that learned nothing, of what is missing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 The outcome file is the only channel that counts, and is written whole (see `job`): whoever does a run may be killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re
@@ -21,6 +19,7 @@ import numpy as np
 
 from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
+from dual_lora.lab.model.load import load_model
 from dual_lora.lab.run.failures import Diverged, NotFinite
 from dual_lora.lab.run.record import code_version, device_name
 from dual_lora.lab.run.write import hold, write_json
@@ -129,7 +128,6 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
 
 def _base(job: Job, runs: Path) -> Figures:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.load import load_model
     from dual_lora.lab.model.opened import Tuned
     from dual_lora.lab.run.evaluate import evaluate
 

@@ -4,8 +4,6 @@ One precision holds for the whole study: what `auto` stands for is chosen when t
 Times, scores and job keys depend on it, so a study never mixes runs of two choices, wherever it goes on.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Studies out of YAML files, shipped ones and those that extend another; what is wrong with them, in sentences."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from shlex import quote
 from typing import Any

@@ -6,8 +6,6 @@ Items' scores are not in results.json, and needn't be: the seeds' part of a diff
 scores of its seeds, and the whole error is stored. What changed is written into the file's list of amendments.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path

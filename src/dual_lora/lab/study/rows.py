@@ -1,7 +1,5 @@
 """What a results.json holds, as types: everything that reads results goes by them. Plain values, as JSON has them."""
 
-from __future__ import annotations
-
 from typing import Any, NotRequired, TypedDict
 
 

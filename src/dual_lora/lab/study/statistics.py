@@ -31,8 +31,6 @@ Sources: Clark 1973 (crossed random effects), Banerjee 1960 (the interval), Schu
 Holm 1979.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

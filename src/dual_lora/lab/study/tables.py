@@ -1,7 +1,5 @@
 """A study's results on a terminal: verdicts first, then scores, then what they cost."""
 
-from __future__ import annotations
-
 from dual_lora.lab.progress import in_words
 from dual_lora.lab.report.studies import SCORES, VERDICTS, cost_table, score_table, verdict_table
 from dual_lora.lab.study.forecast import Forecast

@@ -1,7 +1,5 @@
 """What a trained adapter costs in use: merging it, and running the model with it unmerged."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

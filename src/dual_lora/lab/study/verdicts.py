@@ -1,7 +1,5 @@
 """What may be said about one method against another: comparisons, corrected for their number, and their verdicts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

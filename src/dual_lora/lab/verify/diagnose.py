@@ -6,8 +6,6 @@ found: it has to lie within the rounding, or to leave less than half of the resi
 four bits leave. Rounding is no fault.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -4,8 +4,6 @@ At another strength, for any method of PEFT that changes layers: y = y_base + s 
 that is the update ΔW times s, exactly.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens, and the same with the base's weights rounded."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

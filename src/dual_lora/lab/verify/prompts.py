@@ -1,7 +1,5 @@
 """The prompts of a verification: some on which base and adapter differ most, some on which they agree."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

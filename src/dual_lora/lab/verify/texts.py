@@ -1,7 +1,5 @@
 """Whether a candidate makes the same tokens of the same words: its tokenizer and its chat template."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Verify an adapter, or what is served of it: the reference, the candidate, the verdict."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
