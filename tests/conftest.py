@@ -2,8 +2,10 @@
 
 import functools
 import gc
+import inspect
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,3 +51,24 @@ def pytest_collection_modifyitems(items):
     """Files with many slow tests first: a file goes to one worker, and a long one at the end leaves the others idle."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def _lean_interpreter():
+    """Triton's interpreter looks through all of `triton.language` at every call of every function, for a fifth of its
+    time. What is no builtin there never becomes one.
+    """
+    try:
+        from triton import language
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+
+    names = functools.cache(lambda of: [n for n, member in inspect.getmembers(of) if language.core.is_builtin(member)])
+    kept = {name: getattr(inspect, name) for name in dir(inspect)}
+    interpreter.inspect = SimpleNamespace(
+        **kept | {"getmembers": lambda of: [(name, getattr(of, name)) for name in names(of)]}
+    )
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _lean_interpreter()

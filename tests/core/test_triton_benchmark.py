@@ -27,6 +27,7 @@ def test_without_a_gpu_nothing_is_claimed():
     assert "No GPU is present" in done.stdout
 
 
+@pytest.mark.long  # a rehearsal of what needs a card
 def test_rehearsal_reaches_the_end_and_records_nothing():
     ledger = ROOT / "benchmarks" / "ledger.jsonl"
     before = ledger.read_bytes() if ledger.exists() else None

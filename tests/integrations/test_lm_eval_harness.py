@@ -58,6 +58,7 @@ def test_the_folder_and_the_live_model_score_alike(example, tiny_lm, adapter, tm
     assert not torch.allclose(torch.tensor(base), torch.tensor(by_folder), atol=0.1)
 
 
+@pytest.mark.long  # `test_imports` asks PEFT for the method in every order
 def test_the_command_knows_the_method_through_sitecustomize(example, tiny_lm, adapter, tmp_path):
     example("lm_eval_harness").write_task(tmp_path, 10)
     (tmp_path / "sitecustomize.py").write_text("import dual_lora\n")

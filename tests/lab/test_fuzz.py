@@ -133,7 +133,7 @@ def test_recipes(values):
         Path("recipe.yaml").write_bytes(data)
         attempt("recipe", ["train", "recipe.yaml", "--out", fresh(), "--json"], Path.cwd())
 
-    fuzzed(30, written(values, "yaml", RECIPE), check)
+    fuzzed(18, written(values, "yaml", RECIPE), check)
 
 
 def test_studies(tmp_path):
@@ -158,7 +158,7 @@ def test_studies(tmp_path):
         Path("study.yaml").write_bytes(data)
         attempt("study", ["compare", "study.yaml", "--dry-run", "--json", "--out", fresh()], Path.cwd())
 
-    fuzzed(25, written(values, "yaml", extra), check)
+    fuzzed(15, written(values, "yaml", extra), check)
 
 
 def values_in(file):
@@ -205,7 +205,7 @@ def test_runs(source):
             shutil.rmtree("it/adapter")
         attempt(f"run, {command[0]}", command, Path.cwd())
 
-    fuzzed(35, some, check)
+    fuzzed(20, some, check)
 
 
 def test_adapters(source):
@@ -225,7 +225,7 @@ def test_adapters(source):
         attempt(f"adapter, {command[0]}", command, Path.cwd())
 
     commands = [c for c in COMMANDS if c[0] in ("evaluate", "merge", "export", "generate", "verify")]
-    fuzzed(50, st.tuples(written(config, "json", extra), st.sampled_from(commands)), check)
+    fuzzed(30, st.tuples(written(config, "json", extra), st.sampled_from(commands)), check)
 
 
 def test_data(values):
@@ -243,7 +243,7 @@ def test_data(values):
 
     some = st.sampled_from([records, chat, text]).flatmap(lambda value: written(value, "json"))
     lines = st.lists(some.map(lambda data: data.replace(b"\n", b" ")), max_size=3).map(b"\n".join)
-    fuzzed(60, st.tuples(some | lines, suffixes), check)
+    fuzzed(35, st.tuples(some | lines, suffixes), check)
 
 
 def test_results(tmp_path):
@@ -258,7 +258,7 @@ def test_results(tmp_path):
         (Path("it") / name).write_bytes(data)
         attempt("results", ["report", "it", "--out", "page.html", "--tables", fresh("tables"), "--json"], Path.cwd())
 
-    fuzzed(15, some, check)
+    fuzzed(10, some, check)
 
 
 def test_study_folders(tmp_path):
@@ -284,7 +284,7 @@ def test_study_folders(tmp_path):
         more = ["--out", "page.html"] if command[0] == "report" else []
         attempt(f"study's folder, {command[0]}", [*command, *more, "--json"], Path.cwd())
 
-    fuzzed(12, some, check)
+    fuzzed(8, some, check)
 
 
 def test_scores():
@@ -309,7 +309,7 @@ def test_scores():
             (Path("it") / file).write_bytes(content)
         attempt("scores", ["judge", "it/s.csv" if name == "s.csv" else "it", "--json"], Path.cwd())
 
-    fuzzed(60, some | tables, check)
+    fuzzed(35, some | tables, check)
 
 
 def _csv(rows):

@@ -301,13 +301,13 @@ def test_processes_give_the_same_results_and_end_with_the_main_process(tiny, who
 @pytest.mark.slow
 def test_killed_worker_is_named(tiny, tmp_path, monkeypatch):
     """The process of one run dies, as it does when memory is full."""
-    study = write_study(tiny, search=None, seeds=1)
+    study = write_study(tiny, search=None, seeds=1, methods={"lora": {"r": 4}})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "out"
     monkeypatch.setattr(executors, "_work", _dying_worker)
     results = compare(study, folder, executor="process", workers=2, progress=False)
     assert not results["complete"]
-    assert len(results["failed"]) == 3
+    assert len(results["failed"]) == 2  # the base's among them
     assert "killed by signal 9" in results["failed"][0]
 
 

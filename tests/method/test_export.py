@@ -251,7 +251,8 @@ def onnx_runs():
 ONNX = [(name, False) for name in CASES] + [("llama", True), ("encoder", True), ("experts", True)]
 # Some ten seconds each; of several forms of one layer, and of the language models, one is in `make test`.
 STOOD_FOR = {("conv1d", False), ("conv3d", False), ("separate attention", False), ("transposed experts", False),
-             ("bert", False), ("gpt2", False), ("llama", True), ("encoder", True), ("experts", True)}  # fmt: skip
+             ("bert", False), ("gpt2", False), ("llama", True), ("encoder", True), ("experts", True),
+             ("conv2d", False), ("attention", False)}  # fmt: skip
 
 
 @pytest.mark.slow
