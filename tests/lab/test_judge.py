@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,14 +322,15 @@ def test_the_command_writes_results_and_a_page(tmp_path, call):
     assert "Verdicts" in out
 
 
-@pytest.fixture
-def evaluations(tmp_path):
+@pytest.fixture(scope="module")
+def harness_logs(tmp_path_factory):
     """Two methods with three seeds each, as the harness itself writes them."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness comes with pip install '.[integrations]'")
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
+    tmp_path = tmp_path_factory.mktemp("harness")
     docs = [{"q": f"question {i}", "choices": ["yes", "no", "both"], "right": i % 3} for i in range(24)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     (tmp_path / "quiz.yaml").write_text(
@@ -353,6 +356,11 @@ def evaluations(tmp_path):
             tracker.save_results_aggregated(results=found, samples=samples)
             tracker.save_results_samples(task_name="quiz", samples=samples["quiz"])
     return tmp_path / "out"
+
+
+@pytest.fixture
+def evaluations(harness_logs, tmp_path):
+    return Path(shutil.copytree(harness_logs, tmp_path / "out"))
 
 
 def test_logs_of_the_harness_are_judged(evaluations, call):

@@ -241,8 +241,10 @@ def test_foreign_tensors_through_transformers(variant, folders):
 
 
 @loaders
-@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("kind", ["int32", "uint8", "bool", "complex64", "float8_e8m0fnu"])
 def test_factors_of_other_numbers(variant, loader, kind):
+    if (kind := getattr(torch, kind, None)) is None:
+        pytest.skip("torch 2.6 has no such numbers")
     path = variant(tensors=lambda t: {n: v.to(kind) if n.endswith("v_proj.dual_lora_A") else v for n, v in t.items()})
     message = refusal(loader, path)
     assert "dual_lora_A and 1 more tensors as " in message
