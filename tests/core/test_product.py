@@ -185,3 +185,17 @@ def test_which_library_is_taken(monkeypatch, tmp_path):
         with monkeypatch.context() as without:
             without.setattr(getattr(torch.backends, missing), "is_available", lambda: False)
             assert product.onednn_is_faster.__wrapped__() is False
+
+
+@needs_onednn
+def test_factors_go_to_onednn_only_where_it_adds_up_as_torch_does(monkeypatch):
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: True)
+    used = []
+    monkeypatch.setattr(product, "onednn_mm", lambda a, b: used.append(a) or torch.mm(a, b) * (1 + 2**-20))
+    product.onednn_sums_alike.cache_clear()
+    try:
+        a, b = torch.randn(40, 8), torch.randn(8, 30)
+        assert torch.equal(product.factors_mm(a, b, torch.empty(40, 30)), torch.mm(a, b))
+        assert len(used) == 1, "the trial alone"
+    finally:
+        product.onednn_sums_alike.cache_clear()

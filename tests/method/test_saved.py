@@ -245,7 +245,11 @@ def test_foreign_tensors_through_transformers(variant, folders):
 def test_factors_of_other_numbers(variant, loader, kind):
     if (kind := getattr(torch, kind, None)) is None:
         pytest.skip("torch 2.6 has no such numbers")
-    path = variant(tensors=lambda t: {n: v.to(kind) if n.endswith("v_proj.dual_lora_A") else v for n, v in t.items()})
+    change = lambda t: {n: v.to(kind) if n.endswith("v_proj.dual_lora_A") else v for n, v in t.items()}  # noqa: E731
+    try:
+        path = variant(tensors=change)
+    except KeyError:
+        pytest.skip("safetensors 0.4 holds no complex numbers")
     message = refusal(loader, path)
     assert "dual_lora_A and 1 more tensors as " in message
     assert "expected floating-point numbers" in message

@@ -6,6 +6,7 @@ Everywhere else this is torch.mm.
 """
 
 import functools
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,22 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """P or Q as `mm` gives it, with the bits of torch.mm: all others have to find the same signs."""
-    return mm(left, right, out) if right.shape[0] <= SAME_BITS else torch.mm(left, right, out=out)
+    if right.shape[0] <= SAME_BITS and _by_onednn(left, right) and onednn_sums_alike():
+        return mm(left, right, out)
+    return torch.mm(left, right, out=out)
+
+
+@functools.cache
+def onednn_sums_alike() -> bool:
+    """Whether oneDNN adds up as torch.mm does, tried on some products: that of torch 2.6 does not with AVX2."""
+    numbers = partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        for rank in (16, 48, SAME_BITS):
+            a, b = numbers(96, rank), numbers(rank, 320)
+            whole = torch.mm(a, b)
+            if not all(torch.equal(onednn_mm(a[rows], b), whole[rows]) for rows in (slice(0, 96), slice(32, 64))):
+                return False
+    return True
 
 
 def mm_columns(whole: Tensor, cols: slice, a: Tensor, b: Tensor) -> Tensor:

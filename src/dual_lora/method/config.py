@@ -1,5 +1,7 @@
 """DualLoraConfig: what a user sets, checked when it is written down."""
 
+from __future__ import annotations
+
 import functools
 import inspect
 from dataclasses import MISSING, InitVar, dataclass, field, fields
