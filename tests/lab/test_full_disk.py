@@ -80,7 +80,7 @@ def test_train_goes_on_when_there_is_room_again(size, lm_values, tmp_path, write
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "ended"), [(5000, 1), (60_000, 2)])  # before a first checkpoint, and in a later run
+@pytest.mark.parametrize(("size", "ended"), [(8000, 1), (60_000, 2)])  # before a first checkpoint, and in a later run
 def test_compare_repeats_nothing_when_there_is_room_again(size, ended, tmp_path, call):
     study = tiny_study.write_study(tmp_path / "study", **tiny_study.SHORT)
     with room_for(size):

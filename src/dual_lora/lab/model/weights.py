@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 
-TENSORS = 128  # of a model that are looked at
+TENSORS = 32  # of a model that are looked at: a merge or a training changes many more, and the note of them stays short
 # Of a configuration, what says who wrote it and not what the model computes.
 _NO_MODEL = {"transformers_version", "torch_dtype", "dtype", "use_cache", "model_type"}
 
