@@ -132,6 +132,22 @@ def test_rank_is_solved_for_rising_and_falling_sizes():
     assert solve_rank(rising, 1, 2, 64) == 2
 
 
+def test_what_changes_no_shape_is_not_counted_again(tiny, monkeypatch):
+    """Methods that differ in their activations have one size, and a rank that fits exactly is not searched further."""
+    counted, count = [], Scale._count
+    monkeypatch.setattr(Scale, "_count", lambda self, recipe, *how: counted.append(recipe) or count(self, recipe, *how))
+    kinds = {"clip": {}, "surrogate": {"ste": "surrogate"}, "no Sign": {"direction_activation": "identity"}}
+    methods = {name: {"name": "dual_lora", "alpha": "2r", **fields} for name, fields in kinds.items()}
+    study = read_study(write_study(tiny, methods={"lora": {"r": 8}, **methods}))
+    sizes = {cell.size.trainable for cell in plan.lay_out(study)}
+    assert len(sizes) == 1
+    ranks = [(recipe.method["name"], recipe.method["r"]) for recipe in counted]
+    assert len(ranks) == len(set(ranks)) <= 4
+    methods["clip"]["ste"] = "clipped"
+    with pytest.raises(UserError, match="clipped"):
+        plan.lay_out(read_study(write_study(tiny, methods={"lora": {"r": 8}, **methods})))
+
+
 def test_sizes_are_what_really_trains(tiny):
     """The count on the meta device against the method put on the real model."""
     from dual_lora.lab.model.load import load_model
