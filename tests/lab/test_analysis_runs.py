@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from dual_lora.lab.analysis.analyze import analyze, save
+from dual_lora.lab.analysis.analyze import _names, analyze, save
 from dual_lora.lab.analysis.callback import AnalysisCallback
 from dual_lora.lab.analysis.opened_run import open_run
 from dual_lora.lab.analysis.trajectory import load_adapter_into, states_of
@@ -262,6 +263,27 @@ def test_what_is_no_run_or_does_not_belong_together(runs, tmp_path):
         analyze([runs / "dual"], runs / "lora", progress=False)
     with pytest.raises(UserError, match="No run was given"):
         analyze([])
+    with pytest.raises(UserError, match="dual is given twice"):
+        analyze([runs / "dual", runs / "lora" / ".." / "dual"], progress=False)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [tmp_path / one / "runs" / "dual" for one in ("first", "second")] + [tmp_path / "first" / "runs" / "lora"]
+    assert _names(paths) == ["first/runs/dual", "second/runs/dual", "lora"]
+
+
+def test_a_run_of_another_base_or_of_other_records_is_not_analysed(tiny_lm, questions, tmp_path):
+    base, data = shutil.copytree(tiny_lm, tmp_path / "base"), tmp_path / "train.json"
+    shutil.copy(questions / "train.json", data)
+    values = {"model": {"path": str(base)}, "data": {"train": str(data)}, "train": ONE_STEP}
+    run(build_recipe(values | {"method": {"name": "lora", "r": 4}}), tmp_path / "run", progress=False)
+    data.write_text(json.dumps(json.loads(data.read_text())[1:]))
+    with pytest.raises(UserError, match="started with other training records"):
+        analyze([tmp_path / "run"], progress=False)
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: value * 3 for name, value in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="started with other base model's weights: put them back"):
+        analyze([tmp_path / "run"], progress=False)
 
 
 def test_a_run_that_is_none_is_said_before_the_others_are_analysed(runs, tmp_path, monkeypatch):

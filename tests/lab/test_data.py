@@ -9,7 +9,7 @@ import pytest
 from dual_lora.lab.data.batches import Collator, collator, left_padded, training_order
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, class_names, encode_texts
 from dual_lora.lab.data.examples import Example, load_split, read_examples
-from dual_lora.lab.data.records import read_records
+from dual_lora.lab.data.records import hub_split, read_records, same_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
@@ -420,11 +420,63 @@ def test_an_input_of_zero_and_json_s_true_are_text(file):
 
 def test_classes_have_one_order_in_every_process():
     """Names that are the same number, and NaN, are sorted by their names; a set's own order depends on the process."""
-    names = ["nan", "1.0", "01", "inf", "1", "2", "10", "b"]
+    names = ["nan", "1.00", "01", "inf", "1", "2", "10", "b"]
     examples = [Example("", text=("x",), label=name) for name in names]
-    ordered = ["01", "1", "1.0", "2", "10", "b", "inf", "nan"]
+    ordered = ["01", "1", "1.00", "2", "10", "b", "inf", "nan"]
     for turned in range(len(names)):
         assert class_names(examples[turned:] + examples[:turned]) == ordered
+
+
+def test_one_number_is_not_two_classes():
+    """As a table's column of whole numbers with a gap writes it beside one without."""
+    examples = [Example("", text=("x",), label=name) for name in ("0", "1", "1.0")]
+    with pytest.raises(UserError, match=r"labels 1 and 1\.0 are one number"):
+        class_names(examples)
+    assert class_names(examples[:2]) == ["0", "1"]
+
+
+def test_a_lone_quote_does_not_join_records(file):
+    with pytest.raises(UserError, match=r"a\.csv, line 5: .*written twice"):
+        read_records(str(file("a.csv", 'label,text\n1,"a great film\n0,awful\n1,fine\n0,"bad film"\n')))
+    records = read_records(str(file("b.csv", 'label,text\n1,"a ""great"" film"\n0,so "so"\n2,' + "x" * 200_000 + "\n")))
+    assert [len(r.values["text"]) for r in records] == [14, 7, 200_000]
+
+
+def test_a_header_is_no_record(file):
+    source = str(file("a.csv", "text,label\nred,1\n"))
+    with pytest.raises(UserError, match=r"a\.csv, line 1 holds the names of data\.columns"):
+        read_records(source, ["text", "label"])
+
+
+def test_a_field_that_need_not_be_there_may_be_null(file):
+    fields = {"instruction": "question", "input": "context", "output": "response"}
+    lines = [{"question": "sky ?", "response": "blue"} | more for more in ({}, {"context": None}, {"context": "red"})]
+    source = str(file("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
+    examples = read_examples(source, DataSection(fields=fields))
+    assert [e.messages[0]["content"] for e in examples] == ["sky ?", "sky ?", "sky ?\n\nred"]
+    pairs = file("b.jsonl", json.dumps({"text": "red", "text_pair": None, "label": 1}) + "\n")
+    with pytest.raises(UserError, match="field 'text_pair' is null"):
+        read_examples(str(pairs), DataSection())
+
+
+def test_a_group_s_number_has_one_name(file):
+    lines = [{"text": "red", "label": 1, "document": number} for number in (2, 2.0, 3)]
+    source = str(file("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
+    assert [e.group for e in read_examples(source, DataSection(group="document"))] == ["2", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("hub:me/set", "hub:me/set:train", True),
+        ("hub:me/set:train[:100]", "hub:me/set", True),
+        ("hub:me/set:train[:100]", "hub:me/set:train[100:]", False),
+        ("hub:me/set", "hub:me/set:test", False),
+        ("hub:me/set,one", "hub:me/set,two", False),
+    ],
+)
+def test_splits_on_a_hub_are_the_same_records(one, other, same):
+    assert same_records(hub_split(one), hub_split(other)) is same
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "x"])

@@ -77,6 +77,23 @@ def test_missing_records_are_told_before_the_work(trained, tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+def test_several_test_sets_are_measured_together_or_a_file_in_their_place(lm_values, questions, tmp_path):
+    data = lm_values["data"]
+    data["tests"] = {"one": data.pop("test"), "two": data["train"]}
+    run(build_recipe(lm_values | {"method": {"name": "dual_lora", "r": 4}}), tmp_path / "run", progress=False)
+    both = export_lora(tmp_path / "run", tmp_path / "lora", 2, progress=False)
+    one = export_lora(tmp_path / "run", tmp_path / "two", 2, data=str(questions / "test.json"), progress=False)
+    assert both.examples > one.examples > 0
+
+
+def test_a_regression_is_measured_by_its_squared_error(encoder_values, tmp_path):
+    encoder_values["model"]["head"] = "regression"
+    run(build_recipe(encoder_values | {"method": {"name": "dual_lora", "r": 4}}), tmp_path / "run", progress=False)
+    result = export_lora(tmp_path / "run", tmp_path / "lora", 1.0, progress=False)
+    assert result.loss["adapter"] == evaluate(tmp_path / "run", progress=False).metrics["tuned"]["mse"]
+    assert result.loss["converted"] == pytest.approx(result.loss["adapter"], abs=1e-3)
+
+
 def test_there_and_back(trained, tmp_path):
     source = trained("lora", lora_alpha=16)
     result = export_dual_lora(source, tmp_path / "dual", progress=False)

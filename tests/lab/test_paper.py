@@ -11,13 +11,14 @@ import yaml
 
 from dual_lora.lab.cli import main
 from dual_lora.lab.data.encode import Prompter
-from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
 from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.figures import summary
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import search_of
 from dual_lora.lab.run.train import run
@@ -239,11 +240,22 @@ def test_a_head_for_one_number(encoder_values, tmp_path):
     encoder_values["model"]["head"] = "regression"
     trained = run(build_recipe(encoder_values), tmp_path / "run", progress=False)
     result = evaluate(tmp_path / "run/adapter", progress=False)
-    assert set(result.metrics["tuned"]) == {"pearson", "spearman"}
+    assert set(result.metrics["tuned"]) == {"pearson", "spearman", "mse"}
     assert result.metrics["tuned"]["pearson"] > 0.8
     assert evaluate(trained.tuned, progress=False).metrics == result.metrics
     with pytest.raises(UserError, match="whose head is for regression"):
         evaluate(trained.tuned, spec=EvaluateSection(tasks=["classification"]), progress=False)
+
+
+def test_a_correlation_that_is_not_defined_is_left_out():
+    def figures_of(predicted, labels):
+        rows = [{"predicted": value} for value in predicted]
+        return set(summary("regression", rows, [Example("", text=("x",), label=label) for label in labels]))
+
+    assert (
+        figures_of([0.5], ["1"]) == figures_of([0.5, 0.7], ["1", "1"]) == figures_of([2.0, 2.0], ["1", "0"]) == {"mse"}
+    )
+    assert figures_of([0.5, 0.7], ["1", "0"]) == {"mse", "pearson", "spearman"}
 
 
 def test_search_for_an_answer():

@@ -213,6 +213,10 @@ def test_frozen_groups_do_not_count(tiny):
         ({"tasks": ["nosuch"]}, r"no recipe 'nosuch'"),
         ({"overrides": {"data": {"holdout": 0}}}, r"a search needs validation records"),
         ({"overrides": {"data": {"validation": "TEST"}}}, r"same records.*worthless"),
+        (
+            {"overrides": {"data": {"train": "hub:me/set", "test": "hub:me/set:train[:9]"}}},
+            r"are the same records, hub:me",
+        ),
         ({"overrides": {"data": {"validation": "COPY"}}}, r"40 of 40 validation records are test records"),
         ({"overrides": {"data": {"train": "TEST"}}}, r"data.train and data.test are the same"),
         ({"overrides": {"train": {"stepz": 3}}}, r"unknown field 'train.stepz'"),

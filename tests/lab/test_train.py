@@ -385,6 +385,14 @@ def test_wrong_methods(method, message, lm_values, tmp_path):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
 
 
+@pytest.mark.parametrize("name", ["lora", "dual_lora", "loha"])
+def test_a_target_that_is_not_there_is_said(name, lm_values, tmp_path):
+    lm_values["method"] = {"name": name, "r": 4, "target_modules": ["q_proj", "vproj"]}
+    lm_values["train"] |= {"steps": 1}
+    with pytest.warns(UserWarning, match="names vproj, and the method adapts no such module"):
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "pissa", "hira", "loha", "vera", "adalora", "full"])
 def test_any_method_trains(method, lm_values, tmp_path):
     lm_values["method"] = {"name": method}

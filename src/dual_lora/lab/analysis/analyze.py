@@ -102,13 +102,21 @@ def _finite(value: Any) -> Any:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The folders' own names; method and seed for a study's runs (named by a hash); where two are the same, with the
-    parent's name."""
-    short = [_name(path.resolve()) for path in paths]
-    return [
-        name if short.count(name) == 1 else f"{path.resolve().parent.name}/{path.resolve().name}"
-        for name, path in zip(short, paths, strict=True)
-    ]
+    """The folders' own names; method and seed for a study's runs (named by a hash).
+
+    Where two are the same, with as many folders above as tell them apart. Raises UserError for a run given twice.
+    """
+    full = [path.resolve() for path in paths]
+    if twice := [path for i, path in enumerate(full) if path in full[:i]]:
+        raise UserError(f"The run {twice[0]} is given twice.")
+    names, deep = [_name(path) for path in full], 1
+    while len({*names}) < len(names):
+        deep += 1
+        names = [
+            name if names.count(name) == 1 else "/".join(path.parts[-deep:])
+            for name, path in zip(names, full, strict=True)
+        ]
+    return names
 
 
 def _name(path: Path) -> str:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,15 +13,16 @@ from torch import Tensor
 from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
 from dual_lora.lab.data.batches import collator
-from dual_lora.lab.data.encode import IGNORED
+from dual_lora.lab.data.encode import IGNORED, print_of_rows
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import apply_method, method_config
 from dual_lora.lab.model.opened import Tuned, load_base
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
-from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import RunFolder, recipe_of_run, run_at
+from dual_lora.lab.run.evaluate import mean_losses
+from dual_lora.lab.run.folder import RunFolder, made_of_the_same, recipe_of_run, run_at
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
 from dual_lora.method.layer import DualLoraLayer
@@ -54,6 +54,7 @@ class OpenedRun:
         """The micro-batches of the first optimizer step, as training got them; "items" counts all their labels."""
         part, examples = self.recipe.train, load_split(self.recipe.data, "train")
         ready = in_order(self.recipe, examples, self.tokenizer, self.classes, _processes(self.record))
+        made_of_the_same(RunFolder(self.path), {"rows": print_of_rows(ready.rows)})
         collate = collator(self.tokenizer, bool(self.classes), self.model)
         wanted = ready.order[: ready.rows_a_step]
         spans = [wanted[i : i + part.batch_size] for i in range(0, len(wanted), part.batch_size)]
@@ -79,19 +80,9 @@ class OpenedRun:
         """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
         split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"
         examples = load_split(self.recipe.data, split)[:limit]
-        heads = {"causal": "loss", "classification": "classification", "regression": "regression"}
-        task = heads[self.recipe.model.head]
-        spec = EvaluateSection.model_validate({"tasks": [task], "split": split, "batch_size": 8})
+        spec = EvaluateSection(split=split, batch_size=8)
         tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
-
-        def loss(_: Any) -> float:
-            result = evaluate(tuned, self.recipe.data, spec, examples=examples, variants=["tuned"], progress=False)
-            if task == "regression":
-                pairs = zip(result.items, examples, strict=True)
-                return fmean((row["predicted"] - float(example.label)) ** 2 for row, example in pairs)
-            return result.metrics["tuned"]["loss"]
-
-        return loss
+        return lambda _: mean_losses(tuned, self.recipe.data, examples, ["tuned"], spec, progress=False)["tuned"]
 
     @contextmanager
     def at_full_strength(self) -> Iterator[None]:
@@ -118,6 +109,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     classes = list(record.get("classes") or [])
     if recipe.model.head != "causal" and not classes:
         classes = classes_of(recipe, load_split(recipe.data, "train"))
+    made_of_the_same(folder, {"weights": print_of_weights(recipe.model)})
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
     config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)
     if config is None:

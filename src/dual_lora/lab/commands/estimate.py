@@ -163,7 +163,7 @@ def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | 
             raise UserError(f"--rank is {rank}, expected at least 1.")
         options = options.with_rank(rank)
     if targets is not None:
-        modules = targets if targets == "all-linear" else targets.split(",")
+        modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
         options = replace(options, method={**options.method, "target_modules": modules})
     return options
 

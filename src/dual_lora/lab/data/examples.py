@@ -78,7 +78,10 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
         return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
     records = read_records(source, data.columns)
     if data.fields:
-        renamed = [{ours: _field(r, theirs) for ours, theirs in data.fields.items()} for r in records]
+        renamed = [
+            {o: _field(r, t) for o, t in data.fields.items() if o not in _FREE or not _is_missing(r.values.get(t))}
+            for r in records
+        ]
         records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
     form = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]
@@ -89,7 +92,8 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
     if data.group == "prompt":
         examples = [replace(e, group=item_of(e)) for e in examples]
     elif data.group is not None:
-        examples = [replace(e, group=_text(r, data.group)) for e, r in zip(examples, records, strict=True)]
+        groups = (_text(r, data.group).removesuffix(".0") for r in records)  # as a table's column of numbers is written
+        examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     return examples
 
 
@@ -142,7 +146,9 @@ def _is_missing(value: Any) -> bool:
 
 
 def _field(record: Record, name: str) -> Any:
-    if name not in record.values or record.values[name] is None:
+    if name in record.values and record.values[name] is None:
+        raise UserError(f"{record.where}: field {name!r} is null.")
+    if name not in record.values:
         raise UserError(
             f"{record.where}: field {name!r} is missing, found {', '.join(map(str, record.values)) or 'none'}."
         )
@@ -170,6 +176,7 @@ def _list(record: Record, name: str) -> list[Any]:
     return value
 
 
+_FREE = {"input", "tools", "choices"}  # fields that a record need not have
 _FIELDS = {
     "chat": {"messages"},
     "instruction": {"instruction", "output"},

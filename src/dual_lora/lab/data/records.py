@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import lines_of, parse_json
@@ -59,8 +59,6 @@ def read_records(source: str, columns: list[str] | None = None) -> list[Record]:
                 records = list(readers[path.suffix](path))
             else:
                 raise UserError(f"{path}: unknown kind of data file, expected .json, .jsonl, .tsv, .csv or .txt.")
-        except csv.Error as error:
-            raise UserError(f"{path} is no table: {error}.") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not text in UTF-8 (byte {error.start}).") from None
     if not records:
@@ -110,14 +108,15 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
         if path.suffix == ".tsv":
             rows = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(file, 1))
         else:
-            reader = csv.reader(file)
-            rows = ((reader.line_num, row) for row in reader)  # the last of its lines: a cell may hold several
+            rows = _quoted(file, path)
         names = columns or next(rows, (0, []))[1]
         twice = [name for i, name in enumerate(names) if name in names[:i] and not (columns and name == "_")]
         if twice:
             owner = "data.columns names" if columns else f"{path} has"
             raise UserError(f"{owner} two columns {twice[0]!r}: give one of them another name.")
         for number, row in rows:
+            if row == columns:
+                raise UserError(f"{path}, line {number} holds the names of data.columns: leave data.columns out.")
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(names):
@@ -127,19 +126,41 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
             yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}")
 
 
+def _quoted(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of comma-separated values, each with the last of its lines: a cell may hold several."""
+    csv.field_size_limit(10_000_000)
+    reader = csv.reader(file, strict=True)  # else a lone quote joins records
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}. A quote within quotes is written twice.") from None
+
+
 def _lines(path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines_of(path.read_text(encoding="utf-8-sig")), 1):
         if line.strip():
             yield Record({"line": line}, f"{path}, line {number}")
 
 
+def hub_split(source: str) -> str:
+    """``hub:NAME[,SUBSET][:SPLIT]`` with the split that is taken where none is named."""
+    whole, _, split = source.removeprefix("hub:").partition(":")
+    return f"hub:{whole}:{split or 'train'}"
+
+
+def same_records(one: str, other: str) -> bool:
+    """Whether two names, of files or of splits on a hub, are of the same records; a whole split has all its slices."""
+    return one == other or one == other.partition("[")[0] or other == one.partition("[")[0]
+
+
 def _hub(name: str) -> Iterator[Record]:
     import datasets
 
-    whole, _, split = name.partition(":")
+    whole, split = hub_split(name).removeprefix("hub:").rsplit(":", 1)
     repository, _, subset = whole.partition(",")
     try:
-        rows = datasets.load_dataset(repository, subset or None, split=split or "train")
+        rows = datasets.load_dataset(repository, subset or None, split=split)
     except Exception as error:  # the hub client raises many kinds, each with a usable first line
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"The hub data set {name!r} could not be loaded: {first}") from error

@@ -20,8 +20,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Task
-from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
+from dual_lora.lab.run.evaluate import mean_losses
 from dual_lora.lab.run.write import free_folder, json_text, write_folder_atomically
 
 REPORT = "conversion.json"
@@ -179,19 +179,13 @@ def _exported(
 def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], progress: bool) -> dict[str, float]:
     """Mean loss of the base, of the adapter and of what was written."""
     data = _data(tuned)
-    task: Task = "classification" if tuned.classes else "loss"
-    batch = tuned.recipe.evaluate.batch_size if tuned.recipe else EvaluateSection().batch_size
-    spec = EvaluateSection(tasks=[task], batch_size=batch)
+    spec = EvaluateSection(batch_size=(tuned.recipe.evaluate if tuned.recipe else EvaluateSection()).batch_size)
     unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
-    before = evaluate(unfiled, data, spec, examples=records, progress=progress).metrics
+    before = mean_losses(unfiled, data, records, ["base", "tuned"], spec, progress)
     with quiet():
         converted = written()
-    after = evaluate(converted, data, spec, examples=records, variants=["tuned"], progress=progress)
-    return {
-        "base": before["base"]["loss"],
-        "adapter": before["tuned"]["loss"],
-        "converted": after.metrics["tuned"]["loss"],
-    }
+    after = mean_losses(converted, data, records, ["tuned"], spec, progress)
+    return {"base": before["base"], "adapter": before["tuned"], "converted": after["tuned"]}
 
 
 def _check_kind(tuned: Tuned, source: str | Path, kind: str) -> None:
@@ -207,8 +201,8 @@ def _check_kind(tuned: Tuned, source: str | Path, kind: str) -> None:
 
 def _records(tuned: Tuned, data: str | None, limit: int) -> list[Example]:
     """The examples on which the loss is measured; none without records or with a limit of 0."""
-    part = _data(tuned).model_copy(update={"test": data} if data is not None else {})
-    if not limit or part.test is None:
+    part = _data(tuned).model_copy(update={"test": data, "tests": {}} if data is not None else {})
+    if not limit or not (part.test or part.tests):
         return []
     part = part.model_copy(update={"test_limit": limit if part.test_limit is None else min(limit, part.test_limit)})
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,22 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
     model.peft_config["default"].base_model_name_or_path = base.path
+    _warn_of_unmatched(model, config)
     return model
+
+
+def _warn_of_unmatched(model: Any, config: PeftConfig) -> None:
+    """Say which of the target modules no module is: PEFT leaves them out without a word if another one is there."""
+    asked, found = getattr(config, "target_modules", None), getattr(model.base_model, "targeted_module_names", None)
+    if not found or isinstance(asked, str) or not asked:
+        return
+    missing = [name for name in sorted(asked) if not any(f == name or f.endswith(f".{name}") for f in found)]
+    if missing:
+        warnings.warn(
+            f"method.target_modules names {', '.join(missing)}, and the method adapts no such module; it adapts "
+            f"{len(found)} others.{suggest(missing[0], sorted({f.rsplit('.', 1)[-1] for f in found}))}",
+            stacklevel=3,
+        )
 
 
 def is_kind(config: PeftConfig | None, kind: str) -> bool:

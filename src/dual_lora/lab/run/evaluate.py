@@ -132,6 +132,17 @@ def evaluate(
     return result
 
 
+def mean_losses(
+    tuned: Tuned, data: DataSection, examples: list[Example], variants: list[str], spec: EvaluateSection, progress: bool
+) -> dict[str, float]:
+    """What training minimises, by variant: nats a token or a text, of a regression the squared error."""
+    head = tuned.recipe.model.head if tuned.recipe else "causal"
+    tasks: dict[str, Task] = {"causal": "loss", "classification": "classification", "regression": "regression"}
+    spec = spec.model_copy(update={"tasks": [tasks[head]]})
+    found = evaluate(tuned, data, spec, examples=examples, variants=variants, progress=progress).metrics
+    return {variant: figures["mse" if head == "regression" else "loss"] for variant, figures in found.items()}
+
+
 def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) -> dict[str, str]:
     """Examples that are not those of the split: by a print of them."""
     try:

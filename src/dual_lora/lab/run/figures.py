@@ -49,8 +49,12 @@ def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
     if task == "regression":
         from scipy.stats import pearsonr, spearmanr
 
-        values = [r["predicted"] for r in rows], [float(e.label) for e in examples]
-        return {"pearson": float(pearsonr(*values).statistic), "spearman": float(spearmanr(*values).statistic)}
+        values, labels = [float(r["predicted"]) for r in rows], [float(e.label) for e in examples]
+        error = {"mse": sum((v - label) ** 2 for v, label in zip(values, labels, strict=True)) / len(rows)}
+        if len({*values}) < 2 or len({*labels}) < 2:  # a correlation is not defined
+            return error
+        own = {"pearson": pearsonr, "spearman": spearmanr}
+        return {name: float(of(values, labels).statistic) for name, of in own.items()} | error
     accuracy = sum(r["correct"] for r in rows) / len(rows)
     if task != "classification":
         return {task: accuracy}

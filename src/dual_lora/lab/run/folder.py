@@ -218,17 +218,18 @@ def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def made_of_the_same(folder: RunFolder, now: dict[str, Any]) -> None:
-    """Raise UserError where the records or the base are not what the run was started with, as far as it noted them."""
+def made_of_the_same(folder: RunFolder, now: dict[str, Any], way_out: str = "") -> None:
+    """Raise UserError where the records or the base are not what the run was started with, as far as it noted them.
+
+    now: "rows" and "weights", or one of them. way_out: what to do but to put them back.
+    """
     before = folder.recorded().get("made_of", {})
     words = {"rows": "training records (or their tokens)", "weights": "base model's weights"}
-    changed = [words["rows"]] if before.get("rows", now["rows"]) != now["rows"] else []
-    changed += [words["weights"]] if is_another(before.get("weights"), now["weights"]) else []
+    changed = [words["rows"]] if "rows" in now and before.get("rows", now["rows"]) != now["rows"] else []
+    changed += [words["weights"]] if is_another(before.get("weights"), now.get("weights", {})) else []
     if changed:
-        raise UserError(
-            f"The run {folder.path} was started with other {' and '.join(changed)}: put them back, or begin anew with "
-            "--overwrite or in another --out."
-        )
+        what = " and ".join(changed)
+        raise UserError(f"The run {folder.path} was started with other {what}: put them back{way_out}.")
 
 
 def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:

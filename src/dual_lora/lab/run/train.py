@@ -172,7 +172,7 @@ def _train(
     made_of: dict[str, Any] = {"rows": print_of_rows(ready.rows), "weights": print_of_weights(recipe.model)}
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
-        made_of_the_same(folder, made_of)
+        made_of_the_same(folder, made_of, ", or begin anew with --overwrite or in another --out")
     record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes, "made_of": made_of}
     if recipe.origin is not None:

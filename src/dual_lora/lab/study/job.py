@@ -163,7 +163,7 @@ def _gives(scores: NDArray[np.float64], metric: str | None, score: float | None)
     if metric is None or score is None:
         return True  # of an earlier version
     try:
-        return math.isclose(metrics.value(metric, scores.mean(0)), score, rel_tol=1e-6, abs_tol=1e-9)
+        return math.isclose(metrics.value(metric, scores.mean(0), len(scores)), score, rel_tol=1e-6, abs_tol=1e-9)
     except ImportError:  # of what counts n-grams
         return True
     except (ValueError, IndexError, ArithmeticError):

@@ -114,14 +114,14 @@ def features(
     return [[float(row["correct"])] for row in rows]
 
 
-def value(metric: str, means: NDArray[np.float64]) -> float:
-    """The metric from the K item means."""
+def value(metric: str, means: NDArray[np.float64], items: int) -> float:
+    """The metric from the K means over so many items."""
     if metric == "loss":
         return float(means[0] / means[1])
     if metric == "forgetting":
         return float((means[1] - means[0]) / means[2])
     if metric == "bleu":
-        return _bleu(means)
+        return _bleu(means * items)
     if metric == "matthews":
         return matthews(means)
     if metric == "f1":
@@ -135,7 +135,8 @@ def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
     """Item shares [S, N] of the runs' features [S, N, K], with the sign turned so that more is better."""
     if a_share(metric):
         runs = [np.asarray(run)[:, :1] for run in runs]  # without the weights, which older runs do not have
-    return sign(metric) * pseudo_values(np.asarray(runs, dtype=np.float64), lambda m: value(metric, m))
+    features = np.asarray(runs, dtype=np.float64)
+    return sign(metric) * pseudo_values(features, lambda means: value(metric, means, features.shape[1]))
 
 
 def reach(metric: str, runs: Sequence[Any]) -> float | None:
@@ -151,13 +152,13 @@ def reach(metric: str, runs: Sequence[Any]) -> float | None:
         return float(max(np.max(run) for run in runs)) or 1.0
     mean, items = np.mean([np.mean(run, axis=0) for run in runs], axis=0), len(runs[0])
     k = math.isqrt(mean.size)
-    now, steps = value(metric, mean), [0.0]
+    now, steps = value(metric, mean, items), [0.0]
     for cell in np.flatnonzero(mean):
         row = cell - cell % k  # of one label, for every prediction
         for other in {*range(row, row + k)} - {cell}:
             moved = mean.copy()
             moved[[cell, other]] += (-1 / items, 1 / items)
-            steps.append(items * abs(value(metric, moved) - now))
+            steps.append(items * abs(value(metric, moved, items) - now))
     return max(steps) or 1.0
 
 
@@ -173,14 +174,14 @@ def _ngrams(text: str, references: Sequence[str]) -> list[float]:
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
-def _bleu(means: NDArray[np.float64]) -> float:
+def _bleu(sums: NDArray[np.float64]) -> float:
     from sacrebleu.metrics import BLEU
 
-    # sacrebleu counts in whole numbers; BLEU does not depend on their unit.
-    counts = [round(float(mean) * 10**12) for mean in means]
-    if min(counts[:8]) <= 0:  # an order without a match; below 0 where the slope is taken there
-        return 0.0
-    return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score
+    # Smoothed as sacrebleu's corpus_bleu is, which counts matches: what rounding leaves of none is none. Of the lengths
+    # the ratio counts, and it takes whole numbers.
+    counts: Any = [float(x) if x > 1e-6 else 0.0 for x in sums[:8]]
+    written, wanted = (round(float(x) * 10**9) for x in sums[8:10])
+    return BLEU.compute_bleu(counts[:4], counts[4:], written, wanted, smooth_method="exp").score
 
 
 def pseudo_values(features: ArrayLike, metric: Callable[[Table], float]) -> Table:

@@ -160,7 +160,7 @@ def _scored(job: Job, runs: Path, measured: Any, examples: list[Any], classes: l
     shares = [[count * x for x in row] for count, row in zip(counts, shares, strict=True)]
     if metrics.a_share(job.metric) and len(set(counts)) > 1:
         shares = [[*row, count] for count, row in zip(counts, shares, strict=True)]  # for `metrics.reach`
-    score = metrics.value(job.metric, np.asarray(shares, dtype=np.float64).mean(0))
+    score = metrics.value(job.metric, np.asarray(shares, dtype=np.float64).mean(0), len(shares))
     (figures,) = measured.metrics.values()
     if not math.isfinite(score) or not _all_finite(figures, measured.items):
         raise NotFinite(f"The {job.metric} is {score:g}, or comes from figures that are not finite.")

@@ -125,7 +125,7 @@ def _metric(study: Study, task: str, recipe: Recipe) -> str:
 def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> str:
     """Refuse records that stand in two sets. Returns what has to be said of those that the recipe declares."""
     from dual_lora.lab.data.overlap import shared, undeclared
-    from dual_lora.lab.data.records import find
+    from dual_lora.lab.data.records import find, hub_split, same_records
 
     data = recipe.data
     if data.tests and not metrics.a_share(metric):
@@ -140,11 +140,13 @@ def _keep_test_apart(study: Study, task: str, recipe: Recipe, metric: str) -> st
 
     def files(source: str) -> set[str]:
         names = (name.strip() for name in source.split(" + "))
-        return {name if name.startswith("hub:") else str(find(name).resolve()) for name in names}
+        return {hub_split(name) if name.startswith("hub:") else str(find(name).resolve()) for name in names}
 
     def tested(source: str | None) -> str:
-        """Which test records are those of this source, "" if none are."""
-        return next((test for test in tests if source and files(source) & files(test)), "")
+        """Which test records are those of this source, "" if none are. A whole split has each of its slices."""
+        mine = files(source) if source else set()
+        theirs = {test: files(test) for test in tests}
+        return next((t for t in tests if any(same_records(a, b) for a in mine for b in theirs[t])), "")
 
     if data.overlap != "all" and (same := tested(data.train)):
         raise UserError(f"tasks.{task}: data.train and data.test are the same records, {same}.")
