@@ -34,7 +34,7 @@ def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 @functools.cache
 def onednn_sums_alike() -> bool:
-    """Whether oneDNN adds up as torch.mm does, tried on some products: that of torch 2.6 does not with AVX2."""
+    """Whether oneDNN adds up as torch.mm does, tried on some: with AVX2 that of torch 2.6 does not."""
     numbers = partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     with torch.autocast("cpu", enabled=False):
         for rank in (16, 48, SAME_BITS):

@@ -127,7 +127,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
 
 
 def _warn_of_unmatched(model: Any, config: PeftConfig) -> None:
-    """Say which of the target modules no module is: PEFT leaves them out without a word if another one is there."""
+    """Say which of the target modules no module is: PEFT leaves them out without a warning if another one is there."""
     asked, found = getattr(config, "target_modules", None), getattr(model.base_model, "targeted_module_names", None)
     if not found or isinstance(asked, str) or not asked:
         return
