@@ -420,19 +420,22 @@ def test_an_input_of_zero_and_json_s_true_are_text(file):
 
 def test_classes_have_one_order_in_every_process():
     """Names that are the same number, and NaN, are sorted by their names; a set's own order depends on the process."""
-    names = ["nan", "1.00", "01", "inf", "1", "2", "10", "b"]
+    names = ["nan", "001", "01", "inf", "1", "2", "10", "b"]
     examples = [Example("", text=("x",), label=name) for name in names]
-    ordered = ["01", "1", "1.00", "2", "10", "b", "inf", "nan"]
+    ordered = ["001", "01", "1", "2", "10", "b", "inf", "nan"]
     for turned in range(len(names)):
         assert class_names(examples[turned:] + examples[:turned]) == ordered
 
 
-def test_one_number_is_not_two_classes():
+@pytest.mark.parametrize("other", ["1.0", "1.00", "1e0"])
+def test_one_number_is_not_two_classes(other):
     """As a table's column of whole numbers with a gap writes it beside one without."""
-    examples = [Example("", text=("x",), label=name) for name in ("0", "1", "1.0")]
-    with pytest.raises(UserError, match=r"labels 1 and 1\.0 are one number"):
+    examples = [Example("", text=("x",), label=name) for name in ("0", "1", other)]
+    with pytest.raises(UserError, match=f"labels 1 and {other} are one number"):
         class_names(examples)
     assert class_names(examples[:2]) == ["0", "1"]
+    versions = [Example("", text=("x",), label=name) for name in ("v1", "v1.0", "Python 3", "Python 3.0")]
+    assert len(class_names(versions)) == 4
 
 
 def test_a_lone_quote_does_not_join_records(file):
@@ -454,6 +457,14 @@ def test_a_field_that_need_not_be_there_may_be_null(file):
     source = str(file("a.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
     examples = read_examples(source, DataSection(fields=fields))
     assert [e.messages[0]["content"] for e in examples] == ["sky ?", "sky ?", "sky ?\n\nred"]
+    with pytest.raises(UserError, match="field 'contxt' is missing, found question"):
+        read_examples(source, DataSection(fields=fields | {"input": "contxt"}))
+    swapped = {"input": "who ?", "context": "", "output": "me"}
+    other = str(file("c.jsonl", json.dumps(swapped) + "\n"))
+    (example,) = read_examples(
+        other, DataSection(fields={"instruction": "input", "input": "context", "output": "output"})
+    )
+    assert example.messages[0]["content"] == "who ?", "not once more as its own context"
     pairs = file("b.jsonl", json.dumps({"text": "red", "text_pair": None, "label": 1}) + "\n")
     with pytest.raises(UserError, match="field 'text_pair' is null"):
         read_examples(str(pairs), DataSection())
@@ -477,6 +488,25 @@ def test_a_group_s_number_has_one_name(file):
 )
 def test_splits_on_a_hub_are_the_same_records(one, other, same):
     assert same_records(hub_split(one), hub_split(other)) is same
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("me/set", ("me/set", None, "train")),
+        ("glue,mrpc:train[:100]", ("glue", "mrpc", "train[:100]")),
+        ("me/set:train[10%:]+test[:5]", ("me/set", None, "train[10%:]+test[:5]")),
+    ],
+)
+def test_a_slice_on_a_hub_is_asked_for_as_it_is_written(name, asked, monkeypatch):
+    import datasets
+
+    seen = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *given, split: seen.append((*given, split)) or [{"text": "red"}]
+    )
+    assert len(read_records(f"hub:{name}")) == 1
+    assert seen == [asked]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "x"])

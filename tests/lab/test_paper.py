@@ -18,7 +18,7 @@ from dual_lora.lab.recipe.families import KINDS, family, marked_yaml
 from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recipe_text, shipped_recipes
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.figures import summary
+from dual_lora.lab.run.figures import figures, summary
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import search_of
 from dual_lora.lab.run.train import run
@@ -256,6 +256,11 @@ def test_a_correlation_that_is_not_defined_is_left_out():
         figures_of([0.5], ["1"]) == figures_of([0.5, 0.7], ["1", "1"]) == figures_of([2.0, 2.0], ["1", "0"]) == {"mse"}
     )
     assert figures_of([0.5, 0.7], ["1", "0"]) == {"mse", "pearson", "spearman"}
+    rows = [{"predicted": value} for value in (0.5, 0.7, 0.1, 0.2)]
+    sets = [Example("", text=("x",), label=label, part=part) for label, part in zip("1011", "aabb", strict=True)]
+    for order in ([0, 1, 2, 3], [2, 3, 0, 1]):
+        found = figures("regression", [rows[i] for i in order], [sets[i] for i in order])
+        assert set(found) == {"mse", "mse/a", "mse/b", "pearson/a", "spearman/a"}
 
 
 def test_search_for_an_answer():

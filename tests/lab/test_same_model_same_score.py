@@ -12,6 +12,7 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dual_lora.lab.analysis.analyze import analyze
 from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import load_split
@@ -236,6 +237,36 @@ def test_a_base_is_known_by_its_tensors_whatever_files_hold_them(trained):
     saved_again(base, 3, max_shard_size="20KB")
     with pytest.raises(UserError, match="base are not those that"):
         evaluate(folder, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "another"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 4.0}}, True),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}}, True),
+        ({"rope_theta": 10000.0, "rope_parameters": None}, False),  # as earlier versions write it
+        ({"pad_token_id": 3, "attention_dropout": 0.5, "initializer_range": 1.0, "pretraining_tp": 2}, False),
+    ],
+)
+def test_of_a_configuration_counts_what_the_model_computes(change, another, trained):
+    folder, base = trained
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | change))
+    if another:
+        with pytest.raises(UserError, match="base are not those that"):
+            open_tuned(folder)
+    else:
+        assert open_tuned(folder).given == {}
+
+
+def test_what_transformers_does_not_read_is_not_looked_at(trained):
+    folder, base = trained
+    shutil.copy(base / "model.safetensors", base / "model_old.safetensors")
+    other_weights(base / "model_old.safetensors")
+    assert open_tuned(folder).given == {}
+    (base / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="base"):
+        analyze([folder], progress=False)
 
 
 def test_files_of_another_kind_tell_nothing_and_that_is_said(trained):

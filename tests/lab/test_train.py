@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,12 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_study import die, in_child
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, RobertaConfig, RobertaModel
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import train as training
+from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import WHOLE, RunFolder
 from dual_lora.lab.run.train import run
 from dual_lora.lab.run.watch import Watch
@@ -389,8 +391,41 @@ def test_wrong_methods(method, message, lm_values, tmp_path):
 def test_a_target_that_is_not_there_is_said(name, lm_values, tmp_path):
     lm_values["method"] = {"name": name, "r": 4, "target_modules": ["q_proj", "vproj"]}
     lm_values["train"] |= {"steps": 1}
-    with pytest.warns(UserWarning, match="names vproj, and the method adapts no such module"):
+    with pytest.warns(UserWarning, match=r"names vproj, which no module is\. Did you mean 'v_proj'"):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["down_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_targets_that_are_there_are_not_warned_of(fields, lm_values, tmp_path):
+    lm_values["method"] = {"name": "lora", "r": 4, **fields}
+    lm_values["train"] |= {"steps": 1}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="method.target_modules names")
+        run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "dual_lora"])
+def test_a_head_of_several_layers_is_opened_again(method, encoder_values, tmp_path):
+    """RoBERTa's: PEFT saves the whole of it, and the run saved its parts besides."""
+    old = AutoTokenizer.from_pretrained(encoder_values["model"]["path"])
+    config = RobertaConfig(
+        vocab_size=len(old), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=80, pad_token_id=old.pad_token_id,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path / "base")
+    old.save_pretrained(tmp_path / "base")
+    encoder_values["model"]["path"] = str(tmp_path / "base")
+    encoder_values["method"] = {"name": method, "r": 4, "target_modules": ["query", "value"]}
+    encoder_values["train"] |= {"steps": 2}
+    result = run(build_recipe(encoder_values), tmp_path / "run", progress=False)
+    assert evaluate(tmp_path / "run", progress=False).metrics == evaluate(result.tuned, progress=False).metrics
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "rslora", "pissa", "hira", "loha", "vera", "adalora", "full"])

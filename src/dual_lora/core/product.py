@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # Sums of so many terms are made in the same order by both libraries, one term after the other; MKL cuts longer ones.
 SAME_BITS = 128
@@ -36,7 +37,7 @@ def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def onednn_sums_alike() -> bool:
     """Whether oneDNN adds up as torch.mm does, tried on some: with AVX2 that of torch 2.6 does not."""
     numbers = partial(torch.randn, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
-    with torch.autocast("cpu", enabled=False):
+    with _disable_current_modes(), torch.autocast("cpu", enabled=False):
         for rank in (16, 48, SAME_BITS):
             a, b = numbers(96, rank), numbers(rank, 320)
             whole = torch.mm(a, b)

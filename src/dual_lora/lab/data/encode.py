@@ -179,10 +179,11 @@ VALUE = "(value)"  # in place of classes: the label is a number, and so is what 
 def class_names(examples: list[Example]) -> list[str]:
     """The labels that occur, numbers in their order."""
     names = {example.label for example in examples}
-    if twice := sorted(name for name in names if name.removesuffix(".0") in names - {name}):
+    whole = {float(name): name for name in names if _is_number(name) and name.isdecimal()}
+    if twice := sorted(n for n in names if _is_number(n) and float(n) in whole and not n.isdecimal()):
         raise UserError(
-            f"The labels {twice[0].removesuffix('.0')} and {twice[0]} are one number and would be two classes: write "
-            "it in one way."
+            f"The labels {whole[float(twice[0])]} and {twice[0]} are one number and would be two classes: write it in "
+            "one way."
         )
     # The name decides between 1 and 1.0: a set's own order is another one in every process.
     return sorted(names, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name))

@@ -78,10 +78,8 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
         return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
     records = read_records(source, data.columns)
     if data.fields:
-        renamed = [
-            {o: _field(r, t) for o, t in data.fields.items() if o not in _FREE or not _is_missing(r.values.get(t))}
-            for r in records
-        ]
+        free = {o for o, t in data.fields.items() if o in _FREE and any(t in r.values for r in records)}
+        renamed = [{o: r.values.get(t) if o in free else _field(r, t) for o, t in data.fields.items()} for r in records]
         records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
     form = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]

@@ -134,7 +134,10 @@ def _quoted(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}. A quote within quotes is written twice.") from None
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}. Right behind a closing quote stands a comma, and a quote within "
+            "quotes is written twice."
+        ) from None
 
 
 def _lines(path: Path) -> Iterator[Record]:
@@ -157,7 +160,7 @@ def same_records(one: str, other: str) -> bool:
 def _hub(name: str) -> Iterator[Record]:
     import datasets
 
-    whole, split = hub_split(name).removeprefix("hub:").rsplit(":", 1)
+    whole, _, split = hub_split(name).removeprefix("hub:").partition(":")  # of train[:100], too
     repository, _, subset = whole.partition(",")
     try:
         rows = datasets.load_dataset(repository, subset or None, split=split)

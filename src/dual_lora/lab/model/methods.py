@@ -93,7 +93,10 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
 
         settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
     if fresh and "modules_to_save" in known:
-        settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *fresh})
+        # A part of a head is not kept beside the whole of it: PEFT adds classifier and score, and could load neither.
+        whole = {*fresh, "classifier", "score"}
+        outer = {name for name in fresh if not any(name.startswith(f"{other}.") for other in whole)}
+        settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *outer}) or None
     try:
         return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
@@ -111,6 +114,7 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
             parameter.requires_grad_(True)
         return loaded.model
     check_config(config, loaded.model, "method")
+    _warn_of_missing(loaded.model, getattr(config, "target_modules", None))
     torch.manual_seed(seed)
     try:
         model = get_peft_model(loaded.model, config, revision=base.revision)
@@ -122,22 +126,18 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
     model.peft_config["default"].base_model_name_or_path = base.path
-    _warn_of_unmatched(model, config)
     return model
 
 
-def _warn_of_unmatched(model: Any, config: PeftConfig) -> None:
-    """Say which of the target modules no module is: PEFT leaves them out without a warning if another one is there."""
-    asked, found = getattr(config, "target_modules", None), getattr(model.base_model, "targeted_module_names", None)
-    if not found or isinstance(asked, str) or not asked:
+def _warn_of_missing(model: Any, asked: Any) -> None:
+    """Say which of the target modules the model has not: PEFT leaves them out without a warning if another is there."""
+    if isinstance(asked, str) or not asked:
         return
-    missing = [name for name in sorted(asked) if not any(f == name or f.endswith(f".{name}") for f in found)]
+    here = [name for name, _ in model.named_modules()]
+    missing = [name for name in sorted(asked) if not any(h == name or h.endswith(f".{name}") for h in here)]
     if missing:
-        warnings.warn(
-            f"method.target_modules names {', '.join(missing)}, and the method adapts no such module; it adapts "
-            f"{len(found)} others.{suggest(missing[0], sorted({f.rsplit('.', 1)[-1] for f in found}))}",
-            stacklevel=3,
-        )
+        near = suggest(missing[0], sorted({h.rsplit(".", 1)[-1] for h in here if h}))
+        warnings.warn(f"method.target_modules names {', '.join(missing)}, which no module is.{near}", stacklevel=3)
 
 
 def is_kind(config: PeftConfig | None, kind: str) -> bool:

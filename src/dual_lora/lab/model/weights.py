@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +18,11 @@ if TYPE_CHECKING:
 
 
 TENSORS = 32  # of a model that are looked at: a merge or a training changes many more, and the note of them stays short
-# Of a configuration, what says who wrote it and not what the model computes.
-_NO_MODEL = {"transformers_version", "torch_dtype", "dtype", "use_cache", "model_type"}
+# Of a configuration, what says who wrote it or how to train it, and not what the model computes.
+_NO_MODEL = re.compile(
+    r"_.*|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pad_token_id|pretraining_tp"
+    r"|max_position_embeddings|.*(dropout|pdrop)"
+)
 
 
 def print_of_weights(part: ModelSection) -> dict[str, str]:
@@ -77,23 +82,31 @@ def _numbers_of(config: Path) -> dict[str, str]:
         values = json.loads(config.read_bytes())
     except (OSError, ValueError):
         return {}
-    plain = {
-        name: float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        for name, value in values.items()
-        if isinstance(value, str | int | float) and name not in _NO_MODEL and not name.startswith("_")
-    }
-    return {_SETTING + name: json.dumps(value) for name, value in sorted(plain.items())}
+    return {_SETTING + name: value for name, value in sorted(_plain(values))} if isinstance(values, dict) else {}
+
+
+def _plain(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values; what turns positions stands in a section of its own, of several names, since transformers 5."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _plain(value, "" if name.startswith("rope_") else f"{above}{name}.")
+        elif isinstance(value, str | int | float) and not _NO_MODEL.fullmatch(name):
+            number = isinstance(value, int) and not isinstance(value, bool)
+            yield above + name, json.dumps(float(value) if number else value)
 
 
 def _tensors_in(folder: Path) -> dict[str, str]:
     """Prints of the tensors in safetensors files: of all, or of as many as are looked at, whatever their shards."""
     held: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    only = folder / "model.safetensors"  # what transformers reads where it is there
+    for file in [only] if only.is_file() else sorted(folder.glob("*.safetensors")):
         with file.open("rb") as opened, suppress(ValueError, struct.error):  # a damaged one is the loader's to say
             (length,) = struct.unpack("<Q", opened.read(8))
-            held |= {name: (file, 8 + length, at) for name, at in json.loads(opened.read(length)).items()}
+            header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
+            held |= {name: (file, 8 + length, at) for name, at in header.items()}
     held.pop("__metadata__", None)
-    chosen = sorted(held, key=lambda name: hashlib.sha256(name.encode()).digest())[:TENSORS]
+    ends = {name for name in held if re.search("embed|head", name)}
+    chosen = sorted(held, key=lambda name: (name not in ends, hashlib.sha256(name.encode()).digest()))[:TENSORS]
     return {name: _sampled_tensor(*held[name]) for name in sorted(chosen)}
 
 

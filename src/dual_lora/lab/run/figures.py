@@ -25,9 +25,9 @@ def figures(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
             continue
         own = [i for i, example in enumerate(examples) if example.part == part]
         each[part] = summary(task, [rows[i] for i in own], [examples[i] for i in own])
-    names = list(each[parts[0]])
+    names = [name for name in each[parts[0]] if all(name in own for own in each.values())]  # a correlation may not be
     means = {name: sum(own[name] for own in each.values()) / len(parts) for name in names}
-    return means | {f"{name}/{part}": own[name] for part, own in each.items() for name in names}
+    return means | {f"{name}/{part}": value for part, own in each.items() for name, value in own.items()}
 
 
 def summary(task: str, rows: Rows, examples: list[Example]) -> dict[str, float]:
