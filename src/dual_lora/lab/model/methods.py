@@ -93,7 +93,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
 
         settings["lora_ga_config"] = LoraGAConfig(**(settings.get("lora_ga_config") or {}))
     if fresh and "modules_to_save" in known:
-        # A part of a head is not kept beside the whole of it: PEFT adds classifier and score, and could load neither.
+        # A part of a head is not kept next to the whole of it: PEFT adds classifier and score, and could load neither.
         whole = {*fresh, "classifier", "score"}
         outer = {name for name in fresh if not any(name.startswith(f"{other}.") for other in whole)}
         settings["modules_to_save"] = sorted({*(settings.get("modules_to_save") or []), *outer}) or None
