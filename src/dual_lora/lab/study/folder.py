@@ -24,6 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.weights import is_another, told_of
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -50,7 +51,10 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
     pairs: Changes = {}
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
-        if name in inside and isinstance(old, dict) and isinstance(new, dict):
+        if name.endswith(" weights"):
+            if is_another(old, new):  # one change, however many tensors tell of it
+                pairs[name] = told_of(old), told_of(new)
+        elif name in inside and isinstance(old, dict) and isinstance(new, dict):
             pairs |= {f"{name}.{key}": pair for key, pair in changes(old, new).items()}
         elif old != new:
             pairs[name] = old, new
