@@ -217,13 +217,17 @@ def answer_of(message: dict[str, Any], where: str) -> str:
 
     In a prompt it may hold what it likes: the template knows how to write it.
     """
-    more = {name: message.get(name) for name in _MORE}
-    if unread := [name for name, v in more.items() if not _is_missing(v.strip() if isinstance(v, str) else v or None)]:
+    if unread := [name for name in _MORE if _says_more(message.get(name))]:
         raise UserError(
             f"{where}: a message of the assistant holds {' and '.join(unread)}, and content alone is learned: write "
             "into content what is to be answered."
         )
     return text_of(message, where)
+
+
+def _says_more(value: Any) -> bool:
+    """Whether it is more than a blank, an empty list or mapping, or false."""
+    return not _is_missing(value.strip() if isinstance(value, str) else value or None)
 
 
 def text_of(message: dict[str, Any], where: str) -> str:

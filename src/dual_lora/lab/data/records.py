@@ -148,8 +148,12 @@ def _lines(path: Path) -> Iterator[Record]:
 
 def hub_split(source: str) -> str:
     """``hub:NAME[,SUBSET][:SPLIT]`` with the split that is taken where none is named."""
-    whole, _, split = source.removeprefix("hub:").partition(":")
-    return f"hub:{whole}:{split or 'train'}"
+    return "hub:" + ":".join(_split_of(source.removeprefix("hub:")))
+
+
+def _split_of(name: str) -> tuple[str, str]:
+    whole, _, split = name.partition(":")  # of train[:100], too
+    return whole, split or "train"
 
 
 def same_records(one: str, other: str) -> bool:
@@ -160,7 +164,7 @@ def same_records(one: str, other: str) -> bool:
 def _hub(name: str) -> Iterator[Record]:
     import datasets
 
-    whole, _, split = hub_split(name).removeprefix("hub:").partition(":")  # of train[:100], too
+    whole, split = _split_of(name)
     repository, _, subset = whole.partition(",")
     try:
         rows = datasets.load_dataset(repository, subset or None, split=split)

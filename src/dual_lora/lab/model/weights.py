@@ -23,6 +23,7 @@ _NO_MODEL = re.compile(
     r"_.*|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pad_token_id|pretraining_tp"
     r"|max_position_embeddings|.*(dropout|pdrop)"
 )
+_SETTING = "config "  # begins the name of a value of the configuration
 
 
 def print_of_weights(part: ModelSection) -> dict[str, str]:
@@ -47,9 +48,9 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
 
     What one of two prints alone has tells nothing: tied weights are in some files, and versions name settings anew.
     """
-    known = before.keys() & now.keys() if isinstance(before, dict) else set()
-    if isinstance(before, dict) and any(before[name] != now[name] for name in known):
+    if have_changed(before, now):
         return True
+    known = before.keys() & now.keys() if isinstance(before, dict) else ()
     return False if any(not name.startswith(_SETTING) for name in known) else None
 
 
@@ -68,12 +69,9 @@ def print_of_folder(folder: Path) -> dict[str, str]:
 def have_changed(before: object, now: dict[str, str]) -> bool:
     """Whether a print says that other weights are there by now.
 
-    What one of two prints alone has tells nothing: a copy may be in other shards, and a folder may hold more.
+    What one of two prints alone has tells nothing: a folder may hold more.
     """
     return isinstance(before, dict) and any(before[name] != now[name] for name in before.keys() & now.keys())
-
-
-_SETTING = "config "
 
 
 def _numbers_of(config: Path) -> dict[str, str]:
@@ -105,9 +103,8 @@ def _tensors_in(folder: Path) -> dict[str, str]:
             header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
             held |= {name: (file, 8 + length, at) for name, at in header.items()}
     held.pop("__metadata__", None)
-    ends = {name for name in held if re.search("embed|head", name)}
-    chosen = sorted(held, key=lambda name: (name not in ends, hashlib.sha256(name.encode()).digest()))[:TENSORS]
-    return {name: _sampled_tensor(*held[name]) for name in sorted(chosen)}
+    order = sorted(held, key=lambda n: (not re.search("embed|head", n), hashlib.sha256(n.encode()).digest()))
+    return {name: _sampled_tensor(*held[name]) for name in sorted(order[:TENSORS])}
 
 
 def _sampled_tensor(file: Path, begin: int, at: dict[str, Any]) -> str:
