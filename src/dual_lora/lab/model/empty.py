@@ -157,14 +157,14 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from dual_lora.lab.model.methods import missing_targets
+
     part, method = recipe.model, recipe.method
     labels = {"classification": {"num_labels": classes}, "regression": {"num_labels": 1}}.get(part.head, {})
     base = empty_base(load_config(part.path, part.revision, **labels), part.head, part.path)
     model = adapted(base, method, part.head, part.path, recipe.train.steps or 1000)
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    targets = method.get("target_modules")
-    wanted = targets if isinstance(targets, list) else []
-    if idle := [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]:
+    if idle := missing_targets(method.get("target_modules"), names):
         raise UserError(f"{part.path} has no layer {', '.join(idle)} (method.target_modules).")
     layers = dict(Counter(name.rpartition(".")[2] for name in names))
     return Fit(layers, sum(p.numel() for p in model.parameters() if p.requires_grad), count_of(model))

@@ -129,13 +129,16 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     return model
 
 
+def missing_targets(asked: Any, names: list[str]) -> list[str]:
+    """Which of the target modules, a list of names or of their ends, no module of these names is."""
+    wanted = asked if isinstance(asked, list) else sorted(asked) if isinstance(asked, set) else []
+    return [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
+
+
 def _warn_of_missing(model: Any, asked: Any) -> None:
     """Say which of the target modules the model has not: PEFT leaves them out without a warning if another is there."""
-    if isinstance(asked, str) or not asked:
-        return
     here = [name for name, _ in model.named_modules()]
-    missing = [name for name in sorted(asked) if not any(h == name or h.endswith(f".{name}") for h in here)]
-    if missing:
+    if missing := missing_targets(asked, here):
         near = suggest(missing[0], sorted({h.rsplit(".", 1)[-1] for h in here if h}))
         warnings.warn(f"method.target_modules names {', '.join(missing)}, which no module is.{near}", stacklevel=3)
 
