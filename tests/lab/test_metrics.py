@@ -118,6 +118,25 @@ def test_pearson_and_squares_of_one_number(unit):
     assert metrics.value("pearson", np.mean(level, 0), 3) == 0.0
 
 
+def test_shares_of_bleu_are_what_it_loses_without_each_text():
+    """By sacrebleu's own score of the others, where one order has no match and is smoothed by their number."""
+    corpus_bleu = pytest.importorskip("sacrebleu").corpus_bleu
+    random = np.random.default_rng(4)
+    words = np.array(["the", "cat", "sat", "on", "a", "mat", "and", "slept", "well", "today"])
+    said = [" ".join(random.choice(words, 6)) for _ in range(8)]
+    wanted = [" ".join(random.choice(words, 6)) for _ in range(8)]
+    rows = [{"predicted": text, "references": [right]} for text, right in zip(said, wanted, strict=True)]
+
+    def score(kept):
+        kept = list(kept)
+        return corpus_bleu([said[i] for i in kept], [[wanted[i] for i in kept]], force=True).score
+
+    assert not sum(np.array(metrics.features("bleu", rows, [], []))[:, 3]), "no four words match"
+    (shares,) = metrics.score_table("bleu", [metrics.features("bleu", rows, [], [])])
+    without = np.array([score(set(range(8)) - {i}) for i in range(8)])
+    assert shares == pytest.approx(score(range(8)) + 7 * (without.mean() - without))
+
+
 def test_pseudo_values_give_matthews_and_its_spread():
     from sklearn.metrics import f1_score, matthews_corrcoef
 
@@ -127,7 +146,7 @@ def test_pseudo_values_give_matthews_and_its_spread():
     cells = metrics.confusion_cells(labels, guesses, 2)
     macro = partial(f1_score, average="macro")
     for ours, theirs in ((metrics.matthews, matthews_corrcoef), (metrics.f1, macro)):
-        values = metrics.pseudo_values(cells, ours)
+        values = metrics.pseudo_values(cells, lambda means, _, ours=ours: ours(means))
         expected = [theirs(labels, g) for g in guesses]
         assert values.mean(1) == pytest.approx(expected, abs=1e-9)
         # the delta method's standard error against an ordinary bootstrap of the metric

@@ -27,6 +27,7 @@ from dual_lora.lab.recipe.schema import EvaluateSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import recipe_of_run
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
@@ -122,11 +123,56 @@ def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch
             example = replace(examples[0], answer=whole, target=target)
             (row,) = score_exact_match(Asked(model, [example], prompter, spec))
             assert row["correct"] is right
-    for reference, text in (("3/4", "1/4"), ("1,250", "250")):  # a short answer is compared as it is
-        monkeypatch.setattr(scoring, "generate_all", lambda *_, text=text: [text])
-        example = replace(examples[0], answer=reference, target=reference)
-        (row,) = score_exact_match(Asked(model, [example], prompter, EvaluateSection(extract=r"(\d+)\D*$")))
-        assert not row["correct"]
+
+
+@pytest.mark.parametrize(
+    ("reference", "extract", "text", "right"),
+    [
+        ("The answer is 42.", r"\d+", "The answer is 42.", True),
+        ("B) Paris", r"\b[A-D]\b", "(B), of course", True),
+        ("Yes, it is.", "(?i)yes|no", "yes", False),
+        ("Yes, it is.", "(?i)yes|no", "Yes", True),
+        ("So x = -7", r"-?\d+", "-7", True),
+        ("It costs **$5**.", r"(\d+)\D*$", "5 dollars", True),
+        ("the correct answer is answer2", r"answer(\d)", "answer2", True),
+        ("forty-two", r"(\w+-\w+)", "forty-two !", True),
+        ("red", "#### (.*)", "#### red", True),
+    ],
+)
+def test_what_the_pattern_takes_of_a_short_reference_is_compared(reference, extract, text, right, loaded, monkeypatch):
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: [text])
+    model, _, examples, prompter = loaded
+    example = replace(examples[0], answer=reference, target=reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = score_exact_match(Asked(model, [example], prompter, EvaluateSection(extract=extract)))
+    assert row["correct"] is right
+
+
+@pytest.mark.parametrize(
+    ("reference", "extract", "text", "piece"),
+    [
+        ("3/4", r"(\d+)\D*$", "1/4", "4"),
+        ("so it is 3/4.", r"(\d+)\D*$", "1/4", "4"),
+        ("1,250", r"\d+", "1", "1"),
+        ("-5", r"\d+", "5", "5"),
+        ("The U.S. won", r"(?:^The )?(.*?)(?:[.\n]|$)", "U", None),
+        ("U.S.", r"^(.*?)(?:[.\n]|$)", "U", "U"),
+    ],
+)
+def test_a_pattern_that_takes_a_piece_of_a_word_is_said(reference, extract, text, piece, loaded, monkeypatch):
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: [text, "red"])
+    model, _, examples, prompter = loaded
+    asked = [replace(examples[0], answer=answer, target=answer) for answer in (reference, "red")]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        row, _ = score_exact_match(Asked(model, asked, prompter, EvaluateSection(extract=extract)))
+    assert row["correct"] is (piece is None)
+    expected = (
+        [] if piece is None else [f"out of 1 of 2 expected answers, such as {piece!r} of {reference!r}. They are"]
+    )
+    assert len(said) == len(expected)
+    assert all(words in str(one.message) for words, one in zip(expected, said, strict=True))
 
 
 def test_answers_that_cannot_be_written_in_full_are_said(loaded):
@@ -246,6 +292,8 @@ def test_a_base_is_known_by_its_tensors_whatever_files_hold_them(trained):
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}}, True),
         ({"rope_theta": 10000.0, "rope_parameters": None}, False),  # as earlier versions write it
         ({"pad_token_id": 3, "attention_dropout": 0.5, "initializer_range": 1.0, "pretraining_tp": 2}, False),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, False),  # which was not there: nothing to compare
+        ({"max_position_embeddings": 1 << 10}, False),
     ],
 )
 def test_of_a_configuration_counts_what_the_model_computes(change, another, trained):
@@ -273,8 +321,30 @@ def test_files_of_another_kind_tell_nothing_and_that_is_said(trained):
     folder, base = trained
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
-    with pytest.warns(UserWarning, match="nothing tells whether the weights are the same"):
+    with pytest.warns(UserWarning, match="Nothing tells whether the base model's weights are those that .*adapter"):
         open_tuned(folder)
+    with pytest.warns(UserWarning, match="Nothing tells whether .* those that the run .* was started with"):
+        analyze([folder], progress=False)
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["[]", "null", '{"a": 1}', '{"a": {"dtype": "F32", "shape": [1]}}', "[" * 100_000]
+    + [f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {at}}}}}' for at in ("[0]", "[-900, 4]", "[0, 9e9]")],
+)
+def test_a_damaged_base_is_its_loader_s_to_say(header, trained):
+    folder, base = trained
+    told = header.encode()
+    (base / "model.safetensors").write_bytes(len(told).to_bytes(8, "little") + told + b"0" * 16)
+    assert not any(not name.startswith("config ") for name in weights.print_of_weights(recipe_of_run(folder).model))
+
+
+def test_a_damaged_note_of_what_a_run_is_made_of_says_nothing(trained):
+    folder, _ = trained
+    record = json.loads((folder / "record.json").read_text())
+    for noted in ([1], {"weights": [1], "rows": record["made_of"]["rows"]}):
+        (folder / "record.json").write_text(json.dumps(record | {"made_of": noted}))
+        assert analyze([folder], progress=False)
 
 
 def test_a_hub_s_commit_that_changes_no_weights_is_no_other_base(trained, monkeypatch, tmp_path):

@@ -39,6 +39,8 @@ def test_short_forms():
     [
         ({"metods": {}}, r"unknown field 'metods'.*Did you mean 'methods'"),
         ({"budget": {"mach": "time"}}, r"unknown field 'budget.mach'.*'match'"),
+        ({"overrides": {"train.steps": 3}}, r"'train.steps' is written train: \{steps: …\} here"),
+        ({"overrides": {"trian": {"steps": 3}}}, r"'trian' is no part of a recipe.*Did you mean 'train'"),
         ({"budget": {"match": "parameters"}}, r"needs either like: METHOD or value: NUMBER"),
         ({"budget": {"match": "parameters", "like": "lor"}}, r"budget.like is 'lor'.*'lora'"),
         ({"reference": "dual_lra"}, r"reference 'dual_lra' is no method.*'dual_lora'"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from dual_lora.lab.data.examples import Example, answer_of, text_of
+from dual_lora.lab.data.examples import Example, answer_of, as_whole, text_of
 from dual_lora.lab.errors import UserError, described
 
 IGNORED = -100  # the label that losses of PyTorch leave out
@@ -179,11 +179,10 @@ VALUE = "(value)"  # in place of classes: the label is a number, and so is what 
 def class_names(examples: list[Example]) -> list[str]:
     """The labels that occur, numbers in their order."""
     names = {example.label for example in examples}
-    whole = {float(name): name for name in names if _is_number(name) and name.isdecimal()}
-    if twice := sorted(n for n in names if _is_number(n) and float(n) in whole and not n.isdecimal()):
+    if twice := sorted(name for name in names if as_whole(name) != name and as_whole(name) in names):
         raise UserError(
-            f"The labels {whole[float(twice[0])]} and {twice[0]} are one number and would be two classes: write it in "
-            "one way."
+            f"The labels {as_whole(twice[0])} and {twice[0]} are one number and would be two classes: write it "
+            "in one way."
         )
     # The name decides between 1 and 1.0: a set's own order is another one in every process.
     return sorted(names, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name))

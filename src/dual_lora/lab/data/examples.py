@@ -90,9 +90,14 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
     if data.group == "prompt":
         examples = [replace(e, group=item_of(e)) for e in examples]
     elif data.group is not None:
-        groups = (_text(r, data.group).removesuffix(".0") for r in records)  # as a table's column of numbers is written
+        groups = (as_whole(_text(r, data.group)) for r in records)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     return examples
+
+
+def as_whole(text: str) -> str:
+    """A whole number without the ".0" that a table with an empty cell in its column adds; any other text as it is."""
+    return text.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", text) else text
 
 
 def item_of(example: Example) -> str:

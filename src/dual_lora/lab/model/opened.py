@@ -17,7 +17,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
-from dual_lora.lab.model.weights import is_another, print_of_weights, told_of
+from dual_lora.lab.model.weights import is_another, nothing_tells, print_of_weights, told_of
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -156,11 +156,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     another = is_another(known, now := print_of_weights(part))
     if another is None:
         if known and now:
-            warnings.warn(
-                f"The files of {part.path} are of another kind than those that {adapter} was trained on (safetensors, "
-                "GGUF), so nothing tells whether the weights are the same.",
-                stacklevel=4,
-            )
+            warnings.warn(nothing_tells(f"{adapter} was trained on"), stacklevel=4)
         return {"base": base} if base else {}
     if not another:
         return {}

@@ -4,12 +4,14 @@ LLM-Adapters and DoRA after it (commonsense_evaluate.py, extract_answer) take th
 the text holds, wherever it stands, and count a text without one as wrong.
 """
 
+import re
 from functools import lru_cache
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.patterns import Pattern
 
 COMMONSENSE = "commonsense"
+_AROUND = re.compile(r"^[^\w+-]+|\W+$")  # signs around a word or a number
 
 # Every task has the labels of one kind: BoolQ; PIQA; SIQA, ARC and OpenBookQA; HellaSwag; WinoGrande. The first three
 # have fewer answers than five in most questions, yet all five labels are looked for.
@@ -33,10 +35,19 @@ def answer_in(text: str, extract: str, target: str) -> str:
     return (match[match.lastindex or 0] if match else "").strip()
 
 
-def is_marked(text: str, extract: str) -> bool:
-    """Whether ``text`` has a mark by which the pattern knows the answer, as "####" before a number."""
+def piece_in(text: str, extract: str) -> str:
+    """What the pattern takes out of the middle of a word, as "4" of "3/4"; "" where it takes whole words.
+
+    Behind a mark that the pattern holds ("####", "answer is") it takes what it was written for.
+    """
     match = _pattern(extract).search(text)
-    return match is not None and match[match.lastindex or 0].strip() != match[0].strip()
+    if match is None or text[match.start() : match.start(match.lastindex or 0)].strip():
+        return ""
+    first, last = match.span(match.lastindex or 0)
+    begin = first - len(re.split(r"\s", text[:first])[-1])
+    word = text[begin : last + len(re.split(r"\s", text[last:])[0])]
+    found = text[first:last].strip()
+    return found if _AROUND.sub("", found) != _AROUND.sub("", word) else ""
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.model.generate import check_writes, ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, is_marked
+from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, piece_in
 
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
@@ -80,6 +80,8 @@ def _logits(
 def score_exact_match(asked: Asked) -> Rows:
     """Greedy answers, and whether each one is the expected one."""
     spec, special, rows = asked.spec, specials_of(asked.tokenizer), []
+    if spec.extract:
+        _warn_of_pieces(asked.examples, spec.extract)
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
@@ -90,10 +92,25 @@ def score_exact_match(asked: Asked) -> Rows:
 
 def _expected(example: Example, extract: str) -> str:
     """The right answer: of records that have no field of their own for it, what stands in a worked solution."""
-    if example.target != example.answer or extract == COMMONSENSE:
+    if not _is_worked(example, extract) or piece_in(example.answer, extract):
         return example.target
-    worked = len(example.answer.split()) > SHORT or is_marked(example.answer, extract)
-    return (answer_in(example.answer, extract, example.target) if worked else "") or example.target
+    return answer_in(example.answer, extract, example.target) or example.target
+
+
+def _is_worked(example: Example, extract: str) -> bool:
+    return example.target == example.answer and extract != COMMONSENSE
+
+
+def _warn_of_pieces(examples: list[Example], extract: str) -> None:
+    """Say where the pattern takes a piece of a word out of an expected answer: no answer can be right there."""
+    worked = [example.answer for example in examples if _is_worked(example, extract)]
+    if cut := [(piece, text) for text in worked if (piece := piece_in(text, extract))]:
+        warnings.warn(
+            f"evaluate.extract takes a piece of a word out of {len(cut)} of {len(examples)} expected answers, such as "
+            f"{cut[0][0]!r} of {cut[0][1]!r:.80}. They are compared whole, which it can take of no text. Write a wider "
+            "pattern, or give the records a field with the answer alone.",
+            stacklevel=2,
+        )
 
 
 def score_texts(asked: Asked) -> Rows:
@@ -180,7 +197,6 @@ def generate_all(
     return texts
 
 
-SHORT = 8  # words of an answer that is compared as it is: a pattern may take "4" out of "3/4"
 NO_REPEAT = "no_repeat_ngram"
 
 

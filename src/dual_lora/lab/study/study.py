@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.patterns import compiled
-from dual_lora.lab.recipe.schema import NAME, Section
+from dual_lora.lab.recipe.schema import NAME, Recipe, Section
 from dual_lora.lab.study.metrics import METRICS
 from dual_lora.lab.study.search import MOST_RUNS, MetricName, Search, dotted
 
@@ -168,6 +168,17 @@ class Study(Section):
             if isinstance(value, dict)
             else value
         )
+
+    @field_validator("overrides")
+    @classmethod
+    def _parts_of_a_recipe(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            part, _, field = name.partition(".")
+            if field and part in Recipe.model_fields:
+                raise ValueError(f"{name!r} is written {part}: {{{field}: …}} here")
+            if name not in Recipe.model_fields:
+                raise ValueError(f"{name!r} is no part of a recipe.{suggest(name, Recipe.model_fields)}")
+        return value
 
     @field_validator("methods", mode="before", json_schema_input_type=list[str] | dict[str, MethodEntry | None])
     @classmethod
