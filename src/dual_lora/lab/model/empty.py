@@ -8,6 +8,7 @@ would get the slow attention that keeps every score.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from transformers import PreTrainedConfig
 
+    from dual_lora.lab.model.load import Location
     from dual_lora.lab.recipe.schema import Recipe
 
 _AT_START = ("pissa", "olora", "lora_ga")  # aliases of LoRA that decompose weights before the first step
@@ -44,12 +46,24 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
             if known_name(path) and not here.exists():
                 return published_config(path, **more)
             location = Location(str(here)) if here.name == "config.json" else locate(path, revision)
+            if location.gguf_file:
+                file = Path(location.name, location.gguf_file).stat()
+                return copy.deepcopy(_gguf_config(location, (file.st_size, file.st_mtime_ns), **more))
             config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
             return config
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _gguf_config(location: Location, stamp: tuple[int, int], **more: Any) -> PreTrainedConfig:
+    """Out of a file that is as large and as old as `stamp` says: its whole vocabulary is read each time (seconds)."""
+    from transformers import AutoConfig
+
+    config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
+    return config
 
 
 def shortened(config: Any, layers: int | None) -> Any:
