@@ -361,6 +361,10 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
         compare(study, tmp_path / "out", progress=False)
     file = tmp_path / "out" / "study.json"
     known = json.loads(file.read_text())
+    nameless = {"letters weights": {"file pytorch_model.bin": "0"}}
+    file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
+    with pytest.warns(UserWarning, match="Nothing tells whether .* weights are those that the study was begun with"):
+        compare(study, tmp_path / "out", progress=False)
     del known["recipes"]["letters weights"]
     file.write_text(json.dumps(known))
     assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
