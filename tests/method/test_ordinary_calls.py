@@ -400,3 +400,58 @@ def test_four_bits_in_any_storage_are_read_at_their_places(storage):
     rows = row_source(base, Bnb4bitBackend())
     for start, stop in ((0, 3), (3, 6), (1001, 1100)):
         assert torch.equal(rows.rows(start, stop).float(), weight[start:stop])
+
+
+@pytest.mark.parametrize("by", ["lerp", "data"])
+def test_an_average_of_parameters_alone_that_acts_as_the_base_says_so(by):
+    """As averages that copy no whole-number buffers make it: λ of the copy stays 0."""
+    model = adapted(warmup_steps=2)
+    average = copy.deepcopy(model).eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        average(points())  # not yet trained, and λ is 0 by right
+        copy.deepcopy(average)(points())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(points()) - 1).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for mine, theirs in zip(average.parameters(), model.parameters(), strict=True):
+                (mine if by == "lerp" else mine.data).lerp_(theirs, 0.5)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"written to, but no optimizer step was counted.*count_step"):
+        average(points())
+    count_step(average)
+    average.load_state_dict(model.state_dict())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        assert torch.equal(average(points()), model.eval()(points()))
+        fresh = adapted(warmup_steps=2).eval()
+        fresh.load_state_dict(adapted(warmup_steps=2).state_dict())
+        fresh.double()(points().double())
+
+
+def test_a_refused_merge_leaves_the_model_as_it_was():
+    model = nn.Sequential()
+    model.add_module("one", nn.Linear(6, 6))
+    model.add_module("two", nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    peft = get_peft_model(model, visible(target_modules=["one", "two"]))
+    x = torch.randn(3, 6)
+    before = peft(x)
+    with peft.disable_adapter():
+        base = peft(x)
+    with pytest.raises(ValueError, match="its weight is no parameter"):
+        peft.merge_and_unload()
+    assert torch.equal(peft(x), before)
+    with peft.disable_adapter():
+        assert torch.equal(peft(x), base)
+    assert len(left(peft)) == 1
+    assert sum(hasattr(m, "dual_lora_A") for m in peft.modules()) == 2
+
+
+def test_casting_of_inputs_may_be_switched():
+    from peft.helpers import disable_input_dtype_casting
+
+    model = adapted(init_weights=False)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(points()), model(points()))

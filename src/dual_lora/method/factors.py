@@ -29,6 +29,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     takes_dropout = True  # whether the adapter may see another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
+    cast_input_dtype_enabled = True  # which PEFT's `disable_input_dtype_casting` switches; inputs fit the weight anyhow
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (

@@ -23,6 +23,7 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
 from .merge import MergeLayer
+from .precision import was_written
 from .replaced import replaced
 from .scaler import check_clip_is_safe, loss_scale
 
@@ -64,7 +65,15 @@ class DualLoraLayer(MergeLayer):
         """The adapters that a forward adds to the base as it is. Takes them out of it, where they are switched off."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        return [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        for name in names:
+            if self.is_at_start(name) and self._may_keep() and was_written(self.dual_lora_B[name]):
+                self.warned.once(
+                    f"The factors of the Dual LoRA adapter {name!r} were written to, but no optimizer step was counted "
+                    "for it: λ is 0, and it acts as the base model. An average of another model's weights has to take "
+                    "its buffers too (`dual_lora_left`); after updates by hand call `dual_lora.count_step(model)`."
+                )
+        return names
 
     def _may_keep(self, x: Tensor | None = None) -> bool:
         """Whether a composed weight may be kept: in inference, and not in a graph, of which it would be a constant.

@@ -53,6 +53,15 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
         )
 
 
+def refuse_before_any(tuner: Any, adapter_names: list[str] | None) -> None:
+    """Raise ValueError for a layer that would refuse its merge, while no other has been taken out of the model."""
+    for layer in layers_of(tuner):
+        asked = layer._present(layer.active_adapters if adapter_names is None else adapter_names)
+        if asked and not isinstance(layer, QuantizedLinear):
+            for parameter in layer._merge_parameters().values():
+                layer._refuse_computed(parameter)
+
+
 def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
     """Raise ValueError where two modules that share a weight have different updates; warn where one has none."""
     if any(config.layer_replication for config in tuner.peft_config.values()):

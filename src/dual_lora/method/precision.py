@@ -32,9 +32,18 @@ class Warned(set[str]):
 
 
 def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:
-    """Remember that these parameters are the stored values themselves, not somebody's working copy."""
+    """Remember that these parameters are the stored values themselves, not somebody's working copy, and one of them."""
     for factor in factors:
-        factor._dual_lora_stored = True  # type: ignore[attr-defined]
+        plain = type(factor) is torch.nn.Parameter and not factor.is_meta
+        factor._dual_lora_stored = factor.detach().flatten()[:1].clone() if plain else None  # type: ignore[attr-defined]
+
+
+def was_written(factor: torch.Tensor) -> bool:
+    """Whether a parameter has other values than when it was marked, where that can be told. Waits for its device."""
+    first = getattr(factor, "_dual_lora_stored", None)
+    if first is None or factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    return not torch.equal(factor.detach().flatten()[:1], first.to(factor))
 
 
 def in_fp32(factors: Factors, warned: Warned) -> Factors:

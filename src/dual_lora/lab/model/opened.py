@@ -17,7 +17,7 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
-from dual_lora.lab.model.weights import is_another, nothing_tells, print_of_weights, told_of
+from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
@@ -154,17 +154,16 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
     """
     known = read_object(adapter / NOTE).get("base") if (adapter / NOTE).is_file() else None
     another = is_another(known, now := print_of_weights(part))
-    if another is None:
-        if known and now:
-            warnings.warn(nothing_tells(f"{adapter} was trained on"), stacklevel=4)
-        return {"base": base} if base else {}
-    if not another:
-        return {}
-    what = f"The weights (or the configuration) of {part.path} are not those that {adapter} was trained on"
-    if base is None:
-        raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
-    warnings.warn(f"{what}.", stacklevel=4)
-    return {"base_weights": told_of(now)}
+    if another:
+        what = f"The weights of {part.path} are not those that {adapter} was trained on"
+        if base is None:
+            raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
+        warnings.warn(f"{what}.", stacklevel=4)
+    else:
+        warn_of_doubt(known, now, f"{adapter} was trained on")
+    if another or other_settings(known, now):
+        return {"base_weights": told_of(now)}
+    return {"base": base} if base and another is None else {}
 
 
 def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tuned:

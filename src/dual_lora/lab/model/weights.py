@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import struct
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -19,23 +20,20 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 
-PARTS = 512  # layers, and tensors outside of them, that are looked at
-TENSORS = 8  # of each layer: a merge changes a few kinds of them in many layers, or all of a few layers
-_LAYER = re.compile(r"(.*?\.\d+)\.")
+TENSORS = 256  # of a model that are looked at, of every kind: a merge changes kinds of them, or layers
 # Of a configuration, what says who wrote it or how to train it, and not what the model computes.
 _NO_MODEL = re.compile(
-    r"_.*|architectures|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pad_token_id"
-    r"|pretraining_tp|.*(dropout|pdrop)"
+    r"_.*|architectures|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pretraining_tp"
+    r"|(pad|bos|eos)_token_id|id2label|label2id|is_encoder_decoder|.*(dropout|pdrop)"
 )
-_BUFFER = re.compile(r"(inv_freq|position_ids|masked_bias|attn\.bias)$")  # which some versions save with a layer
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, struct.error)
 _SETTING = "config "  # begins the name of a value of the configuration
 
 
 def print_of_weights(part: ModelSection) -> dict[str, str]:
-    """What the base's files hold, by samples of its layers and the values of its configuration: all may take minutes.
+    """What the base's files hold, by samples of many tensors and the values of its configuration: all may take minutes.
 
-    By layers, so that a copy in other shards is the same. Files of other kinds (GGUF, pickled ones) are taken whole.
+    By tensors, so that a copy in other shards is the same. Files of other kinds (GGUF, pickled ones) are taken whole.
     Of a model on the hub those that are here; nothing where none is.
     """
     location = locate(part.path, part.revision)
@@ -52,20 +50,43 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
 def is_another(before: object, now: dict[str, str]) -> bool | None:
     """Whether two prints are of other weights; None where nothing tells: one is missing, or files are of other kinds.
 
-    What one of two prints alone has tells nothing: tied weights are in some files, and versions name settings anew.
+    What one of two prints alone has tells nothing: tied weights are in some files.
     """
-    if have_changed(before, now):
-        return True
-    known = before.keys() & now.keys() if isinstance(before, dict) else ()
-    return False if any(not name.startswith(_SETTING) for name in known) else None
+    old, new = _tensors(before), _tensors(now)
+    # A model with a head calls `transformer.h.0` what the one without calls `h.0`.
+    begins = {f"{name.partition('.')[0]}." for name in (*old, *new)}
+    without = [({n.removeprefix(begin): v for n, v in old.items()}, new) for begin in begins]
+    without += [(old, {n.removeprefix(begin): v for n, v in new.items()}) for begin in begins]
+    old, new = max([(old, new), *without], key=lambda pair: len(pair[0].keys() & pair[1].keys()))
+    known = old.keys() & new.keys()
+    return any(old[name] != new[name] for name in known) if known else None
 
 
-def nothing_tells(who: str) -> str:
-    """What to say where `is_another` is None, and there are two prints."""
-    return (
-        f"Nothing tells whether the base model's weights are those that {who}: its files are of another kind "
-        "(safetensors, GGUF), or its tensors have other names."
-    )
+def other_settings(before: object, now: dict[str, str]) -> list[str]:
+    """Values of the configuration that differ, in words. Versions name and write some anew, so it may be the same."""
+    old = before if isinstance(before, dict) else {}
+    names = sorted(name for name in old.keys() & now.keys() if name.startswith(_SETTING) and old[name] != now[name])
+    return [f"{name.removeprefix(_SETTING)} was {old[name]} and is {now[name]}" for name in names]
+
+
+def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
+    """Warn where nothing tells whether it is the base that `who` says, and of other values in its configuration."""
+    if before and now and is_another(before, now) is None:
+        warnings.warn(
+            f"Nothing tells whether the base model's weights are those that {who}: its files are of another kind "
+            "(safetensors, GGUF), or its tensors have other names.",
+            stacklevel=3,
+        )
+    if found := other_settings(before, now):
+        warnings.warn(
+            f"The base model's configuration is not the one that {who}: {', '.join(found)}. Put it back, if that "
+            "changes what the model computes.",
+            stacklevel=3,
+        )
+
+
+def _tensors(prints: object) -> dict[str, object]:
+    return {n: v for n, v in prints.items() if not n.startswith(_SETTING)} if isinstance(prints, dict) else {}
 
 
 def told_of(prints: dict[str, str]) -> str:
@@ -95,17 +116,19 @@ def _numbers_of(config: Path) -> dict[str, str]:
     except (OSError, ValueError, ArithmeticError, AttributeError, RecursionError):  # damaged: the loader says it
         return {}
     # The longest length counts where positions are stretched by it, and is a limit elsewhere.
-    if not {values.get(name) for name in ("rope_type", "type")} & {'"dynamic"', '"longrope"'}:
-        values = {name: value for name, value in values.items() if not name.endswith("max_position_embeddings")}
+    if not {values.get(name) for name in ("rope_type", "type")} & {'"dynamic"', '"longrope"', '"yarn"'}:
+        values = {n: value for n, value in values.items() if n.rpartition(".")[2] != "max_position_embeddings"}
     return {_SETTING + name: value for name, value in sorted(values.items())}
 
 
 def _plain(values: dict[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
     """Names and values; what turns positions stands in a section of its own, of several names, since transformers 5."""
     for name, value in values.items():
+        if _NO_MODEL.fullmatch(name):
+            continue
         if isinstance(value, dict):
-            yield from _plain(value, "" if name.startswith("rope_") else f"{above}{name}.")
-        elif isinstance(value, str | int | float | list) and not _NO_MODEL.fullmatch(name):
+            yield from _plain(value, above if name.startswith("rope_") else f"{above}{name}.")
+        elif isinstance(value, str | int | float | list):
             told = json.dumps([_number(v) for v in value] if isinstance(value, list) else _number(value))
             yield above + name, told if len(told) < 80 else hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -115,32 +138,23 @@ def _number(value: Any) -> Any:
 
 
 def _tensors_in(folder: Path) -> dict[str, str]:
-    """Prints of what safetensors files hold, whatever their shards: a layer's tensors together, others alone.
-
-    A layer under the end of its name: `transformer.h.0` of a model with a head is `h.0` of the model without.
-    """
+    """Prints of tensors in safetensors files, whatever their shards: of each kind the same number, in other layers."""
     held: dict[str, Callable[[], str]] = {}
     only = folder / "model.safetensors"  # what transformers reads where it is there
     for file in [only] if only.is_file() else sorted(folder.glob("*.safetensors")):
         with suppress(*_DAMAGED):  # the loader says it
             held |= _tensors_of(file)
-    layers: dict[str, list[str]] = {}
-    for name in held:
-        layer = _LAYER.match(name)
-        if layer is None or not _BUFFER.search(name):
-            layers.setdefault(layer[1] if layer else name, []).append(name)
-    ends = Counter(_end(part) for part in layers if part not in held)
-    chosen = sorted(layers, key=lambda n: (not re.search("embed|head", n), _drawn(n)))[:PARTS]
-    return {
-        _end(part) if ends[_end(part)] == 1 else part: _print_of_layer(part, {n: held[n] for n in layers[part]})
-        for part in sorted(chosen)
-    }
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(held, key=lambda n: hashlib.sha256(_in_layer(n).encode()).digest()):
+        kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
+    rounds = (one for some in itertools.zip_longest(*kinds.values()) for one in some if one is not None)
+    return {name: held[name]() for name in sorted(itertools.islice(rounds, TENSORS))}
 
 
-def _print_of_layer(part: str, tensors: dict[str, Callable[[], str]]) -> str:
-    own = {name[len(part) - len(_end(part)) :]: sample for name, sample in tensors.items()}
-    chosen = sorted(own, key=lambda n: ("expert" in n, _drawn(n)))[:TENSORS]  # in every layer others
-    return hashlib.sha256(" ".join(f"{name} {own[name]()}" for name in chosen).encode()).hexdigest()[:8]
+def _in_layer(name: str) -> str:
+    """`0.attn.weight` of `transformer.h.0.attn.weight`, which a model without a head calls `h.0.attn.weight`."""
+    layer = re.search(r"\.(\d+\..*)", name)
+    return layer[1] if layer else name
 
 
 def _tensors_of(file: Path) -> dict[str, Callable[[], str]]:
@@ -155,16 +169,12 @@ def _tensors_of(file: Path) -> dict[str, Callable[[], str]]:
         first, last = (8 + length + int(offset) for offset in at["data_offsets"])
         if not 0 <= first <= last <= size:
             raise ValueError(f"{name} does not lie in the file")
-        read[name] = partial(_sampled, file, 4, 1024, first, last, f"{at['dtype']} {at['shape']}")
+        read[name] = partial(_sampled_tensor, file, first, last, f"{at['dtype']} {at['shape']}")
     return read
 
 
-def _end(name: str) -> str:
-    return ".".join(name.split(".")[-2:])
-
-
-def _drawn(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
+def _sampled_tensor(file: Path, first: int, last: int, told: str) -> str:
+    return _sampled(file, 4, 1024, first, last, told)[:8]
 
 
 def _folder_here(name: str, revision: str | None) -> Path | None:

@@ -243,7 +243,8 @@ class EvaluateSection(Section):
     extract: str | None = Field(
         None,
         description="exact_match: regular expression; its first match in the generated text is the answer. "
-        "So it is in the expected one, if the record has no field for it alone. "
+        "Of several groups the last that takes part counts. So it is in the expected answer, if the record has no "
+        "field for it alone. "
         "commonsense: the first label of the right answer's kind (true/false, answer1-5, ...).",
     )
     compare: Literal["text", "json"] = Field(

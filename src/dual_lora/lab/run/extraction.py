@@ -11,7 +11,11 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.patterns import Pattern
 
 COMMONSENSE = "commonsense"
-_AROUND = re.compile(r"^[^\w+-]+|\W+$")  # signs around a word or a number
+# What goes on before or behind a number, or a word: other digits and signs that change its value, parts joined to it.
+_NUMBER_BEFORE = re.compile(r"(\d[/,:^×*]?|[-–−±≤≥≠√.]|(^|\s)[<>])$")
+_NUMBER_BEHIND = re.compile(r"[./,:^×*–−-]?\d|[+#]")
+_WORD_BEFORE = re.compile(r"\w[.'’/&-]$")
+_WORD_BEHIND = re.compile(r"\d|[.'’/&-]\w|[+#]")
 
 # Every task has the labels of one kind: BoolQ; PIQA; SIQA, ARC and OpenBookQA; HellaSwag; WinoGrande. The first three
 # have fewer answers than five in most questions, yet all five labels are looked for.
@@ -36,18 +40,28 @@ def answer_in(text: str, extract: str, target: str) -> str:
 
 
 def piece_in(text: str, extract: str) -> str:
-    """What the pattern takes out of the middle of a word, as "4" of "3/4"; "" where it takes whole words.
+    """What the pattern takes out of the middle of a word or a number, as "4" of "3/4"; "" where it takes all of it.
 
-    Behind a mark that the pattern holds ("####", "answer is") it takes what it was written for.
+    A mark that the pattern holds before it ("####", "answer") may stand right at it.
     """
     match = _pattern(extract).search(text)
-    if match is None or text[match.start() : match.start(match.lastindex or 0)].strip():
+    if match is None:
         return ""
     first, last = match.span(match.lastindex or 0)
-    begin = first - len(re.split(r"\s", text[:first])[-1])
-    word = text[begin : last + len(re.split(r"\s", text[last:])[0])]
-    found = text[first:last].strip()
-    return found if _AROUND.sub("", found) != _AROUND.sub("", word) else ""
+    found, before, behind = text[first:last].strip(), text[:first], text[last:]
+    if not found or text[first:last] != found:  # it stands between blanks
+        return ""
+    begins = _NUMBER_BEFORE if found[0].isdigit() else _WORD_BEFORE
+    ends = _NUMBER_BEHIND if found[-1].isdigit() else _WORD_BEHIND
+    marked = bool(text[match.start() : first].strip())
+    cut = begins.search(before) or (not marked and _cased(before[-1:]) and found[0].isalnum())
+    cut = cut or (found[-1].isalnum() and ends.match(behind)) or (_cased(found[-1]) and _cased(behind[:1]))
+    return found if cut else ""
+
+
+def _cased(sign: str) -> bool:
+    """Whether it is a letter of a script that writes blanks between words, as far as capital letters tell."""
+    return sign.lower() != sign.upper()
 
 
 @lru_cache

@@ -16,7 +16,6 @@ import contextlib
 import os
 import shutil
 import stat
-import warnings
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -24,7 +23,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import is_another, nothing_tells
+from dual_lora.lab.model.weights import is_another, warn_of_doubt
 from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import Recipe
@@ -228,14 +227,12 @@ def made_of_the_same(folder: RunFolder, now: dict[str, Any], way_out: str = "") 
     before = before if isinstance(before, dict) else {}
     words = {"rows": "training records (or their tokens)", "weights": "base model's weights"}
     changed = [words["rows"]] if "rows" in now and before.get("rows", now["rows"]) != now["rows"] else []
-    noted, weights = before.get("weights"), now.get("weights", {})
-    another = is_another(noted, weights)
-    changed += [words["weights"]] if another else []
+    weights = before.get("weights"), now.get("weights", {})
+    changed += [words["weights"]] if is_another(*weights) else []
     if changed:
         what = " and ".join(changed)
         raise UserError(f"The run {folder.path} was started with other {what}: put them back{way_out}.")
-    if another is None and noted and weights:
-        warnings.warn(nothing_tells(f"the run {folder.path} was started with"), stacklevel=2)
+    warn_of_doubt(*weights, f"the run {folder.path} was started with")
 
 
 def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> None:

@@ -106,9 +106,9 @@ def _warn_of_pieces(examples: list[Example], extract: str) -> None:
     worked = [example.answer for example in examples if _is_worked(example, extract)]
     if cut := [(piece, text) for text in worked if (piece := piece_in(text, extract))]:
         warnings.warn(
-            f"evaluate.extract takes a piece of a word out of {len(cut)} of {len(examples)} expected answers, such as "
-            f"{cut[0][0]!r} of {cut[0][1]!r:.80}. They are compared whole, which it can take of no text. Write a wider "
-            "pattern, or give the records a field with the answer alone.",
+            f"evaluate.extract takes a piece of a word or a number out of {len(cut)} of {len(examples)} expected "
+            f"answers, such as {cut[0][0]!r} of {cut[0][1]!r:.80}. They are compared whole, which it can take of no "
+            "text. Write a wider pattern, or give the records a field with the answer alone.",
             stacklevel=2,
         )
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import is_another, nothing_tells, told_of
+from dual_lora.lab.model.weights import is_another, other_settings, told_of, warn_of_doubt
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -53,11 +52,10 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
         if name.endswith(" weights"):
-            another = is_another(old, new)
-            if another:  # one change, however many tensors tell of it
+            if is_another(old, new) or other_settings(old, new):  # one change, however many tensors tell of it
                 pairs[name] = told_of(old), told_of(new)
-            elif another is None and old and new:
-                warnings.warn(nothing_tells("the study was begun with"), stacklevel=2)
+            else:
+                warn_of_doubt(old, new, "the study was begun with")
         elif name in inside and isinstance(old, dict) and isinstance(new, dict):
             pairs |= {f"{name}.{key}": pair for key, pair in changes(old, new).items()}
         elif old != new:
