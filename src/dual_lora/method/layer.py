@@ -66,7 +66,7 @@ class DualLoraLayer(MergeLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        for name in names:
+        for name in () if is_traced() else names:
             if self.is_at_start(name) and self._may_keep() and was_written(self.dual_lora_B[name]):
                 self.warned.once(
                     f"The factors of the Dual LoRA adapter {name!r} were written to, but no optimizer step was counted "
