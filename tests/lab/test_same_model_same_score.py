@@ -135,21 +135,14 @@ def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch
         ("Yes, it is!", "(?i)yes|no", "Yes", True),
         ("So x = -7", r"-?\d+", "-7", True),
         ("It costs **$5**.", r"(\d+)\D*$", "5 dollars", True),
-        ("the correct answer is answer2", r"answer(\d)", "answer2", True),
         ("forty-two", r"(\w+-\w+)", "forty-two !", True),
         ("red", "#### (.*)", "#### red", True),
-        (r"so it is $\boxed{42}$.", r"(?<=\\boxed\{)[^}]+", r"\boxed{42}", True),
-        ("<think>4*5</think> <answer>20</answer>", "(?<=<answer>).*?(?=</answer>)", "<answer>20</answer>", True),
-        ("and so x=72", r"-?\d+(?:\.\d+)?(?=\D*$)", "72", True),
-        ("Therefore Answer:B", r"[A-D](?=\W*$)", "B", True),
-        ("it is 72cm", r"\d+(?=\D*$)", "72 cm", True),
-        ("答案是42。", r"\d+", "42", True),
-        ("答案是B。", "[A-D]", "B", True),
-        ("It is 5%.", r"\d+", "5", True),
+        ("#### 18", r"(?<=####)\s*-?\d+", "#### 18", True),
+        ("Rating: 8", r"Rating: (\d+)", "Rating: 8", True),
         ("1. Paris", r"^\d+\.\s*(\w+)", "1. Paris", True),
     ],
 )
-def test_what_the_pattern_takes_of_a_short_reference_is_compared(reference, extract, text, right, loaded, monkeypatch):
+def test_what_the_pattern_takes_of_a_reference_is_compared(reference, extract, text, right, loaded, monkeypatch):
     monkeypatch.setattr(scoring, "generate_all", lambda *_: [text])
     model, _, examples, prompter = loaded
     example = replace(examples[0], answer=reference, target=reference)
@@ -160,37 +153,45 @@ def test_what_the_pattern_takes_of_a_short_reference_is_compared(reference, extr
 
 
 @pytest.mark.parametrize(
-    ("reference", "extract", "text", "piece"),
+    ("reference", "extract", "part"),
     [
-        ("3/4", r"(\d+)\D*$", "1/4", "4"),
-        ("so it is 3/4.", r"(\d+)\D*$", "1/4", "4"),
-        ("It is 3/4", r"(?s).*?(\d+)", "It is 3/5", "3"),
-        ("1,250", r"\d+", "1", "1"),
-        ("about 3.50", r"^\D*(\d+)", "about 3.99", "3"),
-        ("12:30", r"(\d+)", "12:45", "12"),
-        ("-5", r"\d+", "5", "5"),
-        ("-5", r"^\D*(\d+)", "5", "5"),
-        ("−5", r"-?\d+", "5", "5"),
-        ("±5", r"-?\d+", "5", "5"),
-        ("> 5 and >6", r"(\d+)$", "<6", "6"),
-        (".5", r"-?\d+", "5", "5"),
-        ("√2", r"\d+", "2", "2"),
-        ("B+", "[A-F]", "B-", "B"),
-        ("C++", r"\w+", "C#", "C"),
-        ("Blue", "[A-F]", "Bad", "B"),
-        ("U.S.", r"^(.*?)(?:[.\n]|$)", "U", "U"),
-        ("well-known", r"\w+", "well", "well"),
-        ("x72", r"\d+", "72", "72"),
+        ("3/4", r"(\d+)\D*$", "4"),
+        ("so it is 3/4.", r"(\d+)\D*$", "4"),
+        ("It is 3/4", r"(?s).*?(\d+)", "3"),
+        ("#### 3/4", r"(?<=####)\s*\d+", "3"),
+        ("3/4 of it", r"\d+\s", "4"),
+        (r"$10,\!080$", r"-?\d+", "10"),
+        (r"$\frac{3}{4}$", r"-?\d+", "3"),
+        ("1,250", r"\d+", "1"),
+        ("about 3.50", r"^\D*(\d+)", "3"),
+        ("-5", r"\d+", "5"),
+        ("−5", r"-?\d+", "5"),
+        (".5", r"-?\d+", "5"),
+        ("√2", r"\d+", "2"),
+        ("B+", "[A-F]", "B"),
+        ("C++", r"\w+", "C"),
+        ("A,B", "[A-D]", "A"),
+        ("U.S.", r"^(.*?)(?:[.\n]|$)", "U"),
+        ("Rating: 8/10", r"Rating: (\d+)/10", "8"),
+        ("the correct answer is answer2", r"answer(\d)", "2"),
+        (r"so it is $\boxed{42}$.", r"(?<=\\boxed\{)[^}]+", "42"),
+        ("and so x=72", r"-?\d+(?:\.\d+)?(?=\D*$)", "72"),
+        ("Therefore Answer:B", r"[A-D](?=\W*$)", "B"),
+        ("it is 72cm", r"\d+(?=\D*$)", "72"),
+        ("答案是42。", r"\d+", "42"),
     ],
 )
-def test_a_pattern_that_takes_a_piece_of_a_word_is_said(reference, extract, text, piece, loaded, monkeypatch):
-    monkeypatch.setattr(scoring, "generate_all", lambda *_: [text, "red"])
+def test_a_part_of_a_word_or_a_number_is_compared_and_said(reference, extract, part, loaded, monkeypatch):
+    monkeypatch.setattr(scoring, "generate_all", lambda *_: [reference, "red"])
     model, _, examples, prompter = loaded
-    asked = [replace(examples[0], answer=answer, target=answer) for answer in (reference, "")]
-    words = re.escape(f"out of 1 of 2 expected answers, such as {piece!r} of {reference!r}. They are compared whole")
+    asked = [replace(examples[0], answer=answer, target=answer) for answer in (reference, "red")]
+    words = re.escape(
+        f"In 1 of 2 expected answers evaluate.extract takes a part of a word or a number, such as {part!r}"
+    )
     with pytest.warns(UserWarning, match=words):
         row, _ = score_exact_match(Asked(model, asked, prompter, EvaluateSection(extract=extract)))
-    assert not row["correct"]
+    assert row["correct"]
+    assert row["predicted"] == part
 
 
 def test_answers_that_cannot_be_written_in_full_are_said(loaded):

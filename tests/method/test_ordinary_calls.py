@@ -431,6 +431,37 @@ def test_an_average_of_parameters_alone_that_acts_as_the_base_says_so(by):
         fresh.double()(points().double())
 
 
+def test_who_writes_factors_and_their_count_is_not_warned():
+    from torch.optim.swa_utils import AveragedModel
+
+    torch.manual_seed(1)
+    model = adapted(warmup_steps=2)
+    averages = [AveragedModel(model), AveragedModel(model, use_buffers=True)]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(points()) - 1).square().mean().backward()
+        optimizer.step()
+        for average in averages:
+            average.update_parameters(model)
+    by_hand = adapted(warmup_steps=2)
+    with torch.no_grad():
+        for mine, theirs in zip(by_hand.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    fresh = adapted(warmup_steps=2)
+    fresh.add_adapter("ref", fresh.peft_config["default"])
+    fresh.add_weighted_adapter(["default"], [0.5], "weaker")
+    fresh.base_model.model.first.reset_dual_lora_parameters("default", fresh.peft_config["default"])
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        assert torch.equal(by_hand.eval()(points()), model.eval()(points()))
+        for average in averages:
+            average.eval()(points())
+        for name in ("default", "ref", "weaker"):
+            fresh.set_adapter(name)
+            fresh.eval()(points())
+
+
 def test_a_refused_merge_leaves_the_model_as_it_was():
     model = nn.Sequential()
     model.add_module("one", nn.Linear(6, 6))

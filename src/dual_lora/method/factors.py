@@ -150,6 +150,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
                 nn.init.normal_(factor, std=std)
         if config.init_weights == "zero":
             nn.init.zeros_(self.dual_lora_B[adapter_name])
+        mark_as_stored(self._stored(adapter_name))
 
     def _stored(self, adapter: str) -> Factors:
         return Factors(*(getattr(self, name)[adapter] for name in self.adapter_layer_names))

@@ -64,6 +64,7 @@ def hotswap_from_state_dict(
             memory = layer._scale_memory(adapter_name)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
+            mark_as_stored(layer._stored(adapter_name))
             layer.set_ranks(adapter_name, *layer_options(config, key_of(name, layer)))
             layer.warmup_steps[adapter_name] = config.warmup_steps
             left = new.get(f"{name}.dual_lora_left")

@@ -43,7 +43,10 @@ def was_written(factor: torch.Tensor) -> bool:
     first = getattr(factor, "_dual_lora_stored", None)
     if first is None or factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    return not torch.equal(factor.detach().flatten()[:1], first.to(factor))
+    try:
+        return not torch.equal(factor.detach().flatten()[:1], first.to(factor))
+    except RuntimeError:  # traced, or of several values at once
+        return False
 
 
 def in_fp32(factors: Factors, warned: Warned) -> Factors:
@@ -59,6 +62,7 @@ def in_fp32(factors: Factors, warned: Warned) -> Factors:
         )
         for factor in low:
             factor.data = factor.data.float()
+        mark_as_stored(low)
         return factors
     warned.once(
         f"Mixed precision of the sharded model rounds Dual LoRA's factors to {low[0].dtype} in every step, which flips "

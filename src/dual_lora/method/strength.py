@@ -80,9 +80,8 @@ class Strength:
         return left if left < self.warmup_steps[adapter] else 0
 
     def is_at_start(self, adapter: str) -> bool:
-        """Whether λ is 0, as far as was read."""
-        left = self._read[adapter][2]
-        return left > 0 and left == self.warmup_steps[adapter]
+        """Whether λ is 0."""
+        return self._read[adapter][2] > 0 and self.steps_left(adapter) == self.warmup_steps[adapter]
 
     def warmup_factor(self, adapter: str) -> float:
         """λ: 0 at the start of the warm-up, 1 at its end."""

@@ -7,6 +7,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .layer import DualLoraLayer, layers_of, named_layers
+from .precision import mark_as_stored
 
 
 def one_of(
@@ -47,6 +48,7 @@ def copy_at(model: nn.Module, source: str, weight: float, adapter_name: str) -> 
         layer.factors(adapter_name).B.data.mul_(abs(strength))
         if strength < 0:
             layer.factors(adapter_name).D.data.neg_()
+        mark_as_stored(layer._stored(adapter_name))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and source in module.modules_to_save:
             module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[source].state_dict())
@@ -59,6 +61,7 @@ def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
     if adapter_name not in layer.tied:
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
+        mark_as_stored(layer._stored(adapter_name))
     layer._set_steps_left(adapter_name, layer.steps_left(source))
 
 

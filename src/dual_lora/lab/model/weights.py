@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 
-TENSORS = 256  # of a model that are looked at, of every kind: a merge changes kinds of them, or layers
+TENSORS = 512  # of a model that are looked at, as many of every kind: all of them up to some 13B parameters
+_BUFFER = re.compile(r"(inv_freq|position_ids|masked_bias|(attn|attention)\.bias)$")  # of versions that save these
 # Of a configuration, what says who wrote it or how to train it, and not what the model computes.
 _NO_MODEL = re.compile(
-    r"_.*|architectures|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pretraining_tp"
+    r"_.*|architectures|auto_map|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pretraining_tp"
     r"|(pad|bos|eos)_token_id|id2label|label2id|is_encoder_decoder|.*(dropout|pdrop)"
 )
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, struct.error)
@@ -116,7 +117,8 @@ def _numbers_of(config: Path) -> dict[str, str]:
     except (OSError, ValueError, ArithmeticError, AttributeError, RecursionError):  # damaged: the loader says it
         return {}
     # The longest length counts where positions are stretched by it, and is a limit elsewhere.
-    if not {values.get(name) for name in ("rope_type", "type")} & {'"dynamic"', '"longrope"', '"yarn"'}:
+    kinds = {value for name, value in values.items() if name.rpartition(".")[2] in ("rope_type", "type")}
+    if not kinds & {'"dynamic"', '"longrope"', '"yarn"'}:
         values = {n: value for n, value in values.items() if n.rpartition(".")[2] != "max_position_embeddings"}
     return {_SETTING + name: value for name, value in sorted(values.items())}
 
@@ -145,7 +147,9 @@ def _tensors_in(folder: Path) -> dict[str, str]:
         with suppress(*_DAMAGED):  # the loader says it
             held |= _tensors_of(file)
     kinds: dict[str, list[str]] = {}
-    for name in sorted(held, key=lambda n: hashlib.sha256(_in_layer(n).encode()).digest()):
+    for name in sorted(
+        (n for n in held if not _BUFFER.search(n)), key=lambda n: hashlib.sha256(_in_layer(n).encode()).digest()
+    ):
         kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
     rounds = (one for some in itertools.zip_longest(*kinds.values()) for one in some if one is not None)
     return {name: held[name]() for name in sorted(itertools.islice(rounds, TENSORS))}

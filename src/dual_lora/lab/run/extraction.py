@@ -11,11 +11,6 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.patterns import Pattern
 
 COMMONSENSE = "commonsense"
-# What goes on before or behind a number, or a word: other digits and signs that change its value, parts joined to it.
-_NUMBER_BEFORE = re.compile(r"(\d[/,:^×*]?|[-–−±≤≥≠√.]|(^|\s)[<>])$")
-_NUMBER_BEHIND = re.compile(r"[./,:^×*–−-]?\d|[+#]")
-_WORD_BEFORE = re.compile(r"\w[.'’/&-]$")
-_WORD_BEHIND = re.compile(r"\d|[.'’/&-]\w|[+#]")
 
 # Every task has the labels of one kind: BoolQ; PIQA; SIQA, ARC and OpenBookQA; HellaSwag; WinoGrande. The first three
 # have fewer answers than five in most questions, yet all five labels are looked for.
@@ -39,29 +34,17 @@ def answer_in(text: str, extract: str, target: str) -> str:
     return (match[match.lastindex or 0] if match else "").strip()
 
 
-def piece_in(text: str, extract: str) -> str:
-    """What the pattern takes out of the middle of a word or a number, as "4" of "3/4"; "" where it takes all of it.
-
-    A mark that the pattern holds before it ("####", "answer") may stand right at it.
-    """
+def part_in(text: str, extract: str) -> str:
+    """What the pattern takes of ``text`` if that is less than the words it stands in, as "4" of "3/4"; else ""."""
     match = _pattern(extract).search(text)
     if match is None:
         return ""
     first, last = match.span(match.lastindex or 0)
-    found, before, behind = text[first:last].strip(), text[:first], text[last:]
-    if not found or text[first:last] != found:  # it stands between blanks
-        return ""
-    begins = _NUMBER_BEFORE if found[0].isdigit() else _WORD_BEFORE
-    ends = _NUMBER_BEHIND if found[-1].isdigit() else _WORD_BEHIND
-    marked = bool(text[match.start() : first].strip())
-    cut = begins.search(before) or (not marked and _cased(before[-1:]) and found[0].isalnum())
-    cut = cut or (found[-1].isalnum() and ends.match(behind)) or (_cased(found[-1]) and _cased(behind[:1]))
-    return found if cut else ""
-
-
-def _cased(sign: str) -> bool:
-    """Whether it is a letter of a script that writes blanks between words, as far as capital letters tell."""
-    return sign.lower() != sign.upper()
+    found = text[first:last].strip()
+    first = text.index(found, first)
+    words = re.split(r"\s", text[:first])[-1] + found + re.split(r"\s", text[first + len(found) :])[0]
+    alone = [signs.lstrip("([{<\"'“‘«*$").rstrip(")]}>\"'”’».,;:?!*$") for signs in (words, found)]
+    return found if alone[0] != alone[1] else ""
 
 
 @lru_cache

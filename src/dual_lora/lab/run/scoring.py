@@ -17,7 +17,7 @@ from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.model.generate import check_writes, ends_of, plain_search, specials_of, texts_of
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, piece_in
+from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, part_in
 
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
@@ -81,7 +81,7 @@ def score_exact_match(asked: Asked) -> Rows:
     """Greedy answers, and whether each one is the expected one."""
     spec, special, rows = asked.spec, specials_of(asked.tokenizer), []
     if spec.extract:
-        _warn_of_pieces(asked.examples, spec.extract)
+        _warn_of_parts(asked.examples, spec.extract)
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
@@ -91,24 +91,24 @@ def score_exact_match(asked: Asked) -> Rows:
 
 
 def _expected(example: Example, extract: str) -> str:
-    """The right answer: of records that have no field of their own for it, what stands in a worked solution."""
-    if not _is_worked(example, extract) or piece_in(example.answer, extract):
+    """The right answer: of records that have no field of their own for it, what the pattern takes of the answer."""
+    if not _is_taken(example, extract):
         return example.target
     return answer_in(example.answer, extract, example.target) or example.target
 
 
-def _is_worked(example: Example, extract: str) -> bool:
+def _is_taken(example: Example, extract: str) -> bool:
     return example.target == example.answer and extract != COMMONSENSE
 
 
-def _warn_of_pieces(examples: list[Example], extract: str) -> None:
-    """Say where the pattern takes a piece of a word out of an expected answer: no answer can be right there."""
-    worked = [example.answer for example in examples if _is_worked(example, extract)]
-    if cut := [(piece, text) for text in worked if (piece := piece_in(text, extract))]:
+def _warn_of_parts(examples: list[Example], extract: str) -> None:
+    """Say where less than a word or a number is compared: a pattern may take "4" out of "3/4"."""
+    whole = [example.answer for example in examples if _is_taken(example, extract)]
+    if parts := [(part, text) for text in whole if (part := part_in(text, extract))]:
         warnings.warn(
-            f"evaluate.extract takes a piece of a word or a number out of {len(cut)} of {len(examples)} expected "
-            f"answers, such as {cut[0][0]!r} of {cut[0][1]!r:.80}. They are compared whole, which it can take of no "
-            "text. Write a wider pattern, or give the records a field with the answer alone.",
+            f"In {len(parts)} of {len(examples)} expected answers evaluate.extract takes a part of a word or a number, "
+            f"such as {parts[0][0]!r} of {parts[0][1][-60:]!r}, and only that is compared. If it should be "
+            "more, write a wider pattern, or give the records a field with the answer alone.",
             stacklevel=2,
         )
 
