@@ -136,7 +136,7 @@ def correlations(random: np.random.Generator, shape: tuple[int, int, int], luck:
         lean = ease + luck * random.standard_normal((studies, seeds, 1))
         lean = lean + taste * random.standard_normal((studies, 1, items)) + 0.5 * random.standard_normal(shape)
         cells = [metrics.confusion_cells(y[0], g, 2) for y, g in zip(labels, (lean > 0).astype(int), strict=True)]
-        two.append(np.stack([metrics.pseudo_values(c, metrics.matthews) for c in cells]))
+        two.append(np.stack([metrics.pseudo_values("matthews", c) for c in cells]))
     return two[0] - two[1]
 
 

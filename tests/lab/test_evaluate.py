@@ -285,7 +285,7 @@ def test_an_expected_answer_with_special_tokens_or_other_signs_can_be_met(loaded
         ("4 * 5 = 20\n#### 20", "It is so.\n#### 20", r"####\s*(\S+)", True),  # as GSM8K's, and short
         ("4 * 5 = 20\n#### 20", "It is so.\n#### 4", r"####\s*(\S+)", False),
         ("The answer is 20", "I see: The answer is 20", r"The answer is (\d+)", True),
-        ("3/4", "3", r"(\d+)", False),  # no mark tells what of it is the answer
+        ("3/4", "3", r"(\d+)", True),  # which is said
         ("20", "It is 20", r"(\d+)", True),
     ],
 )

@@ -462,17 +462,23 @@ def test_who_writes_factors_and_their_count_is_not_warned():
             fresh.eval()(points())
 
 
-def test_a_refused_merge_leaves_the_model_as_it_was():
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_refused_merge_leaves_the_model_as_it_was(broken):
     model = nn.Sequential()
     model.add_module("one", nn.Linear(6, 6))
-    model.add_module("two", nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    model.add_module("two", nn.Linear(6, 6) if broken else nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
     peft = get_peft_model(model, visible(target_modules=["one", "two"]))
     x = torch.randn(3, 6)
     before = peft(x)
     with peft.disable_adapter():
         base = peft(x)
-    with pytest.raises(ValueError, match="its weight is no parameter"):
-        peft.merge_and_unload()
+    factor = peft.base_model.model.two.dual_lora_D["default"].data
+    kept = factor.clone()
+    if broken:
+        factor[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected" if broken else "its weight is no parameter"):
+        peft.merge_and_unload(safe_merge=broken)
+    factor.copy_(kept)
     assert torch.equal(peft(x), before)
     with peft.disable_adapter():
         assert torch.equal(peft(x), base)

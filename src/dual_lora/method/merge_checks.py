@@ -53,10 +53,12 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
         )
 
 
-def refuse_before_any(tuner: Any, adapter_names: list[str] | None) -> None:
+def refuse_before_any(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Raise ValueError for a layer that would refuse its merge, while no other has been taken out of the model."""
     for layer in layers_of(tuner):
         asked = layer._present(layer.active_adapters if adapter_names is None else adapter_names)
+        if asked and safe_merge:
+            layer._refuse_broken([], asked)
         if asked and not isinstance(layer, QuantizedLinear):
             for parameter in layer._merge_parameters().values():
                 layer._refuse_computed(parameter)

@@ -183,7 +183,7 @@ class DualLoraModel(BaseTuner):
             merge_checks.refuse_shared_weights(self, adapter_names)
             for name in adapter_names or self.active_adapters:
                 merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
-            merge_checks.refuse_before_any(self, adapter_names)
+            merge_checks.refuse_before_any(self, adapter_names, bool(options.get("safe_merge")))
         layers = merge_checks.quantised(self.model)  # of the others none is held while they go
         model: Any = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **options)
         if merge:

@@ -7,8 +7,7 @@ for all of them. Spearman's correlation is none: an item's rank depends on all o
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -137,7 +136,7 @@ def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
     if a_share(metric):
         runs = [np.asarray(run)[:, :1] for run in runs]  # without the weights, which older runs do not have
     features = np.asarray(runs, dtype=np.float64)
-    return sign(metric) * pseudo_values(features, partial(value, metric))
+    return sign(metric) * pseudo_values(metric, features)
 
 
 def reach(metric: str, runs: Sequence[Any]) -> float | None:
@@ -185,14 +184,13 @@ def _bleu(sums: NDArray[np.float64]) -> float:
     return BLEU.compute_bleu(counts[:4], counts[4:], written, wanted, smooth_method="exp").score
 
 
-def pseudo_values(features: ArrayLike, metric: Callable[[Table, int], float]) -> Table:
+def pseudo_values(metric: str, features: ArrayLike) -> Table:
     """Items' shares [S, N] of a metric that is a function of item means, such as Matthews' correlation or F1.
 
-    features: [S, N, K] what each item adds (for Matthews: the one-hot cell of the confusion matrix). metric
-    takes the K means of one seed and the number of items. The result's mean over items is that seed's metric exactly.
-    An item's share is what the metric loses without it, times N - 1 (the jackknife), so all else here treats it like an
-    accuracy. The slope at the mean (the infinitesimal jackknife) is too short for few items: 6 % false alarms for 5 %
-    with 20.
+    features: [S, N, K] what each item adds (for Matthews: the one-hot cell of the confusion matrix). The result's mean
+    over items is that seed's metric exactly. An item's share is what the metric loses without it, times N - 1 (the
+    jackknife), so all else here treats it like an accuracy. The slope at the mean (the infinitesimal jackknife) is too
+    short for few items: 6 % false alarms for 5 % with 20.
     """
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 3:
@@ -201,10 +199,10 @@ def pseudo_values(features: ArrayLike, metric: Callable[[Table, int], float]) ->
     out = np.empty(x.shape[:2])
     for s, rows in enumerate(x):
         mean = rows.mean(0)
-        out[s] = metric(mean, N)
+        out[s] = value(metric, mean, N)
         if N > 1:
             kinds, which = np.unique(rows, axis=0, return_inverse=True)
-            without = np.array([metric((N * mean - kind) / (N - 1), N - 1) for kind in kinds])[which.ravel()]
+            without = np.array([value(metric, (N * mean - kind) / (N - 1), N - 1) for kind in kinds])[which.ravel()]
             out[s] += (N - 1) * (without.mean() - without)
     return out
 
