@@ -24,8 +24,8 @@ TENSORS = 512  # of a model that are looked at, as many of every kind: all of th
 _BUFFER = re.compile(r"(inv_freq|position_ids|masked_bias|(attn|attention)\.bias)$")  # of versions that save these
 # Of a configuration, what says who wrote it or how to train it, and not what the model computes.
 _NO_MODEL = re.compile(
-    r"_.*|architectures|auto_map|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range|pretraining_tp"
-    r"|(pad|bos|eos)_token_id|id2label|label2id|is_encoder_decoder|.*(dropout|pdrop)"
+    r"_.*|architectures|auto_map|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range"
+    r"|pretraining_tp|(pad|bos|eos)_token_id|id2label|label2id|is_encoder_decoder|.*(dropout|pdrop)"
 )
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, struct.error)
 _SETTING = "config "  # begins the name of a value of the configuration
@@ -147,18 +147,16 @@ def _tensors_in(folder: Path) -> dict[str, str]:
         with suppress(*_DAMAGED):  # the loader says it
             held |= _tensors_of(file)
     kinds: dict[str, list[str]] = {}
-    for name in sorted(
-        (n for n in held if not _BUFFER.search(n)), key=lambda n: hashlib.sha256(_in_layer(n).encode()).digest()
-    ):
+    for name in sorted((name for name in held if not _BUFFER.search(name)), key=_drawn):
         kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
     rounds = (one for some in itertools.zip_longest(*kinds.values()) for one in some if one is not None)
     return {name: held[name]() for name in sorted(itertools.islice(rounds, TENSORS))}
 
 
-def _in_layer(name: str) -> str:
-    """`0.attn.weight` of `transformer.h.0.attn.weight`, which a model without a head calls `h.0.attn.weight`."""
+def _drawn(name: str) -> bytes:
+    """An order by chance, which is that of `h.0.attn.weight` for `transformer.h.0.attn.weight` as well."""
     layer = re.search(r"\.(\d+\..*)", name)
-    return layer[1] if layer else name
+    return hashlib.sha256((layer[1] if layer else name).encode()).digest()
 
 
 def _tensors_of(file: Path) -> dict[str, Callable[[], str]]:
