@@ -127,3 +127,8 @@ def test_missing_recipe_suggests_a_shipped_one():
         read_recipe("boolq-smolm2")
     with pytest.raises(UserError, match=r"no recipe file nowhere/r\.yaml"):
         read_recipe("nowhere/r.yaml")
+
+
+def test_a_field_with_a_point_is_shown_as_a_file_writes_it():
+    with pytest.raises(UserError, match=r"unknown field 'train\.epochs': it is written train: \{epochs: …\} here"):
+        build_recipe({"model": {"path": "x"}, "train.epochs": 1})

@@ -53,10 +53,15 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
         )
 
 
+def _asked(layer: DualLoraLayer, adapter_names: list[str] | None) -> list[str]:
+    """The adapters of a layer that a merge is asked for: None is the active ones."""
+    return layer._present(layer.active_adapters if adapter_names is None else adapter_names)
+
+
 def refuse_before_any(tuner: Any, adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Raise ValueError for a layer that would refuse its merge, while no other has been taken out of the model."""
     for layer in layers_of(tuner):
-        asked = layer._present(layer.active_adapters if adapter_names is None else adapter_names)
+        asked = _asked(layer, adapter_names)
         if asked and safe_merge:
             layer._refuse_broken([], asked)
         if asked and not isinstance(layer, QuantizedLinear):
@@ -77,8 +82,7 @@ def refuse_shared_weights(tuner: Any, adapter_names: list[str] | None) -> None:
             layers |= {(module.get_base_layer(), id(p)): module for p in module._merge_parameters().values()}
 
     def updates(layer: DualLoraLayer) -> set[str]:
-        asked = layer.active_adapters if adapter_names is None else adapter_names
-        return {*layer._present(asked), *layer.merged_adapters}
+        return {*_asked(layer, adapter_names), *layer.merged_adapters}
 
     for (base, weight), layer in layers.items():
         own = updates(layer) - layer.tied.keys()

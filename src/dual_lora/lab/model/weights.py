@@ -8,7 +8,7 @@ import json
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -59,8 +59,7 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
     without = [({n.removeprefix(begin): v for n, v in old.items()}, new) for begin in begins]
     without += [(old, {n.removeprefix(begin): v for n, v in new.items()}) for begin in begins]
     old, new = max([(old, new), *without], key=lambda pair: len(pair[0].keys() & pair[1].keys()))
-    known = old.keys() & new.keys()
-    return any(old[name] != new[name] for name in known) if known else None
+    return have_changed(old, new) if old.keys() & new.keys() else None
 
 
 def other_settings(before: object, now: dict[str, str]) -> list[str]:
@@ -102,7 +101,7 @@ def print_of_folder(folder: Path) -> dict[str, str]:
     return {file.name: _sampled(file) for file in files}
 
 
-def have_changed(before: object, now: dict[str, str]) -> bool:
+def have_changed(before: object, now: Mapping[str, object]) -> bool:
     """Whether a print says that other weights are there by now.
 
     What one of two prints alone has tells nothing: a folder may hold more.

@@ -144,6 +144,9 @@ def _problem(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         parent, wrong = _part_at(item["loc"][:-1]), str(item["loc"][-1])
         everywhere = [f"{part}.{f}" for part in Recipe.model_fields for f in _names(_part_at((part,)))]
+        if wrong in everywhere:
+            part, _, name = wrong.partition(".")
+            return f"unknown field {field!r}: it is written {part}: {{{name}: …}} here."
         known = _names(parent)
         hint = suggest(wrong, known)
         if not hint.startswith(" Did"):
