@@ -55,7 +55,7 @@ def test_the_switch_chooses_for_every_card(monkeypatch):
 
 
 def test_launches_are_measured_against_fp64(few):
-    found = gpu_check.launches(DEVICE, torch.float32)
+    found = gpu_trials.launches(DEVICE, torch.float32)
     assert [line["kernel"] for line in found] == ["compose", "gradient"]
     assert all(line["right"] and line["error"] <= line["limit"] for line in found)
 
@@ -65,16 +65,18 @@ def test_an_error_is_said_in_the_place_of_a_figure(few, monkeypatch):
         raise RuntimeError("PTXAS error")
 
     monkeypatch.setattr(triton_check, "error", broken)
-    found = gpu_check.launches(DEVICE, torch.float32)
+    found = gpu_trials.launches(DEVICE, torch.float32)
     assert all(line["error"] == "RuntimeError: PTXAS error" and not line["right"] for line in found)
 
 
-def test_signs_and_bits():
-    size = 40
-    signs = gpu_check.signs(DEVICE, size)
-    assert signs.keys() == {"ieee", "tf32x3"}
-    assert signs["ieee"] <= 1
-    assert gpu_check.same_bits(DEVICE, size)["deterministic"]
+def test_what_is_measured_besides(monkeypatch):
+    monkeypatch.setattr(gpu_trials, "SIZE", 40)
+    found = gpu_trials.measured(DEVICE)
+    assert found["signs"].keys() == {"ieee", "tf32x3"}
+    assert found["signs"]["ieee"] <= 1
+    assert found["same bits twice"]["deterministic"]
+    if not torch.cuda.is_available():
+        assert "CUDA" in found["memory and time"]  # what breaks is said in its place
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -110,6 +112,22 @@ def test_without_a_card(right, as_json, monkeypatch, capsys):
             assert words in said
 
 
+def test_without_triton_it_says_what_computes():
+    code = """
+import sys
+sys.modules["triton"] = None
+from dual_lora.lab import gpu_check
+gpu_check._process = lambda *asked, **environment: "ModuleNotFoundError: No module named 'triton'"
+result = gpu_check.check()
+assert result["right"]
+print(result["chosen"]["sm_90"])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "PyTorch's own operations" in done.stdout
+    assert "triton" in done.stdout
+
+
 def test_a_process_without_triton_is_said_and_one_that_breaks_is_not_right():
     missing = "ModuleNotFoundError: No module named 'triton'"
     assert gpu_check._lines(missing) == []
@@ -127,7 +145,7 @@ CARD = {
     ],
     "signs": {"ieee": 0},
     "same bits twice": {"atomic": False, "deterministic": True},
-    "CUDA graph": gpu_check.AS_EAGER,
+    "CUDA graph": gpu_trials.AS_EAGER,
     "memory and time": "OutOfMemoryError: none left",
 }
 
@@ -158,8 +176,7 @@ def test_the_kernels_compile_for_a_card_that_is_not_there():
 from dual_lora.lab import gpu_trials
 every = gpu_trials.every
 gpu_trials.every = lambda *a: list(every(*a))[:1]
-from dual_lora.lab import gpu_check
-gpu_check.main("compile", "sm_90")
+gpu_trials.main("compile", "sm_90")
 """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -4,8 +4,10 @@ import json
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ from dual_lora.lab.run.folder import recipe_of_run
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
+from dual_lora.lab.verify.logprobs import Probe, score
+from dual_lora.lab.verify.prompts import _continued
 from dual_lora.lab.verify.verify import verify
 
 
@@ -96,21 +100,46 @@ def test_virtual_tokens_stand_next_to_the_prompt(method, loaded):
         generate_all(model, tokenizer, [encoded[0].input_ids], 1, 3)
 
 
-def test_a_model_that_reads_padding_gets_none(loaded):
-    from transformers import RwkvConfig, RwkvForCausalLM
+@pytest.fixture(params=["rwkv", "xlstm"])
+def reads_padding(request, loaded):
+    """A model that has no use for an attention mask."""
+    from transformers import RwkvConfig, RwkvForCausalLM, xLSTMConfig, xLSTMForCausalLM
 
+    common = {"vocab_size": len(loaded[1]), "num_hidden_layers": 2}
+    if request.param == "rwkv":
+        return RwkvForCausalLM(RwkvConfig(**common, hidden_size=16, attention_hidden_size=16)).eval()
+    config = xLSTMConfig(**common, hidden_size=128, num_heads=4, num_blocks=2, qk_dim_factor=1.0, v_dim_factor=1.0)
+    return xLSTMForCausalLM(config).eval()
+
+
+def test_a_model_that_reads_padding_gets_none(reads_padding, loaded):
     _, tokenizer, examples, prompter = loaded
-    config = RwkvConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
-    model = RwkvForCausalLM(config).eval()
+    model, kind = reads_padding, reads_padding.config.model_type
     examples = [longer(e, i % 3) for i, e in enumerate(examples[:3])]
-    with pytest.raises(UserError, match=r"type rwkv reads padding.*batch_size: 1"):
+    with pytest.raises(UserError, match=rf"type {kind} reads padding.*batch_size: 1"):
         score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=3)))
     assert len(score_loss(Asked(model, examples, prompter, EvaluateSection(batch_size=1)))) == 3
     one = replace(examples[0], answer="red", target="red", choices=("red", "cold ice is"))
     assert len(score_choice(Asked(model, [one], prompter, EvaluateSection(batch_size=1)))) == 1
     prompts = [prompter.prompt_ids(e.prompt) for e in examples]
-    with pytest.raises(UserError, match="type rwkv reads padding"):
+    with pytest.raises(UserError, match=f"type {kind} reads padding"):
         generate_all(model, tokenizer, [prompts[0], prompts[0][1:]], 2, 2)
+
+
+def test_verify_pads_no_row_of_a_model_that_reads_padding(reads_padding, loaded):
+    _, tokenizer, _, prompter = loaded
+    probes = [Probe((5, 9, 7), (2,)), Probe(tuple(range(3, 15)), (4, 11))]
+    together = score(reads_padding, probes)
+    torch.testing.assert_close(together, torch.cat([score(reads_padding, [probe]) for probe in probes]))
+
+    @contextmanager
+    def as_variant(name):
+        yield reads_padding
+
+    tuned = SimpleNamespace(model=reads_padding, tokenizer=tokenizer, variants=["base", "tuned"], as_variant=as_variant)
+    questions = ["red", "cold ice is red"]
+    alone = [_continued(tuned, prompter, [question])[0].ids for question in questions]
+    assert [probe.ids for probe in _continued(tuned, prompter, questions)] == alone
 
 
 def test_the_answer_in_a_whole_reference_is_what_is_compared(loaded, monkeypatch):

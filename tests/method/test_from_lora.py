@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from tiny import bert, gpt2, layers, llama, logits, tokens, trainable
+from torch import nn
 
-from dual_lora import convert_to_dual_lora, save_as_dual_lora
+from dual_lora import convert_to_dual_lora, convert_to_lora, save_as_dual_lora
 
 
 def lora(base, targets, r=4, **options):
@@ -73,6 +74,25 @@ def test_layers_of_other_ranks_keep_theirs(tmp_path):
     ranks = {n.removeprefix("base_model.model.model."): (m.r1["default"], m.r2["default"]) for n, m in loaded.items()}
     assert ranks.pop("layers.1.self_attn.v_proj") == (2, 2)
     assert set(ranks.values()) == {(4, 4)}
+
+
+@pytest.mark.parametrize("names", [["0"], ["0", "1.1"], ["0", "1.0"]])
+def test_a_layer_whose_name_ends_anothers_takes_it_not_along(names, tmp_path):
+    """PEFT takes every module whose name ends with "0": both "0" and "1.0"."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    model = lora(base, "|".join(names), rank_pattern={f"^{names[-1]}": 1} if len(names) > 1 else {})
+    start = save_as_dual_lora(tmp_path, model)
+    assert {kept.layer for kept in start.kept} == set(names)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    ranks = {n.removeprefix("base_model.model."): m.r2["default"] for n, m in layers(loaded).items()}
+    assert ranks == {name: 1 if len(names) > 1 and name == names[-1] else 4 for name in names}
+    as_lora = convert_to_lora(loaded, 1.0)
+    again = get_peft_model(copy.deepcopy(base), as_lora.config)
+    missing = set_peft_model_state_dict(again, as_lora.state_dict).unexpected_keys
+    assert not missing
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(again(x), loaded(x), atol=1e-4, rtol=1e-4)
 
 
 def test_a_trained_head_goes_along_and_training_goes_on(tmp_path):

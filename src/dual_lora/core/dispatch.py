@@ -75,15 +75,9 @@ def compose(
 def triton(device: torch.device) -> ModuleType | None:
     """The Triton path for a GPU; None, with one warning that says why, where it cannot be taken."""
     try:
-        import triton as installed
-
-        if tuple(int(part) for part in installed.__version__.split(".")[:2]) < OLDEST_TRITON:
-            oldest = ".".join(map(str, OLDEST_TRITON))
-            raise NotImplementedError(f"Triton is {installed.__version__}, and they need {oldest} or later")
-        from . import triton_launch, triton_linear
-
-        triton_launch.target(device)
-        return triton_linear
+        kernels, launch = triton_modules()
+        launch.target(device)
+        return kernels
     except (ImportError, NotImplementedError) as reason:
         warnings.warn(
             f"Dual LoRA's Triton kernels are not used on {torch.cuda.get_device_name(device)}: {reason}. PyTorch's own "
@@ -91,6 +85,18 @@ def triton(device: torch.device) -> ModuleType | None:
             stacklevel=2,
         )
         return None
+
+
+def triton_modules() -> tuple[ModuleType, ModuleType]:
+    """`triton_linear` and `triton_launch`. Raises ImportError, or NotImplementedError if Triton is too old for them."""
+    import triton as installed
+
+    if tuple(int(part) for part in installed.__version__.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        raise NotImplementedError(f"Triton is {installed.__version__}, and they need {oldest} or later")
+    from . import triton_launch, triton_linear
+
+    return triton_linear, triton_launch
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype | None:

@@ -7,6 +7,7 @@ because servers of LoRA adapters know neither ranks nor scales of single layers.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -148,12 +149,17 @@ def refuse_biases(config: Any) -> None:
 
 def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """What the configurations of both methods say alike of a converted adapter."""
-    # `target_modules` match these layers and no other: by the last parts of their names where that suffices.
-    short = {name.rpartition(".")[2] for name in layers}
-    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
-    targets = sorted(short if matched == set(layers) else {name.removeprefix(PREFIX) for name in layers})
     same = {name: value for name in _ALIKE if (value := getattr(config, name, None)) is not None}
-    return same | {"target_modules": targets, "inference_mode": True}
+    return same | {"target_modules": _targets(model, layers), "inference_mode": True}
+
+
+def _targets(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
+    """What matches these layers and no other: the last parts of their names, their names, or an expression of these."""
+    whole, others = ({name.removeprefix(PREFIX) for name in names} for names in (layers, dict(model.named_modules())))
+    for targets in ({name.rpartition(".")[2] for name in whole}, whole):
+        if whole == {name for name in others if any(f".{name}".endswith(f".{target}") for target in targets)}:
+            return sorted(targets)
+    return "|".join(map(re.escape, sorted(whole)))  # PEFT holds it against whole names
 
 
 def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

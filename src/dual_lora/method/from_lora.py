@@ -10,6 +10,7 @@ start for training. To keep all of U, merge the LoRA into its base and begin Dua
 """
 
 import os
+import re
 from collections.abc import Callable
 from statistics import median_high
 from typing import Any, NamedTuple
@@ -98,7 +99,7 @@ def convert_to_dual_lora(
     dual = DualLoraConfig(
         r1=usual[0],
         r2=usual[1],
-        rank_pattern={name: ranks for name, ranks in patterns.items() if ranks != usual},
+        rank_pattern={f"^{re.escape(name)}": ranks for name, ranks in patterns.items() if ranks != usual},
         warmup_steps=0,
         **what_stays(model, config, layers),
     )

@@ -83,7 +83,7 @@ class ComposedWeights:
         for name, tensor in weights:
             own = self._own_name(name)
             if own in self._trained:
-                tensor = self._finite(own, self._trained[own].to(tensor.dtype))
+                tensor = self._finite(own, self._trained[own].to(tensor.device, tensor.dtype))
             elif own in self._layers:
                 self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
                 with _training_defaults():

@@ -117,7 +117,7 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
 _KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
 
 
-UNMASKED = {"rwkv", "recurrent_gemma"}  # what stands before a row goes into their state, masked or not
+UNMASKED = {"rwkv", "recurrent_gemma", "xlstm"}  # what stands before a row goes into their state, masked or not
 
 
 def kind_of_unmasked(model: Any) -> str:
@@ -133,6 +133,11 @@ def check_padding(unmasked: str, lengths: list[int]) -> None:
             f"A model of type {unmasked} reads padding, so that its results would depend on the other rows of a batch: "
             "set train.batch_size: 1 (with train.accumulate) and evaluate.batch_size: 1."
         )
+
+
+def row_by_row(model: Any) -> bool:
+    """Whether a row's results depend on padding at its left: read into a state, or behind an adapter's virtual tokens."""
+    return kind_of_unmasked(model) != "" or learns_prompts(model)
 
 
 def learns_prompts(model: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dual_lora.lab.data.batches import accepted_arguments, learns_prompts, left_padded, unwrapped
+from dual_lora.lab.data.batches import accepted_arguments, left_padded, row_by_row, unwrapped
 
 ROWS_AT_ONCE = 8
 INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
@@ -48,7 +48,7 @@ def score(model: Any, probes: Sequence[Probe]) -> Tensor:
     accepts = accepted_arguments(model)
     found: dict[int, Tensor] = {}
     order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
-    rows = 1 if learns_prompts(model) else ROWS_AT_ONCE  # padding would follow its virtual tokens
+    rows = 1 if row_by_row(model) else ROWS_AT_ONCE
     for first in range(0, len(order), rows):
         part = order[first : first + rows]
         batch: dict[str, Any] = left_padded([list(probes[i].ids) for i in part], 0)

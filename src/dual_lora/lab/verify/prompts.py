@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.lab.data.batches import learns_prompts, left_padded
+from dual_lora.lab.data.batches import learns_prompts, left_padded, row_by_row
 from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
@@ -133,20 +133,22 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
     """The prompts with what the adapter writes after them."""
     asked = [({"role": "user", "content": question},) for question in questions]
     prompts = [prompter.prompt_ids(messages)[-LONGEST + CONTINUED :] for messages in asked]
-    batch = left_padded(prompts, tuned.tokenizer.pad_token_id or 0)
-    batch.pop("position_ids")  # generate counts positions itself
-    width = batch["input_ids"].shape[1]
     ends = ends_of(tuned.model, tuned.tokenizer)
     # Any answer will do: of prompt learning the base's, as its own `generate` does not give its own.
     variant = tuned.variants[0 if learns_prompts(tuned.model) else -1]
+    rows: list[list[int]] = []
     with tuned.as_variant(variant) as model, torch.inference_mode(), plain_search(model):
-        out = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in batch.items()},
-            max_new_tokens=CONTINUED, do_sample=False,
-            eos_token_id=ends or None, pad_token_id=tuned.tokenizer.pad_token_id,
-        )  # fmt: skip
+        for part in [[prompt] for prompt in prompts] if row_by_row(tuned.model) else [prompts]:
+            batch = left_padded(part, tuned.tokenizer.pad_token_id or 0)
+            batch.pop("position_ids")  # generate counts positions itself
+            out = model.generate(
+                **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                max_new_tokens=CONTINUED, do_sample=False,
+                eos_token_id=ends or None, pad_token_id=tuned.tokenizer.pad_token_id,
+            )  # fmt: skip
+            rows += out[:, batch["input_ids"].shape[1] :].tolist()
     probes = []
-    for prompt, messages, row in zip(prompts, asked, out[:, width:].tolist(), strict=True):
+    for prompt, messages, row in zip(prompts, asked, rows, strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         ids = tuple(prompt + row[:end])
         told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
