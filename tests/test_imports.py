@@ -16,14 +16,14 @@ from forked import forking
 
 ROOT = Path(dual_lora.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-RINGS = ["core", "method", "verify", "serving", "lab"]  # from the inside out
+RINGS = ["core", "verify", "method", "serving", "lab"]  # from the inside out
 
 # What each ring may import beyond the standard library and the rings inside it.
 ALLOWED = {
     "core": {"torch", "triton"},
     # The last ones are imported where a user's model or loop has brought them.
     "method": {"torch", "peft", "transformers", "safetensors", "deepspeed", "bitsandbytes", "torchao", "hqq"},
-    "verify": {"torch", "peft", "transformers"},
+    "verify": {"torch", "peft", "transformers", "safetensors"},
     # vLLM brings the last two, and runs what imports them.
     "serving": {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "vllm", "fastapi"},
     "": set(),

@@ -34,7 +34,7 @@ from dual_lora.lab.run.folder import recipe_of_run
 from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
-from dual_lora.lab.verify.logprobs import Probe, score
+from dual_lora.lab.verify import logprobs
 from dual_lora.lab.verify.prompts import _continued
 from dual_lora.lab.verify.verify import verify
 
@@ -128,9 +128,9 @@ def test_a_model_that_reads_padding_gets_none(reads_padding, loaded):
 
 def test_verify_pads_no_row_of_a_model_that_reads_padding(reads_padding, loaded):
     _, tokenizer, _, prompter = loaded
-    probes = [Probe((5, 9, 7), (2,)), Probe(tuple(range(3, 15)), (4, 11))]
-    together = score(reads_padding, probes)
-    torch.testing.assert_close(together, torch.cat([score(reads_padding, [probe]) for probe in probes]))
+    probes = [logprobs.Probe((5, 9, 7), (2,)), logprobs.Probe(tuple(range(3, 15)), (4, 11))]
+    together = logprobs.score(reads_padding, probes)
+    torch.testing.assert_close(together, torch.cat([logprobs.score(reads_padding, [probe]) for probe in probes]))
 
     @contextmanager
     def as_variant(name):

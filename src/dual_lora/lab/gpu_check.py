@@ -3,8 +3,8 @@
 On a card: which path is chosen and why, every way of launching the kernels against fp64, signs, determinism, a CUDA
 graph, a second card, memory and times. Without one: what would be chosen on named cards, the kernels compiled for them
 ahead of time, and the same launches in Triton's interpreter. Triton is an interpreter or a compiler from its import on,
-so those two run in processes of their own: `python -m dual_lora.lab.gpu_trials interpret | compile TARGET`. Nothing here
-needs Triton, so that this can be asked where there is none.
+so those two run in processes of their own: `python -m dual_lora.lab.gpu_trials interpret | compile TARGET`.
+Nothing here needs Triton, so that this can be asked where there is none.
 """
 
 import json

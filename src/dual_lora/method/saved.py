@@ -6,23 +6,19 @@ random. Without the count (written by another program) an adapter is finished.
 
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from peft.utils.warning import PeftWarning
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..verify.numbers import check_numbers, header
 from .strength import Strength
 
 PEFT_PREFIX = "base_model.model."
-# As a file's header names them. `verify.numbers`, which knows no method, says why these.
-FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-# What is no float may be a count or a mask of a module that is saved whole, and nothing that was trained.
-WHOLE, _TRAINED = {"I32", "I64", "BOOL"}, re.compile(r"\.dual_lora_[ABCD]|\.trainable_tokens_delta|(weight|bias)$")
 
 
 def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
@@ -32,22 +28,15 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
     if not os.path.isfile(path):
         return
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+        kinds = {name: kind for name, (kind, _) in header(path).items()}
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a complete safetensors file ({os.path.getsize(path)} bytes; {error}). It was cut short or "
             "damaged when it was written or copied: copy it again, or take an earlier checkpoint."
         ) from error
-    if not any(".dual_lora_" in name for name in names):
-        raise ValueError(_foreign(path, names))
-    wrong = sorted(n for n, kind in kinds.items() if kind not in FLOATS and (kind not in WHOLE or _TRAINED.search(n)))
-    if wrong:
-        raise ValueError(
-            f"{path} holds {_some(wrong, 'tensors')} as {kinds[wrong[0]]}, expected floating-point numbers "
-            f"({', '.join(sorted(FLOATS))}): save the adapter again as it was trained."
-        )
+    if not any(".dual_lora_" in name for name in kinds):
+        raise ValueError(_foreign(path, list(kinds)))
+    check_numbers(kinds, path)
 
 
 def with_counts(state: dict[str, Tensor], layers: Mapping[str, Strength], adapter_name: str) -> dict[str, Tensor]:

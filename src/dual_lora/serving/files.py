@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from dual_lora.verify.numbers import check_numbers
+from dual_lora.verify.numbers import check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -43,19 +43,16 @@ def shapes_of(folder: str | Path) -> Shapes:
     try:
         _check_sizes(config, weights)
         _check_kind(json.loads(config.read_text("utf-8")), config)
-        with safe_open(str(weights), framework="pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            kinds = {name: part.get_dtype() for name, part in parts.items()}
-            shapes = {name: tuple(part.get_shape()) for name, part in parts.items()}
+        held = header(weights)
     except AdapterError:
         raise
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}.") from error
     try:
-        check_numbers(kinds, str(folder))
+        check_numbers({name: kind for name, (kind, _) in held.items()}, str(folder))
     except ValueError as error:
         raise AdapterError(str(error)) from error
-    return shapes
+    return {name: shape for name, (_, shape) in held.items()}
 
 
 def _check_kind(values: Any, config: Path) -> None:
@@ -89,12 +86,9 @@ def version_of_files(files: Iterable[Path]) -> tuple[tuple[int, ...], ...]:
 
 def checkpoint_of(folder: str | Path) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Names of a checkpoint's tensors, with shape and whether they are floating-point; reads headers only."""
-    found = {}
+    found: dict[str, tuple[tuple[int, ...], bool]] = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                part = tensors.get_slice(name)
-                found[name] = (tuple(part.get_shape()), part.get_dtype() in ("F32", "BF16", "F16"))
+        found |= {name: (shape, kind in ("F32", "BF16", "F16")) for name, (kind, shape) in header(file).items()}
     if not found:
         raise AdapterError(f"{folder} holds no *.safetensors file: which model is the base?")
     return found

@@ -2,15 +2,27 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors import safe_open
 from torch import Tensor
 
 # As a file's header names them: what PEFT computes with as it is. F8_E8M0 is a scale, and smaller ones need some.
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _WHOLE = re.compile(r"(\.dual_lora_left|_indices|\.frod_s_size)$")  # what methods store as whole numbers
 _BUFFERS = {"I32", "I64", "BOOL"}  # counters, positions and masks of modules that are saved whole
+
+
+def header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type, as "F32", and the shape of every tensor in a safetensors file, by its name. No tensor is read.
+
+    Raises OSError and SafetensorError for a file that cannot be read or is damaged.
+    """
+    with safe_open(str(file), framework="pt") as held:
+        parts = {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118  (not a mapping)
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
 
 def check_numbers(kinds: Mapping[str, str], what: str) -> None:

@@ -136,7 +136,7 @@ def check_padding(unmasked: str, lengths: list[int]) -> None:
 
 
 def row_by_row(model: Any) -> bool:
-    """Whether a row's results depend on padding at its left: read into a state, or behind an adapter's virtual tokens."""
+    """Whether padding at its left changes a row's results: read into a state, or behind an adapter's virtual tokens."""
     return kind_of_unmasked(model) != "" or learns_prompts(model)
 
 

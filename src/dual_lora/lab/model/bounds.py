@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from dual_lora.lab.errors import UserError
-from dual_lora.verify.numbers import all_finite, check_numbers
+from dual_lora.verify.numbers import all_finite, check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 
 MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
@@ -86,8 +86,7 @@ def check_stored_numbers(file: Path, what: str) -> None:
     A file that is missing or damaged is left to whoever reads it.
     """
     try:
-        with safe_open(file, framework="pt") as stored:
-            kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118
+        kinds = {name: kind for name, (kind, _) in header(file).items()}
     except (OSError, SafetensorError):
         return
     try:

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
@@ -23,6 +21,7 @@ from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses
 from dual_lora.lab.run.write import free_folder, json_text, write_folder_atomically
+from dual_lora.verify.numbers import header
 
 REPORT = "conversion.json"
 # Shares of the adapter's improvement in loss that a conversion keeps.
@@ -217,9 +216,8 @@ def _data(tuned: Tuned) -> DataSection:
 
 def _sizes(folder: Path) -> tuple[int, int]:
     """Numbers in the factors, and in the weights that they change: a layer's two factors A [r, I] and B [O, r]."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    factors = {key: s for key, s in shapes.items() if "lora_" in key and len(s) == 2}
+    held = header(folder / "adapter_model.safetensors")
+    factors = {key: s for key, (_, s) in held.items() if "lora_" in key and len(s) == 2}
     weights = sum(s[0] * factors[key.replace("lora_B", "lora_A")][1] for key, s in factors.items() if "lora_B" in key)
     return sum(s[0] * s[1] for s in factors.values()), weights
 

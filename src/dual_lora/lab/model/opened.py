@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
 
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
@@ -22,6 +21,7 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
+from dual_lora.verify.numbers import header
 
 NOTE = "lab.json"  # next to the adapter's weights: the recipe and the class names
 
@@ -247,9 +247,8 @@ def _warn_of_unread(adapter: Path, model: Any) -> None:
     if not file.is_file():
         return
     names = {key.removesuffix(".weight") for key in get_peft_model_state_dict(model, save_embedding_layers=True)}
-    with safe_open(file, framework="pt") as held:
-        if all(key.removesuffix(".weight") in names for key in held.keys()):  # noqa: SIM118
-            return
+    if all(key.removesuffix(".weight") in names for key in header(file)):
+        return
     # Adapters of earlier versions have other names, which PEFT translates while it loads: it is asked once more.
     asked: Any = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
     unread = sorted(asked.unexpected_keys)
@@ -274,8 +273,11 @@ def _part_of(config: Any, adapter: Path) -> ModelSection:
 
 def _labels_in(adapter: Path) -> int:
     """Number of classes of a saved classification head: its number of rows."""
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        heads = [k for k in file.keys() if k.endswith((".classifier.weight", ".score.weight", ".out_proj.weight"))]  # noqa: SIM118
-        if len(heads) != 1:
-            raise UserError(f"The adapter {adapter} holds no classification head.")
-        return int(file.get_slice(heads[0]).get_shape()[0])
+    held, heads = (
+        header(adapter / "adapter_model.safetensors"),
+        (".classifier.weight", ".score.weight", ".out_proj.weight"),
+    )
+    rows = [shape[0] for name, (_, shape) in held.items() if name.endswith(heads)]
+    if len(rows) != 1:
+        raise UserError(f"The adapter {adapter} holds no classification head.")
+    return rows[0]
