@@ -273,10 +273,8 @@ def _part_of(config: Any, adapter: Path) -> ModelSection:
 
 def _labels_in(adapter: Path) -> int:
     """Number of classes of a saved classification head: its number of rows."""
-    held, heads = (
-        header(adapter / "adapter_model.safetensors"),
-        (".classifier.weight", ".score.weight", ".out_proj.weight"),
-    )
+    heads = (".classifier.weight", ".score.weight", ".out_proj.weight")
+    held = header(adapter / "adapter_model.safetensors")
     rows = [shape[0] for name, (_, shape) in held.items() if name.endswith(heads)]
     if len(rows) != 1:
         raise UserError(f"The adapter {adapter} holds no classification head.")
