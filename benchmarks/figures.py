@@ -1,18 +1,18 @@
-"""The table of docs/explanation/cost.md, from the ledger: `python -m benchmarks.figures` writes it, a test compares."""
+"""The figures of docs/explanation/cost.md: `python -m benchmarks.figures` writes them from the ledger; a test looks."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import gates, ledger
+from . import gates, ledger, plot
 from .measure import QUIET_SHARE
 
 PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "cost.md"
 BEGIN, END = "<!-- figures: written by python -m benchmarks.figures -->", "<!-- end of figures -->"
+CURVES = "<!-- curves: written by python -m benchmarks.figures -->", "<!-- end of curves -->"
 THREADS = 1
 
 # What the reader sees, the work's name in the gates, and what it is compared with.
@@ -73,7 +73,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     days = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     lines += [
         "",
-        f"Ratios of medians, one thread, r = 32 in all methods, {days} (`make bench`; every run is a row of",
+        f"Medians of paired ratios, one thread, r = 32 in all methods, {days} (`make bench`; every run is a row of",
         "[`benchmarks/ledger.jsonl`](../../benchmarks/ledger.jsonl)).",
     ]
     if not all(r.get("bf16_units", True) for r in used):
@@ -92,17 +92,30 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def written(page: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """The page's text with the table between its two marks replaced. Raises ValueError where a mark is missing."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{PAGE.name} needs the lines {BEGIN!r} and {END!r} once each.")
-    return re.sub(
-        f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: f"{BEGIN}\n{tables(rows)}\n{END}", page, flags=re.S
+def grown(rows: Iterable[dict[str, Any]]) -> str:
+    """What the pictures show at their ends, and where that was measured."""
+    curves = plot.newest(list(rows))
+    tokens, rank = ({row["at"]: row["ratio"] for row in curves[name]} for name in ("tokens", "rank"))
+    return (
+        f"The ratio to LoRA's time for one layer of 2048² in fp32 is {tokens[16]:.2f} at 16 tokens, {tokens[512]:.2f} "
+        f"at 512 and {tokens[4096]:.2f} at 4,096\n({plot.where(curves['tokens'])}). With the rank it goes from "
+        f"{rank[4]:.2f} at 4 to {rank[256]:.2f} at 256 ({plot.where(curves['rank'])})."
     )
 
 
+def written(page: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The page's text with what stands between its marks replaced. Raises ValueError where a mark is missing."""
+    kept = [dict(row) for row in rows]
+    for (begin, end), text in (((BEGIN, END), tables(kept)), (CURVES, grown(kept))):
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"{PAGE.name} needs the lines {begin!r} and {end!r} once each.")
+        before, rest = page.split(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+    return page
+
+
 def main() -> int:
-    """Write the page's table; returns 0."""
+    """Write the page's figures; returns 0."""
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(written(text, ledger.read()), encoding="utf-8")
     return 0

@@ -46,7 +46,7 @@ class Measured(NamedTuple):
     costs: Mapping[str, Sequence[float]]
     unit: str  # "s" or "bytes"
     threads: int
-    share: float = 1.0  # processor time used / (wall time × threads); 1 for what is not timed
+    share: float = 1.0  # processor time used / (wall time × threads asked for); 1 for what is not timed
 
     def ratio(self, subject: str, against: str) -> Ratio:
         """How many times `against` the subject costs."""
@@ -87,28 +87,33 @@ def interleave(
     threads: int,
     seconds: float,
     rounds: tuple[int, int] = (5, 60),
+    threads_of: Mapping[str, int] | None = None,
 ) -> Measured:
-    """Time the variants round by round until every pair's ratio is narrow, for about `seconds` at most."""
+    """Time the variants round by round until every pair's ratio is narrow, for about `seconds` at most.
+
+    threads_of: of variants that set a number of threads of their own.
+    """
     clock = time.process_time if threads == 1 else time.perf_counter
     with torch_threads(threads):
         loops = {name: _loops(run) for name, run in variants.items()}
         costs: dict[str, list[float]] = {name: [] for name in variants}
         names = list(variants)
-        start, start_cpu = time.perf_counter(), time.process_time()
+        asked, start, start_cpu = 0.0, time.perf_counter(), time.process_time()
         for done in range(1, rounds[1] + 1):
             for name in names:
                 run, n = variants[name], loops[name]
-                before = clock()
+                wall, before = time.perf_counter(), clock()
                 for _ in range(n):
                     run()
                 costs[name].append((clock() - before) / n)
+                asked += (time.perf_counter() - wall) * (threads_of or {}).get(name, threads)
             names = names[1:] + names[:1]
             if done >= rounds[0]:
                 narrow = all(median_ratio(costs[a], costs[b]).uncertainty < NARROW for a, b in pairs)
                 if narrow or time.perf_counter() - start > seconds:
                     break
-        wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
-    return Measured(costs, "s", threads, min(cpu / wall / threads, 1.0))
+        cpu = time.process_time() - start_cpu
+    return Measured(costs, "s", threads, min(cpu / asked, 1.0))
 
 
 def _loops(run: Callable[[], object]) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from . import ledger
+from .measure import QUIET_SHARE
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 360, 56, 16, 40, 44
 LINES = {"measured": "#2563eb", "limit by flops": "#9ca3af"}
@@ -16,12 +18,27 @@ UNITS = {"tokens": "tokens T", "size": "size O = I", "rank": "r1 + r2 (and LoRA'
 
 
 def newest(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """For each curve, the last row at each of its points."""
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
+    """For each curve the points of one measurement, on one machine: the last one that was quiet, if any was."""
+    curves: dict[str, dict[tuple[str, str], dict[int, dict[str, Any]]]] = {}
     for row in rows:
         if row["kind"] == "curve":
-            curves.setdefault(row["work"], {})[row["at"]] = row
-    return {name: [points[at] for at in sorted(points)] for name, points in curves.items()}
+            curves.setdefault(row["work"], {}).setdefault((row["date"], row["device"]), {})[row["at"]] = row
+    chosen = {}
+    for name, measured in curves.items():
+        quiet = [points for points in measured.values() if not busy(points.values())]
+        points = (quiet or list(measured.values()))[-1]
+        chosen[name] = [points[at] for at in sorted(points)]
+    return chosen
+
+
+def busy(rows: Iterable[dict[str, Any]]) -> bool:
+    """Whether the process had to share its cores at any of these points."""
+    return any(row["share_of_cores"] < QUIET_SHARE for row in rows)
+
+
+def where(rows: list[dict[str, Any]]) -> str:
+    """On which machine, when, and whether it was busy."""
+    return f"{rows[0]['device']}, {rows[0]['date'][:10]}{', a busy machine' if busy(rows) else ''}"
 
 
 def draw(name: str, rows: list[dict[str, Any]]) -> str:
@@ -41,7 +58,7 @@ def draw(name: str, rows: list[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="sans-serif" '
         f'font-size="12"><title>Cost against PEFT LoRA by {escape(UNITS[name])}</title>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="20">forward + backward against PEFT LoRA, fp32, one thread</text>',
+        f'<text x="{LEFT}" y="20">forward + backward against PEFT LoRA, fp32, one thread: {escape(where(rows))}</text>',
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(UNITS[name])}</text>',
     ]
     step = next(s for s in (0.1, 0.25, 0.5, 1, 2, 5, 10, 25, 50, 100) if (top - low) / s <= 8)

@@ -159,7 +159,8 @@ def measure_scaling(dual: Training, lora: Training, threads: int, seconds: float
 
     many = f"{'two' if threads == 2 else threads} threads"
     variants = {"one thread": on(dual, 1), many: on(dual, threads), "lora 1": on(lora, 1), "lora": on(lora, threads)}
-    measured = interleave(variants, [(many, "one thread"), ("lora", "lora 1")], threads, seconds, (3, 9))
+    pairs, alone = [(many, "one thread"), ("lora", "lora 1")], {"one thread": 1, "lora 1": 1}
+    measured = interleave(variants, pairs, threads, seconds, (3, 9), alone)
     costs = dict(measured.costs)
     rounds = zip(costs["one thread"], costs.pop("lora"), costs.pop("lora 1"), strict=True)
     return measured._replace(costs=costs | {"as LoRA's scales": [own * two / one for own, two, one in rounds]})

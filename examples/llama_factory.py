@@ -13,16 +13,23 @@ from transformers import AutoModelForCausalLM
 
 from dual_lora import DualLoraCallback, DualLoraConfig, VerifyAdapter
 
+CARRIED = {"lora_target", "lora_rank", "lora_alpha", "lora_dropout"}
+# Of LLaMA-Factory's options for LoRA, those that say nothing of the adapter that is made here.
+OTHERS = {"additional_target", "use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio", "create_new_adapter"}
+
 
 def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
     """Save an untrained adapter in `folder`; the arguments that make LLaMA-Factory train it."""
+    unknown = sorted(name for name in OTHERS & arguments.keys() if arguments[name])
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not carried over to the adapter made here, which knows {CARRIED}.")
     base = AutoModelForCausalLM.from_pretrained(arguments["model_name_or_path"])
     targets = arguments.get("lora_target", "all")
     config = DualLoraConfig(
         r=arguments.get("lora_rank", 8),
         alpha=arguments.get("lora_alpha"),
         dropout=arguments.get("lora_dropout", 0.0),
-        target_modules="all-linear" if targets == "all" else targets.split(","),
+        target_modules="all-linear" if targets == "all" else [name.strip() for name in targets.split(",")],
         warmup_steps=warmup_steps,
         task_type="CAUSAL_LM",
     )

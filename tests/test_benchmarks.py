@@ -86,6 +86,13 @@ def test_variants_are_interleaved_and_end_when_narrow(clock):
     assert measured.spread("a") == pytest.approx(0)
 
 
+def test_the_share_of_the_cores_is_of_those_that_were_asked_for(clock):
+    variants = {"a": clock(1), "b": clock(3)}
+    assert measure.interleave(variants, [], threads=2, seconds=1, rounds=(2, 2)).share == pytest.approx(1 / 2)
+    alone = {"a": 1}
+    assert measure.interleave(variants, [], 2, 1, rounds=(2, 2), threads_of=alone).share == pytest.approx(4 / 7)
+
+
 def test_short_variants_are_repeated_inside_a_sample(clock):
     calls = []
     run = clock(measure.SAMPLE_SECONDS / 10)
@@ -367,14 +374,22 @@ def test_a_wrong_gradient_of_one_of_several_adapters_is_refused():
         linear.check(layer, x, W, dy)
 
 
-def test_curves_are_drawn_from_the_newest_rows(tmp_path):
-    row = {"kind": "curve", "work": "rank", "limit": 1.3, "interval": [1.4, 1.6]}
-    rows = [{**row, "at": at, "ratio": ratio} for at, ratio in ((4, 9.0), (8, 1.5), (4, 1.5))]
-    newest = plot.newest([*rows, {"kind": "gate"}])
-    assert [r["ratio"] for r in newest["rank"]] == [1.5, 1.5]
-    svg = plot.draw("rank", newest["rank"])
+def test_a_curve_is_of_one_measurement_a_quiet_one_if_there_is_one():
+    row = {"kind": "curve", "work": "rank", "limit": 1.3, "interval": [1.4, 1.6], "device": "A"}
+    busy, quiet, later = (
+        [{**row, "date": f"2026-11-0{day}T10", "share_of_cores": share, "at": at, "ratio": ratio} for at in (8, 4)]
+        for day, share, ratio in ((1, 0.2, 9.0), (2, 0.99, 1.5), (3, 0.3, 8.0))
+    )
+    half = [later[0] | {"share_of_cores": 0.99}, later[1]]  # one point of two was disturbed
+    for rows in ([*busy, *quiet, *half], [*quiet, *busy]):
+        newest = plot.newest([*rows, {"kind": "gate"}])["rank"]
+        assert [(r["at"], r["ratio"]) for r in newest] == [(4, 1.5), (8, 1.5)]
+    assert {r["ratio"] for r in plot.newest([*busy, *later])["rank"]} == {8.0}
+    svg = plot.draw("rank", newest)
     assert svg.startswith("<svg")
     assert "limit by flops" in svg
+    assert "A, 2026-11-02</text>" in svg
+    assert "busy" in plot.where(busy)
 
 
 def test_the_committed_ledger_is_readable():

@@ -3,6 +3,7 @@
 The .md files of this folder are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
 A line <!-- holds: STUDY/METHOD is VERDICT; ... --> says what the words around it rest on; it stops the script when the
 results say otherwise. STUDY/* is every comparison of the study, "is not VERDICT" the opposite.
+A line <!-- fresh: STUDY after STUDY; ... --> says that the first has none of the other's seeds.
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ import argparse
 import re
 from pathlib import Path
 
-from .facts import ROOT, quoted, verdicts
+from .facts import ROOT, quoted, study, verdicts
 
 HERE = Path(__file__).parent
 DOCS = ROOT / "docs" / "explanation"
 _FIGURE = re.compile(r"\{\{(.+?)\}\}")
-_HOLDS = re.compile(r"^<!-- holds: (.+?) -->\n", re.MULTILINE | re.DOTALL)
+_HOLDS, _FRESH = (re.compile(rf"^<!-- {word}: (.+?) -->\n", re.MULTILINE | re.DOTALL) for word in ("holds", "fresh"))
 
 
 def filled(text: str) -> str:
     """The text with its figures. Raises ValueError where the results no longer say what its words rest on."""
     for path, expected in claims(text):
-        study, _, candidate = path.partition("/")
-        for found in verdicts(study, candidate):
+        name, _, candidate = path.partition("/")
+        for found in verdicts(name, candidate):
             if found.startswith(expected.removeprefix("not ")) == expected.startswith("not "):
                 raise ValueError(f"The words rest on {path} being {expected}, and it is {found}: write them anew.")
-    return _FIGURE.sub(lambda match: quoted(match[1]), _HOLDS.sub("", text))
+    for pair in (pair for line in _FRESH.findall(text) for pair in line.split(";")):
+        later, earlier = (set(study(name.strip())["study"]["seeds"]) for name in pair.split(" after "))
+        if later & earlier:
+            raise ValueError(f"{pair.strip()}: seeds {sorted(later & earlier)} are not fresh.")
+    return _FIGURE.sub(lambda match: quoted(match[1]), _FRESH.sub("", _HOLDS.sub("", text)))
 
 
 def claims(text: str) -> list[tuple[str, str]]:

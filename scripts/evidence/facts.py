@@ -5,6 +5,8 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
                              change (with its interval), size (with its metric), sure; (untrained): score, constant
                              METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired,
                              METHOD by forgetting for what it forgot
+range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
+                             ("encoder", "language model"); studies: how many, those with the same runs and costs once
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -21,6 +23,8 @@ from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
 
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
+COSTS = {"time": "train_seconds", "memory": "peak_memory"}
+ENCODER = ("sst2", "cola")  # the tasks of MiniLM
 
 
 @functools.cache
@@ -50,6 +54,8 @@ def quoted(path: str) -> str:
             return _of_trajectory(*rest)
         if name == "count":
             return str(_count(*rest))
+        if name == "range":
+            return _range(*rest)
         return _of_study(name, *rest)
     except (KeyError, TypeError, IndexError, StopIteration) as error:
         raise ValueError(f"{path!r} leads nowhere in the results: {error!r}.") from None
@@ -100,11 +106,31 @@ def _of_study(name: str, method: str, field: str) -> str:
             return f"{m['cost']['train_seconds']:.0f}"
         return number(m["score" if field == "score" else "score_deviation"], f".{decimals}f")
     c = _comparison(results, method)
-    if field in ("time", "memory"):
-        key = {"time": "train_seconds", "memory": "peak_memory"}[field]
-        mine, other = (_method(results, c[side])["cost"][key] for side in ("candidate", "reference"))
-        return f"{mine / other:.2f}"
+    if field in COSTS:
+        return f"{_ratio(*(_method(results, c[side]) for side in ('candidate', 'reference')), field):.2f}"
     return FIELDS[field](c)
+
+
+def _ratio(mine: dict[str, Any], other: dict[str, Any], field: str) -> float:
+    return float(mine["cost"][COSTS[field]] / other["cost"][COSTS[field]])
+
+
+def _runs(m: dict[str, Any]) -> frozenset[tuple[str, float | None]]:
+    """The final runs of a method, with their scores: a key says what was run, and it may have been run twice."""
+    return frozenset((seed["key"], seed.get("score")) for seed in m["seeds"])
+
+
+def _range(model: str, field: str) -> str:
+    pairs = {}
+    for name in _names():
+        methods = {m["method"]: m for m in study(name)["methods"]}
+        dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
+        if dual and lora and (dual["task"] in ENCODER) == (model == "encoder"):
+            pairs[_runs(dual), str(dual["cost"])] = dual, lora
+    if field == "studies":
+        return str(len(pairs))
+    ratios = [_ratio(dual, lora, field) for dual, lora in pairs.values()]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def _own(c: dict[str, Any], value: float, sign: bool = True) -> str:
@@ -165,11 +191,25 @@ def _of_trajectory(run: str, table: str, column: str, form: str = "") -> str:
 
 
 def _count(what: str, verdict: str = "") -> int:
-    """How many published studies there are, comparisons in them (with a verdict), or verdicts that were amended."""
-    names = sorted(file.parent.name for file in (ROOT / "results" / "studies").glob("*/results.json"))
+    """How many published studies there are, comparisons of different runs in them (with a verdict), of these such that
+    an earlier study in the alphabet had made, or verdicts that were amended."""
     if what == "studies":
-        return len(names)
+        return len(_names())
     if what == "amended":
-        return sum(len(a.get("changed", ())) for name in names for a in study(name)["amendments"])
-    comparisons = [c for name in names for c in study(name)["comparisons"]]
-    return sum(not verdict or c["verdict"] == verdict for c in comparisons)
+        return sum(len(a.get("changed", ())) for name in _names() for a in study(name)["amendments"])
+    seen: set[tuple[Any, ...]] = set()
+    found, repeated = 0, 0
+    for name in _names():
+        results = study(name)
+        for c in results["comparisons"]:
+            pair = {_runs(_method(results, f"{c[side]}@{c['task']}")) for side in ("candidate", "reference")}
+            key = (frozenset(pair), c["metric"])
+            if len(pair) == 2 and verdict in ("", c["verdict"]):
+                found += 1
+                repeated += key in seen
+                seen.add(key)
+    return repeated if what == "repeated" else found
+
+
+def _names() -> list[str]:
+    return sorted(file.parent.name for file in (ROOT / "results" / "studies").glob("*/results.json"))

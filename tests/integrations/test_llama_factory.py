@@ -11,7 +11,7 @@ from dual_lora import VerifyAdapter
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = {"stage": "sft", "do_train": True, "lora_rank": 8, "lora_target": "q_proj,down_proj", "lora_alpha": 16}
+ARGUMENTS = {"stage": "sft", "do_train": True, "lora_rank": 8, "lora_target": "q_proj, down_proj", "lora_alpha": 16}
 
 
 def test_the_adapter_made_beforehand_trains_from_its_start(example, tiny_lm, tmp_path):
@@ -27,6 +27,12 @@ def test_the_adapter_made_beforehand_trains_from_its_start(example, tiny_lm, tmp
     assert factor(model) == 0
     train(model, steps=3, loss=lambda: model(**model.dummy_inputs).logits.square().mean())
     assert factor(model) == pytest.approx(3 / 4)
+
+
+def test_options_that_nothing_here_carries_are_refused(example, tiny_lm, tmp_path):
+    given = {**ARGUMENTS, "model_name_or_path": str(tiny_lm), "use_rslora": True, "pissa_init": False}
+    with pytest.raises(ValueError, match=r"^use_rslora: not carried over"):
+        example("llama_factory").start(given, tmp_path / "start")
 
 
 @pytest.mark.timeout(1800)

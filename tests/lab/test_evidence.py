@@ -11,6 +11,8 @@ pytest.importorskip("pydantic")
 from evidence import __main__ as evidence
 from evidence import facts
 
+SIDES = ("candidate", "reference")
+
 
 def test_the_pages_are_up_to_date():
     assert len(evidence.pages()) == 2
@@ -24,7 +26,7 @@ def test_no_figure_of_a_result_is_typed(name):
     text = (evidence.HERE / name).read_text(encoding="utf-8")
     text = re.sub(r"\{\{.+?\}\}|<!--.+?-->|`[^`]*`", "", text, flags=re.DOTALL)
     assert re.findall(r"\d*\.\d+", text) == []
-    assert re.findall(r"\d+ ?%", text.replace("90 %", "").replace("largest 1 %", "")) == []
+    assert re.findall(r"\d+ ?%", re.sub("9[05] %|largest 1 %", "", text)) == []
 
 
 def test_every_study_is_quoted():
@@ -41,6 +43,31 @@ def test_words_that_the_results_do_not_bear_stop_the_script(monkeypatch):
     for path in ("quick/nobody/score", "nowhere/lora/score", "quick/lora/nothing", "trajectory/lora/layers/nothing"):
         with pytest.raises(ValueError, match=r"leads nowhere|no study"):
             facts.quoted(path)
+
+
+def test_seeds_that_are_called_fresh_are():
+    line = "<!-- fresh: longer-cola after confirm-cola; surrogate-cola after {} -->\n"
+    assert evidence.filled(line.format("longer-cola")) == ""
+    with pytest.raises(ValueError, match=r"surrogate-cola after confirm-cola: seeds \[21, .*\] are not fresh"):
+        evidence.filled(line.format("confirm-cola"))
+
+
+def test_verdicts_on_different_runs_are_counted():
+    scaling = facts.study("scaling")["comparisons"]
+    same = [c for c in scaling if len({facts._runs(facts._method(facts.study("scaling"), c[s])) for s in SIDES}) == 1]
+    assert len(same) == 2, "at r = 16 all three rules are the default"
+    every = sum(len(facts.study(name)["comparisons"]) for name in facts._names())
+    assert int(facts.quoted("count/comparisons")) == every - len(same)
+    assert int(facts.quoted("count/repeated")) >= 3, "e2e-again-estimators has those of e2e-again"
+
+
+def test_a_range_holds_every_study_of_its_model():
+    low, high = map(float, facts.quoted("range/encoder/time").split(" to "))
+    for name in ("quick", "methods-encoder", "longer-cola"):
+        assert low <= float(facts.quoted(f"{name}/dual_lora/time")) <= high
+    low, high = map(float, facts.quoted("range/language model/memory").split(" to "))
+    assert low <= float(facts.quoted("methods-boolq/dual_lora/memory")) <= high
+    assert facts.quoted("range/language model/time") != facts.quoted("range/encoder/time")
 
 
 def test_a_difference_is_printed_in_its_metrics_own_direction():
