@@ -315,6 +315,14 @@ def test_mixture_of_experts_and_other_families_can_be_simulated():
         assert step.trained_parameters > 0, name
 
 
+def test_another_method_has_the_same_layers():
+    method = {"name": "dual_lora", "r": 8, "target_modules": ["q_proj"], "layers_to_transform": [1], "ste": "surrogate"}
+    lora = replace(tiny(), method=method | {"modules_to_save": ["embed_tokens"]}).with_method("lora").method
+    assert lora == {"name": "lora"} | {k: v for k, v in method.items() if k not in ("name", "ste")} | {
+        "modules_to_save": ["embed_tokens"]
+    }
+
+
 def test_model_that_does_not_run_in_a_precision_says_so():
     """DeBERTa v1 mixes fp32 into its bf16 attention: the real step fails at the same place."""
     from dual_lora.lab.model.empty import shortened

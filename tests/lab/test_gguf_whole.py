@@ -43,8 +43,10 @@ def written(file, tensors=(), scaling=None):
     return ModelSection(path=str(file))
 
 
-def test_a_whole_file_is_read(tmp_path):
-    assert load_model(written(tmp_path / "plain.gguf")).model.config.num_hidden_layers == 1
+@pytest.mark.parametrize("head", ["causal", "classification"])
+def test_a_whole_file_is_read(head, tmp_path):
+    part = written(tmp_path / "plain.gguf", tensors=[("output.weight", 160)] if head == "classification" else [])
+    assert load_model(part.model_copy(update={"head": head}), 2).model.config.num_hidden_layers == 1
 
 
 def test_a_copy_of_tied_embeddings_is_no_further_weight(tmp_path):
@@ -67,6 +69,7 @@ def test_a_copy_of_tied_embeddings_is_no_further_weight(tmp_path):
         ({"tensors": [("blk.0.attn_q.bias", 32)]}, "holds 7,968 weights, of which the model that was read has 7,936"),
     ],
 )
-def test_what_transformers_leaves_out_is_said(more, said, tmp_path):
+@pytest.mark.parametrize("head", ["causal", "classification"])
+def test_what_transformers_leaves_out_is_said(more, said, head, tmp_path):
     with pytest.raises(UserError, match=said):
-        load_model(written(tmp_path / "more.gguf", **more))
+        load_model(written(tmp_path / "more.gguf", **more).model_copy(update={"head": head}), 2)

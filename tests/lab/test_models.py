@@ -174,6 +174,24 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
         load_model(ModelSection(path=str(folder)))
 
 
+def test_an_encoder_s_file_that_lacks_a_layer_is_no_base(tiny_encoder, tmp_path):
+    """Its layer would be drawn, and trained and saved whole, like a new head."""
+    folder = shutil.copytree(tiny_encoder, tmp_path / "less")
+    held = load_file(folder / "model.safetensors")
+    other = {name.replace("encoder.layer.1.", "encoder.layers.1."): tensor for name, tensor in held.items()}
+    save_file(other, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"not the whole of a BertForSeq.*for bert\.encoder\.layer\.1\..* drawn at random"
+    ):
+        load_model(ModelSection(path=str(folder), head="classification"), 2)
+    no_pooler = {name: tensor for name, tensor in held.items() if "pooler" not in name}
+    save_file(no_pooler, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(ModelSection(path=str(folder), head="classification"), 2).fresh == [
+        "bert.pooler.dense",
+        "classifier",
+    ]
+
+
 def test_a_folder_above_names_what_lies_in_it(tmp_path):
     for file in ("run/record.json", "merged/config.json", "data/train.jsonl"):
         (tmp_path / file).parent.mkdir()

@@ -76,6 +76,8 @@ def test_what_is_given_is_not_outweighed_by_what_the_recipe_says_otherwise():
     found = build_recipe(merged({**MINIMAL, "train": train}, {"train": given})).train
     assert (found.steps, found.epochs, found.lr_warmup, found.arguments) == (None, 2.0, 0.1, {"use_cpu": True})
     assert list(found.rates.items()) == [("lora_B", 4.0), (".*", 2.0)], "the first that fits counts"
+    same = merged({"train": {"steps": 60, "epochs": 1.0}}, {"train": {"epochs": 1}})["train"]
+    assert "steps" not in same, "epochs of the same number are asked for too"
     both = merged({"train": train}, {"train": {"epochs": 2.0, "steps": 3, "arguments": {"warmup_steps": 1}}})["train"]
     assert (both["steps"], both["arguments"]["warmup_steps"]) == (3, 1)
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_lora.lab.analysis.analyze import analyze
-from dual_lora.lab.data.batches import collator
-from dual_lora.lab.data.encode import Prompter
+from dual_lora.lab.data.batches import collator, kind_of_unmasked
+from dual_lora.lab.data.encode import Encoded, Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import opened, weights
@@ -124,6 +124,44 @@ def test_a_model_that_reads_padding_gets_none(reads_padding, loaded):
     prompts = [prompter.prompt_ids(e.prompt) for e in examples]
     with pytest.raises(UserError, match=f"type {kind} reads padding"):
         generate_all(model, tokenizer, [prompts[0], prompts[0][1:]], 2, 2)
+
+
+def classifier(kind, size):
+    from transformers import FNetConfig, FNetForSequenceClassification, XLNetConfig, XLNetForSequenceClassification
+
+    if kind == "fnet":
+        return FNetForSequenceClassification(
+            FNetConfig(vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+        ).eval()
+    return XLNetForSequenceClassification(
+        XLNetConfig(vocab_size=size, d_model=32, n_layer=2, n_head=2, d_inner=48)
+    ).eval()
+
+
+def test_a_classifier_s_row_counts_what_it_counts_alone(loaded):
+    """XLNet's head reads the last position; FNet mixes all, padding among them."""
+    tokenizer = loaded[1]
+    rows = [Encoded("", list(range(5, 5 + n)), [n % 2]) for n in (4, 9, 6)]
+    model = classifier("xlnet", len(tokenizer))
+    collate = collator(tokenizer, True, model)
+    with torch.no_grad():
+        alone = torch.cat([model(**collate([row])).logits for row in rows])
+        torch.testing.assert_close(model(**collate(rows)).logits, alone, atol=1e-5, rtol=1e-4)
+    fnet = classifier("fnet", len(tokenizer))
+    with pytest.raises(UserError, match="type fnet reads padding"):
+        collator(tokenizer, True, fnet)(rows)
+    assert collator(tokenizer, True, fnet)(rows[:1])["labels"].tolist() == [0]
+
+
+def test_a_decoder_that_counts_padding_gets_none(loaded):
+    from transformers import BartConfig, BartForCausalLM, BartForSequenceClassification
+
+    config = BartConfig(
+        vocab_size=len(loaded[1]), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+    )  # fmt: skip
+    assert kind_of_unmasked(BartForCausalLM(config)) == "bart"
+    assert kind_of_unmasked(BartForSequenceClassification(config)) == "", "padded on the right"
 
 
 def test_verify_pads_no_row_of_a_model_that_reads_padding(reads_padding, loaded):

@@ -370,6 +370,23 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
 
 
+def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
+    study = write_study(tmp_path, **SHORT)
+    before = compare(study, tmp_path / "out", progress=False)
+    torch.manual_seed(7)
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    after = compare(study, tmp_path / "out", update=True, progress=False)
+    anew = compare(study, tmp_path / "anew", progress=False)
+    assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]
+    assert after["untrained"] == anew["untrained"] != before["untrained"]
+    said = [amendment["what"] for amendment in after["amendments"]]
+    assert said == ["Changed: letters weights.", "3 runs on the base's earlier weights were done again."]
+    again = compare(study, tmp_path / "out", progress=False)
+    assert figures(again) == figures(after)
+    assert len(again["amendments"]) == 2, "once"
+
+
 def test_after_an_update_the_old_plan_s_runs_are_not_waited_for(tmp_path):
     class Enough(Exception):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -11,7 +12,10 @@ pytest.importorskip("peft")
 from tiny_study import write_study
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
+from dual_lora.lab.study.budget import Scale, _routed, planned_steps
 from dual_lora.lab.study.cell import final_jobs, probe_job
 from dual_lora.lab.study.compare import Runner, compare
 from dual_lora.lab.study.execute import Options
@@ -120,3 +124,41 @@ def test_time_left_counts_the_runs_after_the_search(tiny, tmp_path):
     assert made.times.expect(job) == 15.0
     made.times.learn(dataclasses.replace(job, kind="trial"), 30.0)
     assert made.times.expect(dataclasses.replace(job, kind="trial")) == 30.0
+
+
+def test_a_count_knows_the_modules_that_are_new(reviews, encoder_values, tmp_path):
+    """DeBERTa's published files have no pooler: it is trained whole, as the head is."""
+    from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model
+
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_values["model"]["path"])
+    DebertaV2Model(DebertaV2Config(vocab_size=len(tokenizer), max_position_embeddings=64, **size)).save_pretrained(
+        tmp_path
+    )
+    tokenizer.save_pretrained(tmp_path)
+    encoder_values["model"]["path"], encoder_values["train"]["steps"] = str(tmp_path), 1
+    recipe = build_recipe(encoder_values)
+    done = run(recipe, tmp_path / "run", progress=False)
+    assert Scale().size(recipe, 2).trainable == done.trainable_parameters
+
+
+def test_steps_of_epochs_are_of_the_records_that_are_left(lm_values, tmp_path):
+    short, long = ({"prompt": "is the fire warm ? " * n, "answer": "true"} for n in (1, 20))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [short, long] * 12))
+    lm_values["data"] |= {"train": str(tmp_path / "train.jsonl"), "max_length": 32}
+    lm_values["train"] = {"epochs": 1.0, "batch_size": 4, "learning_rate": 0.01}
+    recipe = build_recipe(lm_values)
+    assert planned_steps(recipe) == 3 == run(recipe, tmp_path / "run", progress=False).steps
+    nowhere = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "not/here"})})
+    assert planned_steps(nowhere) == 6, "for another machine: all of them"
+
+
+def test_experts_that_a_token_meets_cost_arithmetic():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    assert _routed(Qwen2MoeForCausalLM(config)) == 2 * 2 * 3 * 16 * 32  # layers, experts of a token, matrices

@@ -7,6 +7,7 @@ hold for all three.
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dual_lora.lab.cost.options import SHARED
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.methods import method_config
@@ -27,10 +28,6 @@ MARGINS = {
     "accuracy": 0.01, "f1": 0.01, "matthews": 0.03, "exact_match": 0.01, "choice": 0.01, "loss": 0.02, "bleu": 1.0,
     "pearson": 0.01,
 }  # fmt: skip
-SHARED = (
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
-    "target_parameters", "trainable_token_indices", "fan_in_fan_out",
-)  # fmt: skip
 
 
 class Length(NamedTuple):

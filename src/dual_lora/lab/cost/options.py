@@ -20,6 +20,11 @@ Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "gpu"]
 Head = Literal["causal", "classification"]
 DTYPES = ("float32", "bfloat16", "float16")
+# What a method says of a model's layers, which another method in its place says too.
+SHARED = (
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "target_parameters", "trainable_token_indices", "fan_in_fan_out",
+)  # fmt: skip
 # Bytes of optimizer state: times the bytes of the trained parameters, and more for each of them. 8-bit states have a
 # 4-byte scale for every 256 values, twice. Adafactor keeps a row and a column of each matrix, next to nothing.
 STATES = {
@@ -93,7 +98,10 @@ class StepOptions:
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
-        shared: dict[str, Any] = {k: self.method[k] for k in ("target_modules", "exclude_modules") if k in self.method}
+        from dual_lora.lab.model.methods import method_fields
+
+        known = method_fields(spelled(name))
+        shared: dict[str, Any] = {k: self.method[k] for k in SHARED if k in self.method and k in known}
         return replace(self, method={"name": name, _rank_field(spelled(name)): self.rank or 16, **shared})
 
 

@@ -1,6 +1,7 @@
 """Batches padded to their longest row, in an order that depends on the seed and nothing else."""
 
 import random
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,8 @@ class Collator:
     whose logits are needed (``logits_to_keep``), if the model knows these arguments. Classifiers: padded on the right,
     with the tokens' types where rows have some and the model takes them.
 
-    on_the_right: language models whose virtual tokens stand before the row. unmasked: the type of a model that reads
+    on_the_right: language models whose virtual tokens stand before the row. on_the_left: classifiers whose head reads
+    the last position. unmasked: the type of a model that reads
     padding; rows of unequal length raise UserError.
     """
 
@@ -62,43 +64,42 @@ class Collator:
     accepts: frozenset[str] = frozenset({"position_ids", "logits_to_keep", "token_type_ids"})
     type_pad: int = 0
     on_the_right: bool = False
+    on_the_left: bool = False
     unmasked: str = ""
 
     def __call__(self, rows: list[Encoded]) -> dict[str, Any]:
         import torch
 
         width = max(len(row.input_ids) for row in rows)
+        check_padding(self.unmasked, [len(row.input_ids) for row in rows])
+        left = self.on_the_left if self.classification else not self.on_the_right
+
+        def padded(values: list[list[int]], pad: int) -> torch.Tensor:
+            gaps = [[pad] * (width - len(row)) for row in values]
+            return torch.tensor([gap + row if left else row + gap for row, gap in zip(values, gaps, strict=True)])
+
+        batch: dict[str, Any] = {
+            "input_ids": padded([row.input_ids for row in rows], self.pad),
+            "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
+        }
         if self.classification:
-
-            def padded(values: list[list[int]], pad: int) -> torch.Tensor:
-                return torch.tensor([row + [pad] * (width - len(row)) for row in values])
-
-            labels = torch.tensor([row.labels[0] for row in rows])
-            if labels.is_floating_point():  # a value of -100 is one, and Trainer would not count it
-                labels[labels == IGNORED] = IGNORED - 1e-5
-            batch: dict[str, Any] = {
-                "input_ids": padded([row.input_ids for row in rows], self.pad),
-                "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
-                "labels": labels,
-            }
-            if "token_type_ids" in self.accepts and any(row.token_types for row in rows):
+            batch["labels"] = torch.tensor([row.labels[0] for row in rows])
+            if batch["labels"].is_floating_point():  # a value of -100 is one, and Trainer would not count it
+                batch["labels"][batch["labels"] == IGNORED] = IGNORED - 1e-5
+            if any(row.token_types for row in rows):
                 types = [row.token_types or [0] * len(row.input_ids) for row in rows]
                 batch["token_type_ids"] = padded(types, self.type_pad)
-            return batch
-        check_padding(self.unmasked, [len(row.input_ids) for row in rows])
-        if self.on_the_right:
-            gaps = [width - len(row.input_ids) for row in rows]
-            return {
-                "input_ids": torch.tensor([r.input_ids + [self.pad] * gap for r, gap in zip(rows, gaps, strict=True)]),
-                "attention_mask": torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps]),
-                "labels": torch.tensor([[*r.labels, *[IGNORED] * gap] for r, gap in zip(rows, gaps, strict=True)]),
-            }
-        batch = left_padded([row.input_ids for row in rows], self.pad)
-        labels_2d = [[IGNORED] * (width - len(row.labels)) + row.labels for row in rows]
-        batch["labels"] = torch.tensor(labels_2d)
-        # The logits at a position tell the next token: one position more than there are labels.
-        batch["logits_to_keep"] = min(width, max(row.label_tail for row in rows) + 1)
+        else:
+            batch["labels"] = padded([row.labels for row in rows], IGNORED)  # type: ignore[misc]
+            if left:
+                batch["position_ids"] = _positions(batch["attention_mask"])
+                # The logits at a position tell the next token: one position more than there are labels.
+                batch["logits_to_keep"] = min(width, max(row.label_tail for row in rows) + 1)
         return {k: v for k, v in batch.items() if k in _ALWAYS or k in self.accepts}
+
+
+def _positions(mask: Any) -> Any:
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 _ALWAYS = {"input_ids", "attention_mask", "labels"}
@@ -111,19 +112,26 @@ def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
 
 
 _KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
 
 
-UNMASKED = {"rwkv", "recurrent_gemma", "xlstm"}  # what stands before a row goes into their state, masked or not
+# What stands before a row goes into the state of these, masked or not, or into the mixing of tokens.
+UNMASKED = {"rwkv", "recurrent_gemma", "xlstm", "fnet", "yoso"}
+# Decoders out of encoder-decoders: they count positions from a row's first token, masked or not.
+COUNTED = {
+    "bart", "mbart", "pegasus", "blenderbot", "blenderbot-small", "marian", "mvp", "plbart", "prophetnet", "trocr",
+}  # fmt: skip
+CONVOLVED = {"mobilebert", "convbert"}  # what follows a row goes into its last tokens a little
 
 
 def kind_of_unmasked(model: Any) -> str:
     """The type of a model that reads padding, "" for all others."""
-    kind = str(getattr(unwrapped(model).config, "model_type", ""))
-    return kind if kind in UNMASKED else ""
+    plain = unwrapped(model)
+    kind = str(getattr(plain.config, "model_type", ""))
+    return kind if kind in UNMASKED or (kind in COUNTED and type(plain).__name__.endswith("ForCausalLM")) else ""
 
 
 def check_padding(unmasked: str, lengths: list[int]) -> None:
@@ -159,11 +167,19 @@ def accepted_arguments(model: Any) -> frozenset[str]:
 
 def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
     """Rows to tensors, for this model and its tokenizer."""
+    kind = getattr(unwrapped(model).config, "model_type", "")
+    if kind in CONVOLVED:
+        warnings.warn(
+            f"A model of type {kind} reads a little of the padding behind a row, so its scores depend a little on the "
+            "other rows of a batch: evaluate.batch_size: 1 gives those of a row alone.",
+            stacklevel=2,
+        )
     return Collator(
         tokenizer.pad_token_id,
         classification,
         accepted_arguments(model),
         tokenizer.pad_token_type_id,
         on_the_right=learns_prompts(model),
+        on_the_left=kind == "xlnet",  # its head reads the last position
         unmasked=kind_of_unmasked(model),
     )

@@ -16,19 +16,20 @@ class _Held(NamedTuple):
     sizes: dict[str, int]
 
 
-def check_whole(file: Path, model: Any) -> None:
+def check_whole(file: Path, model: Any, language: bool = True) -> None:
     """Raise UserError if the model that was read from a GGUF file lacks what stands in it.
 
-    A language model has as many weights as the file; long-context factors of its positions (Llama 3.1 and later) are a
-    tensor or a field of their own.
+    A language model has as many weights as the file, and what stands below another head as many as the file without
+    its own; long-context factors of positions (Llama 3.1 and later) are a tensor or a field of their own.
     """
     held = _read(file, file.stat().st_mtime_ns)
     way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
     if held.scaling:
         raise UserError(f"{file} scales its positions ({held.scaling}); {way_out}")
-    tied = model.config.tie_word_embeddings  # then a head of its own in the file, as Bloom's have, is a copy
-    wanted = sum(size for name, size in held.sizes.items() if not (tied and name == "output.weight"))
-    read = sum(p.numel() for p in model.parameters())
+    # Where tied, a head of its own in the file, as Bloom's have, is a copy.
+    headless = not language or model.config.tie_word_embeddings
+    wanted = sum(size for name, size in held.sizes.items() if not (headless and name == "output.weight"))
+    read = sum(p.numel() for p in (model if language else model.base_model).parameters())
     if wanted != read:
         raise UserError(f"{file} holds {wanted:,} weights, of which the model that was read has {read:,}; {way_out}")
 

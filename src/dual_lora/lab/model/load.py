@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dual_lora.lab.recipe.schema import ModelSection
 
-_MASK = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
+_HARMLESS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|position_ids$|\.pooler\.|inv_freq$")
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
@@ -133,18 +133,22 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
         if location.gguf_file:
             forget_packing(model)
-            if part.head == "causal":
-                check_whole(Path(location.name) / location.gguf_file, model)
+            check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
     # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
     if part.head != "causal" or getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted({key.rsplit(".", 1)[0] for key in info["missing_keys"]})
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
-    # transformers' own report is kept quiet. Heads for other tasks and masks (GPT-2's and its kin's) do no harm.
     inside = f"{model.base_model_prefix}."
-    unread = sorted(key for key in info["unexpected_keys"] if key.startswith(inside) and not _MASK.search(key))
-    if part.head == "causal" and unread:
+    if drawn := [name for name in fresh if name.startswith(inside) and "pooler" not in name]:
+        raise UserError(
+            f"{part.path} is not the whole of a {type(model).__name__}: it holds no weights for {drawn[0]} and "
+            f"{len(drawn) - 1} more parts of the model below its head, which would be drawn at random."
+        )
+    # transformers' own report is kept quiet. Heads for other tasks and masks (GPT-2's and its kin's) do no harm.
+    unread = sorted(key for key in info["unexpected_keys"] if key.startswith(inside) and not _HARMLESS.search(key))
+    if unread:
         warnings.warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     if device is not None or not is_sharded_launch():

@@ -92,7 +92,9 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
             renamed = key == "method" and method_in({**old, **value}) != method_in(old)
             result[key] = value if renamed else value | old | value if key == "rates" else merged(old, value)
             for given, other in _EXCLUSIVE.get(key, ()):
-                if value.get(given) and value[given] != old.get(given) and other not in value:
+                # A recipe with steps has epochs too, of no effect: who gives the same number asks for it.
+                asked = given == "epochs" or value.get(given) != old.get(given)
+                if value.get(given) and asked and other not in value:
                     result[key].pop(other, None)
             if key == "train" and "lr_warmup" in value and isinstance(result[key].get("arguments"), dict):
                 kept = value.get("arguments") or {}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +45,43 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
     held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
-    trainer = _Trainer(
-        recipe.train.rates,
-        model=model,
-        args=_arguments(recipe, folder, ready.steps, bool(held), reports),
-        train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
-        eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
-        data_collator=ready.collator(model),
-        compute_loss_func=_Loss(watch, recipe.train.label_smoothing, _labels_in(ready.validation) / max(1, len(held))),
-        callbacks=[watch, *callbacks],
-        optimizers=(_optimizer(model, recipe), None),
-    )
+    with _precision_of(recipe.train):
+        trainer = _Trainer(
+            recipe.train.rates,
+            model=model,
+            args=_arguments(recipe, folder, ready.steps, bool(held), reports),
+            train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
+            eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
+            data_collator=ready.collator(model),
+            compute_loss_func=_Loss(
+                watch, recipe.train.label_smoothing, _labels_in(ready.validation) / max(1, len(held))
+            ),
+            callbacks=[watch, *callbacks],
+            optimizers=(_optimizer(model, recipe), None),
+        )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+@contextmanager
+def _precision_of(part: TrainSection) -> Iterator[None]:
+    """The recipe's autocast inside, whatever a launcher's configuration says to transformers and accelerate."""
+    name, wanted = "ACCELERATE_MIXED_PRECISION", "no" if part.autocast == "none" else part.autocast
+    launched = os.environ.get(name)
+    if launched not in (None, wanted):
+        warnings.warn(
+            f"The launcher asks for mixed precision {launched!r}, and the recipe, which counts, has train.autocast "
+            f"{part.autocast!r}: name the same in both.",
+            stacklevel=3,
+        )
+    os.environ[name] = wanted
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if launched is not None:
+            os.environ[name] = launched
 
 
 class _Trainer(Trainer):

@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
@@ -39,7 +40,7 @@ from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns
 from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import check_reports, reported
-from dual_lora.lab.run.watch import RankAllocation, Watch
+from dual_lora.lab.run.watch import SECONDS, RankAllocation, Watch
 from dual_lora.lab.run.write import json_text, write_atomically, write_folder_atomically, write_json
 from dual_lora.lab.verify import fingerprint
 from dual_lora.verify.callback import VerifyAdapter
@@ -216,6 +217,7 @@ def _train(
     )
     if result.state == "finished":
         check_finite(model, done)
+        _as_opened(trainer, model)
         target = folder.full_model if config is None else folder.adapter
         labels = len(ready.classes) or None
         untrained = partial(untrained_model, recipe.model, recipe.train.seed, labels, str(model.device))
@@ -243,6 +245,14 @@ def _train(
         record["problems"] = [problem for check in checks for problem in check.problems]
         write_json(folder.record, record)
     return result
+
+
+def _as_opened(trainer: Trainer, model: Any) -> None:
+    """The model as whoever opens the adapter has it: without training's autocast, with an optimizer's averages in."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    put_in: Any = getattr(trainer.optimizer, "eval", None)  # of optimizers that keep averages (schedule-free)
+    if callable(put_in):
+        put_in()
 
 
 @contextmanager
@@ -324,6 +334,8 @@ def _finished(folder: RunFolder) -> RunResult | None:
 
 
 def _seconds_before(folder: RunFolder, step: int) -> float:
-    """Training time up to ``step`` in earlier sessions, as far as metrics.jsonl tells."""
+    """Training time up to ``step`` in earlier sessions, as far as its checkpoint and metrics.jsonl tell."""
     times = [line.get("seconds") for line in read_metrics(folder.metrics) if line["step"] <= step]
+    with suppress(OSError, ValueError):
+        times.append(read_object(folder.checkpoints / f"checkpoint-{step}" / SECONDS).get("seconds"))
     return max((float(t) for t in times if isinstance(t, int | float)), default=0.0)

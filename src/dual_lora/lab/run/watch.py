@@ -16,9 +16,10 @@ from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder
-from dual_lora.lab.run.write import json_text, mark_whole
+from dual_lora.lab.run.write import json_text, mark_whole, write_json
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
+SECONDS = "seconds.json"  # in a checkpoint: the training time until then
 ECHO = 10.0  # seconds within which a launcher passes on the Ctrl-C that its processes have had from the terminal
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
@@ -39,15 +40,29 @@ class Watch(TrainerCallback):
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
+        self._paused = 0.0  # seconds of validation and checkpoints, which are no training
+        self._step_ended = 0.0
         self._looked = False
         self._second: tuple[float, float] | None = None  # the clocks after the first step, which also warms up
 
     def seconds(self) -> float:
-        """Training time of this session."""
-        return (self._end or time.perf_counter()) - self._start if self._start is not None else 0.0
+        """Training time of this session, without validation and the writing of checkpoints."""
+        if self._start is None:
+            return 0.0
+        return (self._end or time.perf_counter()) - self._start - self._paused
+
+    def _pause(self) -> None:
+        """What has passed since the step's end, or since the last such pause, was no training."""
+        now = time.perf_counter()
+        self._paused += now - self._step_ended
+        self._step_ended = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._pause()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._start, self._first = time.perf_counter(), state.global_step
+        self._start = self._step_ended = time.perf_counter()
+        self._first = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end = time.perf_counter()
@@ -70,6 +85,7 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if control.should_save:
             check_finite(model, step)
+        self._step_ended = time.perf_counter()
 
     def _look_at_threads(self) -> None:
         """Say once if the threads got far less processor time than there was: then fewer of them may be faster."""
@@ -100,8 +116,11 @@ class Watch(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         if self.main:
-            mark_whole(self.folder.checkpoints / f"checkpoint-{state.global_step}")
+            checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / SECONDS, {"seconds": round(self.earlier + self.seconds(), 3)})
+            mark_whole(checkpoint)
             self.folder.keep_newest(self.keep)
+        self._pause()
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

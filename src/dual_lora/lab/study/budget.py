@@ -1,14 +1,16 @@
 """How large is a method on a model, and which rank makes it as large as another? Counted on an empty model."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config, new_modules
 from dual_lora.lab.patterns import Pattern
-from dual_lora.lab.recipe.schema import ModelSection, Recipe, spelled
+from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe, spelled
 
 # The field that sets a method's size, where it is not "r".
 RANK_FIELDS = {
@@ -54,13 +56,30 @@ def classes_of(recipe: Recipe) -> int | None:
 
 
 def planned_steps(recipe: Recipe) -> int:
-    """Optimizer steps of a recipe, by the number of its training records."""
-    from dual_lora.lab.data.examples import load_split
-
+    """Optimizer steps of a recipe in one process; of epochs, by the training records that data.max_length leaves."""
     if recipe.train.steps:
         return recipe.train.steps
-    rows = len(load_split(recipe.data, "train"))
-    return math.ceil(rows * recipe.train.epochs / (recipe.train.batch_size * recipe.train.accumulate))
+    part = recipe.train
+    rows = _rows(recipe.model.model_dump_json(), recipe.data.model_dump_json())
+    return math.ceil(rows * part.epochs / (part.batch_size * part.accumulate))
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(model: str, data: str) -> int:
+    """Training records that are not left out; all of them where the model is not here (a plan for another machine)."""
+    from dual_lora.lab.data.encode import Prompter, encode_all
+    from dual_lora.lab.data.examples import load_split
+    from dual_lora.lab.model.load import load_tokenizer, locate
+
+    part, records = ModelSection.model_validate_json(model), DataSection.model_validate_json(data)
+    examples = load_split(records, "train")
+    if part.head != "causal":  # a text is cut, not left out
+        return len(examples)
+    try:
+        tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
+    except UserError:
+        return len(examples)
+    return len(encode_all(examples, Prompter(tokenizer, records.template, records.learn_prompt), records.max_length)[0])
 
 
 class Scale:
@@ -101,8 +120,9 @@ class Scale:
 
         part = recipe.model
         base = self._base(part, classes)
-        multiplied = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in _LINEAR)
-        model = adapted(base, recipe.method, part.head, part.path, recipe.train.steps or 100)
+        multiplied = sum(m.weight.numel() for m in base.modules() if type(m).__name__ in _LINEAR) + _routed(base)
+        fresh = new_modules(base) if part.head != "causal" else []
+        model = adapted(base, recipe.method, part.head, part.path, recipe.train.steps or 100, fresh)
         for field, patterns in named.items():
             check_patterns(field, patterns, model)
         still = [Pattern(text, "freeze") for text in frozen]
@@ -116,6 +136,14 @@ class Scale:
             labels = {"num_labels": classes} if classes else {}
             self._models[key] = empty_base(load_config(part.path, part.revision, **labels), part.head, part.path)
         return self._models[key]
+
+
+def _routed(base: Any) -> int:
+    """Weights of experts that a token meets, where all experts of a layer are one parameter."""
+    config = base.config.get_text_config()
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    experts = [p for name, p in base.named_parameters() if p.ndim == 3 and ".experts." in name]
+    return sum(p.numel() // p.shape[0] * min(chosen, p.shape[0]) for p in experts)
 
 
 def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> int:

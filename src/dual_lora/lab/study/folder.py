@@ -27,7 +27,8 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, other_settings, told_of, warn_of_doubt
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
-from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
+from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file, task_name
+from dual_lora.lab.study.perform import retire
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
@@ -166,6 +167,7 @@ class StudyFolder:
             )
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
+            self._retire_other_bases(recipes, runs)
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -177,6 +179,18 @@ class StudyFolder:
         text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
         self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
+
+    def _retire_other_bases(self, recipes: Plain, runs: Path) -> None:
+        """Put the runs of tasks aside whose base has other weights by now: a job's key does not know of them."""
+        known = self.known
+        prints = {name: value for name, value in recipes.items() if name.endswith(" weights") and name in known.recipes}
+        others = {name for name, value in prints.items() if is_another(known.recipes[name], value)}
+        jobs = [key for key, job in known.jobs.items() if f"{task_name(job.model, job.task)} weights" in others]
+        old = [outcome for key in jobs if (outcome := read_outcome(runs, key))]
+        if old:
+            self.amend(f"{len(old)} runs on the base's earlier weights were done again.", runs)
+        for outcome in old:
+            retire(runs, outcome)
 
     def amend(self, what: str, runs: Path, fields: Changes | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""

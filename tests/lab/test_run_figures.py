@@ -1,0 +1,116 @@
+"""A run's scores are those of the adapter that others open, and its seconds those of training alone."""
+
+import json
+import time
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+import torch
+from transformers import TrainerCallback
+
+from dual_lora.lab import permission
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.train import run
+
+
+class Stop(TrainerCallback):
+    """Ends the session after a step, and lets every step take its time."""
+
+    def __init__(self, after=None):
+        self.after = after
+
+    def on_step_begin(self, *_, **__):
+        time.sleep(0.05)
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.after:
+            control.should_training_stop = control.should_save = True
+
+
+def trained(values, out, resume=False, callbacks=(), **train):
+    return run(
+        build_recipe({**values, "train": values["train"] | train}), out, resume=resume, progress=False,
+        callbacks=callbacks,
+    )  # fmt: skip
+
+
+def scores(tuned):
+    return evaluate(tuned, variants=["tuned"], progress=False).metrics["tuned"]
+
+
+@pytest.mark.parametrize("method", [{"name": "dual_lora", "r": 4}, {"name": "full"}], ids=["dual_lora", "full"])
+def test_a_model_trained_under_autocast_is_scored_without(method, lm_values, tmp_path):
+    done = trained(lm_values | {"method": method}, tmp_path / "run", autocast="bf16")
+    assert "_original_forward" not in vars(done.tuned.model)
+    assert scores(done.tuned) == scores(open_tuned(tmp_path / "run"))
+
+
+def test_the_recipe_s_precision_counts_and_not_a_launcher_s(lm_values, tmp_path, monkeypatch):
+    name = "ACCELERATE_MIXED_PRECISION"
+    monkeypatch.delenv(name, raising=False)
+    plain = trained(lm_values, tmp_path / "plain")
+    monkeypatch.setenv(name, "bf16")
+    with pytest.warns(UserWarning, match=r"launcher asks for mixed precision 'bf16', and the recipe.* 'none'"):
+        launched = trained(lm_values, tmp_path / "launched")
+    assert launched.loss == plain.loss
+    assert (
+        json.loads((tmp_path / "launched" / "record.json").read_text())["precision"]["chosen"]["train.autocast"]
+        == "none"
+    )
+    import os
+
+    assert os.environ[name] == "bf16", "others may read it"
+
+
+class Averaged(torch.optim.SGD):
+    """Schedule-free in small: what is trained is far from the average, which `eval` puts in."""
+
+    def __init__(self, groups, lr):
+        super().__init__(groups, lr=lr)
+        self.averaged = False
+
+    def _shift(self, by):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(by)
+
+    def train(self):
+        if self.averaged:
+            self._shift(2.0)
+        self.averaged = False
+
+    def eval(self):
+        if not self.averaged:
+            self._shift(0.5)
+        self.averaged = True
+
+
+def test_an_optimizer_s_averages_are_what_is_saved_and_scored(lm_values, tmp_path, monkeypatch):
+    monkeypatch.setenv(permission.VARIABLE, __name__)
+    lm_values["data"]["validation"] = lm_values["data"]["test"]
+    asked = {"optimizer": f"{__name__}:Averaged", "learning_rate": 0.1}
+    often, never = (trained(lm_values, tmp_path / str(k), **asked, validate_every=k) for k in (6, None))
+    assert scores(often.tuned) == scores(never.tuned) == scores(open_tuned(tmp_path / "None"))
+
+
+def test_a_stopped_run_has_the_seconds_of_one_that_was_not(lm_values, tmp_path):
+    asked = {"steps": 12, "log_every": 12, "checkpoint_every": 12}
+    trained(lm_values, tmp_path / "run", callbacks=[Stop(8)], **asked)
+    whole = trained(lm_values, tmp_path / "run", resume=True, callbacks=[Stop()], **asked)
+    assert whole.seconds > 12 * 0.05
+
+
+def test_validation_and_checkpoints_are_no_training(lm_values, tmp_path, monkeypatch):
+    lm_values["data"]["validation"] = lm_values["data"]["test"]
+    from dual_lora.lab.run import watch
+
+    slow = watch.mark_whole
+    monkeypatch.setattr(watch, "mark_whole", lambda folder: (time.sleep(0.4), slow(folder)))
+    asked = {"steps": 4, "checkpoint_every": 1, "validate_every": 1}
+    done = trained(lm_values, tmp_path / "run", callbacks=[Stop()], **asked)
+    assert 4 * 0.05 < done.seconds < 4 * 0.4
