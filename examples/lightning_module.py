@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import get_peft_model
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForSeq2Seq
 
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
@@ -48,9 +48,8 @@ def main(
     """Train for `steps` optimizer steps in all, those before a resumed checkpoint included; save the adapter."""
     lightning.seed_everything(0)
     base = load_model(ModelSection(path=model))
-    chats = tool_calls.chats("train", 64)
-    rows = [base.tokenizer(text) for text in base.tokenizer.apply_chat_template(chats, tokenize=False)]
-    collate = DataCollatorForLanguageModeling(base.tokenizer, mlm=False)
+    rows = tool_calls.rows(base.tokenizer, "train", 64)  # labels: the answer and its end alone
+    collate = DataCollatorForSeq2Seq(base.tokenizer)
     config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=5, task_type="CAUSAL_LM")
     tuned = Tuned(get_peft_model(base.model, config))
     trainer = lightning.Trainer(

@@ -13,7 +13,7 @@ def loop(options: dict[str, Any]) -> None:
     """What every worker does: an ordinary Trainer's script. Ray has set up the process group."""
     from datasets import Dataset
     from peft import get_peft_model
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
     from dual_lora import DualLoraConfig  # registers the method in this process
     from dual_lora.lab.data import tool_calls
@@ -22,8 +22,6 @@ def loop(options: dict[str, Any]) -> None:
 
     set_seed(0)
     base = load_model(ModelSection(path=options["model"]))
-    chats = tool_calls.chats("train", 64)
-    texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
     steps = options["steps"]
     config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")
     trainer = Trainer(
@@ -38,8 +36,8 @@ def loop(options: dict[str, Any]) -> None:
             use_cpu=not options["use_gpu"],  # else every worker trains a model of its own
             report_to=[],
         ),
-        train_dataset=Dataset.from_list([base.tokenizer(text) for text in texts]),
-        data_collator=DataCollatorForLanguageModeling(base.tokenizer, mlm=False),
+        train_dataset=Dataset.from_list(tool_calls.rows(base.tokenizer, "train", 64)),  # the answer and its end alone
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer),
     )
     trainer.add_callback(RayTrainReportCallback())  # Ray keeps the checkpoints and the loss
     prepare_trainer(trainer).train()

@@ -5,7 +5,7 @@ from pathlib import Path
 import cyclopts
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from dual_lora import DualLoraConfig
 from dual_lora.lab.data import tool_calls
@@ -21,9 +21,7 @@ def main(
 ) -> Trainer:
     """Train and save. `model` is a folder, a hub name, a GGUF file or package:NAME."""
     base = load_model(ModelSection(path=model, dtype="auto"))
-    chats = tool_calls.chats("train", 400)
-    texts = base.tokenizer.apply_chat_template(chats, tokenize=False)
-    rows = Dataset.from_list([base.tokenizer(text) for text in texts])
+    rows = Dataset.from_list(tool_calls.rows(base.tokenizer, "train", 400))  # labels: the answer and its end alone
 
     config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")
     trainer = Trainer(
@@ -39,7 +37,7 @@ def main(
             report_to=[],
         ),
         train_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(base.tokenizer, mlm=False),
+        data_collator=DataCollatorForSeq2Seq(base.tokenizer),
     )
     trainer.train()
     trainer.save_model(str(out / "adapter"))  # AutoPeftModelForCausalLM.from_pretrained(…) loads it

@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 
+from dual_lora.lab.data import tool_calls
 from dual_lora.lab.data.batches import Collator, collator, left_padded, training_order
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, class_names, encode_texts
 from dual_lora.lab.data.examples import Example, load_split, read_examples
@@ -540,3 +541,11 @@ def test_blanks_make_no_class(tmp_path):
     (tmp_path / "labels.csv").write_text("text,label\na,pos\nb,pos \nc, neg\n")
     examples = read_examples(str(tmp_path / "labels.csv"), DataSection())
     assert class_names(examples) == ["neg", "pos"]
+
+
+def test_tool_calls_as_rows_teach_the_answer_and_its_end_alone(tokenizer):
+    chat, row = tool_calls.chats("train", 1)[0], tool_calls.rows(tokenizer, "train", 1)[0]
+    asked = tokenizer(tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True))["input_ids"]
+    assert row["input_ids"][: len(asked)] == asked
+    assert row["labels"] == [-100] * len(asked) + row["input_ids"][len(asked) :]
+    assert tokenizer.eos_token_id in row["labels"]

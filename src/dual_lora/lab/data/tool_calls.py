@@ -12,6 +12,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).with_name("tool-calls")
 TEST_SETS = ("combinations", "values", "phrasings")
@@ -26,6 +27,19 @@ def messages_for(request: str) -> list[dict[str, str]]:
 def chats(name: str, limit: int | None = None) -> list[list[dict[str, str]]]:
     """The first `limit` chats of a set, each system, user, assistant; the order is random."""
     return [json.loads(line)["messages"] for line in _lines(name, limit)]
+
+
+def rows(tokenizer: Any, name: str, limit: int | None = None) -> list[dict[str, list[int]]]:
+    """The same as input_ids and labels: -100 but for the answer and the end of its turn, which alone is learned."""
+    made = []
+    for chat in chats(name, limit):
+        prompt, whole = (
+            tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=part is not chat))
+            for part in (chat[:-1], chat)
+        )
+        ids, asked = whole["input_ids"], len(prompt["input_ids"])
+        made.append({"input_ids": ids, "labels": [-100] * asked + ids[asked:]})
+    return made
 
 
 def copy_to(folder: Path, train: int | None = None, test: int | None = None) -> None:

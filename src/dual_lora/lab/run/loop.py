@@ -66,7 +66,13 @@ def build_trainer(
 
 @contextmanager
 def _precision_of(part: TrainSection) -> Iterator[None]:
-    """The recipe's autocast inside, whatever a launcher's configuration says to transformers and accelerate."""
+    """The recipe's autocast inside, whatever a launcher's configuration says to transformers and accelerate.
+
+    DeepSpeed's `bf16` is no autocast, and is left to its own configuration.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        yield
+        return
     name, wanted = "ACCELERATE_MIXED_PRECISION", "no" if part.autocast == "none" else part.autocast
     launched = os.environ.get(name)
     if launched not in (None, wanted):
