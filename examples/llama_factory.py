@@ -22,7 +22,9 @@ def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
     """Save an untrained adapter in `folder`; the arguments that make LLaMA-Factory train it."""
     unknown = sorted(name for name in OTHERS & arguments.keys() if arguments[name])
     if unknown:
-        raise ValueError(f"{', '.join(unknown)}: not carried over to the adapter made here, which knows {CARRIED}.")
+        raise ValueError(
+            f"{', '.join(unknown)}: not carried over to the adapter made here, which knows {sorted(CARRIED)}."
+        )
     base = AutoModelForCausalLM.from_pretrained(arguments["model_name_or_path"])
     targets = arguments.get("lora_target", "all")
     config = DualLoraConfig(

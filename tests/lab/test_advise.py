@@ -285,7 +285,8 @@ def test_the_pace_is_that_of_the_later_steps(tmp_path):
     ended = []
     for i, key in enumerate("ab"):
         (tmp_path / key).mkdir()
-        lines = [{"step": 2, "seconds": 30.0}, {"step": 4, "seconds": 30.2}, {"step": 8, "seconds": 30.6}]
+        lines = [{"loss": 1.0, "step": n, "seconds": s} for n, s in ((2, 30.0), (4, 30.2), (8, 30.6))]
+        lines.append({"eval_loss": 1.0, "step": 8, "seconds": 37.0})
         (tmp_path / key / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         job = SimpleNamespace(key=key, method=key, recipe=read_recipe(recipe_file_of(tmp_path)))
         took = {"seconds": 40.0 - 5 * i, "training": {"seconds": 31.0, "steps": 8}, "evaluation_seconds": 2.0}

@@ -181,7 +181,7 @@ def test_an_encoder_s_file_that_lacks_a_layer_is_no_base(tiny_encoder, tmp_path)
     other = {name.replace("encoder.layer.1.", "encoder.layers.1."): tensor for name, tensor in held.items()}
     save_file(other, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"not the whole of a BertForSeq.*for bert\.encoder\.layer\.1\..* drawn at random"
+        UserError, match=r"not the whole of a BertForSeq.*does not hold bert\.encoder\.layer\.1\..* drawn at random"
     ):
         load_model(ModelSection(path=str(folder), head="classification"), 2)
     no_pooler = {name: tensor for name, tensor in held.items() if "pooler" not in name}

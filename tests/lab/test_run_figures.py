@@ -1,5 +1,6 @@
 """A run's scores are those of the adapter that others open, and its seconds those of training alone."""
 
+import itertools
 import json
 import time
 
@@ -14,6 +15,7 @@ from dual_lora.lab import permission
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.train import run
 
 
@@ -106,11 +108,34 @@ def test_a_stopped_run_has_the_seconds_of_one_that_was_not(lm_values, tmp_path):
 
 
 def test_validation_and_checkpoints_are_no_training(lm_values, tmp_path, monkeypatch):
-    lm_values["data"]["validation"] = lm_values["data"]["test"]
-    from dual_lora.lab.run import watch
+    from dual_lora.lab.run import loop, watch
 
-    slow = watch.mark_whole
+    slow, read = watch.mark_whole, loop.mean_loss
+
+    def measured(*given, **named):
+        if not torch.is_grad_enabled():
+            time.sleep(0.2)
+        return read(*given, **named)
+
+    lm_values["data"]["validation"] = lm_values["data"]["test"]
     monkeypatch.setattr(watch, "mark_whole", lambda folder: (time.sleep(0.4), slow(folder)))
-    asked = {"steps": 4, "checkpoint_every": 1, "validate_every": 1}
-    done = trained(lm_values, tmp_path / "run", callbacks=[Stop()], **asked)
-    assert 4 * 0.05 < done.seconds < 4 * 0.4
+    monkeypatch.setattr(loop, "mean_loss", measured)
+    asked = {"steps": 6, "checkpoint_every": 1, "validate_every": 1}
+    trained(lm_values, tmp_path / "run", callbacks=[Stop(3)], **asked)
+    done = trained(lm_values, tmp_path / "run", resume=True, callbacks=[Stop()], **asked)
+    assert 6 * 0.05 < done.seconds < 6 * 0.2
+    seconds = [line["seconds"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert all(later > before - 0.04 for before, later in itertools.pairwise(seconds))
+
+
+def test_a_causal_encoder_trained_whole_under_autocast_still_writes(lm_values, tmp_path):
+    """transformers' decorators on `forward` stay, which its `generate` needs."""
+    from transformers import AutoTokenizer, BertConfig, BertLMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(lm_values["model"]["path"])
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    BertLMHeadModel(BertConfig(vocab_size=len(tokenizer), is_decoder=True, **size)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    values = lm_values | {"method": {"name": "full"}, "model": {"path": str(tmp_path / "bert")}}
+    done = trained(values, tmp_path / "run", autocast="bf16")
+    assert scores(done.tuned) == scores(open_tuned(tmp_path / "run"))

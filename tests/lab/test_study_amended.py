@@ -365,7 +365,7 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
     with pytest.warns(UserWarning, match="Nothing tells whether .* weights are those that the study was begun with"):
         compare(study, tmp_path / "out", progress=False)
-    del known["recipes"]["letters weights"]
+    del known["recipes"]["letters weights"], known["bases"], known["made"]
     file.write_text(json.dumps(known))
     assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
 
@@ -385,6 +385,25 @@ def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
     again = compare(study, tmp_path / "out", progress=False)
     assert figures(again) == figures(after)
     assert len(again["amendments"]) == 2, "once"
+
+
+def test_a_method_that_was_left_out_meanwhile_comes_back_on_the_same_base(tmp_path):
+    def other(seed):
+        torch.manual_seed(seed)
+        config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+
+    both = {"lora": {"r": 4}, "dual_lora": {}}
+    for methods in (both, {"lora": {"r": 4}}):
+        compare(write_study(tmp_path, **SHORT, methods=methods), tmp_path / "out", update=True, progress=False)
+    other(7)
+    # A run that was killed on the old base cannot go on there.
+    key = next(iter(json.loads((tmp_path / "out" / "study.json").read_text())["jobs"]))
+    (tmp_path / "out" / "runs" / f"{key}.json").unlink()
+    compare(write_study(tmp_path, **SHORT, methods={"lora": {"r": 4}}), tmp_path / "out", update=True, progress=False)
+    after = compare(write_study(tmp_path, **SHORT, methods=both), tmp_path / "out", update=True, progress=False)
+    anew = compare(write_study(tmp_path, **SHORT, methods=both), tmp_path / "anew", progress=False)
+    assert figures(after)[:2] == figures(anew)[:2]
 
 
 def test_after_an_update_the_old_plan_s_runs_are_not_waited_for(tmp_path):
@@ -420,7 +439,7 @@ def test_a_retired_run_leaves_no_figure_of_what_it_forgot(tmp_path):
             write_json(run_file(tmp_path, of.key, "forgetting"), measured(shift))
         runs.append(made)
     of, outcome = runs[1].finals[2]
-    perform.retire(tmp_path, outcome)
+    perform.retire(tmp_path, outcome.key, outcome.code)
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(f"{of.key}.f")]
     write_json(run_file(tmp_path, of.key, "forgetting"), measured(0.0))  # left by an earlier version
     runs[1].finals[2] = ended(of, status="diverged", score=None)

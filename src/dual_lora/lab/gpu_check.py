@@ -32,6 +32,9 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
         cards = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
         result["cards"] = [on_card(card, tell) for card in cards]
         tried = [launch for card in result["cards"] for launch in [*card["launches"], *_also(card)]]
+    elif (missing := no_triton()) is not None:
+        result |= {"interpreter": missing, "compiled": {}}
+        tried = []
     else:
         tell("every launch in Triton's interpreter …")
         result["interpreter"] = _process("interpret", TRITON_INTERPRET="1")
@@ -45,10 +48,8 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
 
 
 def _lines(found: Any) -> list[dict[str, Any]]:
-    """What a process found; one that broke is a launch that is not right, one that had no Triton is none."""
-    if isinstance(found, list):
-        return found
-    return [] if "No module named 'triton" in found else [{"right": False}]
+    """What a process found; one that broke is a launch that is not right."""
+    return found if isinstance(found, list) else [{"right": False}]
 
 
 def _also(card: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,6 +73,15 @@ def versions() -> dict[str, str | None]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
     }
+
+
+def no_triton() -> str | None:
+    """Why the kernels cannot run with the Triton that is installed, if they cannot."""
+    try:
+        dispatch.triton_modules()
+    except (ImportError, NotImplementedError) as reason:
+        return str(reason)
+    return None
 
 
 def chosen(card: str) -> str:

@@ -102,7 +102,11 @@ def measured(ended: Sequence[tuple[Job, Outcome]], runs: Path) -> list[Pace]:
         if outcome.training is None or outcome.training.seconds is None:
             raise UserError(f"The first steps of {job.method} came to nothing: the loss was not finite.")
         training, evaluation = outcome.training.seconds, outcome.evaluation_seconds or 0.0
-        logged = [line for line in read_metrics(RunFolder(runs / job.key).metrics) if line.get("seconds") is not None]
+        logged = [
+            line
+            for line in read_metrics(RunFolder(runs / job.key).metrics)
+            if "loss" in line and line.get("seconds") is not None
+        ]
         first, last = (logged[0], logged[-1]) if logged else ({}, {})
         if last.get("step", 0) > first.get("step", 0):
             step = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])

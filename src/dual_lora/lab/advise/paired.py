@@ -64,6 +64,8 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
         )
     rate = recipe.train.learning_rate
     over: dict[str, Any] = {"train": {"steps": planned_steps(recipe)}}
+    if recipe.train.validate_every:
+        over["train"]["validate_every"] = None  # nobody reads it here, and it takes time
     if recipe.evaluate.forgetting is not None:
         over["evaluate"] = {"forgetting": None}  # one question
     values = {

@@ -123,8 +123,9 @@ UNMASKED = {"rwkv", "recurrent_gemma", "xlstm", "fnet", "yoso"}
 # Decoders out of encoder-decoders: they count positions from a row's first token, masked or not.
 COUNTED = {
     "bart", "mbart", "pegasus", "blenderbot", "blenderbot-small", "marian", "mvp", "plbart", "prophetnet", "trocr",
+    "bigbird_pegasus",
 }  # fmt: skip
-CONVOLVED = {"mobilebert", "convbert"}  # what follows a row goes into its last tokens a little
+CONVOLVED = {"mobilebert", "convbert", "canine", "nystromformer"}  # what follows a row goes into its last tokens
 
 
 def kind_of_unmasked(model: Any) -> str:
@@ -170,8 +171,8 @@ def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
     kind = getattr(unwrapped(model).config, "model_type", "")
     if kind in CONVOLVED:
         warnings.warn(
-            f"A model of type {kind} reads a little of the padding behind a row, so its scores depend a little on the "
-            "other rows of a batch: evaluate.batch_size: 1 gives those of a row alone.",
+            f"A model of type {kind} reads padding behind a row, so its scores depend on the other rows of a batch: "
+            "evaluate.batch_size: 1 gives those of a row alone.",
             stacklevel=2,
         )
     return Collator(

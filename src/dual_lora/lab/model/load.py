@@ -141,10 +141,10 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if part.head == "causal" and fresh:
         raise UserError(f"{part.path} is no causal language model: it holds no weights for {', '.join(fresh)}.")
     inside = f"{model.base_model_prefix}."
-    if drawn := [name for name in fresh if name.startswith(inside) and "pooler" not in name]:
+    if drawn := sorted(key for key in info["missing_keys"] if key.startswith(inside) and "pooler" not in key):
         raise UserError(
-            f"{part.path} is not the whole of a {type(model).__name__}: it holds no weights for {drawn[0]} and "
-            f"{len(drawn) - 1} more parts of the model below its head, which would be drawn at random."
+            f"{part.path} is not the whole of a {type(model).__name__}: it does not hold {drawn[0]} and "
+            f"{len(drawn) - 1} more weights of the model below its head, which would be drawn at random."
         )
     # transformers' own report is kept quiet. Heads for other tasks and masks (GPT-2's and its kin's) do no harm.
     unread = sorted(key for key in info["unexpected_keys"] if key.startswith(inside) and not _HARMLESS.search(key))

@@ -75,7 +75,7 @@ def _precision_of(part: TrainSection) -> Iterator[None]:
         return
     name, wanted = "ACCELERATE_MIXED_PRECISION", "no" if part.autocast == "none" else part.autocast
     launched = os.environ.get(name)
-    if launched not in (None, wanted):
+    if launched not in (None, "no", wanted):  # "no" is what accelerate says of its own accord
         warnings.warn(
             f"The launcher asks for mixed precision {launched!r}, and the recipe, which counts, has train.autocast "
             f"{part.autocast!r}: name the same in both.",
@@ -117,8 +117,10 @@ class _Trainer(Trainer):
 
 def _with_blanks(rows: Sequence[Encoded], multiple: int) -> list[Encoded]:
     """The rows, and as many without a label as make full batches of them; accelerate would fill up with rows again."""
-    blank = [replace(row, labels=[math.nan if isinstance(row.labels[0], float) else IGNORED]) for row in rows[:1]]
-    blank = [replace(row, input_ids=row.input_ids[:1], token_types=None) for row in blank]
+    blank = [
+        replace(row, labels=[math.nan if isinstance(label, float) else IGNORED for label in row.labels])
+        for row in rows[:1]  # whole: some models take rows of one length only
+    ]
     return [*rows, *blank * (-len(rows) % multiple)]
 
 

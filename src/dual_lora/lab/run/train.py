@@ -249,7 +249,9 @@ def _train(
 
 def _as_opened(trainer: Trainer, model: Any) -> None:
     """The model as whoever opens the adapter has it: without training's autocast, with an optimizer's averages in."""
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    # Not accelerate's `unwrap_model`, which takes transformers' own decorators off as well.
+    if (forward := vars(model).pop("_original_forward", None)) is not None:
+        model.forward = forward
     put_in: Any = getattr(trainer.optimizer, "eval", None)  # of optimizers that keep averages (schedule-free)
     if callable(put_in):
         put_in()
@@ -334,8 +336,8 @@ def _finished(folder: RunFolder) -> RunResult | None:
 
 
 def _seconds_before(folder: RunFolder, step: int) -> float:
-    """Training time up to ``step`` in earlier sessions, as far as its checkpoint and metrics.jsonl tell."""
+    """Training time up to ``step`` in earlier sessions, as its checkpoint says, or metrics.jsonl tells."""
     times = [line.get("seconds") for line in read_metrics(folder.metrics) if line["step"] <= step]
     with suppress(OSError, ValueError):
-        times.append(read_object(folder.checkpoints / f"checkpoint-{step}" / SECONDS).get("seconds"))
+        times = [read_object(folder.checkpoints / f"checkpoint-{step}" / SECONDS).get("seconds")]
     return max((float(t) for t in times if isinstance(t, int | float)), default=0.0)

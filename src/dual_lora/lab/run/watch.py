@@ -107,6 +107,8 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not self.main or not logs or "train_runtime" in logs:
             return
+        if "eval_loss" in logs:
+            self._pause()
         line = {"step": state.global_step, **{k: v for k, v in logs.items() if k != "epoch"}}
         line |= {"tokens": self.tokens[state.global_step], "seconds": round(self.earlier + self.seconds(), 3)}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
@@ -115,6 +117,7 @@ class Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
+        self._pause()
         if self.main:
             checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
             write_json(checkpoint / SECONDS, {"seconds": round(self.earlier + self.seconds(), 3)})

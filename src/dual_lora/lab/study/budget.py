@@ -141,7 +141,9 @@ class Scale:
 def _routed(base: Any) -> int:
     """Weights of experts that a token meets, where all experts of a layer are one parameter."""
     config = base.config.get_text_config()
-    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    names = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+    chosen = next((value for name in names if (value := getattr(config, name, None))), 1)
+    chosen = max(chosen) if isinstance(chosen, list) else chosen  # of each layer
     experts = [p for name, p in base.named_parameters() if p.ndim == 3 and ".experts." in name]
     return sum(p.numel() // p.shape[0] * min(chosen, p.shape[0]) for p in experts)
 

@@ -179,7 +179,7 @@ class Runner:
         self.folder.amend(f"{len(old)} runs of another version of the code were done again.", self.runs)
         self.folder.write()
         for outcome in old:
-            retire(self.runs, outcome)
+            retire(self.runs, outcome.key, outcome.code)
             self.done.pop(outcome.key, None)
 
     def _say(self, message: str) -> None:

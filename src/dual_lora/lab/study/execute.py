@@ -79,7 +79,7 @@ def do(job: Job, runs: Path, keep: str, at_a_time: int) -> Outcome:
     try:
         check_data(job)
     except UserError:
-        retire(runs, outcome)
+        retire(runs, outcome.key, outcome.code)
         raise
     return outcome
 

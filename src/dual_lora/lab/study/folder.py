@@ -32,6 +32,7 @@ from dual_lora.lab.study.perform import retire
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
+WEIGHTS = " weights"  # ends the name of a base's print among the recipes
 
 
 Changes = dict[str, tuple[Any, Any]]  # of a study after it was begun, field: (old, new)
@@ -52,7 +53,7 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
     pairs: Changes = {}
     for name in sorted(before.keys() & now.keys()):
         old, new = before[name], now[name]
-        if name.endswith(" weights"):
+        if name.endswith(WEIGHTS):
             if is_another(old, new) or other_settings(old, new):  # one change, however many tensors tell of it
                 pairs[name] = told_of(old), told_of(new)
             else:
@@ -102,6 +103,8 @@ class Known(BaseModel):
     plan: Plan = Plan()
     amendments: list[Amendment] = []
     jobs: dict[str, Planned] = {}
+    bases: dict[str, Plain] = {}  # what each task's base held, and of which task each run ever planned is
+    made: dict[str, str] = {}
 
 
 class StudyFolder:
@@ -167,7 +170,7 @@ class StudyFolder:
             )
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
-            self._retire_other_bases(recipes, runs)
+        self._retire_other_bases(recipes, runs)
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -183,14 +186,17 @@ class StudyFolder:
     def _retire_other_bases(self, recipes: Plain, runs: Path) -> None:
         """Put the runs of tasks aside whose base has other weights by now: a job's key does not know of them."""
         known = self.known
-        prints = {name: value for name, value in recipes.items() if name.endswith(" weights") and name in known.recipes}
-        others = {name for name, value in prints.items() if is_another(known.recipes[name], value)}
-        jobs = [key for key, job in known.jobs.items() if f"{task_name(job.model, job.task)} weights" in others]
-        old = [outcome for key in jobs if (outcome := read_outcome(runs, key))]
+        before = known.bases or {n: value for n, value in known.recipes.items() if n.endswith(WEIGHTS)}
+        made = known.made or {key: task_name(job.model, job.task) for key, job in known.jobs.items()}
+        now = {name: value for name, value in recipes.items() if name.endswith(WEIGHTS)}
+        others = {name.removesuffix(WEIGHTS) for name, value in now.items() if is_another(before.get(name), value)}
+        keys = [key for key, task in made.items() if task in others and key.isalnum()]
+        old = {key: read_outcome(runs, key) for key in keys if (runs / key).exists() or read_outcome(runs, key)}
         if old:
             self.amend(f"{len(old)} runs on the base's earlier weights were done again.", runs)
-        for outcome in old:
-            retire(runs, outcome)
+        for key, outcome in old.items():
+            retire(runs, key, outcome.code if outcome else "unfinished")
+        known.bases, known.made = before | now, made
 
     def amend(self, what: str, runs: Path, fields: Changes | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""
@@ -205,7 +211,9 @@ class StudyFolder:
 
     def plan(self, jobs: Iterable[Job]) -> None:
         """Make runs known, for whoever looks at the study while it goes on."""
+        jobs = list(jobs)
         self.known.jobs |= {job.key: Planned.model_validate(job, from_attributes=True) for job in jobs}
+        self.known.made |= {job.key: task_name(job.model, job.task) for job in jobs}
         self.write()
 
     def begin_finals(self, ended: int) -> None:

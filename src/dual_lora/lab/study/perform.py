@@ -81,13 +81,13 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def retire(runs: Path, outcome: Outcome) -> None:
-    """Put the files of a finished run aside under the name of the code that did it, so that it is done again."""
-    aside = f"{outcome.key}.by-{(outcome.code or 'unknown').partition(',')[0][:20]}"
-    with _held(runs / outcome.key):
+def retire(runs: Path, key: str, code: str | None) -> None:
+    """Put the files of a run aside under the name of the code that did it, so that it is done again."""
+    aside = f"{key}.by-{(code or 'unknown').partition(',')[0][:20]}"
+    with _held(runs / key):
         # The outcome last: until then the run is finished.
         for name in ("", ".scores.json", ".forgetting.json", ".json"):
-            if (old := runs / f"{outcome.key}{name}").exists():
+            if (old := runs / f"{key}{name}").exists():
                 old.replace(runs / f"{aside}-{secrets.token_hex(2)}{name}")
 
 
