@@ -443,7 +443,7 @@ def test_a_hub_s_commit_that_changes_no_weights_is_no_other_base(trained, monkey
     cached = [shutil.copytree(base, tmp_path / "snapshots" / commit) for commit in ("a", "b")]
     part = open_tuned(folder).recipe.model.model_copy(update={"path": "me/tiny"})
     for snapshot in cached:
-        monkeypatch.setattr(weights, "_folder_here", lambda *_, snapshot=snapshot: snapshot)
+        monkeypatch.setattr(weights, "folder_here", lambda *_, snapshot=snapshot: snapshot)
         assert opened._other_base(folder / "adapter", part, None) == {}
     other_weights(cached[1] / "model.safetensors")
     with pytest.raises(UserError, match="are not those that"):

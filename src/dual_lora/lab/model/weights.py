@@ -41,7 +41,7 @@ def print_of_weights(part: ModelSection) -> dict[str, str]:
     if location.gguf_file:
         return {"GGUF": _sampled(Path(location.name) / location.gguf_file)}
     here = Path(location.name)
-    folder = here if here.is_dir() else _folder_here(location.name, location.revision)
+    folder = here if here.is_dir() else folder_here(location.name, location.revision)
     if folder is None:
         return {}
     tensors = _tensors_in(folder) or {f"file {f.name}": _sampled(f) for f in sorted(folder.glob("*.bin"))}
@@ -178,7 +178,8 @@ def _sampled_tensor(file: Path, first: int, last: int, told: str) -> str:
     return _sampled(file, 4, 1024, first, last, told)[:8]
 
 
-def _folder_here(name: str, revision: str | None) -> Path | None:
+def folder_here(name: str, revision: str | None) -> Path | None:
+    """The folder that a model of the hub has in the cache, None for one that is not there."""
     from huggingface_hub import try_to_load_from_cache
 
     try:

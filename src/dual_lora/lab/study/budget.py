@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config, new_modules
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe, spelled
@@ -69,16 +68,15 @@ def _rows(model: str, data: str) -> int:
     """Training records that are not left out; all of them where the model is not here (a plan for another machine)."""
     from dual_lora.lab.data.encode import Prompter, encode_all
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.load import load_tokenizer, locate
+    from dual_lora.lab.model.load import is_here, load_tokenizer, locate
+    from dual_lora.lab.model.weights import folder_here
 
     part, records = ModelSection.model_validate_json(model), DataSection.model_validate_json(data)
     examples = load_split(records, "train")
-    if part.head != "causal":  # a text is cut, not left out
+    cut = part.head != "causal"  # a text is cut, not left out
+    if cut or not (is_here(part.path) or folder_here(part.path, part.revision)):
         return len(examples)
-    try:
-        tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
-    except UserError:
-        return len(examples)
+    tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
     return len(encode_all(examples, Prompter(tokenizer, records.template, records.learn_prompt), records.max_length)[0])
 
 
