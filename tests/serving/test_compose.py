@@ -12,9 +12,9 @@ from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dual_lora.serving import files
 from dual_lora.serving.compose import ComposedWeights
 from dual_lora.serving.files import AdapterError, checkpoint_of
+from dual_lora.verify import numbers
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -210,7 +210,7 @@ def test_tensors_are_read_once(tmp_path, monkeypatch):
         def __exit__(self, *error):
             return self.file.__exit__(*error)
 
-    monkeypatch.setattr(files, "safe_open", HeaderAlone)
+    monkeypatch.setattr(numbers, "safe_open", HeaderAlone)
     ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     assert len(read) == 1
 
