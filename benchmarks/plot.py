@@ -58,7 +58,8 @@ def draw(name: str, rows: list[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-family="sans-serif" '
         f'font-size="12"><title>Cost against PEFT LoRA by {escape(UNITS[name])}</title>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{LEFT}" y="20">forward + backward against PEFT LoRA, fp32, one thread: {escape(where(rows))}</text>',
+        f'<text x="{LEFT}" y="20">forward + backward against PEFT LoRA, fp32, one thread</text>',
+        f'<text x="{LEFT}" y="34" font-size="10" fill="#6b7280">{escape(where(rows))}</text>',
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(UNITS[name])}</text>',
     ]
     step = next(s for s in (0.1, 0.25, 0.5, 1, 2, 5, 10, 25, 50, 100) if (top - low) / s <= 8)
@@ -76,7 +77,7 @@ def draw(name: str, rows: list[dict[str, Any]]) -> str:
     for k, (label, key) in enumerate((("measured", "ratio"), ("limit by flops", "limit"))):
         points = " ".join(f"{x(row['at']):.1f},{y(row[key]):.1f}" for row in rows)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{LINES[label]}" stroke-width="2"/>')
-        parts.append(f'<text x="{WIDTH - 220 + 100 * k}" y="34" fill="{LINES[label]}">{label}</text>')
+        parts.append(f'<text x="{WIDTH - 155 + 68 * k}" y="34" fill="{LINES[label]}">{label}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 
