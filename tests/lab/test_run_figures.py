@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import time
+import warnings
 
 import pytest
 
@@ -63,9 +65,11 @@ def test_the_recipe_s_precision_counts_and_not_a_launcher_s(lm_values, tmp_path,
         json.loads((tmp_path / "launched" / "record.json").read_text())["precision"]["chosen"]["train.autocast"]
         == "none"
     )
-    import os
-
     assert os.environ[name] == "bf16", "others may read it"
+    monkeypatch.setenv(name, "no")  # as accelerate says where nobody chose
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The launcher asks")
+        trained(lm_values, tmp_path / "autocast", autocast="bf16")
 
 
 class Averaged(torch.optim.SGD):

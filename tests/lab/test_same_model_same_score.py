@@ -164,6 +164,15 @@ def test_a_decoder_that_counts_padding_gets_none(loaded):
     assert kind_of_unmasked(BartForSequenceClassification(config)) == "", "padded on the right"
 
 
+def test_an_encoder_that_reads_some_padding_is_said(loaded):
+    from transformers import ConvBertConfig, ConvBertForSequenceClassification
+
+    size = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, embedding_size=32)
+    model = ConvBertForSequenceClassification(ConvBertConfig(vocab_size=len(loaded[1]), head_ratio=1, **size))
+    with pytest.warns(UserWarning, match="type convbert reads padding behind a row"):
+        collator(loaded[1], True, model)
+
+
 def test_verify_pads_no_row_of_a_model_that_reads_padding(reads_padding, loaded):
     _, tokenizer, _, prompter = loaded
     probes = [logprobs.Probe((5, 9, 7), (2,)), logprobs.Probe(tuple(range(3, 15)), (4, 11))]
