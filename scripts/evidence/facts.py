@@ -24,7 +24,7 @@ from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
 COSTS = {"time": "train_seconds", "memory": "peak_memory"}
-ENCODER = ("sst2", "cola")  # the tasks of MiniLM
+MODELS = {"encoder": ("sst2", "cola"), "language model": ("e2e", "arc-easy", "boolq")}  # MiniLM's and SmolLM2's tasks
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def _range(model: str, field: str) -> str:
     for name in _names():
         methods = {m["method"]: m for m in study(name)["methods"]}
         dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
-        if dual and lora and (dual["task"] in ENCODER) == (model == "encoder"):
+        if dual and lora and dual["task"] in MODELS[model]:
             pairs[_runs(dual), str(dual["cost"])] = dual, lora
     if field == "studies":
         return str(len(pairs))

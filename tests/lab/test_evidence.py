@@ -68,6 +68,8 @@ def test_a_range_holds_every_study_of_its_model():
     low, high = map(float, facts.quoted("range/language model/memory").split(" to "))
     assert low <= float(facts.quoted("methods-boolq/dual_lora/memory")) <= high
     assert facts.quoted("range/language model/time") != facts.quoted("range/encoder/time")
+    with pytest.raises(ValueError, match="leads nowhere"):
+        facts.quoted("range/encodr/time")
 
 
 def test_a_difference_is_printed_in_its_metrics_own_direction():

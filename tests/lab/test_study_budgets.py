@@ -149,6 +149,9 @@ def test_steps_of_epochs_are_of_the_records_that_are_left(lm_values, tmp_path):
     lm_values["train"] = {"epochs": 1.0, "batch_size": 4, "learning_rate": 0.01}
     recipe = build_recipe(lm_values)
     assert planned_steps(recipe) == 3 == run(recipe, tmp_path / "run", progress=False).steps
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(short) + "\n" for _ in range(20)))
+    assert planned_steps(recipe) == 5, "a changed file is read again"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [short, long] * 12))
     nowhere = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "not/here"})})
     assert planned_steps(nowhere) == 6, "for another machine: all of them"
 

@@ -55,8 +55,7 @@ class Collator:
     with the tokens' types where rows have some and the model takes them.
 
     on_the_right: language models whose virtual tokens stand before the row. on_the_left: classifiers whose head reads
-    the last position. unmasked: the type of a model that reads
-    padding; rows of unequal length raise UserError.
+    the last position. unmasked: the type of a model that reads padding; rows of unequal length raise UserError.
     """
 
     pad: int

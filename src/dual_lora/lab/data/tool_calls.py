@@ -29,17 +29,15 @@ def chats(name: str, limit: int | None = None) -> list[list[dict[str, str]]]:
     return [json.loads(line)["messages"] for line in _lines(name, limit)]
 
 
-def rows(tokenizer: Any, name: str, limit: int | None = None) -> list[dict[str, list[int]]]:
-    """The same as input_ids and labels: -100 but for the answer and the end of its turn, which alone is learned."""
-    made = []
-    for chat in chats(name, limit):
-        prompt, whole = (
-            tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=part is not chat))
-            for part in (chat[:-1], chat)
-        )
-        ids, asked = whole["input_ids"], len(prompt["input_ids"])
-        made.append({"input_ids": ids, "labels": [-100] * asked + ids[asked:]})
-    return made
+def rows(tokenizer: Any, name: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """The same as input_ids and labels: -100 but for the answer and its end, which alone are learned."""
+    from dual_lora.lab.data.encode import Prompter
+    from dual_lora.lab.data.examples import read_examples
+    from dual_lora.lab.recipe.schema import DataSection
+
+    prompter = Prompter(tokenizer)
+    examples = read_examples(str(FOLDER / f"{name}.jsonl"), DataSection())[:limit]
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in map(prompter.encode, examples)]
 
 
 def copy_to(folder: Path, train: int | None = None, test: int | None = None) -> None:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from dual_lora.lab.recipe.schema import ModelSection
 
-_HARMLESS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|position_ids$|\.pooler\.|inv_freq$")
+# Of versions that save these.
+BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
@@ -147,8 +148,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
             f"{len(drawn) - 1} more weights of the model below its head, which would be drawn at random."
         )
     # transformers' own report is kept quiet. Heads for other tasks and masks (GPT-2's and its kin's) do no harm.
-    unread = sorted(key for key in info["unexpected_keys"] if key.startswith(inside) and not _HARMLESS.search(key))
-    if unread:
+    left = (key for key in info["unexpected_keys"] if key.startswith(inside) and ".pooler." not in key)
+    if unread := sorted(key for key in left if not BUFFER.search(key)):
         warnings.warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     if device is not None or not is_sharded_launch():

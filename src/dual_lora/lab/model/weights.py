@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.model.load import locate
+from dual_lora.lab.model.load import BUFFER, locate
 
 if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 
 TENSORS = 512  # of a model that are looked at, as many of every kind: all of them up to some 13B parameters
-_BUFFER = re.compile(r"(inv_freq|position_ids|masked_bias|(attn|attention)\.bias)$")  # of versions that save these
 # Of a configuration, what says who wrote it or how to train it, and not what the model computes.
 _NO_MODEL = re.compile(
     r"_.*|architectures|auto_map|transformers_version|torch_dtype|dtype|use_cache|model_type|initializer_range"
@@ -146,7 +145,7 @@ def _tensors_in(folder: Path) -> dict[str, str]:
         with suppress(*_DAMAGED):  # the loader says it
             held |= _tensors_of(file)
     kinds: dict[str, list[str]] = {}
-    for name in sorted((name for name in held if not _BUFFER.search(name)), key=_drawn):
+    for name in sorted((name for name in held if not BUFFER.search(name)), key=_drawn):
         kinds.setdefault(re.sub(r"\d+", "0", name), []).append(name)
     rounds = (one for some in itertools.zip_longest(*kinds.values()) for one in some if one is not None)
     return {name: held[name]() for name in sorted(itertools.islice(rounds, TENSORS))}

@@ -70,12 +70,9 @@ def problems(error: ValidationError) -> str:
     return " ".join(_problem(item) for item in error.errors())
 
 
-# What is dropped where something else is given in its place.
-_EXCLUSIVE = {
-    "model": (("path", "revision"),),
-    "data": (("test", "tests"), ("tests", "test")),
-    "train": (("epochs", "steps"),),
-}
+# What is dropped where something else is given in its place, and what goes with a value that is given anew.
+_IN_PLACE = {"data": (("test", "tests"), ("tests", "test")), "train": (("epochs", "steps"),)}
+_BELONGS = {"model": (("path", "revision"),)}
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -91,10 +88,9 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(old, dict):
             renamed = key == "method" and method_in({**old, **value}) != method_in(old)
             result[key] = value if renamed else value | old | value if key == "rates" else merged(old, value)
-            for given, other in _EXCLUSIVE.get(key, ()):
-                # A recipe with steps has epochs too, of no effect: who gives the same number asks for it.
-                asked = given == "epochs" or value.get(given) != old.get(given)
-                if value.get(given) and asked and other not in value:
+            anew = [pair for pair in _BELONGS.get(key, ()) if value.get(pair[0]) != old.get(pair[0])]
+            for given, other in (*_IN_PLACE.get(key, ()), *anew):
+                if value.get(given) and other not in value:
                     result[key].pop(other, None)
             if key == "train" and "lr_warmup" in value and isinstance(result[key].get("arguments"), dict):
                 kept = value.get("arguments") or {}

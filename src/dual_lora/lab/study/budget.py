@@ -59,13 +59,19 @@ def planned_steps(recipe: Recipe) -> int:
     if recipe.train.steps:
         return recipe.train.steps
     part = recipe.train
-    rows = _rows(recipe.model.model_dump_json(), recipe.data.model_dump_json())
+    from dual_lora.lab.study.job import fingerprint
+
+    held = tuple(fingerprint(recipe).items())
+    rows = _rows(recipe.model.model_dump_json(), recipe.data.model_dump_json(), held)
     return math.ceil(rows * part.epochs / (part.batch_size * part.accumulate))
 
 
 @functools.lru_cache(maxsize=64)
-def _rows(model: str, data: str) -> int:
-    """Training records that are not left out; all of them where the model is not here (a plan for another machine)."""
+def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
+    """Training records that are not left out; all of them where the model is not here (a plan for another machine).
+
+    held: what the files hold, so that changed ones are read again.
+    """
     from dual_lora.lab.data.encode import Prompter, encode_all
     from dual_lora.lab.data.examples import load_split
     from dual_lora.lab.model.load import is_here, load_tokenizer, locate

@@ -191,7 +191,8 @@ class StudyFolder:
         now = {name: value for name, value in recipes.items() if name.endswith(WEIGHTS)}
         others = {name.removesuffix(WEIGHTS) for name, value in now.items() if is_another(before.get(name), value)}
         keys = [key for key, task in made.items() if task in others and key.isalnum()]
-        old = {key: read_outcome(runs, key) for key in keys if (runs / key).exists() or read_outcome(runs, key)}
+        ended = {key: read_outcome(runs, key) for key in keys}
+        old = {key: outcome for key, outcome in ended.items() if outcome or (runs / key).exists()}
         if old:
             self.amend(f"{len(old)} runs on the base's earlier weights were done again.", runs)
         for key, outcome in old.items():
