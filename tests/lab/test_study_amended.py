@@ -26,7 +26,7 @@ from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
-from dual_lora.lab.study.folder import changes
+from dual_lora.lab.study.folder import StudyFolder, changes
 from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge
@@ -364,8 +364,10 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     nameless = {"letters weights": {"file pytorch_model.bin": "0"}}
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
     with pytest.warns(UserWarning, match="Nothing tells whether .* weights are those that the study was begun with"):
-        compare(study, tmp_path / "out", progress=False)
-    del known["recipes"]["letters weights"], known["bases"], known["made"]
+        results = compare(study, tmp_path / "out", progress=False)
+    (amendment,) = results["amendments"]
+    assert amendment["what"] == "3 runs on other weights of the base were done again.", "by what the runs say"
+    del known["recipes"]["letters weights"]
     file.write_text(json.dumps(known))
     assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
 
@@ -381,10 +383,62 @@ def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
     assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]
     assert after["untrained"] == anew["untrained"] != before["untrained"]
     said = [amendment["what"] for amendment in after["amendments"]]
-    assert said == ["Changed: letters weights.", "3 runs on the base's earlier weights were done again."]
+    assert said == ["Changed: letters weights.", "3 runs on other weights of the base were done again."]
     again = compare(study, tmp_path / "out", progress=False)
     assert figures(again) == figures(after)
     assert len(again["amendments"]) == 2, "once"
+
+
+def test_runs_on_another_base_are_kept_for_when_it_comes_back(tmp_path):
+    """Its path is in their keys."""
+    study = write_study(tmp_path, **SHORT)
+    before = compare(study, tmp_path / "out", progress=False)
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+    torch.manual_seed(7)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    for file in (tmp_path / "model").glob("*token*"):
+        shutil.copy(file, tmp_path / "other")
+    recipe = tmp_path / "letters.yaml"
+    text = recipe.read_text()
+    recipe.write_text(text.replace(str(tmp_path / "model"), str(tmp_path / "other")))
+    assert recipe.read_text() != text
+    compare(study, tmp_path / "out", update=True, progress=False)
+    recipe.write_text(text)
+    runs = outcomes(tmp_path / "out")
+    after = compare(study, tmp_path / "out", update=True, progress=False)
+    assert figures(after)[:2] == figures(before)[:2]
+    assert outcomes(tmp_path / "out") == runs, "nothing was done again"
+    assert not any("done again" in amendment["what"] for amendment in after["amendments"])
+
+
+def test_a_new_study_takes_no_run_on_other_weights(tmp_path):
+    """From a folder that studies share; and the first of them takes the second one's."""
+    study, shared = write_study(tmp_path, **SHORT), tmp_path / "shared"
+    compare(study, tmp_path / "first", runs=shared, progress=False)
+    torch.manual_seed(7)
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    second = compare(study, tmp_path / "second", runs=shared, progress=False)
+    alone = compare(study, tmp_path / "alone", progress=False)
+    assert figures(second)[:2] == figures(alone)[:2]
+    assert second["untrained"] == alone["untrained"]
+    done = {file: file.stat().st_mtime_ns for file in shared.glob("*.json")}
+    first = compare(study, tmp_path / "first", runs=shared, update=True, progress=False)
+    assert figures(first)[:2] == figures(alone)[:2]
+    assert {file: file.stat().st_mtime_ns for file in shared.glob("*.json")} == done
+
+
+def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):
+    now = {"letters model": {"path": "me/model", "revision": None}, "letters weights": {"a": "1"}}
+    gone, other = ({**now, "letters weights": value} for value in ({}, {"a": "2"}))
+    with StudyFolder(tmp_path) as folder:
+        folder.begin({}, now, {}, tmp_path / "runs", update=False)
+        folder.begin({}, gone, {}, tmp_path / "runs", update=False)
+        with pytest.raises(UserError, match="letters weights"):
+            folder.begin({}, other, {}, tmp_path / "runs", update=False)
+        elsewhere = {**gone, "letters model": {"path": "me/other", "revision": None}}
+        folder.begin({}, elsewhere, {}, tmp_path / "runs", update=True)
+        assert folder.known.recipes["letters weights"] == {}
 
 
 def test_a_method_that_was_left_out_meanwhile_comes_back_on_the_same_base(tmp_path):

@@ -111,8 +111,8 @@ def _simulate(options: StepOptions, layers: int | None) -> Step:
     before = log.level
     log.setLevel(logging.CRITICAL)  # it prints what it then raises
     try:
+        become_fake(model, mode)
         with mode:
-            become_fake(model, mode)
             return _run(options, model)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
+from dual_lora.lab.model.weights import is_another, print_of_weights
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
@@ -21,7 +22,7 @@ from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_job
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, prints, read_outcome, task_name
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, made_on, prints, read_outcome, task_name
 from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
@@ -113,6 +114,7 @@ class Runner:
         if self.options.progress:
             self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
+        self._one_base([job for cell in self.cells for job in trial_jobs(self.study, cell)])
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
             self.trials = trials  # a best rate at the end of its grid makes another trial
@@ -136,6 +138,7 @@ class Runner:
         if not jobs:
             return
         self.folder.plan(jobs)
+        self._one_base(jobs)
         self._one_version(jobs)
         left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
         for job in left.values():
@@ -157,6 +160,23 @@ class Runner:
                 if time.time() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
+    def _one_base(self, jobs: Sequence[Job]) -> None:
+        """Do the runs again that were made on other weights of their base: a job's key does not know of them."""
+        now = {job.scenario: print_of_weights(job.recipe.model) for job in jobs}
+        old = [job.key for job in jobs if is_another(made_on(self.runs, job.key), now[job.scenario])]
+        if old:
+            self._again(old, f"{len(old)} runs on other weights of the base")
+
+    def _again(self, keys: Sequence[str], which: str) -> None:
+        """Put runs aside, and note it."""
+        self._say(f"{which} are done again; the old ones are kept.")
+        self.folder.amend(f"{which} were done again.", self.runs)
+        self.folder.write()
+        for key in keys:
+            outcome = read_outcome(self.runs, key)
+            retire(self.runs, key, outcome.code if outcome else "unfinished")
+            self.done.pop(key, None)
+
     def _one_version(self, jobs: Sequence[Job]) -> None:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
@@ -175,12 +195,7 @@ class Runner:
                 "compared with new runs, a difference might be the code's. Go on with that version, or give --update "
                 "to do these runs again."
             )
-        self._say(f"{len(old)} runs of another version of the code ({others}) are done again; the old ones are kept.")
-        self.folder.amend(f"{len(old)} runs of another version of the code were done again.", self.runs)
-        self.folder.write()
-        for outcome in old:
-            retire(self.runs, outcome.key, outcome.code)
-            self.done.pop(outcome.key, None)
+        self._again([outcome.key for outcome in old], f"{len(old)} runs of another version of the code")
 
     def _say(self, message: str) -> None:
         if self.options.progress:

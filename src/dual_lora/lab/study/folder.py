@@ -27,8 +27,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, other_settings, told_of, warn_of_doubt
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
-from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file, task_name
-from dual_lora.lab.study.perform import retire
+from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
 
 Plain = dict[str, Any]
@@ -63,6 +62,17 @@ def changes(before: dict[str, Any], now: dict[str, Any], inside: Iterable[str] =
         elif old != new:
             pairs[name] = old, new
     return pairs
+
+
+def _still_known(before: Plain, now: Plain) -> Plain:
+    """Prints of bases that are not here at the moment (the hub's, and an empty cache): the same ones' from before."""
+
+    def base(recipes: Plain, name: str) -> list[Any]:
+        model = recipes.get(f"{name.removesuffix(WEIGHTS)} model") or {}
+        return [model.get("path"), model.get("revision")]
+
+    lost = [name for name, value in now.items() if name.endswith(WEIGHTS) and not value and name in before]
+    return {name: before[name] for name in lost if base(before, name) == base(now, name)}
 
 
 def ended_in(results: Path) -> list[bool]:
@@ -103,8 +113,6 @@ class Known(BaseModel):
     plan: Plan = Plan()
     amendments: list[Amendment] = []
     jobs: dict[str, Planned] = {}
-    bases: dict[str, Plain] = {}  # what each task's base held, and of which task each run ever planned is
-    made: dict[str, str] = {}
 
 
 class StudyFolder:
@@ -161,6 +169,7 @@ class StudyFolder:
             before.setdefault("extend", 0)  # what an earlier version did
         changed = changes(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
+        recipes = recipes | _still_known(known.recipes, recipes)
         changed |= changes(known.recipes, recipes, recipes)
         if changed and not update:
             raise UserError(
@@ -170,7 +179,6 @@ class StudyFolder:
             )
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
-        self._retire_other_bases(recipes, runs)
         if changed or not known.plan.hash:
             print_of = hashlib.sha256(json.dumps([study, recipes], sort_keys=True).encode()).hexdigest()[:16]
             known.plan = Plan(hash=print_of, written=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -182,22 +190,6 @@ class StudyFolder:
         text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
         self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
-
-    def _retire_other_bases(self, recipes: Plain, runs: Path) -> None:
-        """Put the runs of tasks aside whose base has other weights by now: a job's key does not know of them."""
-        known = self.known
-        before = known.bases or {n: value for n, value in known.recipes.items() if n.endswith(WEIGHTS)}
-        made = known.made or {key: task_name(job.model, job.task) for key, job in known.jobs.items()}
-        now = {name: value for name, value in recipes.items() if name.endswith(WEIGHTS)}
-        others = {name.removesuffix(WEIGHTS) for name, value in now.items() if is_another(before.get(name), value)}
-        keys = [key for key, task in made.items() if task in others and key.isalnum()]
-        ended = {key: read_outcome(runs, key) for key in keys}
-        old = {key: outcome for key, outcome in ended.items() if outcome or (runs / key).exists()}
-        if old:
-            self.amend(f"{len(old)} runs on the base's earlier weights were done again.", runs)
-        for key, outcome in old.items():
-            retire(runs, key, outcome.code if outcome else "unfinished")
-        known.bases, known.made = before | now, made
 
     def amend(self, what: str, runs: Path, fields: Changes | None = None) -> None:
         """Note that the study is no longer as it was begun, and after how many final runs."""
@@ -214,7 +206,6 @@ class StudyFolder:
         """Make runs known, for whoever looks at the study while it goes on."""
         jobs = list(jobs)
         self.known.jobs |= {job.key: Planned.model_validate(job, from_attributes=True) for job in jobs}
-        self.known.made |= {job.key: task_name(job.model, job.task) for job in jobs}
         self.write()
 
     def begin_finals(self, ended: int) -> None:
@@ -238,7 +229,8 @@ def progress(file: Path) -> Plain | None:
         if not inside or not key.isalnum():
             pass
         elif outcome := read_outcome(runs, key):
-            row |= {"status": outcome.status, "outcome": outcome.model_dump(), "seconds": outcome.seconds}
+            told = outcome.model_dump(exclude={"weights"})
+            row |= {"status": outcome.status, "outcome": told, "seconds": outcome.seconds}
         elif (error := run_file(runs, key, "error")).is_file():
             row |= {"status": "failed", "error": str(read_json(error))}
         elif (runs / key).is_dir():

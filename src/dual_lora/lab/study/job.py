@@ -27,6 +27,7 @@ from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics
 
@@ -107,6 +108,7 @@ class Outcome(BaseModel):
     error: str | None = None
     runs_at_a_time: int | None = None
     device: str | None = Field(None, max_length=200)
+    weights: dict[str, str] = {}  # what the base held, of a run that trains nothing: others have a record that says it
     code: str | None = Field(None, max_length=200, pattern=r"^[^/\\\x00-\x1f]*$")  # the version that did it: no path
 
 
@@ -125,6 +127,15 @@ def read_outcome(runs: Path, key: str) -> Outcome | None:
     """The outcome of a finished run; None if it is not finished, or its files are damaged (see `damage`)."""
     outcome = _look_up(runs, key)
     return outcome if isinstance(outcome, Outcome) else None
+
+
+def made_on(runs: Path, key: str) -> Any:
+    """What the base held that a run was made or begun on (see `print_of_weights`); None where nothing tells."""
+    made_of = RunFolder(runs / key).recorded().get("made_of")
+    if isinstance(made_of, dict):
+        return made_of.get("weights")
+    outcome = read_outcome(runs, key)
+    return outcome.weights if outcome else None
 
 
 def damage(runs: Path, key: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.run.failures import Diverged, NotFinite
 from dual_lora.lab.run.record import code_version, device_name
 from dual_lora.lab.run.write import hold, write_json
@@ -136,7 +137,8 @@ def _base(job: Job, runs: Path) -> Figures:
     examples = load_split(recipe.data, job.split)
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
-    return _scored(job, runs, measured, examples, []) | _constant(job.metric, examples)
+    came = _scored(job, runs, measured, examples, []) | _constant(job.metric, examples)
+    return came | {"weights": print_of_weights(recipe.model)}
 
 
 def _constant(metric: str, examples: list[Any]) -> dict[str, float]:
