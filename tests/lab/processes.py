@@ -12,12 +12,18 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 def launched(strategy, processes, recipe, out, *more):
     """The documented command for ``processes`` of them on CPU."""
+    environment = ENVIRONMENT
     if strategy == "ddp":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["-m", "dual_lora.lab.cli"]
     else:
         config = CONFIGS / f"{strategy}.yaml"
+        started = [str(ON_CPU)]
+        if strategy.startswith("zero"):  # DeepSpeed asks for the CPU by itself
+            started, environment = ["-m", "dual_lora.lab.cli"], {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}
+            config = Path(out).with_suffix(".yaml")
+            config.write_text((CONFIGS / f"{strategy}.yaml").read_text().replace("use_cpu: false", "use_cpu: true"))
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-        command += ["--num_processes", str(processes), "--main_process_port", "0", str(ON_CPU)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0", *started]
     command += ["train", str(recipe), "--out", str(out), *more]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

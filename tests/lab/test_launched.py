@@ -1,5 +1,6 @@
 """A run on two processes that dies in the middle goes on with two or one, and ends with the adapter of one process."""
 
+import importlib.util
 import shutil
 import signal
 import time
@@ -79,3 +80,20 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(killed, lm_values, tm
     for other in others:
         for name, value in other.items():
             torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_the_shipped_deepspeed_configurations_train_what_ddp_trains(strategy, lm_values, write_recipe, tmp_path):
+    """By the documented command; with several batches a step and a bound on gradients, which DeepSpeed does itself."""
+    lm_values["method"] = {"name": "dual_lora", "r": 4}
+    lm_values["train"] |= {"steps": 6, "batch_size": 2, "accumulate": 2, "max_grad_norm": 0.5}
+    recipe = write_recipe(lm_values)
+    for one in ("ddp", strategy):
+        process = launched(one, 2, recipe, tmp_path / one)
+        printed = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed
+    expected, got = adapter_of(tmp_path / "ddp"), adapter_of(tmp_path / strategy)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)

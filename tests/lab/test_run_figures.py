@@ -14,9 +14,11 @@ import torch
 from transformers import TrainerCallback
 
 from dual_lora.lab import permission
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.loop import _told
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.run.train import run
 
@@ -70,6 +72,29 @@ def test_the_recipe_s_precision_counts_and_not_a_launcher_s(lm_values, tmp_path,
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The launcher asks")
         trained(lm_values, tmp_path / "autocast", autocast="bf16")
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "told"),
+    [("no", "none", "none"), ("bf16", "none", "bf16"), ("bf16", "bf16", "bf16"), ("no", "bf16", None)],
+)
+def test_deepspeed_s_precision_is_its_own_and_the_rest_is_the_recipe_s(launched, asked, told, lm_values, monkeypatch):
+    """transformers refuses what DeepSpeed is told otherwise than it, and DeepSpeed has no autocast."""
+    steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+    for name, value in (("USE_DEEPSPEED", "true"), ("MIXED_PRECISION", launched), ("GRADIENT_ACCUMULATION_STEPS", "1")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    lm_values["train"]["autocast"] = asked
+    recipe = build_recipe(lm_values)
+    if told is None:
+        with pytest.raises(UserError, match="DeepSpeed has no autocast.*model.dtype: bfloat16"), _told(recipe):
+            pass
+        return
+    with warnings.catch_warnings(record=True) as said, _told(recipe) as precision:
+        warnings.simplefilter("always")
+        assert os.environ[steps] == "auto"
+    assert precision == told
+    assert any("rounds the base model" in str(w.message) for w in said) == (launched != "no")
+    assert os.environ[steps] == "1"
 
 
 class Averaged(torch.optim.SGD):

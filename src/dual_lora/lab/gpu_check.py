@@ -26,7 +26,10 @@ COMPILED = ("sm_80", "sm_90")  # ahead of time, unless others are named
 
 
 def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Everything that can be found out here, as JSON takes it. `right` is False if a kernel is wrong or breaks."""
+    """Everything that can be found out here, as JSON takes it.
+
+    `right` is False if a kernel is wrong or breaks, and None where none could be tried.
+    """
     result: dict[str, Any] = {"versions": versions(), "chosen": {card: chosen(card) for card in CARDS}}
     if torch.cuda.is_available():
         cards = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
@@ -43,7 +46,7 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
             tell(f"the kernels compiled for {target} …")
             result["compiled"][target] = _process("compile", target)
         tried = [*_lines(result["interpreter"]), *(k for found in result["compiled"].values() for k in _lines(found))]
-    result["right"] = all(launch["right"] for launch in tried)
+    result["right"] = all(launch["right"] for launch in tried) if tried else None
     return result
 
 

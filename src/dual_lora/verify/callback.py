@@ -50,7 +50,9 @@ class VerifyAdapter(TrainerCallback):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             self._say("no parameter is trained: every one has requires_grad=False")
-        if any(is_shard(p) for p in named.values()) or getattr(args, "deepspeed", None):
+        # DeepSpeed gives no tensor a gradient; `accelerate launch` brings it without `args.deepspeed`.
+        under_deepspeed = getattr(args, "deepspeed", None) or getattr(args, "deepspeed_plugin", None)
+        if under_deepspeed or any(is_shard(p) for p in named.values()):
             self.notes.append(
                 "the trained tensors are sharded: gradients, movement and the saved adapter were not checked"
             )

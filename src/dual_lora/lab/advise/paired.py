@@ -63,9 +63,11 @@ def paired_study(source: str | Path, minutes: float, metric: str | None = None, 
             f"The unit of {metric} is your data's: say with --margin which difference is too small to matter."
         )
     rate = recipe.train.learning_rate
-    over: dict[str, Any] = {"train": {"steps": planned_steps(recipe)}}
+    over: dict[str, Any] = {"train": {"steps": planned_steps(recipe, fetch=True)}}
     if recipe.train.validate_every:
         over["train"]["validate_every"] = None  # nobody reads it here, and it takes time
+        if recipe.train.arguments.get("eval_on_start"):
+            over["train"]["arguments"] = {"eval_on_start": False}
     if recipe.evaluate.forgetting is not None:
         over["evaluate"] = {"forgetting": None}  # one question
     values = {

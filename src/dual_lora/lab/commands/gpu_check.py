@@ -21,7 +21,7 @@ def gpu_check(
     """Try the GPU kernels: the path chosen and why, every launch against fp64, signs, determinism, graphs, times.
 
     Without a card it says what would be chosen, compiles the kernels ahead of time and runs them in Triton's
-    interpreter (a minute or two). Exit code 1 if a kernel is wrong. docs/how-to/gpu.md says what each line means.
+    interpreter (a minute or two). Exit code 1 if a kernel is wrong, 2 if none could be tried. docs/how-to/gpu.md says what each line means.
 
     Example: `dual-lora gpu-check --json > gpu-check.json`
     """
@@ -31,12 +31,16 @@ def gpu_check(
     result = check(tuple(targets or COMPILED), lambda text: None if json else console.print(text, style="dim"))
     finish(result, page(result), json)
     if not result["right"]:
-        sys.exit(1)
+        sys.exit(2 if result["right"] is None else 1)
 
 
 def page(result: dict[str, Any]) -> Group:
     """Everything on one page."""
-    verdict = "every kernel tried is right" if result["right"] else "a kernel is wrong or broke: see the lines with ✗"
+    verdict = {
+        True: "✓ every kernel tried is right",
+        False: "✗ a kernel is wrong or broke: see the lines with ✗",
+        None: "✗ no kernel was tried: see above why",
+    }[result["right"]]
     parts: list[Any] = [
         facts_card("versions", {name: version or "–" for name, version in result["versions"].items()}),
         facts_card("who computes on", result["chosen"]),
@@ -53,7 +57,7 @@ def page(result: dict[str, Any]) -> Group:
         parts.append(_launches(found, f"compiled for {target}"))
     if len(result.get("cards", ())) < 2:
         parts.append("A second card: none here, so kernels on another device than the first were not tried.")
-    return Group(*parts, f"{'✓' if result['right'] else '✗'} {verdict}")
+    return Group(*parts, verdict)
 
 
 def _launches(found: list[dict[str, Any]] | str, title: str) -> Any:

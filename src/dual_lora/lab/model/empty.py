@@ -91,6 +91,7 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
             base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
         except (ValueError, KeyError) as error:
             raise UserError(f"{name} has no {head} head: {str(error).splitlines()[0]}") from error
+    base.tie_weights()  # transformers 5.0 does not by itself on the meta device
     gather_for_head(base)
     return base
 
@@ -176,7 +177,8 @@ def fit(recipe: Recipe, classes: int = 2) -> Fit:
     part, method = recipe.model, recipe.method
     labels = {"classification": {"num_labels": classes}, "regression": {"num_labels": 1}}.get(part.head, {})
     base = empty_base(load_config(part.path, part.revision, **labels), part.head, part.path)
-    model = adapted(base, method, part.head, part.path, recipe.train.steps or 1000)
+    fresh = new_modules(base) if part.head != "causal" else []
+    model = adapted(base, method, part.head, part.path, recipe.train.steps or 1000, fresh)
     names = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if idle := missing_targets(method.get("target_modules"), names):
         raise UserError(f"{part.path} has no layer {', '.join(idle)} (method.target_modules).")

@@ -45,11 +45,11 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
     held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
-    with _precision_of(recipe.train):
+    with _told(recipe) as precision:
         trainer = _Trainer(
             recipe.train.rates,
             model=model,
-            args=_arguments(recipe, folder, ready.steps, bool(held), reports),
+            args=_arguments(recipe, precision, folder, ready.steps, bool(held), reports),
             train_dataset=Ordered(ready.rows, ready.order),  # type: ignore[arg-type]
             eval_dataset=Ordered(held, list(range(len(held)))) if held else None,  # type: ignore[arg-type]
             data_collator=ready.collator(model),
@@ -65,29 +65,57 @@ def build_trainer(
 
 
 @contextmanager
-def _precision_of(part: TrainSection) -> Iterator[None]:
-    """The recipe's autocast inside, whatever a launcher's configuration says to transformers and accelerate.
+def _told(recipe: Recipe) -> Iterator[str]:
+    """Inside, the recipe counts, whatever a launcher's configuration says to transformers and accelerate.
 
-    DeepSpeed's `bf16` is no autocast, and is left to its own configuration.
+    Yields the mixed precision for Trainer. DeepSpeed's alone is left to its own configuration: see `_mixed_precision`.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        yield
-        return
-    name, wanted = "ACCELERATE_MIXED_PRECISION", "no" if part.autocast == "none" else part.autocast
-    launched = os.environ.get(name)
-    if launched not in (None, "no", wanted):  # "no" is what accelerate says of its own accord
+    under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
+    told = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
+    if under_deepspeed:  # transformers refuses other values than the recipe's
+        told = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
+    launched = {name: os.environ.get(name) for name in told}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if not under_deepspeed and precision not in (None, "no", asked):  # "no" is what accelerate says of its own accord
         warnings.warn(
-            f"The launcher asks for mixed precision {launched!r}, and the recipe, which counts, has train.autocast "
-            f"{part.autocast!r}: name the same in both.",
+            f"The launcher asks for mixed precision {precision!r}, and the recipe, which counts, has train.autocast "
+            f"{asked!r}: name the same in both.",
             stacklevel=3,
         )
-    os.environ[name] = wanted
+    os.environ.update(told)
     try:
-        yield
+        yield asked
     finally:
-        os.environ.pop(name)
-        if launched is not None:
-            os.environ[name] = launched
+        for name, value in launched.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def _mixed_precision(recipe: Recipe) -> str:
+    """The recipe's autocast. DeepSpeed has none: its precision is the base's, and transformers has to be told the same.
+
+    Raises UserError for an autocast that it would leave out.
+    """
+    asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not _deepspeed() or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        return asked  # of a file of its own DeepSpeed says where the two differ
+    if asked != "none" and launched == "no":
+        raise UserError(
+            f"train.autocast is {asked!r}, and DeepSpeed has no autocast: take model.dtype: bfloat16 with "
+            "train.autocast: none, or mixed_precision: bf16 in accelerate's configuration, which rounds the base."
+        )
+    if launched != "no" and recipe.model.dtype == "float32":
+        warnings.warn(
+            f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is 'float32': for a base "
+            "in bf16 name model.dtype: bfloat16, so that it is opened so again; else set mixed_precision to 'no'.",
+            stacklevel=3,
+        )
+    return "none" if launched == "no" else launched
 
 
 class _Trainer(Trainer):
@@ -204,7 +232,7 @@ ARGUMENTS = frozenset(_ALLOWED.split())
 
 
 def _arguments(
-    recipe: Recipe, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any]
+    recipe: Recipe, precision: str, folder: RunFolder, steps: int, validating: bool, reports: dict[str, Any]
 ) -> TrainingArguments:
     part = recipe.train
     values: dict[str, Any] = {
@@ -218,8 +246,8 @@ def _arguments(
         "lr_scheduler_type": part.schedule,
         "warmup_steps": round(part.lr_warmup * steps),
         "max_grad_norm": part.max_grad_norm,
-        "bf16": part.autocast == "bf16",
-        "fp16": part.autocast == "fp16",
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
         "seed": part.seed,
         "optim": "adamw_torch" if part.optimizer == LORAPLUS or ":" in part.optimizer else part.optimizer,
         "logging_steps": part.log_every,

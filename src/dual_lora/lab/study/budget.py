@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config, new_modules
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe, spelled
@@ -54,35 +55,44 @@ def classes_of(recipe: Recipe) -> int | None:
     return len(class_names(load_split(recipe.data, "train")))
 
 
-def planned_steps(recipe: Recipe) -> int:
-    """Optimizer steps of a recipe in one process; of epochs, by the training records that data.max_length leaves."""
+def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
+    """Optimizer steps of a recipe in one process; of epochs, by the training records that data.max_length leaves.
+
+    A text is cut for a classifier, not left out. Without the model (a plan for another machine) all records count;
+    fetch: its tokenizer is fetched instead, if that is possible.
+    """
     if recipe.train.steps:
         return recipe.train.steps
     part = recipe.train
+    from dual_lora.lab.model.load import is_here
+    from dual_lora.lab.model.weights import folder_here
     from dual_lora.lab.study.job import fingerprint
 
-    held = tuple(fingerprint(recipe).items())
-    rows = _rows(recipe.model.model_dump_json(), recipe.data.model_dump_json(), held)
+    model, held = recipe.model, tuple(fingerprint(recipe).items())
+    here = fetch or is_here(model.path) or folder_here(model.path, model.revision) is not None
+    rows = _rows(model.model_dump_json() if here and model.head == "causal" else "", recipe.data.model_dump_json(), held)
     return math.ceil(rows * part.epochs / (part.batch_size * part.accumulate))
 
 
 @functools.lru_cache(maxsize=64)
 def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
-    """Training records that are not left out; all of them where the model is not here (a plan for another machine).
+    """Training records that are not left out as too long; without a model, all of them.
 
     held: what the files hold, so that changed ones are read again.
     """
     from dual_lora.lab.data.encode import Prompter, encode_all
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.load import is_here, load_tokenizer, locate
-    from dual_lora.lab.model.weights import folder_here
+    from dual_lora.lab.model.load import load_tokenizer, locate
 
-    part, records = ModelSection.model_validate_json(model), DataSection.model_validate_json(data)
+    records = DataSection.model_validate_json(data)
     examples = load_split(records, "train")
-    cut = part.head != "causal"  # a text is cut, not left out
-    if cut or not (is_here(part.path) or folder_here(part.path, part.revision)):
+    if not model:
         return len(examples)
-    tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
+    part = ModelSection.model_validate_json(model)
+    try:
+        tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
+    except UserError:  # of a model on the hub its configuration may be all that is here
+        return len(examples)
     return len(encode_all(examples, Prompter(tokenizer, records.template, records.learn_prompt), records.max_length)[0])
 
 
