@@ -1,7 +1,8 @@
 """Axolotl: this file on PYTHONPATH, `plugins: [axolotl_plugin.DualLoraPlugin]` and `adapter: dual_lora` in its YAML.
 
-`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, `lora_target_linear` and `lora_model_dir` mean what they
-mean for LoRA; `dual_lora:` takes any other option of DualLoraConfig, for example `dual_lora: {warmup_steps: 100}`.
+`lora_r`, `lora_dropout`, `lora_target_modules`, `lora_target_linear` and `lora_model_dir` mean what they mean for LoRA.
+`lora_alpha` is Dual LoRA's α, whose scale is 2α/r: twice LoRA's for the same number. `dual_lora:` takes any other
+option of DualLoraConfig, for example `dual_lora: {warmup_steps: 100}`.
 """
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin

@@ -1,4 +1,4 @@
-"""LLaMA-Factory on an adapter made beforehand: `python examples/llama_factory.py start.yaml` with train's YAML.
+"""LLaMA-Factory on an adapter made beforehand: `python examples/llama_factory.py train.yaml`.
 
 LLaMA-Factory makes LoRA and OFT adapters only, but continues whatever PEFT can load. So this makes the untrained
 adapter, names it in the arguments (`adapter_name_or_path`) and hands over to `llamafactory-cli train`. `VerifyAdapter`

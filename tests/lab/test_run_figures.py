@@ -86,7 +86,7 @@ def test_deepspeed_s_precision_is_its_own_and_the_rest_is_the_recipe_s(launched,
     lm_values["train"]["autocast"] = asked
     recipe = build_recipe(lm_values)
     if told is None:
-        with pytest.raises(UserError, match="DeepSpeed has no autocast.*model.dtype: bfloat16"), _told(recipe):
+        with pytest.raises(UserError, match=r"DeepSpeed has no autocast.*model\.dtype: bfloat16"), _told(recipe):
             pass
         return
     with warnings.catch_warnings(record=True) as said, _told(recipe) as precision:

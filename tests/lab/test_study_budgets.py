@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("peft")
 from tiny_study import write_study
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
@@ -139,7 +141,7 @@ def test_a_count_knows_the_modules_that_are_new(reviews, encoder_values, tmp_pat
     encoder_values["model"]["path"], encoder_values["train"]["steps"] = str(tmp_path), 1
     recipe = build_recipe(encoder_values)
     done = run(recipe, tmp_path / "run", progress=False)
-    assert Scale().size(recipe, 2).trainable == done.trainable_parameters
+    assert Scale().size(recipe, 2).trainable == fit(recipe).trainable == done.trainable_parameters
 
 
 def test_steps_of_epochs_are_of_the_records_that_are_left(lm_values, tmp_path):
@@ -154,6 +156,11 @@ def test_steps_of_epochs_are_of_the_records_that_are_left(lm_values, tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [short, long] * 12))
     nowhere = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": "not/here"})})
     assert planned_steps(nowhere) == 6, "for another machine: all of them"
+    late = tmp_path / "late"
+    comes = recipe.model_copy(update={"model": recipe.model.model_copy(update={"path": str(late)})})
+    assert planned_steps(comes) == planned_steps(comes, fetch=True) == 6
+    shutil.copytree(recipe.model.path, late)
+    assert planned_steps(comes) == 3, "it is here now"
 
 
 def test_experts_that_a_token_meets_cost_arithmetic():

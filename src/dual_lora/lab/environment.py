@@ -50,7 +50,7 @@ def devices() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         found[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}: {_on_gpu(device)}"
-    kind = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if kind is not None and kind.type != "cuda":
         found[kind.type] = _plain()
     return found

@@ -21,7 +21,8 @@ def gpu_check(
     """Try the GPU kernels: the path chosen and why, every launch against fp64, signs, determinism, graphs, times.
 
     Without a card it says what would be chosen, compiles the kernels ahead of time and runs them in Triton's
-    interpreter (a minute or two). Exit code 1 if a kernel is wrong, 2 if none could be tried. docs/how-to/gpu.md says what each line means.
+    interpreter (a minute or two). Exit code 1 if a kernel is wrong, 2 if none could be tried. docs/how-to/gpu.md says
+    what each line means.
 
     Example: `dual-lora gpu-check --json > gpu-check.json`
     """

@@ -91,7 +91,7 @@ class DataSection(Section):
     template: Literal["auto", "chat", "alpaca", "llm-adapters", "plain"] = Field(
         "auto",
         description="How a prompt is written: the tokenizer's chat template, Alpaca's text, the same as LLM-Adapters "
-        "and DoRA write it (indented), or nothing around it.",
+        "and DoRA write it (indented), or the prompt and a line break (plain).",
     )
     learn_prompt: bool = Field(
         False, description="Training counts the prompt's tokens too, not the answer's alone; evaluation does not."

@@ -70,7 +70,11 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
 
     model, held = recipe.model, tuple(fingerprint(recipe).items())
     here = fetch or is_here(model.path) or folder_here(model.path, model.revision) is not None
-    rows = _rows(model.model_dump_json() if here and model.head == "causal" else "", recipe.data.model_dump_json(), held)
+    by, records = model.model_dump_json() if here and model.head == "causal" else "", recipe.data.model_dump_json()
+    try:
+        rows = _rows(by, records, held)
+    except UserError:  # of a model on the hub its configuration may be all that is here
+        rows = _rows("", records, held)
     return math.ceil(rows * part.epochs / (part.batch_size * part.accumulate))
 
 
@@ -89,10 +93,7 @@ def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
     if not model:
         return len(examples)
     part = ModelSection.model_validate_json(model)
-    try:
-        tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
-    except UserError:  # of a model on the hub its configuration may be all that is here
-        return len(examples)
+    tokenizer = load_tokenizer(part.path, locate(part.path, part.revision))
     return len(encode_all(examples, Prompter(tokenizer, records.template, records.learn_prompt), records.max_length)[0])
 
 
