@@ -76,7 +76,13 @@ def test_the_recipe_s_precision_counts_and_not_a_launcher_s(lm_values, tmp_path,
 
 @pytest.mark.parametrize(
     ("launched", "asked", "told"),
-    [("no", "none", "none"), ("bf16", "none", "bf16"), ("bf16", "bf16", "bf16"), ("no", "bf16", None)],
+    [
+        ("no", "none", "none"),
+        ("bf16", "none", "bf16"),
+        ("bf16", "bf16", "bf16"),
+        ("no", "bf16", None),
+        ("fp16", "bf16", None),
+    ],
 )
 def test_deepspeed_s_precision_is_its_own_and_the_rest_is_the_recipe_s(launched, asked, told, lm_values, monkeypatch):
     """transformers refuses what DeepSpeed is told otherwise than it, and DeepSpeed has no autocast."""

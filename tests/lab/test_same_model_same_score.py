@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_lora.lab.analysis.analyze import analyze
-from dual_lora.lab.data.batches import accepted_arguments, collator, kind_of_unmasked, left_padded
+from dual_lora.lab.data.batches import collator, kind_of_unmasked
 from dual_lora.lab.data.encode import Encoded, Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -26,7 +26,7 @@ from dual_lora.lab.model.generate import generate
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import EvaluateSection
+from dual_lora.lab.recipe.schema import EvaluateSection, ModelSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
@@ -490,20 +490,12 @@ def test_a_fingerprint_of_other_weights_is_not_asked(trained, tmp_path):
     assert not verify(stale, adapter=str(folder)).good
 
 
-def test_a_decoder_that_counts_positions_itself_is_not_told_them(loaded):
-    """RoBERTa's begin behind the padding token's: position 0 would be that one's."""
+def test_a_decoder_whose_positions_begin_elsewhere_is_refused(loaded, tmp_path):
+    """RoBERTa's begin behind the padding token's: position 0, ours and that of `generate`, would be that one's."""
     from transformers import RobertaConfig, RobertaForCausalLM
 
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=20, is_decoder=True, pad_token_id=1, initializer_range=0.5,
-    )  # fmt: skip
-    model = RobertaForCausalLM(config).eval()
-    row = [5, 6, 7]
-    batch = left_padded([row, [5, 6, 7, 8, 9]], 1)
-    taken = accepted_arguments(model) | {"input_ids", "attention_mask"}
-    batch = {name: value for name, value in batch.items() if name in taken}
-    with torch.no_grad():
-        alone = model(torch.tensor([row])).logits[0]
-        torch.testing.assert_close(model(**batch).logits[0, -3:], alone, atol=1e-5, rtol=1e-4)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    RobertaForCausalLM(RobertaConfig(vocab_size=99, is_decoder=True, **size)).save_pretrained(tmp_path)
+    loaded[1].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is of type roberta, whose positions"):
+        load_model(ModelSection(path=str(tmp_path)))

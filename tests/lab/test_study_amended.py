@@ -34,6 +34,8 @@ from dual_lora.lab.study.search import beyond, choose
 from dual_lora.lab.study.tables import show_results
 
 RESULTS = Path(__file__).parents[2] / "results" / "studies"
+# The base's own score, then the two methods.
+AGAIN = [f"{runs} runs on other weights of the base were done again." for runs in (1, 2)]
 LATE = "Amended after final runs had ended."
 
 
@@ -365,8 +367,7 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
     with pytest.warns(UserWarning, match="Nothing tells whether .* weights are those that the study was begun with"):
         results = compare(study, tmp_path / "out", progress=False)
-    (amendment,) = results["amendments"]
-    assert amendment["what"] == "3 runs on other weights of the base were done again.", "by what the runs say"
+    assert [amendment["what"] for amendment in results["amendments"]] == AGAIN, "by what the runs say"
     del known["recipes"]["letters weights"]
     file.write_text(json.dumps(known))
     assert compare(study, tmp_path / "out", progress=False)["amendments"] == [], "one of an earlier version knows none"
@@ -383,10 +384,10 @@ def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
     assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]
     assert after["untrained"] == anew["untrained"] != before["untrained"]
     said = [amendment["what"] for amendment in after["amendments"]]
-    assert said == ["Changed: letters weights.", "3 runs on other weights of the base were done again."]
+    assert said == ["Changed: letters weights.", *AGAIN]
     again = compare(study, tmp_path / "out", progress=False)
     assert figures(again) == figures(after)
-    assert len(again["amendments"]) == 2, "once"
+    assert len(again["amendments"]) == 3, "once"
 
 
 def test_runs_on_another_base_are_kept_for_when_it_comes_back(tmp_path):
@@ -422,10 +423,46 @@ def test_a_new_study_takes_no_run_on_other_weights(tmp_path):
     alone = compare(study, tmp_path / "alone", progress=False)
     assert figures(second)[:2] == figures(alone)[:2]
     assert second["untrained"] == alone["untrained"]
+    assert second["amendments"] == [], "nothing of it was changed"
+    assert second["plan"]["before"] == 0
     done = {file: file.stat().st_mtime_ns for file in shared.glob("*.json")}
     first = compare(study, tmp_path / "first", runs=shared, update=True, progress=False)
     assert figures(first)[:2] == figures(alone)[:2]
     assert {file: file.stat().st_mtime_ns for file in shared.glob("*.json")} == done
+
+
+def test_runs_that_do_not_say_what_they_were_made_on_are_done_again_too(tmp_path):
+    """As an earlier version left them; and one whose record was removed."""
+    study = write_study(tmp_path, **SHORT)
+    compare(study, tmp_path / "out", progress=False)
+    for file in (tmp_path / "out" / "runs").glob("*.json"):
+        values = json.loads(file.read_text())
+        if "weights" in values:
+            file.write_text(json.dumps({name: value for name, value in values.items() if name != "weights"}))
+    for folder in (tmp_path / "out" / "runs").glob("*/"):
+        (folder / "record.json").unlink()
+    torch.manual_seed(7)
+    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    after = compare(study, tmp_path / "out", update=True, progress=False)
+    anew = compare(study, tmp_path / "anew", progress=False)
+    assert figures(after)[:2] == figures(anew)[:2]
+    assert after["untrained"] == anew["untrained"]
+
+
+def test_weights_that_change_while_a_study_goes_on_are_noticed(tmp_path, monkeypatch):
+    study, original = write_study(tmp_path, **SHORT), perform._base
+
+    def then_others(job, runs):
+        came = original(job, runs)
+        torch.manual_seed(7)
+        config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+        return came
+
+    monkeypatch.setattr(perform, "_base", then_others)
+    with pytest.raises(UserError, match="weights of a base have changed while the study went on"):
+        compare(study, tmp_path / "out", progress=False)
 
 
 def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):

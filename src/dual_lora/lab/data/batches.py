@@ -127,12 +127,6 @@ COUNTED = {
 CONVOLVED = {"mobilebert", "convbert", "canine", "nystromformer"}  # what follows a row goes into its last tokens
 
 
-# They count positions from behind the padding token's, and from the first token that is none, by themselves alone.
-_OWN_POSITIONS = {
-    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "roberta-prelayernorm",
-}  # fmt: skip
-
-
 def kind_of_unmasked(model: Any) -> str:
     """The type of a model that reads padding, "" for all others."""
     plain = unwrapped(model)
@@ -168,9 +162,7 @@ def accepted_arguments(model: Any) -> frozenset[str]:
     """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
     import inspect
 
-    plain = unwrapped(model)
-    own = {"position_ids"} if getattr(plain.config, "model_type", "") in _OWN_POSITIONS else set()
-    return frozenset(inspect.signature(plain.forward).parameters) & _KNOWN - own
+    return frozenset(inspect.signature(unwrapped(model).forward).parameters) & _KNOWN
 
 
 def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection
 
 # Of versions that save these.
+# Decoders out of encoders whose positions begin behind the padding token's: neither ours nor those of `generate` do.
+SHIFTED = {
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "roberta-prelayernorm",
+}  # fmt: skip
 BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
@@ -135,6 +139,11 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         if location.gguf_file:
             forget_packing(model)
             check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
+    if part.head == "causal" and model.config.model_type in SHIFTED:
+        raise UserError(
+            f"{part.path} is of type {model.config.model_type}, whose positions as a decoder begin behind its padding "
+            "token's; here they begin at 0. Take a model that was made to write, or train this one in your own script."
+        )
     # A decoder with a head for classes looks for the last token that is no padding, of the kind that rows are given.
     if part.head != "causal" or getattr(model.config.get_text_config(), "pad_token_id", None) is None:
         model.config.get_text_config().pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id

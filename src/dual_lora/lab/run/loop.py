@@ -104,10 +104,11 @@ def _mixed_precision(recipe: Recipe) -> str:
     asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if not _deepspeed() or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         return asked  # of a file of its own DeepSpeed says where the two differ
-    if asked != "none" and launched == "no":
+    if asked not in ("none", launched):
         raise UserError(
-            f"train.autocast is {asked!r}, and DeepSpeed has no autocast: take model.dtype: bfloat16 with "
-            "train.autocast: none, or mixed_precision: bf16 in accelerate's configuration, which rounds the base."
+            f"train.autocast is {asked!r}, and DeepSpeed has no autocast (its mixed precision here is {launched!r}): "
+            "take model.dtype: bfloat16 with train.autocast: none, or mixed_precision: bf16 in accelerate's "
+            "configuration, which rounds the base."
         )
     if launched != "no" and recipe.model.dtype == "float32":
         warnings.warn(

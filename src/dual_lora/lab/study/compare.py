@@ -114,7 +114,7 @@ class Runner:
         if self.options.progress:
             self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
-        self._one_base([job for cell in self.cells for job in trial_jobs(self.study, cell)])
+        self._one_base([*bases, *(job for cell in self.cells for job in trial_jobs(self.study, cell))])
         self.later = [job for cell in self.cells for job in final_jobs(self.study, cell, {})] + bases
         while (trials := {c.at: trial_jobs(self.study, c, self._outcome) for c in self.cells}) != self.trials:
             self.trials = trials  # a best rate at the end of its grid makes another trial
@@ -124,8 +124,15 @@ class Runner:
             self.finals[cell.at] = final_jobs(self.study, cell, settings) if settings is not None else []
         self.later = []
         finals = _in_turns(self.finals.values())
+        self._one_base([*bases, *finals])
         self.folder.begin_finals(sum(self._outcome(job) is not None for job in finals))
         self._do("runs", [*bases, *finals])
+        self.folder.turned = set()
+        if self._elsewhere([*bases, *finals, *_in_turns(self.trials.values())]):
+            raise UserError(
+                "The weights of a base have changed while the study went on, so its runs are of several. Start the "
+                "study again: the runs on others than those that are there now are done again."
+            )
         return self._results()
 
     def _reporting(self, jobs: Iterable[Job]) -> list[Job]:
@@ -137,8 +144,8 @@ class Runner:
         jobs = list({job.key: job for job in jobs}.values())
         if not jobs:
             return
-        self.folder.plan(jobs)
         self._one_base(jobs)
+        self.folder.plan(jobs)
         self._one_version(jobs)
         left = {job.key: job for job in jobs if self._outcome(job) is None and job.key not in self.failed}
         for job in left.values():
@@ -160,18 +167,27 @@ class Runner:
                 if time.time() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
-    def _one_base(self, jobs: Sequence[Job]) -> None:
-        """Do the runs again that were made on other weights of their base: a job's key does not know of them."""
-        now = {job.scenario: print_of_weights(job.recipe.model) for job in jobs}
-        old = [job.key for job in jobs if is_another(made_on(self.runs, job.key), now[job.scenario])]
-        if old:
+    def _elsewhere(self, jobs: Sequence[Job]) -> list[str]:
+        """Keys of runs that were made on other weights of their base: a job's key does not know of them."""
+        bases = {job.scenario: job.recipe.model for job in jobs}
+        now = {scenario: print_of_weights(model) for scenario, model in bases.items()}
+        # An earlier version did not note it of every run: then the study's own note tells.
+        turned = {job.scenario for job in jobs if task_name(*job.scenario) in self.folder.turned}
+        found = [(job, is_another(made_on(self.runs, job.key), now[job.scenario])) for job in jobs]
+        return [job.key for job, other in found if other or (other is None and job.scenario in turned)]
+
+    def _one_base(self, jobs: Iterable[Job]) -> None:
+        """Do the runs on other weights of their base again."""
+        there = [job for job in jobs if (self.runs / job.key).exists() or self._outcome(job) is not None]
+        if old := self._elsewhere(there):
             self._again(old, f"{len(old)} runs on other weights of the base")
 
     def _again(self, keys: Sequence[str], which: str) -> None:
-        """Put runs aside, and note it."""
+        """Put runs aside, and note it where they were this study's."""
         self._say(f"{which} are done again; the old ones are kept.")
-        self.folder.amend(f"{which} were done again.", self.runs)
-        self.folder.write()
+        if (self.folder.before | self.folder.known.jobs.keys()) & set(keys):
+            self.folder.amend(f"{which} were done again.", self.runs)
+            self.folder.write()
         for key in keys:
             outcome = read_outcome(self.runs, key)
             retire(self.runs, key, outcome.code if outcome else "unfinished")

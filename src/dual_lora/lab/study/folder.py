@@ -122,6 +122,8 @@ class StudyFolder:
         self.path = path
         self.file = path / "study.json"
         self.known = Known()
+        self.before: set[str] = set()  # keys of the runs that it knew
+        self.turned: set[str] = set()  # tasks whose base has other weights than before, since this call
 
     def __enter__(self) -> StudyFolder:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -164,13 +166,14 @@ class StudyFolder:
 
     def begin(self, study: Plain, recipes: Plain, precision: Plain, runs: Path, update: bool) -> None:
         """Write the plan, or notice that it is another one. Raises UserError for a change, unless told to go on."""
-        known = self.known
+        known, self.before = self.known, set(self.known.jobs)
         if isinstance(before := known.study.get("search"), dict):
             before.setdefault("extend", 0)  # what an earlier version did
         changed = changes(known.study, study)
         subject = "study has" if changed else "study's recipes or data have"
         recipes = recipes | _still_known(known.recipes, recipes)
         changed |= changes(known.recipes, recipes, recipes)
+        self.turned = {name.removesuffix(WEIGHTS) for name in changed if name.endswith(WEIGHTS)}
         if changed and not update:
             raise UserError(
                 f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "

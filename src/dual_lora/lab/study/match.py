@@ -93,7 +93,7 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
         if target is None:
             model = next(c for c in like if c.scenario == cell.scenario)
             memory, its = study.budget.match == "memory", first[model.at]
-            target = _peak(its) if memory else _a_step(its) * planned_steps(model.recipe)
+            target = _peak(its) if memory else _a_step(its) * planned_steps(model.recipe, fetch=True)
         if study.budget.match == "time":
             _fit_steps(study, cell, first[cell.at], target)
         else:

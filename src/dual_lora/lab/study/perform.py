@@ -50,6 +50,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
         with _held(runs / job.key), _kept_warnings(said):
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
+            weights = print_of_weights(job.recipe.model) if job.kind == "base" else {}
             try:
                 came = _base(job, runs) if job.kind == "base" else _trained(job, runs, keep)
                 came["status"] = "done"
@@ -57,7 +58,8 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                 if not (isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)):
                     raise
                 came = {"status": "diverged", "error": str(error)}
-            came |= {"warnings": said, "runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
+            came |= {"weights": weights, "warnings": said}
+            came |= {"runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.time() - start, 3), **came)
             write_outcome(runs, outcome)
             _tidy(job, runs / job.key, keep)
@@ -86,8 +88,8 @@ def retire(runs: Path, key: str, code: str | None) -> None:
     """Put the files of a run aside under the name of the code that did it, so that it is done again."""
     aside = f"{key}.by-{(code or 'unknown').partition(',')[0][:20]}"
     with _held(runs / key):
-        # The outcome last: until then the run is finished.
-        for name in ("", ".scores.json", ".forgetting.json", ".json"):
+        # The scores first: without them the run is damaged, whatever is left by a kill, and done again.
+        for name in (".scores.json", ".forgetting.json", "", ".json"):
             if (old := runs / f"{key}{name}").exists():
                 old.replace(runs / f"{aside}-{secrets.token_hex(2)}{name}")
 
@@ -137,8 +139,7 @@ def _base(job: Job, runs: Path) -> Figures:
     examples = load_split(recipe.data, job.split)
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
-    came = _scored(job, runs, measured, examples, []) | _constant(job.metric, examples)
-    return came | {"weights": print_of_weights(recipe.model)}
+    return _scored(job, runs, measured, examples, []) | _constant(job.metric, examples)
 
 
 def _constant(metric: str, examples: list[Any]) -> dict[str, float]:

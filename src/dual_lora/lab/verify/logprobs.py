@@ -46,13 +46,12 @@ class Probe:
 def score(model: Any, probes: Sequence[Probe]) -> Tensor:
     """Natural log-probabilities [places of all probes] in the probes' order, fp64, on the CPU."""
     accepts = accepted_arguments(model)
-    pad = getattr(unwrapped(model).config.get_text_config(), "pad_token_id", None) or 0
     found: dict[int, Tensor] = {}
     order = sorted(range(len(probes)), key=lambda i: len(probes[i].ids))
     rows = 1 if row_by_row(model) else ROWS_AT_ONCE
     for first in range(0, len(order), rows):
         part = order[first : first + rows]
-        batch: dict[str, Any] = left_padded([list(probes[i].ids) for i in part], pad)
+        batch: dict[str, Any] = left_padded([list(probes[i].ids) for i in part], 0)
         if "position_ids" not in accepts:
             batch.pop("position_ids")
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
