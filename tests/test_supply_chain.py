@@ -107,10 +107,22 @@ def test_the_lock_is_complete_and_has_hashes():
             assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), requirement
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "requirements-models.txt", "requirements-oldest.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements.lock", "requirements-models.txt", "requirements-oldest.txt", "requirements-oldest-lab.txt"]
+)
 def test_no_file_names_a_registry(name):
     """Whoever installs has a registry of their own, and hashes hold for all."""
     assert not re.search(r"https?:|index-url|find-links|trusted-host", (ROOT / name).read_text())
+
+
+def test_the_oldest_laboratory_stands_at_the_lower_bounds():
+    """Others of its libraries bring these four in later versions themselves."""
+    lines = (ROOT / "requirements-oldest-lab.txt").read_text().splitlines()
+    pins = {canonicalize_name(n): v for n, _, v in (line.partition("==") for line in lines if not line.startswith("#"))}
+    low = {n: next(s.version for s in r.specifier if s.operator == ">=") for n, r in EXTRAS["lab"].items()}
+    assert low.keys() - pins.keys() == {"huggingface-hub", "packaging", "pyyaml", "regex"}
+    for name in low.keys() & pins.keys():
+        assert f"{pins[name]}.0.0".startswith(f"{low[name]}."), f"{name}: {pins[name]} is not {low[name]}"
 
 
 def test_the_models_are_pinned_with_their_licences():

@@ -26,7 +26,7 @@ def written(file, tensors=(), scaling=None):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3, 3, 1, 1, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "a b"])  # earlier versions of transformers take a list of one for a word
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     shapes = {"token_embd": (5, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}

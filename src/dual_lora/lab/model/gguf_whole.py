@@ -1,4 +1,7 @@
-"""Whether transformers has read all of a GGUF file: it leaves out what it has no place for, and says nothing."""
+"""Whether transformers has read all of a GGUF file: it leaves out what it has no place for, and says nothing.
+
+Also which tokens begin and end a text by the file: transformers before 5.20 takes others.
+"""
 
 from functools import lru_cache
 from pathlib import Path
@@ -9,11 +12,15 @@ from dual_lora.lab.errors import UserError
 _KEPT = ("gpt-oss",)  # whose scaling of positions transformers takes over
 
 
+_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+
+
 class _Held(NamedTuple):
-    """What stands in a file: how its positions are scaled, if they are, and how many weights each tensor has."""
+    """What stands in a file: how its positions are scaled, if they are, the size of each tensor, and ids of tokens."""
 
     scaling: str
     sizes: dict[str, int]
+    tokens: dict[str, int]
 
 
 def check_whole(file: Path, model: Any, language: bool = True) -> None:
@@ -34,6 +41,13 @@ def check_whole(file: Path, model: Any, language: bool = True) -> None:
         raise UserError(f"{file} holds {wanted:,} weights, of which the model that was read has {read:,}; {way_out}")
 
 
+def set_special_tokens(file: Path, tokenizer: Any) -> None:
+    """Give a tokenizer that was read from a GGUF file the special tokens that the file names."""
+    for name, id in _read(file, file.stat().st_mtime_ns).tokens.items():
+        if getattr(tokenizer, f"{name}_id") != id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(id))
+
+
 @lru_cache(maxsize=8)
 def _read(file: Path, changed: int) -> _Held:
     """Takes a second or two, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
@@ -50,4 +64,5 @@ def _read(file: Path, changed: int) -> _Held:
     scaling = [name for name in sizes if name.startswith("rope_f")]
     if not scaling and architecture not in _KEPT and field(f"{architecture}.rope.scaling.type") not in (None, "none"):
         scaling = ["rope.scaling.type"]
-    return _Held(", ".join(scaling), sizes)
+    ids = {name: field(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _TOKENS.items()}
+    return _Held(", ".join(scaling), sizes, {name: int(id) for name, id in ids.items() if id is not None})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.device import best_device, is_sharded_launch
-from dual_lora.lab.model.gguf_whole import check_whole
+from dual_lora.lab.model.gguf_whole import check_whole, set_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,11 +107,15 @@ def _has_weights(config: Any, files: Any) -> bool:
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at ``path``, with a padding token. location: of a revision, a folder without model."""
+    import transformers
+    from packaging.version import Version
     from transformers import AutoTokenizer
 
     location = location or locate(path)
     with _clear_errors(path):
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
+        if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
+            set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
