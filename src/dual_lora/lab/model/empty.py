@@ -91,7 +91,6 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
             base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
         except (ValueError, KeyError) as error:
             raise UserError(f"{name} has no {head} head: {str(error).splitlines()[0]}") from error
-    base.tie_weights()  # transformers 5.0 does not by itself on the meta device
     gather_for_head(base)
     return base
 

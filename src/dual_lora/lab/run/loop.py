@@ -129,12 +129,10 @@ class _Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    def create_optimizer(self, *model: Any, **named: Any) -> torch.optim.Optimizer:
-        """Of the model that FSDP has wrapped, if transformers names one; its 5.0 names none."""
-        optimizer = super().create_optimizer(*model, **named)
-        wrapped = next(iter((*model, *named.values())), None)
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
         if self.rates:
-            _set_rates(optimizer, self.model if wrapped is None else wrapped, self.rates)
+            _set_rates(optimizer, self.model if model is None else model, self.rates)
         return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
