@@ -352,13 +352,17 @@ def test_shipped_searches_go_by_what_judges_or_say_why(name):
             assert "cola" not in name or study.search.metric in (None, "matthews")
 
 
+def other_weights(folder):
+    """In the model that a study's recipe names."""
+    torch.manual_seed(7)
+    LlamaForCausalLM(LlamaForCausalLM.from_pretrained(folder / "model").config).save_pretrained(folder / "model")
+
+
 def test_other_weights_of_the_base_are_noticed(tmp_path):
     study = write_study(tmp_path, **SHORT)
     compare(study, tmp_path / "out", progress=False)
     compare(study, tmp_path / "out", progress=False)
-    torch.manual_seed(7)
-    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    other_weights(tmp_path)
     with pytest.raises(UserError, match=r"recipes or data have changed.*: letters weights\. Give"):
         compare(study, tmp_path / "out", progress=False)
     file = tmp_path / "out" / "study.json"
@@ -376,9 +380,7 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
 def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
     study = write_study(tmp_path, **SHORT)
     before = compare(study, tmp_path / "out", progress=False)
-    torch.manual_seed(7)
-    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    other_weights(tmp_path)
     after = compare(study, tmp_path / "out", update=True, progress=False)
     anew = compare(study, tmp_path / "anew", progress=False)
     assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]
@@ -416,9 +418,7 @@ def test_a_new_study_takes_no_run_on_other_weights(tmp_path):
     """From a folder that studies share; and the first of them takes the second one's."""
     study, shared = write_study(tmp_path, **SHORT), tmp_path / "shared"
     compare(study, tmp_path / "first", runs=shared, progress=False)
-    torch.manual_seed(7)
-    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    other_weights(tmp_path)
     second = compare(study, tmp_path / "second", runs=shared, progress=False)
     alone = compare(study, tmp_path / "alone", progress=False)
     assert figures(second)[:2] == figures(alone)[:2]
@@ -441,9 +441,7 @@ def test_runs_that_do_not_say_what_they_were_made_on_are_done_again_too(tmp_path
             file.write_text(json.dumps({name: value for name, value in values.items() if name != "weights"}))
     for folder in (tmp_path / "out" / "runs").glob("*/"):
         (folder / "record.json").unlink()
-    torch.manual_seed(7)
-    config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    other_weights(tmp_path)
     after = compare(study, tmp_path / "out", update=True, progress=False)
     anew = compare(study, tmp_path / "anew", progress=False)
     assert figures(after)[:2] == figures(anew)[:2]
@@ -455,9 +453,7 @@ def test_weights_that_change_while_a_study_goes_on_are_noticed(tmp_path, monkeyp
 
     def then_others(job, runs):
         came = original(job, runs)
-        torch.manual_seed(7)
-        config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+        other_weights(tmp_path)
         return came
 
     monkeypatch.setattr(perform, "_base", then_others)
@@ -479,15 +475,10 @@ def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):
 
 
 def test_a_method_that_was_left_out_meanwhile_comes_back_on_the_same_base(tmp_path):
-    def other(seed):
-        torch.manual_seed(seed)
-        config = LlamaForCausalLM.from_pretrained(tmp_path / "model").config
-        LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-
     both = {"lora": {"r": 4}, "dual_lora": {}}
     for methods in (both, {"lora": {"r": 4}}):
         compare(write_study(tmp_path, **SHORT, methods=methods), tmp_path / "out", update=True, progress=False)
-    other(7)
+    other_weights(tmp_path)
     # A run that was killed on the old base cannot go on there.
     key = next(iter(json.loads((tmp_path / "out" / "study.json").read_text())["jobs"]))
     (tmp_path / "out" / "runs" / f"{key}.json").unlink()
