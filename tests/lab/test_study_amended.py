@@ -27,6 +27,7 @@ from dual_lora.lab.study import perform
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.folder import StudyFolder, changes
+from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import damage, read_outcome, run_file
 from dual_lora.lab.study.read import shipped_studies
 from dual_lora.lab.study.rejudge import rejudge
@@ -381,6 +382,7 @@ def test_runs_on_the_base_s_earlier_weights_are_done_again(tmp_path):
     study = write_study(tmp_path, **SHORT)
     before = compare(study, tmp_path / "out", progress=False)
     other_weights(tmp_path)
+    assert forecast(study, tmp_path / "out").done == 0
     after = compare(study, tmp_path / "out", update=True, progress=False)
     anew = compare(study, tmp_path / "anew", progress=False)
     assert figures(after)[:2] == figures(anew)[:2] != figures(before)[:2]

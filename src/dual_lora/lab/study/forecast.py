@@ -29,7 +29,7 @@ from dual_lora.lab.study.budget import planned_steps, rank_field
 from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
-from dual_lora.lab.study.job import Job, Outcome, read_outcome
+from dual_lora.lab.study.job import Job, Outcome, outcomes_here
 from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import read_study
@@ -215,9 +215,7 @@ def forecast(
     rows, left, done = [], [], 0
     jobs: list[list[Job]] = []
 
-    def outcome(job: Job) -> Outcome | None:
-        return read_outcome(runs_folder, job.key)
-
+    outcome = outcomes_here(runs_folder)
     for cell in cells:
         trials = trial_jobs(study, cell, outcome)
         jobs.append(trials + final_jobs(study, cell, choose([(job, outcome(job)) for job in trials]) or {}))
@@ -271,8 +269,10 @@ def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> 
     class Unknown(Exception):
         pass
 
+    outcome_of = outcomes_here(runs)
+
     def known(jobs: Sequence[Job]) -> list[Outcome]:
-        outcomes = [outcome for job in jobs if (outcome := read_outcome(runs, job.key)) and outcome.status == "done"]
+        outcomes = [outcome for job in jobs if (outcome := outcome_of(job)) and outcome.status == "done"]
         if len(outcomes) < len(jobs):
             raise Unknown
         return outcomes

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import print_of_weights
+from dual_lora.lab.model.weights import is_another, print_of_weights
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
@@ -136,6 +136,18 @@ def made_on(runs: Path, key: str) -> Any:
         return made_of.get("weights")
     outcome = read_outcome(runs, key)
     return outcome.weights if outcome else None
+
+
+def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
+    """Function: job → its outcome; None also for one that was made on other weights than its base has now."""
+    now: dict[tuple[str, str], dict[str, str]] = {}
+
+    def outcome(job: Job) -> Outcome | None:
+        if job.scenario not in now:
+            now[job.scenario] = print_of_weights(job.recipe.model)
+        return None if is_another(made_on(runs, job.key), now[job.scenario]) else read_outcome(runs, job.key)
+
+    return outcome
 
 
 def damage(runs: Path, key: str) -> str:
