@@ -90,7 +90,8 @@ SHORT_ROWS = {"data": {"max_length": 32}}  # the model takes 64 tokens
 def test_a_card_s_time_does_not_follow_from_runs_here(tiny, tmp_path, monkeypatch):
     study = write_study(tiny, overrides=SHORT_ROWS)
     before = forecast(study, tmp_path / "x", on="h100-80gb")
-    monkeypatch.setattr(module, "read_outcome", lambda _, key: Outcome(key=key, status="done", seconds=50.0))
+    done = lambda _: lambda job: Outcome(key=job.key, status="done", seconds=50.0)  # noqa: E731
+    monkeypatch.setattr(module, "outcomes_here", done)
     here, there = forecast(study, tmp_path / "x"), forecast(study, tmp_path / "x", on="h100-80gb")
     assert here.basis == "finished runs of this study"
     assert all(row["seconds"] >= 150 for row in here.rows)
