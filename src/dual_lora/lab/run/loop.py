@@ -96,20 +96,27 @@ def _deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 
 
-def _mixed_precision(recipe: Recipe) -> str:
-    """The recipe's autocast. DeepSpeed has none: its precision is the base's, and transformers has to be told the same.
+def _deepspeed_file() -> bool:
+    return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none"
 
-    Raises UserError for an autocast that it would leave out.
-    """
+
+def check_precision(recipe: Recipe) -> None:
+    """Raise UserError for an autocast that DeepSpeed, which has none, would leave out."""
     asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if not _deepspeed() or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-        return asked  # of a file of its own DeepSpeed says where the two differ
-    if asked not in ("none", launched):
+    if _deepspeed() and not _deepspeed_file() and asked not in ("none", launched):
         raise UserError(
             f"train.autocast is {asked!r}, and DeepSpeed has no autocast (its mixed precision here is {launched!r}): "
             "take model.dtype: bfloat16 with train.autocast: none, or mixed_precision: bf16 in accelerate's "
             "configuration, which rounds the base."
         )
+
+
+def _mixed_precision(recipe: Recipe) -> str:
+    """The recipe's autocast; of DeepSpeed its precision, which is the base's: transformers has to be told the same."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if not _deepspeed() or _deepspeed_file():
+        return recipe.train.autocast  # of a file of its own DeepSpeed says where the two differ
+    check_precision(recipe)
     if launched != "no" and recipe.model.dtype == "float32":
         warnings.warn(
             f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is 'float32': for a base "

@@ -36,7 +36,7 @@ from dual_lora.lab.run.folder import (
     same_sharding,
 )
 from dual_lora.lab.run.hub_card import card_text
-from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns
+from dual_lora.lab.run.loop import build_trainer, check_names, check_patterns, check_precision
 from dual_lora.lab.run.prepare import prepare, save_as_change, show_gradients, wants_gradients
 from dual_lora.lab.run.record import peak_memory, read_metrics, reset_peak, surroundings
 from dual_lora.lab.run.reporting import check_reports, reported
@@ -139,6 +139,7 @@ def _train(
     # With any number of steps: a wrong field shows before data and model are read, and the folder stays empty.
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])
     check_names(part)
+    check_precision(recipe)
     if main and (why := undeclared(recipe.data)):
         warnings.warn(f"The sets are not apart: {why}", stacklevel=2)
     ready = prepare(recipe)
