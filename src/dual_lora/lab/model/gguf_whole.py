@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from dual_lora.lab.errors import UserError
 
 _KEPT = ("gpt-oss",)  # whose scaling of positions transformers takes over
-
-
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
 
 

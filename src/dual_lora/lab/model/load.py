@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from dual_lora.lab.recipe.schema import ModelSection
 
-# Of versions that save these.
 # Decoders out of encoders whose positions begin behind the padding token's: neither ours nor those of `generate` do.
 SHIFTED = {
     "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "xmod", "roberta-prelayernorm",
 }  # fmt: skip
+# Of versions that save these.
 BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 

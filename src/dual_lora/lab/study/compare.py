@@ -12,7 +12,6 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
-from dual_lora.lab.model.weights import is_another, print_of_weights
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
@@ -22,7 +21,7 @@ from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_job
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, made_on, prints, read_outcome, task_name
+from dual_lora.lab.study.job import Job, Outcome, Settings, damage, on_other_weights, prints, read_outcome, task_name
 from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
@@ -168,13 +167,14 @@ class Runner:
                     self._results()
 
     def _elsewhere(self, jobs: Sequence[Job]) -> list[str]:
-        """Keys of runs that were made on other weights of their base: a job's key does not know of them."""
-        bases = {job.scenario: job.recipe.model for job in jobs}
-        now = {scenario: print_of_weights(model) for scenario, model in bases.items()}
-        # An earlier version did not note it of every run: then the study's own note tells.
-        turned = {job.scenario for job in jobs if task_name(*job.scenario) in self.folder.turned}
-        found = [(job, is_another(made_on(self.runs, job.key), now[job.scenario])) for job in jobs]
-        return [job.key for job, other in found if other or (other is None and job.scenario in turned)]
+        """Keys of runs that were made on other weights of their base, as far as they or the study's own note tell."""
+        other, keys = on_other_weights(self.runs), []
+        for job in jobs:
+            found = other(job)
+            if found is None:  # an earlier version did not note it of every run
+                found = task_name(*job.scenario) in self.folder.turned
+            keys += [job.key] * found
+        return keys
 
     def _one_base(self, jobs: Iterable[Job]) -> None:
         """Do the runs on other weights of their base again."""

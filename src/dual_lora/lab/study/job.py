@@ -138,16 +138,25 @@ def made_on(runs: Path, key: str) -> Any:
     return outcome.weights if outcome else None
 
 
-def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
-    """Function: job → its outcome; None also for one that was made on other weights than its base has now."""
+def on_other_weights(runs: Path) -> Callable[[Job], bool | None]:
+    """Function: job → whether its run was made on other weights than its base has now; None where nothing tells.
+
+    A job's key does not know of them. Each base is looked at once.
+    """
     now: dict[tuple[str, str], dict[str, str]] = {}
 
-    def outcome(job: Job) -> Outcome | None:
+    def other(job: Job) -> bool | None:
         if job.scenario not in now:
             now[job.scenario] = print_of_weights(job.recipe.model)
-        return None if is_another(made_on(runs, job.key), now[job.scenario]) else read_outcome(runs, job.key)
+        return is_another(made_on(runs, job.key), now[job.scenario])
 
-    return outcome
+    return other
+
+
+def outcomes_here(runs: Path) -> Callable[[Job], Outcome | None]:
+    """Function: job → its outcome; None also for one that was made on other weights than its base has now."""
+    other = on_other_weights(runs)
+    return lambda job: None if other(job) else read_outcome(runs, job.key)
 
 
 def damage(runs: Path, key: str) -> str:
