@@ -370,8 +370,11 @@ def test_other_weights_of_the_base_are_noticed(tmp_path):
     known = json.loads(file.read_text())
     nameless = {"letters weights": {"file pytorch_model.bin": "0"}}
     file.write_text(json.dumps(known | {"recipes": known["recipes"] | nameless}))
-    with pytest.warns(UserWarning, match="Nothing tells whether .* weights are those that the study was begun with"):
-        results = compare(study, tmp_path / "out", progress=False)
+    doubt = "Nothing tells whether .* weights are those that the study was begun with"
+    asks = pytest.raises(UserError, match=r"1 finished runs were made on other weights.*--update")
+    with pytest.warns(UserWarning, match=doubt), asks:
+        compare(study, tmp_path / "out", progress=False)
+    results = compare(study, tmp_path / "out", update=True, progress=False)
     assert [amendment["what"] for amendment in results["amendments"]] == AGAIN, "by what the runs say"
     del known["recipes"]["letters weights"]
     file.write_text(json.dumps(known))
@@ -471,6 +474,14 @@ def test_a_base_that_is_not_here_for_a_while_is_not_forgotten(tmp_path):
         folder.begin({}, gone, {}, tmp_path / "runs", update=False)
         with pytest.raises(UserError, match="letters weights"):
             folder.begin({}, other, {}, tmp_path / "runs", update=False)
+        config = {**now, "letters weights": {"config hidden_size": "8"}}  # all that is here of a hub's at first
+        folder.begin({}, config, {}, tmp_path / "runs", update=False)
+        assert folder.known.recipes["letters weights"] == {"a": "1", "config hidden_size": "8"}
+        wider = {**now, "letters weights": {"config hidden_size": "9"}}
+        folder.begin({}, wider, {}, tmp_path / "runs", update=True)
+        assert folder.known.turned == [], "its weights may be the same"
+        folder.begin({}, other, {}, tmp_path / "runs", update=True)
+        assert folder.known.turned == json.loads(folder.file.read_text())["turned"] == ["letters"]
         elsewhere = {**gone, "letters model": {"path": "me/other", "revision": None}}
         folder.begin({}, elsewhere, {}, tmp_path / "runs", update=True)
         assert folder.known.recipes["letters weights"] == {}

@@ -52,7 +52,7 @@ def is_another(before: object, now: dict[str, str]) -> bool | None:
 
     What one of two prints alone has tells nothing: tied weights are in some files.
     """
-    old, new = _tensors(before), _tensors(now)
+    old, new = tensors_told(before), tensors_told(now)
     # A model with a head calls `transformer.h.0` what the one without calls `h.0`.
     begins = {f"{name.partition('.')[0]}." for name in (*old, *new)}
     without = [({n.removeprefix(begin): v for n, v in old.items()}, new) for begin in begins]
@@ -84,7 +84,8 @@ def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
         )
 
 
-def _tensors(prints: object) -> dict[str, object]:
+def tensors_told(prints: object) -> dict[str, object]:
+    """What a print says of the weights themselves: nothing where only the configuration was there."""
     return {n: v for n, v in prints.items() if not n.startswith(_SETTING)} if isinstance(prints, dict) else {}
 
 

@@ -113,14 +113,18 @@ def check_precision(recipe: Recipe) -> None:
 
 def _mixed_precision(recipe: Recipe) -> str:
     """The recipe's autocast; of DeepSpeed its precision, which is the base's: transformers has to be told the same."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if not _deepspeed() or _deepspeed_file():
-        return recipe.train.autocast  # of a file of its own DeepSpeed says where the two differ
+    asked = recipe.train.autocast
+    if not _deepspeed():
+        return asked
     check_precision(recipe)
-    if launched != "no" and recipe.model.dtype == "float32":
+    # A file of DeepSpeed's own gets the recipe's, and transformers says where it names another one.
+    launched = asked if _deepspeed_file() else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    rounds = {"bf16": "bfloat16", "fp16": "float16"}.get(launched)
+    if rounds not in (None, recipe.model.dtype):
         warnings.warn(
-            f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is 'float32': for a base "
-            "in bf16 name model.dtype: bfloat16, so that it is opened so again; else set mixed_precision to 'no'.",
+            f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is "
+            f"{recipe.model.dtype!r}: name model.dtype: {rounds}, so that it is opened so again; else set "
+            "mixed_precision to 'no' and train.autocast to none.",
             stacklevel=3,
         )
     return "none" if launched == "no" else launched

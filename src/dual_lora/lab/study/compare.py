@@ -126,7 +126,8 @@ class Runner:
         self._one_base([*bases, *finals])
         self.folder.begin_finals(sum(self._outcome(job) is not None for job in finals))
         self._do("runs", [*bases, *finals])
-        self.folder.turned = set()
+        self.folder.known.turned = []
+        self.folder.write()
         if self._elsewhere([*bases, *finals, *_in_turns(self.trials.values())]):
             raise UserError(
                 "The weights of a base have changed while the study went on, so its runs are of several. Start the "
@@ -172,7 +173,7 @@ class Runner:
         for job in jobs:
             found = other(job)
             if found is None:  # an earlier version did not note it of every run
-                found = task_name(*job.scenario) in self.folder.turned
+                found = task_name(*job.scenario) in self.folder.known.turned
             keys += [job.key] * found
         return keys
 
@@ -180,6 +181,13 @@ class Runner:
         """Do the runs on other weights of their base again."""
         there = [job for job in jobs if (self.runs / job.key).exists() or self._outcome(job) is not None]
         if old := self._elsewhere(there):
+            finished = [key for key in old if key in self.folder.before and read_outcome(self.runs, key)]
+            if finished and not self.options.update:
+                raise UserError(
+                    f"{len(finished)} finished runs were made on other weights of the base than are there now: "
+                    "compared with new runs, a difference might be the base's. Put those weights back, or give --update "
+                    "to do these runs again."
+                )
             self._again(old, f"{len(old)} runs on other weights of the base")
 
     def _again(self, keys: Sequence[str], which: str) -> None:

@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.weights import is_another, other_settings, told_of, warn_of_doubt
+from dual_lora.lab.model.weights import is_another, other_settings, tensors_told, told_of, warn_of_doubt
 from dual_lora.lab.read import read_json, regular
 from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
@@ -71,8 +71,8 @@ def _still_known(before: Plain, now: Plain) -> Plain:
         model = recipes.get(f"{name.removesuffix(WEIGHTS)} model") or {}
         return [model.get("path"), model.get("revision")]
 
-    lost = [name for name, value in now.items() if name.endswith(WEIGHTS) and not value and name in before]
-    return {name: before[name] for name in lost if base(before, name) == base(now, name)}
+    lost = [n for n in now if n.endswith(WEIGHTS) and not tensors_told(now[n]) and tensors_told(before.get(n))]
+    return {name: before[name] | now[name] for name in lost if base(before, name) == base(now, name)}
 
 
 def ended_in(results: Path) -> list[bool]:
@@ -113,6 +113,7 @@ class Known(BaseModel):
     plan: Plan = Plan()
     amendments: list[Amendment] = []
     jobs: dict[str, Planned] = {}
+    turned: list[str] = []  # tasks whose base has other weights by now, until a call has come to its end with them
 
 
 class StudyFolder:
@@ -123,7 +124,6 @@ class StudyFolder:
         self.file = path / "study.json"
         self.known = Known()
         self.before: set[str] = set()  # keys of the runs that it knew
-        self.turned: set[str] = set()  # tasks whose base has other weights than before, since this call
 
     def __enter__(self) -> StudyFolder:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -173,13 +173,15 @@ class StudyFolder:
         subject = "study has" if changed else "study's recipes or data have"
         recipes = recipes | _still_known(known.recipes, recipes)
         changed |= changes(known.recipes, recipes, recipes)
-        self.turned = {name.removesuffix(WEIGHTS) for name in changed if name.endswith(WEIGHTS)}
         if changed and not update:
             raise UserError(
                 f"The {subject} changed since it was started in {self.path}: {', '.join(changed)}. Give --update to go "
                 "on with what is now (finished runs that it still contains are kept, and the results say what was "
                 "changed), or another --out to start anew."
             )
+        prints = [name for name in changed if name.endswith(WEIGHTS)]
+        turned = [n.removesuffix(WEIGHTS) for n in prints if is_another(known.recipes[n], recipes[n])]
+        known.turned = sorted({*known.turned, *turned})
         if changed:
             self.amend(f"Changed: {', '.join(changed)}.", runs, changed)
         if changed or not known.plan.hash:

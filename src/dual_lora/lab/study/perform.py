@@ -50,7 +50,6 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
         with _held(runs / job.key), _kept_warnings(said):
             if (done := read_outcome(runs, job.key)) is not None:
                 return done  # an orphan finished it while we waited
-            weights = print_of_weights(job.recipe.model) if job.kind == "base" else {}
             try:
                 came = _base(job, runs) if job.kind == "base" else _trained(job, runs, keep)
                 came["status"] = "done"
@@ -58,7 +57,9 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                 if not (isinstance(error, Diverged | NotFinite) or isinstance(error.__cause__, NotFinite)):
                     raise
                 came = {"status": "diverged", "error": str(error)}
-            came |= {"weights": weights, "warnings": said}
+                if job.kind == "base":
+                    came["weights"] = print_of_weights(job.recipe.model)
+            came |= {"warnings": said}
             came |= {"runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
             outcome = Outcome(key=job.key, seconds=round(time.time() - start, 3), **came)
             write_outcome(runs, outcome)
@@ -136,10 +137,11 @@ def _base(job: Job, runs: Path) -> Figures:
 
     recipe = job.recipe
     loaded = load_model(recipe.model)
+    weights = print_of_weights(recipe.model)  # only now a hub's are here
     examples = load_split(recipe.data, job.split)
     tuned = Tuned(loaded.model, loaded.tokenizer, recipe.model.path)
     measured = evaluate(tuned, recipe.data, recipe.evaluate, examples=examples, variants=["base"], progress=False)
-    return _scored(job, runs, measured, examples, []) | _constant(job.metric, examples)
+    return _scored(job, runs, measured, examples, []) | _constant(job.metric, examples) | {"weights": weights}
 
 
 def _constant(metric: str, examples: list[Any]) -> dict[str, float]:
