@@ -185,8 +185,8 @@ class Runner:
             if finished and not self.options.update:
                 raise UserError(
                     f"{len(finished)} finished runs were made on other weights of the base than are there now: "
-                    "compared with new runs, a difference might be the base's. Put those weights back, or give --update "
-                    "to do these runs again."
+                    "compared with new runs, a difference might be the base's. Put those weights back, or give "
+                    "--update to do these runs again."
                 )
             self._again(old, f"{len(old)} runs on other weights of the base")
 
