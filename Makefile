@@ -176,4 +176,4 @@ $(TOOLS)/.ready:
 	@touch $@
 
 clean:               ## remove the environment and what runs have left
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-oldest-lab $(VENV)-vllm $(VENV)-llama-cpp $(VENV)-locked $(TOOLS) sbom.cdx.json runs demo-output build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache
