@@ -1,1 +1,1 @@
-"""The page of evidence, filled in from results/: `python -m scripts.evidence --write`."""
+"""The pages that quote results, filled in from results/: `python -m scripts.evidence --write`."""

@@ -1,6 +1,7 @@
-"""Fill in the pages of docs/explanation that quote results: `python -m scripts.evidence --write`.
+"""Fill in the pages of docs that quote results: `python -m scripts.evidence --write`.
 
-The .md files of this folder are the texts, with {{STUDY/METHOD/FIELD}} where a figure belongs (facts.py).
+The .md files in folders here are the texts of the pages in the same folders of docs, with {{STUDY/METHOD/FIELD}} where
+a figure belongs (facts.py).
 A line <!-- holds: STUDY/METHOD is VERDICT; ... --> says what the words around it rest on; it stops the script when the
 results say otherwise. STUDY/* is every comparison of the study, "is not VERDICT" the opposite.
 A line <!-- fresh: STUDY after STUDY; ... --> says that the first has none of the other's seeds.
@@ -15,7 +16,7 @@ from pathlib import Path
 from .facts import ROOT, quoted, study, verdicts
 
 HERE = Path(__file__).parent
-DOCS = ROOT / "docs" / "explanation"
+DOCS = ROOT / "docs"
 _FIGURE = re.compile(r"\{\{(.+?)\}\}")
 _HOLDS, _FRESH = (re.compile(rf"^<!-- {word}: (.+?) -->\n", re.MULTILINE | re.DOTALL) for word in ("holds", "fresh"))
 
@@ -42,13 +43,14 @@ def claims(text: str) -> list[tuple[str, str]]:
 
 def pages() -> dict[Path, str]:
     """Each page with its figures."""
-    return {DOCS / text.name: filled(text.read_text(encoding="utf-8")) for text in sorted(HERE.glob("*.md"))}
+    texts = {DOCS / text.relative_to(HERE): text.read_text(encoding="utf-8") for text in sorted(HERE.rglob("*.md"))}
+    return {page: filled(text) for page, text in texts.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the pages, or write them."""
     parser = argparse.ArgumentParser(prog="python -m scripts.evidence", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/explanation")
+    parser.add_argument("--write", action="store_true", help="into docs")
     write = parser.parse_args(argv).write
     for file, text in pages().items():
         if write:

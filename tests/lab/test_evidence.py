@@ -15,12 +15,12 @@ SIDES = ("candidate", "reference")
 
 
 def test_the_pages_are_up_to_date():
-    assert len(evidence.pages()) == 2
+    assert len(evidence.pages()) == 3
     for file, text in evidence.pages().items():
         assert file.read_text(encoding="utf-8") == text, "run python -m scripts.evidence --write"
 
 
-@pytest.mark.parametrize("name", [file.name for file in evidence.pages()])
+@pytest.mark.parametrize("name", [str(file.relative_to(evidence.DOCS)) for file in evidence.pages()])
 def test_no_figure_of_a_result_is_typed(name):
     """Settings stand between backticks or as powers of ten; a decimal number elsewhere would be a result."""
     text = (evidence.HERE / name).read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ def test_no_figure_of_a_result_is_typed(name):
 
 
 def test_every_study_is_quoted():
-    text = evidence.pages()[evidence.DOCS / "evidence.md"]
+    text = evidence.pages()[evidence.DOCS / "explanation" / "evidence.md"]
     for results in (facts.ROOT / "results" / "studies").glob("*/results.json"):
         assert f"`{results.parent.name}`" in text, results.parent.name
 
@@ -88,7 +88,7 @@ def test_a_task_is_chosen_by_its_name():
             facts.quoted(path)
 
 
-@pytest.mark.parametrize("name", [file.name for file in evidence.pages()])
+@pytest.mark.parametrize("name", [str(file.relative_to(evidence.DOCS)) for file in evidence.pages()])
 def test_words_around_a_comparison_are_tied_to_its_verdict(name):
     """A figure moves with the results; "none is shown to differ" beside it has to be checked."""
     text = (evidence.HERE / name).read_text(encoding="utf-8")
