@@ -232,6 +232,28 @@ def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path
         assert read_outcome(tmp_path / "out" / "runs", m["seeds"][0]["key"]).warnings == [WARNED]
 
 
+def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, monkeypatch, capsys):
+    """An answer that cannot be as long as the expected one counts against each method: the results say so."""
+    original = perform._trained
+    long = "{} of 8 expected answers are longer than evaluate.max_new_tokens = 2."
+
+    def warning(job, *more):
+        here = (perform.__file__, 1, perform.__name__)
+        warnings.warn_explicit(long.format(1000 + job.seed), UserWarning, *here)
+        warnings.warn_explicit("Deprecated by a library.", FutureWarning, *here)
+        return original(job, *more)
+
+    monkeypatch.setattr(perform, "_trained", warning)
+    results = compare(write_study(tiny, seeds=2, search=None), tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("expected answers are longer") == 1
+    seeds = [seed["seed"] for seed in results["methods"][0]["seeds"]]
+    first = f"warning: {long.format(1000 + seeds[0])} (And 1 more, with other numbers.)"
+    assert [note for note in results["notes"] if note.startswith("warning")] == [first]
+    key = results["methods"][0]["seeds"][1]["key"]
+    assert read_outcome(tmp_path / "out" / "runs", key).warnings == [long.format(1000 + seeds[1])]
+
+
 def test_one_seed_has_no_winner(tiny, tmp_path, capsys):
     results = compare(write_study(tiny, seeds=1, search=None), tmp_path / "out", progress=False)
     assert [c["verdict"] for c in results["comparisons"]] == ["no verdict from one seed"]

@@ -75,6 +75,14 @@ def test_four_bits_that_look_like_a_strength_are_four_bits():
     assert in_four_bits(0.68, 0.1) == "rounded"
 
 
+def test_as_much_and_the_same_strength_are_four_bits():
+    """Seen on that server on another machine: a strength of 0.83 left 0.113 nats of 0.241, four bits 0.103."""
+    noise = across(DIRECTION, 0.9, 2)
+    coarse = 0.72 * DIRECTION + noise / 2 + across(DIRECTION, 0.7, 3)
+    assert verdict(0.7 * DIRECTION + noise, coarse, 0.03) == "rounded"
+    assert verdict(0.5 * DIRECTION + noise, coarse, 0.03) == "λ below 1"
+
+
 def test_a_strength_that_explains_more_than_four_bits_do_keeps_its_name():
     assert in_four_bits(0.4, 0.2) == "λ below 1"
     assert in_four_bits(2.0, 0.2) == "merged twice"

@@ -105,7 +105,8 @@ def check_precision(recipe: Recipe) -> None:
     asked, launched = recipe.train.autocast, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if _deepspeed() and not _deepspeed_file() and asked not in ("none", launched):
         raise UserError(
-            f"train.autocast is {asked!r}, and DeepSpeed has no autocast (its mixed precision here is {launched!r}): "
+            f"train.autocast is {asked!r} (auto is what this device is fast with), and DeepSpeed has no autocast "
+            f"(its mixed precision here is {launched!r}): "
             "take model.dtype: bfloat16 with train.autocast: none, or mixed_precision: bf16 in accelerate's "
             "configuration, which rounds the base."
         )

@@ -16,7 +16,7 @@ from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import plan
+from dual_lora.lab.study import notes, plan
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
@@ -226,11 +226,11 @@ class Runner:
             console.print(message, markup=False, soft_wrap=True)
 
     def _warn(self, messages: Iterable[str]) -> None:
-        """Say each warning once, whichever run and process it comes from."""
+        """Say each warning once, whichever run and process it comes from, and whatever numbers it has there."""
         for message in messages:
-            if message not in self.warnings:
+            if (form := notes.form(message)) not in self.warnings:
                 self._say(f"warning: {message}")
-            self.warnings.add(message)
+            self.warnings.add(form)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
         remaining = self.times.left([*left.values(), *self.later], self.options.workers)

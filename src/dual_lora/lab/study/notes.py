@@ -1,6 +1,7 @@
 """What has to be said with the verdicts: of searches, of methods that learned nothing, of what is missing."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -250,6 +251,17 @@ def unmeasured(finished: Sequence[Finished]) -> list[str]:
 
 
 def warned(finished: Sequence[Finished]) -> list[str]:
-    """What the runs were warned of, each warning once."""
+    """What the runs were warned of. Of warnings that differ in numbers alone the first, and the count of the others."""
     outcomes = [outcome for f in finished for _, outcome in [*f.trials, *f.finals] if outcome]
-    return list(dict.fromkeys(f"warning: {text}" for outcome in outcomes for text in outcome.warnings))
+    forms: dict[str, list[str]] = {}
+    for text in dict.fromkeys(text for outcome in outcomes for text in outcome.warnings):
+        forms.setdefault(form(text), []).append(text)
+    return [
+        f"warning: {first}" + (f" (And {len(others)} more, with other numbers.)" if others else "")
+        for first, *others in forms.values()
+    ]
+
+
+def form(warning: str) -> str:
+    """A warning without its numbers, which differ from run to run."""
+    return re.sub(r"\d[\d.,]*", "#", warning)

@@ -5,7 +5,6 @@ The outcome file is the only channel that counts, and is written whole (see `job
 
 import contextlib
 import math
-import re
 import secrets
 import shutil
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.errors import OURS, UserError, described, is_disk_full
+from dual_lora.lab.errors import OURS, UserError, described, is_disk_full, is_own
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.weights import print_of_weights
@@ -197,13 +196,14 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
     with warnings.catch_warnings():
         elsewhere = warnings.showwarning
 
-        def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-            if not re.match(OURS, str(message), re.IGNORECASE):
-                elsewhere(message, *rest, **more)
+        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+            if not is_own(message, category, filename):
+                elsewhere(message, category, filename, *rest, **more)
             elif str(message) not in said:
                 said.append(str(message))
 
         warnings.filterwarnings("always", message=OURS)
+        warnings.filterwarnings("always", category=UserWarning, module=r"dual_lora\.lab\.")
         warnings.showwarning = show
         yield
 

@@ -30,7 +30,8 @@ STRENGTH = 0.05  # a smaller deviation of the strength is never taken for a faul
 UNSURE = 0.08  # standard error of the strength above which on and off are not told apart
 EXPLAINED = 0.5  # a fault leaves at most so much of the residual and of the effect, and no more than four bits do,
 MATTERS = 0.7  # or it lies within the rounding and leaves at most so much of the residual
-CLEARLY = 0.75  # four bits explain more than a fault does where they leave less than this share of what it leaves
+CLEARLY = 0.75  # four bits explain more than a fault does where they leave less than this share of what it leaves,
+# or the fault no less than this share of what they leave, with the strength that they have
 COARSE = 2.0  # times what rounding to four bits does here
 KEPT = 0.25  # rounding changes the strength by no more, unless four bits do here
 TWICE = 0.12  # this far from 2 is still "twice": the scale is found by a search
@@ -152,9 +153,8 @@ def judge(
     def explains(left: float) -> bool:
         if left <= bound:
             return left <= MATTERS * residual
-        return (
-            left <= EXPLAINED * min(residual, effect) and left <= coarse.limit and CLEARLY * left < coarse.left(found)
-        )
+        enough = left <= EXPLAINED * min(residual, effect) and left <= coarse.limit
+        return enough and not coarse.explains(found, left, strength, error)
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
@@ -239,6 +239,11 @@ class _Coarse:
     def left(self, found: Tensor) -> float:
         """The residual that it leaves of what was found."""
         return float("inf") if self._pattern is None else rms(found - self._pattern)
+
+    def explains(self, found: Tensor, left: float, strength: float, error: float) -> bool:
+        """Whether it explains what was found, of this strength, better than a fault that leaves so much."""
+        alike = abs(strength - self._measured[1]) <= STRENGTH + error
+        return self.left(found) < left * (1 / CLEARLY if alike else CLEARLY)
 
     @property
     def limit(self) -> float:
