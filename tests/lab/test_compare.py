@@ -15,7 +15,7 @@ from tiny_study import SHORT, figures, in_child, job, outcomes, write_records, w
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
-from dual_lora.lab.study import metrics, perform, plan
+from dual_lora.lab.study import metrics, notes, perform, plan
 from dual_lora.lab.study.cell import trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
@@ -252,6 +252,18 @@ def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, monkeyp
     assert [note for note in results["notes"] if note.startswith("warning")] == [first]
     key = results["methods"][0]["seeds"][1]["key"]
     assert read_outcome(tmp_path / "out" / "runs", key).warnings == [long.format(1000 + seeds[1])]
+
+
+def test_warnings_are_told_apart_by_all_but_their_numbers():
+    assert notes.form("In 12 of 1,320 answers 0.5 (3e-05).") == notes.form("In 3 of 320 answers 1.25 (0.1).")
+    for one, other in (
+        ("fc1", "fc2"),
+        ("pythia-14m", "pythia-70m"),
+        ("runs/a1", "runs/a2"),
+        ("sst2 has 1", "sst3 has 1"),
+    ):
+        assert notes.form(one) != notes.form(other)
+    assert notes.form("the run runs/0f1e2d3c4b5a6978 has") == notes.form("the run runs/00112233445566ff has")
 
 
 def test_one_seed_has_no_winner(tiny, tmp_path, capsys):

@@ -126,7 +126,7 @@ def _mixed_precision(recipe: Recipe) -> str:
             f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is "
             f"{recipe.model.dtype!r}: name model.dtype: {rounds}, so that it is opened so again; else set "
             "mixed_precision to 'no' and train.autocast to none.",
-            stacklevel=3,
+            stacklevel=2,
         )
     return "none" if launched == "no" else launched
 

@@ -104,7 +104,7 @@ class Runner:
         self.chosen: dict[tuple[str, str, str], Settings | None] = {}
         self.finals: dict[tuple[str, str, str], list[Job]] = {}
         self.later: list[Job] = []  # like the jobs of the stages to come
-        self.warnings: set[str] = set()
+        self.warnings: set[tuple[str, str, str]] = set()
         self._written = 0.0
 
     def run(self) -> Results:
@@ -159,7 +159,7 @@ class Runner:
                 job = left.pop(key)
                 if outcome is not None:
                     self._learn(job, outcome)
-                    self._warn(outcome.warnings)
+                    self._warn(job, outcome)
                 else:
                     self.failed[key] = f"{job}: {error}"
                     self._say(f"failed: {self.failed[key]}")
@@ -225,12 +225,13 @@ class Runner:
         if self.options.progress:
             console.print(message, markup=False, soft_wrap=True)
 
-    def _warn(self, messages: Iterable[str]) -> None:
-        """Say each warning once, whichever run and process it comes from, and whatever numbers it has there."""
-        for message in messages:
-            if (form := notes.form(message)) not in self.warnings:
+    def _warn(self, job: Job, outcome: Outcome) -> None:
+        """Say each warning once a task, whichever run and process it comes from, and whatever numbers it has there."""
+        for message in outcome.warnings:
+            said = (job.model, job.task, notes.form(message))
+            if said not in self.warnings:
                 self._say(f"warning: {message}")
-            self.warnings.add(form)
+            self.warnings.add(said)
 
     def _note(self, left: dict[str, Job], job: Job | None = None, outcome: Outcome | None = None) -> str:
         remaining = self.times.left([*left.values(), *self.later], self.options.workers)
@@ -261,14 +262,15 @@ class Runner:
             Finished(c, self._ended(self.trials[c.at]), self.chosen.get(c.at), self._ended(self.finals.get(c.at, [])))
             for c in self.cells
         ]
+        bases = self._ended(base_jobs(self.cells))
         untrained: list[Any] = [
             {"model": job.model, "task": job.task}
             | outcome.model_dump(include={"metric", "score", "constant"}, exclude_none=True)
-            for job, outcome in self._ended(base_jobs(self.cells))
+            for job, outcome in bases
             if outcome and outcome.status == "done"
         ]
         known = self.folder.known.model_dump(mode="json", include={"amendments", "plan"})
-        results = build_results(self.study, finished, self.runs, untrained, **known)
+        results = build_results(self.study, finished, self.runs, untrained, bases=bases, **known)
         results["untrained"] = untrained
         results["precision"] = self.folder.known.precision or None
         results["failed"] = sorted(self.failed.values())

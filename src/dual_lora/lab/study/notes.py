@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.cell import Finished
+from dual_lora.lab.study.cell import Ended, Finished
 from dual_lora.lab.study.job import cell_name, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
@@ -250,18 +250,25 @@ def unmeasured(finished: Sequence[Finished]) -> list[str]:
     ]
 
 
-def warned(finished: Sequence[Finished]) -> list[str]:
-    """What the runs were warned of. Of warnings that differ in numbers alone the first, and the count of the others."""
-    outcomes = [outcome for f in finished for _, outcome in [*f.trials, *f.finals] if outcome]
-    forms: dict[str, list[str]] = {}
-    for text in dict.fromkeys(text for outcome in outcomes for text in outcome.warnings):
-        forms.setdefault(form(text), []).append(text)
+_NUMBER = re.compile(r"(?<![\w./-])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?(?![\w/-])|\b[0-9a-f]{16}\b")  # or the key of a run
+
+
+def warned(ended: Iterable[Ended]) -> list[str]:
+    """What runs were warned of, by task. Where numbers alone differ, the first, and the count of the others."""
+    texts: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for job, outcome in ended:
+        for text in outcome.warnings if outcome else ():
+            alike = texts.setdefault((job.model, job.task), {}).setdefault(form(text), [])
+            if text not in alike:
+                alike.append(text)
     return [
-        f"warning: {first}" + (f" (And {len(others)} more, with other numbers.)" if others else "")
+        f"warning{f' ({task_name(*where)})' if len(texts) > 1 else ''}: {first}"
+        + (f" (And {len(others)} more, with other numbers.)" if others else "")
+        for where, forms in texts.items()
         for first, *others in forms.values()
     ]
 
 
 def form(warning: str) -> str:
-    """A warning without its numbers, which differ from run to run."""
-    return re.sub(r"\d[\d.,]*", "#", warning)
+    """A warning without its numbers, which differ from run to run. Digits of names stay."""
+    return _NUMBER.sub("#", warning)

@@ -10,7 +10,7 @@ import numpy as np
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
-from dual_lora.lab.study.cell import Cell, Finished
+from dual_lora.lab.study.cell import Cell, Ended, Finished
 from dual_lora.lab.study.conclude import about_pairs, conclude
 from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, ParetoRow, PointRow, Results, RunRow, UntrainedRow
@@ -41,10 +41,11 @@ def build_results(
     untrained: Sequence[UntrainedRow] = (),
     amendments: Sequence[AmendmentRow] = (),
     plan: dict[str, Any] | None = None,
+    bases: Sequence[Ended] = (),
 ) -> Results:
     """Everything that the study says, ready for results.json. untrained: {"model", "task", "score"} a scenario.
 
-    amendments, plan: as the study's folder has them.
+    amendments, plan: as the study's folder has them. bases: runs of untrained models, for their warnings.
     """
     lost: list[str] = []
     tables, reaches = _score_tables(finished, runs, lost, len(study.seeds))
@@ -74,7 +75,9 @@ def build_results(
         + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
         + notes.unmeasured(finished)
-        + notes.warned(finished)
+        + notes.warned(
+            [*(run for f in finished for run in f.finals), *bases, *(run for f in finished for run in f.trials)]
+        )
         + notes.shared_machine(methods)
         + notes.devices(finished)
         + notes.precisions(finished),

@@ -30,8 +30,8 @@ STRENGTH = 0.05  # a smaller deviation of the strength is never taken for a faul
 UNSURE = 0.08  # standard error of the strength above which on and off are not told apart
 EXPLAINED = 0.5  # a fault leaves at most so much of the residual and of the effect, and no more than four bits do,
 MATTERS = 0.7  # or it lies within the rounding and leaves at most so much of the residual
-CLEARLY = 0.75  # four bits explain more than a fault does where they leave less than this share of what it leaves,
-# or the fault no less than this share of what they leave, with the strength that they have
+CLEARLY = 0.75  # four bits explain more than a fault does where they leave less than this share of what it leaves;
+# where they have the strength that was found, already where they leave less
 COARSE = 2.0  # times what rounding to four bits does here
 KEPT = 0.25  # rounding changes the strength by no more, unless four bits do here
 TWICE = 0.12  # this far from 2 is still "twice": the scale is found by a search
@@ -154,7 +154,7 @@ def judge(
         if left <= bound:
             return left <= MATTERS * residual
         enough = left <= EXPLAINED * min(residual, effect) and left <= coarse.limit
-        return enough and not coarse.explains(found, left, strength, error)
+        return enough and (unpacked or not coarse.explains(found, left, strength))
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
@@ -181,7 +181,10 @@ def judge(
         return as_("layers dropped", f"it gives what the adapter gives without {part}")
     if scale is not None and explains(scale[1]) and abs(scale[0] - 1) > min(room, KEPT):
         return as_(*_named_scale(scale[0], known.warms_up))
-    return as_(*_rest(known, finding, coarse, unpacked))
+    as_(*_rest(known, finding, coarse, unpacked))
+    if finding.word == "rounded" and scale is not None and scale[1] <= EXPLAINED * residual:
+        finding.cause += f", though {scale[0]:.2f} of its strength would explain as much"
+    return finding
 
 
 def _best_scale(found: Tensor, cut: Cut, guesses: Guesses, start: float) -> tuple[float, float] | None:
@@ -240,10 +243,10 @@ class _Coarse:
         """The residual that it leaves of what was found."""
         return float("inf") if self._pattern is None else rms(found - self._pattern)
 
-    def explains(self, found: Tensor, left: float, strength: float, error: float) -> bool:
+    def explains(self, found: Tensor, left: float, strength: float) -> bool:
         """Whether it explains what was found, of this strength, better than a fault that leaves so much."""
-        alike = abs(strength - self._measured[1]) <= STRENGTH + error
-        return self.left(found) < left * (1 / CLEARLY if alike else CLEARLY)
+        alike = abs(strength - self._measured[1]) <= STRENGTH
+        return self.left(found) < left * (1.0 if alike else CLEARLY)
 
     @property
     def limit(self) -> float:
