@@ -227,12 +227,49 @@ def test_a_layer_whose_weight_is_read():
     torch.testing.assert_close(model(x), adapted_output)
 
 
-def test_an_adapter_is_not_called_as_a_module_is():
-    """PEFT would leave a layer out of the file of another adapter."""
-    model = adapted()
-    name = next(n for n, _ in model.base_model.model.named_modules() if n)
-    with pytest.raises(ValueError, match=f"cannot be called '{name}', as a module of this model is"):
-        model.add_adapter(name, model.peft_config["default"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["linear", "model"])
+def test_of_several_adapters_none_is_called_as_a_module_is(name, first):
+    """PEFT leaves layers out of the file of another adapter. One alone may have any name."""
+    config = visible(target_modules=["linear"])
+    model = get_peft_model(Named(), config, adapter_name=name if first else "default")
+    with pytest.raises(ValueError, match=f"none can be called '{name}', as a module of this model is"):
+        model.add_adapter("other" if first else name, config)
+    assert len(model.peft_config) == 1
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_an_adapter_alone_may_be_called_as_a_module_is(tmp_path):
+    torch.manual_seed(0)
+    base, x = Named().eval(), torch.randn(3, 4)
+    model = get_peft_model(copy.deepcopy(base), visible(target_modules=["linear"]), adapter_name="linear").eval()
+    model.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "linear").eval()
+    torch.testing.assert_close(opened(x), model(x))
+    assert not torch.allclose(model(x), base(x))
+
+
+def test_a_model_gets_an_adapter_a_second_time(tmp_path):
+    """A cell of a notebook runs again, or a failed load has left an adapter in the base: LoRA warns, and so do we."""
+    torch.manual_seed(0)
+    base, x = Named().eval(), torch.randn(3, 4)
+    saved = get_peft_model(copy.deepcopy(base), visible(target_modules=["linear"])).eval()
+    saved.save_pretrained(tmp_path)
+    get_peft_model(base, visible(target_modules=["linear"]))
+    with pytest.warns(UserWarning, match="second time"):
+        again = get_peft_model(base, visible(target_modules=["linear"])).eval()
+    assert not torch.allclose(again(x), saved(x))
+    with pytest.warns(UserWarning, match="Already found"):
+        opened = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(opened(x), saved(x))
 
 
 def test_factors_are_not_loaded_under_a_merged_weight():

@@ -40,6 +40,15 @@ LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
 }
 
 
+def _names_of_modules(module: nn.Module) -> Iterator[str]:
+    """Parts of the names of all modules inside, without what adapters hold by their own names."""
+    own = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    for name, child in module.named_children():
+        if not (own and isinstance(child, nn.ModuleDict | nn.ParameterDict)):
+            yield name
+            yield from _names_of_modules(child)
+
+
 class DualLoraModel(BaseTuner):
     """A model with Dual LoRA adapters, as `peft.get_peft_model(model, DualLoraConfig(…))` makes it.
 
@@ -83,10 +92,10 @@ class DualLoraModel(BaseTuner):
         TRL's trainers make it for a model that comes with an adapter, and then copy what has ".default." in its name,
         as LoRA's weights have. Names of factors end in ".default": the reference would silently be another model.
         """
-        if any(adapter_name in name.split(".") for name, _ in model.named_modules()):
+        if len(self.peft_config) > 1 and (taken := set(self.peft_config) & {"model", *_names_of_modules(model)}):
             raise ValueError(
-                f"An adapter cannot be called {adapter_name!r}, as a module of this model is: a saved adapter would "
-                "lack layers. Choose another name."
+                f"Of several adapters none can be called {sorted(taken)[0]!r}, as a module of this model is: the files "
+                "of the others would lack layers. Choose another name."
             )
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
