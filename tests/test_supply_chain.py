@@ -154,3 +154,12 @@ def test_a_hosted_runner_does_what_a_person_types():
     typed = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
     for target in ("test", "lint", "types"):
         assert re.search(rf"make [\w ]*\b{target}\b", typed)
+
+
+def test_what_a_hosted_runner_does_weekly_are_targets_of_the_makefile():
+    import yaml
+
+    weekly = yaml.safe_load((ROOT / ".github/workflows/weekly.yml").read_text())["jobs"]["rest"]
+    targets = weekly["strategy"]["matrix"]["target"]
+    assert targets
+    assert set(targets) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
