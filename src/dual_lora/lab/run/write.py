@@ -114,7 +114,7 @@ def sync(*paths: Path) -> None:
     for path in paths:
         if os.name == "nt" and path.is_dir():
             continue
-        at = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what may be written alone
+        at = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what may be written
         try:
             os.fsync(at)
         finally:
