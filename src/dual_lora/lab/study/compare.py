@@ -104,7 +104,7 @@ class Runner:
         self.chosen: dict[tuple[str, str, str], Settings | None] = {}
         self.finals: dict[tuple[str, str, str], list[Job]] = {}
         self.later: list[Job] = []  # like the jobs of the stages to come
-        self.warnings: set[tuple[str, str, str]] = set()
+        self.warnings: set[tuple[tuple[str, str], str]] = set()  # of which task, and in which form
         self._written = 0.0
 
     def run(self) -> Results:
@@ -228,8 +228,7 @@ class Runner:
     def _warn(self, job: Job, outcome: Outcome) -> None:
         """Say each warning once a task, whichever run and process it comes from, and whatever numbers it has there."""
         for message in outcome.warnings:
-            said = (job.model, job.task, notes.form(message))
-            if said not in self.warnings:
+            if (said := (job.scenario, notes.form(message))) not in self.warnings:
                 self._say(f"warning: {message}")
             self.warnings.add(said)
 

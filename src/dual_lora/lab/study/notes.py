@@ -258,7 +258,7 @@ def warned(ended: Iterable[Ended]) -> list[str]:
     texts: dict[tuple[str, str], dict[str, list[str]]] = {}
     for job, outcome in ended:
         for text in outcome.warnings if outcome else ():
-            alike = texts.setdefault((job.model, job.task), {}).setdefault(form(text), [])
+            alike = texts.setdefault(job.scenario, {}).setdefault(form(text), [])
             if text not in alike:
                 alike.append(text)
     return [

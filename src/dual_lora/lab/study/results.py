@@ -54,6 +54,7 @@ def build_results(
     missing = _missing(study, finished)
     alone = dict.fromkeys(key[:2] for key, table in tables.items() if table.shape[1] == 1)
     pairs += _pairs(study, finished, _forgetting_tables(finished, runs, lost), {}, "forgetting")
+    ended = [*(run for f in finished for run in f.finals), *bases, *(run for f in finished for run in f.trials)]
     said = conclude(study, pairs, methods, untrained, amendments, missing)
     return {
         "format": RESULTS_FORMAT,
@@ -75,9 +76,7 @@ def build_results(
         + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
         + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
         + notes.unmeasured(finished)
-        + notes.warned(
-            [*(run for f in finished for run in f.finals), *bases, *(run for f in finished for run in f.trials)]
-        )
+        + notes.warned(ended)
         + notes.shared_machine(methods)
         + notes.devices(finished)
         + notes.precisions(finished),
