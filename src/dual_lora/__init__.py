@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._on_import import when_imported
 
 if TYPE_CHECKING:
+    from ._warning import DualLoraWarning
     from .core.decompositions import decompositions
     from .core.op import dual_lora_linear
     from .core.reference import Adapter, Factors, Form, delta_weight
@@ -34,6 +35,7 @@ _HOMES = {
     "DualLoraConfig": ".method.config",
     "DualLoraModel": ".method.model",
     "DualLoraLayer": ".method.layer",
+    "DualLoraWarning": "._warning",
     "DualLoraCallback": ".method.callback",
     "composed_weights": ".method.cache",
     "grad_scaler": ".method.scaler",
@@ -57,6 +59,7 @@ __all__ = [
     "DualLoraConfig",
     "DualLoraLayer",
     "DualLoraModel",
+    "DualLoraWarning",
     "Factors",
     "Form",
     "VerifyAdapter",

@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 
 from tiny_study import SHORT, figures, in_child, job, outcomes, write_records, write_study
 
+from dual_lora import DualLoraWarning
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import metrics, notes, perform, plan
@@ -213,7 +214,7 @@ def test_own_warnings_reach_the_person_once_and_stay_with_the_run(tiny, tmp_path
     original = perform._trained
 
     def warning(job, *more):
-        warnings.warn_explicit(WARNED, UserWarning, "trainer.py", 1, "transformers.trainer")
+        warnings.warn_explicit(WARNED, DualLoraWarning, "trainer.py", 1, "transformers.trainer")
         warnings.warn_explicit("Something else.", UserWarning, "trainer.py", 1, "transformers.trainer")
         if job.seed == 2:
             raise RuntimeError("then it broke")
@@ -239,8 +240,8 @@ def test_what_the_laboratory_warns_of_stays_with_the_run(tiny, tmp_path, monkeyp
 
     def warning(job, *more):
         here = (perform.__file__, 1, perform.__name__)
-        warnings.warn_explicit(long.format(1000 + job.seed), UserWarning, *here)
-        warnings.warn_explicit("Deprecated by a library.", FutureWarning, *here)
+        warnings.warn_explicit(long.format(1000 + job.seed), DualLoraWarning, *here)
+        warnings.warn_explicit("Of a library.", UserWarning, *here)
         return original(job, *more)
 
     monkeypatch.setattr(perform, "_trained", warning)

@@ -26,6 +26,17 @@ def four_bit(quant_type, nested=True, features=(I, O)):
     return layer.to("cpu").requires_grad_(False)
 
 
+def decoded(weight):
+    """What 4-bit entries stand for, read here: bitsandbytes 0.50 misreads some matrices on CPUs with AVX-512."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = weight.quant_state
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    stored = weight.data.view(-1).view(torch.uint8).int()
+    entries = state.code[torch.stack([stored >> 4, stored & 15], -1).flatten()[: state.shape.numel()]]
+    return (entries * scales.repeat_interleave(state.blocksize)[: len(entries)]).view(state.shape)
+
+
 def eight_bit():
     bnb = pytest.importorskip("bitsandbytes")
     source = plain()

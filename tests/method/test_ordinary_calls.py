@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.quantization_utils import Bnb4bitBackend
-from peft.utils.warning import PeftWarning
+from quantized_layers import decoded
 from tiny import adapted, points
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.functional import mse_loss
 
-from dual_lora import DualLoraConfig, count_step, dual_lora_linear, save_as_dual_lora, save_as_lora
+from dual_lora import DualLoraConfig, DualLoraWarning, count_step, dual_lora_linear, save_as_dual_lora, save_as_lora
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.reference import delta_weight
@@ -334,7 +334,9 @@ def test_a_strength_that_is_not_saved_is_said(tmp_path):
         if hasattr(module, "dual_lora_A"):
             module.set_scale("default", 0.5)
     y = model(points())
-    with pytest.warns(PeftWarning, match=r"acts at 0.5 times its own strength.*add_weighted_adapter\(\['default'\]"):
+    with pytest.warns(
+        DualLoraWarning, match=r"acts at 0.5 times its own strength.*add_weighted_adapter\(\['default'\]"
+    ):
         model.save_pretrained(tmp_path / "half")
     model.base_model.add_weighted_adapter(["default"], [1.0], "scaled")
     model.set_adapter("scaled")
@@ -421,15 +423,13 @@ def test_torch_func_s_derivatives_of_a_weight_are_refused():
 def test_four_bits_in_any_storage_are_read_at_their_places(storage):
     """`bnb_4bit_quant_storage`, as FSDP wants it for QLoRA."""
     bnb = pytest.importorskip("bitsandbytes")
-    from bitsandbytes.functional import dequantize_4bit
-
     torch.manual_seed(0)
     base = bnb.nn.Linear4bit(96, 1100, bias=False, compute_dtype=torch.float32, quant_type="nf4", quant_storage=storage)
     base.weight = bnb.nn.Params4bit(
         torch.randn(1100, 96), requires_grad=False, quant_type="nf4", quant_storage=storage, blocksize=64
     )
     base = base.to("cpu")
-    weight = dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    weight = decoded(base.weight)
     model = get_peft_model(nn.Sequential(base), visible(target_modules=["0"]))
     layer = model.base_model.model[0]
     x = torch.randn(2, 96)

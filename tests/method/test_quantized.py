@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from quantized_layers import KINDS, I, O, four_bit, int4_config, torchao, torchao_int4, wrapped
+from quantized_layers import KINDS, I, O, decoded, four_bit, int4_config, torchao, torchao_int4, wrapped
 from reference_layer import adapted, delta, leaves
 from tiny import llama
 from torch import nn
@@ -56,6 +56,21 @@ def test_rows_that_do_not_end_with_a_block():
     source = row_source(layer, adapted_layer.quantization_backend)
     for start, stop in ((0, 1), (1, 7), (7, 200), (200, 333)):
         assert torch.equal(source.rows(start, stop).float(), expected[start:stop])
+
+
+def test_rows_of_no_whole_blocks_are_read_and_merged_right():
+    """On CPUs with AVX-512 bitsandbytes misreads a whole matrix of 96 columns, which a merge took for the weight."""
+    model, layer = adapted(four_bit("nf4", nested=False, features=(96, 200)), r=8)
+    base = layer.get_base_layer()
+    W, delta_W = decoded(base.weight), layer.get_delta_weight("default").detach()
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(model(x), linear(x, W + delta_W, base.bias), atol=1e-4, rtol=1e-4)
+    with pytest.warns(UserWarning, match="quantised again"):
+        model.eval().merge_adapter()
+    merged = decoded(layer.get_base_layer().weight)
+    scales = layer.get_base_layer().weight.quant_state.absmax.repeat_interleave(64).view(200, 96)
+    assert ((merged - W - delta_W).abs() <= 0.16 * scales).all(), "half of the widest step between two values"
+    assert layer.merge_error == pytest.approx(float((merged - W - delta_W).norm() / delta_W.norm()), rel=1e-3)
 
 
 @KIND

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from tiny import (
     MODELS,
@@ -31,7 +30,7 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraConfig, DualLoraWarning
 
 
 def train_llama(model, steps):
@@ -394,7 +393,7 @@ def test_copies_of_a_loaded_model(folders):
 def test_shards_that_were_not_gathered_are_reported(tmp_path):
     model = adapted()
     layers(model)["base_model.model.first"].dual_lora_A["default"].data = torch.zeros(0)
-    with pytest.warns(PeftWarning, match=r"first\.dual_lora_A\.default are empty or flat(.|\n)*were not gathered"):
+    with pytest.warns(DualLoraWarning, match=r"first\.dual_lora_A\.default are empty or flat(.|\n)*were not gathered"):
         model.save_pretrained(tmp_path)
 
 

@@ -7,7 +7,6 @@ another one where Q is within rounding of zero.
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from .._warning import warn
 from . import blocked
 from .blocked import RowSource
 from .handle import Handle, source_of
@@ -79,7 +79,7 @@ def triton(device: torch.device) -> ModuleType | None:
         launch.target(device)
         return kernels
     except (ImportError, NotImplementedError) as reason:
-        warnings.warn(
+        warn(
             f"Dual LoRA's Triton kernels are not used on {torch.cuda.get_device_name(device)}: {reason}. PyTorch's own "
             f"operations compute the same, slower; {SWITCH}=plain chooses them without this warning.",
             stacklevel=2,

@@ -12,7 +12,6 @@ error is no verdict. Out of memory, or a CUDA graph that is being captured, says
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._warning import warn
 from . import triton_compose, triton_gradient, triton_launch
 from .blocked import RowSource
 from .reference import Adapter, Factors, Form, delta_weight, product_gradients
@@ -114,7 +114,7 @@ def _find(launch: Launch) -> bool:
         reason = f"it differs from fp64 by {worst:.2g} of the largest entry"
     _verdicts[launch] = False
     device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else "the interpreter"
-    warnings.warn(
+    warn(
         f"Dual LoRA's {launch.kernel} kernel is not used with {_input(launch)} and tiles of {launch.tile.rows} × "
         f"{launch.tile.cols} on {device}: {reason}. PyTorch's own operations compute the same, slower. "
         "`dual-lora gpu-check` tries every way of launching it; please report what it says.",

@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from rich.text import Text
 
 import dual_lora
+from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.commands.parameters import PLAIN_FLAGS
-from dual_lora.lab.errors import OURS, UserError, is_disk_full, suggest
+from dual_lora.lab.errors import UserError, is_disk_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
@@ -97,8 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
         for library in ("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "peft", "accelerate"):
             logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
-        # Our own point at the caller, which is one of those: factors that do not move must not do so in silence.
-        warnings.filterwarnings("default", message=OURS)
+        # Our own may point at a caller in one of those: factors that do not move must not do so in silence.
+        warnings.filterwarnings("default", category=DualLoraWarning)
         warnings.showwarning = _warn
     wanted = next((a for a in given if not a.startswith("-")), None)
     names = [name for name, _, _ in COMMANDS]

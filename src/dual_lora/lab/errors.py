@@ -2,26 +2,17 @@
 
 import errno
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from pathlib import Path
 
 
 class UserError(ValueError):
     """Wrong input or surroundings. The message says what was received, what was expected and the way out."""
 
 
-OURS = ".*Dual LoRA"  # regular expression of the messages of the method's own warnings, which point at their callers
 KEPT_OF_AN_ERROR = 2000  # characters
 LISTED = 60  # more names than that hide the sentence that they end
-
-
-def is_own(message: Warning | str, category: type[Warning], file: str) -> bool:
-    """Whether a warning is this package's: the method's by its words, the laboratory's by where it points."""
-    of_laboratory = category is UserWarning and Path(file).is_relative_to(Path(__file__).parent)
-    return of_laboratory or re.match(OURS, str(message), re.IGNORECASE) is not None
 
 
 def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:

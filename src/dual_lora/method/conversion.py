@@ -8,7 +8,6 @@ because servers of LoRA adapters know neither ranks nor scales of single layers.
 
 import os
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median_high
@@ -19,6 +18,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._warning import warn
 from .layer import Linear, named_layers
 
 # Above this, look at the loss on data before a LoRA stands in for the adapter.
@@ -99,7 +99,7 @@ def convert_to_lora(
     conversion = Conversion(lora, state | what_else_is_saved(model, adapter_name), losses)
     if conversion.median > TOO_MUCH:
         what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
-        warnings.warn(
+        warn(
             f"{what} loses {conversion.median:.0%} of the update of the median layer: ΔW is of high rank. "
             "Choose a larger rank, or merge the adapter (`merge_and_unload()`), which loses nothing.",
             stacklevel=2,

@@ -7,7 +7,6 @@ A smaller rank is padded with zeros, which leaves P = B A and Q = D C as they ar
 import copy
 import math
 import re
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from .._warning import warn
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .experts import ParamWrapper
@@ -214,7 +214,7 @@ def _check_compiled(model: nn.Module, reaction: str) -> None:
         return
     if reaction == "error":
         raise ValueError("Call prepare_model_for_compiled_hotswap *before* compiling the model")
-    warnings.warn(
+    warn(
         "prepare_model_for_compiled_hotswap was called with a model that is already compiled. This will likely result "
         "in re-compilation, hurting performance. Call the function before compiling the model.",
         stacklevel=3,

@@ -4,7 +4,6 @@ Xu et al., arXiv 2512.03402. The mathematics is in `core`; here is the choice be
 adapter (dropout, hooks). `factors` keeps the adapters and their warm-up, `merge` writes them into the base.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .._warning import warn
 from ..core import dispatch
 from ..core.compose_op import Composed, dual_lora_weight
 from ..core.dispatch import autocast_dtype, in_dtype_of
@@ -285,7 +285,7 @@ def dispatch_default(base: nn.Module, *args: Any, config: DualLoraConfig, **kwar
         return None
     transposed = isinstance(base, Conv1D)
     if config.fan_in_fan_out != transposed:
-        warnings.warn(
+        warn(
             f"fan_in_fan_out is set to {not transposed} but the target module is "
             f"{'`Conv1D`' if transposed else '`torch.nn.Linear`'}. Setting fan_in_fan_out to {transposed}.",
             stacklevel=2,

@@ -1,6 +1,5 @@
 """Exact merging: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .._warning import warn
 from ..core import dispatch
 from ..core.reference import Adapter
 from . import sharded
@@ -54,7 +54,7 @@ class MergeLayer(FactorsLayer):
     def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Take adapters out of the base weight (default: all), bit for bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         gone = self.merged_adapters if adapter_names is None else adapter_names
         self._write_merged([name for name in self.merged_adapters if name not in gone], safe_merge=False)

@@ -1,10 +1,10 @@
 """What a merge of a whole model looks at first, and what it says at its end."""
 
-import warnings
 from typing import Any
 
 from torch import nn
 
+from .._warning import warn
 from .layer import DualLoraLayer, layers_of
 from .quantized import QuantizedLinear
 
@@ -32,7 +32,7 @@ def warn_unfinished(name: str, config: Any, layers: list[DualLoraLayer]) -> None
     """
     left = max((layer.steps_left(name) for layer in layers), default=0)
     if left and left < config.warmup_steps and not config.inference_mode:
-        warnings.warn(
+        warn(
             f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of {config.warmup_steps} optimizer "
             "steps before full strength: the merged model is what the adapter is now (λ below 1). Train it to the end "
             "of the warm-up, or choose fewer `warmup_steps`, about a tenth of the run's.",
@@ -44,7 +44,7 @@ def warn_of_rounding(layers: list[QuantizedLinear]) -> None:
     """Say what quantising merged weights again has lost."""
     errors = sorted(layer.merge_error for layer in layers if layer.merge_error is not None)
     if errors:
-        warnings.warn(
+        warn(
             f"Merged into {len(errors)} quantised layers, whose weights were quantised again: what that lost is "
             f"{errors[len(errors) // 2]:.1%} of ΔW's norm in the median layer and {errors[-1]:.1%} in the worst (each "
             "layer's `merge_error`). Unmerging brings the old weights back bit for bit. For an exact merge, merge into "

@@ -1,7 +1,6 @@
 """DualLoraModel: finds the layers, puts the adapters on them, saves and loads the warm-up's count."""
 
 import copy
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from peft.utils import (
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from .._warning import warn
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
 from . import merge_checks, saved, weighted
 from .attention import MultiheadAttention
@@ -151,9 +151,7 @@ class DualLoraModel(BaseTuner):
         for kind, layer in (config._custom_modules or {}).items():
             if isinstance(base, kind):
                 if not kind.__module__.startswith("torch."):
-                    warnings.warn(
-                        f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=2
-                    )
+                    warn(f"Unsupported layer type '{type(base)}' encountered, proceed at your own risk.", stacklevel=2)
                 return layer(target, adapter_name, config=config, **kwargs)
         if "parameter_name" in kwargs:
             return ParamWrapper(target, adapter_name, config=config, **kwargs)
@@ -178,7 +176,7 @@ class DualLoraModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if not autocast_adapter_dtype:
-            warnings.warn(
+            warn(
                 "autocast_adapter_dtype=False has no effect on Dual LoRA: its factors are fp32 whatever the base's "
                 "dtype, because bf16 factors flip signs and change ΔW by 4.6 %.",
                 stacklevel=3,

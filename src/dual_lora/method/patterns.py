@@ -1,10 +1,10 @@
 """Ranks and α of a layer by its name: `rank_pattern` and `alpha_pattern`."""
 
-import warnings
 from typing import Any
 
 from peft.utils.other import get_pattern_key
 
+from .._warning import warn
 from .config import DualLoraConfig
 
 
@@ -20,7 +20,7 @@ def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
     """What a pattern says of the layer named `key`, None if none does. Of several the first in their order counts."""
     found = [pattern for pattern in patterns if get_pattern_key([pattern], key) == pattern]
     if len({str(patterns[pattern]) for pattern in found}) > 1:
-        warnings.warn(
+        warn(
             f"{name} has several values for one layer: {', '.join(map(repr, found))}. The first in alphabetical order "
             "counts, as a saved configuration is sorted so: write patterns of which one fits each layer.",
             stacklevel=2,

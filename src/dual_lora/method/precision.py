@@ -8,11 +8,11 @@ a rounded copy while it keeps the true values elsewhere.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 import torch
 
+from .._warning import warn
 from ..core.reference import Factors
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
@@ -28,7 +28,7 @@ class Warned(set[str]):
         """Warn, unless that was said before."""
         if message not in self:
             self.add(message)
-            warnings.warn(message, UserWarning, stacklevel=3)
+            warn(message, stacklevel=3)
 
 
 def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:

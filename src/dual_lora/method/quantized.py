@@ -10,7 +10,6 @@ A merge dequantises, adds and quantises again (`merge_error`); unmerge puts the 
 from __future__ import annotations
 
 import copy
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
+from .._warning import warn
 from ..core import dispatch
 from ..core.dispatch import autocast_dtype
 from ..core.handle import Handle, handle
@@ -129,7 +129,7 @@ class QuantizedLinear(Linear):
         self._kept, self.merge_error = None, None
         if names:
             with torch.no_grad():
-                weight = backend.get_base_weight(self.get_base_layer())
+                weight = self._weight()
                 adapters = [self.adapter(name) for name in self.scaling if name in names]
                 exact = dispatch.compose(weight, adapters, torch.float32)
                 if safe_merge:
@@ -141,10 +141,14 @@ class QuantizedLinear(Linear):
                 moved = (exact - weight).norm()
                 backend.set_base_weight(self, exact.to(weight.dtype))
                 kept.repair(self)
-                lost = backend.get_base_weight(self.get_base_layer()).float() - exact
+                lost = self._weight().float() - exact
                 self.merge_error = float(lost.norm() / moved) if moved else 0.0
             self._kept = kept
         self.merged_adapters = names
+
+    def _weight(self) -> Tensor:
+        """The dequantised weight as forward reads it; whole matrices are misread by bitsandbytes on some CPUs."""
+        return row_source(self.get_base_layer(), self.quantization_backend).rows(0, self._matrix_shape()[0])
 
     def extra_repr(self) -> str:
         """Shape and kind of quantisation."""
@@ -206,7 +210,7 @@ def dispatch_quantized(
     if backend is None or backend.layer_type != "linear":
         return None
     if config.fan_in_fan_out:
-        warnings.warn(
+        warn(
             f"fan_in_fan_out is set to True but the target module is a quantised linear layer "
             f"({backend.backend_name}). Setting fan_in_fan_out to False.",
             stacklevel=2,

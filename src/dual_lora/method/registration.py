@@ -4,8 +4,9 @@ PEFT accepts only names in its `PeftType` enum, so the member has to be added fi
 itself, ours stays out of its way and says so.
 """
 
-import warnings
 from typing import Any
+
+from .._warning import warn
 
 NAME = "dual_lora"
 
@@ -20,7 +21,7 @@ def register() -> None:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType[member])
         if tuner is not None:
             if not tuner.__module__.startswith("dual_lora."):
-                warnings.warn(
+                warn(
                     f"PEFT has its own method {member} ({tuner.__module__}): that one is used, and this package's "
                     "is not registered.",
                     stacklevel=2,

@@ -6,15 +6,14 @@ random. Without the count (written by another program) an adapter is finished.
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .._warning import warn
 from ..verify.numbers import check_numbers, header
 from .strength import Strength
 
@@ -52,12 +51,11 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
     factors = {n: t for n, t in state.items() if ".dual_lora_" in n and ".dual_lora_left" not in n}
     shards = [n for n, t in factors.items() if t.ndim < 2 or 0 in t.shape]
     if shards:
-        warnings.warn(
+        warn(
             f"Adapter {adapter_name!r}: {_some(shards, 'factors')} are empty or flat, which means that DeepSpeed "
             "ZeRO-3 / FSDP shards were not gathered before save_pretrained(): the saved adapter is incomplete. Save "
             "through Trainer or accelerate (`get_state_dict`), or inside "
             "deepspeed.zero.GatheredParameters([…]) / FullyShardedDataParallel.summon_full_params(model).",
-            PeftWarning,
             stacklevel=3,
         )
 
@@ -67,11 +65,10 @@ def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
     scales = {layer.scaling[adapter_name] / usual for layer in layers if (usual := layer.usual_scaling(adapter_name))}
     other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
     if other is not None:
-        warnings.warn(
+        warn(
             f"Adapter {adapter_name!r} acts at {other:.4g} times its own strength (`set_scale`), which is not saved: "
             "it will be loaded at its own. To save it as it acts: "
             f"model.base_model.add_weighted_adapter([{adapter_name!r}], [1.0], 'scaled'), and save that.",
-            PeftWarning,
             stacklevel=4,
         )
 
@@ -80,7 +77,7 @@ def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
     """Say that an adapter loaded for inference acts below full strength."""
     left = max((int(v) for k, v in state.items() if k.endswith(".dual_lora_left")), default=0)
     if left and config.inference_mode:
-        warnings.warn(
+        warn(
             f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
             "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
             "choose fewer `warmup_steps`.",
@@ -108,7 +105,7 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         bare = {name.removeprefix(PEFT_PREFIX) for name in state}
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
         if absent:
-            warnings.warn(
+            warn(
                 f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep their random start.",
                 stacklevel=3,
             )

@@ -11,7 +11,6 @@ gradient, or whose gradient stays zero; and a gradient scaler that the clip does
 """
 
 import sys
-import warnings
 import weakref
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -23,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .._warning import warn
 from .cache import composed_weights
 from .precision import Warned
 from .scaler import warn_of_unknown
@@ -207,7 +207,7 @@ class _Backward:
             for other in _layers:
                 for seen in _records.get(other, {}).values():
                     seen.backwards = BACKWARDS_ALLOWED  # told for all of them
-            warnings.warn(
+            warn(
                 f"Gradients of the Dual LoRA adapter {self._adapter!r} were computed {BACKWARDS_ALLOWED} times without "
                 f"an optimizer step, and its warm-up waits for {layer.steps_left(self._adapter)} more. If you write to "
                 "the parameters yourself, or by an optimizer that is no torch.optim.Optimizer, call "

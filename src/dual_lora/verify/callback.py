@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from dual_lora._warning import warn
+
 from .labels import label_problems
 
 ROWS = 8  # training rows that are looked at
@@ -121,7 +123,7 @@ class VerifyAdapter(TrainerCallback):
         text = f"VerifyAdapter of Dual LoRA: {problem}."
         if self.strict:
             raise ValueError(text)
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warn(text, stacklevel=3)
 
 
 def saved_apart(model: Any, batch: dict[str, Any], trained: dict[str, Tensor]) -> float | None:

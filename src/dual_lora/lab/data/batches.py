@@ -1,10 +1,10 @@
 """Batches padded to their longest row, in an order that depends on the seed and nothing else."""
 
 import random
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError
 
@@ -169,7 +169,7 @@ def collator(tokenizer: Any, classification: bool, model: Any) -> Collator:
     """Rows to tensors, for this model and its tokenizer."""
     kind = getattr(unwrapped(model).config, "model_type", "")
     if kind in CONVOLVED:
-        warnings.warn(
+        warn(
             f"A model of type {kind} reads padding behind a row, so its scores depend on the other rows of a batch: "
             "only with evaluate.batch_size: 1 they are those of a row alone.",
             stacklevel=2,

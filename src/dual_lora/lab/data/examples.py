@@ -4,12 +4,12 @@ import itertools
 import math
 import random
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.records import Record, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
@@ -252,7 +252,7 @@ def _instruction(record: Record) -> Example:
     if not _is_missing(record.values.get("input")):
         text = f"{text}\n\n{_text(record, 'input')}"
     if unread := [name for name in ("system", "history") if not _is_missing(record.values.get(name))]:
-        warnings.warn(
+        warn(
             f"Records of the form instruction hold {' and '.join(unread)}, which is not read: write them as messages "
             "to learn with it.",
             stacklevel=2,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 from dual_lora.lab.model.gguf_whole import check_whole, set_special_tokens
@@ -163,7 +163,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     # transformers' own report is kept quiet. Heads for other tasks and masks (GPT-2's and its kin's) do no harm.
     left = (key for key in info["unexpected_keys"] if key.startswith(inside) and ".pooler." not in key)
     if unread := sorted(key for key in left if not BUFFER.search(key)):
-        warnings.warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
+        warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())

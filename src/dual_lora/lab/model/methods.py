@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.permission import import_allowed
@@ -140,7 +140,7 @@ def _warn_of_missing(model: Any, asked: Any) -> None:
     here = [name for name, _ in model.named_modules()]
     if missing := missing_targets(asked, here):
         near = suggest(missing[0], sorted({h.rsplit(".", 1)[-1] for h in here if h}))
-        warnings.warn(f"method.target_modules names {', '.join(missing)}, which no module is.{near}", stacklevel=3)
+        warn(f"method.target_modules names {', '.join(missing)}, which no module is.{near}", stacklevel=3)
 
 
 def is_kind(config: PeftConfig | None, kind: str) -> bool:

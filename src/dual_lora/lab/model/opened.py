@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
@@ -158,7 +158,7 @@ def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str
         what = f"The weights of {part.path} are not those that {adapter} was trained on"
         if base is None:
             raise UserError(f"{what}. Put them back, or give --base {part.path}, to take them all the same.")
-        warnings.warn(f"{what}.", stacklevel=4)
+        warn(f"{what}.", stacklevel=4)
     else:
         warn_of_doubt(known, now, f"{adapter} was trained on")
     if another or other_settings(known, now):
@@ -235,7 +235,7 @@ def _tokenizer_of(adapter: Path, of_base: Any) -> Any:
     try:
         return load_tokenizer(str(adapter), Location(str(adapter)))
     except UserError as error:
-        warnings.warn(f"The tokenizer in {adapter} is not used, but its base's: {error}", stacklevel=4)
+        warn(f"The tokenizer in {adapter} is not used, but its base's: {error}", stacklevel=4)
         return of_base
 
 
@@ -253,7 +253,7 @@ def _warn_of_unread(adapter: Path, model: Any) -> None:
     asked: Any = set_peft_model_state_dict(model, load_peft_weights(str(adapter), device="cpu"))
     unread = sorted(asked.unexpected_keys)
     if unread:
-        warnings.warn(f"{file} holds {len(unread)} tensors that {UNREAD % unread[0]}", stacklevel=3)
+        warn(f"{file} holds {len(unread)} tensors that {UNREAD % unread[0]}", stacklevel=3)
 
 
 def untrained_model(part: ModelSection, seed: int, num_labels: int | None, device: str) -> Any:

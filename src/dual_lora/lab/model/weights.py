@@ -7,13 +7,13 @@ import itertools
 import json
 import re
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.model.load import BUFFER, locate
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def other_settings(before: object, now: dict[str, str]) -> list[str]:
 def warn_of_doubt(before: object, now: dict[str, str], who: str) -> None:
     """Warn where nothing tells whether it is the base that `who` says, and of other values in its configuration."""
     if before and now and is_another(before, now) is None:
-        warnings.warn(
+        warn(
             f"Nothing tells whether the base model's weights are those that {who}: its files are of another kind "
             "(safetensors, GGUF), or its tensors have other names.",
             stacklevel=3,
         )
     if found := other_settings(before, now):
-        warnings.warn(
+        warn(
             f"The base model's configuration is not the one that {who}: {', '.join(found)}. Put it back, if that "
             "changes what the model computes.",
             stacklevel=3,

@@ -1,12 +1,12 @@
 """The task `choice`: which of a question's answers a model finds likeliest. A prompt is read once for all of them."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import log_softmax
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.batches import accepted_arguments, check_padding, kind_of_unmasked, learns_prompts, left_padded
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
@@ -28,7 +28,7 @@ def score_choice(asked: Asked) -> Rows:
         answers.append([prompter.answer_ids(example.answer_with(choice), end=False) for choice in example.choices])
 
     if not spec.per_token and (hidden := _never_chosen(examples, answers)):
-        warnings.warn(hidden, stacklevel=2)
+        warn(hidden, stacklevel=2)
     rows: Rows = [{}] * len(examples)
     at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
     for part in batches([len(prompt) for prompt in prompts], at_a_time):
@@ -42,7 +42,7 @@ def score_choice(asked: Asked) -> Rows:
     told = [r["scores"] for r, e in zip(rows, examples, strict=True) if len(set(e.choices)) == len(e.choices)]
     if even := sum(sorted(scores)[-2:-1] == [max(scores)] for scores in told):
         coarse = getattr(asked.model, "dtype", torch.float32) != torch.float32
-        warnings.warn(
+        warn(
             f"In {even} of {len(rows)} questions the two best choices are equally likely, and the first of them counts."
             + (" This precision is coarse: --dtype float32 tells them apart." if coarse else ""),
             stacklevel=2,

@@ -6,13 +6,13 @@ and takes local paths out. What a person writes above or below the two marks sta
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, damaged
 from dual_lora.lab.model.weights import have_changed, print_of_folder
 from dual_lora.lab.read import read_object
@@ -111,7 +111,7 @@ def _results(folder: RunFolder) -> list[dict[str, Any]]:
         if not have_changed(result.get("weights"), now):
             found.append(result)
             continue
-        warnings.warn(
+        warn(
             f"{file} was measured with other weights than the run holds now, so the card leaves it out: "
             f"`dual-lora evaluate {folder.path}` measures them; or remove it.",
             stacklevel=2,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.training_args import OptimizerNames
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Ordered
 from dual_lora.lab.data.encode import IGNORED, Encoded
 from dual_lora.lab.errors import UserError, suggest
@@ -77,7 +77,7 @@ def _told(recipe: Recipe) -> Iterator[str]:
     launched = {name: os.environ.get(name) for name in told}
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if not under_deepspeed and precision not in (None, "no", asked):  # "no" is what accelerate says of its own accord
-        warnings.warn(
+        warn(
             f"The launcher asks for mixed precision {precision!r}, and the recipe, which counts, has train.autocast "
             f"{asked!r}: name the same in both.",
             stacklevel=3,
@@ -122,7 +122,7 @@ def _mixed_precision(recipe: Recipe) -> str:
     launched = asked if _deepspeed_file() else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     rounds = {"bf16": "bfloat16", "fp16": "float16"}.get(launched)
     if rounds not in (None, recipe.model.dtype):
-        warnings.warn(
+        warn(
             f"DeepSpeed's mixed precision {launched!r} rounds the base model, and model.dtype is "
             f"{recipe.model.dtype!r}: name model.dtype: {rounds}, so that it is opened so again; else set "
             "mixed_precision to 'no' and train.autocast to none.",

@@ -11,11 +11,11 @@ both in lower case (the script uses Stanford's tokenizer, this nltk's; they part
 """
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError
 
 Words = list[str]
@@ -58,7 +58,7 @@ def nlg_figures(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     }
     wordnet = _wordnet()
     if wordnet is None:
-        warnings.warn(_NO_WORDNET, stacklevel=2)
+        warn(_NO_WORDNET, stacklevel=2)
         return figures
     return figures | {"meteor": meteor(words, right, wordnet)}
 

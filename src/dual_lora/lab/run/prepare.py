@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, collator, training_order
 from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
@@ -78,7 +79,7 @@ def _warn_of_positions(config: Any, longest: int) -> None:
     """Some models compute on beyond the positions that they have learned, and worse."""
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(known, int) and 0 < known < longest:
-        warnings.warn(
+        warn(
             f"The longest training record has {longest:,} tokens, and the model knows {known:,} positions: set "
             f"data.max_length to {known} or less.",
             stacklevel=3,
@@ -121,7 +122,7 @@ def _validating(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: li
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"learn_prompt": False})})
     rows, left_out = _encoded(plain, examples, tokenizer, classes)
     if left_out and not classes:
-        warnings.warn(
+        warn(
             f"The validation loss leaves out {left_out} of {len(examples)} validation records, which are longer than "
             f"data.max_length ({recipe.data.max_length}).",
             stacklevel=3,

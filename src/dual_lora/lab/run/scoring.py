@@ -3,7 +3,6 @@
 import json
 import re
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, check_padding, collator, kind_of_unmasked, left_padded
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
@@ -105,7 +105,7 @@ def _warn_of_parts(examples: list[Example], extract: str) -> None:
     """Say where less than a word or a number is compared: a pattern may take "4" out of "3/4"."""
     whole = [example.answer for example in examples if _is_taken(example, extract)]
     if parts := [(part, text) for text in whole if (part := part_in(text, extract))]:
-        warnings.warn(
+        warn(
             f"In {len(parts)} of {len(examples)} expected answers evaluate.extract takes a part of a word or a number, "
             f"such as {parts[0][0]!r} of {parts[0][1][-60:]!r}, and only that is compared. If it should be "
             "more, write a wider pattern, or give the records a field with the answer alone.",
@@ -131,7 +131,7 @@ def _generated(asked: Asked, examples: list[Example]) -> list[str]:
     """What the model writes after each example's prompt, by the search that the recipe wants."""
     prompts, spec = [asked.prompter.prompt_ids(e.prompt, e.tools) for e in examples], asked.spec
     if longer := sum(len(asked.prompter.answer_ids(e.answer)) > spec.max_new_tokens + 1 for e in examples):
-        warnings.warn(
+        warn(
             f"{longer} of {len(examples)} expected answers are longer than evaluate.max_new_tokens = "
             f"{spec.max_new_tokens}, so that none of the model's can be as long.",
             stacklevel=2,

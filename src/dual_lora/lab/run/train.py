@@ -2,7 +2,6 @@
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.encode import print_of_rows
 from dual_lora.lab.data.overlap import undeclared
 from dual_lora.lab.errors import UserError, described, is_disk_full
@@ -141,7 +141,7 @@ def _train(
     check_names(part)
     check_precision(recipe)
     if main and (why := undeclared(recipe.data)):
-        warnings.warn(f"The sets are not apart: {why}", stacklevel=2)
+        warn(f"The sets are not apart: {why}", stacklevel=2)
     ready = prepare(recipe)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
@@ -157,7 +157,7 @@ def _train(
 
     start, checkpoint = folder.last_checkpoint()
     if checkpoint and is_kind(config, "ADALORA"):
-        warnings.warn(
+        warn(
             "AdaLoRA's checkpoints do not hold the averages by which it chooses ranks, so the run begins anew.",
             stacklevel=2,
         )

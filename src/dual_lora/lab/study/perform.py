@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dual_lora.lab.errors import OURS, UserError, described, is_disk_full, is_own
+from dual_lora._warning import DualLoraWarning
+from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.weights import print_of_weights
@@ -196,14 +197,13 @@ def _kept_warnings(said: list[str]) -> Iterator[None]:
     with warnings.catch_warnings():
         elsewhere = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-            if not is_own(message, category, filename):
-                elsewhere(message, category, filename, *rest, **more)
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, DualLoraWarning):
+                elsewhere(message, category, *rest, **more)
             elif str(message) not in said:
                 said.append(str(message))
 
-        warnings.filterwarnings("always", message=OURS)
-        warnings.filterwarnings("always", category=UserWarning, module=r"dual_lora\.lab\.")
+        warnings.filterwarnings("always", category=DualLoraWarning)
         warnings.showwarning = show
         yield
 
