@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
 from quantized_layers import KINDS, I, O, decoded, four_bit, int4_config, torchao, torchao_int4, wrapped
 from reference_layer import adapted, delta, leaves
-from tiny import llama
+from tiny import llama, words
 from torch import nn
 from torch.nn.functional import linear
 
@@ -267,14 +267,15 @@ def test_forward_only_kinds_are_wired(monkeypatch):
             self.bias = None
 
         def forward(self, x):
-            return linear(x, self.qweight.float() / 8)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not repacked):
+                return linear(x, self.qweight.float() / 8)
 
     monkeypatch.setattr(
         quantized,
         "resolve_quantization_backend",
         lambda base, **_: ForwardOnlyQuantizationBackend("gptq") if isinstance(base, Kernel) else None,
     )
-    base = Kernel()
+    base, repacked = Kernel(), False
     model = get_peft_model(nn.Sequential(base), DualLoraConfig(target_modules=["0"], init_weights=False))
     layer = model.base_model.model[0]
     x = torch.randn(4, I, requires_grad=True)
@@ -283,8 +284,16 @@ def test_forward_only_kinds_are_wired(monkeypatch):
     torch.testing.assert_close(y, linear(x, W), atol=1e-4, rtol=1e-4)
     y.sum().backward()
     torch.testing.assert_close(x.grad, W.sum(0).expand(4, I), atol=1e-3, rtol=1e-4)
+    exported = torch.export.export(model.base_model.model.eval(), (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), y.detach())
     with pytest.raises(ValueError, match="Cannot merge Dual LoRA into a gptq layer"):
         model.merge_adapter()
+    repacked = True  # as gptqmodel's are after an evaluation in 16 bits: the gradient stops there, in silence
+    with pytest.raises(RuntimeError, match=r"Kernel passes no gradient to its input.*gptq_torch"):
+        model.train()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y.detach())
+    torch.testing.assert_close(model(x.detach()), y.detach())  # nothing below is trained
 
 
 @pytest.mark.parametrize("kind", ["torchao int8", "torchao int8 dynamic"])
@@ -389,16 +398,6 @@ def test_qlora_with_transformers_and_trl(tmp_path):
     assert {f.dtype for f in after} == {torch.float32}
     assert all(bool((a != b).any()) for a, b in zip(after, before, strict=True))
     assert {layer.steps_left("default") for layer in layers} == {0}
-
-
-def words():
-    """A tokenizer of sixty words."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 60)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
 
 
 @pytest.mark.slow

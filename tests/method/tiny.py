@@ -36,6 +36,16 @@ def llama(hidden_size=32, layers=2, **options):
     )
 
 
+def words():
+    """A tokenizer of sixty words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2, **{f"w{k}": k for k in range(3, 60)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+
+
 def gpt2(layers=2):
     torch.manual_seed(0)
     dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)

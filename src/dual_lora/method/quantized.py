@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils.quantization_utils import (
     Bnb4bitBackend,
+    ForwardOnlyQuantizationBackend,
     HqqBackend,
     QuantizationBackend,
     TorchaoBackend,
@@ -70,8 +71,8 @@ class QuantizedLinear(Linear):
     # Forward.
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As for every layer; raises NotImplementedError under torch.export, whose graphs hold no quantised weight."""
-        if is_exporting():
+        """As for every layer; raises NotImplementedError where an exported graph would have to dequantise."""
+        if is_exporting() and not isinstance(self.quantization_backend, ForwardOnlyQuantizationBackend):
             raise NotImplementedError(
                 f"A {self.quantization_backend.backend_name} layer cannot be exported with Dual LoRA on it: the graph "
                 "would need the library's dequantisation. Load the base model in bf16 or fp32, load the adapter on it, "
@@ -106,11 +107,21 @@ class QuantizedLinear(Linear):
         return y if autocast is not None else y.to(given)
 
     def _base_call(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's forward; with the dequantised weight's gradient where the library's own stops."""
+        """The base's forward; with the dequantised weight's gradient where the library's own stops.
+
+        Raises RuntimeError where the gradient would stop in silence.
+        """
         base: Any = self.base_layer
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
             return through_rows(x, base(x.detach(), *args, **kwargs), self._handle)
-        return self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
+        y: Tensor = self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise RuntimeError(
+                f"The base layer {type(base).__name__} passes no gradient to its input, so that all adapters below it "
+                "would get wrong ones. Kernels of gptqmodel do so once they have been used without gradients: load "
+                "the model with the backend 'gptq_torch' (AWQ: 'torch_awq'), or train before you evaluate."
+            )
+        return y
 
     # Merge.
 
