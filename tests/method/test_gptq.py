@@ -27,11 +27,13 @@ def checkpoint(request, tmp_path_factory):
     sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
     LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64)).half().save_pretrained(folder / "plain")
     words().save_pretrained(folder / "plain")
-    how = (gptqmodel.QuantizeConfig if request.param == "gptq" else AWQConfig)(bits=4, group_size=32)
-    model = gptqmodel.GPTQModel.load(str(folder / "plain"), how, device="cpu")
-    texts = torch.randint(3, 60, (16, 200)).tolist()
-    model.quantize([{"input_ids": text, "attention_mask": [1] * 200} for text in texts], batch_size=4)
-    model.save(str(folder / "quantised"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # it writes its log where it is
+        how = (gptqmodel.QuantizeConfig if request.param == "gptq" else AWQConfig)(bits=4, group_size=32)
+        model = gptqmodel.GPTQModel.load(str(folder / "plain"), how, device="cpu")
+        texts = torch.randint(3, 60, (16, 200)).tolist()
+        model.quantize([{"input_ids": text, "attention_mask": [1] * 200} for text in texts], batch_size=4)
+        model.save(str(folder / "quantised"))
     return folder / "quantised", request.param
 
 
