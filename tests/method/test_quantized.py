@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
-from quantized_layers import KINDS, I, O, decoded, four_bit, int4_config, torchao, torchao_int4, wrapped
+from quantized_layers import KINDS, I, O, decoded, four_bit, int4_config, plain, torchao, torchao_int4, wrapped
 from reference_layer import adapted, delta, leaves
 from tiny import llama, words
 from torch import nn
@@ -150,10 +150,11 @@ def test_merge_and_exact_unmerge(kind):
 
 
 def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
-    """bitsandbytes repacks 4-bit weights in place on CPUs with bf16 units when it runs in eval mode."""
+    """bitsandbytes repacks 4-bit weights in place on CPUs with bf16 units when it runs in eval mode, if it may."""
     model, layer, base = wrapped("nf4 nested")
     x = torch.randn(4, I)
     model.eval()
+    base.support_avx512bf16_for_cpu = base_may_repack()
     with torch.no_grad():
         base(x)  # rounds its scales at the first time
         original = whole(layer)
@@ -169,6 +170,45 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
         torch.testing.assert_close(whole(layer), original + layer.get_delta_weight("default"), atol=0.5, rtol=0.1)
         model.unmerge_adapter()
         assert torch.equal(whole(layer), original)
+
+
+def base_may_repack():
+    return pytest.importorskip("bitsandbytes.functional").has_avx512bf16()
+
+
+@pytest.mark.parametrize("after", ["evaluation", "evaluation and saving", "nothing"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_an_evaluation_leaves_of_a_4_bit_model(nested, after):
+    """A repacked layer stops the gradient in silence, and saving one transposes its scales (bitsandbytes 0.50)."""
+    plain = nn.Sequential(*(four_bit("nf4", nested, (128, 128)) for _ in range(3)))
+    for layer in plain:
+        layer.bias = None
+    with torch.no_grad():
+        plain[1].weight.quant_state.absmax[:40] //= 3  # or else a transposed scale is like its neighbour
+    W = [decoded(layer.weight) for layer in plain]
+    x = torch.randn(4, 128)
+    if after != "nothing":
+        plain.eval()(x)
+    if "saving" in after:
+        plain.state_dict()
+    model = get_peft_model(plain, DualLoraConfig(target_modules=["0"], init_weights=False, warmup_steps=0))
+    for k in range(2):
+        y = model.train()(x)
+        y.square().mean().backward()
+        layer = model.base_model.model[0]
+        factors = leaves(layer)
+        expected = x @ (W[0] + delta(layer, factors)).T @ W[1].T @ W[2].T
+        expected.square().mean().backward()
+        close = 0.03 if after != "nothing" else 1e-3  # one rounding of the scales to bf16, where the CPU has it
+        for ours, theirs in (
+            (y, expected),
+            *zip((f.grad for f in layer.factors("default")), (f.grad for f in factors), strict=False),
+        ):
+            assert (ours - theirs).norm() <= close * theirs.norm(), k
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(x)
+            model.state_dict()
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -222,6 +262,59 @@ def test_hqq_keeps_its_bias_when_merged():
         plain_model = model.merge_and_unload()
     assert torch.equal(plain_model[1].bias, base.bias)
     del layer
+
+
+def test_converted_bits_are_an_error():
+    """`model.float()` turns bf16 storage of 4-bit entries into other numbers."""
+    bnb = pytest.importorskip("bitsandbytes")
+    options = dict(quant_type="nf4", quant_storage=torch.bfloat16)
+    base = bnb.nn.Linear4bit(128, 64, bias=False, **options)
+    base.weight = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, **options)
+    model, _ = adapted(base.to("cpu"))
+    model(torch.randn(2, 128))
+    with pytest.raises(ValueError, match=r"stored as torch.bfloat16 was converted to torch.float32, as by model.float"):
+        model.float()(torch.randn(2, 128))
+
+
+def test_unmerging_leaves_nothing_of_the_merged_weight_on_the_layer():
+    model, _layer, base = wrapped("nf4 nested")
+    before = base.quant_state = base.weight.quant_state
+    with pytest.warns(UserWarning, match="quantised again"):
+        model.merge_adapter()
+    base.quant_state = base.weight.quant_state
+    model.unmerge_adapter()
+    assert base.quant_state is base.weight.quant_state is before
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_torchao_scales_its_input_first(dynamic):
+    """SmoothQuant multiplies x by a scale of its own before the product, which is no part of the weight."""
+    from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
+
+    base = torchao(dynamic)
+    assert isinstance(base.weight, Int8Tensor)
+    base.weight.act_pre_scale = scale = torch.rand(I) + 0.5
+    model, layer = adapted(base)
+    requantises(layer)
+    x = torch.randn(5, I, requires_grad=True)
+    delta_W = layer.get_delta_weight("default").detach()
+    y = model(x)
+    torch.testing.assert_close(y, base(x) + x @ delta_W.T, atol=1e-4, rtol=1e-4)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    expected = (base.weight.dequantize() * scale + delta_W).sum(0).expand(5, I)
+    torch.testing.assert_close(dx, expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="Cannot merge"):
+        model.merge_adapter()
+
+
+def test_torchao_intx_with_quantised_activations_keeps_its_forward():
+    quantization = pytest.importorskip("torchao.quantization")
+    source = nn.Sequential(plain())
+    quantization.quantize_(source, quantization.Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4))
+    base = source[0].requires_grad_(False)
+    model, layer = adapted(base)
+    x = torch.randn(5, I)
+    torch.testing.assert_close(model(x), base(x) + x @ layer.get_delta_weight("default").T, atol=1e-5, rtol=1e-5)
 
 
 def test_broken_adapter_leaves_the_weight_untouched():

@@ -30,6 +30,7 @@ from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
 from .patterns import layer_options
 from .precision import Warned
 from .quantized import dispatch_quantized
+from .quantized_rows import keep_unpacked
 
 LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
     nn.Embedding: Embedding,
@@ -99,6 +100,7 @@ class DualLoraModel(BaseTuner):
             )
         is_reference = adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default")
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        keep_unpacked(model)
         set_fast_paths(model)
         merge_checks.warn_of_second_names(model)
         if is_reference:

@@ -83,7 +83,8 @@ class QuantizedLinear(Linear):
     def _is_plain(self) -> bool:
         """As for every layer, where the base's forward is x times the dequantised weight."""
         known = isinstance(self.quantization_backend, Bnb4bitBackend | HqqBackend | TorchaoBackend)
-        return super()._is_plain() and known and not self._quantises_activations()
+        own = self._quantises_activations() or self._pre_scale() is not None
+        return super()._is_plain() and known and not own
 
     @property
     def forwards(self) -> tuple[Any, ...]:  # type: ignore[override]
@@ -91,7 +92,12 @@ class QuantizedLinear(Linear):
 
     def _quantises_activations(self) -> bool:
         weight: Any = self.base_layer.weight if isinstance(self.quantization_backend, TorchaoBackend) else None
-        return getattr(weight, "act_quant_kwargs", None) is not None or "Activation" in type(weight).__name__
+        named = any(getattr(weight, name, None) is not None for name in ("act_quant_kwargs", "activation_quantization"))
+        return named or "Activation" in type(weight).__name__
+
+    def _pre_scale(self) -> Tensor | None:
+        """What torchao multiplies x by before its product (SmoothQuant)."""
+        return getattr(getattr(self.base_layer, "weight", None), "act_pre_scale", None)
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         base: Any = self.base_layer
@@ -113,8 +119,9 @@ class QuantizedLinear(Linear):
         """
         base: Any = self.base_layer
         if self._quantises_activations() and torch.is_grad_enabled() and x.requires_grad:
-            return through_rows(x, base(x.detach(), *args, **kwargs), self._handle)
-        y: Tensor = self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
+            y, scale = base(x.detach(), *args, **kwargs), self._pre_scale()
+            return through_rows(x if scale is None else x * scale, y, self._handle)
+        y = self.quantization_backend.maybe_clone_base_result(base(x, *args, **kwargs))
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             raise RuntimeError(
                 f"The base layer {type(base).__name__} passes no gradient to its input, so that all adapters below it "
@@ -127,7 +134,7 @@ class QuantizedLinear(Linear):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
-        if names and not backend.supports_merge:
+        if names and (not backend.supports_merge or self._pre_scale() is not None):
             raise ValueError(
                 f"Cannot merge Dual LoRA into a {backend.backend_name} layer: its weight cannot be dequantised and "
                 "quantised again here. Keep the adapter unmerged, or load the base model without quantisation, load "
@@ -173,6 +180,7 @@ class _Kept(NamedTuple):
     weight: Any
     attributes: dict[str, Any]
     state: Any
+    quant_state: Any  # of bitsandbytes, which has it on the layer as well
 
     @classmethod
     def of(cls, layer: QuantizedLinear) -> _Kept:
@@ -181,7 +189,8 @@ class _Kept(NamedTuple):
             undo_packing_for_cpu(base)
         weight = None if isinstance(layer.quantization_backend, HqqBackend) else base.weight
         attributes = {} if weight is None else dict(vars(weight))
-        return cls(base, weight, attributes, copy.copy(getattr(base, "state", None)))
+        state, quant_state = copy.copy(getattr(base, "state", None)), getattr(base, "quant_state", None)
+        return cls(base, weight, attributes, state, quant_state)
 
     def restore(self, layer: QuantizedLinear) -> None:
         """Put everything back as it was."""
@@ -195,6 +204,8 @@ class _Kept(NamedTuple):
         self.repair(layer)
         if self.state is not None:
             base.state = copy.copy(self.state)
+        if self.quant_state is not None:
+            base.quant_state = self.quant_state
 
     def repair(self, layer: QuantizedLinear) -> None:
         """Undo what PEFT's backend does to the old weight, and add what it forgets on the new layer."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, HqqBackend, QuantizationBackend, TorchaoBackend
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.blocked import RowSource
 
@@ -25,6 +25,12 @@ class _FourBitRows:
 
     def __init__(self, base: Any):
         undo_packing_for_cpu(base)
+        stored, meant = base.weight.dtype, getattr(base.weight, "quant_storage", torch.uint8)
+        if stored not in (torch.uint8, meant):
+            raise ValueError(
+                f"A 4-bit weight that is stored as {meant} was converted to {stored}, as by model.float() or .half(), "
+                "which its bits do not survive. Load the base model again, and convert other layers only."
+            )
         # As bytes: with `bnb_4bit_quant_storage` they lie in wider elements.
         self.packed, self.state = base.weight.data.view(-1).view(torch.uint8), base.weight.quant_state
         self.shape = (base.out_features, base.in_features)
@@ -63,15 +69,33 @@ def _scales(state: Any, first: int, last: int) -> Tensor:
     return (scales[first - low * size : last - low * size] + state.offset).float()
 
 
+def keep_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights of the model for inference, as it does on CPUs with bf16 units.
+
+    A repacked layer, adapted or not, passes no gradient to its input in later training, and says nothing; and each way
+    back rounds the scales once more.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(layer.weight, "quant_state", None) is not None:
+                undo_packing_for_cpu(layer)
+
+
 def undo_packing_for_cpu(base: Any) -> None:
-    """bitsandbytes repacks a weight in place for inference on some CPUs; bring it back to its own layout."""
-    if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+    """Bring a 4-bit weight that bitsandbytes has repacked in place back to its own layout."""
+    if getattr(base.weight, "quant_state", None) is None:  # a copy may have it on the layer alone
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        fix_4bit_weight_quant_state_from_module(base)
+    state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as inverse
 
-        base.weight.data, state = inverse(base.weight.data, base.weight.quant_state)
-        if not state.nested and state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves plain scales transposed
-            state.absmax = state.absmax.T.reshape(-1).float()
+        base.weight.data, state = inverse(base.weight.data, state)
         base.weight.quant_state = state
+    if not state.nested and state.absmax.dim() == 2:  # bitsandbytes 0.50 leaves plain scales transposed, saving as well
+        state.absmax = state.absmax.T.reshape(-1).float()
 
 
 class _HqqRows:
@@ -89,6 +113,7 @@ class _HqqRows:
             and meta["packing"] in ("8bit_u8", "4bit_u8")
             and meta["group_size"] is not None
             and base.in_features % meta["group_size"] == 0
+            and meta["scale"].dim()  # not one for the whole matrix
             and not (meta["quant_scale"] or meta["quant_zero"] or meta["view_as_float"])
         )
 

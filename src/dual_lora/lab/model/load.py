@@ -129,6 +129,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from dual_lora.method.quantized_rows import keep_unpacked
+
     location = locate(part.path, part.revision)
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
@@ -165,6 +167,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if unread := sorted(key for key in left if not BUFFER.search(key)):
         warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
+    keep_unpacked(model)  # or a validation in training ends the gradients of any method on 4 bits
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
