@@ -174,6 +174,21 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
         load_model(ModelSection(path=str(folder)))
 
 
+def test_a_base_in_four_bits_is_never_repacked(tiny_lm, tmp_path, monkeypatch):
+    """Or a validation in training ends the gradients of any method, on CPUs with bf16 units; here it is such a one."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_lm, quantization_config=four_bits, device_map="cpu")
+    assert all(m.support_avx512bf16_for_cpu for m in model.modules() if isinstance(m, modules.Linear4bit))
+    model.save_pretrained(tmp_path / "four")
+    load_tokenizer(str(tiny_lm), locate(str(tiny_lm))).save_pretrained(tmp_path / "four")
+    loaded = load_model(ModelSection(path=str(tmp_path / "four"))).model
+    layers = [m for m in loaded.modules() if isinstance(m, modules.Linear4bit)]
+    assert layers
+    assert not any(m.support_avx512bf16_for_cpu for m in layers)
+
+
 def test_an_encoder_s_file_that_lacks_a_layer_is_no_base(tiny_encoder, tmp_path):
     """Its layer would be drawn, and trained and saved whole, like a new head."""
     folder = shutil.copytree(tiny_encoder, tmp_path / "less")
