@@ -20,6 +20,7 @@ from dual_lora.lab.data.encode import encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
+from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -174,7 +175,7 @@ def test_weights_that_the_model_leaves_out_are_said(tiny_lm, tmp_path):
         load_model(ModelSection(path=str(folder)))
 
 
-def test_a_base_in_four_bits_is_never_repacked(tiny_lm, tmp_path, monkeypatch):
+def test_a_base_in_four_bits_is_never_repacked_and_is_no_place_for_a_merge(tiny_lm, tmp_path, monkeypatch):
     """Or a validation in training ends the gradients of any method, on CPUs with bf16 units; here it is such a one."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
@@ -187,6 +188,12 @@ def test_a_base_in_four_bits_is_never_repacked(tiny_lm, tmp_path, monkeypatch):
     layers = [m for m in loaded.modules() if isinstance(m, modules.Linear4bit)]
     assert layers
     assert not any(m.support_avx512bf16_for_cpu for m in layers)
+    plain = load_model(ModelSection(path=str(tiny_lm))).model
+    get_peft_model(plain, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"The base is stored quantised.*Give --base"):
+        merge(tmp_path / "adapter", tmp_path / "merged", base=str(tmp_path / "four"))
+    assert not (tmp_path / "merged").exists()
+    assert merge(tmp_path / "adapter", tmp_path / "merged", base=str(tiny_lm)).bytes
 
 
 def test_an_encoder_s_file_that_lacks_a_layer_is_no_base(tiny_encoder, tmp_path):

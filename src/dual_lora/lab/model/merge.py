@@ -25,7 +25,7 @@ def merge(
     """Write the merged model of a run or adapter folder to ``out``, with its tokenizer.
 
     The folder is a plain transformers model: it loads without this package. listed: with a list of its files (see
-    `mark_whole`). Raises UserError if ``out`` holds anything, or ``source`` holds no adapter.
+    `mark_whole`). Raises UserError if ``out`` holds anything, ``source`` holds no adapter, or its base cannot be saved.
     """
     target = free_folder(out)
     tuned = open_tuned(source, base, dtype)
@@ -38,7 +38,13 @@ def merge(
             model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
 
         def write(folder: Path) -> None:
-            model.save_pretrained(str(folder))
+            try:
+                model.save_pretrained(str(folder))
+            except NotImplementedError as error:  # bitsandbytes' 4 bits, of transformers 5.24
+                raise UserError(
+                    "The base is stored quantised, and transformers cannot save what was merged into it. Give --base "
+                    "with the model that it was quantised from, and quantise the result."
+                ) from error
             tuned.tokenizer.save_pretrained(str(folder))
 
         target.parent.mkdir(parents=True, exist_ok=True)
