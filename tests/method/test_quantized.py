@@ -154,7 +154,7 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
     model, layer, base = wrapped("nf4 nested")
     x = torch.randn(4, I)
     model.eval()
-    base.support_avx512bf16_for_cpu = base_may_repack()
+    base.support_avx512bf16_for_cpu = pytest.importorskip("bitsandbytes.functional").has_avx512bf16()
     with torch.no_grad():
         base(x)  # rounds its scales at the first time
         original = whole(layer)
@@ -172,26 +172,22 @@ def test_a_weight_that_was_repacked_for_inference_is_read_and_merged_right():
         assert torch.equal(whole(layer), original)
 
 
-def base_may_repack():
-    return pytest.importorskip("bitsandbytes.functional").has_avx512bf16()
-
-
 @pytest.mark.parametrize("after", ["evaluation", "evaluation and saving", "nothing"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_an_evaluation_leaves_of_a_4_bit_model(nested, after):
     """A repacked layer stops the gradient in silence, and saving one transposes its scales (bitsandbytes 0.50)."""
-    plain = nn.Sequential(*(four_bit("nf4", nested, (128, 128)) for _ in range(3)))
-    for layer in plain:
+    base = nn.Sequential(*(four_bit("nf4", nested, (128, 128)) for _ in range(3)))
+    for layer in base:
         layer.bias = None
     with torch.no_grad():
-        plain[1].weight.quant_state.absmax[:40] //= 3  # or else a transposed scale is like its neighbour
-    W = [decoded(layer.weight) for layer in plain]
+        base[1].weight.quant_state.absmax[:40] //= 3  # or else a transposed scale is like its neighbour
+    W = [decoded(layer.weight) for layer in base]
     x = torch.randn(4, 128)
     if after != "nothing":
-        plain.eval()(x)
+        base.eval()(x)
     if "saving" in after:
-        plain.state_dict()
-    model = get_peft_model(plain, DualLoraConfig(target_modules=["0"], init_weights=False, warmup_steps=0))
+        base.state_dict()
+    model = get_peft_model(base, DualLoraConfig(target_modules=["0"], init_weights=False, warmup_steps=0))
     for k in range(2):
         y = model.train()(x)
         y.square().mean().backward()
@@ -200,10 +196,8 @@ def test_what_an_evaluation_leaves_of_a_4_bit_model(nested, after):
         expected = x @ (W[0] + delta(layer, factors)).T @ W[1].T @ W[2].T
         expected.square().mean().backward()
         close = 0.03 if after != "nothing" else 1e-3  # one rounding of the scales to bf16, where the CPU has it
-        for ours, theirs in (
-            (y, expected),
-            *zip((f.grad for f in layer.factors("default")), (f.grad for f in factors), strict=False),
-        ):
+        got = y, *(f.grad for f in layer.factors("default"))
+        for ours, theirs in zip(got, (expected, *(f.grad for f in factors)), strict=True):
             assert (ours - theirs).norm() <= close * theirs.norm(), k
         model.zero_grad()
         with torch.no_grad():
