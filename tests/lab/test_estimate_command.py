@@ -72,6 +72,20 @@ def test_card_of_a_folder(call, folder):
     assert "full: Full fine-tuning needs a base that is not quantised" in " ".join(out.split())
 
 
+def test_a_full_recipe_s_others_have_the_rank_and_the_modules_that_were_asked_for(call, folder):
+    values = {"name": "x", "model": {"path": str(folder)}, "method": {"name": "full"}, "data": {"train": "x.jsonl"}}
+    (folder / "full.yaml").write_text(json.dumps(values))
+    shape = ["--batch", 1, "--length", 8, "--rank", 4, "--target-modules", "q_proj", "--methods", "lora", "full"]
+    code, out, _ = call(folder / "full.yaml", *shape, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["refused"] == {}
+    assert found["methods"]["lora"]["method"] == {"name": "lora", "r": 4, "target_modules": ["q_proj"]}
+    assert found["methods"]["full"]["method"] == {"name": "full"}
+    code, out, _ = call(folder / "full.yaml", *shape)
+    assert "rank 4" in " ".join(out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -81,6 +95,8 @@ def test_card_of_a_folder(call, folder):
         (["gpt2", "--methods", "lorra"], "Did you mean 'lora'?"),
         (["gpt2", "--length", 4096], "length is 4096, but gpt2 takes at most 1024 tokens"),
         (["gpt2", "--batch", 0], "batch is 0, expected at least 1"),
+        (["gpt2", "--logits", 0], "logits is 0, expected at least 1"),
+        (["gpt2", "--logits", -5], "logits is -5, expected at least 1"),
         (["gpt2", "--rank", 0], "--rank is 0"),
         (["gpt2", "--target-modules", "qq", "--length", 8, "--batch", 1], "Target modules {'qq'} not found"),
         (["gpt2", "--fits", "much", "--methods", "lora", "--length", 8, "--batch", 1], "expected a size such as 24GB"),

@@ -104,11 +104,11 @@ def estimate(
             "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
             "quantisation": quantisation, "on": on or _this_device(),
         }  # fmt: skip
-        options = _options(what, {k: v for k, v in given.items() if v is not None}, rank, target_modules)
+        options = _options(what, {k: v for k, v in given.items() if v is not None})
         from dual_lora.lab.cost.side_by_side import side_by_side
 
-        chosen = _chosen(methods, options)
-        columns, refused = side_by_side(options, chosen, devices, strategy, rates, lambda t: say(f"simulating {t}"))
+        steps = [_with_method(options, name, rank, target_modules) for name in _chosen(methods, options)]
+        columns, refused = side_by_side(steps, devices, strategy, rates, lambda t: say(f"simulating {t}"))
         if refused and all(column.method == "full" for column in columns):  # a wrong module name, not a method's limit
             raise UserError(next(iter(refused.values())))
         proposals = {}
@@ -142,30 +142,35 @@ def _ask(say: Callable[[str], None], method: str, what: str) -> None:
     say(f"{method}: does {what} fit?")
 
 
-def _options(what: str, given: dict[str, Any], rank: int | None, targets: str | None) -> StepOptions:
-    from dataclasses import replace
-
+def _options(what: str, given: dict[str, Any]) -> StepOptions:
     from dual_lora.lab.cost.options import from_model, from_recipe
     from dual_lora.lab.recipe.published import known_name, published_names
     from dual_lora.lab.recipe.read import read_recipe, shipped_recipes
 
     is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
     if is_recipe:
-        options = from_recipe(read_recipe(what), **given)
-    elif known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
+        return from_recipe(read_recipe(what), **given)
+    if known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
         near = suggest(what.rsplit("/", 1)[-1].lower(), [*published_names(), *shipped_recipes()])
         near = near if near.startswith(" Did") else " `dual-lora estimate --models` and `dual-lora recipes` list names."
         raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
-    else:
-        options = from_model(what, **given)
-    if rank is not None:
-        if rank < 1:
-            raise UserError(f"--rank is {rank}, expected at least 1.")
-        options = options.with_rank(rank)
-    if targets is not None:
-        modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
-        options = replace(options, method={**options.method, "target_modules": modules})
-    return options
+    return from_model(what, **given)
+
+
+def _with_method(options: StepOptions, name: str, rank: int | None, targets: str | None) -> StepOptions:
+    """The step with that method, of this rank and on these modules; full fine-tuning has neither."""
+    from dataclasses import replace
+
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank is {rank}, expected at least 1.")
+    own = options.with_method(name)
+    if name == "full":
+        return own
+    own = own if rank is None else own.with_rank(rank)
+    if targets is None:
+        return own
+    modules = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+    return replace(own, method={**own.method, "target_modules": modules})
 
 
 def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
@@ -215,7 +220,7 @@ def _card(
     packed = f" ({options.quantisation})" if options.quantisation != "none" else ""
     title = (
         f"{options.name}: {options.dtype}{packed}, batch {options.batch} × {options.length} tokens{checkpointing}, "
-        f"{options.optimizer}, {options.on}, rank {options.rank}"
+        f"{options.optimizer}, {options.on}, rank {max(column.options.rank for column in columns)}"
     )
     parts = [_memory_table(title, columns, calibrated)]
     if devices > 1:

@@ -62,9 +62,9 @@ class StepOptions:
     on: Device = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("batch", "length", "accumulate", "classes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        for name in ("batch", "length", "accumulate", "classes", "logits"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UserError(f"{name} is {number}, expected at least 1.")
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and self.length > longest:
             raise UserError(f"length is {self.length}, but {self.name} takes at most {longest} tokens.")

@@ -1,7 +1,6 @@
 """What `estimate` shows: one step with several methods on several numbers of devices, and the largest that fits."""
 
 import bisect
-import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -55,31 +54,27 @@ class Column:
 
 
 def side_by_side(
-    options: StepOptions,
-    methods: Sequence[str],
+    steps: Sequence[StepOptions],
     devices: int = 1,
     strategy: str = "ddp",
     rates: dict[str, Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> tuple[list[Column], dict[str, str]]:
-    """A column for every method that is possible, and the reason for every one that is not.
+    """A column for every step that is possible, and by its method the reason for every one that is not.
 
-    Raises UserError where none is possible, with the first one's reason.
+    steps: one for each method. Raises UserError where none is possible, with the first one's reason.
     """
     from dual_lora.lab.cost.calibrate import seconds_of
 
     columns, refused = [], {}
-    for name in methods:
-        own = options.with_method(name)
+    for options in steps:
         try:
-            if own.quantisation != "none" and name == "full":
-                raise UserError("Full fine-tuning needs a base that is not quantised.")
-            step = simulate(own, say)
-            memory = {n: memory_of(own, step, n, strategy) for n in counts(devices)}
+            step = simulate(options, say)
+            memory = {n: memory_of(options, step, n, strategy) for n in counts(devices)}
         except UserError as error:
-            refused[name] = str(error)
+            refused[str(options.method["name"])] = str(error)
             continue
-        columns.append(Column(own, step, memory, seconds_of(own, step, rates) if rates else None))
+        columns.append(Column(options, step, memory, seconds_of(options, step, rates) if rates else None))
     if not columns:
         raise UserError(next(iter(refused.values())))
     return columns, refused
@@ -110,30 +105,26 @@ def largest(
 
     Length comes in steps of 64 tokens, rank in powers of two (None for full fine-tuning).
     """
-    known: dict[Any, float] = {}
+    known: dict[Any, bool] = {}
 
-    def peak(changed: StepOptions) -> float:
+    def fits(changed: StepOptions) -> bool:
         key = changed.batch, changed.length, changed.rank
         if key not in known:
             if say:
                 say(f"batch {changed.batch}, length {changed.length}, rank {changed.rank}")
-            known[key] = memory_of(changed, simulate(changed), devices, strategy).peak
+            known[key] = memory_of(changed, simulate(changed), devices, strategy).peak <= limit
         return known[key]
 
     longest = min(getattr(options.config, "max_position_embeddings", None) or LARGEST_LENGTH, LARGEST_LENGTH)
-    batch = _last(lambda k: peak(replace(options, batch=k)) <= limit, LARGEST_BATCH)
-    length = _last(lambda k: peak(replace(options, length=k * LENGTH_STEP)) <= limit, longest // LENGTH_STEP)
-    rank = None
-    if options.rank:
-        powers = LARGEST_RANK.bit_length() - 1
-        found = _last(lambda k: peak(options.with_rank(2**k)) <= limit, powers)
-        rank = 2**found if found else None
-    return {"batch": batch or None, "length": length * LENGTH_STEP or None, "rank": rank}
+    powers = LARGEST_RANK.bit_length() - 1 if options.rank else 0
+    batch = _last(lambda k: fits(replace(options, batch=k)), LARGEST_BATCH)
+    length = _last(lambda k: fits(replace(options, length=k * LENGTH_STEP)), longest // LENGTH_STEP)
+    power = _last(lambda k: fits(options.with_rank(2**k)), powers)
+    return {"batch": batch or None, "length": length * LENGTH_STEP or None, "rank": 2**power if power else None}
 
 
 def _last(fits: Callable[[int], bool], top: int) -> int:
     """The largest k of 1 … top that fits, where every smaller one does too; 0 if none does."""
-    known = functools.cache(fits)
-    doubled = (2**i for i in range(max(0, top).bit_length()))  # a small answer, or none, is found by few questions
-    end = next((k for k in doubled if not known(k)), top + 1)
-    return bisect.bisect_left(range(1, end), True, key=lambda k: not known(k))
+    doubled = (2**i for i in range(top.bit_length()))  # a small answer, or none, is found by few questions
+    end = next((k for k in doubled if not fits(k)), top + 1)
+    return bisect.bisect_left(range(1, end), True, key=lambda k: not fits(k))
