@@ -12,12 +12,14 @@ from tiny_server import served
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.verify import prompts
 from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.guesses import strengths
 from dual_lora.lab.verify.logprobs import Probe
 from dual_lora.lab.verify.verify import verify
 
 KINDS = ["vllm", "llama.cpp"]
+COLOURS = ("red", "blue", "cold", "good", "bad", "true", "false", "warm")
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,9 @@ def test_right_server_by_the_fingerprint_alone(kind, run_folder, tuned, tmp_path
     ("strength", "word"),
     [(0.0, "off"), (2.0, "merged twice"), (0.5, "λ below 1"), (1.5, "other scale"), (3.0, "other scale")],
 )
-@pytest.mark.parametrize("prompts", [None, "own"])
-def test_wrong_strengths(kind, strength, word, prompts, run_folder, tuned, questions):
-    prompts = prompts and str(questions / "test.json")
+@pytest.mark.parametrize("own", [False, True])
+def test_wrong_strengths(kind, strength, word, own, run_folder, tuned, questions):
+    prompts = str(questions / "test.json") if own else None
     with strengths(tuned.model, lambda _: strength), served(tuned.model, tuned.tokenizer, kind) as (url, _):
         report = judged(run_folder, url, prompts=prompts)
     assert report.finding.word == word, report.summary()
@@ -76,6 +78,17 @@ def test_wrong_template(kind, run_folder, tuned):
     with served(tuned.model, tuned.tokenizer, kind, template=other) as (url, _):
         report = judged(run_folder, url)
     assert report.finding.word == "wrong chat template", report.summary()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_was_cut_is_no_conversation(kind, run_folder, tuned, tmp_path, monkeypatch):
+    """The server counts the tokens of the whole conversation, of which only the end was asked."""
+    monkeypatch.setattr(prompts, "LONGEST", prompts.CONTINUED + 8)
+    (tmp_path / "long.txt").write_text("".join(f"is the {colour} sky " + "warm " * 9 + "?\n" for colour in COLOURS))
+    with served(tuned.model, tuned.tokenizer, kind) as (url, _):
+        report = judged(run_folder, url, prompts=str(tmp_path / "long.txt"))
+    assert report.finding.word == "on", report.summary()
+    assert any("no chat template was checked" in note for note in report.notes)
 
 
 def test_other_tokenizer(run_folder, tuned, tmp_path, tiny_lm):

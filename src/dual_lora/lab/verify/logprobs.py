@@ -30,9 +30,10 @@ def text_of_token(tokenizer: Any, token: int) -> str:
 class Probe:
     """A sequence of token ids. The tokens at `places` (each > 0) are scored, each after all that stands before it.
 
-    texts: how the tokenizer writes each token, in a fingerprint. start: where the answer begins. first: what the
-    adapter answers first, if that is known. messages: the conversation that the prompt was written from by the chat
-    template; () where there is none. The bounds are those of a file, which pydantic holds it to when one is read.
+    texts: how the tokenizer writes each token, in a fingerprint. start: where the answer begins; 0 where the beginning
+    of the prompt was cut off. first: what the adapter answers first, if that is known. messages: the conversation that
+    the prompt was written from by the chat template; () where there is none. The bounds are those of a file, which
+    pydantic holds it to when one is read.
     """
 
     ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=2, max_length=4096)]

@@ -132,7 +132,8 @@ def _answered(prompter: Prompter, example: Example) -> Probe | None:
 def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[Probe]:
     """The prompts with what the adapter writes after them."""
     asked = [({"role": "user", "content": question},) for question in questions]
-    prompts = [prompter.prompt_ids(messages)[-LONGEST + CONTINUED :] for messages in asked]
+    whole = [prompter.prompt_ids(messages) for messages in asked]
+    prompts = [ids[-LONGEST + CONTINUED :] for ids in whole]
     ends = ends_of(tuned.model, tuned.tokenizer)
     # Any answer will do: of prompt learning the base's, as its own `generate` does not give its own.
     variant = tuned.variants[0 if learns_prompts(tuned.model) else -1]
@@ -148,10 +149,10 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
             )  # fmt: skip
             rows += out[:, batch["input_ids"].shape[1] :].tolist()
     probes = []
-    for prompt, messages, row in zip(prompts, asked, rows, strict=True):
+    for prompt, uncut, messages, row in zip(prompts, whole, asked, rows, strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         ids = tuple(prompt + row[:end])
         told: tuple[dict[str, Any], ...] = messages if prompter.kind == "chat" else ()
         places = tuple(range(max(1, len(prompt)), len(ids)))
-        probes.append(Probe(ids, places, start=len(prompt), messages=told))
+        probes.append(Probe(ids, places, start=len(prompt) if prompt == uncut else 0, messages=told))
     return probes

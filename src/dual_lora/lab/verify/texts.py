@@ -84,7 +84,8 @@ def compare_server(
         if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
             return Finding(OTHER, f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
     asked, otherwise = 0, 0
-    for conversation in conversations[:CONVERSATIONS]:
+    whole = [conversation for conversation in conversations if conversation.start]
+    for conversation in whole[:CONVERSATIONS]:
         tokens, entries = endpoint.prompt_tokens(conversation.messages)
         if tokens is None:
             return None, ["the server counts no tokens of a conversation: its chat template was not checked"]
@@ -99,7 +100,10 @@ def compare_server(
         return Finding(
             TEMPLATE, f"it begins {otherwise} of {asked} answers otherwise, though its weights are right"
         ), []
-    return None, [] if conversations else ["the adapter's prompts use no chat template: none was checked"]
+    if whole:
+        return None, []
+    why = "are longer than what was asked" if conversations else "use no chat template"
+    return None, [f"the adapter's prompts {why}: no chat template was checked"]
 
 
 def _bare(text: str) -> str:
