@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.console import Group
+from rich.table import Table
 
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
@@ -85,6 +85,7 @@ def estimate(
     if what is None and not calibrate:
         raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
     from dual_lora.lab.cost import calibrate as speed
+    from dual_lora.lab.cost.side_by_side import largest, parse_size, side_by_side
     from dual_lora.lab.progress import console, lines
 
     doing = ""
@@ -102,23 +103,16 @@ def estimate(
         given = {
             "batch": batch, "length": length, "logits": logits, "dtype": dtype, "checkpointing": checkpointing,
             "optimizer": optimizer, "accumulate": accumulate, "head": head, "classes": classes,
-            "quantisation": quantisation, "on": on or _this_device(),
+            "quantisation": quantisation, "on": on or speed.this_device(),
         }  # fmt: skip
         options = _options(what, {k: v for k, v in given.items() if v is not None})
-        from dual_lora.lab.cost.side_by_side import side_by_side
-
+        limit = parse_size(fits) if fits else 0.0  # before it takes a minute
         steps = [_with_method(options, name, rank, target_modules) for name in _chosen(methods, options)]
         columns, refused = side_by_side(steps, devices, strategy, rates, lambda t: say(f"simulating {t}"))
         if refused and all(column.method == "full" for column in columns):  # a wrong module name, not a method's limit
             raise UserError(next(iter(refused.values())))
-        proposals = {}
-        if fits:
-            from dual_lora.lab.cost.side_by_side import largest, parse_size
-
-            limit = parse_size(fits)
-            for column in columns:
-                name = column.method
-                proposals[name] = largest(column.options, limit, devices, strategy, partial(_ask, say, name))
+        asked = columns if fits else []
+        proposals = {c.method: largest(c.options, limit, devices, strategy, say) for c in asked}
     result = {
         "model": options.name,
         "on": options.on,
@@ -135,25 +129,15 @@ def estimate(
     }
     if proposals:
         result["fits"] = {"bytes": round(limit), **proposals}
-    finish(result, _card(options, columns, refused, devices, strategy, rates is not None, fits, proposals), json)
-
-
-def _ask(say: Callable[[str], None], method: str, what: str) -> None:
-    say(f"{method}: does {what} fit?")
+    finish(result, _card(columns, refused, rates is not None, strategy, fits, proposals), json)
 
 
 def _options(what: str, given: dict[str, Any]) -> StepOptions:
     from dual_lora.lab.cost.options import from_model, from_recipe
-    from dual_lora.lab.recipe.published import known_name, published_names
     from dual_lora.lab.recipe.read import read_recipe, shipped_recipes
 
-    is_recipe = what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file()
-    if is_recipe:
+    if what in shipped_recipes() or what.endswith((".yaml", ".yml")) or (Path(what) / "recipe.yaml").is_file():
         return from_recipe(read_recipe(what), **given)
-    if known_name(what) is None and not Path(what).expanduser().exists() and not what.startswith("package:"):
-        near = suggest(what.rsplit("/", 1)[-1].lower(), [*published_names(), *shipped_recipes()])
-        near = near if near.startswith(" Did") else " `dual-lora estimate --models` and `dual-lora recipes` list names."
-        raise UserError(f"{what!r} is neither a recipe, a model folder nor a built-in model.{near}")
     return from_model(what, **given)
 
 
@@ -188,12 +172,6 @@ def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     return chosen
 
 
-def _this_device() -> str:
-    import torch
-
-    return "gpu" if torch.cuda.is_available() else "cpu"
-
-
 def _list_models(as_json: bool) -> None:
     from dual_lora.lab.recipe.published import FAMILIES
 
@@ -205,36 +183,37 @@ def _list_models(as_json: bool) -> None:
 
 
 def _card(
-    options: StepOptions,
     columns: list[Column],
     refused: dict[str, str],
-    devices: int,
-    strategy: str,
     calibrated: bool,
+    strategy: str,
     fits: str | None,
     proposals: dict[str, dict[str, Any]],
-) -> Any:
-    from rich.console import Group
+) -> Group:
+    methods = [column.method for column in columns]
+    parts: list[Any] = [_memory_table(columns, calibrated)]
+    if len(columns[0].memory) > 1:
+        rows = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
+        parts.append(figures_table(f"Peak of each device, {strategy}", ["devices", *methods], rows))
+    if proposals:
+        largest = ("batch", "length", "rank")
+        rows = [[f"largest {what}", *(str(proposals[m][what] or "–") for m in methods)] for what in largest]
+        parts.append(figures_table(f"What fits into {fits}, the other two as above", ["", *methods], rows))
+    parts += [f"{name}: {reason}" for name, reason in refused.items()]
+    if not calibrated:
+        parts.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
+    return Group(*parts)
 
+
+def _memory_table(columns: list[Column], calibrated: bool) -> Table:
+    """The columns' steps on one device."""
+    options, one = columns[0].options, [column.memory[1] for column in columns]
     checkpointing = ", checkpointing" if options.checkpointing else ""
     packed = f" ({options.quantisation})" if options.quantisation != "none" else ""
     title = (
         f"{options.name}: {options.dtype}{packed}, batch {options.batch} × {options.length} tokens{checkpointing}, "
         f"{options.optimizer}, {options.on}, rank {max(column.options.rank for column in columns)}"
     )
-    parts = [_memory_table(title, columns, calibrated)]
-    if devices > 1:
-        parts.append(_devices_table(columns, strategy))
-    if proposals:
-        parts.append(_fits_table(columns, proposals, fits or ""))
-    notes = [f"{name}: {reason}" for name, reason in refused.items()]
-    if not calibrated:
-        notes.append("No time: `dual-lora estimate --calibrate` measures this machine once, in a minute.")
-    return Group(*parts, *notes)
-
-
-def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
-    one = [column.memory[1] for column in columns]
     named = {"weights": "weights, frozen", "trained": "factors or trained weights", "optimizer": "optimizer"}
     named |= {"gradients": "gradients", "activations": "activations"}
     named |= {"workspace": "workspace (logits, loss, temporaries)", "peak": "peak"}
@@ -251,19 +230,6 @@ def _memory_table(title: str, columns: list[Column], calibrated: bool) -> Any:
         rows.append(["time of a step, this machine", *(duration(c.seconds) if c.seconds else "–" for c in columns)])
         rows.append(["tokens a second", *(f"{c.tokens_a_second:,.0f}" if c.tokens_a_second else "–" for c in columns)])
     return figures_table(title, ["one device", *(c.method for c in columns)], rows)
-
-
-def _devices_table(columns: list[Column], strategy: str) -> Any:
-    rows = [[str(n), *(size(c.memory[n].peak) for c in columns)] for n in columns[0].memory]
-    return figures_table(f"Peak of each device, {strategy}", ["devices", *(c.method for c in columns)], rows)
-
-
-def _fits_table(columns: list[Column], proposals: dict[str, dict[str, Any]], fits: str) -> Any:
-    rows = [
-        [f"largest {what}", *(str(proposals[c.method][what] or "–") for c in columns)]
-        for what in ("batch", "length", "rank")
-    ]
-    return figures_table(f"What fits into {fits}, the other two as above", ["", *(c.method for c in columns)], rows)
 
 
 def _rates_table(machine: str, entry: dict[str, Any]) -> Any:

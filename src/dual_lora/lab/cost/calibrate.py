@@ -11,8 +11,8 @@ change with the width of a model; between the measured widths they are interpola
 One thread of a CPU is timed in processor time, which other work on the machine disturbs through the caches alone;
 anything else by wall time, so on a machine at rest. The fastest round counts.
 
-A card that is not here (`card`) is taken by its maker's published figures (cards.yaml) and two assumptions. No time
-that follows from these was measured: they serve to plan a study, not to compare methods.
+A card that is not here (`card`) is taken by its maker's published figures and two assumptions. No time that follows
+from these was measured: they serve to plan a study, not to compare methods.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from dual_lora.lab.cost.options import StepOptions
+from dual_lora.lab.cost.options import Device, StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.read import parse_yaml, read_object
+from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import spelled
 
 if TYPE_CHECKING:
@@ -71,6 +70,11 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dual-lora" / "calibration.json"
 
 
+def this_device() -> Device:
+    """The kind of device that steps run on here."""
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
 def machine() -> str:
     """What rates depend on: the device, its threads and torch."""
     from dual_lora.lab.run.record import device_name
@@ -92,7 +96,7 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
 
     Returns {"on", "date", "costs": {dtype: {method: [[width, flops a second, seconds a weight], ...]}}}.
     """
-    on = "gpu" if torch.cuda.is_available() else "cpu"
+    on = this_device()
     works = [(d, m, w) for d in DTYPES for w in WIDTHS[on] for m in METHODS]
     costs: dict[str, dict[str, list[list[float]]]] = {d: {m: [] for m in METHODS} for d in DTYPES}
     for number, (dtype, method, width) in enumerate(works):
@@ -127,7 +131,7 @@ def rough_cost() -> Cost:
 
     On a CPU in processor time, one thread times their number: what else runs at this moment does not count.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = this_device() == "gpu"
     device, clock = ("cuda", time.perf_counter) if on_gpu else ("cpu", time.process_time)
     threads = torch.get_num_threads()
     try:
@@ -153,7 +157,7 @@ def _at(points: list[Cost], width: float) -> Cost:
     return points[0] if width < points[0].width else points[-1]
 
 
-def calibration_options(dtype: str, method: str, width: int, on: str, tokens: int) -> StepOptions:
+def calibration_options(dtype: str, method: str, width: int, on: Device, tokens: int) -> StepOptions:
     """The step that is measured: a Llama of two blocks and a small vocabulary on padded rows of 64 tokens."""
     from transformers import LlamaConfig
 
@@ -165,7 +169,7 @@ def calibration_options(dtype: str, method: str, width: int, on: str, tokens: in
         vocab_size=8192,
     )
     how: dict[str, Any] = {"name": method} if method == "full" else {"name": method, "r": 16}
-    return StepOptions("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)  # type: ignore[arg-type]
+    return StepOptions("calibration", config, method=how, dtype=dtype, batch=tokens // ROW, length=ROW, on=on)
 
 
 def flops_a_weight(method: Mapping[str, Any], width: int, tokens: float, checkpointing: bool = False) -> float:
@@ -196,7 +200,7 @@ def _flops_a_weight(
     return step.flops / (rows * length * weights)
 
 
-def _cost(dtype: str, method: str, width: int, on: str, seconds: float) -> Cost:
+def _cost(dtype: str, method: str, width: int, on: Device, seconds: float) -> Cost:
     few, many = (calibration_options(dtype, method, width, on, tokens) for tokens in TOKENS[on])
     times = [_fastest(options, seconds * share) for options, share in ((few, 0.2), (many, 0.5))]
     steps = [simulate(options) for options in (few, many)]
@@ -273,7 +277,7 @@ def _keep(entry: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. flops a second (bf16), bytes a second and of memory, as its maker states them in `source`."""
+    """A GPU: flops a second (dense bf16 products with fp32 sums), bytes a second and of memory, as `source` states."""
 
     name: str
     flops: float
@@ -296,18 +300,18 @@ class Card:
         )
 
 
-def cards() -> dict[str, Card]:
-    """The cards that are known, by name."""
-    written = parse_yaml(files(__package__).joinpath("cards.yaml").read_text(encoding="utf-8"), "cards.yaml")
-    return {
-        name: Card(name, 1e12 * row["tflops"], 1e9 * row["bandwidth"], 1e9 * row["memory"], row["source"])
-        for name, row in written.items()
-    }
+CARDS = (
+    Card("a100-80gb", 312e12, 2039e9, 80e9, "NVIDIA A100 80GB datasheet, SXM"),
+    Card("h100-80gb", 989e12, 3350e9, 80e9, "NVIDIA H100 datasheet, SXM, without sparsity"),
+    Card("h200-141gb", 989e12, 4800e9, 141e9, "NVIDIA H200 datasheet, SXM, without sparsity"),
+    Card("l40s", 362e12, 864e9, 48e9, "NVIDIA L40S datasheet, without sparsity"),
+    Card("rtx-4090", 165e12, 1008e9, 24e9, "NVIDIA Ada architecture whitepaper, without sparsity"),
+)
 
 
 def card(name: str) -> Card:
     """The card of this name. Raises UserError for one that is not known."""
-    known = cards()
+    known = {card.name: card for card in CARDS}
     if name.lower() not in known:
         raise UserError(f"There is no card {name!r}.{suggest(name.lower(), known)}")
     return known[name.lower()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
-from dual_lora.lab.recipe.schema import method_in, spelled
+from dual_lora.lab.recipe.schema import Precision, method_in, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 Quantisation = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "gpu"]
 Head = Literal["causal", "classification"]
-DTYPES = ("float32", "bfloat16", "float16")
 # What a method says of a model's layers, which another method in its place says too.
 SHARED = (
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
@@ -68,7 +67,7 @@ class StepOptions:
         longest = getattr(self.config, "max_position_embeddings", None)
         if longest and self.length > longest:
             raise UserError(f"length is {self.length}, but {self.name} takes at most {longest} tokens.")
-        known = {"dtype": DTYPES, "optimizer": tuple(STATES), "quantisation": get_args(Quantisation)}
+        known = {"dtype": get_args(Precision), "optimizer": tuple(STATES), "quantisation": get_args(Quantisation)}
         for name, values in known.items():
             if (value := getattr(self, name)) not in values:
                 raise UserError(f"{name} is {value!r}.{suggest(str(value), values)}")
@@ -150,13 +149,14 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
     Raises UserError for what is neither a folder, nor a package's model, nor a published name.
     """
     from dual_lora.lab.recipe.published import known_name, published_family, published_names
+    from dual_lora.lab.recipe.read import shipped_recipes
 
     if not Path(path).expanduser().exists() and not path.startswith("package:"):
         if known_name(path) is None:
-            raise UserError(
-                f"{path!r} is neither a model folder, a recipe nor a published name."
-                f"{suggest(path.rsplit('/', 1)[-1].lower(), published_names())}"
-            )
+            known = [*published_names(), *shipped_recipes()]
+            lists = "`dual-lora estimate --models` and `dual-lora recipes` list names."
+            near = suggest(path.rsplit("/", 1)[-1].lower(), known, lists)
+            raise UserError(f"{path!r} is neither a recipe, a model folder nor a built-in model.{near}")
         return load_config(path), published_family(path).head
     config = load_config(path)
     names = " ".join(getattr(config, "architectures", None) or [])

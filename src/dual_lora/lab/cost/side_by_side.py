@@ -111,7 +111,8 @@ def largest(
         key = changed.batch, changed.length, changed.rank
         if key not in known:
             if say:
-                say(f"batch {changed.batch}, length {changed.length}, rank {changed.rank}")
+                shape = f"batch {changed.batch}, length {changed.length}, rank {changed.rank}"
+                say(f"{changed.method['name']}: does {shape} fit?")
             known[key] = memory_of(changed, simulate(changed), devices, strategy).peak <= limit
         return known[key]
 
