@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, RobertaConfig
 from dual_lora.core import blocked
 from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.cost import simulate as simulation
-from dual_lora.lab.cost.activations import MemoryTracker
 from dual_lora.lab.cost.memory import memory_of
-from dual_lora.lab.cost.operators import inner_bytes, linear, linear_backward, register_own
+from dual_lora.lab.cost.operators import MemoryTracker, inner_bytes, linear, linear_backward, register_own
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import empty_model, simulate
 from dual_lora.lab.errors import UserError

@@ -2,8 +2,7 @@
 
 options       what is to be trained, from a recipe or a model and options
 simulate      one training step of the empty model (`lab/model/empty`); deep models by two shallow ones
-activations   which bytes are held at every moment of a step
-operators     arithmetic of an operator call that torch does not count, and what it uses inside itself
+operators     which bytes are held at every moment of a step; what operators compute and use inside themselves
 memory        the step's memory by phase, on one device or many
 calibrate     the model of time, and how fast this machine is
 side_by_side  several methods side by side; the largest batch, length or rank for a given memory

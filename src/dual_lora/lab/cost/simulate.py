@@ -8,6 +8,7 @@ line.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,13 +18,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dual_lora.lab.cost.activations import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of
-from dual_lora.lab.cost.operators import register_own
+from dual_lora.lab.cost.operators import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of, register_own
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from dual_lora.lab.cost.options import StepOptions
 
@@ -75,9 +75,9 @@ def simulate(options: StepOptions, say: Callable[[str], None] | None = None) -> 
     """
     say = say or (lambda _: None)
     total = options.layers
-    few = len(set(getattr(options.config, "layer_types", None) or [""])) + 2
-    kinds = getattr(options.config, "layer_types", None) or []
-    while kinds and len(set(kinds[:few])) < len(set(kinds)):
+    kinds = getattr(options.config, "layer_types", None) or [""]
+    few = len(set(kinds)) + 2
+    while len(set(kinds[:few])) < len(set(kinds)):
         few += 1
     if total > few + 1:
         few = max(few, _first_of_equals(options) + 2)
@@ -174,8 +174,6 @@ def _run(options: StepOptions, model: Any) -> Step:
 
 
 def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: MemoryTracker) -> Bytes:
-    import contextlib
-
     from dual_lora.lab.run.loss import mean_loss
 
     labels = batch.pop("labels")
