@@ -6,8 +6,8 @@ from adapters import METHODS, trained
 from safetensors.torch import load_file
 
 from dual_lora.serving.compose import ComposedWeights
-from dual_lora.serving.copies import ComposedCopies
 from dual_lora.serving.files import AdapterError
+from dual_lora.serving.vllm import ComposedCopies
 
 
 @pytest.fixture(scope="module")

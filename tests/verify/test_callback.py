@@ -8,8 +8,7 @@ from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, ge
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dual_lora import DualLoraConfig, VerifyAdapter
-from dual_lora.verify.callback import FILLED
-from dual_lora.verify.labels import label_problems
+from dual_lora.verify.callback import FILLED, label_problems
 
 CONFIGS = {
     "dual_lora": lambda: DualLoraConfig(r=4, warmup_steps=4, task_type="CAUSAL_LM"),
