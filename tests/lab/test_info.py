@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from dual_lora.lab import environment
 from dual_lora.lab.cli import main
+from dual_lora.lab.commands import info
 
 
 def test_ranges_are_those_of_pyproject():
     stated = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
-    found = {p.name: p for p in environment.packages()}
+    found = {p.name: p for p in info.packages()}
     for line in stated:
         name = line.split(">=")[0]
         assert found[name].version
@@ -22,13 +22,13 @@ def test_ranges_are_those_of_pyproject():
 
 
 def test_a_version_outside_the_range_is_said(monkeypatch):
-    monkeypatch.setattr(environment.metadata, "version", lambda name: "1.13.0")
-    torch = next(p for p in environment.packages() if p.name == "torch")
+    monkeypatch.setattr(info.metadata, "version", lambda name: "1.13.0")
+    torch = next(p for p in info.packages() if p.name == "torch")
     assert not torch.fits
 
 
 def test_every_device_says_who_computes():
-    assert "blocks of the weight" in environment.devices()["cpu"]
+    assert "blocks of the weight" in info.devices()["cpu"]
 
 
 @pytest.mark.parametrize("options", [["--json"], ["--why"]])
