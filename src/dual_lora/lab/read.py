@@ -27,10 +27,10 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[TextIO]:
+def opened(file: Path, largest: int = LARGEST) -> Iterator[TextIO]:
     """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file."""
     try:
-        with regular(file).open(encoding="utf-8-sig", newline="") as lines:
+        with regular(file, largest).open(encoding="utf-8-sig", newline="") as lines:
             yield lines
     except UserError:
         raise
@@ -82,12 +82,8 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 def read_yaml_text(file: Path) -> str:
     """The text of a YAML file. Raises UserError for one that is too large or not UTF-8."""
-    try:
-        return regular(file, LARGEST_YAML).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file in UTF-8.") from None
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}.") from None
+    with opened(file, LARGEST_YAML) as text:
+        return text.read()
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
+from dual_lora.serving.client import OPENER
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
@@ -60,7 +61,6 @@ class Endpoint:
             raise UserError(f"--endpoint is {url!r}, expected a URL without ? and #, such as http://localhost:8000/v1.")
         path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
         self.url, self.model, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model, timeout
-        self._open = urllib.request.build_opener(_NoRedirect).open
 
     def score(self, probes: Sequence[Probe], texts: dict[int, str]) -> Answer:
         """Log-probabilities of the probes' places. texts: how the adapter's tokenizer writes their tokens.
@@ -83,18 +83,14 @@ class Endpoint:
             told = self._post("/chat/completions", body)
         except _Refused:
             return None, []
-        count = told.get("usage", {}).get("prompt_tokens") if isinstance(told.get("usage"), dict) else None
-        return (count if isinstance(count, int) else None), _entries(told)
+        return _prompt_tokens(told), _entries(told)
 
     def text_tokens(self, text: str) -> int | None:
         """How many tokens the server makes of a text; None if it does not say."""
         try:
-            told = self._post("/completions", {"prompt": text, "max_tokens": 1, "temperature": 0})
+            return _prompt_tokens(self._post("/completions", {"prompt": text, "max_tokens": 1, "temperature": 0}))
         except _Refused:
             return None
-        usage = told.get("usage")
-        count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        return count if isinstance(count, int) else None
 
     def _echoed(self, probes: Sequence[Probe], first: list[Entry]) -> Answer:
         values: list[float | None] = []
@@ -168,9 +164,7 @@ class Endpoint:
             text = _within(self.timeout, lambda: self._read(request))
         except urllib.error.HTTPError as error:
             raise _Refused(self._said(path, error), error.code) from None
-        except TimeoutError:
-            raise UserError(f"{self.url} did not answer within {self.timeout:.0f} s (--timeout).") from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
                 raise UserError(f"{self.url} did not answer within {self.timeout:.0f} s (--timeout).") from None
@@ -188,7 +182,7 @@ class Endpoint:
         return told
 
     def _read(self, request: urllib.request.Request) -> bytes:
-        with self._open(request, timeout=self.timeout) as reply:
+        with OPENER.open(request, timeout=self.timeout) as reply:
             return bytes(reply.read(LARGEST + 1))
 
     def _said(self, path: str, error: urllib.error.HTTPError) -> str:
@@ -241,11 +235,6 @@ class _Refused(Exception):
         self.status = status
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
 def _entries(told: dict[str, Any]) -> list[Entry]:
     """The positions of an answer, in either form: parallel lists (vLLM, OpenAI), or a list of contents (llama.cpp)."""
     try:
@@ -259,6 +248,13 @@ def _entries(told: dict[str, Any]) -> list[Entry]:
         return [_entry(str(t), v, dict(top or {})) for t, v, top in zip(tokens, values, tops, strict=True)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return []
+
+
+def _prompt_tokens(told: dict[str, Any]) -> int | None:
+    """How many tokens of the prompt an answer counts, if it says so."""
+    usage = told.get("usage")
+    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def _is_part_of_a_character(told: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
 from dual_lora.lab.verify.guesses import ModelGuesses, adapted_layers, known_of, parts
 from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of_token
-from dual_lora.lab.verify.prompts import both, built_in_probes
+from dual_lora.lab.verify.prompts import both, built_in_probes, most_apart
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
 
 FILE = "fingerprint.json"
@@ -125,7 +125,7 @@ def make(tuned: Tuned) -> Fingerprint:
     columns = {"base": known.base, "tuned": known.tuned}
     if adapted_layers(tuned.model):
         columns |= {f"× {s}": pattern for s in STRENGTHS if (pattern := guesses.scaled(s)) is not None}
-        columns |= {name: column for name, column in _lost(tuned.model, guesses)}
+        columns |= {name: guesses.without(lost) for name, lost in parts(tuned.model).items() if name in LOST}
     if (coarse := guesses.coarse()) is not None:
         columns[COARSE] = coarse
     return Fingerprint(
@@ -206,26 +206,14 @@ def hash_of_base(model: Any) -> str:
     return total.hexdigest()
 
 
-def _lost(model: Any, guesses: ModelGuesses) -> Iterator[tuple[str, Tensor]]:
-    wanted = [name for name in LOST if name in parts(model)]
-    for name, pattern in guesses.parts():
-        if name in wanted:
-            yield name, pattern
-            wanted.remove(name)
-        if not wanted:
-            return
-
-
 def _telling(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[Probe]:
     """Of few prompts those tokens on which the two differ most, and a third on which they agree."""
-    rows, apart = rows_of(probes), (tuned - base).abs()
-    places = [place for probe in probes for place in probe.places]
-    means = [float(apart[rows == i].mean()) for i in range(len(probes))]
-    prompts = sorted(sorted(range(len(probes)), key=lambda i: -means[i])[:PROMPTS])
+    prompts = sorted(most_apart(probes, base, tuned)[:PROMPTS])
     each = TOKENS // max(1, len(prompts))
+    apart = (tuned - base).abs().split([len(probe.places) for probe in probes])
     chosen = []
     for i in prompts:
-        own = sorted((float(apart[k]), places[k]) for k in (rows == i).nonzero()[:, 0].tolist())
+        own = sorted(zip(apart[i].tolist(), probes[i].places, strict=True))
         agree, most = own[: each // 3], own[each // 3 :][-(each - each // 3) :]
         kept = tuple(sorted({place for _, place in agree + most}))
         chosen.append(replace(probes[i], places=kept))

@@ -34,8 +34,12 @@ class ModelGuesses:
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         for what, missing in parts(self.model).items():
-            with strengths(self.model, lambda name, missing=missing: 0.0 if name in missing else 1.0):  # type: ignore[misc]
-                yield what, score(self.model, self.probes)
+            yield what, self.without(missing)
+
+    def without(self, missing: set[str]) -> Tensor:
+        """Where the layers of these names have lost the adapter."""
+        with strengths(self.model, lambda name: 0.0 if name in missing else 1.0):
+            return score(self.model, self.probes)
 
     def coarse(self) -> Tensor | None:
         if not _may_be_copied(self.model):

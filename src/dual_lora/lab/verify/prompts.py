@@ -16,7 +16,7 @@ from dual_lora.lab.model.generate import ends_of, plain_search
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.read import opened
 from dual_lora.lab.recipe.schema import DataSection
-from dual_lora.lab.verify.logprobs import Probe, rows_of, score
+from dual_lora.lab.verify.logprobs import Probe, score
 
 ASKED = 24  # prompts that base and adapter are asked
 DIFFERING, AGREEING = 10, 6  # of which so many are kept
@@ -78,10 +78,14 @@ def choose(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
     """Indices of the probes that are kept: where the two differ most, and where they agree."""
     if len(probes) <= DIFFERING + AGREEING:
         return list(range(len(probes)))
-    rows, apart = rows_of(probes), (tuned - base).abs()
-    means = [float(apart[rows == i].mean()) for i in range(len(probes))]
-    order = sorted(range(len(probes)), key=lambda i: -means[i])
+    order = most_apart(probes, base, tuned)
     return sorted(order[:DIFFERING] + order[-AGREEING:])
+
+
+def most_apart(probes: list[Probe], base: Tensor, tuned: Tensor) -> list[int]:
+    """Indices of the probes by the mean distance of adapter and base on their tokens, the largest first."""
+    apart = (tuned - base).abs().split([len(probe.places) for probe in probes])
+    return sorted(range(len(probes)), key=lambda i: -float(apart[i].mean()))
 
 
 def both(tuned: Tuned, probes: list[Probe]) -> tuple[Tensor, Tensor]:

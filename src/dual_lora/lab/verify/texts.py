@@ -38,14 +38,15 @@ def compare_tokenizers(own: Any, other: Any, texts: Sequence[str], conversations
     """What differs between two tokenizers on these texts and conversations; None if nothing does."""
     for text in texts:
         if own(text, add_special_tokens=False).input_ids != other(text, add_special_tokens=False).input_ids:
-            return Finding(OTHER, f"it makes other tokens of {_short(text)!r}")
+            return Finding(OTHER, f"it makes other tokens of {shortened(text)!r}")
     for conversation in conversations:
         written = [_written(tokenizer, conversation.messages) for tokenizer in (own, other)]
         if written[1] is None:
             return Finding(TEMPLATE, "it has no chat template, and the adapter was trained with one")
         if written[0] != written[1]:
             return Finding(
-                TEMPLATE, f"it writes a conversation as {_short(written[1])!r}, the adapter as {_short(written[0])!r}"
+                TEMPLATE,
+                f"it writes a conversation as {shortened(written[1])!r}, the adapter as {shortened(written[0])!r}",
             )
     return None
 
@@ -82,7 +83,7 @@ def compare_server(
     for text, count in plain.items():
         told = endpoint.text_tokens(text)
         if told is not None and not count <= told <= count + 2:  # with the tokens that begin and end a text
-            return Finding(OTHER, f"it makes {told} tokens of {_short(text)!r}, the adapter's tokenizer {count}"), []
+            return Finding(OTHER, f"it makes {told} tokens of {shortened(text)!r}, the adapter's tokenizer {count}"), []
     asked, otherwise = 0, 0
     whole = [conversation for conversation in conversations if conversation.start]
     for conversation in whole[:CONVERSATIONS]:
@@ -123,5 +124,6 @@ def _written(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> str | None:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more))
 
 
-def _short(text: str | None) -> str:
+def shortened(text: str | None) -> str:
+    """The beginning of a text, for a sentence."""
     return "" if text is None else text if len(text) <= 60 else text[:60] + "…"

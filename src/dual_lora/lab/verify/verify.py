@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.schema import ModelSection
+from dual_lora.lab.recipe.schema import ModelSection, Precision
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.verify import fingerprint as fingerprints
 from dual_lora.lab.verify.diagnose import Finding, Guesses, Known, judge
@@ -21,7 +21,17 @@ from dual_lora.lab.verify.fingerprint import Fingerprint, StoredGuesses
 from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strength_notes
 from dual_lora.lab.verify.logprobs import Probe, base_parameters, score, text_of_token
 from dual_lora.lab.verify.prompts import both, choose, find_probes
-from dual_lora.lab.verify.texts import PLAIN, compare_hashes, compare_server, compare_tokenizers, plain_counts
+from dual_lora.lab.verify.texts import (
+    OTHER,
+    PLAIN,
+    compare_hashes,
+    compare_server,
+    compare_tokenizers,
+    plain_counts,
+    shortened,
+)
+
+PRECISIONS = get_args(Precision)
 
 
 @dataclass
@@ -175,18 +185,21 @@ def _from_fingerprint(saved: Fingerprint) -> Reference:
 def _of_itself(
     source: str, saved: Fingerprint | None, prompts: str | None, base: str | None, dtype: str | None
 ) -> Report:
-    if saved is None or prompts is not None:
-        if saved is not None:  # on prompts it is compared with itself, whatever became of it
-            whole = _of_itself(source, saved, None, base, dtype)
-            if not whole.finding.good:
-                return whole
-        own = _from_model(source, prompts, base, dtype)
-        finding = judge(own.known.tuned, own.known, own.guesses, exact=True)
-        if finding.word == "undecided":
-            finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
-        notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
-        return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
-    tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in ("float32", "bfloat16", "float16") else None))
+    """By its fingerprint; if that agrees and prompts are given, or if there is none, by what it changes of its base."""
+    if saved is not None:
+        report = _loaded_anew(source, saved, base, dtype)
+        if prompts is None or not report.good:
+            return report
+    own = _from_model(source, prompts, base, dtype)
+    finding = judge(own.known.tuned, own.known, own.guesses, exact=True)
+    if finding.word == "undecided":
+        finding = replace(finding, word="off", cause="with the adapter it gives what the base gives without it")
+    notes = [] if saved else ["it has no fingerprint: whether it is the one that was trained was not checked"]
+    return Report(source, "the adapter itself", own.where, finding, notes + strength_notes(own.tuned))
+
+
+def _loaded_anew(source: str, saved: Fingerprint, base: str | None, dtype: str | None) -> Report:
+    tuned = _opened(source, base, dtype or (saved.dtype if saved.dtype in PRECISIONS else None))
     own = _from_fingerprint(saved)
     with tuned.as_variant("tuned") as model:
         found = score(model, own.probes)
@@ -194,9 +207,7 @@ def _of_itself(
     same_base = fingerprints.hash_of_base(tuned.model) == saved.base_sample
     finding = judge(found, own.known, own.guesses, exact, unpacked=exact and same_base)
     notes = strength_notes(tuned)
-    wrong = _words(own, tuned.tokenizer)
-    if finding.good and wrong is not None:
-        finding = replace(finding, word=wrong.word, cause=wrong.cause)
+    finding = _with_words(finding, _words(own, tuned.tokenizer), notes)
     if not finding.good and not same_base:
         finding.cause += f"; the base's weights are not those that it was trained on ({saved.base or 'unnamed'})"
     return Report(source, "the adapter itself, loaded anew", own.where, finding, notes)
@@ -219,11 +230,7 @@ def _of_files(
         found = score(model, _in_vocabulary(own.probes, model, candidate))
     del other, model
     finding = judge(found, own.known, own.guesses, exact, unpacked=unpacked)
-    wrong = _words(own, tokenizer)
-    if finding.good and wrong is not None:
-        finding = replace(finding, word=wrong.word, cause=wrong.cause)
-    elif wrong is not None:
-        notes.append(f"{wrong.word}: {wrong.cause}")
+    finding = _with_words(finding, _words(own, tokenizer), notes)
     if adapter and not finding.good and folder is not None:
         finding.cause = "; ".join([finding.cause, *_config_differences(folder, _adapter_folder(Path(candidate)))])
         if finding.word == "other scale" and any("warm-up" in note for note in notes):
@@ -245,8 +252,21 @@ def _config_differences(one: Path, other: Path | None) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value)
-    return text if len(text) <= 60 else text[:60] + "…"
+    names = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return shortened(json.dumps(sorted(value) if names else value))
+
+
+def _with_words(finding: Finding, wrong: Finding | None, notes: list[str], first: bool = False) -> Finding:
+    """The verdict where the words may be wrong as well: on them if the weights are right, else they are a note.
+
+    first: they count before wrong weights.
+    """
+    if wrong is None:
+        return finding
+    if finding.good or first:
+        return replace(finding, word=wrong.word, cause=wrong.cause)
+    notes.append(f"{wrong.word}: {wrong.cause}")
+    return finding
 
 
 def _words(own: Reference, tokenizer: Any) -> Finding | None:
@@ -272,10 +292,7 @@ def _of_server(source: str, own: Reference, server: Endpoint) -> Report:
         else [f"the server does not echo prompts: {len(answer.kept)} tokens were asked for one by one"]
     )
     wrong, more = compare_server(server, answer, own.texts, own.plain, own.conversations, finding.good)
-    if wrong is not None and (finding.good or wrong.word == "other tokenizer"):
-        finding = replace(finding, word=wrong.word, cause=wrong.cause)
-    elif wrong is not None:
-        notes.append(f"{wrong.word}: {wrong.cause}")
+    finding = _with_words(finding, wrong, notes, first=wrong is not None and wrong.word == OTHER)
     return Report(source, f"{server.model} at {server.url}", own.where, finding, notes + more)
 
 
@@ -294,7 +311,7 @@ def _plain(path: str) -> tuple[Tuned, Any]:
             )
         except (OSError, ValueError) as error:
             raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
-    if dtype not in ("float32", "bfloat16", "float16"):
+    if dtype not in PRECISIONS:
         dtype = "float32"
     loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
     with quiet():
