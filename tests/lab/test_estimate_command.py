@@ -184,6 +184,7 @@ def test_calibration_is_kept_and_used(monkeypatch, tmp_path):
     assert calibrate.seconds_of(options, step, entry) == step.flops / rate + step.worked * weight
     assert narrow == options.config.hidden_size
     assert calibrate.seconds_of(options.with_method("lora"), step, entry) is None
+    assert calibrate.seconds_of(replace(options, quantisation="nf4"), step, entry) is None, "unpacking was not measured"
 
 
 def test_rates_of_an_older_kind_are_measured_again(monkeypatch, tmp_path):

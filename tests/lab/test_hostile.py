@@ -18,7 +18,7 @@ from dual_lora.lab.model.bounds import check_finite_weights
 from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.patterns import Pattern
-from dual_lora.lab.read import parse_yaml, read_object
+from dual_lora.lab.read import parse_yaml, read_json_lines, read_object
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.train import run
@@ -410,3 +410,22 @@ def test_a_run_into_a_link_to_an_empty_folder(lm_values, tmp_path):
 
 def test_exit_status_is_128_and_the_signal():
     assert exit_status(KeyboardInterrupt()) == 130
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ('{"a": ', None),  # still being written
+        ("", None),
+        ('{"a": \n', "line 2 is no JSON"),
+        ("[1]\n", "line 2 holds a JSON list"),
+        ("[" * 10**5 + "\n", "line 2 is no JSON"),
+    ],
+)
+def test_a_row_is_left_out_of_json_lines_only_while_it_is_written(end, said, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n' + end)
+    if said is None:
+        assert read_json_lines(tmp_path / "rows.jsonl") == [{"a": 1}]
+    else:
+        with pytest.raises(ValueError, match=said):
+            read_json_lines(tmp_path / "rows.jsonl")

@@ -68,16 +68,21 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line that is still being written is left out."""
-    lines = lines_of(regular(file).read_text(encoding="utf-8"))
+    """Rows of a JSON-lines file, but for a last one that is still being written. Raises ValueError for other lines."""
+    text = regular(file).read_text(encoding="utf-8")
+    lines = lines_of(text)
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line) if line.strip() else None)
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(f"line {number} is no JSON ({error.msg})") from None
-    return [row for row in rows if isinstance(row, dict)]
+            row = parse_json(line) if line.strip() else {}
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            raise ValueError(f"line {number} is no JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} holds a JSON {type(row).__name__}, expected named values")
+        rows.append(row)
+    return [row for row in rows if row]
 
 
 def read_yaml_text(file: Path) -> str:

@@ -110,12 +110,13 @@ def calibrate(say: Callable[[str], None] | None = None, seconds: float = SECONDS
 
 
 def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float | None:
-    """Seconds of one optimizer step on this machine; None where its method or device was not measured."""
+    """Seconds of one optimizer step on this machine; None where its method or device, or a packed base, was not
+    measured."""
     half = options.autocast != "none" or options.dtype == "float16"
     cost = cost_of(
         known, str(options.method["name"]), "bfloat16" if half else options.dtype, options.config.hidden_size
     )
-    if cost is None or known["on"] != options.on:
+    if cost is None or known["on"] != options.on or options.quantisation != "none":
         return None
     return options.accumulate * cost.seconds(step.flops, step.worked)
 
