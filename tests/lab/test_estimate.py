@@ -16,7 +16,8 @@ from dual_lora.lab.cost.operators import MemoryTracker, inner_bytes, linear, lin
 from dual_lora.lab.cost.options import StepOptions
 from dual_lora.lab.cost.simulate import empty_model, simulate
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.methods import method_config
+from dual_lora.lab.model.methods import method_config, method_fields, method_names
+from dual_lora.lab.verify.logprobs import base_parameters
 
 METHODS = ("dual_lora", "lora", "dora", "full")
 
@@ -341,3 +342,19 @@ def test_model_that_does_not_run_in_a_precision_says_so():
     with pytest.raises(UserError, match=r"deberta-base does not run in bfloat16.*Try --dtype float32"):
         simulate(options)
     assert simulate(replace(options, dtype="float32")).flops > 0
+
+
+def test_what_a_method_adds_is_none_of_the_base_s_parameters():
+    """AdaLoRA's ranknum, CPT's tokens and X-LoRA's frozen adapters have names of their own kinds."""
+    base = {name: p.shape for name, p in empty_model(tiny(method={"name": "full"})).named_parameters()}
+    tried = set()
+    for name in method_names():
+        fields = {"r": 8, "modules_to_save": ["lm_head"]} if name != "cpt" else {}
+        method = {"name": name, **{key: value for key, value in fields.items() if key in method_fields(name)}}
+        try:
+            model = empty_model(tiny(method=method))
+        except UserError:  # it needs settings of its own
+            continue
+        tried.add(name)
+        assert {own: p.shape for own, p in base_parameters(model).items()} == base, name
+    assert tried >= {"adalora", "cpt", "dora", "dual_lora", "ia3", "loha", "lora", "vera", "xlora"}

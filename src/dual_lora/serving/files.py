@@ -47,7 +47,7 @@ def shapes_of(folder: str | Path) -> Shapes:
     except AdapterError:
         raise
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{folder} is damaged or still being written: {str(error).splitlines()[0]}.") from error
+        raise AdapterError(f"{folder} is damaged or still being written: {first_line(error)}.") from error
     try:
         check_numbers({name: kind for name, (kind, _) in held.items()}, str(folder))
     except ValueError as error:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from dual_lora.lab.cost.operators import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of, register_own
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
+from dual_lora.lab.verify.logprobs import base_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -274,7 +275,7 @@ def _sizes(model: Any, blocks: list[nn.Module], trained: Sequence[Tensor]) -> di
         "linear": bytes_of(_packable(model)),
         "worked": _count([*base_layers, *trained]),
         "saved": bytes_of(trained if hasattr(model, "peft_config") else model.parameters()),
-        "base_parameters": _count(_base_parameters(model)),
+        "base_parameters": _count(base_parameters(model).values()),
         "trained_parameters": _count(trained),
     }
 
@@ -287,16 +288,6 @@ def _packable(model: Any) -> Iterable[Tensor]:
         frozen = linear and not module.weight.requires_grad
         if frozen and module is not head and ".modules_to_save." not in name and ".original_module" not in name:
             yield module.weight
-
-
-def _base_parameters(model: nn.Module) -> Iterable[Tensor]:
-    configs: Any = getattr(model, "peft_config", None)
-    if configs is None:
-        return model.parameters()
-    kind = next(iter(configs.values())).peft_type.value.lower() + "_"
-    prefix = getattr(model.base_model, "prefix", kind)  # "hada_" for LoHa, "vera_lambda_" for a part of VeRA's
-    added = (kind, prefix, ".modules_to_save.", ".trainable_tokens_")
-    return [p for n, p in model.named_parameters() if not any(part in n for part in added)]
 
 
 def _count(tensors: Iterable[Tensor]) -> int:

@@ -80,25 +80,14 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     plain = unwrapped(model)
-    added = {
-        id(parameter)
-        for layer in plain.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for name in layer.adapter_layer_names
-        for parameter in _parameters_of(getattr(layer, name, None))
-    }
-    names = {
+    layers: list[Any] = [layer for layer in plain.modules() if isinstance(layer, BaseTunerLayer)]
+    held = (named for layer in layers for named in layer.named_parameters())
+    added = {id(parameter) for name, parameter in held if not name.startswith("base_layer.")}
+    return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
         for name, parameter in plain.named_parameters()
         if id(parameter) not in added and ".modules_to_save." not in name
     }
-    return names
-
-
-def _parameters_of(holder: Any) -> list[Tensor]:
-    if isinstance(holder, nn.Module):
-        return list(holder.parameters())
-    return [holder] if isinstance(holder, Tensor) else []
 
 
 @contextlib.contextmanager
