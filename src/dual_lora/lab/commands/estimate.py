@@ -12,7 +12,7 @@ from rich.table import Table
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.schema import method_in, spelled
+from dual_lora.lab.recipe.schema import spelled
 
 if TYPE_CHECKING:
     from dual_lora.lab.cost.options import StepOptions
@@ -162,7 +162,7 @@ def _chosen(methods: list[str] | None, options: StepOptions) -> list[str]:
     from dual_lora.lab.cost.calibrate import METHODS
     from dual_lora.lab.model.methods import method_names
 
-    own = method_in(options.method)
+    own = options.method["name"]
     if methods is None:
         return [*METHODS] if own in METHODS else [own, *METHODS]
     chosen = [spelled(name) for given in methods for name in given.split(",")]

@@ -33,7 +33,6 @@ from dual_lora.lab.cost.options import Device, StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.schema import spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -123,7 +122,7 @@ def seconds_of(options: StepOptions, step: Step, known: dict[str, Any]) -> float
 
 def cost_of(known: dict[str, Any], method: str, dtype: str, width: float) -> Cost | None:
     """What `calibrate` has measured, at this width; None for a method or precision that it does not measure."""
-    points = known["costs"].get(dtype, {}).get(spelled(method))
+    points = known["costs"].get(dtype, {}).get(method)
     return _at([Cost(*point) for point in points], width) if points else None
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
-from dual_lora.lab.recipe.schema import Precision, method_in, spelled
+from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -40,7 +40,7 @@ STATES = {
 class StepOptions:
     """One training step. length: tokens of a row; logits: positions whose logits are computed (None: all).
 
-    method: as in a recipe, {"name": "dual_lora", "r": 16, ...}. on: the kind of device that the step runs on.
+    method: as a recipe holds it, {"name": "dual_lora", "r": 16, ...}. on: the kind of device that the step runs on.
     """
 
     name: str
@@ -80,28 +80,27 @@ class StepOptions:
     @property
     def rank(self) -> int:
         """The method's total rank, 0 for full fine-tuning."""
-        if (name := method_in(self.method)) == "full":
+        if (name := self.method["name"]) == "full":
             return 0
         both = self.method.get("r1", 0) + self.method.get("r2", 0)
         return int(self.method.get(_rank_field(name)) or both or (12 if name == "adalora" else 8))
 
     def with_rank(self, rank: int) -> StepOptions:
         """The same step at another total rank."""
-        field_name = _rank_field(method_in(self.method))
         kept = {k: v for k, v in self.method.items() if k not in ("r1", "r2")}
-        return replace(self, method=kept | {field_name: rank})
+        return replace(self, method=kept | {_rank_field(self.method["name"]): rank})
 
     def with_method(self, name: str) -> StepOptions:
         """The same step with another method of the same rank on the same modules."""
-        if spelled(name) == method_in(self.method):
+        if name == self.method["name"]:
             return self
         if name == "full":
             return replace(self, method={"name": "full"})
         from dual_lora.lab.model.methods import method_fields
 
-        known = method_fields(spelled(name))
+        known = method_fields(name)
         shared: dict[str, Any] = {k: self.method[k] for k in SHARED if k in self.method and k in known}
-        return replace(self, method={"name": name, _rank_field(spelled(name)): self.rank or 16, **shared})
+        return replace(self, method={"name": name, _rank_field(name): self.rank or 16, **shared})
 
 
 def _rank_field(name: str) -> str:
