@@ -45,7 +45,7 @@ def check(targets: tuple[str, ...] = COMPILED, tell: Callable[[str], None] = lam
         for target in targets:
             tell(f"the kernels compiled for {target} …")
             result["compiled"][target] = _process("compile", target)
-        tried = [*_lines(result["interpreter"]), *(k for found in result["compiled"].values() for k in _lines(found))]
+        tried = [line for found in (result["interpreter"], *result["compiled"].values()) for line in _lines(found)]
     result["right"] = all(launch["right"] for launch in tried) if tried else None
     return result
 

@@ -5,16 +5,9 @@ while somebody waits joins the end of the queue, so that nobody waits for more t
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 
 _NOBODY = object()
-
-
-@dataclass
-class _Group:
-    key: Hashable
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
 class Turns:
@@ -28,7 +21,7 @@ class Turns:
         self._prepare = prepare
         self._now: Hashable = _NOBODY
         self._outdated = False  # while it prepares: what it prepares for has another meaning by now
-        self._queue: list[_Group] = []
+        self._queue: dict[Hashable, list[asyncio.Future[None]]] = {}  # who waits for each key, in the order of turns
         self._preparing: asyncio.Task[None] | None = None
 
     async def enter(self, key: Hashable) -> None:
@@ -36,12 +29,8 @@ class Turns:
         if key == self._now and not self._queue:
             self.running += 1
             return
-        group = next((g for g in self._queue if g.key == key), None)
-        if group is None:
-            group = _Group(key)
-            self._queue.append(group)
         mine = asyncio.get_running_loop().create_future()
-        group.waiting.append(mine)
+        self._queue.setdefault(key, []).append(mine)
         self._go_on()
         try:
             await mine
@@ -63,31 +52,29 @@ class Turns:
 
     def _go_on(self) -> None:
         while self._queue and self._preparing is None:
-            group = self._queue[0]
-            if group.key == self._now or all(one.done() for one in group.waiting):  # done: cancelled
-                self._queue.remove(group)
-                self._admit(group)
+            key, waiting = next(iter(self._queue.items()))
+            if key == self._now or all(one.done() for one in waiting):  # done: cancelled
+                self._admit(self._queue.pop(key))
             elif self.running:
                 return
             else:
-                self._preparing = asyncio.ensure_future(self._prepare_for(group))
+                self._preparing = asyncio.ensure_future(self._prepare_for(key))
 
-    async def _prepare_for(self, group: _Group) -> None:
+    async def _prepare_for(self, key: Hashable) -> None:
         self._now, self._outdated, failed = _NOBODY, False, None
         try:
-            await self._prepare(group.key)
+            await self._prepare(key)
         except Exception as error:
             failed = error
         finally:
             self._preparing = None
         if failed is None and not self._outdated:
-            self._now = group.key
-        self._queue.remove(group)
-        self._admit(group, failed)
+            self._now = key
+        self._admit(self._queue.pop(key), failed)
         self._go_on()
 
-    def _admit(self, group: _Group, failed: Exception | None = None) -> None:
-        for one in group.waiting:
+    def _admit(self, waiting: Iterable[asyncio.Future[None]], failed: Exception | None = None) -> None:
+        for one in waiting:
             if one.done():
                 continue
             if failed is None:

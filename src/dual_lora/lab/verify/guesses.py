@@ -55,12 +55,12 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
     """
     with tuned.as_variant("base") as model:
         base = before[0] if before else score(model, probes)
+        with as_bf16(model):
+            base_rounded = score(model, probes)
     with tuned.as_variant("tuned") as model:
         own = before[1] if before else score(model, probes)
         with as_bf16(model):
             rounded = score(model, probes)
-    with tuned.as_variant("base") as model, as_bf16(model):
-        base_rounded = score(model, probes)
     if not bool(torch.isfinite(base).all() and torch.isfinite(own).all()):
         raise UserError(f"{tuned.source} gives log-probabilities that are no numbers: its weights are damaged.")
     rows = rows_of(probes)
