@@ -383,7 +383,7 @@ def test_a_name_that_is_no_text(call):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
-    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.export import merge
 
     if there:
         (tmp_path / "big-disk").mkdir()

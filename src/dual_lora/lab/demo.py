@@ -149,7 +149,7 @@ def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.export import merge
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate, write_result
     from dual_lora.lab.run.train import run as train
