@@ -276,8 +276,8 @@ def write_mlx(lora: Path, folder: Path) -> None:
     config = json.loads((lora / "adapter_config.json").read_text("utf-8"))
     if config.get("layer_replication"):
         raise UserError(
-            "mlx-lm does not repeat a model's blocks, as this adapter does (layer_replication), and would leave out the "
-            "repeated ones. Merge instead (--to merged), which mlx-lm converts."
+            "mlx-lm does not repeat a model's blocks, as this adapter does (layer_replication), and would leave them "
+            "out. Merge instead (--to merged), which mlx-lm converts."
         )
     factors, keys = {}, set()
     for name, tensor in load_file(lora / "adapter_model.safetensors").items():
