@@ -162,7 +162,7 @@ def test_a_base_in_fp16_without_autocast_trains(lm_values, tmp_path):
 
 
 def test_our_own_searches_end(monkeypatch):
-    from dual_lora.lab.run.extraction import answer_in
+    from dual_lora.lab.run.scoring import answer_in
 
     monkeypatch.setattr("dual_lora.lab.patterns.SECONDS", 0.3)
     with pytest.raises(UserError, match=r"evaluate\.extract: .* takes too long"):

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from dual_lora.lab.cli import main
+from dual_lora.lab.data.batches import mean_loss
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
@@ -19,7 +20,6 @@ from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recip
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import figures, summary
-from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import search_of
 from dual_lora.lab.run.train import run
 

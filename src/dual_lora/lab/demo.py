@@ -134,7 +134,7 @@ def ask(out: Path, request: str) -> str:
     if not request.strip():
         raise UserError('The request is empty: ask for something, as in --ask "Set a timer for 5 minutes for the tea."')
     from dual_lora.lab.data.encode import Prompter
-    from dual_lora.lab.run.scoring import generate_all
+    from dual_lora.lab.model.generate import generate_all
 
     recipe = read_recipe(out / "run")
     tuned = _open_merged(out, recipe)

@@ -109,7 +109,7 @@ def nlg_figures(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     return figures | {"meteor": meteor(words, right, wordnet)}
 
 
-def bleu(texts: Sequence[str], references: Sequence[Sequence[str]], **options: bool) -> float:
+def bleu(texts: Sequence[str], references: Sequence[Sequence[str]], **options: Any) -> float:
     """Corpus BLEU, 0..100. options: those of sacrebleu's `BLEU`."""
     from sacrebleu.metrics import BLEU
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import set_seed
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.batches import Collator, collator, training_order
+from dual_lora.lab.data.batches import Collator, collator, mean_loss, to_device, training_order
 from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -23,7 +23,6 @@ from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.loss import mean_loss
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
@@ -153,8 +152,7 @@ def show_gradients(model: Any, config: Any, ready: InOrder, batch_size: int, col
     def passes() -> None:
         first = [ready.rows[i] for i in ready.order[: GRADIENT_BATCHES * batch_size]]
         for start in range(0, len(first), batch_size):
-            batch = collate(first[start : start + batch_size])
-            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            batch = to_device(model, collate(first[start : start + batch_size]))
             labels = batch.pop("labels")
             mean_loss(model(**batch), labels).backward()
 
