@@ -117,6 +117,17 @@ def test_figures_that_come_from_nan_are_no_score(source, lm_values):
             evaluate(tuned, recipe.data, recipe.evaluate.model_copy(update={"tasks": [task]}), progress=False)
 
 
+@pytest.mark.parametrize("more", [{"tasks": ["exact_match"]}, {"tasks": ["bleu"], "beams": 2, "no_repeat_ngram": 2}])
+def test_texts_that_come_from_nan_are_no_score(more, source, lm_values):
+    """Of logits that are all NaN the first token counts as the likeliest: the score would be a plain 0."""
+    tuned = open_tuned(source)
+    with torch.no_grad():
+        next(tuned.model.parameters()).fill_(math.nan)
+    recipe = build_recipe(lm_values)
+    with pytest.raises(UserError, match=r"computes NaN or infinity where it writes, so it has no score"):
+        evaluate(tuned, recipe.data, recipe.evaluate.model_copy(update=more), progress=False)
+
+
 def test_a_figure_that_does_not_exist_is_null_in_json(capsys):
     from dual_lora.lab.commands.card import finish
 

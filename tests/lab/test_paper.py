@@ -294,6 +294,11 @@ def test_figures_of_others_stand_beside_ours(lm_values, tmp_path, capsys):
     assert "+0.9 over LoRA" in shown
     call("evaluate", tmp_path / "run", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reported"]["paper"]["exact_match"] == 0.93
+    # They are not figures of other records.
+    recipe = tmp_path / "run/recipe.yaml"
+    for other in (["--data.test-limit", "3"], ["--recipe", recipe, "--data.test-limit", "3"]):
+        call("evaluate", tmp_path / "run", *other, "--json")
+        assert "reported" not in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_commands(capsys):

@@ -1,6 +1,7 @@
 """Answer prompts, many at once or one piece by piece; where an answer ends, and what of it is text."""
 
 import contextlib
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.recipe.schema import EvaluateSection
+from dual_lora.lab.run.failures import NotFinite
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
@@ -70,17 +72,19 @@ def generate_all(
     model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
     advance: Callable[[int], None] = lambda _: None, search: dict[str, Any] | None = None,
 ) -> list[str]:  # fmt: skip
-    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
+    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise.
+
+    Raises NotFinite where the likeliest token would be that of NaN or infinity.
+    """
     check_writes(model)
     texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
-    once = search.pop(NO_REPEAT, 0)
+    once, numbers = search.pop(NO_REPEAT, 0), _Numbers()
     for part in longest_first([len(p) for p in prompts], batch_size):
         check_padding(kind_of_unmasked(model), [len(prompts[i]) for i in part])
         batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
         batch.pop("position_ids")  # generate counts positions itself
         width = batch["input_ids"].shape[1]
-        if once:
-            search["logits_processor"] = [_NoRepeat(once, width)]
+        search["logits_processor"] = [numbers, *([_NoRepeat(once, width)] if once else [])]
         with torch.inference_mode(), plain_search(model):
             out = model.generate(
                 **to_device(model, batch),
@@ -92,11 +96,23 @@ def generate_all(
             )
         for i, text in zip(part, texts_of(out[:, width:].tolist(), tokenizer, ends), strict=True):
             texts[i] = text
+        if numbers.bad:
+            raise NotFinite("where it writes")
         advance(len(part))
     return texts
 
 
 NO_REPEAT = "no_repeat_ngram"
+
+
+class _Numbers(LogitsProcessor):
+    """Notes whether a logit was NaN or infinite: the token with it is written like any other, and may be right."""
+
+    bad: Any = False
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.bad = self.bad | ~(scores < math.inf).all()  # stays on the device: nobody waits for it at each token
+        return scores
 
 
 class _NoRepeat(LogitsProcessor):
