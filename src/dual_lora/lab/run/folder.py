@@ -24,8 +24,8 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, warn_of_doubt
-from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.read import read_object
+from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
 
@@ -196,8 +196,7 @@ def not_ours(folder: Path, other: Path) -> str:
 
 def recipe_of_run(out: str | Path) -> Recipe:
     """The recipe that a run folder was made with."""
-    file = run_at(out).recipe
-    return build_recipe(parse_yaml(read_yaml_text(file), str(file)), str(file))
+    return read_recipe(run_at(out).recipe)
 
 
 def same_recipe(recipe: Recipe, folder: RunFolder) -> None:

@@ -159,7 +159,8 @@ def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str
     if card is not None and BEGIN in card.text:
         said = card.data.get("base_model")
         return said if isinstance(said, str) else None
-    return hub_name(recipe.model.path)
+    path = recipe.model.path
+    return path if is_hub_name(path) and not Path(path).exists() else None
 
 
 def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
@@ -250,8 +251,3 @@ def source_name(source: str) -> str:
 def is_hub_name(name: str) -> bool:
     """Whether a hub could have a model of that name."""
     return _HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
-
-
-def hub_name(path: str) -> str | None:
-    """The name of a model on the hub; None for a folder, a file or a package on this machine."""
-    return path if is_hub_name(path) and not Path(path).exists() else None
