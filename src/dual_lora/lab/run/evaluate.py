@@ -215,6 +215,11 @@ def _is_number(value: Any) -> bool:
 def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Task]:
     """The tasks, where none are asked for the usual one. Raises UserError for one that does not fit records or head."""
     encodes = bool(examples[0].text)
+    if odd := next((example for example in examples if bool(example.text) != encodes), None):
+        raise UserError(
+            f"{odd.where} and {examples[0].where} are not of one kind: the one holds a text and a label, the other a "
+            "prompt and an answer, and no task fits both."
+        )
     head: Task = "regression" if tuned.classes == [VALUE] else "classification"
     tasks: list[Task] = asked or [head if encodes else "loss"]
     for task in tasks:
