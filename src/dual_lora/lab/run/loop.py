@@ -116,6 +116,7 @@ def _mixed_precision(recipe: Recipe) -> str:
     asked = recipe.train.autocast
     if not _deepspeed():
         return asked
+    check_precision(recipe)
     # A file of DeepSpeed's own gets the recipe's, and transformers says where it names another one.
     launched = asked if _deepspeed_file() else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     rounds = {"bf16": "bfloat16", "fp16": "float16"}.get(launched)
