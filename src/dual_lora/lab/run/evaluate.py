@@ -162,13 +162,13 @@ def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) ->
 def otherwise(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
     """The settings by which scores are not those of the recipe; its tasks and its split are free."""
     free = {"tasks", "split", "base", "batch_size"}
-    pairs = {
-        f"{part}.{name}": (getattr(ours, name), getattr(theirs, name))
-        for part, ours, theirs in (("data", data, recipe.data), ("evaluate", spec, recipe.evaluate))
-        for name in type(ours).model_fields
-        if part == "data" or name not in free
+    parts = ("data", data, recipe.data), ("evaluate", spec, recipe.evaluate)
+    return {
+        f"{part}.{name}": value
+        for part, ours, theirs in parts
+        for name, value in ours
+        if name not in free and value != getattr(theirs, name)
     }
-    return {name: ours for name, (ours, theirs) in pairs.items() if ours != theirs}
 
 
 def _asked_otherwise(tuned: Tuned) -> dict[str, str]:
