@@ -64,7 +64,7 @@ Every command has `--help`. `--json` ends a command with one line of JSON, `--de
 
 def pages() -> dict[str, str]:
     """Name under docs/reference → its text."""
-    from dual_lora.lab.commands.schema import json_schema
+    from dual_lora.lab.commands.recipes import json_schema
     from dual_lora.lab.recipe.schema import Recipe
     from dual_lora.lab.study.study import Study
 

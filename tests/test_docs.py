@@ -317,7 +317,7 @@ def test_a_recording_loses_its_paths_and_keeps_its_columns():
 
 @pytest.mark.parametrize("kind", ["recipe", "study"])
 def test_editors_accept_what_is_shipped_and_nothing_else(kind):
-    from dual_lora.lab.commands.schema import json_schema
+    from dual_lora.lab.commands.recipes import json_schema
     from dual_lora.lab.recipe.read import FAMILIES, shipped_recipes
     from dual_lora.lab.study.read import shipped_studies
 

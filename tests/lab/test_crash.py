@@ -19,8 +19,7 @@ import yaml
 from crash_disk import Disk
 from transformers import TrainerCallback
 
-from dual_lora.lab.model.export import export_lora
-from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.export import export_lora, merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.report.report import report
 from dual_lora.lab.run.folder import OWN, RunFolder, files_in

@@ -236,6 +236,15 @@ def test_mlx_has_no_place_for_a_head(tmp_path):
         write_mlx(tmp_path / "lora", tmp_path)
 
 
+def test_mlx_repeats_no_blocks(tmp_path):
+    """It takes a file's factors as far as it has their layers, and says nothing of the others."""
+    name = "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.ones(2, 4)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "layer_replication": [[0, 2], [0, 2]]}')
+    with pytest.raises(UserError, match=r"layer_replication.*--to merged"):
+        write_mlx(tmp_path, tmp_path)
+
+
 def test_smaller_types_are_made_by_llama_cpps_quantiser(trained, tmp_path, converter):
     source, out = trained("dual_lora"), tmp_path / "model.gguf"
     with pytest.raises(UserError, match=r"llama-quantize was not found.*--outtype q8_0"):

@@ -3,7 +3,7 @@
 import pytest
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.extraction import LABELS, answer_in
+from dual_lora.lab.run.scoring import LABELS, answer_in
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import yaml
 from dual_lora.lab import demo
 from dual_lora.lab.analysis.analyze import analyze
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import export_lora
-from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.export import export_lora, merge
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import OWN, RunFolder, files_in

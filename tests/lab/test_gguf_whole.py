@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.gguf_whole import check_whole
-from dual_lora.lab.model.load import load_model
+from dual_lora.lab.model.load import check_whole, load_model
 from dual_lora.lab.recipe.schema import ModelSection
 
 gguf = pytest.importorskip("gguf")

@@ -19,7 +19,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge import metamath
 from dual_lora.lab.judge.peft_suite import read_peft
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
-from dual_lora.lab.run.extraction import answer_in
+from dual_lora.lab.run.scoring import answer_in
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Job, fingerprint

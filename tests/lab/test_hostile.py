@@ -117,6 +117,17 @@ def test_figures_that_come_from_nan_are_no_score(source, lm_values):
             evaluate(tuned, recipe.data, recipe.evaluate.model_copy(update={"tasks": [task]}), progress=False)
 
 
+@pytest.mark.parametrize("more", [{"tasks": ["exact_match"]}, {"tasks": ["bleu"], "beams": 2, "no_repeat_ngram": 2}])
+def test_texts_that_come_from_nan_are_no_score(more, source, lm_values):
+    """Of logits that are all NaN the first token counts as the likeliest: the score would be a plain 0."""
+    tuned = open_tuned(source)
+    with torch.no_grad():
+        next(tuned.model.parameters()).fill_(math.nan)
+    recipe = build_recipe(lm_values)
+    with pytest.raises(UserError, match=r"computes NaN or infinity where it writes, so it has no score"):
+        evaluate(tuned, recipe.data, recipe.evaluate.model_copy(update=more), progress=False)
+
+
 def test_a_figure_that_does_not_exist_is_null_in_json(capsys):
     from dual_lora.lab.commands.card import finish
 
@@ -162,7 +173,7 @@ def test_a_base_in_fp16_without_autocast_trains(lm_values, tmp_path):
 
 
 def test_our_own_searches_end(monkeypatch):
-    from dual_lora.lab.run.extraction import answer_in
+    from dual_lora.lab.run.scoring import answer_in
 
     monkeypatch.setattr("dual_lora.lab.patterns.SECONDS", 0.3)
     with pytest.raises(UserError, match=r"evaluate\.extract: .* takes too long"):
@@ -383,7 +394,7 @@ def test_a_name_that_is_no_text(call):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_an_output_that_is_a_link_is_followed(there, source, tmp_path):
-    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.export import merge
 
     if there:
         (tmp_path / "big-disk").mkdir()

@@ -298,10 +298,12 @@ def test_push_leaves_class_names_as_they_are():
         "model": {"path": "/m"},
         "train": {},
         "data": {"train": "/d/x.tsv"},
+        "evaluate": {"forgetting": "/d/other.txt"},
     }
     note = _clean_note({"recipe": recipe, "classes": ["/m/01g317", "/m/04bcr3"]}, "org/tiny")
     assert note["classes"] == ["/m/01g317", "/m/04bcr3"]
     assert note["recipe"]["data"]["train"] == "x.tsv"
+    assert note["recipe"]["evaluate"]["forgetting"] == "other.txt"
     assert recipe["model"]["path"] == "/m"
 
 

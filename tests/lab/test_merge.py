@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run

@@ -19,8 +19,8 @@ from dual_lora.lab.data.batches import collator
 from dual_lora.lab.data.encode import encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
-from dual_lora.lab.model.merge import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -108,7 +108,7 @@ print(json.dumps(model(ids).logits[0, -1].tolist()))
 @pytest.mark.model
 @needs_smollm2
 def test_gguf_in_a_package_is_trained_merged_and_read_without_us(tmp_path):
-    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.export import merge
     from dual_lora.lab.run.train import run
 
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "The sky", "answer": "is blue"}) + "\n")

@@ -10,7 +10,7 @@ pytest.importorskip("rouge_score")
 sacrebleu = pytest.importorskip("sacrebleu")
 
 from dual_lora.lab.errors import UserError  # noqa: E402
-from dual_lora.lab.run import nlg  # noqa: E402
+from dual_lora.lab.run import figures as nlg  # noqa: E402
 
 
 def words(*texts):

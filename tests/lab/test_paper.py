@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from dual_lora.lab.cli import main
+from dual_lora.lab.data.batches import mean_loss
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
@@ -19,7 +20,6 @@ from dual_lora.lab.recipe.read import build_recipe, identity, read_recipe, recip
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.figures import figures, summary
-from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import search_of
 from dual_lora.lab.run.train import run
 
@@ -294,6 +294,11 @@ def test_figures_of_others_stand_beside_ours(lm_values, tmp_path, capsys):
     assert "+0.9 over LoRA" in shown
     call("evaluate", tmp_path / "run", "--json")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["reported"]["paper"]["exact_match"] == 0.93
+    # They are not figures of other records.
+    recipe = tmp_path / "run/recipe.yaml"
+    for other in (["--data.test-limit", "3"], ["--recipe", recipe, "--data.test-limit", "3"]):
+        call("evaluate", tmp_path / "run", *other, "--json")
+        assert "reported" not in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_commands(capsys):

@@ -13,7 +13,7 @@ from tiny_study import write_study
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model import precision
-from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe, shipped_recipes
 from dual_lora.lab.run.folder import recipe_of_run

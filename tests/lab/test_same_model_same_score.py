@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dual_lora.lab.analysis.analyze import analyze
-from dual_lora.lab.data.batches import collator, kind_of_unmasked
+from dual_lora.lab.data.batches import collator, kind_of_unmasked, mean_loss
 from dual_lora.lab.data.encode import Encoded, Prompter
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -31,7 +31,6 @@ from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import recipe_of_run
-from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.scoring import Asked, generate_all, score_exact_match, score_loss
 from dual_lora.lab.run.train import run
 from dual_lora.lab.verify import logprobs

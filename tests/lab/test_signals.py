@@ -90,7 +90,7 @@ def wait_for(there, process, seconds=400):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_any_command_ends_with_the_status_of_the_signal(number, call, monkeypatch):
-    monkeypatch.setattr("dual_lora.lab.model.merge.merge", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr("dual_lora.lab.model.export.merge", lambda *_, **__: os.kill(os.getpid(), number))
     code, _, err = call("merge", "it", "there")
     assert code == 128 + number
     assert "Interrupted" in err

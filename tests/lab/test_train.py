@@ -680,3 +680,23 @@ def test_rows_beyond_the_model_s_positions_are_said(lm_values, tmp_path):
     lm_values["train"] |= {"steps": 1}
     with pytest.warns(UserWarning, match=rf"the model knows {longest} positions: set data.max_length to {longest}"):
         run(build_recipe(lm_values), tmp_path / "run", progress=False)
+
+
+def test_records_of_another_kind_are_no_empty_rows(lm_values, tiny_lm, tmp_path):
+    """Sources that are joined have each its own format."""
+    from dual_lora.lab.model.opened import open_tuned
+
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"text": "the sea", "label": "1"}\n')
+    joined = f"{lm_values['data']['train']} + {odd}"
+    own = lm_values["data"] | {"validation": lm_values["data"]["test"]}
+    lm_values["train"]["validate_every"] = 2
+    for data in ({"train": joined}, {"validation": joined}):
+        lm_values["data"] = own | data
+        with pytest.raises(UserError, match=r"odd.jsonl, line 1: the record has a text and a label"):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    recipe = build_recipe({**lm_values, "data": own | {"test": joined}})
+    for task in ("loss", "exact_match"):
+        spec = recipe.evaluate.model_copy(update={"tasks": [task]})
+        with pytest.raises(UserError, match=r"odd.jsonl, line 1 and .*train.json, record 1 are not of one kind"):
+            evaluate(open_tuned(tiny_lm), recipe.data, spec, progress=False)

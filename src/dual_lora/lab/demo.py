@@ -134,7 +134,7 @@ def ask(out: Path, request: str) -> str:
     if not request.strip():
         raise UserError('The request is empty: ask for something, as in --ask "Set a timer for 5 minutes for the tea."')
     from dual_lora.lab.data.encode import Prompter
-    from dual_lora.lab.run.scoring import generate_all
+    from dual_lora.lab.model.generate import generate_all
 
     recipe = read_recipe(out / "run")
     tuned = _open_merged(out, recipe)
@@ -149,7 +149,7 @@ def _recipe(out: Path, seed: int, overrides: dict[str, Any]) -> Recipe:
 
 def _make(out: Path, seed: int, recipe: Recipe, progress: bool) -> DemoResult:
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.merge import merge
+    from dual_lora.lab.model.export import merge
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate, write_result
     from dual_lora.lab.run.train import run as train

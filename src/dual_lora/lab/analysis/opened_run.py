@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
-from dual_lora.lab.data.batches import collator
+from dual_lora.lab.data.batches import collator, mean_loss
 from dual_lora.lab.data.encode import IGNORED, print_of_rows
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -23,7 +23,6 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import mean_losses
 from dual_lora.lab.run.folder import RunFolder, made_of_the_same, recipe_of_run, run_at
-from dual_lora.lab.run.loss import mean_loss
 from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
 from dual_lora.method.layer import DualLoraLayer
 

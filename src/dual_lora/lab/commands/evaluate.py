@@ -37,7 +37,7 @@ def evaluate(
     """
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate as run_evaluation
-    from dual_lora.lab.run.evaluate import write_result
+    from dual_lora.lab.run.evaluate import otherwise, write_result
 
     # A wrong value or recipe shows before the model is loaded.
     overrides = flag_values(given)
@@ -49,7 +49,7 @@ def evaluate(
     values = merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)
     data, spec = DataSection.model_validate(values["data"]), EvaluateSection.model_validate(values["evaluate"])
     result = run_evaluation(tuned, data, spec)
-    if recipe and ground and ground.origin:
+    if recipe and ground and ground.origin and not otherwise(ground, data, spec):
         result.reported = ground.origin.reported
     if out is not None:
         write_result(result, out)

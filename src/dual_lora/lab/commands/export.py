@@ -1,7 +1,8 @@
-"""dual-lora export"""
+"""dual-lora merge, dual-lora export"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
@@ -12,10 +13,37 @@ from cyclopts import Parameter
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Base, Dtype, Json
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import Precision
 
 if TYPE_CHECKING:
     from dual_lora.lab.model.export import Exported
     from dual_lora.lab.model.gguf import GgufResult
+
+
+def merge(
+    source: Annotated[str, Parameter(help="Run folder or adapter folder.")],
+    out: Annotated[Path, Parameter(help="Folder to write; it must be empty or not exist.")],
+    *,
+    base: Base = None,
+    dtype: Annotated[
+        Precision | None, Parameter(help="Precision of the merged weights. [default: the run's, else float32]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base and write a plain model folder, which loads without this package.
+
+    Example: `dual-lora merge runs/boolq-smollm2 merged --dtype bfloat16`
+    """
+    from dual_lora.lab.model.export import merge as run_merge
+
+    result = run_merge(source, out, base=base, dtype=dtype)
+    facts = {
+        "folder": result.folder,
+        "weights": f"{size(result.bytes)}, {result.dtype}",
+        "load": f"{result.loads}.from_pretrained({result.folder!r})",
+    }
+    finish(vars(result), facts_card("merged", facts), json)
+
 
 Target = Literal["merged", "gguf", "gguf-lora", "mlx-lora", "lora", "dual-lora"]
 TARGETS = (
@@ -54,43 +82,32 @@ def export(
 
     A LoRA holds a part of the update: every layer's loss is shown, and what it does to the loss on your records.
     """
-    given = {"rank": rank, "energy": energy, "data": data, "limit": limit}
-    given |= {"outtype": outtype, "quantize": quantize, "converter": converter}
-    for name, value in given.items():
-        if value is not None and name not in OPTIONS[to]:
+    options: dict[str, Any] = {"rank": rank, "energy": energy, "data": data, "limit": limit}
+    options |= {"outtype": outtype, "quantize": quantize, "converter": converter}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
+        if name not in OPTIONS[to]:
             raise UserError(f"--{name} has no meaning for --to {to}.")
-    shared: dict[str, Any] = {"base": base, "dtype": dtype}
-    keep: Any = rank if energy is None else float(energy)
+    if "energy" in OPTIONS[to] and (rank is None) == (energy is None):
+        raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
+    options |= {"base": base, "dtype": dtype}
     if to == "merged":
-        from dual_lora.lab.commands.merge import merge
+        return merge(source, out, json=json, **options)
+    from dual_lora.lab.model import export as adapters
+    from dual_lora.lab.model import gguf
 
-        merge(source, out, json=json, **shared)
-    elif to == "gguf":
-        from dual_lora.lab.model.gguf import export_gguf
-
-        made = {"outtype": outtype or "auto", "quantize": quantize, "converter": converter}
-        result = export_gguf(source, out, **made, **shared)  # type: ignore[arg-type]
-        finish(asdict(result), _gguf_card(result), json)
-    else:
-        from dual_lora.lab.model.export import export_dual_lora, export_lora
-
-        shared |= {"data": data, "limit": 200 if limit is None else limit}
-        if to == "dual-lora":
-            exported = export_dual_lora(source, out, rank, **shared)
-        elif (rank is None) == (energy is None):
-            raise UserError("Say how much of the update to keep: --rank 64 for every layer, or --energy 0.9.")
-        elif to == "gguf-lora":
-            from dual_lora.lab.model.gguf import export_gguf_lora
-
-            shared |= {"outtype": outtype or "f32", "converter": converter}
-            exported = export_gguf_lora(source, out, keep, **shared)
-        elif to == "mlx-lora":
-            from dual_lora.lab.model.export import export_mlx_lora
-
-            exported = export_mlx_lora(source, out, keep, **shared)
-        else:
-            exported = export_lora(source, out, keep, **shared)
-        finish(asdict(exported), _card(exported), json)
+    if to == "gguf":
+        result = gguf.export_gguf(source, out, **options)
+        return finish(asdict(result), _gguf_card(result), json)
+    convert: dict[str, Callable[..., Exported]] = {
+        "lora": adapters.export_lora,
+        "gguf-lora": gguf.export_gguf_lora,
+        "mlx-lora": adapters.export_mlx_lora,
+        "dual-lora": adapters.export_dual_lora,
+    }
+    keep = options.pop("rank", None) if energy is None else float(options.pop("energy"))
+    exported = convert[to](source, out, keep, **options)
+    finish(asdict(exported), _card(exported), json)
 
 
 def _gguf_card(result: GgufResult) -> Any:

@@ -1,8 +1,8 @@
-"""dual-lora recipes"""
+"""dual-lora recipes, dual-lora schema"""
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -11,7 +11,8 @@ from dual_lora.lab.commands.parameters import PLAIN_FLAGS, Json
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run.write import json_text, write_atomically
 
 app = App(
     name="recipes",
@@ -114,3 +115,31 @@ def check(
     }
     result = {"layers": found.layers, "trainable": found.trainable, "all": found.all_parameters, "memory": memory}
     finish(result, facts_card(recipe.name, facts), json)
+
+
+def schema(
+    kind: Annotated[Literal["recipe", "study"], Parameter(help="The file that the schema is for.")],
+) -> None:
+    """Print the JSON Schema of a recipe or a study: an editor completes and checks such YAML files by it.
+
+    Example: `dual-lora schema recipe > recipe.schema.json`
+
+    Then, as the first line of your file: `# yaml-language-server: $schema=recipe.schema.json`
+    """
+    print(json_text(json_schema(kind), indent=1))
+
+
+def json_schema(kind: Literal["recipe", "study"]) -> dict[str, Any]:
+    """The schema of the fields as they may be written, their short forms included."""
+    if kind == "recipe":
+        found = Recipe.model_json_schema()
+    else:
+        from dual_lora.lab.study.study import Study
+
+        found = Study.model_json_schema()
+        # What `extends` names gives the fields that are left out here.
+        text = "Another study, a shipped one or a file in the same folder: its fields hold where this one is silent."
+        found["properties"] = {"extends": {"type": "string", "description": text}, **found["properties"]}
+        found["required"] = ["name"]
+        found["anyOf"] = [{"required": ["extends"]}, {"required": ["tasks", "methods"]}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}

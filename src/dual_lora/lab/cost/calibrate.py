@@ -238,8 +238,8 @@ def training_step(options: StepOptions, device: str) -> Callable[[], None]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from dual_lora.lab.data.batches import mean_loss
     from dual_lora.lab.model.methods import method_config
-    from dual_lora.lab.run.loss import mean_loss
 
     torch.manual_seed(0)
     with torch.device(device):

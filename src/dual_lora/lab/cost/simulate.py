@@ -175,7 +175,7 @@ def _run(options: StepOptions, model: Any) -> Step:
 
 
 def _step(options: StepOptions, model: Any, batch: dict[str, Tensor], tracker: MemoryTracker) -> Bytes:
-    from dual_lora.lab.run.loss import mean_loss
+    from dual_lora.lab.data.batches import mean_loss
 
     labels = batch.pop("labels")
     cast = (

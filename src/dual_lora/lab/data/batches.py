@@ -1,8 +1,13 @@
-"""Batches padded to their longest row, in an order that depends on the seed and nothing else."""
+"""Batches padded to their longest row, in an order that depends on the seed and nothing else; the loss of one."""
 
+import inspect
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, mse_loss
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import IGNORED, Encoded
@@ -67,19 +72,11 @@ class Collator:
     unmasked: str = ""
 
     def __call__(self, rows: list[Encoded]) -> dict[str, Any]:
-        import torch
-
-        width = max(len(row.input_ids) for row in rows)
         check_padding(self.unmasked, [len(row.input_ids) for row in rows])
         left = self.on_the_left if self.classification else not self.on_the_right
-
-        def padded(values: list[list[int]], pad: int) -> torch.Tensor:
-            gaps = [[pad] * (width - len(row)) for row in values]
-            return torch.tensor([gap + row if left else row + gap for row, gap in zip(values, gaps, strict=True)])
-
         batch: dict[str, Any] = {
-            "input_ids": padded([row.input_ids for row in rows], self.pad),
-            "attention_mask": padded([[1] * len(row.input_ids) for row in rows], 0),
+            "input_ids": _padded([row.input_ids for row in rows], self.pad, left),
+            "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], 0, left),
         }
         if self.classification:
             batch["labels"] = torch.tensor([row.labels[0] for row in rows])
@@ -87,31 +84,77 @@ class Collator:
                 batch["labels"][batch["labels"] == IGNORED] = IGNORED - 1e-5
             if any(row.token_types for row in rows):
                 types = [row.token_types or [0] * len(row.input_ids) for row in rows]
-                batch["token_type_ids"] = padded(types, self.type_pad)
+                batch["token_type_ids"] = _padded(types, self.type_pad, left)
         else:
-            batch["labels"] = padded([row.labels for row in rows], IGNORED)  # type: ignore[misc]
+            batch["labels"] = _padded([row.labels for row in rows], IGNORED, left)  # type: ignore[misc]
             if left:
                 batch["position_ids"] = _positions(batch["attention_mask"])
                 # The logits at a position tell the next token: one position more than there are labels.
-                batch["logits_to_keep"] = min(width, max(row.label_tail for row in rows) + 1)
+                batch["logits_to_keep"] = min(batch["labels"].shape[1], max(row.label_tail for row in rows) + 1)
         return {k: v for k, v in batch.items() if k in _ALWAYS or k in self.accepts}
-
-
-def _positions(mask: Any) -> Any:
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 _ALWAYS = {"input_ids", "attention_mask", "labels"}
 
 
-def left_padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
+def left_padded(rows: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and position_ids [rows, longest] with padding on the left."""
-    import torch
+    mask = _padded([[1] * len(row) for row in rows], 0)
+    return {"input_ids": _padded(rows, pad), "attention_mask": mask, "position_ids": _positions(mask)}
 
+
+def _padded(rows: list[list[int]], pad: int, left: bool = True) -> torch.Tensor:
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": _positions(mask)}
+    gaps = [[pad] * (width - len(row)) for row in rows]
+    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def longest_first(lengths: list[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of rows of like length, the longest first: too little memory then shows at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def to_device(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch where the model is."""
+    return {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def aligned(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [rows, positions, vocabulary] and the labels [rows, positions] that they tell: each the next token.
+
+    logits: of all positions of `labels` or of the last ones, perhaps with virtual tokens before them.
+    """
+    logits = logits[:, -labels.shape[1] :]
+    return logits[:, :-1], labels[:, labels.shape[1] - logits.shape[1] + 1 :]
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, count: Any = None, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed cross-entropy of the labels that count, divided by ``count`` or by their number; of values the squared
+    error. A value of NaN is no label.
+
+    smoothing: share of each target that is spread evenly over the vocabulary.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+    if labels.is_floating_point():
+        known = ~labels.isnan()
+        total = mse_loss(logits.flatten().float()[known], labels[known], reduction="sum")
+        return total / (count if count is not None else known.sum())
+    if labels.dim() == 2:
+        logits, labels = aligned(logits, labels)
+    total = cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=smoothing,
+    )
+    return total / (count if count is not None else (labels != IGNORED).sum())
 
 
 _KNOWN = {"position_ids", "logits_to_keep", "cache", "token_type_ids"}
@@ -160,8 +203,6 @@ def unwrapped(model: Any) -> Any:
 
 def accepted_arguments(model: Any) -> frozenset[str]:
     """Which of our arguments the base model's forward takes (`cache` is what older ones call `past_key_values`)."""
-    import inspect
-
     return frozenset(inspect.signature(unwrapped(model).forward).parameters) & _KNOWN
 
 

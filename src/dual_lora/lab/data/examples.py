@@ -81,7 +81,7 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
         free = {o for o, t in data.fields.items() if o in _FREE and any(t in r.values for r in records)}
         renamed = [{o: r.values.get(t) if o in free else _field(r, t) for o, t in data.fields.items()} for r in records]
         records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
-    form = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
+    form, _ = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]
     if data.answers == "text":
         examples = [in_words(example) for example in examples]
@@ -180,21 +180,13 @@ def _list(record: Record, name: str) -> list[Any]:
 
 
 _FREE = {"input", "tools", "choices"}  # fields that a record need not have
-_FIELDS = {
-    "chat": {"messages"},
-    "instruction": {"instruction", "output"},
-    "prompt": {"prompt", "answer"},
-    "text": {"text", "label"},
-    "facts": {"line"},
-}
 
 
 def _guess(record: Record, named: Container[str]) -> str:
     """The format of a record: one of which a field was named in data.fields, before any other that fits."""
-    fitting = [form for form, keys in _FIELDS.items() if keys <= set(record.values)]
-    fitting.sort(key=lambda form: not any(key in named for key in _FIELDS[form]))
+    fitting = [form for form, (_, keys) in _FORMATS.items() if keys <= set(record.values)]
     if fitting:
-        return fitting[0]
+        return min(fitting, key=lambda form: not any(key in named for key in _FORMATS[form][1]))
     raise UserError(
         f"{record.where}: fields {', '.join(map(str, record.values))} fit no format; expected messages, or "
         "instruction and output, or prompt and answer, or text and label. Map names with data.fields: {text: sentence}."
@@ -327,10 +319,11 @@ def _labelled_text(record: Record) -> Example:
     return Example(record.where, text=tuple(texts), label=label)
 
 
-_FORMATS: dict[str, Callable[[Record], Example]] = {
-    "chat": _chat,
-    "instruction": _instruction,
-    "prompt": _prompt,
-    "facts": _facts,
-    "text": _labelled_text,
+# Of each format what makes an example of a record, and the fields by which it is known.
+_FORMATS: dict[str, tuple[Callable[[Record], Example], set[str]]] = {
+    "chat": (_chat, {"messages"}),
+    "instruction": (_instruction, {"instruction", "output"}),
+    "prompt": (_prompt, {"prompt", "answer"}),
+    "text": (_labelled_text, {"text", "label"}),
+    "facts": (_facts, {"line"}),
 }

@@ -1,7 +1,7 @@
-"""Convert an adapter to LoRA (PEFT's or mlx-lm's), or a LoRA to a Dual LoRA start; say what that loses on records.
+"""Merge an adapter into its base; convert it to LoRA (PEFT's or mlx-lm's), or a LoRA to a Dual LoRA start.
 
-A conversion is written as an adapter folder that PEFT loads, with conversion.json next to it: every layer's figures,
-the losses and the verdict.
+A conversion says what it loses on records. It is written as an adapter folder that PEFT loads, with conversion.json
+next to it: every layer's figures, the losses and the verdict.
 """
 
 import json
@@ -29,6 +29,52 @@ KEEPS, LOSES_SOME = 0.95, 0.8
 
 
 @dataclass
+class MergeResult:
+    """Where the merged model lies, its size in bytes, its precision, and the class of transformers that loads it."""
+
+    folder: str
+    bytes: int
+    dtype: str
+    loads: str
+
+
+def merge(
+    source: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None, listed: bool = False
+) -> MergeResult:
+    """Write the merged model of a run or adapter folder to ``out``, with its tokenizer.
+
+    The folder is a plain transformers model: it loads without this package. listed: with a list of its files (see
+    `mark_whole`). Raises UserError if ``out`` holds anything, ``source`` holds no adapter, or its base cannot be saved.
+    """
+    target = free_folder(out)
+    tuned = open_tuned(source, base, dtype)
+    if not tuned.adapted and tuned.run is None:
+        raise UserError(f"{source} holds no adapter to merge.")
+    with quiet():
+        model = tuned.model.merge_and_unload(safe_merge=True) if tuned.adapted else tuned.model
+        if tuned.classes:
+            model.config.id2label = dict(enumerate(tuned.classes))
+            model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
+
+        def write(folder: Path) -> None:
+            try:
+                model.save_pretrained(str(folder))
+            except NotImplementedError as error:  # bitsandbytes' 4 bits, of transformers 5.24
+                raise UserError(
+                    "The base is stored quantised, and transformers cannot save what was merged into it. Give --base "
+                    "with the model that it was quantised from, and quantise the result."
+                ) from error
+            tuned.tokenizer.save_pretrained(str(folder))
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_folder_atomically(target, write, listed)
+    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    classifies = "SequenceClassification" in type(model).__name__
+    loads = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."), loads)
+
+
+@dataclass
 class Exported:
     """A converted adapter, what each layer lost, and what that means."""
 
@@ -43,47 +89,24 @@ class Exported:
     advice: str
 
 
-def export_lora(
-    source: str | Path,
-    out: str | Path,
-    rank: int | float,
-    *,
-    base: str | None = None,
-    dtype: str | None = None,
-    data: str | None = None,
-    limit: int = 200,
-    progress: bool = True,
-    opened: Tuned | None = None,
-) -> Exported:
+def export_lora(source: str | Path, out: str | Path, rank: int | float, **options: Any) -> Exported:
     """Write the LoRA adapter nearest to a Dual LoRA run or adapter, of a fixed rank (int) or share of energy (float).
 
-    data: file of records on which the loss is measured before and after; left out: the run's own test records. limit:
-    at most so many of them, 0 for no measurement. opened: the source, where the caller has it open already. Raises
-    UserError for what cannot be converted.
+    options: those of `exported`.
     """
     from dual_lora.method.conversion import convert_to_lora
 
-    return _exported(source, out, convert_to_lora, rank, base, dtype, data, limit, progress, opened)
+    return exported(source, out, "lora", convert_to_lora, rank, **options)
 
 
-def export_dual_lora(
-    source: str | Path,
-    out: str | Path,
-    r1: int | None = None,
-    *,
-    base: str | None = None,
-    dtype: str | None = None,
-    data: str | None = None,
-    limit: int = 200,
-    progress: bool = True,
-) -> Exported:
-    """Write a Dual LoRA adapter that starts near a LoRA run or adapter; the arguments are those of `export_lora`.
+def export_dual_lora(source: str | Path, out: str | Path, r1: int | None = None, **options: Any) -> Exported:
+    """Write a Dual LoRA adapter that starts near a LoRA run or adapter.
 
-    r1: rank of the magnitude; left out: LoRA's rank.
+    r1: rank of the magnitude; left out: LoRA's rank. options: those of `exported`.
     """
     from dual_lora.method.from_lora import convert_to_dual_lora
 
-    return _exported(source, out, convert_to_dual_lora, r1, base, dtype, data, limit, progress)
+    return exported(source, out, "dual-lora", convert_to_dual_lora, r1, **options)
 
 
 def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0) -> tuple[str, str]:
@@ -125,27 +148,33 @@ def in_words(method: str, loss: dict[str, float], lost: float, size: float = 0.0
     return verdict, ""
 
 
-def _exported(
+def exported(
     source: str | Path,
     out: str | Path,
+    method: str,
     convert: Callable[..., Any],
-    rank: Any,
-    base: str | None,
-    dtype: str | None,
-    data: str | None,
-    limit: int,
-    progress: bool,
+    rank: int | float | None,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    limit: int = 200,
+    progress: bool = True,
     opened: Tuned | None = None,
 ) -> Exported:
-    """Convert, and write the folder whole, with what the conversion has lost."""
+    """Convert an adapter, and write the folder whole, with what the conversion has lost.
+
+    data: file of records on which the loss is measured before and after; left out: the run's own test records. limit:
+    at most so many of them, 0 for no measurement. opened: the source, where the caller has it open already. Raises
+    UserError for what cannot be converted.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.linalg import LinAlgError
 
-    from dual_lora.method.conversion import convert_to_lora, write_adapter
+    from dual_lora.method.conversion import write_adapter
 
     target = free_folder(out)
     tuned = opened or open_tuned(source, base, dtype)
-    method = "lora" if convert is convert_to_lora else "dual-lora"
     _check_kind(tuned, source, "DUAL_LORA" if method == "lora" else "LORA")
     records = _records(tuned, data, limit)
     count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
@@ -177,13 +206,12 @@ def _exported(
 
 def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], progress: bool) -> dict[str, float]:
     """Mean loss of the base, of the adapter and of what was written."""
-    data = _data(tuned)
-    spec = EvaluateSection(batch_size=(tuned.recipe.evaluate if tuned.recipe else EvaluateSection()).batch_size)
+    spec = EvaluateSection(batch_size=tuned.recipe.evaluate.batch_size) if tuned.recipe else EvaluateSection()
     unfiled = replace(tuned, run=None)  # `evaluate` files its result in the folder of a run
-    before = mean_losses(unfiled, data, records, ["base", "tuned"], spec, progress)
+    before = mean_losses(unfiled, _data(tuned), records, ["base", "tuned"], spec, progress)
     with quiet():
         converted = written()
-    after = mean_losses(converted, data, records, ["tuned"], spec, progress)
+    after = mean_losses(converted, _data(tuned), records, ["tuned"], spec, progress)
     return {"base": before["base"], "adapter": before["tuned"], "converted": after["tuned"]}
 
 
@@ -246,6 +274,11 @@ def write_mlx(lora: Path, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     config = json.loads((lora / "adapter_config.json").read_text("utf-8"))
+    if config.get("layer_replication"):
+        raise UserError(
+            "mlx-lm does not repeat a model's blocks, as this adapter does (layer_replication), and would leave them "
+            "out. Merge instead (--to merged), which mlx-lm converts."
+        )
     factors, keys = {}, set()
     for name, tensor in load_file(lora / "adapter_model.safetensors").items():
         found = _FACTOR.fullmatch(name)

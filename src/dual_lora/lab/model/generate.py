@@ -1,18 +1,29 @@
-"""Answer one prompt, piece by piece; where an answer ends, and what of it is text."""
+"""Answer prompts, many at once or one piece by piece; where an answer ends, and what of it is text."""
 
 import contextlib
+import math
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, LogitsProcessor, NoRepeatNGramLogitsProcessor, TextIteratorStreamer
 
-from dual_lora.lab.data.batches import learns_prompts, unwrapped
+from dual_lora.lab.data.batches import (
+    check_padding,
+    kind_of_unmasked,
+    learns_prompts,
+    left_padded,
+    longest_first,
+    to_device,
+    unwrapped,
+)
 from dual_lora.lab.data.encode import Prompter
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.recipe.schema import EvaluateSection
+from dual_lora.lab.run.failures import NotFinite
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
@@ -55,6 +66,69 @@ def plain_search(model: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = own
+
+
+def generate_all(
+    model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
+    advance: Callable[[int], None] = lambda _: None, search: dict[str, Any] | None = None,
+) -> list[str]:  # fmt: skip
+    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise.
+
+    Raises NotFinite where the likeliest token would be that of NaN or infinity.
+    """
+    check_writes(model)
+    texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
+    once, numbers = search.pop(NO_REPEAT, 0), _Numbers()
+    for part in longest_first([len(p) for p in prompts], batch_size):
+        check_padding(kind_of_unmasked(model), [len(prompts[i]) for i in part])
+        batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
+        batch.pop("position_ids")  # generate counts positions itself
+        width = batch["input_ids"].shape[1]
+        search["logits_processor"] = [numbers, *([_NoRepeat(once, width)] if once else [])]
+        with torch.inference_mode(), plain_search(model):
+            out = model.generate(
+                **to_device(model, batch),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=ends or None,
+                pad_token_id=tokenizer.pad_token_id,
+                **search,
+            )
+        for i, text in zip(part, texts_of(out[:, width:].tolist(), tokenizer, ends), strict=True):
+            texts[i] = text
+        if numbers.bad:
+            raise NotFinite("where it writes")
+        advance(len(part))
+    return texts
+
+
+NO_REPEAT = "no_repeat_ngram"
+
+
+class _Numbers(LogitsProcessor):
+    """Notes whether a logit was NaN or infinite: the token with it is written like any other, and may be right."""
+
+    bad: Any = False
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.bad = self.bad | ~(scores < math.inf).all()  # stays on the device: nobody waits for it at each token
+        return scores
+
+
+class _NoRepeat(LogitsProcessor):
+    """No n-gram twice in an answer, as LoRA's own code has it; transformers' setting forbids the prompt's as well."""
+
+    def __init__(self, size: int, width: int):
+        self.rule, self.width = NoRepeatNGramLogitsProcessor(size), width
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self.rule(input_ids[:, self.width :], scores)
+
+
+def search_of(spec: EvaluateSection) -> dict[str, Any]:
+    """The search for an answer in the terms of ``generate_all``; empty for a greedy one."""
+    given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
+    return given | ({NO_REPEAT: spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
 
 
 def generate(

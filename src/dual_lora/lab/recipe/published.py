@@ -7,7 +7,6 @@ with what the publication states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     name: _family(written)
     for name, written in parse_yaml(_FILE.read_text(encoding="utf-8"), "published.yaml")["families"].items()
 }
+_SIZES = {name: (family, size) for family in FAMILIES.values() for name, size in family.sizes.items()}
 
 # Names under which the same weights are also known.
 _ALSO = {"llama-30b": "llama-33b", "deberta-xxlarge": "deberta-v2-xxlarge"}
@@ -66,7 +66,7 @@ _AFTER = ("-hf", "-instruct", "-chat", "-it", "-pt", "-base", "-instruct-2507", 
 
 def published_names() -> list[str]:
     """All names, family by family."""
-    return [name for _, _, name in _all()]
+    return list(_SIZES)
 
 
 def published_family(name: str) -> Family:
@@ -88,14 +88,13 @@ def published_config(name: str, **more: Any) -> PreTrainedConfig:
 
 def known_name(text: str) -> str | None:
     """The name in `published_names()` that a text means, or None."""
-    names = set(published_names())
     plain = text.rsplit("/", 1)[-1].lower()
     for start in ("", *_BEFORE):
         bare = plain.removeprefix(start)
         for end in ("", *_AFTER):
             candidate = bare.removesuffix(end)
             candidate = _ALSO.get(candidate, candidate)
-            if candidate in names:
+            if candidate in _SIZES:
                 return candidate
     return None
 
@@ -103,11 +102,5 @@ def known_name(text: str) -> str | None:
 def _find(name: str) -> tuple[Family, Published]:
     known = known_name(name)
     if known is None:
-        raise UserError(f"No published configuration is called {name!r}.{suggest(name.lower(), published_names())}")
-    return next((family, size) for family, size, own in _all() if own == known)
-
-
-def _all() -> Iterator[tuple[Family, Published, str]]:
-    for family in FAMILIES.values():
-        for name, size in family.sizes.items():
-            yield family, size, name
+        raise UserError(f"No published configuration is called {name!r}.{suggest(name.lower(), _SIZES)}")
+    return _SIZES[known]

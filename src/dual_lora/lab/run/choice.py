@@ -7,10 +7,18 @@ import torch
 from torch.nn.functional import log_softmax
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.batches import accepted_arguments, check_padding, kind_of_unmasked, learns_prompts, left_padded
+from dual_lora.lab.data.batches import (
+    accepted_arguments,
+    check_padding,
+    kind_of_unmasked,
+    learns_prompts,
+    left_padded,
+    longest_first,
+    to_device,
+)
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.run.scoring import Asked, Rows, batches, to_device
+from dual_lora.lab.run.scoring import Asked, Rows
 
 
 def score_choice(asked: Asked) -> Rows:
@@ -31,7 +39,7 @@ def score_choice(asked: Asked) -> Rows:
         warn(hidden, stacklevel=2)
     rows: Rows = [{}] * len(examples)
     at_a_time = max(1, spec.batch_size // max((len(_contexts(own)) for own in answers), default=1))
-    for part in batches([len(prompt) for prompt in prompts], at_a_time):
+    for part in longest_first([len(prompt) for prompt in prompts], at_a_time):
         own = [prompts[i] for i in part], [answers[i] for i in part]
         scores = _log_likelihoods(asked.model, *own, asked.tokenizer.pad_token_id)
         for i, sums in zip(part, scores, strict=True):

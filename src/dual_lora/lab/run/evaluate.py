@@ -3,7 +3,8 @@
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,17 @@ def evaluate(
     fit.
     """
     tuned = source if isinstance(source, Tuned) else open_tuned(source)
-    data, spec = _settings(tuned.recipe, data, spec)
+    if data is None and tuned.recipe is None:
+        raise UserError(
+            "This model was not trained by a recipe, so say what to evaluate it on: give --recipe or --data.test."
+        )
+    data = data or tuned.recipe.data  # type: ignore[union-attr]
+    spec = spec or (tuned.recipe.evaluate if tuned.recipe else EvaluateSection())
     given = {} if examples is None else _given(examples, data, spec)
     examples = load_split(data, spec.split) if examples is None else examples
     if not examples:
         raise UserError("There are no examples to evaluate.")
-    tasks: list[Task] = list(spec.tasks) or _usual(tuned, examples)
-    _fit(tasks, examples, tuned)
+    tasks = _tasks(list(spec.tasks), examples, tuned)
     chosen = variants or [v for v in tuned.variants if spec.base or v != "base" or tuned.variants == ["base"]]
     prompter = Prompter(tuned.tokenizer, data.template)
     metrics: dict[str, dict[str, float]] = {v: {} for v in chosen}
@@ -101,10 +106,10 @@ def evaluate(
         with tuned.as_variant(variant) as model, quiet():
             for task in tasks:
                 start = time.perf_counter()
-                with Bar(f"{task} · {variant}", len(examples), progress) as bar:
+                with Bar(f"{task} · {variant}", len(examples), progress) as bar, _no_score(tuned, variant):
                     asked = Asked(model, examples, prompter, spec, tuned.classes, data.max_length, bar.advance)
                     rows = _TASKS[task](asked)
-                _check_numbers(rows, tuned, variant)
+                    _check_numbers(rows)
                 seconds[variant] += round(time.perf_counter() - start, 3)
                 for name, value in figures(task, rows, examples).items():  # with the task before a name that is taken
                     metrics[variant][f"{task}_{name}" if name in metrics[variant] else name] = value
@@ -122,10 +127,11 @@ def evaluate(
     result = EvalResult(
         tuned.source, spec.split, len(examples), _long(examples, prompter, data, tuned), metrics, seconds, items
     )
-    if tuned.recipe is not None and tuned.recipe.origin is not None:
+    other = (otherwise(tuned.recipe, data, spec) if tuned.recipe else {}) | _asked_otherwise(tuned) | given
+    if tuned.recipe is not None and tuned.recipe.origin is not None and not other:
         result.reported = tuned.recipe.origin.reported
     if tuned.run is not None:
-        result.other = _otherwise(tuned, data, spec) | given
+        result.other = other
         result.weights = print_of_folder(held) if (held := RunFolder(tuned.run).result) else {}
         apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
@@ -153,20 +159,23 @@ def _given(examples: list[Example], data: DataSection, spec: EvaluateSection) ->
     return {"examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:8]}
 
 
-def _otherwise(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
-    """The settings by which the scores are not those of the run's own recipe; its tasks and its split are free."""
-    if tuned.recipe is None:
-        return dict(tuned.given)
+def otherwise(recipe: Recipe, data: DataSection, spec: EvaluateSection) -> dict[str, Any]:
+    """The settings by which scores are not those of the recipe; its tasks and its split are free."""
     free = {"tasks", "split", "base", "batch_size"}
-    pairs = {
-        f"{part}.{name}": (getattr(ours, name), getattr(theirs, name))
-        for part, ours, theirs in (("data", data, tuned.recipe.data), ("evaluate", spec, tuned.recipe.evaluate))
-        for name in type(ours).model_fields
-        if part == "data" or name not in free
+    parts = ("data", data, recipe.data), ("evaluate", spec, recipe.evaluate)
+    return {
+        f"{part}.{name}": value
+        for part, ours, theirs in parts
+        for name, value in ours
+        if name not in free and value != getattr(theirs, name)
     }
-    known = {"base": tuned.recipe.model.path, "dtype": tuned.recipe.model.dtype}
-    asked = {name: value for name, value in tuned.given.items() if value != known.get(name)}
-    return {name: ours for name, (ours, theirs) in pairs.items() if ours != theirs} | asked
+
+
+def _asked_otherwise(tuned: Tuned) -> dict[str, str]:
+    """The base and the precision that were asked for, where they are not the recipe's."""
+    part = tuned.recipe.model if tuned.recipe else None
+    known = {"base": part.path, "dtype": part.dtype} if part else {}
+    return {name: value for name, value in tuned.given.items() if value != known.get(name)}
 
 
 def write_result(result: EvalResult, folder: Path) -> Path:
@@ -179,14 +188,23 @@ def write_result(result: EvalResult, folder: Path) -> Path:
     return folder / "result.json"
 
 
-def _check_numbers(rows: Rows, tuned: Tuned, variant: str) -> None:
+@contextmanager
+def _no_score(tuned: Tuned, variant: str) -> Iterator[None]:
+    """Say of a model that computes no numbers that it has no score."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(
+            f"{tuned.source} ({variant}) computes NaN or infinity {error}, so it has no score. Its training has "
+            "diverged, or its weights do not fit into the precision (--dtype float32)."
+        ) from error
+
+
+def _check_numbers(rows: Rows) -> None:
     """A model of NaN gives every item its first class or choice, which may well be right: look at what it chose by."""
     bad = sum(not all(map(_is_number, (r.get("nats"), r.get("predicted"), *r.get("scores", ())))) for r in rows)
     if bad:
-        raise UserError(
-            f"{tuned.source} ({variant}) computes NaN or infinity on {bad} of {len(rows)} examples, so it has no "
-            "score. Its training has diverged, or its weights do not fit into the precision (--dtype float32)."
-        ) from NotFinite("An evaluation gave no number.")
+        raise NotFinite(f"on {bad} of {len(rows)} examples")
 
 
 def _is_number(value: Any) -> bool:
@@ -194,37 +212,27 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, float) or (math.isfinite(value) or value == -math.inf)
 
 
-def _settings(
-    recipe: Recipe | None, data: DataSection | None, spec: EvaluateSection | None
-) -> tuple[DataSection, EvaluateSection]:
-    if data is None:
-        if recipe is None:
-            raise UserError(
-                "This model was not trained by a recipe, so say what to evaluate it on: give --recipe or --data.test."
-            )
-        data = recipe.data
-    return data, spec or (recipe.evaluate if recipe else EvaluateSection())
-
-
-def _usual(tuned: Tuned, examples: list[Example]) -> list[Task]:
-    if not examples[0].text:
-        return ["loss"]
-    return ["regression" if tuned.classes == [VALUE] else "classification"]
-
-
-def _fit(tasks: list[Task], examples: list[Example], tuned: Tuned) -> None:
-    for task in tasks:
-        if (task in _ENCODER) != bool(examples[0].text):
-            found = "text and label" if examples[0].text else "prompt and answer"
-            raise UserError(f"The task {task} does not fit the records, which hold {found}.")
-    for task, value in (("classification", False), ("regression", True)):
-        if task in tasks and tuned.classes and (tuned.classes == [VALUE]) != value:
-            head = "regression" if tuned.classes == [VALUE] else "classification"
-            raise UserError(f"The task {task} does not fit {tuned.source}, whose head is for {head}.")
-    if set(_ENCODER) & set(tasks) and not tuned.classes:
+def _tasks(asked: list[Task], examples: list[Example], tuned: Tuned) -> list[Task]:
+    """The tasks, where none are asked for the usual one. Raises UserError for one that does not fit records or head."""
+    encodes = bool(examples[0].text)
+    if odd := next((example for example in examples if bool(example.text) != encodes), None):
         raise UserError(
-            f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
+            f"{odd.where} and {examples[0].where} are not of one kind: the one holds a text and a label, the other a "
+            "prompt and an answer, and no task fits both."
         )
+    head: Task = "regression" if tuned.classes == [VALUE] else "classification"
+    tasks: list[Task] = asked or [head if encodes else "loss"]
+    for task in tasks:
+        if (task in _ENCODER) != encodes:
+            found = "text and label" if encodes else "prompt and answer"
+            raise UserError(f"The task {task} does not fit the records, which hold {found}.")
+        if task in _ENCODER and not tuned.classes:
+            raise UserError(
+                f"{tuned.source} has no classes: only a run or its adapter with head classification can be evaluated."
+            )
+        if task in _ENCODER and task != head:
+            raise UserError(f"The task {task} does not fit {tuned.source}, whose head is for {head}.")
+    return tasks
 
 
 def _long(examples: list[Example], prompter: Prompter, data: DataSection, tuned: Tuned) -> int:

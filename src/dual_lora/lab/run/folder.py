@@ -24,8 +24,8 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, warn_of_doubt
-from dual_lora.lab.read import parse_yaml, read_object, read_yaml_text
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.read import read_object
+from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
 
@@ -196,26 +196,25 @@ def not_ours(folder: Path, other: Path) -> str:
 
 def recipe_of_run(out: str | Path) -> Recipe:
     """The recipe that a run folder was made with."""
-    file = run_at(out).recipe
-    return build_recipe(parse_yaml(read_yaml_text(file), str(file)), str(file))
+    return read_recipe(run_at(out).recipe)
 
 
 def same_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Raise UserError where the recipe is another one than the run was started with."""
-    old, new = recipe_of_run(folder.path).model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [
-        f"{part}.{key}" if isinstance(old[part], dict) else part
-        for part in old
-        if part not in ("evaluate", "about", "name", "origin")
-        for key in (set(old[part]) | set(new[part]) if isinstance(old[part], dict) else [""])
-        if (part, key) != ("train", "batch_size")  # which counts together with the number of processes
-        if (old[part].get(key) != new[part].get(key) if isinstance(old[part], dict) else old[part] != new[part])
-    ]
+    old, new = _settings(recipe_of_run(folder.path)), _settings(recipe)
+    changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if changed:
         raise UserError(
-            f"The run {folder.path} was started with other values of {', '.join(sorted(changed))}: "
+            f"The run {folder.path} was started with other values of {', '.join(changed)}: "
             "resume it without changes, or give another --out."
         )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What training goes by; the batch size counts together with the number of processes."""
+    free: dict[str, Any] = {"evaluate": True, "about": True, "name": True, "origin": True, "train": {"batch_size"}}
+    parts = recipe.model_dump(mode="json", exclude=free)
+    return {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
 
 
 def made_of_the_same(folder: RunFolder, now: dict[str, Any], way_out: str = "") -> None:

@@ -7,10 +7,12 @@ and takes local paths out. What a person writes above or below the two marks sta
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, damaged
@@ -23,6 +25,7 @@ from dual_lora.lab.terminal import duration, size
 
 BEGIN, END = "<!-- dual-lora card: `dual-lora card` writes what stands between these marks -->", "<!-- end of card -->"
 HERE = "path/to/this/folder"
+DUAL_LORA = "Dual LoRA ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402))"
 # Head of the model -> what the hub calls its task, and the class that loads it.
 TASKS = {
     "causal": ("text-generation", "CausalLM"),
@@ -79,25 +82,50 @@ def card_text(
         data.model_name = recipe.name if data.eval_results else None
         if base:
             data["base_model_relation"] = "adapter" if adapter else "finetune"
-        body = "\n\n".join(
-            part
-            for part in (
-                f"# {cell(recipe.name)}",
-                cell(recipe.about),
-                _what(recipe, base, adapter),
-                _use(recipe, record, base, adapter, repo),
-                _table("Training", _training(recipe, record)),
-                _scores(results),
-                _table("Cost", _cost(record)),
-                _licence(data.license, base),
-                "### Framework versions\n\n"
-                + "\n".join(f"- {name} {cell(v)}" for name, v in record["versions"].items()),
-            )
-            if part
-        )
-        own = f"{BEGIN}\n\n{body}\n\n{END}"
+        body = _body(recipe, record, results, base, data.license, repo)
+        own = f"{BEGIN}\n\n{body.strip()}\n\n{END}"
         text = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: own, before.text, flags=re.S) if ours else own  # type: ignore[union-attr]
         return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _body(
+    recipe: Recipe,
+    record: Mapping[str, Any],
+    results: list[dict[str, Any]],
+    base: str | None,
+    licence: str | None,
+    repo: str,
+) -> str:
+    """The card's text, by the template `card.jinja`."""
+    name, result, kind = str(recipe.method["name"]), record["result"], TASKS[recipe.model.head][1]
+    losses = {"at the end": result["loss"], "validation": result["validation_loss"]}
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"cell": cell, "size": size, "duration": duration}
+    environment.filters["figure"] = lambda value: "" if value is None else f"{value:.4f}"
+    template = environment.from_string(files(__package__).joinpath("card.jinja").read_text("utf-8"))
+    try:
+        return template.render(
+            recipe=recipe,
+            record=record,
+            result=result,
+            results=results,
+            repo=repo,
+            licence=licence,
+            base=base,
+            link=base and f"[{base}](https://huggingface.co/{base})",
+            adapter=name != "full",
+            kind={"full": "all weights", "dual_lora": DUAL_LORA}.get(name, cell(name)),
+            method=name,
+            settings=", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name"),
+            head=kind,
+            labels=f", num_labels={len(record.get('classes') or [1])}" if kind != "CausalLM" else "",
+            source=source_name(recipe.data.train or ""),
+            lost=too_long(recipe, result["left_out"]),
+            rows=record.get("rows_at_once", recipe.train.batch_size) * recipe.train.accumulate,
+            losses=", ".join(f"{value:.4f} {when}" for when, value in losses.items() if value is not None),
+        )
+    except UndefinedError as error:  # what a damaged record lacks
+        raise KeyError(error.message) from error
 
 
 def _results(folder: RunFolder) -> list[dict[str, Any]]:
@@ -131,7 +159,8 @@ def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str
     if card is not None and BEGIN in card.text:
         said = card.data.get("base_model")
         return said if isinstance(said, str) else None
-    return hub_name(recipe.model.path)
+    path = recipe.model.path
+    return path if is_hub_name(path) and not Path(path).exists() else None
 
 
 def read_card(file: Path, fresh: bool = False) -> ModelCard | None:
@@ -155,78 +184,10 @@ def _tags(before: Iterable[str], recipe: Recipe, base: str | None, adapter: bool
     return sorted(kept | named | {str(recipe.method["name"]).rpartition(":")[2].replace("_", "-")})
 
 
-def _what(recipe: Recipe, base: str | None, adapter: bool) -> str:
-    name = str(recipe.method["name"])
-    kind = "Dual LoRA ([arXiv 2512.03402](https://arxiv.org/abs/2512.03402))" if name == "dual_lora" else cell(name)
-    of = f"[{base}](https://huggingface.co/{base})" if base else "a local model"
-    return (
-        f"{'An adapter' if adapter else 'A model'} made by fine-tuning {of} with {kind if adapter else 'all weights'}."
-    )
-
-
-def _use(recipe: Recipe, record: Mapping[str, Any], base: str | None, adapter: bool, repo: str) -> str:
-    _, kind = TASKS[recipe.model.head]
-    more = f", num_labels={len(record.get('classes') or [1])}" if kind != "CausalLM" else ""
-    lines = []
-    if recipe.method["name"] == "dual_lora":
-        lines += ["import dual_lora  # registers the method with PEFT"]
-    if not adapter:
-        lines += [f"from transformers import AutoModelFor{kind}, AutoTokenizer", ""]
-        lines += [f'model = AutoModelFor{kind}.from_pretrained("{repo}")']
-    elif base:
-        lines += [f"from peft import AutoPeftModelFor{kind}", "from transformers import AutoTokenizer", ""]
-        lines += [f'model = AutoPeftModelFor{kind}.from_pretrained("{repo}"{more})']
-    else:
-        lines += ["from peft import PeftModel", f"from transformers import AutoModelFor{kind}, AutoTokenizer", ""]
-        lines += [f'base = AutoModelFor{kind}.from_pretrained("path/to/its/base/model"{more})']
-        lines += [f'model = PeftModel.from_pretrained(base, "{repo}")']
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo}")']
-    if adapter:
-        lines += ["model = model.merge_and_unload()  # a plain model, if that is wanted"]
-    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
-
-
 def too_long(recipe: Recipe, count: int) -> str:
     """What became of the training records that are too long, to be said after the number of examples."""
     gone = "left out" if recipe.model.head == "causal" else "cut"
     return f", {count:,} longer than {recipe.data.max_length} tokens {gone}" if count else ""
-
-
-def _training(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, str]:
-    part, result = recipe.train, record["result"]
-    rows = record.get("rows_at_once", part.batch_size) * part.accumulate
-    settings = ", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name")
-    lost = too_long(recipe, result["left_out"])
-    return {
-        "method": recipe.method["name"] + (f": {settings}" if settings else ""),
-        "base weights": f"{recipe.model.dtype}, autocast {part.autocast}",
-        "data": f"{source_name(recipe.data.train or '')}, {result['examples']:,} examples{lost}",
-        "steps": f"{result['steps']:,} of {rows} examples, seed {part.seed}",
-        "optimizer": f"{part.optimizer}, learning rate {part.learning_rate:g}, {part.schedule}, "
-        f"weight decay {part.weight_decay:g}",
-        "loss": _loss(result),
-    }
-
-
-def _loss(result: Mapping[str, Any]) -> str:
-    found = {"at the end": result["loss"], "validation": result["validation_loss"]}
-    return ", ".join(f"{value:.4f} {name}" for name, value in found.items() if value is not None) or "not recorded"
-
-
-def _scores(results: Sequence[Mapping[str, Any]]) -> str:
-    if not results:
-        return "## Scores\n\nNone were measured with the recipe's own data, base and settings."
-    tables = []
-    for result in results:
-        variants = list(result["metrics"])
-        names = list(dict.fromkeys(name for of_variant in result["metrics"].values() for name in of_variant))
-        lines = [f"{result['examples']:,} {cell(result['split'])} records:", ""]
-        lines += ["| | " + " | ".join(map(cell, variants)) + " |", "|---" * (1 + len(variants)) + "|"]
-        for name in names:
-            figures = (result["metrics"][variant].get(name) for variant in variants)
-            lines.append(f"| {cell(name)} | " + " | ".join("" if f is None else f"{f:.4f}" for f in figures) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(["## Scores", *tables])
 
 
 ON_OTHER_TEXT = ("forgetting", "text_loss")  # figures that are not of the test records
@@ -257,29 +218,6 @@ def _dataset(recipe: Recipe, metric: str) -> str:
     part = metric.partition("/")[2]
     found = [source_name(source) for source in ([tests[part]] if part in tests else tests.values())]
     return ", ".join(s.removeprefix("hub:").split(":")[0].split(",")[0] if s.startswith("hub:") else s for s in found)
-
-
-def _cost(record: Mapping[str, Any]) -> dict[str, str]:
-    result = record["result"]
-    share = result["trainable_parameters"] / result["all_parameters"]
-    return {
-        "trained": f"{result['trainable_parameters']:,} parameters ({share:.2%}), {size(result['adapter_bytes'])}",
-        "time": f"{duration(result['seconds'])}, {result['tokens_per_second']:,.0f} tokens/s",
-        "memory": f"{size(result['peak_memory'])} at the peak",
-        "device": f"{record['device']}, {record['processes']} process(es)",
-    }
-
-
-def _licence(licence: str | None, base: str | None) -> str:
-    of = f" [{base}](https://huggingface.co/{base})" if base else " the base model"
-    said = f"{cell(licence)}." if licence else "Not given: ask the author before you use it."
-    return f"## Licence\n\n{said} The licence of{of} holds as well."
-
-
-def _table(title: str, rows: Mapping[str, str]) -> str:
-    return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(
-        f"| {name} | {cell(value)} |" for name, value in rows.items()
-    )
 
 
 # A POSIX path of two parts or more, one in the home folder, one of Windows; not what stands behind "//" in a URL.
@@ -313,8 +251,3 @@ def source_name(source: str) -> str:
 def is_hub_name(name: str) -> bool:
     """Whether a hub could have a model of that name."""
     return _HUB_NAME.fullmatch(name) is not None and not name.endswith(".gguf")
-
-
-def hub_name(path: str) -> str | None:
-    """The name of a model on the hub; None for a folder, a file or a package on this machine."""
-    return path if is_hub_name(path) and not Path(path).exists() else None

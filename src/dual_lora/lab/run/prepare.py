@@ -14,16 +14,15 @@ from typing import Any
 from transformers import set_seed
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.batches import Collator, collator, training_order
+from dual_lora.lab.data.batches import Collator, collator, mean_loss, to_device, training_order
 from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
-from dual_lora.lab.data.examples import load_split
+from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import Loaded
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.loss import mean_loss
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
 MOST_ROWS = 50_000_000  # of a run, repeats counted; their order is a list in memory
@@ -67,6 +66,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.model.head == "classification" and len(classes) < 2:
         raise UserError(f"The training records hold one class only ({classes[0]}); a classifier needs two.")
     held = load_split(recipe.data, "validation") if part.validate_every else []
+    _fit_head(held, recipe.model.head)
     set_seed(part.seed)
     loaded = load_base(recipe.model, part.seed, len(classes) or None)
     ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
@@ -86,14 +86,23 @@ def _warn_of_positions(config: Any, longest: int) -> None:
         )
 
 
-def classes_of(recipe: Recipe, examples: list[Any]) -> list[str]:
+def classes_of(recipe: Recipe, examples: list[Example]) -> list[str]:
     """What the head tells apart: names of classes, the one value of a regression, [] for a language model."""
     head = recipe.model.head
-    _fits_head(examples[0], head)
+    _fit_head(examples, head)
     return class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
 
 
-def in_order(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str], processes: int) -> InOrder:
+def _fit_head(examples: list[Example], head: str) -> None:
+    """Raise UserError for an example that does not fit the head: of several sources each may have its own format."""
+    for example in examples:
+        if head != "causal" and not example.text:
+            raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
+        if head == "causal" and not example.messages:
+            raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")
+
+
+def in_order(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str], processes: int) -> InOrder:
     """The rows of a run and the order in which so many processes together take them."""
     part = recipe.train
     rows, left_out = _encoded(recipe, examples, tokenizer, classes)
@@ -110,14 +119,14 @@ def in_order(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[
     return InOrder(rows, left_out, steps, order, rows_a_step)
 
 
-def _encoded(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
+def _encoded(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> tuple[list[Encoded], int]:
     if classes:
         return encode_texts(examples, tokenizer, recipe.data.max_length, classes)
     prompter = Prompter(tokenizer, recipe.data.template, recipe.data.learn_prompt)
     return encode_all(examples, prompter, recipe.data.max_length)
 
 
-def _validating(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: list[str]) -> list[Encoded]:
+def _validating(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str]) -> list[Encoded]:
     """The rows of the validation loss, which counts answers alone, as an evaluation does."""
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"learn_prompt": False})})
     rows, left_out = _encoded(plain, examples, tokenizer, classes)
@@ -128,13 +137,6 @@ def _validating(recipe: Recipe, examples: list[Any], tokenizer: Any, classes: li
             stacklevel=3,
         )
     return rows
-
-
-def _fits_head(example: Any, head: str) -> None:
-    if head != "causal" and not example.text:
-        raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
-    if head == "causal" and not example.messages:
-        raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")
 
 
 def wants_gradients(config: Any) -> bool:
@@ -153,8 +155,7 @@ def show_gradients(model: Any, config: Any, ready: InOrder, batch_size: int, col
     def passes() -> None:
         first = [ready.rows[i] for i in ready.order[: GRADIENT_BATCHES * batch_size]]
         for start in range(0, len(first), batch_size):
-            batch = collate(first[start : start + batch_size])
-            batch = {k: v.to(model.device) if hasattr(v, "to") else v for k, v in batch.items()}
+            batch = to_device(model, collate(first[start : start + batch_size]))
             labels = batch.pop("labels")
             mean_loss(model(**batch), labels).backward()
 

@@ -123,9 +123,10 @@ def _clean_note(note: dict[str, Any], base: str) -> dict[str, Any]:
         recipe[key] = _without_paths(recipe.get(key))
     recipe["train"]["arguments"] = _without_paths(recipe["train"].get("arguments", {}))
     recipe["model"]["path"] = base
-    for key in ("train", "test", "validation"):
-        if recipe["data"].get(key):
-            recipe["data"][key] = source_name(recipe["data"][key])
+    records = [("data", "train"), ("data", "test"), ("data", "validation"), ("evaluate", "forgetting")]
+    for part, key in records:
+        if source := recipe.get(part, {}).get(key):
+            recipe[part][key] = source_name(source)
     recipe["data"]["tests"] = {name: source_name(at) for name, at in (recipe["data"].get("tests") or {}).items()}
     return {**note, "recipe": recipe}
 

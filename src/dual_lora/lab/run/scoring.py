@@ -1,24 +1,41 @@
-"""One function a task: model + examples → one row an example, in their order. Batched, longest rows first."""
+"""One function a task: model + examples → one row an example, in their order. Batched, longest rows first.
+
+The answer in a generated text is what a regular expression takes, or the rule of the commonsense protocol: LLM-Adapters
+and DoRA after it (commonsense_evaluate.py, extract_answer) take the first label of the task's kind that the text holds,
+wherever it stands, and count a text without one as wrong.
+"""
 
 import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import LogitsProcessor, NoRepeatNGramLogitsProcessor
 
 from dual_lora._warning import warn
-from dual_lora.lab.data.batches import Collator, check_padding, collator, kind_of_unmasked, left_padded
+from dual_lora.lab.data.batches import Collator, aligned, collator, longest_first, to_device
 from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
-from dual_lora.lab.model.generate import check_writes, ends_of, plain_search, specials_of, texts_of
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.generate import generate_all, search_of, specials_of
+from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.recipe.schema import EvaluateSection
-from dual_lora.lab.run.extraction import COMMONSENSE, answer_in, part_in
 
+COMMONSENSE = "commonsense"
+
+# Every task has the labels of one kind: BoolQ; PIQA; SIQA, ARC and OpenBookQA; HellaSwag; WinoGrande. The first three
+# have fewer answers than five in most questions, yet all five labels are looked for.
+LABELS = (
+    ("true", "false"),
+    ("solution1", "solution2"),
+    ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    ("ending1", "ending2", "ending3", "ending4"),
+    ("option1", "option2"),
+)
 _THOUSANDS = re.compile(r"-?[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?")
 
 Rows = list[dict[str, Any]]
@@ -55,9 +72,8 @@ def loss_rows(
     collate = collator(tokenizer, False, model)
     rows: Rows = [{}] * len(encoded)
     for part, found, labels in _logits(model, encoded, collate, batch_size, advance):
-        logits = found[:, :-1].float()
-        targets = labels[:, labels.shape[1] - logits.shape[1] :]
-        nats = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        logits, targets = aligned(found, labels)
+        nats = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         sums, counts = nats.view_as(targets).double().sum(1).tolist(), (targets != IGNORED).sum(1).tolist()
         for i, total, count in zip(part, sums, counts, strict=True):
             rows[i] = {"nats": total, "tokens": count}
@@ -68,12 +84,12 @@ def _logits(
     model: Any, encoded: list[Encoded], collate: Collator, size: int, advance: Advance
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Of each batch the rows' indices, their logits and their labels."""
-    for part in batches([len(e.input_ids) for e in encoded], size):
+    for part in longest_first([len(e.input_ids) for e in encoded], size):
         batch = to_device(model, collate([encoded[i] for i in part]))
         labels = batch.pop("labels")
         with torch.inference_mode():
             logits = model(**batch).logits
-        yield part, logits[:, -labels.shape[1] :] if labels.dim() == 2 else logits, labels  # none of virtual tokens
+        yield part, logits, labels
         advance(len(part))
 
 
@@ -88,6 +104,46 @@ def score_exact_match(asked: Asked) -> Rows:
         row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
+
+
+def answer_in(text: str, extract: str, target: str) -> str:
+    """What ``text`` answers, "" if nothing. extract: a regular expression (its last group, or all of it), or
+    "commonsense": the first label of the kind that ``target``, the right answer, is of.
+
+    Raises UserError for a target that is no label of the commonsense tasks.
+    """
+    pattern = _labels_like(target) if extract == COMMONSENSE else extract
+    match = _pattern(pattern).search(text)
+    return (match[match.lastindex or 0] if match else "").strip()
+
+
+def part_in(text: str, extract: str) -> str:
+    """What the pattern takes of ``text`` if that is less than the words it stands in, as "4" of "3/4"; else ""."""
+    match = _pattern(extract).search(text)
+    if match is None:
+        return ""
+    first, last = match.span(match.lastindex or 0)
+    found = text[first:last].strip()
+    first = text.index(found, first)
+    words = re.split(r"\s", text[:first])[-1] + found + re.split(r"\s", text[first + len(found) :])[0]
+    alone = [signs.lstrip("([{<\"'“‘«*$").rstrip(")]}>\"'”’».,;:?!*$") for signs in (words, found)]
+    return found if alone[0] != alone[1] else ""
+
+
+@lru_cache
+def _pattern(text: str) -> Pattern:
+    return Pattern(text, "evaluate.extract")
+
+
+def _labels_like(target: str) -> str:
+    for labels in LABELS:
+        if target in labels:
+            return "|".join(labels)
+    known = ", ".join(f"{labels[0]}…{labels[-1]}" for labels in LABELS)
+    raise UserError(
+        f"evaluate.extract is {COMMONSENSE}, but the right answer {target!r} is no label of these tasks ({known}): "
+        "give a regular expression."
+    )
 
 
 def _expected(example: Example, extract: str) -> str:
@@ -167,55 +223,6 @@ def _encoder_logits(asked: Asked) -> Iterator[tuple[list[int], torch.Tensor, tor
         yield part, found.float(), labels
 
 
-def generate_all(
-    model: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int, max_new_tokens: int,
-    advance: Advance = lambda _: None, search: dict[str, Any] | None = None,
-) -> list[str]:  # fmt: skip
-    """Continuations of token-id prompts as text, without special tokens; greedy, unless ``search`` says otherwise."""
-    check_writes(model)
-    texts, ends, search = [""] * len(prompts), ends_of(model, tokenizer), {**(search or {})}
-    once = search.pop(NO_REPEAT, 0)
-    for part in batches([len(p) for p in prompts], batch_size):
-        check_padding(kind_of_unmasked(model), [len(prompts[i]) for i in part])
-        batch = left_padded([prompts[i] for i in part], tokenizer.pad_token_id)
-        batch.pop("position_ids")  # generate counts positions itself
-        width = batch["input_ids"].shape[1]
-        if once:
-            search["logits_processor"] = [_NoRepeat(once, width)]
-        with torch.inference_mode(), plain_search(model):
-            out = model.generate(
-                **to_device(model, batch),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=ends or None,
-                pad_token_id=tokenizer.pad_token_id,
-                **search,
-            )
-        for i, text in zip(part, texts_of(out[:, width:].tolist(), tokenizer, ends), strict=True):
-            texts[i] = text
-        advance(len(part))
-    return texts
-
-
-NO_REPEAT = "no_repeat_ngram"
-
-
-class _NoRepeat(LogitsProcessor):
-    """No n-gram twice in an answer, as LoRA's own code has it; transformers' setting forbids the prompt's as well."""
-
-    def __init__(self, size: int, width: int):
-        self.rule, self.width = NoRepeatNGramLogitsProcessor(size), width
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        return self.rule(input_ids[:, self.width :], scores)
-
-
-def search_of(spec: EvaluateSection) -> dict[str, Any]:
-    """The search for an answer in the terms of ``generate_all``; empty for a greedy one."""
-    given: dict[str, Any] = {"num_beams": spec.beams, "length_penalty": spec.length_penalty} if spec.beams > 1 else {}
-    return given | ({NO_REPEAT: spec.no_repeat_ngram} if spec.no_repeat_ngram else {})
-
-
 def _same(found: str, expected: str, compare: str) -> bool:
     # é in one sign or in two is the same text, and many tokenizers write one of them only.
     if compare == "text":
@@ -245,14 +252,3 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(_alike, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
-
-
-def batches(lengths: list[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches of rows of like length, the longest first: too little memory then shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def to_device(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
