@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
-from dual_lora.lab.judge.peft_suite import read_peft, result_files
+from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
