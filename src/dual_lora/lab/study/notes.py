@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.cell import Ended, Finished
-from dual_lora.lab.study.job import cell_name, task_name
+from dual_lora.lab.study.job import Settings, cell_name, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
@@ -23,16 +23,21 @@ def _cell(method: MethodRow) -> str:
 
 def end_of_search(method: MethodRow) -> str:
     """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    means = _means(method)
+    best = [score for settings, score in means if settings == method["settings"]]
     for name, value in (method["settings"] or {}).items():
-        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
-        tried = [t["settings"][name] for t in trials]
+        tried = [t["settings"][name] for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
         if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
             continue
-        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
-        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
-            continue  # as good as one inside
-        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+        inside = [v for v in tried if v not in (min(tried), max(tried))]
+        if not any(score in best for settings, score in means if settings.get(name) in inside):
+            return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
     return ""
+
+
+def _means(method: MethodRow) -> list[tuple[Settings, float]]:
+    """What a method's search tried, with the scores that it chose by."""
+    return mean_scores((t["settings"], t["score"]) for t in method["trials"])
 
 
 def level(false_alarm: float | None, allowed: float) -> list[str]:
@@ -52,7 +57,7 @@ def near_choices(methods: Sequence[MethodRow], metric: str | None) -> list[str]:
         judged = metric or m["metric"]
         figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
         noise = np.array([v for v in figures if v is not None])
-        scores = np.array([mean for _, mean in mean_scores((t["settings"], t["score"]) for t in m["trials"])])
+        scores = np.array([mean for _, mean in _means(m)])
         if len(scores) < 2 or len(noise) < 2:
             continue
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
@@ -191,10 +196,6 @@ def at_a_time(method: Mapping[str, Any]) -> str:
 
 def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
-    groups: dict[tuple[int | None, ...], list[str]] = {}
-    for m in methods:
-        if m["measured_beside"]:
-            groups.setdefault(tuple(m["measured_beside"]), []).append(_cell(m))
     found = numbers_at_a_time(methods)
     if found <= {1}:
         return []
@@ -203,40 +204,41 @@ def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
         if number is None:
             return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
         return [f"{number} runs went side by side: times and speeds are comparable with each other only."]
-    parts = "; ".join(
-        f"{' and '.join('unknown' if n is None else str(n) for n in numbers)}: {', '.join(names)}"
-        for numbers, names in groups.items()
+    _, listed = _grouped(
+        (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
+        for m in methods
+        if (numbers := m["measured_beside"])
     )
     return [
         "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
-        f"another study or another call. Runs at a time: {parts}."
+        f"another study or another call. Runs at a time: {listed}."
     ]
 
 
 def devices(finished: Sequence[Finished]) -> list[str]:
     """Runs of a study that went on elsewhere: times of two machines do not compare."""
-    groups: dict[str, list[str]] = {}
-    for f in finished:
-        for device in dict.fromkeys(o.device for _, o in f.finals if o and o.device):
-            groups.setdefault(device, []).append(str(f.cell))
-    if len(groups) < 2:
+    found, listed = _grouped((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
+    if len(found) < 2:
         return []
-    parts = "; ".join(f"{device}: {', '.join(cells)}" for device, cells in groups.items())
-    return [f"Times and speeds are not comparable: the runs were done on different devices. {parts}."]
+    return [f"Times and speeds are not comparable: the runs were done on different devices. {listed}."]
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:
     """In which precision the runs were done: figures of two do not compare."""
-    groups: dict[str, list[str]] = {}
-    for f in finished:
-        recipe = f.cell.recipe
-        mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
-        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(str(f.cell))
-    if len(groups) < 2:
-        return [f"All runs: {words}." for words in groups]
-    return [
-        "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
-    ]
+    recipes = [(f.cell.recipe, str(f.cell)) for f in finished]
+    found, listed = _grouped(
+        (f"{r.model.dtype} weights{'' if r.train.autocast == 'none' else f' with {r.train.autocast} autocast'}", cell)
+        for r, cell in recipes
+    )
+    return [f"Runs differ in precision. {listed}."] if len(found) > 1 else [f"All runs: {words}." for words in found]
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
+    """From what holds of a cell, and the cell: each of the first, and in words which cells it holds of."""
+    groups: dict[str, dict[str, None]] = {}
+    for words, cell in pairs:
+        groups.setdefault(words, {})[cell] = None
+    return list(groups), "; ".join(f"{words}: {', '.join(cells)}" for words, cells in groups.items())
 
 
 def unmeasured(finished: Sequence[Finished]) -> list[str]:
