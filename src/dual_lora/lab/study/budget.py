@@ -1,5 +1,6 @@
 """How large is a method on a model, and which rank makes it as large as another? Counted on an empty model."""
 
+import bisect
 import functools
 import json
 import math
@@ -168,30 +169,20 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
 
     size has to rise or fall with the rank all the way (RandLoRA's falls).
     """
-    known: dict[int, int] = {}
+    at = functools.cache(lambda multiple: size(multiple * step))
+    high = max(1, top // step)
+    first, slope = at(1), at(min(2, high)) - at(1)
+    sign = 1 if slope >= 0 else -1
 
-    def at(multiple: int) -> int:
-        rank = multiple * step
-        if rank not in known:
-            known[rank] = size(rank)
-        return known[rank]
+    def reached(multiple: int) -> bool:
+        return multiple > 0 and (multiple > high or sign * at(multiple) >= sign * target)
 
-    low, upper, high = 1, None, max(1, top // step)
-    rising = at(min(2, high)) >= at(1)
-    guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
-    while low < high and (upper is None or upper - low > 1) and target not in known.values():
-        # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
-        middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
-        at_most = high if upper is None else upper - 1
-        tried = min(max(middle, low + 1), at_most)
-        if (at(tried) < target) == rising:
-            low = tried
-        else:
-            upper = tried
-        guess = _crossing(1, at(1), tried, at(tried), target)
-    return min(known, key=lambda rank: (abs(known[rank] - target), rank))
-
-
-def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
-    """Where the line through two sizes meets the target."""
-    return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
+    # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
+    near = min(max(1, round(1 + (target - first) / slope)), high) if slope else 1
+    if at(near) == target:
+        return near * step
+    upper = near if reached(near) else near + 1
+    if reached(upper - 1) or not reached(upper):
+        upper = bisect.bisect_left(range(high + 1), True, lo=1, key=reached)
+    near_ones = {1, max(1, upper - 1), min(upper, high)}
+    return step * min(near_ones, key=lambda multiple: (abs(at(multiple) - target), multiple))
