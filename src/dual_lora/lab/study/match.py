@@ -5,7 +5,6 @@ which rank.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.progress import in_words
@@ -14,7 +13,7 @@ from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study.budget import Scale, Size, planned_steps, rank_field, solve_rank
 from dual_lora.lab.study.cell import Cell, fields_at, probe_job
 from dual_lora.lab.study.job import Job, Outcome, Training
-from dual_lora.lab.study.study import Study, rank_denominator
+from dual_lora.lab.study.study import MethodEntry, Study, rank_denominator
 
 UNKNOWN = Size(0, 0)  # until a cell has its rank
 MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
@@ -27,8 +26,9 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
     entry, name = cell.entry, cell.method
     field_name = rank_field(entry.name)
     rank = entry.fields.get(field_name) if field_name else None
-    if rank is None and field_name and entry.name == "dual_lora" and {"r1", "r2"} <= set(entry.fields):
-        rank = _sum_of(entry.fields)
+    if rank is None and field_name and entry.name == "dual_lora":
+        whole = [part for name in ("r1", "r2") if isinstance(part := entry.fields.get(name), int)]
+        rank = sum(whole) if len(whole) == 2 else None
     anchor = study.budget.like is not None and study.origin(name) == study.budget.like
     if target is None or entry.unmatched or anchor:
         size = set_rank(cell, rank if isinstance(rank, int) else None, scale)
@@ -41,8 +41,7 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
             "unmatched: true to run this method outside the budget."
         )
     if rank is None and field_name:
-        least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
-        step = rank_denominator(entry.fields.values(), least)
+        step = rank_step(entry)
         top = max(study.budget.max_rank, step)
         rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top)
     size = set_rank(cell, rank, scale)
@@ -51,9 +50,10 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
     check_match(study, cell, f"{target:,.0f} trainable parameters", found)
 
 
-def _sum_of(fields: dict[str, Any]) -> int | None:
-    ranks = fields["r1"], fields["r2"]
-    return ranks[0] + ranks[1] if all(isinstance(r, int) for r in ranks) else None
+def rank_step(entry: MethodEntry) -> int:
+    """The method's rank has to be a multiple of this, so that its parts and what follows from it are whole numbers."""
+    least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
+    return rank_denominator(entry.fields.values(), least)
 
 
 def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
@@ -131,8 +131,8 @@ def _fit_rank(study: Study, cell: Cell, training: Training, target: float, measu
         (wide,) = _measured(measure, [probe_job(study, cell, cell.rank * MEMORY_RANKS)])
         slope = (_peak(wide) - peak) / (cell.rank * (MEMORY_RANKS - 1))
         rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
-        step = 2 if cell.entry.name == "dual_lora" else 1
-        rank = min(max(step, rank // step * step), study.budget.max_rank)
+        step = rank_step(cell.entry)
+        rank = max(step, min(rank, study.budget.max_rank) // step * step)
         (check,) = _measured(measure, [probe_job(study, cell, rank)])
         set_rank(cell, rank)
         peak = _peak(check)
