@@ -8,7 +8,7 @@ from dual_lora.lab.recipe.read import build_recipe, merged
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.budget import Size, rank_field
-from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint, print_of_texts
+from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint
 from dual_lora.lab.study.search import beyond, choose, dotted
 from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
 
@@ -165,5 +165,5 @@ def _job(
     if kind != "final":
         values["evaluate"]["forgetting"] = None
     entry, recipe = cell.entry, build_recipe(values, f"{cell.method} on {cell.task}")
-    data = fingerprint(cell.recipe) | print_of_texts(recipe.evaluate.forgetting)
-    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, data, dict(entry.freeze), entry.round, cost)
+    held = dict(entry.freeze), entry.round
+    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, fingerprint(recipe), *held, cost)

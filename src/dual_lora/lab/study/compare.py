@@ -12,6 +12,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
@@ -21,7 +22,16 @@ from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_job
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, on_other_weights, prints, read_outcome, task_name
+from dual_lora.lab.study.job import (
+    Job,
+    Outcome,
+    Settings,
+    damage,
+    fingerprint,
+    on_other_weights,
+    read_outcome,
+    task_name,
+)
 from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
@@ -87,8 +97,11 @@ def _recipes(study: Study) -> dict[str, Any]:
     return {
         f"{task_name(model, task)} {part}": value
         for model, task, recipe in plan.scenarios(study)
-        for part, value in {**recipe.model_dump(mode="json"), **prints(recipe)}.items()
-        if part in ("model", "data", "train", "evaluate", "records", "weights")
+        for part, value in {
+            **recipe.model_dump(mode="json", include={"model", "data", "train", "evaluate"}),
+            "records": fingerprint(recipe),
+            "weights": print_of_weights(recipe.model),
+        }.items()
     }
 
 
@@ -135,10 +148,6 @@ class Runner:
             )
         return self._results()
 
-    def _reporting(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs, with where final runs send what they log."""
-        return [replace(job, report_to=self.options.report_to) if job.kind == "final" else job for job in jobs]
-
     def _do(self, what: str, jobs: Sequence[Job]) -> None:
         """Make sure that every job has an outcome or a recorded error."""
         jobs = list({job.key: job for job in jobs}.values())
@@ -151,11 +160,11 @@ class Runner:
         for job in left.values():
             if why := damage(self.runs, job.key):
                 self._say(f"{why} That run alone is done again: {job}.")
+        to = self.options.report_to  # no part of the key
+        ready = [replace(job, report_to=to) if job.kind == "final" else job for job in left.values()]
         with Bar(what, len(jobs), self.options.progress, len(jobs) - len(left), timed=False) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
-            for key, outcome, error in (
-                run_jobs(self.options, self._reporting(left.values()), self.runs) if left else ()
-            ):
+            for key, outcome, error in run_jobs(self.options, ready, self.runs) if ready else ():
                 job = left.pop(key)
                 if outcome is not None:
                     self._learn(job, outcome)
