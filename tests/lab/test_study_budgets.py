@@ -17,14 +17,13 @@ from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
-from dual_lora.lab.study.budget import Scale, _routed, planned_steps
+from dual_lora.lab.study.budget import Scale, _routed, match_by_probes, planned_steps
 from dual_lora.lab.study.cell import final_jobs, probe_job
 from dual_lora.lab.study.compare import Runner, compare
 from dual_lora.lab.study.execute import Options
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome, Training, write_outcome
-from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_forecast
 

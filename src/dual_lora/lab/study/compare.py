@@ -18,6 +18,7 @@ from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import notes, plan
+from dual_lora.lab.study.budget import match_by_probes
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
@@ -32,7 +33,6 @@ from dual_lora.lab.study.job import (
     read_outcome,
     task_name,
 )
-from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results

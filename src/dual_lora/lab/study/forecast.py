@@ -25,12 +25,11 @@ from dual_lora.lab.cost.simulate import simulate
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.recipe.schema import DataSection, Recipe
-from dual_lora.lab.study.budget import planned_steps, rank_field
-from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
+from dual_lora.lab.study.budget import match_by_probes, planned_steps
+from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, rank_field, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Job, Outcome, outcomes_here
-from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.search import choose

@@ -24,11 +24,10 @@ from dual_lora.lab.model.precision import (
 from dual_lora.lab.recipe.read import merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Scale, classes_of, rank_field
-from dual_lora.lab.study.cell import Cell, trial_jobs
+from dual_lora.lab.study.budget import UNKNOWN, Scale, classes_of, counted, fit_parameters, set_rank
+from dual_lora.lab.study.cell import Cell, rank_field, trial_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
-from dual_lora.lab.study.match import UNKNOWN, counted, fit_parameters, set_rank
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 
