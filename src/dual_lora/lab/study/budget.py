@@ -233,6 +233,8 @@ def counted(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
 
 def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> None:
     """Give every cell the steps or the rank that its budget allows. Raises UserError where none does."""
+    if study.budget.match not in ("time", "memory"):
+        return
     like = [cell for cell in cells if study.origin(cell.method) == study.budget.like]
     matched = [cell for cell in cells if not cell.entry.unmatched]
     probed = {cell.at: cell for cell in [*like, *matched]}

@@ -122,7 +122,10 @@ class Runner:
 
     def run(self) -> Results:
         """Do what is missing, stage by stage; returns the results."""
-        self._match_by_probes()
+        if self.study.budget.match == "memory":  # peaks need processes of their own
+            executor = "process" if self.options.executor == "serial" else self.options.executor
+            self.options = replace(self.options, executor=executor, fresh=True)
+        match_by_probes(self.study, self.cells, self._measure)
         if self.options.progress:
             self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
@@ -291,15 +294,6 @@ class Runner:
         write_json(self.folder.path / "results.json", results)
         self._written = time.time()
         return results
-
-    def _match_by_probes(self) -> None:
-        match = self.study.budget.match
-        if match not in ("time", "memory"):
-            return
-        if match == "memory":  # peaks need processes of their own
-            executor = "process" if self.options.executor == "serial" else self.options.executor
-            self.options = replace(self.options, executor=executor, fresh=True)
-        match_by_probes(self.study, self.cells, self._measure)
 
     def _measure(self, jobs: Sequence[Job]) -> list[Outcome]:
         self._do("probes", jobs)

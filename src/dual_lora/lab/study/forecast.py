@@ -276,12 +276,10 @@ def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> 
             raise Unknown
         return outcomes
 
-    what = {"time": "steps", "memory": "rank"}.get(study.budget.match)
-    if what is None:
-        return
     try:
         match_by_probes(study, cells, known)
     except Unknown:
+        what = "steps" if study.budget.match == "time" else "rank"
         for cell in cells:
             if not cell.entry.unmatched:
                 cell.notes.append(f"{what}: by a probe of {PROBE_STEPS} steps")
