@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,17 +40,17 @@ def _means(method: MethodRow) -> list[tuple[Settings, float]]:
     return mean_scores((t["settings"], t["score"]) for t in method["trials"])
 
 
-def level(false_alarm: float | None, allowed: float) -> list[str]:
+def level(false_alarm: float | None, allowed: float) -> Iterator[str]:
     """The level that the study really has."""
-    if false_alarm is None:
-        return []
-    return [
-        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {percent(allowed)} "
-        "at most. It holds for the methods with the settings named here, not for what another search would choose."
-    ]
+    if false_alarm is not None:
+        yield (
+            f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, "
+            f"{percent(allowed)} at most. It holds for the methods with the settings named here, not for what another "
+            "search would choose."
+        )
 
 
-def near_choices(methods: Sequence[MethodRow], metric: str | None) -> list[str]:
+def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[str]:
     """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
     for m in methods:
@@ -64,12 +64,11 @@ def near_choices(methods: Sequence[MethodRow], metric: str | None) -> list[str]:
         chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
         if chance > 0.05:
             near.append(f"{_cell(m)} ({chance:.0%})")
-    if not near:
-        return []
-    return [
-        "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
-        f"between seeds as much as the final runs do): {', '.join(near)}."
-    ]
+    if near:
+        yield (
+            "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
+            f"between seeds as much as the final runs do): {', '.join(near)}."
+        )
 
 
 def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
@@ -79,18 +78,15 @@ def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
     return float((again.argmax(1) != scores.argmax()).mean())
 
 
-def level_searches(methods: Sequence[MethodRow]) -> list[str]:
+def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Searches whose trials all scored alike."""
-    notes = []
     for m in methods:
         scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
         if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
-            (score,) = scores
-            notes.append(
+            yield (
                 f"Every trial of {_cell(m)} that did not diverge scored "
-                f"{score:.4g}: the search could not choose, and the first of them was taken."
+                f"{scores.pop():.4g}: the search could not choose, and the first of them was taken."
             )
-    return notes
 
 
 def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
@@ -113,15 +109,13 @@ def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
     return ""
 
 
-def amended(results: Results) -> list[str]:
+def amended(results: Results) -> Iterator[str]:
     """What was changed in a study after its beginning, when, and which verdicts changed by it."""
-    said = []
     for a in results.get("amendments", []):
         seen = f" {a['ended']} of {a['of']} final runs known by then had ended." if "of" in a else ""
         changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a.get("changed", []))
         end = f" Verdicts changed: {changed or 'none'}." if "changed" in a else ""
-        said.append(f"Amended {a['date']}. {a['what']}{seen}{end}")
-    return said
+        yield f"Amended {a['date']}. {a['what']}{seen}{end}"
 
 
 def seen_before(plan: dict[str, Any] | None, amendments: Sequence[AmendmentRow]) -> list[str]:
@@ -141,47 +135,42 @@ def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
     return [f"Tuned by {search.metric}, compared by {judge}{why}" for judge in judges if judge != search.metric]
 
 
-def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
+def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> Iterator[str]:
     """Searches that went on beyond their grid."""
     found = []
     for m in methods:
         points = [t["settings"] for t in m["trials"] if t.get("beyond")]
         if rates := dict.fromkeys(f"{point[RATE]:g}" for point in points if RATE in point):
             found.append(f"{_cell(m)} ({', '.join(rates)})")
-    if not found or search is None:
-        return []
-    return [
-        "The best learning rate lay at an end of its grid, so the search went on beyond it, before any final run and "
-        f"by the same rule for every method ({search.extend} more at most): {', '.join(found)}."
-    ]
+    if found and search is not None:
+        yield (
+            "The best learning rate lay at an end of its grid, so the search went on beyond it, before any final run "
+            f"and by the same rule for every method ({search.extend} more at most): {', '.join(found)}."
+        )
 
 
-def code_versions(methods: Sequence[MethodRow]) -> list[str]:
+def code_versions(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Scenarios whose final runs were done by different versions of the code, or do not all say by which."""
-    said = []
     for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
         seeds = [seed for m in methods if (m["model"], m["task"]) == scenario for seed in m["seeds"]]
         codes = {seed.get("code") for seed in seeds if seed["status"] != "missing"}
         if len(codes) > 1:
             names = "; ".join(sorted(str(code or "not recorded") for code in codes))
-            said.append(
+            yield (
                 f"The runs on {task_name(*scenario)} were done by several versions of the code ({names}): a difference "
                 "may be the code's."
             )
-    return said
 
 
-def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
+def unfinished(study: Study, finished: Sequence[Finished]) -> Iterator[str]:
     """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
-    notes = []
     for f in finished:
         if f.complete:
             continue
         done = sum(outcome is not None for _, outcome in f.finals)
         state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
         alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
-        notes.append(f"{f.cell} is not compared with anything{alone}: {state}.")
-    return notes
+        yield f"{f.cell} is not compared with anything{alone}: {state}."
 
 
 def numbers_at_a_time(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
@@ -194,33 +183,30 @@ def at_a_time(method: Mapping[str, Any]) -> str:
     return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
-def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
+def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
     found = numbers_at_a_time(methods)
-    if found <= {1}:
-        return []
-    if len(found) == 1:
-        (number,) = found
-        if number is None:
-            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
-        return [f"{number} runs went side by side: times and speeds are comparable with each other only."]
-    _, listed = _grouped(
-        (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
-        for m in methods
-        if (numbers := m["measured_beside"])
-    )
-    return [
-        "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
-        f"another study or another call. Runs at a time: {listed}."
-    ]
+    if len(found) > 1:
+        _, listed = _grouped(
+            (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
+            for m in methods
+            if (numbers := m["measured_beside"])
+        )
+        yield (
+            "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
+            f"another study or another call. Runs at a time: {listed}."
+        )
+    elif found == {None}:
+        yield "How many runs went side by side was not recorded: times and speeds may not be comparable."
+    elif found - {1}:
+        yield f"{found.pop()} runs went side by side: times and speeds are comparable with each other only."
 
 
-def devices(finished: Sequence[Finished]) -> list[str]:
+def devices(finished: Sequence[Finished]) -> Iterator[str]:
     """Runs of a study that went on elsewhere: times of two machines do not compare."""
     found, listed = _grouped((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
-    if len(found) < 2:
-        return []
-    return [f"Times and speeds are not comparable: the runs were done on different devices. {listed}."]
+    if len(found) > 1:
+        yield f"Times and speeds are not comparable: the runs were done on different devices. {listed}."
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:

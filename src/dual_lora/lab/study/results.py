@@ -66,20 +66,22 @@ def build_results(
         "pareto": pareto(methods),
         "plan": plan,
         "amendments": list(amendments),
-        "notes": notes.unfinished(study, finished)
-        + [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
-        * bool(missing and pairs)
-        + lost
-        + said.notes
-        + notes.seen_before(plan, amendments)
-        + [f"{task_name(*where)} has one test item: it says nothing about others." for where in alone]
-        + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
-        + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
-        + notes.unmeasured(finished)
-        + notes.warned(ended)
-        + notes.shared_machine(methods)
-        + notes.devices(finished)
-        + notes.precisions(finished),
+        "notes": [
+            *notes.unfinished(study, finished),
+            *[f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
+            * bool(missing and pairs),
+            *lost,
+            *said.notes,
+            *notes.seen_before(plan, amendments),
+            *(f"{task_name(*where)} has one test item: it says nothing about others." for where in alone),
+            *["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1),
+            *dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap),
+            *notes.unmeasured(finished),
+            *notes.warned(ended),
+            *notes.shared_machine(methods),
+            *notes.devices(finished),
+            *notes.precisions(finished),
+        ],
     }
 
 
