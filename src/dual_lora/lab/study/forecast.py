@@ -211,38 +211,38 @@ def forecast(
     _match_as_far_as_probed(study, cells, runs_folder)
     speed = Speed(card(on) if on else None)
     times = RunTimes(estimates(study, cells, speed))
-    rows, left, done = [], [], 0
-    jobs: list[list[Job]] = []
-
     outcome = outcomes_here(runs_folder)
-    for cell in cells:
-        trials = trial_jobs(study, cell, outcome)
-        jobs.append(trials + final_jobs(study, cell, choose([(job, outcome(job)) for job in trials]) or {}))
-        rows.append(
-            {
-                "model": cell.model,
-                "task": cell.task,
-                "method": cell.method,
-                "rank": cell.rank,
-                "trainable_parameters": cell.size.trainable,
-                "mismatch": cell.mismatch,
-                "notes": cell.notes,
-                "steps": planned_steps(cell.recipe),
-                "trials": len(trials),
-                "seeds": len(study.seeds),
-                "metric": cell.metric,
-                "peak_memory": _peak(cell) if speed.card else None,
-            }
-        )
-    for job in itertools.chain(*jobs, base_jobs(cells)):
+    trials = [trial_jobs(study, cell, outcome) for cell in cells]
+    finals = [
+        final_jobs(study, cell, choose([(job, outcome(job)) for job in tried]) or {})
+        for cell, tried in zip(cells, trials, strict=True)
+    ]
+    left, done = [], 0
+    for job in itertools.chain(*trials, *finals, base_jobs(cells)):
         if ended := outcome(job):
             done += 1
             if speed.card is None:  # a card's times do not follow from this machine's
                 times.learn(job, ended.seconds)
         else:
             left.append(job)
-    for row, own in zip(rows, jobs, strict=True):
-        row["seconds"] = sum(times.expect(job) or 0.0 for job in own)
+    rows = [
+        {
+            "model": cell.model,
+            "task": cell.task,
+            "method": cell.method,
+            "rank": cell.rank,
+            "trainable_parameters": cell.size.trainable,
+            "mismatch": cell.mismatch,
+            "notes": cell.notes,
+            "steps": planned_steps(cell.recipe),
+            "trials": len(tried),
+            "seeds": len(study.seeds),
+            "metric": cell.metric,
+            "peak_memory": _peak(cell) if speed.card else None,
+            "seconds": sum(times.expect(job) or 0.0 for job in [*tried, *last]),
+        }
+        for cell, tried, last in zip(cells, trials, finals, strict=True)
+    ]
     return Forecast(
         study,
         rows,
