@@ -61,6 +61,23 @@ def test_memory_budget_solves_for_the_rank(tiny):
     assert abs(dual.mismatch) < 0.01
 
 
+def test_memory_budget_tries_ranks_whose_parts_are_whole(tiny):
+    methods = {"lora": {"r": 4}, "dual_lora": {"r": 5, "r1": "3r/5", "r2": "2r/5"}}
+    peak = memory(lambda method, r: 1e8 + 1e6 * r - 4e7 * (method == "dual_lora"))
+    dual = matched(tiny, peak, methods=methods, budget={"match": "memory", "like": "lora"})["dual_lora"]
+    assert dual.rank == 40, "44, down to a multiple of 5"
+    assert [dual.recipe.method[part] for part in ("r1", "r2")] == [24, 16]
+
+
+def test_a_budget_like_dual_lora_by_the_ranks_of_its_parts(tiny):
+    dual = {"r1": 3, "r2": 1, "alpha": "2r"}
+    methods, budget = {"lora": {}, "dual_lora": dual}, {"match": "parameters", "like": "dual_lora"}
+    cells = {cell.method: cell for cell in plan.lay_out(read_study(write_study(tiny, methods=methods, budget=budget)))}
+    assert cells["dual_lora"].rank == 4
+    assert cells["dual_lora"].recipe.method["alpha"] == 8
+    assert cells["dual_lora"].mismatch == 0
+
+
 def test_memory_budget_that_cannot_be_met(tiny):
     with pytest.raises(UserError, match="191 MiB peak memory cannot be matched"):
         matched(tiny, memory(lambda _, r: 1e8 + 1e3 * r), methods=BOTH, budget={"match": "memory", "value": 2e8})

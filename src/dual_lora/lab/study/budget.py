@@ -173,18 +173,14 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
 def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
     """Give the cell its method, at the rank that the budget allows."""
     entry, name = cell.entry, cell.method
-    field_name = rank_field(entry.name)
-    rank = entry.fields.get(field_name) if field_name else None
-    if rank is None and field_name and entry.name == "dual_lora":
-        whole = [part for name in ("r1", "r2") if isinstance(part := entry.fields.get(name), int)]
-        rank = sum(whole) if len(whole) == 2 else None
+    field_name, rank = rank_field(entry.name), written_rank(entry)
     anchor = study.budget.like is not None and study.origin(name) == study.budget.like
     if target is None or entry.unmatched or anchor:
-        size = set_rank(cell, rank if isinstance(rank, int) else None, scale)
+        size = set_rank(cell, rank, scale)
         cell.notes = ["outside the budget"] if entry.unmatched and target else []
         cell.mismatch = size.trainable / target - 1 if target and anchor else None
         return
-    if rank is not None and field_name in entry.fields:
+    if field_name and entry.fields.get(field_name) is not None:
         raise UserError(
             f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
             "unmatched: true to run this method outside the budget."
@@ -197,6 +193,15 @@ def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None)
     cell.mismatch = size.trainable / target - 1
     found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
     check_match(study, cell, f"{target:,.0f} trainable parameters", found)
+
+
+def written_rank(entry: MethodEntry) -> int | None:
+    """The rank that the method is given by the study, Dual LoRA also by its parts; None without one."""
+    rank = entry.fields.get(rank_field(entry.name) or "")
+    if rank is None and entry.name == "dual_lora":
+        parts = [part for name in ("r1", "r2") if isinstance(part := entry.fields.get(name), int)]
+        return sum(parts) if len(parts) == 2 else None
+    return rank if isinstance(rank, int) else None
 
 
 def rank_step(entry: MethodEntry) -> int:
