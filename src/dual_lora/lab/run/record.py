@@ -127,7 +127,7 @@ _DECIDING = (
     "core/",
     "method/",
     *(f"lab/{part}" for part in ("data/", "model/", "recipe/", "run/")),
-    *(f"lab/study/{name}.py" for name in ("perform", "metrics")),
+    *(f"lab/study/{name}.py" for name in ("perform", "interventions", "metrics")),
 )
 
 

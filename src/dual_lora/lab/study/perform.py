@@ -10,22 +10,18 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import TrainerCallback
 
 from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.errors import UserError, described, is_disk_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.weights import print_of_weights
-from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.run.failures import Diverged, NotFinite
-from dual_lora.lab.run.loop import check_patterns
 from dual_lora.lab.run.record import code_version, device_name
 from dual_lora.lab.run.write import hold, write_json
 from dual_lora.lab.study import metrics
@@ -104,6 +100,7 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate
     from dual_lora.lab.run.train import run
+    from dual_lora.lab.study.interventions import Freeze, Round
 
     recipe, folder = job.recipe, runs / job.key
     callbacks: list[Any] = [Freeze(job.freeze)] if job.freeze else []
@@ -131,69 +128,6 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
 
         came["use"], came["use_problems"] = use_cost(tuned, examples, recipe)
     return came
-
-
-class Intervention(TrainerCallback):
-    """What an ablation does to a group of parameters while it trains.
-
-    which: regular expression of parameter names -> what is done with them.
-    """
-
-    field = ""  # of a study's method, for errors
-
-    def __init__(self, which: Mapping[str, Any]):
-        self.which = {Pattern(text, self.field): what for text, what in which.items()}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        check_patterns(self.field, [pattern.text for pattern in self.which], model)
-        self.act(model, state)
-
-    def act(self, model: Any, state: Any) -> None:
-        """Do it to the model as it is now."""
-        raise NotImplementedError
-
-
-class Freeze(Intervention):
-    """Parameters stop moving after a share of the steps (0: they never move and keep their random start)."""
-
-    field = "freeze"
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.act(model, state)
-
-    def act(self, model: Any, state: Any) -> None:
-        due = [p for p, share in self.which.items() if state.global_step >= share * state.max_steps]
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and any(pattern.search(name) for pattern in due):
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-
-class Round(Intervention):
-    """Parameters are rounded after every step: trained and stored in low precision, without a finer copy.
-
-    "bfloat16", "float16" or "int8" (symmetric, one scale a row).
-    """
-
-    field = "round"
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.act(model, state)
-
-    @torch.no_grad()
-    def act(self, model: Any, state: Any) -> None:
-        for name, parameter in model.named_parameters():
-            kind = next((k for pattern, k in self.which.items() if pattern.search(name)), None)
-            if kind and parameter.requires_grad:
-                parameter.copy_(rounded(parameter, kind))
-
-
-def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """The values as `kind` can hold them, in their own dtype."""
-    if kind == "int8":
-        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        return (values / scale).round() * scale
-    return values.to(getattr(torch, kind)).to(values.dtype)
 
 
 def _base(job: Job, runs: Path) -> Figures:

@@ -1,0 +1,66 @@
+"""What an ablation does to a group of parameters while it trains: hold it still, or keep it in low precision."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dual_lora.lab.patterns import Pattern
+from dual_lora.lab.run.loop import check_patterns
+
+
+class Freeze(TrainerCallback):
+    """Parameters stop moving after a share of the steps (0: they never move and keep their random start).
+
+    shares: regular expression of parameter names -> share of the run's steps.
+    """
+
+    def __init__(self, shares: Mapping[str, float]):
+        self.shares = {Pattern(text, "freeze"): share for text, share in shares.items()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_patterns("freeze", [pattern.text for pattern in self.shares], model)
+        self._hold(model, state)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._hold(model, state)
+
+    def _hold(self, model: Any, state: Any) -> None:
+        due = [p for p, share in self.shares.items() if state.global_step >= share * state.max_steps]
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and any(pattern.search(name) for pattern in due):
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+class Round(TrainerCallback):
+    """Parameters are rounded after every step: trained and stored in low precision, without a finer copy.
+
+    formats: regular expression of parameter names -> "bfloat16", "float16" or "int8" (symmetric, one scale a row).
+    """
+
+    def __init__(self, formats: Mapping[str, str]):
+        self.formats = {Pattern(text, "round"): name for text, name in formats.items()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        check_patterns("round", [pattern.text for pattern in self.formats], model)
+        self._round(model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._round(model)
+
+    @torch.no_grad()
+    def _round(self, model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            kind = next((k for pattern, k in self.formats.items() if pattern.search(name)), None)
+            if kind and parameter.requires_grad:
+                parameter.copy_(rounded(parameter, kind))
+
+
+def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The values as `kind` can hold them, in their own dtype."""
+    if kind == "int8":
+        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return (values / scale).round() * scale
+    return values.to(getattr(torch, kind)).to(values.dtype)
