@@ -216,7 +216,7 @@ class Runner:
     def _one_version(self, jobs: Sequence[Job]) -> None:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
-        paired = [job for job in jobs if job.kind in ("trial", "final")]
+        paired = [job for job in jobs if job.kind != "base"]
         for scenario in dict.fromkeys(job.scenario for job in paired):
             outcomes = [self._outcome(job) for job in paired if job.scenario == scenario]
             codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
