@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pytest
 
@@ -91,6 +92,24 @@ def test_time_budget_may_be_that_of_full_fine_tuning(tiny):
     assert cells["full"].recipe.train.steps == 4
     assert cells["lora"].recipe.train.steps == 16
     assert cells["lora"].mismatch == 0
+
+
+def test_time_budget_goes_by_steps_that_do_not_warm_up(tiny):
+    """A method whose first step compiles its kernels is no slower in all others."""
+    study = read_study(write_study(tiny, search=None, methods=BOTH, budget={"match": "time", "like": "lora"}))
+
+    def probes(jobs, **more):
+        seconds = {"lora": 8.0, "dual_lora": 80.0}
+        return [took(j, steps=8, seconds=seconds[j.method]).model_copy(update=more) for j in jobs]
+
+    def steps(measure):
+        cells = plan.lay_out(study)
+        match_by_probes(study, cells, measure)
+        return [cell.recipe.train.steps for cell in cells]
+
+    assert steps(partial(probes, step_seconds=1.0)) == [4, 4]
+    with pytest.raises(UserError, match=r"methods.dual_lora: the budget of 4 s .* 10 s with 1 steps"):
+        steps(probes)  # of an earlier version, which did not tell
 
 
 def test_time_budget_that_no_number_of_steps_meets(tiny):

@@ -243,35 +243,36 @@ def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> No
     like = [cell for cell in cells if study.origin(cell.method) == study.budget.like]
     matched = [cell for cell in cells if not cell.entry.unmatched]
     probed = {cell.at: cell for cell in [*like, *matched]}
-    first = dict(zip(probed, _measured(measure, [probe_job(study, cell) for cell in probed.values()]), strict=True))
+    outcomes = measure([probe_job(study, cell) for cell in probed.values()])
+    memory, warm = study.budget.match == "memory", all(outcome.step_seconds for outcome in outcomes)
+    costs = [_peak(outcome) if memory else _a_step(outcome, warm) for outcome in outcomes]
+    cost_of = dict(zip(probed, costs, strict=True))
     for cell in matched:
         target = study.budget.value
         if target is None:
             model = next(c for c in like if c.scenario == cell.scenario)
-            memory, its = study.budget.match == "memory", first[model.at]
-            target = _peak(its) if memory else _a_step(its) * planned_steps(model.recipe, fetch=True)
-        if study.budget.match == "time":
-            _fit_steps(study, cell, first[cell.at], target)
+            target = cost_of[model.at] * (1 if memory else planned_steps(model.recipe, fetch=True))
+        if memory:
+            _fit_rank(study, cell, cost_of[cell.at], target, measure)
         else:
-            _fit_rank(study, cell, first[cell.at], target, measure)
+            _fit_steps(study, cell, cost_of[cell.at], target)
 
 
-def _measured(measure: Measure, jobs: Sequence[Job]) -> list[Training]:
-    return [outcome.training or Training() for outcome in measure(jobs)]
+def _a_step(outcome: Outcome, warm: bool) -> float:
+    """Seconds of a step. warm: without the first ones, which also warm up; not known of an earlier version's probes."""
+    training = outcome.training or Training()
+    seconds = outcome.step_seconds if warm else (training.seconds or 0.0) / training.steps
+    assert seconds
+    return seconds
 
 
-def _a_step(training: Training) -> float:
-    assert training.seconds is not None
-    return training.seconds / training.steps
+def _peak(outcome: Outcome) -> float:
+    assert outcome.training is not None
+    assert outcome.training.peak_memory is not None
+    return outcome.training.peak_memory
 
 
-def _peak(training: Training) -> float:
-    assert training.peak_memory is not None
-    return training.peak_memory
-
-
-def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> None:
-    a_step = _a_step(training)
+def _fit_steps(study: Study, cell: Cell, a_step: float, seconds: float) -> None:
     steps = max(1, round(seconds / a_step))
     cell.mismatch = steps * a_step / seconds - 1
     nearest = f"the nearest is {in_words(steps * a_step)} with {steps} steps"
@@ -280,16 +281,15 @@ def _fit_steps(study: Study, cell: Cell, training: Training, seconds: float) -> 
     cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
 
 
-def _fit_rank(study: Study, cell: Cell, training: Training, target: float, measure: Measure) -> None:
+def _fit_rank(study: Study, cell: Cell, peak: float, target: float, measure: Measure) -> None:
     """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
-    peak = _peak(training)
     if abs(peak / target - 1) > 0.005 and cell.rank is not None:
-        (wide,) = _measured(measure, [probe_job(study, cell, cell.rank * MEMORY_RANKS)])
+        (wide,) = measure([probe_job(study, cell, cell.rank * MEMORY_RANKS)])
         slope = (_peak(wide) - peak) / (cell.rank * (MEMORY_RANKS - 1))
         rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
         step = rank_step(cell.entry)
         rank = max(step, min(rank, study.budget.max_rank) // step * step)
-        (check,) = _measured(measure, [probe_job(study, cell, rank)])
+        (check,) = measure([probe_job(study, cell, rank)])
         set_rank(cell, rank)
         peak = _peak(check)
     cell.mismatch = peak / target - 1

@@ -101,6 +101,7 @@ class Outcome(BaseModel):
     constant: float | None = None  # how often one answer to everything would be right
     training: Training | None = None
     steps_per_second: float | None = None
+    step_seconds: float | None = None  # of a probe, without the steps that also warm up
     evaluation_seconds: float | None = None
     use: dict[str, float | None] = {}
     use_problems: dict[str, str] = {}
