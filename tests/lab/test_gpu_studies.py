@@ -17,7 +17,7 @@ from dual_lora.lab.cost.calibrate import CARDS, SHARE, card
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge import metamath
-from dual_lora.lab.judge.peft_suite import read_peft
+from dual_lora.lab.judge.peft import read_peft
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.scoring import answer_in
 from dual_lora.lab.study.compare import compare

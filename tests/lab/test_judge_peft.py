@@ -10,8 +10,7 @@ pytest.importorskip("pydantic")
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.judge import judge
-from dual_lora.lab.judge.peft_results import write_peft
-from dual_lora.lab.judge.peft_suite import method_entry
+from dual_lora.lab.judge.peft import method_entry, write_peft
 
 
 def peft_result(folder, name, seed, accuracy, status="success", **last):

@@ -24,7 +24,7 @@ from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import compare as comparing
 from dual_lora.lab.study import folder as folders
 from dual_lora.lab.study import perform
-from dual_lora.lab.study.cell import trial_jobs
+from dual_lora.lab.study.cell import probe_job, trial_jobs
 from dual_lora.lab.study.compare import compare
 from dual_lora.lab.study.folder import StudyFolder, changes
 from dual_lora.lab.study.forecast import forecast
@@ -150,6 +150,25 @@ def test_runs_of_two_versions_are_not_compared(tiny, tmp_path, monkeypatch):
 
     of_version(monkeypatch, "three, torch 1")
     assert figures(compare(study, out, progress=False)) == figures(second), "a finished study is of one version"
+
+
+def test_probes_of_two_versions_are_not_mixed(tiny, tmp_path, monkeypatch):
+    """A method that is added later gets its steps by the code that measured the others."""
+    monkeypatch.setattr(perform, "_trained", lambda *_: {"training": {"steps": 8, "seconds": 8.0}})
+
+    def probes(self):
+        return self._measure([probe_job(self.study, cell) for cell in self.cells])
+
+    monkeypatch.setattr(comparing.Runner, "run", probes)
+    found = []
+    for version, methods in (("one", ["lora"]), ("two", ["lora", "dual_lora"])):
+        of_version(monkeypatch, version)
+        study = write_study(
+            tiny, search=None, methods={name: {"r": 4} for name in methods}, budget={"match": "time", "like": "lora"}
+        )
+        probed = compare(study, tmp_path / "out", update=True, progress=False)
+        found.append({outcome.code for outcome in probed})
+    assert found == [{"one"}, {"two"}]
 
 
 def test_runs_that_do_not_say_their_version_are_kept_and_named(tiny, copy_of_whole):

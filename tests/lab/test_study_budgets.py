@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pytest
 
@@ -17,14 +18,13 @@ from dual_lora.lab.model.empty import fit
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.run.train import run
 from dual_lora.lab.study import plan
-from dual_lora.lab.study.budget import Scale, _routed, planned_steps
+from dual_lora.lab.study.budget import Scale, _routed, match_by_probes, planned_steps
 from dual_lora.lab.study.cell import final_jobs, probe_job
 from dual_lora.lab.study.compare import Runner, compare
 from dual_lora.lab.study.execute import Options
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import forecast
 from dual_lora.lab.study.job import Outcome, Training, write_outcome
-from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.tables import show_forecast
 
@@ -62,6 +62,23 @@ def test_memory_budget_solves_for_the_rank(tiny):
     assert abs(dual.mismatch) < 0.01
 
 
+def test_memory_budget_tries_ranks_whose_parts_are_whole(tiny):
+    methods = {"lora": {"r": 4}, "dual_lora": {"r": 5, "r1": "3r/5", "r2": "2r/5"}}
+    peak = memory(lambda method, r: 1e8 + 1e6 * r - 4e7 * (method == "dual_lora"))
+    dual = matched(tiny, peak, methods=methods, budget={"match": "memory", "like": "lora"})["dual_lora"]
+    assert dual.rank == 40, "44, down to a multiple of 5"
+    assert [dual.recipe.method[part] for part in ("r1", "r2")] == [24, 16]
+
+
+def test_a_budget_like_dual_lora_by_the_ranks_of_its_parts(tiny):
+    dual = {"r1": 3, "r2": 1, "alpha": "2r"}
+    methods, budget = {"lora": {}, "dual_lora": dual}, {"match": "parameters", "like": "dual_lora"}
+    cells = {cell.method: cell for cell in plan.lay_out(read_study(write_study(tiny, methods=methods, budget=budget)))}
+    assert cells["dual_lora"].rank == 4
+    assert cells["dual_lora"].recipe.method["alpha"] == 8
+    assert cells["dual_lora"].mismatch == 0
+
+
 def test_memory_budget_that_cannot_be_met(tiny):
     with pytest.raises(UserError, match="191 MiB peak memory cannot be matched"):
         matched(tiny, memory(lambda _, r: 1e8 + 1e3 * r), methods=BOTH, budget={"match": "memory", "value": 2e8})
@@ -75,6 +92,24 @@ def test_time_budget_may_be_that_of_full_fine_tuning(tiny):
     assert cells["full"].recipe.train.steps == 4
     assert cells["lora"].recipe.train.steps == 16
     assert cells["lora"].mismatch == 0
+
+
+def test_time_budget_goes_by_steps_that_do_not_warm_up(tiny):
+    """A method whose first step compiles its kernels is no slower in all others."""
+    study = read_study(write_study(tiny, search=None, methods=BOTH, budget={"match": "time", "like": "lora"}))
+
+    def probes(jobs, **more):
+        seconds = {"lora": 8.0, "dual_lora": 80.0}
+        return [took(j, steps=8, seconds=seconds[j.method]).model_copy(update=more) for j in jobs]
+
+    def steps(measure):
+        cells = plan.lay_out(study)
+        match_by_probes(study, cells, measure)
+        return [cell.recipe.train.steps for cell in cells]
+
+    assert steps(partial(probes, step_seconds=1.0)) == [4, 4]
+    with pytest.raises(UserError, match=r"methods.dual_lora: the budget of 4 s .* 10 s with 1 steps"):
+        steps(probes)  # of an earlier version, which did not tell
 
 
 def test_time_budget_that_no_number_of_steps_meets(tiny):

@@ -155,6 +155,16 @@ def test_a_choice_by_less_than_the_noise_of_a_run_is_said(tmp_path):
     assert re.search(r"near on t \((2[0-9]|3[0-9])%\)\.$", note), note
 
 
+def test_of_a_search_with_several_seeds_the_mean_says_whether_its_end_was_best(tmp_path):
+    """That one run inside scored like one of the best setting's is no tie: their means differ."""
+    rates = {1e-3: (0.5, 0.6), 3e-3: (0.6, 0.9), 1e-2: (0.9, 0.9)}
+    grid = [trial for rate, scores in rates.items() for score in scores for trial in trials({rate: score})]
+    cells = [cell(tmp_path, name, [LEARNED] * 3, trials=grid) for name in ("a", "b")]
+    for f in cells:
+        f.chosen = {"train.learning_rate": 1e-2}
+    assert any("largest train.learning_rate tried (0.01)" in note for note in judged(tmp_path, cells)["notes"])
+
+
 def test_a_study_says_which_level_it_really_has(tmp_path):
     results = made(tmp_path, {"a": 0.5, "b": 0.5, "c": 0.5}, tasks=("t",))
     assert 0 < results["false_alarm"] <= 0.05

@@ -200,8 +200,7 @@ def trials(scores, key="", **more):
 def cell(folder, method, scores, task="t", metric="matthews", finals=None, trials=(), figures=None, **outcome):
     """One method's finished runs from what every item adds in each run: [S][N, K]; None where a run diverged."""
     from dual_lora.lab.run.write import write_json
-    from dual_lora.lab.study.budget import Size
-    from dual_lora.lab.study.cell import Cell, Finished
+    from dual_lora.lab.study.cell import Cell, Finished, Size
     from dual_lora.lab.study.job import run_file
     from dual_lora.lab.study.study import MethodEntry
 

@@ -136,11 +136,8 @@ def needed_seeds(spread: stats.Spread, margin: float, level: float, power: float
 
     The seeds' part of the error falls with their root, the items' part stays.
     """
-    for seeds in range(spread.seeds, MOST_SEEDS + 1):
-        visible = stats.smallest_visible(with_seeds(spread, seeds), level, power)
-        if visible is not None and visible <= margin:
-            return seeds
-    return None
+    more = (with_seeds(spread, seeds) for seeds in range(spread.seeds, MOST_SEEDS + 1))
+    return next((s.seeds for s in more if _shows(s, margin, level, power)), None)
 
 
 def needed_records(spread: stats.Spread, margin: float, level: float, power: float) -> int | None:
@@ -150,14 +147,18 @@ def needed_records(spread: stats.Spread, margin: float, level: float, power: flo
     seeds = with_seeds(spread, MOST_SEEDS)
     for records in (float(f"{spread.items * 1.1**k:.2g}") for k in range(80)):
         error = math.hypot(seeds.seed_error, spread.item_error * math.sqrt(spread.items / records))
-        more = replace(seeds, error=error, items=int(records))
-        visible = stats.smallest_visible(more, level, power)
-        if visible is not None and visible <= margin:
+        if _shows(replace(seeds, error=error, items=int(records)), margin, level, power):
             return int(records)
     return None
+
+
+def _shows(spread: stats.Spread, margin: float, level: float, power: float) -> bool:
+    """Whether a study with this noise would see a difference of the margin."""
+    visible = stats.smallest_visible(spread, level, power)
+    return visible is not None and visible <= margin
 
 
 def with_seeds(spread: stats.Spread, seeds: int) -> stats.Spread:
     """What the spread would be with another number of seeds."""
     seed_error = spread.seed_error * math.sqrt(spread.seeds / seeds)
-    return stats.Spread(spread.difference, math.hypot(seed_error, spread.item_error), seed_error, seeds, spread.items)
+    return replace(spread, error=math.hypot(seed_error, spread.item_error), seed_error=seed_error, seeds=seeds)

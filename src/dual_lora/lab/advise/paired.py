@@ -14,7 +14,8 @@ from dual_lora.lab.model.methods import method_config
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import planned_steps, rank_field
+from dual_lora.lab.study.budget import planned_steps
+from dual_lora.lab.study.cell import rank_field
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
 

@@ -58,12 +58,12 @@ def judge(
     if methods:
         import yaml
 
-        from dual_lora.lab.judge.peft_suite import study_methods
+        from dual_lora.lab.judge.peft import study_methods
 
         print(yaml.safe_dump({"methods": study_methods(source)}, sort_keys=False), end="")
         return
     if peft is not None:
-        from dual_lora.lab.judge.peft_results import write_peft
+        from dual_lora.lab.judge.peft import write_peft
 
         written = write_peft(source, peft)
         finish(written, f"{written['results']} results and {written['experiments']} experiments in {peft}.", json)

@@ -7,6 +7,7 @@ results = judge("scores.csv", reference="lora", margin=0.01)
 import math
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.judge.lm_eval import read_lm_eval, sample_files
-from dual_lora.lab.judge.peft_suite import read_peft, result_files
+from dual_lora.lab.judge.peft import read_peft, result_files
 from dual_lora.lab.judge.scores import WHOLE, Runs, Scenario, Scores, one_metric, read_table, reference_of, tables
 from dual_lora.lab.read import read_json
 from dual_lora.lab.run.write import write_json
@@ -96,13 +97,15 @@ def judge(
         "comparisons": said.comparisons,
         "false_alarm": said.false_alarm,
         "pareto": results_of_studies.pareto(rows),
-        "notes": [note for note in said.notes if not note.startswith("Chance of any")]
-        + _level(said.false_alarm, level)
-        + ([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons)
-        + _one_seed(paired)
-        + guessed
-        + _other_units(paired)
-        + scores.notes,
+        "notes": [
+            *(note for note in said.notes if not note.startswith("Chance of any")),
+            *_level(said.false_alarm, level),
+            *([TUNED] + [WHOLE_ONLY] * whole) * any(c["p"] is not None for c in said.comparisons),
+            *_one_seed(paired),
+            *guessed,
+            *_other_units(paired),
+            *scores.notes,
+        ],
         "untrained": [],
         "failed": [],
         "provenance": _provenance(path),
@@ -160,18 +163,16 @@ def _directions(
     ]
 
 
-def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> list[str]:
+def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
     """Tasks where one method's scores look like shares and another's like percent."""
-    notes = []
     for scenario, own in paired.items():
         small = [method for method, runs in own.items() if runs.table.min() >= 0 and runs.table.max() <= 1]
         large = [method for method, runs in own.items() if runs.table.min() >= 0 and 20 < runs.table.max() <= 100]
         if small and large:
-            notes.append(
+            yield (
                 f"On {task_name(*scenario)} the scores of {', '.join(small)} lie between 0 and 1, those of "
                 f"{', '.join(large)} go up to 100: are some of them in percent?"
             )
-    return notes
 
 
 def _study(
@@ -272,18 +273,16 @@ def _method(
     }
 
 
-def _level(false_alarm: float | None, level: float) -> list[str]:
-    if false_alarm is None:
-        return []
-    most = verdicts.percent(level)
-    return [f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."]
+def _level(false_alarm: float | None, level: float) -> Iterator[str]:
+    if false_alarm is not None:
+        most = verdicts.percent(level)
+        yield f"Chance of any false alarm here: {false_alarm:.1%} with the noise of these runs, {most} at most."
 
 
-def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> list[str]:
+def _one_seed(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
     single = [task_name(*scenario) for scenario, own in paired.items() if len(next(iter(own.values())).seeds) == 1]
-    if not single:
-        return []
-    return [f"With one seed no winner can be called: there is only one of {', '.join(single)}. Give two, better five."]
+    if single:
+        yield f"With one seed no winner can be called: there is only one of {', '.join(single)}. Give two, better five."
 
 
 def _free(file: Path) -> Path:

@@ -86,11 +86,9 @@ def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
 
     Raises UserError where a scenario has several and none is asked for, and where it lacks the one that is.
     """
-    found: dict[Scenario, list[str]] = {}
+    found: dict[Scenario, dict[str, None]] = {}
     for row in scores.rows:
-        names = found.setdefault(row.scenario, [])
-        if row.metric not in names:
-            names.append(row.metric)
+        found.setdefault(row.scenario, {})[row.metric] = None
     chosen = {}
     for scenario, names in found.items():
         if wanted is None and len(names) > 1:
@@ -101,7 +99,7 @@ def one_metric(scores: Scores, wanted: str | None) -> dict[Scenario, str]:
         if wanted is not None and wanted not in names:
             why = "".join(f" {note}" for note in scores.notes)
             raise UserError(f"{task_name(*scenario)} has no metric {wanted!r}.{suggest(wanted, names)}{why}")
-        chosen[scenario] = wanted or names[0]
+        chosen[scenario] = wanted or next(iter(names))
     left = [row for row in scores.rows if row.metric == chosen[row.scenario]]
     known = {(row.scenario, row.method, row.seed) for row in left}
     lost = dict.fromkeys(

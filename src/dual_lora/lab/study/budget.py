@@ -1,48 +1,32 @@
-"""How large is a method on a model, and which rank makes it as large as another? Counted on an empty model."""
+"""Budgets: the rank or the steps with which a method has as much of something as the others.
 
+Parameters are counted on an empty model. Time and peak memory are measured: a few steps of every method tell how many
+it gets, or at which rank.
+"""
+
+import bisect
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.empty import adapted, count_of, empty_base, load_config, new_modules
 from dual_lora.lab.patterns import Pattern
-from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe, spelled
+from dual_lora.lab.progress import in_words
+from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.recipe.schema import DataSection, ModelSection, Recipe
+from dual_lora.lab.study.cell import Cell, Size, fields_at, probe_job, rank_field
+from dual_lora.lab.study.job import Job, Outcome, Training, fingerprint
+from dual_lora.lab.study.study import MethodEntry, Study, rank_denominator
 
-# The field that sets a method's size, where it is not "r".
-RANK_FIELDS = {
-    "adalora": "init_r",
-    "fourierft": "n_frequency",
-    "waveft": "n_frequency",
-    "prompt_tuning": "num_virtual_tokens",
-    "prefix_tuning": "num_virtual_tokens",
-    "p_tuning": "num_virtual_tokens",
-    "cpt": "num_virtual_tokens",
-    "adaption_prompt": "adapter_len",
-}
 _LINEAR = ("Linear", "Conv1D")  # torch's and transformers' names
 _SHAPELESS = {"ste", "magnitude_activation", "direction_activation"}  # Dual LoRA's fields that no tensor's shape needs
+UNKNOWN = Size(0, 0)  # until a cell has its rank
+MEMORY_RANKS = 4  # the second probe of a memory budget has this many times the first one's rank
 
-
-@dataclass(frozen=True)
-class Size:
-    """Parameters that train (those of a frozen group are not among them), and all of the base model's."""
-
-    trainable: int
-    base: int
-    multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
-    width: int = 0  # of the model
-
-
-def rank_field(method: str) -> str | None:
-    """The field of a method that sets its size, None if it has none."""
-    from dual_lora.lab.model.methods import method_fields
-
-    field = RANK_FIELDS.get(spelled(method), "r")
-    return field if field in method_fields(method) else None
+Measure = Callable[[Sequence[Job]], Sequence[Outcome]]  # does the jobs
 
 
 def classes_of(recipe: Recipe) -> int | None:
@@ -66,7 +50,6 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
     part = recipe.train
     from dual_lora.lab.model.load import is_here
     from dual_lora.lab.model.weights import folder_here
-    from dual_lora.lab.study.job import fingerprint
 
     model, held = recipe.model, tuple(fingerprint(recipe).items())
     here = fetch or is_here(model.path) or folder_here(model.path, model.revision) is not None
@@ -168,30 +151,147 @@ def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -
 
     size has to rise or fall with the rank all the way (RandLoRA's falls).
     """
-    known: dict[int, int] = {}
+    at = functools.cache(lambda multiple: size(multiple * step))
+    high = max(1, top // step)
+    first, slope = at(1), at(min(2, high)) - at(1)
+    sign = 1 if slope >= 0 else -1
 
-    def at(multiple: int) -> int:
-        rank = multiple * step
-        if rank not in known:
-            known[rank] = size(rank)
-        return known[rank]
+    def reached(multiple: int) -> bool:
+        return multiple > 0 and (multiple > high or sign * at(multiple) >= sign * target)
 
-    low, upper, high = 1, None, max(1, top // step)
-    rising = at(min(2, high)) >= at(1)
-    guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
-    while low < high and (upper is None or upper - low > 1) and target not in known.values():
-        # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
-        middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
-        at_most = high if upper is None else upper - 1
-        tried = min(max(middle, low + 1), at_most)
-        if (at(tried) < target) == rising:
-            low = tried
+    # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
+    near = min(max(1, round(1 + (target - first) / slope)), high) if slope else 1
+    if at(near) == target:
+        return near * step
+    upper = near if reached(near) else near + 1
+    if reached(upper - 1) or not reached(upper):
+        upper = bisect.bisect_left(range(high + 1), True, lo=1, key=reached)
+    near_ones = {1, max(1, upper - 1), min(upper, high)}
+    return step * min(near_ones, key=lambda multiple: (abs(at(multiple) - target), multiple))
+
+
+def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
+    """Give the cell its method, at the rank that the budget allows."""
+    entry, name = cell.entry, cell.method
+    field_name, rank = rank_field(entry.name), written_rank(entry)
+    anchor = study.budget.like is not None and study.origin(name) == study.budget.like
+    if target is None or entry.unmatched or anchor:
+        size = set_rank(cell, rank, scale)
+        cell.notes = ["outside the budget"] if entry.unmatched and target else []
+        cell.mismatch = size.trainable / target - 1 if target and anchor else None
+        return
+    if field_name and entry.fields.get(field_name) is not None:
+        raise UserError(
+            f"methods.{name}: {field_name} is written, but the budget solves for it. Leave it out, or set "
+            "unmatched: true to run this method outside the budget."
+        )
+    if rank is None and field_name:
+        step = rank_step(entry)
+        top = max(study.budget.max_rank, step)
+        rank = solve_rank(lambda r: set_rank(cell, r, scale).trainable, target, step, top)
+    size = set_rank(cell, rank, scale)
+    cell.mismatch = size.trainable / target - 1
+    found = f"the nearest is {size.trainable:,} at {field_name} {rank}" if field_name else f"it has {size.trainable:,}"
+    check_match(study, cell, f"{target:,.0f} trainable parameters", found)
+
+
+def written_rank(entry: MethodEntry) -> int | None:
+    """The rank that the method is given by the study, Dual LoRA also by its parts; None without one."""
+    rank = entry.fields.get(rank_field(entry.name) or "")
+    if rank is None and entry.name == "dual_lora":
+        parts = [part for name in ("r1", "r2") if isinstance(part := entry.fields.get(name), int)]
+        return sum(parts) if len(parts) == 2 else None
+    return rank if isinstance(rank, int) else None
+
+
+def rank_step(entry: MethodEntry) -> int:
+    """The method's rank has to be a multiple of this, so that its parts and what follows from it are whole numbers."""
+    least = 2 if entry.name == "dual_lora" and "r1" not in entry.fields else 1
+    return rank_denominator(entry.fields.values(), least)
+
+
+def check_match(study: Study, cell: Cell, budget: str, nearest: str) -> None:
+    """Raise UserError where the cell's mismatch is not within the tolerance of the study's budget."""
+    if cell.mismatch is not None and abs(cell.mismatch) > study.budget.tolerance:
+        raise UserError(
+            f"methods.{cell.method}: the budget of {budget} cannot be matched within {study.budget.tolerance:.0%}: "
+            f"{nearest} ({cell.mismatch:+.1%}). Set unmatched: true to run it outside the budget, or raise "
+            "budget.tolerance."
+        )
+
+
+def set_rank(cell: Cell, rank: int | None, scale: Scale | None = None) -> Size:
+    """Give the cell its method at this rank, and return its size."""
+    values = cell.recipe.model_dump(mode="json")
+    values["method"] = {"name": cell.entry.name, **fields_at(cell.entry, rank)}
+    over = {"train": cell.entry.train, "name": "run", "about": ""}
+    cell.recipe, cell.rank = build_recipe(merged(values, over), "the study's recipe"), rank
+    cell.size = counted(scale or Scale(), cell, cell.recipe)
+    return cell.size
+
+
+def counted(scale: Scale, cell: Cell, recipe: Recipe) -> Size:
+    """What would train under the recipe, with what the cell holds still from the start left out."""
+    frozen = [pattern for pattern, share in cell.entry.freeze.items() if share == 0]
+    return scale.size(recipe, cell.classes, frozen)
+
+
+def match_by_probes(study: Study, cells: Sequence[Cell], measure: Measure) -> None:
+    """Give every cell the steps or the rank that its budget allows. Raises UserError where none does."""
+    if study.budget.match not in ("time", "memory"):
+        return
+    like = [cell for cell in cells if study.origin(cell.method) == study.budget.like]
+    matched = [cell for cell in cells if not cell.entry.unmatched]
+    probed = {cell.at: cell for cell in [*like, *matched]}
+    outcomes = measure([probe_job(study, cell) for cell in probed.values()])
+    memory, warm = study.budget.match == "memory", all(outcome.step_seconds for outcome in outcomes)
+    costs = [_peak(outcome) if memory else _a_step(outcome, warm) for outcome in outcomes]
+    cost_of = dict(zip(probed, costs, strict=True))
+    for cell in matched:
+        target = study.budget.value
+        if target is None:
+            model = next(c for c in like if c.scenario == cell.scenario)
+            target = cost_of[model.at] * (1 if memory else planned_steps(model.recipe, fetch=True))
+        if memory:
+            _fit_rank(study, cell, cost_of[cell.at], target, measure)
         else:
-            upper = tried
-        guess = _crossing(1, at(1), tried, at(tried), target)
-    return min(known, key=lambda rank: (abs(known[rank] - target), rank))
+            _fit_steps(study, cell, cost_of[cell.at], target)
 
 
-def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
-    """Where the line through two sizes meets the target."""
-    return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
+def _a_step(outcome: Outcome, warm: bool) -> float:
+    """Seconds of a step. warm: without the first ones, which also warm up; not known of an earlier version's probes."""
+    training = outcome.training or Training()
+    seconds = outcome.step_seconds if warm else (training.seconds or 0.0) / training.steps
+    assert seconds
+    return seconds
+
+
+def _peak(outcome: Outcome) -> float:
+    assert outcome.training is not None
+    assert outcome.training.peak_memory is not None
+    return outcome.training.peak_memory
+
+
+def _fit_steps(study: Study, cell: Cell, a_step: float, seconds: float) -> None:
+    steps = max(1, round(seconds / a_step))
+    cell.mismatch = steps * a_step / seconds - 1
+    nearest = f"the nearest is {in_words(steps * a_step)} with {steps} steps"
+    check_match(study, cell, f"{in_words(seconds)} of training", nearest)
+    cell.recipe = cell.recipe.model_copy(update={"train": cell.recipe.train.model_copy(update={"steps": steps})})
+    cell.notes.append(f"{steps} steps fit into {in_words(seconds)}")
+
+
+def _fit_rank(study: Study, cell: Cell, peak: float, target: float, measure: Measure) -> None:
+    """Peak memory grows linearly with the rank: two probes give the line, a third one checks the answer."""
+    if abs(peak / target - 1) > 0.005 and cell.rank is not None:
+        (wide,) = measure([probe_job(study, cell, cell.rank * MEMORY_RANKS)])
+        slope = (_peak(wide) - peak) / (cell.rank * (MEMORY_RANKS - 1))
+        rank = round(cell.rank + (target - peak) / slope) if slope > 0 else cell.rank
+        step = rank_step(cell.entry)
+        rank = max(step, min(rank, study.budget.max_rank) // step * step)
+        (check,) = measure([probe_job(study, cell, rank)])
+        set_rank(cell, rank)
+        peak = _peak(check)
+    cell.mismatch = peak / target - 1
+    nearest = f"the nearest is {peak / 2**20:,.0f} MiB" + (f" at rank {cell.rank}" if cell.rank is not None else "")
+    check_match(study, cell, f"{target / 2**20:,.0f} MiB peak memory", nearest)

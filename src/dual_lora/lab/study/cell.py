@@ -5,17 +5,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dual_lora.lab.recipe.read import build_recipe, merged
-from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.recipe.schema import Recipe, spelled
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Size, rank_field
-from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint, print_of_texts
+from dual_lora.lab.study.job import Job, Kind, Outcome, Settings, Split, cell_name, fingerprint
 from dual_lora.lab.study.search import beyond, choose, dotted
 from dual_lora.lab.study.study import MethodEntry, Study, rank_rule
 
+# The field that sets a method's size, where it is not "r".
+RANK_FIELDS = {
+    "adalora": "init_r",
+    "fourierft": "n_frequency",
+    "waveft": "n_frequency",
+    "prompt_tuning": "num_virtual_tokens",
+    "prefix_tuning": "num_virtual_tokens",
+    "p_tuning": "num_virtual_tokens",
+    "cpt": "num_virtual_tokens",
+    "adaption_prompt": "adapter_len",
+}
 PROBE_STEPS = 8
 PROBE_RECORDS = 64
 UNTRAINED = "(untrained)"
 Ended = tuple[Job, Outcome | None]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters that train (those of a frozen group are not among them), and all of the base model's."""
+
+    trainable: int
+    base: int
+    multiplied: int = 0  # weights of linear layers: what costs arithmetic; embeddings do not
+    width: int = 0  # of the model
 
 
 @dataclass
@@ -68,6 +88,14 @@ class Finished:
     def complete(self) -> bool:
         """Whether every final run has an outcome."""
         return self.diverged_in_search or (bool(self.finals) and all(outcome for _, outcome in self.finals))
+
+
+def rank_field(method: str) -> str | None:
+    """The field of a method that sets its size, None if it has none."""
+    from dual_lora.lab.model.methods import method_fields
+
+    field = RANK_FIELDS.get(spelled(method), "r")
+    return field if field in method_fields(method) else None
 
 
 def fields_at(entry: MethodEntry, rank: int | None) -> dict[str, Any]:
@@ -165,5 +193,5 @@ def _job(
     if kind != "final":
         values["evaluate"]["forgetting"] = None
     entry, recipe = cell.entry, build_recipe(values, f"{cell.method} on {cell.task}")
-    data = fingerprint(cell.recipe) | print_of_texts(recipe.evaluate.forgetting)
-    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, data, dict(entry.freeze), entry.round, cost)
+    held = dict(entry.freeze), entry.round
+    return Job(kind, recipe, *cell.at, seed, metric, split, settings or {}, fingerprint(recipe), *held, cost)

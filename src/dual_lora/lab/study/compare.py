@@ -12,17 +12,27 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError, is_disk_full
 from dual_lora.lab.model.precision import AUTO
+from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console, in_words
 from dual_lora.lab.run.record import code_version, surroundings
 from dual_lora.lab.run.reporting import check_reports
 from dual_lora.lab.run.write import write_json
 from dual_lora.lab.study import notes, plan
+from dual_lora.lab.study.budget import match_by_probes
 from dual_lora.lab.study.cell import Cell, Ended, Finished, base_jobs, final_jobs, trial_jobs
 from dual_lora.lab.study.execute import Options, check_executor, run_jobs, runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.forecast import RunTimes, Speed, estimates
-from dual_lora.lab.study.job import Job, Outcome, Settings, damage, on_other_weights, prints, read_outcome, task_name
-from dual_lora.lab.study.match import match_by_probes
+from dual_lora.lab.study.job import (
+    Job,
+    Outcome,
+    Settings,
+    damage,
+    fingerprint,
+    on_other_weights,
+    read_outcome,
+    task_name,
+)
 from dual_lora.lab.study.perform import KEPT, DiskFull, retire
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.results import build_results
@@ -87,8 +97,11 @@ def _recipes(study: Study) -> dict[str, Any]:
     return {
         f"{task_name(model, task)} {part}": value
         for model, task, recipe in plan.scenarios(study)
-        for part, value in {**recipe.model_dump(mode="json"), **prints(recipe)}.items()
-        if part in ("model", "data", "train", "evaluate", "records", "weights")
+        for part, value in {
+            **recipe.model_dump(mode="json", include={"model", "data", "train", "evaluate"}),
+            "records": fingerprint(recipe),
+            "weights": print_of_weights(recipe.model),
+        }.items()
     }
 
 
@@ -109,7 +122,10 @@ class Runner:
 
     def run(self) -> Results:
         """Do what is missing, stage by stage; returns the results."""
-        self._match_by_probes()
+        if self.study.budget.match == "memory":  # peaks need processes of their own
+            executor = "process" if self.options.executor == "serial" else self.options.executor
+            self.options = replace(self.options, executor=executor, fresh=True)
+        match_by_probes(self.study, self.cells, self._measure)
         if self.options.progress:
             self.times.estimates = estimates(self.study, self.cells, Speed())
         bases = base_jobs(self.cells)
@@ -135,10 +151,6 @@ class Runner:
             )
         return self._results()
 
-    def _reporting(self, jobs: Iterable[Job]) -> list[Job]:
-        """The jobs, with where final runs send what they log."""
-        return [replace(job, report_to=self.options.report_to) if job.kind == "final" else job for job in jobs]
-
     def _do(self, what: str, jobs: Sequence[Job]) -> None:
         """Make sure that every job has an outcome or a recorded error."""
         jobs = list({job.key: job for job in jobs}.values())
@@ -151,11 +163,11 @@ class Runner:
         for job in left.values():
             if why := damage(self.runs, job.key):
                 self._say(f"{why} That run alone is done again: {job}.")
+        to = self.options.report_to  # no part of the key
+        ready = [replace(job, report_to=to) if job.kind == "final" else job for job in left.values()]
         with Bar(what, len(jobs), self.options.progress, len(jobs) - len(left), timed=False) as bar:
             bar.to(len(jobs) - len(left), self._note(left))
-            for key, outcome, error in (
-                run_jobs(self.options, self._reporting(left.values()), self.runs) if left else ()
-            ):
+            for key, outcome, error in run_jobs(self.options, ready, self.runs) if ready else ():
                 job = left.pop(key)
                 if outcome is not None:
                     self._learn(job, outcome)
@@ -204,7 +216,7 @@ class Runner:
     def _one_version(self, jobs: Sequence[Job]) -> None:
         """Refuse to compare runs of two versions of the code; told to go on, do those of another version again."""
         now, old = code_version(), list[Outcome]()
-        paired = [job for job in jobs if job.kind in ("trial", "final")]
+        paired = [job for job in jobs if job.kind != "base"]
         for scenario in dict.fromkeys(job.scenario for job in paired):
             outcomes = [self._outcome(job) for job in paired if job.scenario == scenario]
             codes = {now if outcome is None else outcome.code for outcome in outcomes} - {None}
@@ -282,15 +294,6 @@ class Runner:
         write_json(self.folder.path / "results.json", results)
         self._written = time.time()
         return results
-
-    def _match_by_probes(self) -> None:
-        match = self.study.budget.match
-        if match not in ("time", "memory"):
-            return
-        if match == "memory":  # peaks need processes of their own
-            executor = "process" if self.options.executor == "serial" else self.options.executor
-            self.options = replace(self.options, executor=executor, fresh=True)
-        match_by_probes(self.study, self.cells, self._measure)
 
     def _measure(self, jobs: Sequence[Job]) -> list[Outcome]:
         self._do("probes", jobs)

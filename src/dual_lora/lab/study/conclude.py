@@ -43,14 +43,16 @@ def conclude(
     return Said(
         [_plain(_noted(c, c.note, late)) for c in comparisons],
         false_alarm,
-        notes.level(false_alarm, study.level)
-        + notes.tuned_by(study.search, methods)
-        + notes.near_choices(methods, study.search.metric if study.search else None)
-        + notes.extended_searches(study.search, methods)
-        + [f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()]
-        + notes.level_searches(methods)
-        + [f"{key[2]} has not learned {task_name(*key[:2])}: {why}." for key, why in unlearned.items()]
-        + notes.code_versions(methods),
+        [
+            *notes.level(false_alarm, study.level),
+            *notes.tuned_by(study.search, methods),
+            *notes.near_choices(methods, study.search.metric if study.search else None),
+            *notes.extended_searches(study.search, methods),
+            *(f"{cell_name(*at)} did best with {end}: it may do better beyond." for at, end in ends.items()),
+            *notes.level_searches(methods),
+            *(f"{key[2]} has not learned {task_name(*key[:2])}: {why}." for key, why in unlearned.items()),
+            *notes.code_versions(methods),
+        ],
     )
 
 

@@ -25,12 +25,11 @@ from dual_lora.lab.cost.simulate import simulate
 from dual_lora.lab.data.encode import ALPACA, LLM_ADAPTERS
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.recipe.schema import DataSection, Recipe
-from dual_lora.lab.study.budget import planned_steps, rank_field
-from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, trial_jobs
+from dual_lora.lab.study.budget import match_by_probes, planned_steps
+from dual_lora.lab.study.cell import PROBE_STEPS, UNTRAINED, Cell, base_jobs, final_jobs, rank_field, trial_jobs
 from dual_lora.lab.study.execute import runs_side_by_side
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Job, Outcome, outcomes_here
-from dual_lora.lab.study.match import match_by_probes
 from dual_lora.lab.study.plan import lay_out, settled_study
 from dual_lora.lab.study.read import read_study
 from dual_lora.lab.study.search import choose
@@ -212,38 +211,38 @@ def forecast(
     _match_as_far_as_probed(study, cells, runs_folder)
     speed = Speed(card(on) if on else None)
     times = RunTimes(estimates(study, cells, speed))
-    rows, left, done = [], [], 0
-    jobs: list[list[Job]] = []
-
     outcome = outcomes_here(runs_folder)
-    for cell in cells:
-        trials = trial_jobs(study, cell, outcome)
-        jobs.append(trials + final_jobs(study, cell, choose([(job, outcome(job)) for job in trials]) or {}))
-        rows.append(
-            {
-                "model": cell.model,
-                "task": cell.task,
-                "method": cell.method,
-                "rank": cell.rank,
-                "trainable_parameters": cell.size.trainable,
-                "mismatch": cell.mismatch,
-                "notes": cell.notes,
-                "steps": planned_steps(cell.recipe),
-                "trials": len(trials),
-                "seeds": len(study.seeds),
-                "metric": cell.metric,
-                "peak_memory": _peak(cell) if speed.card else None,
-            }
-        )
-    for job in itertools.chain(*jobs, base_jobs(cells)):
+    trials = [trial_jobs(study, cell, outcome) for cell in cells]
+    finals = [
+        final_jobs(study, cell, choose([(job, outcome(job)) for job in tried]) or {})
+        for cell, tried in zip(cells, trials, strict=True)
+    ]
+    left, done = [], 0
+    for job in itertools.chain(*trials, *finals, base_jobs(cells)):
         if ended := outcome(job):
             done += 1
             if speed.card is None:  # a card's times do not follow from this machine's
                 times.learn(job, ended.seconds)
         else:
             left.append(job)
-    for row, own in zip(rows, jobs, strict=True):
-        row["seconds"] = sum(times.expect(job) or 0.0 for job in own)
+    rows = [
+        {
+            "model": cell.model,
+            "task": cell.task,
+            "method": cell.method,
+            "rank": cell.rank,
+            "trainable_parameters": cell.size.trainable,
+            "mismatch": cell.mismatch,
+            "notes": cell.notes,
+            "steps": planned_steps(cell.recipe),
+            "trials": len(tried),
+            "seeds": len(study.seeds),
+            "metric": cell.metric,
+            "peak_memory": _peak(cell) if speed.card else None,
+            "seconds": sum(times.expect(job) or 0.0 for job in [*tried, *last]),
+        }
+        for cell, tried, last in zip(cells, trials, finals, strict=True)
+    ]
     return Forecast(
         study,
         rows,
@@ -277,12 +276,10 @@ def _match_as_far_as_probed(study: Study, cells: Sequence[Cell], runs: Path) -> 
             raise Unknown
         return outcomes
 
-    what = {"time": "steps", "memory": "rank"}.get(study.budget.match)
-    if what is None:
-        return
     try:
         match_by_probes(study, cells, known)
     except Unknown:
+        what = "steps" if study.budget.match == "time" else "rank"
         for cell in cells:
             if not cell.entry.unmatched:
                 cell.notes.append(f"{what}: by a probe of {PROBE_STEPS} steps")

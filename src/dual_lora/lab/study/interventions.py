@@ -1,5 +1,6 @@
-"""What an ablation does to a group of parameters while it trains: hold it still, or keep it in low precision."""
+"""What a study adds to a training: parameters are held still or kept in low precision, a probe's steps are timed."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,26 @@ class Round(TrainerCallback):
             kind = next((k for pattern, k in self.formats.items() if pattern.search(name)), None)
             if kind and parameter.requires_grad:
                 parameter.copy_(rounded(parameter, kind))
+
+
+class StepTimes(TrainerCallback):
+    """How long each step took. The first ones also warm up: kernels are compiled, buffers and threads made."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
+
+    @property
+    def warm(self) -> float | None:
+        """Seconds of a step after the first two; None of too few."""
+        later = self.seconds[2:]
+        return sum(later) / len(later) if later else None
 
 
 def rounded(values: torch.Tensor, kind: str) -> torch.Tensor:

@@ -101,6 +101,7 @@ class Outcome(BaseModel):
     constant: float | None = None  # how often one answer to everything would be right
     training: Training | None = None
     steps_per_second: float | None = None
+    step_seconds: float | None = None  # of a probe, without the steps that also warm up
     evaluation_seconds: float | None = None
     use: dict[str, float | None] = {}
     use_problems: dict[str, str] = {}
@@ -129,26 +130,25 @@ def read_outcome(runs: Path, key: str) -> Outcome | None:
     return outcome if isinstance(outcome, Outcome) else None
 
 
-def made_on(runs: Path, key: str) -> Any:
-    """What the base held that a run was made or begun on (see `print_of_weights`); None where nothing tells."""
-    made_of = RunFolder(runs / key).recorded().get("made_of")
-    if isinstance(made_of, dict):
-        return made_of.get("weights")
-    outcome = read_outcome(runs, key)
-    return outcome.weights if outcome else None
-
-
 def on_other_weights(runs: Path) -> Callable[[Job], bool | None]:
-    """Function: job → whether its run was made on other weights than its base has now; None where nothing tells.
+    """Function: job → whether its run was made, or begun, on other weights than its base has now; None where nothing
+    tells.
 
     A job's key does not know of them. Each base is looked at once.
     """
     now: dict[tuple[str, str], dict[str, str]] = {}
 
+    def made_on(key: str) -> Any:
+        made_of = RunFolder(runs / key).recorded().get("made_of")
+        if isinstance(made_of, dict):
+            return made_of.get("weights")
+        outcome = read_outcome(runs, key)
+        return outcome.weights if outcome else None
+
     def other(job: Job) -> bool | None:
         if job.scenario not in now:
             now[job.scenario] = print_of_weights(job.recipe.model)
-        return is_another(made_on(runs, job.key), now[job.scenario])
+        return is_another(made_on(job.key), now[job.scenario])
 
     return other
 
@@ -175,14 +175,15 @@ def _look_up(runs: Path, key: str) -> Outcome | str | None:
         return f"{file} is damaged."
     if outcome.key != key:
         return f"{file} is the outcome of another run, {outcome.key}."
+    own = run_file(runs, key, "scores")
     try:
         scores = None if outcome.items is None else read_scores(runs, key)
     except (OSError, ValueError):
-        return f"{run_file(runs, key, 'scores')} is damaged or missing."
+        return f"{own} is damaged or missing."
     if scores is not None and len(scores) != outcome.items:
-        return f"{run_file(runs, key, 'scores')} is damaged or missing."
+        return f"{own} is damaged or missing."
     if scores is not None and not _gives(scores, outcome.metric, outcome.score):
-        return f"{run_file(runs, key, 'scores')} does not give the {outcome.metric} that {file.name} says."
+        return f"{own} does not give the {outcome.metric} that {file.name} says."
     forgotten = (outcome.figures or {}).get("forgetting")
     with contextlib.suppress(OSError, ValueError):  # without it, forgetting is not compared
         if not _gives(read_scores(runs, key, "forgetting"), "forgetting", forgotten):
@@ -198,7 +199,7 @@ def _gives(scores: NDArray[np.float64], metric: str | None, score: float | None)
         return math.isclose(metrics.value(metric, scores.mean(0), len(scores)), score, rel_tol=1e-6, abs_tol=1e-9)
     except ImportError:  # of what counts n-grams
         return True
-    except (ValueError, IndexError, ArithmeticError):
+    except (ValueError, LookupError, ArithmeticError):
         return False
 
 
@@ -214,34 +215,23 @@ def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "s
 
 
 def fingerprint(recipe: Recipe) -> dict[str, str]:
-    """What the data files held: a changed file makes another run."""
+    """What the files of its records and of the text for `forgetting` held: a changed file makes another run."""
     from dual_lora.lab.data.records import find
 
-    prints, data = {}, recipe.data
+    data = recipe.data
     sources = {split: getattr(data, split) for split in ("train", "validation", "test")}
-    for split, source in (sources | {f"test {name}": source for name, source in data.tests.items()}).items():
+    sources |= {f"test {name}": source for name, source in data.tests.items()}
+    prints = {}
+    for split, source in (sources | {"forgetting": recipe.evaluate.forgetting}).items():
         files = [name.strip() for name in (source or "").split(" + ")]
         if found := [_file_print(find(name)) for name in files if name and not name.startswith("hub:")]:
             prints[split] = "+".join(found)
     return prints
 
 
-def print_of_texts(source: str | None) -> dict[str, str]:
-    """The same of the text that forgetting is measured on."""
-    from dual_lora.lab.data.records import find
-
-    return {"forgetting": _file_print(find(source))} if source and not source.startswith("hub:") else {}
-
-
-def prints(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """What the files of a task held: its records and texts, and the weights of its base."""
-    records = fingerprint(recipe) | print_of_texts(recipe.evaluate.forgetting)
-    return {"records": records, "weights": print_of_weights(recipe.model)}
-
-
 def check_data(job: Job) -> None:
     """Raise UserError where the job's files are not what they were when it was planned: its key would lie."""
-    now = fingerprint(job.recipe) | print_of_texts(job.recipe.evaluate.forgetting)
+    now = fingerprint(job.recipe)
     if changed := [split for split in sorted(now.keys() | job.data.keys()) if now.get(split) != job.data.get(split)]:
         raise UserError(
             f"The data have changed while the study went on ({', '.join(changed)}): its runs would not be of the same "

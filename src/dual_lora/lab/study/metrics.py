@@ -7,26 +7,47 @@ for all of them. Spearman's correlation is none: an item's rank depends on all o
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dual_lora.lab.errors import UserError, suggest
 
-# Name -> (the evaluation that yields it, +1 if more is better and -1 if less is).
-METRICS: dict[str, tuple[str, int]] = {
-    "exact_match": ("exact_match", 1),
-    "choice": ("choice", 1),
-    "accuracy": ("classification", 1),
-    "f1": ("classification", 1),
-    "matthews": ("classification", 1),
-    "loss": ("loss", -1),
-    "bleu": ("bleu", 1),
-    "pearson": ("regression", 1),
-    "mse": ("regression", -1),
-    "forgetting": ("forgetting", -1),  # with a task, never a task's own
+Table = NDArray[np.float64]
+
+
+class Metric(NamedTuple):
+    """evaluation: which yields it. sign: +1 if more is better and -1 if less is. of: [K] means over items, and how many
+    items there are -> the metric.
+
+    items: right or wrong, and the metric their share (then several test sets have a mean, in which each counts alike);
+    right or wrong, so that two methods may agree on all of a few by luck; or measured.
+    """
+
+    evaluation: str
+    sign: int
+    items: Literal["share", "right or wrong", "measured"]
+    of: Callable[[Table, int], float]
+
+
+def _mean(means: Table, items: int) -> float:
+    return float(means[0])
+
+
+METRICS: dict[str, Metric] = {
+    "exact_match": Metric("exact_match", 1, "share", _mean),
+    "choice": Metric("choice", 1, "share", _mean),
+    "accuracy": Metric("classification", 1, "share", _mean),
+    "f1": Metric("classification", 1, "right or wrong", lambda means, items: f1(means)),
+    "matthews": Metric("classification", 1, "right or wrong", lambda means, items: matthews(means)),
+    "loss": Metric("loss", -1, "measured", lambda means, items: float(means[0] / means[1])),
+    "bleu": Metric("bleu", 1, "measured", lambda means, items: _bleu(means * items)),
+    "pearson": Metric("regression", 1, "measured", lambda means, items: pearson(means)),
+    "mse": Metric("regression", -1, "measured", _mean),
+    # With a task, never a task's own: nats of the base and with the adapter, tokens.
+    "forgetting": Metric("forgetting", -1, "measured", lambda means, items: float((means[1] - means[0]) / means[2])),
 }
 # Head of a model -> (what such a model is called, the metrics that it has).
 HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,12 +56,10 @@ HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
     "regression": ("model of one number", ("pearson", "mse")),
 }
 
-Table = NDArray[np.float64]
-
 
 def sign(metric: str) -> int:
     """+1 where more is better, -1 where less is."""
-    return METRICS[metric][1]
+    return METRICS[metric].sign
 
 
 def direction(better: str) -> int:
@@ -54,13 +73,13 @@ def better(metric: str) -> str:
 
 
 def counted(metric: str) -> bool:
-    """Whether items are right or wrong, so that two methods may agree on all of a few by luck; else it is measured."""
-    return metric not in ("loss", "bleu", "pearson", "mse", "forgetting")
+    """Whether items are right or wrong."""
+    return METRICS[metric].items != "measured"
 
 
 def a_share(metric: str) -> bool:
-    """Whether it is the share of right answers: then several test sets have a mean, in which each counts alike."""
-    return metric in ("exact_match", "choice", "accuracy")
+    """Whether it is the share of right answers."""
+    return METRICS[metric].items == "share"
 
 
 def evaluation(metric: str, head: str) -> str:
@@ -70,7 +89,7 @@ def evaluation(metric: str, head: str) -> str:
     kind, offered = HEADS[head]
     if metric not in offered:
         raise UserError(f"A {kind} has no {metric}: choose {', '.join(offered[:-1])} or {offered[-1]}.")
-    return METRICS[metric][0] if head == "causal" else head
+    return METRICS[metric].evaluation if head == "causal" else head
 
 
 def default_metric(tasks: Sequence[str], head: str) -> str:
@@ -99,7 +118,7 @@ def features(
         return list(items.values())
     if metric == "bleu":
         return [_ngrams(row["predicted"], row["references"]) for row in rows]
-    if METRICS[metric][0] == "regression":
+    if METRICS[metric].evaluation == "regression":
         truth = np.array([float(label) for label in labels])
         guess = np.array([row["predicted"] for row in rows])
         if metric == "mse":
@@ -114,24 +133,12 @@ def features(
     return [[float(row["correct"])] for row in rows]
 
 
-def value(metric: str, means: NDArray[np.float64], items: int) -> float:
+def value(metric: str, means: Table, items: int) -> float:
     """The metric from the K means over so many items."""
-    if metric == "loss":
-        return float(means[0] / means[1])
-    if metric == "forgetting":
-        return float((means[1] - means[0]) / means[2])
-    if metric == "bleu":
-        return _bleu(means * items)
-    if metric == "matthews":
-        return matthews(means)
-    if metric == "f1":
-        return f1(means)
-    if metric == "pearson":
-        return pearson(means)
-    return float(means[0])
+    return METRICS[metric].of(means, items)
 
 
-def score_table(metric: str, runs: Sequence[Any]) -> NDArray[np.float64]:
+def score_table(metric: str, runs: Sequence[Any]) -> Table:
     """Item shares [S, N] of the runs' features [S, N, K], with the sign turned so that more is better."""
     if a_share(metric):
         runs = [np.asarray(run)[:, :1] for run in runs]  # without the weights, which older runs do not have
@@ -174,7 +181,7 @@ def _ngrams(text: str, references: Sequence[str]) -> list[float]:
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
-def _bleu(sums: NDArray[np.float64]) -> float:
+def _bleu(sums: Table) -> float:
     from sacrebleu.metrics import BLEU
 
     # Smoothed as sacrebleu's corpus_bleu is, which counts matches: what rounding leaves of none is none. Of the lengths

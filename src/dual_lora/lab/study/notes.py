@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.cell import Ended, Finished
-from dual_lora.lab.study.job import cell_name, task_name
+from dual_lora.lab.study.job import Settings, cell_name, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
 from dual_lora.lab.study.study import Study
@@ -23,48 +23,52 @@ def _cell(method: MethodRow) -> str:
 
 def end_of_search(method: MethodRow) -> str:
     """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
+    means = _means(method)
+    best = [score for settings, score in means if settings == method["settings"]]
     for name, value in (method["settings"] or {}).items():
-        trials = [t for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
-        tried = [t["settings"][name] for t in trials]
+        tried = [t["settings"][name] for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
         if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
             continue
-        best = {t["score"] for t in trials if t["settings"] == method["settings"]}
-        if any(t["score"] in best for t in trials if t["settings"][name] not in (min(tried), max(tried))):
-            continue  # as good as one inside
-        return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+        inside = [v for v in tried if v not in (min(tried), max(tried))]
+        if not any(score in best for settings, score in means if settings.get(name) in inside):
+            return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
     return ""
 
 
-def level(false_alarm: float | None, allowed: float) -> list[str]:
+def _means(method: MethodRow) -> list[tuple[Settings, float]]:
+    """What a method's search tried, with the scores that it chose by."""
+    return mean_scores((t["settings"], t["score"]) for t in method["trials"])
+
+
+def level(false_alarm: float | None, allowed: float) -> Iterator[str]:
     """The level that the study really has."""
-    if false_alarm is None:
-        return []
-    return [
-        f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, {percent(allowed)} "
-        "at most. It holds for the methods with the settings named here, not for what another search would choose."
-    ]
+    if false_alarm is not None:
+        yield (
+            f"Chance of any false alarm in this study: {false_alarm:.1%} with the noise of these runs, "
+            f"{percent(allowed)} at most. It holds for the methods with the settings named here, not for what another "
+            "search would choose."
+        )
 
 
-def near_choices(methods: Sequence[MethodRow], metric: str | None) -> list[str]:
+def near_choices(methods: Sequence[MethodRow], metric: str | None) -> Iterator[str]:
     """Methods whose search was decided by less than its noise. metric: of the search; None for the task's."""
     near = []
     for m in methods:
         judged = metric or m["metric"]
         figures = [s["score"] if judged == m["metric"] else (s["figures"] or {}).get(judged) for s in m["seeds"]]
         noise = np.array([v for v in figures if v is not None])
-        scores = np.array([mean for _, mean in mean_scores((t["settings"], t["score"]) for t in m["trials"])])
+        scores = np.array([mean for _, mean in _means(m)])
         if len(scores) < 2 or len(noise) < 2:
             continue
         repeats = sum(t["settings"] == m["settings"] for t in m["trials"]) or 1
         chance = other_choice(metrics.sign(judged) * scores, float(noise.std(ddof=1)) / math.sqrt(repeats))
         if chance > 0.05:
             near.append(f"{_cell(m)} ({chance:.0%})")
-    if not near:
-        return []
-    return [
-        "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
-        f"between seeds as much as the final runs do): {', '.join(near)}."
-    ]
+    if near:
+        yield (
+            "With another seed the search might choose other settings (in brackets the chance, if every trial varied "
+            f"between seeds as much as the final runs do): {', '.join(near)}."
+        )
 
 
 def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
@@ -74,18 +78,15 @@ def other_choice(scores: NDArray[np.float64], deviation: float) -> float:
     return float((again.argmax(1) != scores.argmax()).mean())
 
 
-def level_searches(methods: Sequence[MethodRow]) -> list[str]:
+def level_searches(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Searches whose trials all scored alike."""
-    notes = []
     for m in methods:
         scores = {t["score"] for t in m["trials"] if t["status"] == "done"}
         if len(m["trials"]) > 1 and len(scores) == 1 and all(t["status"] != "missing" for t in m["trials"]):
-            (score,) = scores
-            notes.append(
+            yield (
                 f"Every trial of {_cell(m)} that did not diverge scored "
-                f"{score:.4g}: the search could not choose, and the first of them was taken."
+                f"{scores.pop():.4g}: the search could not choose, and the first of them was taken."
             )
-    return notes
 
 
 def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
@@ -108,15 +109,13 @@ def why_unlearned(method: MethodRow, untrained: Sequence[UntrainedRow]) -> str:
     return ""
 
 
-def amended(results: Results) -> list[str]:
+def amended(results: Results) -> Iterator[str]:
     """What was changed in a study after its beginning, when, and which verdicts changed by it."""
-    said = []
     for a in results.get("amendments", []):
         seen = f" {a['ended']} of {a['of']} final runs known by then had ended." if "of" in a else ""
         changed = ", ".join(f"{c['candidate']} from {c['before']} to {c['after']}" for c in a.get("changed", []))
         end = f" Verdicts changed: {changed or 'none'}." if "changed" in a else ""
-        said.append(f"Amended {a['date']}. {a['what']}{seen}{end}")
-    return said
+        yield f"Amended {a['date']}. {a['what']}{seen}{end}"
 
 
 def seen_before(plan: dict[str, Any] | None, amendments: Sequence[AmendmentRow]) -> list[str]:
@@ -136,47 +135,42 @@ def tuned_by(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
     return [f"Tuned by {search.metric}, compared by {judge}{why}" for judge in judges if judge != search.metric]
 
 
-def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> list[str]:
+def extended_searches(search: Search | None, methods: Sequence[MethodRow]) -> Iterator[str]:
     """Searches that went on beyond their grid."""
     found = []
     for m in methods:
         points = [t["settings"] for t in m["trials"] if t.get("beyond")]
         if rates := dict.fromkeys(f"{point[RATE]:g}" for point in points if RATE in point):
             found.append(f"{_cell(m)} ({', '.join(rates)})")
-    if not found or search is None:
-        return []
-    return [
-        "The best learning rate lay at an end of its grid, so the search went on beyond it, before any final run and "
-        f"by the same rule for every method ({search.extend} more at most): {', '.join(found)}."
-    ]
+    if found and search is not None:
+        yield (
+            "The best learning rate lay at an end of its grid, so the search went on beyond it, before any final run "
+            f"and by the same rule for every method ({search.extend} more at most): {', '.join(found)}."
+        )
 
 
-def code_versions(methods: Sequence[MethodRow]) -> list[str]:
+def code_versions(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Scenarios whose final runs were done by different versions of the code, or do not all say by which."""
-    said = []
     for scenario in dict.fromkeys((m["model"], m["task"]) for m in methods):
         seeds = [seed for m in methods if (m["model"], m["task"]) == scenario for seed in m["seeds"]]
         codes = {seed.get("code") for seed in seeds if seed["status"] != "missing"}
         if len(codes) > 1:
             names = "; ".join(sorted(str(code or "not recorded") for code in codes))
-            said.append(
+            yield (
                 f"The runs on {task_name(*scenario)} were done by several versions of the code ({names}): a difference "
                 "may be the code's."
             )
-    return said
 
 
-def unfinished(study: Study, finished: Sequence[Finished]) -> list[str]:
+def unfinished(study: Study, finished: Sequence[Finished]) -> Iterator[str]:
     """Which methods have no verdict yet: half of the seeds are no verdict, and would tempt to stop when it pleases."""
-    notes = []
     for f in finished:
         if f.complete:
             continue
         done = sum(outcome is not None for _, outcome in f.finals)
         state = f"{done} of {len(study.seeds)} runs have ended" if f.finals else "its search has not ended"
         alone = ", and nothing with it" if f.cell.method == study.baseline and study.pairs != "all" else ""
-        notes.append(f"{f.cell} is not compared with anything{alone}: {state}.")
-    return notes
+        yield f"{f.cell} is not compared with anything{alone}: {state}."
 
 
 def numbers_at_a_time(methods: Iterable[Mapping[str, Any]]) -> set[int | None]:
@@ -189,54 +183,48 @@ def at_a_time(method: Mapping[str, Any]) -> str:
     return ", ".join("?" if n is None else str(n) for n in method.get("measured_beside", []))
 
 
-def shared_machine(methods: Sequence[MethodRow]) -> list[str]:
+def shared_machine(methods: Sequence[MethodRow]) -> Iterator[str]:
     """Times of runs that shared the machine differ from times of runs that had it for themselves."""
-    groups: dict[tuple[int | None, ...], list[str]] = {}
-    for m in methods:
-        if m["measured_beside"]:
-            groups.setdefault(tuple(m["measured_beside"]), []).append(_cell(m))
     found = numbers_at_a_time(methods)
-    if found <= {1}:
-        return []
-    if len(found) == 1:
-        (number,) = found
-        if number is None:
-            return ["How many runs went side by side was not recorded: times and speeds may not be comparable."]
-        return [f"{number} runs went side by side: times and speeds are comparable with each other only."]
-    parts = "; ".join(
-        f"{' and '.join('unknown' if n is None else str(n) for n in numbers)}: {', '.join(names)}"
-        for numbers, names in groups.items()
-    )
-    return [
-        "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
-        f"another study or another call. Runs at a time: {parts}."
-    ]
+    if len(found) > 1:
+        _, listed = _grouped(
+            (" and ".join("unknown" if n is None else str(n) for n in numbers), _cell(m))
+            for m in methods
+            if (numbers := m["measured_beside"])
+        )
+        yield (
+            "Times and speeds are not comparable: different numbers of runs went side by side, some of them for "
+            f"another study or another call. Runs at a time: {listed}."
+        )
+    elif found == {None}:
+        yield "How many runs went side by side was not recorded: times and speeds may not be comparable."
+    elif found - {1}:
+        yield f"{found.pop()} runs went side by side: times and speeds are comparable with each other only."
 
 
-def devices(finished: Sequence[Finished]) -> list[str]:
+def devices(finished: Sequence[Finished]) -> Iterator[str]:
     """Runs of a study that went on elsewhere: times of two machines do not compare."""
-    groups: dict[str, list[str]] = {}
-    for f in finished:
-        for device in dict.fromkeys(o.device for _, o in f.finals if o and o.device):
-            groups.setdefault(device, []).append(str(f.cell))
-    if len(groups) < 2:
-        return []
-    parts = "; ".join(f"{device}: {', '.join(cells)}" for device, cells in groups.items())
-    return [f"Times and speeds are not comparable: the runs were done on different devices. {parts}."]
+    found, listed = _grouped((o.device, str(f.cell)) for f in finished for _, o in f.finals if o and o.device)
+    if len(found) > 1:
+        yield f"Times and speeds are not comparable: the runs were done on different devices. {listed}."
 
 
 def precisions(finished: Sequence[Finished]) -> list[str]:
     """In which precision the runs were done: figures of two do not compare."""
-    groups: dict[str, list[str]] = {}
-    for f in finished:
-        recipe = f.cell.recipe
-        mixed = f" with {recipe.train.autocast} autocast" if recipe.train.autocast != "none" else ""
-        groups.setdefault(f"{recipe.model.dtype} weights{mixed}", []).append(str(f.cell))
-    if len(groups) < 2:
-        return [f"All runs: {words}." for words in groups]
-    return [
-        "Runs differ in precision. " + "; ".join(f"{words}: {', '.join(own)}" for words, own in groups.items()) + "."
-    ]
+    recipes = [(f.cell.recipe, str(f.cell)) for f in finished]
+    found, listed = _grouped(
+        (f"{r.model.dtype} weights{'' if r.train.autocast == 'none' else f' with {r.train.autocast} autocast'}", cell)
+        for r, cell in recipes
+    )
+    return [f"Runs differ in precision. {listed}."] if len(found) > 1 else [f"All runs: {words}." for words in found]
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> tuple[list[str], str]:
+    """From what holds of a cell, and the cell: each of the first, and in words which cells it holds of."""
+    groups: dict[str, dict[str, None]] = {}
+    for words, cell in pairs:
+        groups.setdefault(words, {})[cell] = None
+    return list(groups), "; ".join(f"{words}: {', '.join(cells)}" for words, cells in groups.items())
 
 
 def unmeasured(finished: Sequence[Finished]) -> list[str]:

@@ -100,11 +100,13 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
     from dual_lora.lab.model.opened import open_tuned
     from dual_lora.lab.run.evaluate import evaluate
     from dual_lora.lab.run.train import run
-    from dual_lora.lab.study.interventions import Freeze, Round
+    from dual_lora.lab.study.interventions import Freeze, Round, StepTimes
 
     recipe, folder = job.recipe, runs / job.key
     callbacks: list[Any] = [Freeze(job.freeze)] if job.freeze else []
     callbacks += [Round(job.round)] if job.round else []
+    timed = StepTimes()
+    callbacks += [timed] if job.split == "none" else []
     names = job.task, f"{job.method}/seed-{job.seed}"
     more: dict[str, Any] = {"report_to": job.report_to, "names": names} if job.report_to else {}
     more["passing"] = not _stays(job, keep)
@@ -116,7 +118,7 @@ def _trained(job: Job, runs: Path, keep: str) -> Figures:
         "steps_per_second": round(result.steps / result.seconds, 4) if result.seconds else None,
     }
     if job.split == "none":
-        return came
+        return came | {"step_seconds": timed.warm}
     tuned = result.tuned or open_tuned(folder)
     examples = load_split(recipe.data, job.split)
     began = time.perf_counter()

@@ -24,11 +24,10 @@ from dual_lora.lab.model.precision import (
 from dual_lora.lab.recipe.read import merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.study import metrics
-from dual_lora.lab.study.budget import Scale, classes_of, rank_field
+from dual_lora.lab.study.budget import UNKNOWN, Scale, classes_of, counted, fit_parameters, set_rank, written_rank
 from dual_lora.lab.study.cell import Cell, trial_jobs
 from dual_lora.lab.study.folder import StudyFolder
 from dual_lora.lab.study.job import Settings
-from dual_lora.lab.study.match import UNKNOWN, counted, fit_parameters, set_rank
 from dual_lora.lab.study.study import PRESETS, MethodEntry, Study
 
 
@@ -175,9 +174,7 @@ def _target(study: Study, scale: Scale, base: Recipe, classes: int | None) -> fl
         return budget.value
     assert budget.like is not None
     entry = _resolved(budget.like, study.methods[budget.like])
-    field_name = rank_field(entry.name)
-    rank = entry.fields.get(field_name) if field_name else None
-    return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), rank, scale).trainable
+    return set_rank(Cell("", "", budget.like, entry, base, "", UNKNOWN, classes), written_rank(entry), scale).trainable
 
 
 _LENGTH = ("train.steps", "train.epochs", "train.batch_size", "train.accumulate")  # what a run's time follows from

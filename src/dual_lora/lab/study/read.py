@@ -40,8 +40,10 @@ def read_study(source: str | Path | Study) -> Study:
 def _study_file(name: str, path: Path) -> Path:
     """The file itself, or the shipped study of that name."""
     shipped = shipped_studies()
-    if path.is_file() or name in shipped:
-        return path if path.is_file() else shipped[name]
+    if path.is_file():
+        return path
+    if name in shipped:
+        return shipped[name]
     if name in shipped_recipes():
         raise UserError(_is_a_recipe(name))
     raise UserError(f"There is no study {name!r}, neither a file nor a shipped one.{suggest(name, shipped)}")
@@ -95,18 +97,13 @@ def build_study(values: dict[str, Any], where: str = "the study") -> Study:
 
 
 def _problem(item: Any) -> str:
-    field = ".".join(str(p) for p in item["loc"])
+    *above, last = item["loc"] or ("",)
+    field = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        return f"unknown field {field!r}.{suggest(str(item['loc'][-1]), _known_at(item['loc'][:-1]))}"
+        parts: dict[str, type[BaseModel]] = {"budget": Budget, "search": Search, "tasks": TaskEntry}
+        known = parts.get(str(above[0]), Study) if above else Study
+        return f"unknown field {field!r}.{suggest(str(last), known.model_fields)}"
     if item["type"] == "missing":
         return f"field {field!r} is missing."
     message = str(item["msg"]).removeprefix("Value error, ")
     return (f"{field}: " if field else "") + message + ("" if message.endswith((".", "?")) else ".")
-
-
-def _known_at(loc: tuple[Any, ...]) -> list[str]:
-    part: type[BaseModel] = Study
-    nested: dict[str, type[BaseModel]] = {"budget": Budget, "search": Search, "tasks": TaskEntry}
-    if loc:
-        part = nested.get(str(loc[0]), Study)
-    return list(part.model_fields)

@@ -1,9 +1,9 @@
 """From finished runs to what may be said: scores, comparisons, costs and Pareto fronts, as plain values."""
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dual_lora.lab.study import metrics, notes, verdicts
 from dual_lora.lab.study import statistics as stats
 from dual_lora.lab.study.cell import Cell, Ended, Finished
 from dual_lora.lab.study.conclude import about_pairs, conclude
-from dual_lora.lab.study.job import Job, Outcome, cell_name, read_scores, task_name
+from dual_lora.lab.study.job import Job, Outcome, Training, cell_name, read_scores, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, ParetoRow, PointRow, Results, RunRow, UntrainedRow
 from dual_lora.lab.study.study import Study
 
@@ -20,17 +20,25 @@ Tables = dict[tuple[str, str, str], stats.Table]  # (model, task, method) -> [S,
 Reaches = dict[tuple[str, str], float | None]  # scenario -> `metrics.reach`
 RESULTS_FORMAT = 2  # 1: verdicts by one pooled error; `rejudge` brings such a file up to date
 
-# Cost -> (its name for people, whether less is better).
-COSTS: dict[str, tuple[str, bool]] = {
-    "train_seconds": ("training time [s]", True),
-    "steps_per_second": ("steps a second", False),
-    "tokens_per_second": ("tokens a second", False),
-    "peak_memory": ("peak memory [bytes]", True),
-    "trainable_parameters": ("trainable parameters", True),
-    "adapter_bytes": ("adapter on disk [bytes]", True),
-    "merge_seconds": ("merge time [s]", True),
-    "forward_slowdown": ("slow-down of a forward pass", True),
-    "decode_slowdown": ("slow-down of decoding", True),
+
+class Cost(NamedTuple):
+    """Its name for people, whether less of it is better, and what a run (and its training) says of it."""
+
+    label: str
+    less: bool
+    of: Callable[[Outcome, Training], float | None]
+
+
+COSTS = {
+    "train_seconds": Cost("training time [s]", True, lambda _, training: training.seconds),
+    "steps_per_second": Cost("steps a second", False, lambda run, _: run.steps_per_second),
+    "tokens_per_second": Cost("tokens a second", False, lambda _, training: training.tokens_per_second),
+    "peak_memory": Cost("peak memory [bytes]", True, lambda _, training: training.peak_memory),
+    "trainable_parameters": Cost("trainable parameters", True, lambda *_: None),  # of the cell
+    "adapter_bytes": Cost("adapter on disk [bytes]", True, lambda _, training: training.adapter_bytes),
+    "merge_seconds": Cost("merge time [s]", True, lambda run, _: run.use.get("merge_seconds")),
+    "forward_slowdown": Cost("slow-down of a forward pass", True, lambda run, _: run.use.get("forward_slowdown")),
+    "decode_slowdown": Cost("slow-down of decoding", True, lambda run, _: run.use.get("decode_slowdown")),
 }
 
 
@@ -66,20 +74,22 @@ def build_results(
         "pareto": pareto(methods),
         "plan": plan,
         "amendments": list(amendments),
-        "notes": notes.unfinished(study, finished)
-        + [f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
-        * bool(missing and pairs)
-        + lost
-        + said.notes
-        + notes.seen_before(plan, amendments)
-        + [f"{task_name(*where)} has one test item: it says nothing about others." for where in alone]
-        + ["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1)
-        + list(dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap))
-        + notes.unmeasured(finished)
-        + notes.warned(ended)
-        + notes.shared_machine(methods)
-        + notes.devices(finished)
-        + notes.precisions(finished),
+        "notes": [
+            *notes.unfinished(study, finished),
+            *[f"p values are corrected for the {missing} comparison{'s'[: missing != 1]} still to come as well."]
+            * bool(missing and pairs),
+            *lost,
+            *said.notes,
+            *notes.seen_before(plan, amendments),
+            *(f"{task_name(*where)} has one test item: it says nothing about others." for where in alone),
+            *["With one seed no winner can be called: give seeds: 5, or at least 2."] * (len(study.seeds) == 1),
+            *dict.fromkeys(f.cell.overlap for f in finished if f.cell.overlap),
+            *notes.unmeasured(finished),
+            *notes.warned(ended),
+            *notes.shared_machine(methods),
+            *notes.devices(finished),
+            *notes.precisions(finished),
+        ],
     }
 
 
@@ -220,24 +230,13 @@ def _run(job: Job, outcome: Outcome | None) -> RunRow:
     return {"seed": job.seed, "key": job.key, "status": status, "score": score, "seconds": seconds}
 
 
-def _cost(cell: Cell, outcomes: Sequence[Outcome]) -> dict[str, float | None]:
+def _cost(cell: Cell, runs: Sequence[Outcome]) -> dict[str, float | None]:
     """Medians over the seeds; what is measured once is taken from where it was measured."""
-
-    def median(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(statistics.median(known)) if known else None
-
-    trained = [outcome.training for outcome in outcomes if outcome.training]
-    cost = {
-        "train_seconds": median(t.seconds for t in trained),
-        "steps_per_second": median(outcome.steps_per_second for outcome in outcomes),
-        "tokens_per_second": median(t.tokens_per_second for t in trained),
-        "peak_memory": median(t.peak_memory for t in trained),
-        "trainable_parameters": float(cell.size.trainable),
-        "adapter_bytes": median(t.adapter_bytes for t in trained),
-    }
-    used = ("merge_seconds", "forward_slowdown", "decode_slowdown")
-    return cost | {name: median(outcome.use.get(name) for outcome in outcomes) for name in used}
+    medians: dict[str, float | None] = {}
+    for name, cost in COSTS.items():
+        known = [value for run in runs if (value := cost.of(run, run.training or Training())) is not None]
+        medians[name] = float(statistics.median(known)) if known else None
+    return medians | {"trainable_parameters": float(cell.size.trainable)}
 
 
 def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
@@ -245,7 +244,7 @@ def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
     fronts: list[ParetoRow] = []
     for model, task in dict.fromkeys((m["model"], m["task"]) for m in methods):
         here = [m for m in methods if (m["model"], m["task"]) == (model, task) and m["score"] is not None]
-        for cost, (label, less) in COSTS.items():
+        for cost, (label, less, _) in COSTS.items():
             points: list[PointRow] = [
                 {"method": m["method"], "quality": m["score"], "cost": spent, "front": False}
                 for m in here
@@ -259,16 +258,8 @@ def pareto(methods: Sequence[MethodRow]) -> list[ParetoRow]:
                 point["front"] = not any(
                     other != mine and other[0] >= mine[0] and other[1] >= mine[1] for other in turned
                 )
-            fronts.append(
-                {
-                    "model": model,
-                    "task": task,
-                    "metric": here[0]["metric"],
-                    "cost": cost,
-                    "label": label,
-                    "points": points,
-                }
-            )
+            metric = here[0]["metric"]
+            fronts.append(ParetoRow(model=model, task=task, metric=metric, cost=cost, label=label, points=points))
     return fronts
 
 

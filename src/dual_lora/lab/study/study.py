@@ -247,29 +247,27 @@ class Study(Section):
     def variants(self) -> dict[str, MethodEntry]:
         """The methods, each once for every point of the sweep."""
         return {
-            variant: with_settings(self.methods[name], dict(zip(self.sweep, point, strict=True)), name)
-            for variant, (name, point) in self._expanded().items()
+            variant: with_settings(self.methods[name], settings, name)
+            for variant, (name, settings) in self._expanded().items()
         }
 
     def origin(self, variant: str) -> str:
         """The method that a variant comes from."""
         return self._expanded()[variant][0]
 
-    def _expanded(self) -> dict[str, tuple[str, tuple[Any, ...]]]:
-        return {
-            " ".join([name, *(f"{_short(key)}={value}" for key, value in zip(self.sweep, point, strict=True))]): (
-                name,
-                point,
-            )
-            for name in self.methods
-            for point in itertools.product(*self.sweep.values())
-        }
+    def _expanded(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Variant -> the method that it comes from, and the settings of the sweep that it has."""
+        short = {key: {"learning_rate": "lr"}.get(last := key.rpartition(".")[2], last) for key in self.sweep}
+        expanded = {}
+        for name, *point in itertools.product(self.methods, *self.sweep.values()):
+            settings = dict(zip(self.sweep, point, strict=True))
+            expanded[" ".join([name, *(f"{short[key]}={value}" for key, value in settings.items())])] = name, settings
+        return expanded
 
 
-def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str = "") -> MethodEntry:
+def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str) -> MethodEntry:
     """The method with settings {train.X or method.X: value} laid over it (learning_rate is train.learning_rate)."""
-    values = entry.model_dump()
-    values["name"] = entry.name or key
+    values = entry.model_dump() | {"name": entry.name or key}
     for name, value in settings.items():
         part, _, field = dotted(name).partition(".")
         if part == "train":
@@ -277,10 +275,6 @@ def with_settings(entry: MethodEntry, settings: dict[str, Any], key: str = "") -
         else:
             values[field] = value
     return MethodEntry.model_validate(values)
-
-
-def _short(name: str) -> str:
-    return {"learning_rate": "lr"}.get(name.rpartition(".")[2], name.rpartition(".")[2])
 
 
 _NUMBER = r"0*[1-9]\d*(?:\.\d+)?|0*\.\d*[1-9]\d*|0+\.\d*[1-9]\d*"  # above 0

@@ -184,21 +184,19 @@ def judge(comparisons: Sequence[Comparison], level: float = 0.05, missing: int =
     inside the margin, though it may be larger. A comparison without a p gets no verdict, and is not corrected for: it
     keeps the reason that it came with.
     """
-    many = [c for c in comparisons if c.p is not None]
     to_come = [1.0] * missing
-    apart = dict(zip(map(id, many), stats.holm([c.p for c in many if c.p is not None] + to_come), strict=False))
-    margins = [c for c in many if c.p_same is not None]
-    same_p = [c.p_same for c in margins if c.p_same is not None]
-    alike = dict(zip(map(id, margins), stats.holm(same_p + to_come), strict=False))
+    apart = [c.p for c in comparisons if c.p is not None] + to_come
+    alike = [c.p_same for c in comparisons if c.p is not None and c.p_same is not None] + to_come
+    next_apart, next_alike = iter(stats.holm(apart)), iter(stats.holm(alike))
     judged = []
     for c in comparisons:
-        if id(c) not in apart:
+        if c.p is None:
             judged.append(c)
             continue
-        p, same = apart[id(c)], alike.get(id(c))
+        p, same = next(next_apart), None if c.p_same is None else next(next_alike)
         verdict, note = _verdict(c, p < level, same is not None and same < level)
         note = f"{note} {c.note}".strip()
-        visible = stats.smallest_visible(c.spread, level / (len(many) + missing), c.power)
+        visible = stats.smallest_visible(c.spread, level / len(apart), c.power)
         judged.append(replace(c, p_holm=p, p_same_holm=same, verdict=verdict, note=note, visible=visible))
     return judged
 
