@@ -4,6 +4,7 @@ Files come from other people: one that cannot be read, is no regular file, is to
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,24 +62,15 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
     return list(files)
 
 
-def _inside(folder: Path, problems: list[str]) -> list[Path]:
-    found, folders = [], [folder]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as found_here:
-                entries = list(found_here)
-                of_a_run = any(entry.name == "recipe.yaml" for entry in entries)
-                for entry in entries:
-                    item = Path(entry.path)
-                    if entry.is_dir(follow_symlinks=False):
-                        skipped = item.name in SKIPPED or (of_a_run and item.name in IN_A_RUN)
-                        folders += [] if skipped else [item]
-                    elif item.name in NAMES or (item.suffix == ".json" and folder.name in ("results", "analysis")):
-                        found.append(item)
-        except OSError as error:
-            problems.append(f"The folder {short_path(folder)} could not be read: {error.strerror}.")
-    return found
+def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:
+    def closed(error: OSError) -> None:
+        problems.append(f"The folder {short_path(Path(error.filename))} could not be read: {error.strerror}.")
+
+    for place, folders, names in os.walk(folder, onerror=closed):
+        skipped = SKIPPED | IN_A_RUN if "recipe.yaml" in names else SKIPPED
+        folders[:] = [name for name in folders if name not in skipped]
+        of_results = Path(place).name in ("results", "analysis")
+        yield from (Path(place, n) for n in names if n in NAMES or (of_results and n.endswith(".json")))
 
 
 def gather(paths: list[str | Path]) -> Material:
