@@ -316,6 +316,18 @@ def test_rows_of_one_name_stay_apart(tmp_path):
     assert {p["row"].rstrip("\u200b\u200c") for p in points} == {"a · t"}
 
 
+def test_an_encoder_s_and_a_decoder_s_blocks_are_cells_of_their_own(folder):
+    """Both have a layer of one name in a block of one number: neither may hide the other."""
+    file = folder / "runs" / "dual" / "analysis" / "analysis.json"
+    text = file.read_text()
+    file.write_text(text.replace("model.layers.1.mlp", "decoder.layers.0.mlp").replace("model.layers", "encoder.layers"))
+    charts = material.data_of(page_of(folder))["charts"]
+    (heat,) = [chart for name, chart in charts.items() if name.endswith("-by-layer")]
+    points = material.points_of(heat[0])
+    assert len({(p["x"], p["label"]) for p in points}) == len(points) == 3
+    assert {p["label"] for p in points} >= {"mlp.up_proj (encoder.layers)", "mlp.up_proj (decoder.layers)"}
+
+
 def test_a_study_may_have_the_name_of_a_run_s_part(folder):
     for name in ("model", "adapter", "checkpoints"):
         shutil.copytree(folder / "study", folder / "studies" / name)

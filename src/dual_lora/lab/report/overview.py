@@ -1,10 +1,11 @@
 """The top of a page of several studies: the pair that most of them compare, then each question with its answer."""
 
 from collections import Counter
+from operator import itemgetter
 from typing import Any
 
 from dual_lora.lab.report.blocks import MOODS, Answer, Axis, Block, Cards, Chart, Section, Table, Text, View, slug
-from dual_lora.lab.report.columns import Row, columns
+from dual_lora.lab.report.columns import Row, columns, grouped
 from dual_lora.lab.report.studies import scenario, verdict_title
 
 BETTER, WORSE, *_ = MOODS
@@ -30,10 +31,8 @@ def overview_sections(studies: Studies) -> list[Section]:
 
 def _main_pair(studies: Studies) -> list[Block]:
     """The two methods that most studies compare: every verdict on them, in one picture. Nothing if no pair recurs."""
-    found: dict[frozenset[str], list[tuple[str, Row]]] = {}
-    for name, results in studies:
-        for c in results["comparisons"]:
-            found.setdefault(frozenset((c["candidate"], c["reference"])), []).append((name, c))
+    compared: list[tuple[str, Row]] = [(name, c) for name, results in studies for c in results["comparisons"]]
+    found = grouped(compared, lambda each: frozenset((each[1]["candidate"], each[1]["reference"])))
     spread = {pair: len({name for name, _ in members}) for pair, members in found.items()}
     pair = max(spread, key=lambda p: spread[p], default=frozenset())
     if spread.get(pair, 0) < 2:
@@ -49,11 +48,9 @@ def _main_pair(studies: Studies) -> list[Block]:
         each = [f"{n} significantly {word}, by little" for word, n in counted.items() if n]
         words += f" (of those equivalent, {' and '.join(each)})"
     lead = Text(f"{candidate} against {reference}, compared in {spread[pair]} studies: {words}.", "lead")
+    ends = (("x", "difference"), ("low", "low"), ("high", "high"))
     points = [
-        {
-            k: None if c[of] is None else c[of] / c["margin"]
-            for k, of in (("x", "difference"), ("low", "low"), ("high", "high"))
-        }
+        {key: None if c[of] is None else c[of] / c["margin"] for key, of in ends}
         | {"label": f"{name} · {scenario(c)}, {c['metric']}", "mood": MOODS.get(c["verdict"], "open")}
         | {"note": f"{c['verdict']}; {c['metric']} {c['difference']:+.4g}, margin {c['margin']:g}"}
         for name, c in turned
@@ -63,7 +60,7 @@ def _main_pair(studies: Studies) -> list[Block]:
         return [lead]
     view = View("", Axis(f"{candidate} − {reference}, in margins (right is better)"), Axis(""), points)
     title = f"Every study of {candidate} against {reference}"
-    return [lead, Chart(title, "intervals", [view], None, NOTE, (-1.0, 1.0), zero=True)]
+    return [lead, Chart(title, "intervals", [view], NOTE, (-1.0, 1.0), zero=True)]
 
 
 def _turned(c: Row) -> Row:
@@ -80,15 +77,16 @@ def _sure(verdict: str) -> int:
 def _answer(name: str, results: dict[str, Any]) -> Answer:
     """The verdicts of a study, each with the methods that it was passed on; sure ones first."""
     comparisons = results["comparisons"]
-    many = len({scenario(c) for c in comparisons}) > 1
-    several = len({(scenario(c), c["metric"]) for c in comparisons}) > len({scenario(c) for c in comparisons})
-    passed: dict[str, list[str]] = {}
-    for c in comparisons:
-        who = f"{c['candidate']} on {scenario(c)}" if many else c["candidate"]
-        passed.setdefault(c["verdict"], []).append(f"{who} by {c['metric']}" if several else who)
+    tasks = {scenario(c) for c in comparisons}
+    several = len({(scenario(c), c["metric"]) for c in comparisons}) > len(tasks)
+
+    def who(c: Row) -> str:
+        return str(c["candidate"]) + f" on {scenario(c)}" * (len(tasks) > 1) + f" by {c['metric']}" * several
+
+    passed = grouped(comparisons, itemgetter("verdict"))
     against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
     seeds = max((c["spread"]["seeds"] for c in comparisons), default=None)
     about = f"{name}: against {against}, {seeds} seeds" if comparisons else f"{name}: nothing to compare yet"
     about += "" if results.get("complete", True) else "; not complete"
-    verdicts = [(v, MOODS.get(v, "open"), ", ".join(passed[v])) for v in sorted(passed, key=_sure)]
+    verdicts = [(v, MOODS.get(v, "open"), ", ".join(map(who, passed[v]))) for v in sorted(passed, key=_sure)]
     return Answer(results["study"].get("question") or name, slug(verdict_title(name)), about, verdicts)
