@@ -322,7 +322,7 @@ def test_an_encoder_s_and_a_decoder_s_blocks_are_cells_of_their_own(folder):
     text = file.read_text()
     file.write_text(text.replace("model.layers.1.mlp", "decoder.layers.0.mlp").replace("model.layers", "encoder.layers"))
     charts = material.data_of(page_of(folder))["charts"]
-    (heat,) = [chart for name, chart in charts.items() if name.endswith("-by-layer")]
+    (heat,) = [chart for name, chart in charts.items() if name.endswith("x-by-layer")]
     points = material.points_of(heat[0])
     assert len({(p["x"], p["label"]) for p in points}) == len(points) == 3
     assert {p["label"] for p in points} >= {"mlp.up_proj (encoder.layers)", "mlp.up_proj (decoder.layers)"}
