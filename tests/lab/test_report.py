@@ -319,8 +319,8 @@ def test_rows_of_one_name_stay_apart(tmp_path):
 def test_an_encoder_s_and_a_decoder_s_blocks_are_cells_of_their_own(folder):
     """Both have a layer of one name in a block of one number: neither may hide the other."""
     file = folder / "runs" / "dual" / "analysis" / "analysis.json"
-    text = file.read_text()
-    file.write_text(text.replace("model.layers.1.mlp", "decoder.layers.0.mlp").replace("model.layers", "encoder.layers"))
+    text = file.read_text().replace("model.layers.1.mlp", "decoder.layers.0.mlp")
+    file.write_text(text.replace("model.layers", "encoder.layers"))
     charts = material.data_of(page_of(folder))["charts"]
     (heat,) = [chart for name, chart in charts.items() if name.endswith("x-by-layer")]
     points = material.points_of(heat[0])

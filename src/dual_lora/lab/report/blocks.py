@@ -16,6 +16,16 @@ MOODS: dict[str, Mood] = {
 }
 
 
+def mood(verdict: str) -> Mood:
+    """How a verdict is coloured."""
+    return MOODS.get(verdict, "open")
+
+
+def place(verdict: str) -> int:
+    """Where a verdict stands among others: sure ones first."""
+    return [*MOODS, verdict].index(verdict)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where figures come from: the file that was read, and what made that file."""
@@ -56,11 +66,12 @@ class Table:
 
 def _cell(column: Column, row: Row) -> Cell:
     text, value = column.text(row), row.get(column.key)
-    mood = MOODS.get(text, "open") if column.form == "verdict" else ""
+    if column.form == "verdict":
+        return Cell(text, "", mood(text))
     if column.form == "check" and isinstance(value, bool):
-        mood = "good" if value else "bad"
+        return Cell(text, "", "good" if value else "bad")
     figure = column.is_number and isinstance(value, int | float) and text != ""
-    return Cell(text, repr(value) if figure else "", mood)
+    return Cell(text, repr(value) if figure else "", "")
 
 
 @dataclass(frozen=True)
@@ -119,29 +130,16 @@ class Text:
     kind = "text"
 
 
-class Verdict(NamedTuple):
-    """One judgement: the words, how they are coloured, what the sentence begins with, and the rest of it."""
-
-    verdict: str
-    mood: Mood
-    subject: str
-    rest: str
-
-
-class Answer(NamedTuple):
-    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with whom it is on."""
-
-    question: str
-    anchor: str
-    about: str
-    verdicts: list[tuple[str, Mood, str]]
-
-
 @dataclass
 class Cards:
-    """Judgements (sure ones first) or answers, side by side."""
+    """Judgements or answers, side by side.
 
-    items: list[Verdict] | list[Answer]
+    verdicts, sure ones first: {"verdict", "mood", "subject", "rest"}, the sentence in two parts. answers, a study's
+    question in one glance: {"question", "anchor" of the section that answers it, "study", "compared" (with what),
+    "verdicts": each with its mood and whom it is on}.
+    """
+
+    items: list[Row]
     kind: Literal["verdicts", "answers"]
     title = "more verdicts"
     id: str = ""

@@ -17,8 +17,6 @@ from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
 SKIPPED, IN_A_RUN = {"node_modules", ".git", ".venv"}, {"checkpoints", "adapter", "model"}
-# What reading a stranger's file may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -85,7 +83,7 @@ def gather(paths: list[str | Path]) -> Material:
                 _add_ledger(material, file)
             else:
                 _add_json(material, file, file in map(Path, paths))
-        except UNREADABLE as error:
+        except Exception as error:  # whatever a stranger's file makes its readers raise
             said = " ".join(str(error).split())[:200] or type(error).__name__
             material.problems.append(f"{short_path(file)} could not be read: {said}.")
     return material

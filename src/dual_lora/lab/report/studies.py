@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import MOODS, Axis, Block, Cards, Chart, Section, Source, Table, Text, Verdict, View
+from dual_lora.lab.report.blocks import Axis, Block, Cards, Chart, Section, Source, Table, Text, View, mood, place
 from dual_lora.lab.report.columns import Row, columns, grouped
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
@@ -62,8 +62,8 @@ def _judged(results: Results, folded: bool) -> list[Block]:
         blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, tested together: {words}."))
     else:
         blocks.append(Text("There is nothing to compare yet.", "note"))
-    cards = [_verdict(c) for c in comparisons]
-    blocks.append(Cards(sorted(cards, key=lambda v: ("good", "bad", "same", "open").index(v.mood)), "verdicts"))
+    sure_first = sorted(comparisons, key=lambda c: place(c["verdict"]))
+    blocks.append(Cards([_verdict(c) for c in sure_first], "verdicts"))
     blocks += [_differences(metric, some) for metric, some in grouped(comparisons, itemgetter("metric")).items()]
     if comparisons:
         blocks.append(verdict_table(results, f"{VERDICTS} seeds items", folded))
@@ -83,18 +83,19 @@ def verdict_table(results: Results, keys: str, folded: bool = False) -> Table:
     return Table("Verdicts", named, rows, note, folded)
 
 
-def _verdict(c: ComparisonRow) -> Verdict:
+def _verdict(c: ComparisonRow) -> Row:
     subject = f"{c['candidate']} against {c['reference']} on {scenario(c)}"
     rest = c["sentence"].removeprefix(subject)
-    return Verdict(c["verdict"], MOODS.get(c["verdict"], "open"), subject if rest != c["sentence"] else "", rest)
+    whole = rest == c["sentence"]
+    return {"verdict": c["verdict"], "mood": mood(c["verdict"]), "subject": "" if whole else subject, "rest": rest}
 
 
 def _differences(metric: str, comparisons: list[ComparisonRow]) -> Chart:
     margin = comparisons[0].get("margin")
     points = [
         {"label": f"{c['candidate']} · {scenario(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
-        | {"note": c["verdict"] + f" than {c['reference']}" * (MOODS.get(c["verdict"]) in ("good", "bad"))}
-        | {"mood": MOODS.get(c["verdict"], "open")}
+        | {"note": c["verdict"] + f" than {c['reference']}" * (mood(c["verdict"]) in ("good", "bad"))}
+        | {"mood": mood(c["verdict"])}
         for c in comparisons
     ]
     references = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
