@@ -264,6 +264,33 @@ def test_watch_writes_again_when_a_source_changes(folder, monkeypatch):
     assert 'data-live="0"' in out.read_text()  # what stays does not load itself anew
 
 
+def test_watch_writes_again_when_a_run_ends(tmp_path, monkeypatch):
+    from tiny_study import ended, job
+
+    from dual_lora.lab.report import report as module
+    from dual_lora.lab.study.folder import StudyFolder
+    from dual_lora.lab.study.job import write_outcome
+
+    runs, written, turns = tmp_path / "study" / "runs", [], iter(range(9))
+    one = job("boolq", "lora", 1, settings={"train.lr": 0.1})
+
+    def sleep(_):
+        turn = next(turns)
+        if turn == 1:
+            write_outcome(runs, ended(one, metric="choice", score=0.71)[1])
+        if turn == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    with StudyFolder(tmp_path / "study") as study:
+        study.begin({"name": "going", "question": "How far?"}, {}, {}, runs, False)
+        study.plan([one])
+        runs.mkdir()
+        out = tmp_path / "live.html"
+        watch([tmp_path / "study"], out, say=lambda _: written.append(out.read_text()))
+    assert ["0.7100" in page for page in written] == [False, True]
+
+
 def test_commands(folder, capsys):
     from dual_lora.lab.cli import main
 

@@ -146,5 +146,7 @@ def watch(
 
 
 def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
-    """Files with times and sizes."""
-    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in find(sources) if each.exists()]
+    """Files with times and sizes; of a study under way also the folder of its runs, which begin and end there."""
+    files = find(sources)
+    files += [file.parent / "runs" for file in files if file.name == "study.json"]
+    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in files if each.exists()]
