@@ -264,6 +264,17 @@ def test_watch_writes_again_when_a_source_changes(folder, monkeypatch):
     assert 'data-live="0"' in out.read_text()  # what stays does not load itself anew
 
 
+def test_gates_of_several_machines_are_told_apart(folder):
+    rows = [row for row in material.ledger() if row["kind"] == "gate"]
+    rows += [row | {"device": "another CPU"} for row in rows]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(folder)
+    (gates,) = material.data_of(page)["charts"]["plot-benchmarks-gates"]
+    labels = ["linear 4096 · lora · a CPU", "linear 4096 · lora · another CPU"]
+    assert [point["label"] for point in material.points_of(gates)] == labels
+    assert [page.count(f"{label}</option>") for label in labels] == [1, 1]
+
+
 def test_watch_writes_again_when_a_run_ends(tmp_path, monkeypatch):
     from tiny_study import ended, job
 

@@ -41,7 +41,7 @@ def _gates(title: str, rows: list[Row]) -> list[Block]:
     met = sum(row["met"] is True for row in newest)
     points = [
         {k: row[of] / row["at_most"] for k, of in (("x", "ratio"), ("low", "low"), ("high", "high"))}
-        | {"label": f"{row['work']} · {row['against']}" + f" · {row['threads']} threads" * (row["threads"] > 1)}
+        | {"label": _name(row, rows)}
         | {"mood": {True: "good", False: "bad"}.get(row["met"], "open")}
         | {"note": f"ratio {row['ratio']:.3g}, at most {row['at_most']:.3g}"}
         for row in newest
@@ -58,6 +58,13 @@ def _gates(title: str, rows: list[Row]) -> list[Block]:
     ]
 
 
+def _name(row: Row, rows: list[Row]) -> str:
+    """What was measured, and on which device where the rows are of several."""
+    several = len({_text(each.get("device")) for each in rows}) > 1
+    threads = f" · {row['threads']} threads" * (row["threads"] > 1)
+    return f"{row['work']} · {row['against']}{threads}" + f" · {row.get('device')}" * several
+
+
 def _history(title: str, rows: list[Row]) -> Chart:
     """Ratios of gates that were measured more than once, in the order of measuring."""
     views = []
@@ -65,8 +72,7 @@ def _history(title: str, rows: list[Row]) -> Chart:
         numbered = [*enumerate(members, 1)]
         points = [_measured(n, row) | {"note": f"{row.get('date')}, {row.get('commit')}"} for n, row in numbered]
         points += [{"series": "limit", "x": n, "y": row.get("at_most")} for n, row in numbered]
-        name = "{work} · {against} · {threads} thr.".format(**members[0])
-        views.append(View(name, Axis("measurement"), Axis("ratio"), points))
+        views.append(View(_name(members[0], rows), Axis("measurement"), Axis("ratio"), points))
     return Chart(f"{title} history", "lines", views, "In the order of measuring.")
 
 
