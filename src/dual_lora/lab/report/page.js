@@ -39,7 +39,7 @@
     const number = heads[column].classList.contains("n");
     const order = new Map([...body.rows].map((row) => {
       const value = raw(row.cells[column]);
-      return [row, number && value !== "" ? Number(value.replaceAll(",", "").replace("inf", "Infinity")) : number ? NaN : value];
+      return [row, number && value !== "" ? Number(value.replace("inf", "Infinity")) : number ? NaN : value];
     }));
     const compare = (a, b) => {
       if (!number) return (falling ? -1 : 1) * a.localeCompare(b, "en", { numeric: true });
@@ -96,14 +96,8 @@
     constructor(place, views) {
       Object.assign(this, { place, views, hidden: new Set(recall("hidden " + place.id, [])), width: 0 });
       this.chosen = Math.min(recall("view " + place.id, 0), views.length - 1);
-      const part = (name, more) => (this[name] = make(name === "legend" ? "ul" : "div", { class: name, ...more }));
-      for (const name of ["ring", "tip"]) part(name, { hidden: "" });
-      part("canvas", { "aria-hidden": "true" });
-      part("said", { class: "visually-hidden", "aria-live": "polite" });
-      part("legend");
-      place.append(this.canvas, this.ring, this.tip, this.said);
-      place.after(this.legend);
       const figure = place.closest("figure"), select = figure.querySelector("select.view");
+      for (const part of ["canvas", "ring", "tip", "said", "legend", "values"]) this[part] = figure.querySelector("." + part);
       if (select) select.value = String(this.chosen);
       select?.addEventListener("change", () => {
         this.chosen = Number(select.value);
@@ -111,7 +105,6 @@
         this.draw();
         this.fill();
       });
-      this.values = figure.querySelector("details.values");
       this.values.addEventListener("toggle", () => this.fill());
       for (const name of ["pointermove", "pointerdown"]) place.addEventListener(name, (event) => this.hover(event));
       for (const name of ["pointerleave", "blur"]) place.addEventListener(name, () => this.point(-1));
