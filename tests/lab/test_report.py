@@ -198,6 +198,11 @@ def test_an_empty_ledger_is_said(tmp_path):
     assert "Benchmarks</h2>" not in page
 
 
+def test_a_study_that_is_named_twice_is_one_study(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert len(gather(["study", folder / "study", folder / "study" / "results.json"]).studies) == 1
+
+
 def test_a_newer_analysis_is_refused_by_name(folder):
     file = folder / "runs" / "dual" / "analysis" / "analysis.json"
     file.write_text(json.dumps(material.analysis() | {"version": 2}))

@@ -45,19 +45,18 @@ class Material:
 
 
 def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Path]:
-    """The files that a report may be made of: those named, and those inside the folders named.
+    """The files that a report may be made of: those named, and those inside the folders named, each once.
 
     problems: takes the folders that cannot be read. Raises UserError for a path that is not there.
     """
-    files: dict[Path, None] = {}
+    files: dict[str, Path] = {}  # by where they really lie: one that is named twice is no second study
     for given in paths:
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
-        if Path(given).is_dir():
-            files |= dict.fromkeys(sorted(_inside(Path(given), problems if problems is not None else [])))
-        else:
-            files[Path(given)] = None
-    return list(files)
+        inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
+        for file in sorted(inside):
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
 def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:

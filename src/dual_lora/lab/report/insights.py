@@ -123,10 +123,9 @@ def _means(rows: list[Row]) -> Row:
     return {key: mean_over_layers(rows, key) for key in {k for r in rows for k in r} - {"layer", "step", "O", "I"}}
 
 
-def _axis(key: str, log: bool = False) -> Axis:
+def _axis(key: str) -> Axis:
     column = COLUMNS[key]
-    label = (column.help or column.label).partition(":")[0]
-    return Axis(label, log or key in LOGARITHMIC, "%" if "%" in column.form else "g")
+    return Axis((column.help or column.label).partition(":")[0], key in LOGARITHMIC, "%" if "%" in column.form else "g")
 
 
 def _by_step(rows: list[Row], key: str) -> dict[int, list[Row]]:
