@@ -33,20 +33,18 @@
   });
 
   // ---------- tables: sort, filter, save ----------
-  const raw = (cell) => cell.dataset.v ?? cell.textContent;
   function sort(table, column, falling) {
-    const body = table.tBodies[0], heads = table.tHead.rows[0].cells;
+    const body = table.tBodies[0], heads = table.tHead.rows[0].cells, way = falling ? -1 : 1;
     const number = heads[column].classList.contains("n");
-    const order = new Map([...body.rows].map((row) => {
-      const value = raw(row.cells[column]);
-      return [row, number && value !== "" ? Number(value.replace("inf", "Infinity")) : number ? NaN : value];
-    }));
-    const compare = (a, b) => {
-      if (!number) return (falling ? -1 : 1) * a.localeCompare(b, "en", { numeric: true });
-      if (isNaN(a) || isNaN(b)) return isNaN(a) - isNaN(b); // what is not there goes last either way
-      return a === b ? 0 : (falling ? b > a : a > b) ? 1 : -1;
+    const value = (row) => {
+      const text = row.cells[column].dataset.v ?? row.cells[column].textContent;
+      return number ? parseFloat(text.replace("inf", "Infinity")) : text;
     };
-    body.append(...[...body.rows].sort((a, b) => compare(order.get(a), order.get(b))));
+    const compare = number
+      ? (a, b) => isNaN(a) - isNaN(b) || way * Math.sign(a - b) // what is not there goes last either way
+      : (a, b) => way * a.localeCompare(b, "en", { numeric: true });
+    const rows = [...body.rows].map((row) => [value(row), row]).sort(([a], [b]) => compare(a, b));
+    body.append(...rows.map(([, row]) => row));
     for (const head of heads) head.removeAttribute("aria-sort");
     heads[column].setAttribute("aria-sort", falling ? "descending" : "ascending");
   }
@@ -97,7 +95,8 @@
       Object.assign(this, { place, views, hidden: new Set(recall("hidden " + place.id, [])), width: 0 });
       this.chosen = Math.min(recall("view " + place.id, 0), views.length - 1);
       const figure = place.closest("figure"), select = figure.querySelector("select.view");
-      for (const part of ["canvas", "ring", "tip", "said", "legend", "values"]) this[part] = figure.querySelector("." + part);
+      const parts = ["canvas", "ring", "tip", "said", "legend", "values"];
+      for (const part of parts) this[part] = figure.querySelector("." + part);
       if (select) select.value = String(this.chosen);
       select?.addEventListener("change", () => {
         this.chosen = Number(select.value);
