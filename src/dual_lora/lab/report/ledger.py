@@ -37,7 +37,11 @@ def _newest(rows: list[Row]) -> list[Row]:
 
 def _gates(title: str, rows: list[Row]) -> list[Block]:
     marks = {"✓": True, "✗": False}
-    newest = [row | _interval(row) | {"met": marks.get(row["mark"], row["mark"])} for row in _newest(rows)]
+    newest = [
+        row | _interval(row) | {"met": marks.get(mark, mark), "scatter": row.get("spread")}
+        for row in _newest(rows)
+        for mark in [row.get("mark", "")]
+    ]
     met = sum(row["met"] is True for row in newest)
     points = [
         {k: row[of] / row["at_most"] for k, of in (("x", "ratio"), ("low", "low"), ("high", "high"))}
@@ -48,12 +52,11 @@ def _gates(title: str, rows: list[Row]) -> list[Block]:
         if row.get("at_most")
     ]
     view = View("", Axis("measured ratio over the gate's limit (1 or less is met)"), Axis(""), points)
-    shown = [row | {"scatter": row.get("spread")} for row in newest]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
         Text("A gate that is stated twice, against LoRA and the unavoidable products, is met when one is kept."),
         Chart(f"{title}s", "intervals", [view], "Shaded: met.", (0.0, 1.0)),
-        Table(f"{title} table", columns(GATES, low="95% from"), shown),
+        Table(f"{title} table", columns(GATES, low="95% from"), newest),
         _history(title, rows),
     ]
 
