@@ -360,6 +360,21 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path):
     assert len(adapted_layers(opened.model)) == LAYERS
 
 
+def test_a_reference_that_lacks_a_state_is_said(runs, tmp_path):
+    """Else the likeness of the end would be missing without a word."""
+    import shutil
+
+    from dual_lora.lab.run.folder import RunFolder
+
+    shutil.copytree(runs / "full", tmp_path / "full")
+    shutil.rmtree(RunFolder(tmp_path / "full").whole_checkpoints()[6])
+    shutil.rmtree(RunFolder(tmp_path / "full").result)
+    little = Options(states=2, ranks="none", gradients=False, held_out=0)
+    (run,) = analyze([runs / "lora"], tmp_path / "full", little, progress=False).runs
+    assert run.likeness == []
+    assert any("kept no state of step 6: no likeness is given there" in note for note in run.notes)
+
+
 @pytest.mark.parametrize("method", ["dual", "lora", "pissa"])
 def test_a_checkpoint_with_too_few_or_other_tensors_is_refused(runs, tmp_path, method):
     """Else a layer would keep what it had in the state before, and be shown as if it had not moved."""

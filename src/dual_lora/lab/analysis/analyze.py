@@ -156,6 +156,12 @@ def _finish(result: RunAnalysis, options: Options, device: str | None, progress:
     layers = chosen_layers(opened, options.layers)
     others = states_of(Path(result.reference)) if result.reference else []
     targets = {state.step: state for state in others if state.folder is not None}
+    without = [state.step for state in stops if state.step and state.step not in targets]
+    if result.reference and without:
+        steps = ", ".join(map(str, without))
+        result.notes.append(
+            f"The reference {result.reference} kept no state of step {steps}: no likeness is given there."
+        )
     if opened.origin:
         result.notes.append(
             f"The method changed {len(opened.origin)} base weights at its start; updates count from before."
