@@ -360,6 +360,38 @@ def test_damaged_and_missing_checkpoints(runs, tmp_path):
     assert len(adapted_layers(opened.model)) == LAYERS
 
 
+def test_a_reference_that_lacks_a_state_is_said(runs, tmp_path):
+    """Else the likeness of the end would be missing without a word."""
+    import shutil
+
+    from dual_lora.lab.run.folder import RunFolder
+
+    shutil.copytree(runs / "full", tmp_path / "full")
+    shutil.rmtree(RunFolder(tmp_path / "full").whole_checkpoints()[6])
+    shutil.rmtree(RunFolder(tmp_path / "full").result)
+    little = Options(states=2, ranks="none", gradients=False, held_out=0)
+    (run,) = analyze([runs / "lora"], tmp_path / "full", little, progress=False).runs
+    assert run.likeness == []
+    assert any("kept no state of step 6: no likeness is given there" in note for note in run.notes)
+
+
+@pytest.mark.parametrize("method", ["dual", "lora", "pissa"])
+def test_a_checkpoint_with_too_few_or_other_tensors_is_refused(runs, tmp_path, method):
+    """Else a layer would keep what it had in the state before, and be shown as if it had not moved."""
+    from safetensors.torch import load_file, save_file
+
+    opened = open_run(runs / method)
+    whole = load_file(states_of(runs / method)[-1].folder / "adapter_model.safetensors")
+    first = next(iter(whole))
+    rest = {key: tensor for key, tensor in whole.items() if key != first}
+    for tensors in (rest, rest | {first.replace("layers.0", "layers.9"): whole[first]}):
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="does not fit the run's recipe"):
+            load_adapter_into(opened.model, tmp_path)
+    save_file(whole, tmp_path / "adapter_model.safetensors")
+    load_adapter_into(opened.model, tmp_path)
+
+
 def test_a_start_that_was_taken_out_of_the_base_is_put_back_for_ratios(runs, analysis, tiny_lm):
     from transformers import AutoModelForCausalLM
 

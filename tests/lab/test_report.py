@@ -198,6 +198,11 @@ def test_an_empty_ledger_is_said(tmp_path):
     assert "Benchmarks</h2>" not in page
 
 
+def test_a_study_that_is_named_twice_is_one_study(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert len(gather(["study", folder / "study", folder / "study" / "results.json"]).studies) == 1
+
+
 def test_a_newer_analysis_is_refused_by_name(folder):
     file = folder / "runs" / "dual" / "analysis" / "analysis.json"
     file.write_text(json.dumps(material.analysis() | {"version": 2}))
@@ -264,6 +269,44 @@ def test_watch_writes_again_when_a_source_changes(folder, monkeypatch):
     assert 'data-live="0"' in out.read_text()  # what stays does not load itself anew
 
 
+def test_gates_of_several_machines_are_told_apart(folder):
+    rows = [row for row in material.ledger() if row["kind"] == "gate"]
+    rows += [row | {"device": "another CPU"} for row in rows]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(folder)
+    (gates,) = material.data_of(page)["charts"]["plot-benchmarks-gates"]
+    labels = ["linear 4096 · lora · a CPU", "linear 4096 · lora · another CPU"]
+    assert [point["label"] for point in material.points_of(gates)] == labels
+    assert [page.count(f"{label}</option>") for label in labels] == [1, 1]
+
+
+def test_watch_writes_again_when_a_run_ends(tmp_path, monkeypatch):
+    from tiny_study import ended, job
+
+    from dual_lora.lab.report import report as module
+    from dual_lora.lab.study.folder import StudyFolder
+    from dual_lora.lab.study.job import write_outcome
+
+    runs, written, turns = tmp_path / "study" / "runs", [], iter(range(9))
+    one = job("boolq", "lora", 1, settings={"train.lr": 0.1})
+
+    def sleep(_):
+        turn = next(turns)
+        if turn == 1:
+            write_outcome(runs, ended(one, metric="choice", score=0.71)[1])
+        if turn == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    with StudyFolder(tmp_path / "study") as study:
+        study.begin({"name": "going", "question": "How far?"}, {}, {}, runs, False)
+        study.plan([one])
+        runs.mkdir()
+        out = tmp_path / "live.html"
+        watch([tmp_path / "study"], out, say=lambda _: written.append(out.read_text()))
+    assert ["0.7100" in page for page in written] == [False, True]
+
+
 def test_commands(folder, capsys):
     from dual_lora.lab.cli import main
 
@@ -314,6 +357,18 @@ def test_rows_of_one_name_stay_apart(tmp_path):
     points = material.points_of(differences[0])
     assert len({p["row"] for p in points}) == len(points) == 6
     assert {p["row"].rstrip("\u200b\u200c") for p in points} == {"a · t"}
+
+
+def test_an_encoder_s_and_a_decoder_s_blocks_are_cells_of_their_own(folder):
+    """Both have a layer of one name in a block of one number: neither may hide the other."""
+    file = folder / "runs" / "dual" / "analysis" / "analysis.json"
+    text = file.read_text().replace("model.layers.1.mlp", "decoder.layers.0.mlp")
+    file.write_text(text.replace("model.layers", "encoder.layers"))
+    charts = material.data_of(page_of(folder))["charts"]
+    (heat,) = [chart for name, chart in charts.items() if name.endswith("x-by-layer")]
+    points = material.points_of(heat[0])
+    assert len({(p["x"], p["label"]) for p in points}) == len(points) == 3
+    assert {p["label"] for p in points} >= {"mlp.up_proj (encoder.layers)", "mlp.up_proj (decoder.layers)"}
 
 
 def test_a_study_may_have_the_name_of_a_run_s_part(folder):

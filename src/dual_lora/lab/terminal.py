@@ -70,9 +70,8 @@ def figures(title: str, left: Sequence[str], right: Sequence[str], rows: Iterabl
 
 
 def printed(table: blocks.Table) -> Table:
-    """A report's table as a terminal shows it, under a study's name: without that name in its title."""
-    title = table.title.rpartition(": ")[2]
-    shown = Table(title=title[:1].upper() + title[1:], title_justify="left")
+    """A report's table as a terminal shows it."""
+    shown = Table(title=table.title, title_justify="left")
     for column in table.columns:
         shown.add_column(column.label, justify="right" if column.is_number else "left")
     for row in table.cells:

@@ -16,7 +16,7 @@ from typing import Any
 from dual_lora.lab.analysis.likeness import correlation
 from dual_lora.lab.analysis.opened_run import open_run
 from dual_lora.lab.analysis.ranks import rank_examples
-from dual_lora.lab.analysis.trajectory import State, chosen_layers, states_of
+from dual_lora.lab.analysis.trajectory import chosen_layers, states_of
 from dual_lora.lab.analysis.walk import Options, Row, RunAnalysis, Walk
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.device import check_device
@@ -60,16 +60,14 @@ def analyze(
     if device is not None:
         check_device(device)
     target = None if reference is None else _reference(Path(reference))
-    recipes = [_checked(Path(run), target, options) for run in runs]
     names = _names([Path(run) for run in runs])
-    found = [
-        _analyze_run(Path(run), name, target, options, device, progress) for run, name in zip(runs, names, strict=True)
-    ]
-    for run, recipe in zip(found, recipes, strict=True):
-        if recipe.model.path != recipes[0].model.path:
+    found = [_begun(Path(run), name, target, options) for run, name in zip(runs, names, strict=True)]
+    for run in found:
+        _finish(run, options, device, progress)
+        if run.model != found[0].model:
             run.notes.append(
-                f"Of another model ({recipe.model.path}) than {found[0].name} ({recipes[0].model.path}): the figures "
-                "of the two say nothing about each other."
+                f"Of another model ({run.model}) than {found[0].name} ({found[0].model}): the figures of the two say "
+                "nothing about each other."
             )
     examples = [example._asdict() for example in rank_examples()]
     made = surroundings() | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -137,50 +135,41 @@ def _reference(path: Path) -> Path:
     return path
 
 
-def _checked(path: Path, reference: Path | None, options: Options) -> Recipe:
-    """A run's recipe. What is no run, or does not belong to the reference, is said before hours go into the others."""
-    states_of(path, options.states)
+def _begun(path: Path, name: str, reference: Path | None, options: Options) -> RunAnalysis:
+    """What a run's folder says. What is no run, or does not belong to the reference, is said before hours go into the
+    others."""
+    steps = [state.step for state in states_of(path, options.states)]
     recipe = recipe_of_run(path)
-    if reference is not None and reference.resolve() != path.resolve():
-        _comparable(recipe, recipe_of_run(reference), reference)
-    return recipe
-
-
-def _analyze_run(
-    path: Path, name: str, reference: Path | None, options: Options, device: str | None, progress: bool
-) -> RunAnalysis:
-    stops = states_of(path, options.states)
-    opened = open_run(path, device)
-    recipe = opened.recipe
-    result = RunAnalysis(
-        name,
-        str(path),
-        dict(recipe.method),
-        recipe.train.seed,
-        recipe.model.path,
-        recipe.data.train,
-        opened.record.get("command"),
-        [state.step for state in stops],
-        live=read_metrics(path / "analysis" / "live.jsonl"),
-    )
-    layers = chosen_layers(opened, options.layers)
-    targets: dict[int, State] = {}
+    known = dict(recipe.method), recipe.train.seed, recipe.model.path, recipe.data.train
+    result = RunAnalysis(name, str(path), *known, steps=steps, live=read_metrics(path / "analysis" / "live.jsonl"))
     if reference is not None and reference.resolve() != path.resolve():
         result.reference = str(reference)
         result.notes += _comparable(recipe, recipe_of_run(reference), reference)
-        targets = {state.step: state for state in states_of(reference) if state.folder is not None}
+    return result
+
+
+def _finish(result: RunAnalysis, options: Options, device: str | None, progress: bool) -> None:
+    """Open the run and look into it."""
+    path = Path(result.folder)
+    opened, stops = open_run(path, device), states_of(path, options.states)
+    result.command = opened.record.get("command")
+    layers = chosen_layers(opened, options.layers)
+    others = states_of(Path(result.reference)) if result.reference else []
+    targets = {state.step: state for state in others if state.folder is not None}
+    without = [state.step for state in stops if state.step and state.step not in targets]
+    if result.reference and without:
+        steps = ", ".join(map(str, without))
+        result.notes.append(
+            f"The reference {result.reference} kept no state of step {steps}: no likeness is given there."
+        )
     if opened.origin:
         result.notes.append(
             f"The method changed {len(opened.origin)} base weights at its start; updates count from before."
         )
-    with Bar(f"analysing {name}", len(stops) * len(layers), progress) as bar:
+    with Bar(f"analysing {result.name}", len(stops) * len(layers), progress) as bar:
         Walk(opened, result, options, stops, layers, targets, bar).go()
-    points = [r for r in result.layers if r.get("norm")]
-    result.magnitude_direction = correlation(
-        [r["direction_change"] for r in points if "direction_change" in r],
-        [r["magnitude_change"] for r in points if "direction_change" in r],
-    )
-    return result
+    moved = [r for r in result.layers if r.get("norm") and "direction_change" in r]
+    result.magnitude_direction = correlation(*([r[f"{k}_change"] for r in moved] for k in ("direction", "magnitude")))
 
 
 def _comparable(recipe: Recipe, other: Recipe, where: Path) -> list[str]:

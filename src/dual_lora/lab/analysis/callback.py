@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dual_lora.lab.analysis.gradients import gradient_shares
-from dual_lora.lab.analysis.measures import changes, measure
+from dual_lora.lab.analysis.measures import measured
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
 
 
@@ -66,13 +66,10 @@ class AnalysisCallback(TrainerCallback):
         layers = adapted_layers(model)
         lines = []
         for name, now in self._snapshot(model).items():
-            matrix = now.update()
-            O, I = matrix.shape
-            row: dict[str, Any] = {"step": state.global_step, "layer": name, "O": O, "I": I, "strength": now.strength}
-            row |= measure(matrix, base_matrix(layers[name]), now.strength)
-            row |= {f"start_{k}": v for k, v in changes(self._start[name].update(), matrix).items()}
-            if name in self._before:
-                row |= {f"step_{k}": v for k, v in changes(self._before[name].update(), matrix).items()}
+            before = self._before[name].update() if name in self._before else None
+            earlier = {"start": self._start[name].update(), "step": before}
+            row = {"step": state.global_step, "layer": name}
+            row |= measured(now.update(), base_matrix(layers[name]), now.strength, earlier)
             lines.append(json.dumps(row | self._shares.get(name, {})) + "\n")
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(lines)

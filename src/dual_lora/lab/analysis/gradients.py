@@ -18,6 +18,7 @@ from dual_lora.lab.analysis.matrices import Factored, Matrix, blocks
 from dual_lora.lab.analysis.updates import GROUPS, adapted_layers, snapshot
 
 Batch = dict[str, Any]
+Call = tuple[Tensor, Tensor]  # a layer's input x and its output's gradient dy
 LossOf = Callable[[Any, Batch], Tensor]
 
 _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
@@ -26,10 +27,9 @@ _GROUP_OF = {kind: group for group, kinds in GROUPS.items() for kind in kinds}
 class WeightGradient(Matrix):
     """G = dyᵀ x of one layer, fp32, by rows; of several calls (x, dy) their sum."""
 
-    def __init__(self, *calls: tuple[Tensor, Tensor]):
+    def __init__(self, *calls: Call):
         self.x, self.dy = (torch.cat([t.detach().flatten(0, -2) for t in side]) for side in zip(*calls, strict=True))
-        self.calls, x = calls, self.x
-        self.shape, self.device = (self.dy.shape[1], self.x.shape[1]), x.device
+        self.shape, self.device = (self.dy.shape[1], self.x.shape[1]), self.x.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return (self.dy[:, start:stop].t() @ self.x).float()
@@ -42,14 +42,14 @@ def is_linear(layer: Any) -> bool:
 
 
 @contextmanager
-def watched(layers: dict[str, Any], see: Callable[[str, WeightGradient], None]) -> Iterator[None]:
-    """Call ``see(layer name, G)`` for every linear layer while backward passes a call of it."""
+def watched(layers: dict[str, Any], see: Callable[[str, Call], None]) -> Iterator[None]:
+    """Call ``see(layer name, (x, dy))`` for every linear layer while backward passes a call of it."""
 
     def attach(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             x = args[0]
             if torch.is_tensor(output) and output.requires_grad:
-                output.register_hook(lambda dy: see(name, WeightGradient((x, dy))))
+                output.register_hook(lambda dy: see(name, (x, dy)))
 
         return hook
 
@@ -102,10 +102,10 @@ def gradient_pass(
     updates = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     tallies: dict[str, Tensor] = {}
 
-    def see(name: str, G: WeightGradient) -> None:
+    def see(name: str, call: Call) -> None:
         matrix = updates[name].update()
         if isinstance(matrix, Factored) and matrix.adapter.form.direction == "sign":
-            tally = _estimator_tally(matrix, G, updates[name].strength)
+            tally = _estimator_tally(matrix, WeightGradient(call), updates[name].strength)
             if name in tallies:
                 tally[-1] = torch.maximum(tally[-1], tallies[name][-1])
                 tally[:-1] += tallies[name][:-1]
@@ -160,7 +160,7 @@ def first_step(
     layers = adapted_layers(model)
     before = {n: u for n, u in snapshot(model).items() if names is None or n in names}
     calls: Counter[str] = Counter()
-    seen: dict[str, list[WeightGradient]] = defaultdict(list)
+    seen: dict[str, list[Call]] = defaultdict(list)
     with _evaluating(model), torch.enable_grad():
         model.zero_grad(set_to_none=True)
         with watched({n: layers[n] for n in before}, lambda name, _: calls.update([name])):
@@ -174,11 +174,11 @@ def first_step(
                 parameter.copy_(old)
         result: dict[str, dict[str, float]] = {}
 
-        def see(name: str, G: WeightGradient) -> None:
-            seen[name].append(G)
+        def see(name: str, call: Call) -> None:
+            seen[name].append(call)
             if len(seen[name]) == calls[name]:  # a layer that is called several times has the sum
-                total = WeightGradient(*(call for part in seen.pop(name) for call in part.calls))
-                result[name] = _alignment(before[name].update(), after[name].update(), total)
+                G = WeightGradient(*seen.pop(name))
+                result[name] = _alignment(before[name].update(), after[name].update(), G)
 
         model.zero_grad(set_to_none=True)
         with watched({n: layers[n] for n in before}, see):

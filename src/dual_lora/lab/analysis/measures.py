@@ -1,6 +1,7 @@
 """Zeros, signs and sizes of one update, and what changed between two, in one pass over blocks of rows."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +42,18 @@ def measure(update: Matrix, base: Matrix | None = None, strength: float = 1.0) -
         signs = update.group("direction")
         result["direction_positive"] = sum(float((block > 0).sum()) for (block,) in blocks(signs)) / entries
     return result
+
+
+def measured(
+    update: Matrix, base: Matrix | None, strength: float, earlier: Mapping[str, Matrix | None]
+) -> dict[str, float]:
+    """A layer's row: its shape, `measure`, and `changes` since earlier updates, under their names (start_flipped)."""
+    O, I = update.shape
+    row = {"O": O, "I": I, "strength": strength, **measure(update, base, strength)}
+    for name, before in earlier.items():
+        if before is not None:
+            row |= {f"{name}_{key}": share for key, share in changes(before, update).items()}
+    return row
 
 
 def squared_norm(matrix: Matrix) -> float:

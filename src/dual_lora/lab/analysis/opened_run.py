@@ -1,11 +1,11 @@
 """A run's surroundings, made again from its recipe: the model as it started, its first batches, held-out records."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,19 +69,19 @@ class OpenedRun:
         items, labels = inputs.pop("items"), inputs.pop("labels")
         return mean_loss(model(**inputs), labels, items, self.recipe.train.label_smoothing)
 
-    @property
-    def names_held_out(self) -> bool:
-        """Whether the recipe has validation or test records."""
-        data = self.recipe.data
-        return bool(data.validation or data.holdout or data.test or data.tests)
+    def held_out_loss(self, limit: int) -> Callable[[Any], float] | None:
+        """A function: the model's mean loss on the first `limit` validation records, or test records if none.
 
-    def held_out_loss(self, limit: int) -> Any:
-        """A function: the model's mean loss on the first `limit` validation records, or test records if none."""
-        split = "validation" if self.recipe.data.validation or self.recipe.data.holdout else "test"
-        examples = load_split(self.recipe.data, split)[:limit]
+        None if the recipe names neither.
+        """
+        data = self.recipe.data
+        if not (data.validation or data.holdout or data.test or data.tests):
+            return None
+        split: Literal["validation", "test"] = "validation" if data.validation or data.holdout else "test"
+        examples = load_split(data, split)[:limit]
         spec = EvaluateSection(split=split, batch_size=8)
         tuned = Tuned(self.model, self.tokenizer, str(self.path), self.recipe, self.classes)
-        return lambda _: mean_losses(tuned, self.recipe.data, examples, ["tuned"], spec, progress=False)["tuned"]
+        return lambda _: mean_losses(tuned, data, examples, ["tuned"], spec, progress=False)["tuned"]
 
     @contextmanager
     def at_full_strength(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """A run's states in their order: the start (made again from the seed), every whole checkpoint, the end."""
 
+from collections import defaultdict
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -95,15 +96,23 @@ def load_adapter_into(model: Any, folder: Path) -> None:
     try:
         tensors = load_file(file)
         check_finite_weights(tensors, f"The adapter {folder}")
-        set_peft_model_state_dict(model, tensors)
+        taken: Any = set_peft_model_state_dict(model, tensors)
     except UserError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{file} does not fit the run's recipe: {str(error).splitlines()[0]}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"The adapter file {file} is damaged: {error}") from error
+    names: defaultdict[Any, set[str]] = defaultdict(set)  # of a tensor that layers share: a file has it once
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].add(name)
+    own = [p for layer in adapted_layers(model).values() for p in layer.parameters() if p.requires_grad]
+    missing = [min(names[p]) for p in own if names[p] <= {*taken.missing_keys}]
+    if missing or taken.unexpected_keys:  # PEFT says nothing, and a layer would keep what it had in the state before
+        first = f"it lacks {missing[0]}" if missing else f"no layer has its {taken.unexpected_keys[0]}"
+        raise UserError(f"{file} does not fit the run's recipe: {first}.")
 
 
 def chosen_layers(opened: OpenedRun, pattern: str | None) -> list[str]:

@@ -9,7 +9,7 @@ from dual_lora.lab.analysis.contribution import contributions, factor_state
 from dual_lora.lab.analysis.gradients import first_step, gradient_pass, is_linear
 from dual_lora.lab.analysis.likeness import entry_likeness, likeness, magnitude_and_direction
 from dual_lora.lab.analysis.matrices import Difference, Factored, Matrix, Sum
-from dual_lora.lab.analysis.measures import changes, measure, squared_norm
+from dual_lora.lab.analysis.measures import measured, squared_norm
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.ranks import rank_bound, ranks
 from dual_lora.lab.analysis.trajectory import State, full_updates_of, updates_in
@@ -17,9 +17,6 @@ from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_mat
 from dual_lora.lab.progress import Bar
 
 Row = dict[str, Any]
-
-
-Ranks = Literal["ends", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ class Options:
 
     states: int = 8
     layers: str | None = None
-    ranks: Ranks = "ends"
+    ranks: Literal["ends", "all", "none"] = "ends"
     gradients: bool = True
     held_out: int = 64
     draws: int = 3
@@ -45,8 +42,8 @@ class RunAnalysis:
     """Tables of one run, one row a layer and state where nothing else is said.
 
     layers: signs, zeros, norms, flips, ranks, DoRA's two numbers; learned_share is ‖ΔW - ΔW at the start‖ / ‖ΔW‖, both
-    at full strength. gradients: what the estimator cuts, shares of the
-    groups. likeness: to full fine-tuning at the same step. first_step, contribution: one row a layer, a variant.
+    at full strength. gradients: what the estimator cuts, shares of the groups. likeness: to full fine-tuning at the
+    same step. first_step, contribution: one row a layer, a variant.
     live: what `AnalysisCallback` wrote during training. magnitude_direction: correlation over layers and states.
     """
 
@@ -56,7 +53,7 @@ class RunAnalysis:
     seed: int
     model: str
     data: str | None
-    command: str | None
+    command: str | None = None
     steps: list[int] = field(default_factory=list)
     reference: str | None = None
     layers: list[Row] = field(default_factory=list)
@@ -129,10 +126,10 @@ class Walk:
         """The function that `contributions` asks, None where it is not wanted or the recipe names no such records."""
         if self.opened.is_full or not self.options.held_out:
             return None
-        if not self.opened.names_held_out:
+        loss_of = self.opened.held_out_loss(self.options.held_out)
+        if loss_of is None:
             self.result.notes.append("What each group contributes was left out: the recipe names no held-out records.")
-            return None
-        return self.opened.held_out_loss(self.options.held_out)
+        return loss_of
 
     def _at_start(self) -> None:
         if self.opened.is_full:
@@ -167,17 +164,15 @@ class Walk:
         if base is not None and name in self.opened.origin:  # the method's start was taken out of the base
             base = Sum(base, self.opened.origin[name].update())
         O, I = self.sizes[name] = matrix.shape
-        row: Row = {"step": state.step, "layer": name, "O": O, "I": I, "strength": now.strength}
-        row |= measure(matrix, base, now.strength)
+        first = self.start[name].update() if state.step and name in self.start else None
+        earlier = {"start": first, "between": before.update() if before else None}
+        row: Row = {"step": state.step, "layer": name, **measured(matrix, base, now.strength, earlier)}
         if base is not None and state.step:
             row |= magnitude_and_direction(matrix, base, now.strength)
-        if state.step and name in self.start:
-            first = self.start[name].update()
-            row |= {f"start_{k}": v for k, v in changes(first, matrix).items()}
+        if first is not None:
             size = squared_norm(matrix)
             row["learned_share"] = math.sqrt(squared_norm(Difference(matrix, first)) / size) if size else None
         if before is not None:
-            row |= {f"between_{k}": v for k, v in changes(before.update(), matrix).items()}
             row["between_steps"] = state.step - step_before
         ends = state in (self.stops[0], self.stops[-1])
         if self.options.ranks == "all" or (self.options.ranks == "ends" and ends):
@@ -187,15 +182,14 @@ class Walk:
                 row |= _ranks_apart(matrix)
         self.result.layers.append(row)
         if target is not None:
-            alike = self._likeness(name, matrix, target.update())
+            alike = self._likeness(matrix, target.update(), first)
             for name_of_size in {"norm_relative", "learned_norm_relative"} & set(alike):
                 alike[name_of_size] *= now.strength
             self.result.likeness.append({"step": state.step, "layer": name, "O": O, "I": I, **alike})
 
-    def _likeness(self, name: str, matrix: Matrix, target: Matrix) -> Row:
+    def _likeness(self, matrix: Matrix, target: Matrix, first: Matrix | None) -> Row:
         """Of the update, and of what was learned since the start where that was no zero (Dual LoRA's Gaussian)."""
         row: Row = dict(likeness(matrix, target))
-        first = self.start[name].update() if name in self.start else None
         if isinstance(first, Factored):
             learned = entry_likeness(Difference(matrix, first), target)
             row |= {f"learned_{k}": learned[k] for k in ("cosine", "norm_relative", "agreement_1", "agreement_10")}

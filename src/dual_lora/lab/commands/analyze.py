@@ -58,8 +58,8 @@ def analyze(
     out = out or runs[0] / "analysis" / "analysis.json"
     check_free(out)
     analysis = run_analysis([*runs], reference, options, device)
-    file = save(analysis, out)
-    result = {"file": str(file), "runs": _overview(analysis)}
+    file, rows = save(analysis, out), _overview(analysis)
+    result = {"file": str(file), "runs": rows}
     if page is not None:
         from dual_lora.lab.report.report import report
 
@@ -67,7 +67,7 @@ def analyze(
     if json:
         finish(result, None, True)
         return
-    _show(analysis)
+    _show(analysis, rows)
     Console().print(f"written to {file}" + (f" and {page}" if page else ""))
 
 
@@ -84,7 +84,7 @@ def _overview(analysis: Analysis) -> list[dict[str, Any]]:
     ]
 
 
-def _show(analysis: Analysis) -> None:
+def _show(analysis: Analysis, overview: list[dict[str, Any]]) -> None:
     """Print one line a run, then what each group contributes, and the notes."""
     from dual_lora.lab.report.blocks import Table
     from dual_lora.lab.report.columns import columns
@@ -92,7 +92,7 @@ def _show(analysis: Analysis) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=190)
     title = "At the last state, means over layers"
-    console.print(printed(Table(title, columns(f"run method step {MEASURES}"), _overview(analysis))))
+    console.print(printed(Table(title, columns(f"run method step {MEASURES}"), overview)))
     rows = [{"run": run.name, **row} for run in analysis.runs for row in run.contribution]
     if rows:
         named = columns("run group what loss spread", what="what was done to it")

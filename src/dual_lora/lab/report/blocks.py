@@ -1,8 +1,9 @@
 """What a page is made of. Plain values with their sources; every text is made here, so that a page only places it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from dual_lora.lab.report.columns import Column, Row, number
@@ -15,9 +16,19 @@ MOODS: dict[str, Mood] = {
 }
 
 
+def mood(verdict: str) -> Mood:
+    """How a verdict is coloured."""
+    return MOODS.get(verdict, "open")
+
+
+def place(verdict: str) -> int:
+    """Where a verdict stands among others: sure ones first."""
+    return [*MOODS, verdict].index(verdict)
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a figure comes from: the file that was read, and what made that file."""
+    """Where figures come from: the file that was read, and what made that file."""
 
     file: str
     command: str | None = None
@@ -42,25 +53,25 @@ class Table:
     title: str
     columns: list[Column]
     rows: list[Row]
-    source: Source | None = None
     note: str = ""
     folded: bool = False
     id: str = ""
+    label: str = ""
+    kind = "table"
 
     def __post_init__(self) -> None:
         self.columns = [c for c in self.columns if not self.rows or any(c.text(row) for row in self.rows)]
         self.cells = [[_cell(c, row) for c in self.columns] for row in self.rows]
 
-    kind = "table"
-
 
 def _cell(column: Column, row: Row) -> Cell:
     text, value = column.text(row), row.get(column.key)
-    mood = MOODS.get(text, "open") if column.form == "verdict" else ""
+    if column.form == "verdict":
+        return Cell(text, "", mood(text))
     if column.form == "check" and isinstance(value, bool):
-        mood = "good" if value else "bad"
+        return Cell(text, "", "good" if value else "bad")
     figure = column.is_number and isinstance(value, int | float) and text != ""
-    return Cell(text, repr(value).replace("inf", "Infinity") if figure else "", mood)
+    return Cell(text, repr(value) if figure else "", "")
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class Axis:
 
     def text(self, value: Any) -> str:
         """A value as people read it; "–" for none."""
-        return number(value, ".4g" if self.form == "g" else {"%": ".2%"}.get(self.form, self.form)) or "–"
+        return number(value, {"g": ".4g", "%": ".2%"}.get(self.form, self.form)) or "–"
 
 
 @dataclass
@@ -102,11 +113,11 @@ class Chart:
     title: str
     form: Literal["lines", "dots", "intervals", "heat"]
     views: list[View]
-    source: Source | None = None
     note: str = ""
     band: tuple[float, float] | None = None
     zero: bool = False
     id: str = ""
+    label: str = ""
     kind = "chart"
 
 
@@ -119,32 +130,20 @@ class Text:
     kind = "text"
 
 
-class Verdict(NamedTuple):
-    """One judgement: the words, how they are coloured, what the sentence begins with, and the rest of it."""
-
-    verdict: str
-    mood: Mood
-    subject: str
-    rest: str
-
-
-class Answer(NamedTuple):
-    """A study's question in one glance. anchor: of the section that answers it. verdicts: each with whom it is on."""
-
-    question: str
-    anchor: str
-    about: str
-    verdicts: list[tuple[str, Mood, str]]
-
-
 @dataclass
 class Cards:
-    """Judgements (sure ones first) or answers, side by side."""
+    """Judgements or answers, side by side.
 
-    items: list[Verdict] | list[Answer]
+    verdicts, sure ones first: {"verdict", "mood", "subject", "rest"}, the sentence in two parts. answers, a study's
+    question in one glance: {"question", "anchor" of the section that answers it, "study", "compared" (with what),
+    "verdicts": each with its mood and whom it is on}.
+    """
+
+    items: list[Row]
     kind: Literal["verdicts", "answers"]
     title = "more verdicts"
     id: str = ""
+    label: str = ""
 
 
 Block = Table | Chart | Text | Cards
@@ -152,11 +151,14 @@ Block = Table | Chart | Text | Cards
 
 @dataclass
 class Section:
-    """A part of the page under a heading. folded: shown closed at first."""
+    """A part of the page under a heading. name: of what it is about, source: of all its figures. folded: closed at
+    first."""
 
     title: str
     blocks: Sequence[Block]
-    group: str = ""
+    group: str
+    name: str = ""
+    source: Source | None = None
     folded: bool = False
 
     @property
@@ -175,12 +177,18 @@ class Page:
     made: str = ""
 
     def __post_init__(self) -> None:
-        """Every table, chart and list of verdicts gets a name of its own, for anchors and files."""
+        """Every table, chart and list of verdicts gets a name of its own, for anchors and files, and its full title."""
         used = {section.id for section in self.sections}
-        for block in (b for s in self.sections for b in s.blocks if isinstance(b, Table | Chart | Cards)):
-            base = slug(f"plot-{block.title}" if isinstance(block, Chart) else block.title)
-            block.id = next(n for i in range(1, len(used) + 2) if (n := f"{base}-{i}" if i > 1 else base) not in used)
+        for section, block in ((s, b) for s in self.sections for b in s.blocks if not isinstance(b, Text)):
+            block.label = f"{section.name}: {block.title}" if section.name else block.title
+            block.id = slug(unused(f"plot-{block.label}" if isinstance(block, Chart) else block.label, used))
             used.add(block.id)
+
+
+def unused(name: str, anchors: Container[str]) -> str:
+    """The name, with a number if another part has its anchor."""
+    numbered = (f"{name} ({n})" if n > 1 else name for n in count(1))
+    return next(each for each in numbered if slug(each) not in anchors)
 
 
 def slug(text: str) -> str:

@@ -6,11 +6,14 @@ or ".1%". A measure's meaning also names it where a reader chooses what a chart 
 
 import csv
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 Row = dict[str, Any]
+T = TypeVar("T")
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ def number(value: float | None, form: str = "g") -> str:
     else:
         text = f"{value:{sign}.3g}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def grouped(items: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
+    """The items that share a key, by that key, in the order in which keys and items first appear."""
+    found: dict[Key, list[T]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def columns(keys: str, **labels: str) -> list[Column]:

@@ -1,70 +1,57 @@
 """Tables as CSV (full precision), Markdown and LaTeX (as shown), for papers and spreadsheets.
 
-The forms are data: the page's script writes the rows that a reader has filtered and sorted by the same rules.
+The page has the same lines with it and saves those of the rows that a reader has filtered, in the order chosen.
 """
 
 import re
 from pathlib import Path
-from typing import Any
 
 from dual_lora.lab.report.blocks import Page, Table
 from dual_lora.lab.run.write import write_atomically
 
+FORMS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
+# What a line begins with, what stands between its cells, and what it ends with.
+_LINE = {"csv": ('"', '","', '"\r\n'), "md": ("| ", " | ", " |\n"), "tex": ("  ", " & ", " \\\\\n")}
+_FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|!~:@&]|www(?=\.)")
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",
     "×": r"$\times$", "Δ": r"$\Delta$", "‖": r"$\|$", "λ": r"$\lambda$", "₀": "$_0$", "⊙": r"$\odot$", "✓": "", "✗": "",
+    "\r": " ", "\n": " ", **{sign: f"\\{sign}" for sign in "&%$#_{}"},
 }  # fmt: skip
-# rules: (what in a text, by what else, before anything else), in order. exact: figures are written in full precision.
-# A spreadsheet takes a text that begins like a formula for one; Markdown makes links and pictures of addresses.
-FORMS: dict[str, dict[str, Any]] = {
-    "csv": {
-        "type": "text/csv", "exact": True, "line": ['"', '","', '"\r\n'], "marks": ["", ""], "layout": ["HEAD", "ROWS"],
-        "rules": [["^[ \\n]*[=+\\-@\\t\\r＝＋－＠]", {}, "'"], ['"', {'"': '""'}, ""]],
-    },
-    "md": {
-        "type": "text/markdown", "exact": False, "line": ["| ", " | ", " |\n"], "marks": ["---|", "---:|"],
-        "layout": ["HEAD", "|", "MARKS", "\n", "ROWS"],
-        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""],
-                  ["[\\\\`*_\\[\\]<>|!~:@&]|www(?=\\.)", {"www": "www\\"}, "\\"]],
-    },
-    "tex": {
-        "type": "text/x-tex", "exact": False, "line": ["  ", " & ", " \\\\\n"], "marks": ["l", "r"],
-        "layout": ["\\begin{tabular}{", "MARKS", "}\n  \\toprule\n", "HEAD", "  \\midrule\n", "ROWS",
-                   "  \\bottomrule\n\\end{tabular}\n"],
-        "rules": [["[\\r\\n]", {"\r": " ", "\n": " "}, ""], ["[\\\\~^−±×Δ‖λ₀⊙✓✗&%$#_{}]", _LATEX, "\\"]],
-    },
-}  # fmt: skip
+
+
+def _safe(text: str, kind: str) -> str:
+    """A text that stays one: a spreadsheet takes what begins like a formula for one, and Markdown makes links and
+    pictures of addresses."""
+    if kind == "csv":
+        return "'" * bool(_FORMULA.match(text)) + text.replace('"', '""')
+    if kind == "md":
+        return _MARKDOWN.sub(lambda f: "www\\" if f[0] == "www" else f"\\{f[0]}", re.sub(r"[\r\n]", " ", text))
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def lines(table: Table, kind: str) -> tuple[str, list[str], str]:
+    """A table as "csv", "md" or "tex": what comes before its rows, each row, what comes after."""
+    opens, between, closes = _LINE[kind]
+    heads = opens + between.join(_safe(c.label, kind) for c in table.columns) + closes
+    rows = [
+        opens + between.join(c.exact if c.exact and kind == "csv" else _safe(c.text, kind) for c in row) + closes
+        for row in table.cells
+    ]
+    if kind == "md":
+        return heads + "|" + "".join("---:|" if c.is_number else "---|" for c in table.columns) + "\n", rows, ""
+    if kind == "tex":
+        sides = "".join("r" if c.is_number else "l" for c in table.columns)
+        heads = f"\\begin{{tabular}}{{{sides}}}\n  \\toprule\n{heads}  \\midrule\n"
+        return heads, rows, "  \\bottomrule\n\\end{tabular}\n"
+    return heads, rows, ""
 
 
 def written(table: Table, kind: str) -> str:
-    """A table as "csv", "md" or "tex"."""
-    form = FORMS[kind]
-
-    def safe(text: str) -> str:
-        for pattern, other, before in form["rules"]:
-            parts = re.split(f"({pattern})", text)
-            text = "".join(other.get(part, before + part) if i % 2 else part for i, part in enumerate(parts))
-        return text
-
-    opens, between, closes = form["line"]
-
-    def line(cells: list[str]) -> str:
-        return f"{opens}{between.join(cells)}{closes}"
-
-    parts = {
-        "HEAD": line([safe(c.label) for c in table.columns]),
-        "MARKS": "".join(form["marks"][c.is_number] for c in table.columns),
-        "ROWS": "".join(
-            line(
-                [
-                    cell.exact.replace("Infinity", "inf") if cell.exact and form["exact"] else safe(cell.text)
-                    for cell in r
-                ]
-            )
-            for r in table.cells
-        ),
-    }
-    return "".join(parts.get(part, part) for part in form["layout"])
+    """The whole table in one of the forms."""
+    heads, rows, end = lines(table, kind)
+    return heads + "".join(rows) + end
 
 
 def export(page: Page, folder: Path) -> list[Path]:

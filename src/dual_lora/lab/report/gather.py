@@ -4,6 +4,7 @@ Files come from other people: one that cannot be read, is no regular file, is to
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
 SKIPPED, IN_A_RUN = {"node_modules", ".git", ".venv"}, {"checkpoints", "adapter", "model"}
-# What reading a stranger's file may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -46,39 +45,29 @@ class Material:
 
 
 def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Path]:
-    """The files that a report may be made of: those named, and those inside the folders named.
+    """The files that a report may be made of: those named, and those inside the folders named, each once.
 
     problems: takes the folders that cannot be read. Raises UserError for a path that is not there.
     """
-    files: dict[Path, None] = {}
+    files: dict[str, Path] = {}  # by where they really lie: one that is named twice is no second study
     for given in paths:
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
-        if Path(given).is_dir():
-            files |= dict.fromkeys(sorted(_inside(Path(given), problems if problems is not None else [])))
-        else:
-            files[Path(given)] = None
-    return list(files)
+        inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
+        for file in sorted(inside):
+            files.setdefault(os.path.realpath(file), file)
+    return list(files.values())
 
 
-def _inside(folder: Path, problems: list[str]) -> list[Path]:
-    found, folders = [], [folder]
-    while folders:
-        folder = folders.pop()
-        try:
-            with os.scandir(folder) as found_here:
-                entries = list(found_here)
-                of_a_run = any(entry.name == "recipe.yaml" for entry in entries)
-                for entry in entries:
-                    item = Path(entry.path)
-                    if entry.is_dir(follow_symlinks=False):
-                        skipped = item.name in SKIPPED or (of_a_run and item.name in IN_A_RUN)
-                        folders += [] if skipped else [item]
-                    elif item.name in NAMES or (item.suffix == ".json" and folder.name in ("results", "analysis")):
-                        found.append(item)
-        except OSError as error:
-            problems.append(f"The folder {short_path(folder)} could not be read: {error.strerror}.")
-    return found
+def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:
+    def closed(error: OSError) -> None:
+        problems.append(f"The folder {short_path(Path(error.filename))} could not be read: {error.strerror}.")
+
+    for place, folders, names in os.walk(folder, onerror=closed):
+        skipped = SKIPPED | IN_A_RUN if "recipe.yaml" in names else SKIPPED
+        folders[:] = [name for name in folders if name not in skipped]
+        of_results = Path(place).name in ("results", "analysis")
+        yield from (Path(place, n) for n in names if n in NAMES or (of_results and n.endswith(".json")))
 
 
 def gather(paths: list[str | Path]) -> Material:
@@ -93,7 +82,7 @@ def gather(paths: list[str | Path]) -> Material:
                 _add_ledger(material, file)
             else:
                 _add_json(material, file, file in map(Path, paths))
-        except UNREADABLE as error:
+        except Exception as error:  # whatever a stranger's file makes its readers raise
             said = " ".join(str(error).split())[:200] or type(error).__name__
             material.problems.append(f"{short_path(file)} could not be read: {said}.")
     return material

@@ -1,11 +1,12 @@
 """An analysis as blocks: signs and zeros, ranks, gradients, likeness to full fine-tuning, what a group contributes."""
 
 import re
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
-from dual_lora.lab.report.columns import COLUMNS, Row, columns, number
+from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Table, Text, View
+from dual_lora.lab.report.columns import COLUMNS, Row, columns, grouped, number
 from dual_lora.lab.report.gather import source_of
 from dual_lora.lab.results import last_state, mean_over_layers, spread_over_layers
 
@@ -46,47 +47,45 @@ BOUND = (
 )
 
 
-def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[Section]:
-    """One analysis file."""
-    source = source_of(file, analysis.get("made", {}))
-    runs = analysis["runs"]
-    for row in (row for run in runs for row in run["layers"] if row.get("between_steps")):
-        for key in ("flipped", "direction_flipped"):  # changes between two states, a step
-            if row.get(f"between_{key}") is not None:
-                row[f"{key}_a_step"] = row[f"between_{key}"] / row["between_steps"]
-    every_layer = [{"run": run["name"], **row} for run in runs for row in last_state(run["layers"])]
-    blocks: list[Block] = [
-        *(Text(_sentence(run)) for run in runs if run["layers"]),
-        Table(f"{title}: at a glance", columns(GLANCE), at_a_glance(runs), source, "At the last state. " + MEANS),
-        _lines(f"{title}: over training", runs, "layers", OVER_TRAINING, source),
-        _heat(title, runs, source),
-        _lines(f"{title}: step by step, live", runs, "live", LIVE, source),
-        *_ranks(title, runs, analysis.get("rank_examples", []), source),
-        _lines(f"{title}: gradients", runs, "gradients", GRADIENTS, source),
-        *_likeness(title, [run for run in runs if run["likeness"]], source),
-        _dora(title, runs, source),
-        *_contribution(title, runs, source),
-        Table(f"{title}: every layer", columns(LAYERS), every_layer, source, "At the last state.", folded=True),
-        _runs(title, runs, source),
-        *(Text(f"{run['name']}: {note}", "note") for run in runs for note in run.get("notes", [])),
-    ]
-    return [Section(title, blocks, "Analyses")]
-
-
-def analysis_title(analysis: dict[str, Any], used: list[str]) -> str:
+def analysis_name(file: Path, analysis: dict[str, Any]) -> str:
     """A heading: the runs that it is about."""
     names = [run["name"] for run in analysis["runs"]]
-    title = "Analysis: " + ", ".join(names[:4]) + ("…" if len(names) > 4 else "")
-    return title if title not in used else f"{title} ({len(used) + 1})"
+    return "Analysis: " + ", ".join(names[:4]) + ("…" if len(names) > 4 else "")
 
 
-def _sentence(run: Row) -> str:
-    """The main figures of a run's last state in a sentence, for those who read no charts."""
+def analysis_sections(file: Path, analysis: dict[str, Any], title: str) -> list[Section]:
+    """One analysis file."""
+    runs = analysis["runs"]
+    for row in (row for run in runs for row in run["layers"]):
+        row["full"] = min(row["O"], row["I"])
+        for key in ("flipped", "direction_flipped"):  # changes between two states, a step
+            if row.get(f"between_{key}") is not None and row.get("between_steps"):
+                row[f"{key}_a_step"] = row[f"between_{key}"] / row["between_steps"]
+    every_layer = [{"run": run["name"], **row} for run in runs for row in last_state(run["layers"])]
+    glance = at_a_glance(runs)
+    blocks: list[Block] = [
+        *(Text(_sentence(run, row)) for run, row in zip(runs, glance, strict=True) if run["layers"]),
+        Table("At a glance", columns(GLANCE), glance, "At the last state. " + MEANS),
+        _lines("Over training", runs, "layers", OVER_TRAINING),
+        _heat(runs),
+        _lines("Step by step, live", runs, "live", LIVE),
+        *_ranks(runs, analysis.get("rank_examples", [])),
+        _lines("Gradients", runs, "gradients", GRADIENTS),
+        *_likeness([run for run in runs if run["likeness"]]),
+        _dora(runs),
+        *_contribution(runs),
+        Table("Every layer", columns(LAYERS), every_layer, "At the last state.", folded=True),
+        _runs(runs),
+        *(Text(f"{run['name']}: {note}", "note") for run in runs for note in run.get("notes", [])),
+    ]
+    return [Section(title, blocks, "Analyses", title, source_of(file, analysis.get("made", {})))]
 
-    last = last_state(run["layers"])
 
-    def mean(key: str, form: str = ".1%", table: str = "layers") -> str:
-        return number(mean_over_layers(_of_step(run[table], last[0]["step"]), key), form)
+def _sentence(run: Row, means: Row) -> str:
+    """The main figures of a run's last state in a sentence, for those who read no charts. means: its `at_a_glance`."""
+
+    def mean(key: str, form: str = ".1%") -> str:
+        return number(means.get(key), form)
 
     parts = [f"{mean('zero')} of the entries of ΔW are zero, {mean('positive')} are + and {mean('negative')} are −"]
     if flipped := mean("start_direction_flipped"):
@@ -94,27 +93,29 @@ def _sentence(run: Row) -> str:
     if ratio := mean("norm_ratio", ".2%"):
         parts.append(f"‖ΔW‖ is {ratio} of ‖W₀‖")
     if effective := mean("rank_effective", ".0f"):
-        full = number(mean_over_layers(_with_full_rank(last), "full"), ".0f")
-        parts.append(f"its effective rank is {effective} of {full} on average")
-    if cut := mean("cut", ".3%", "gradients"):
-        nothing = not any(row.get("cut") for row in _of_step(run["gradients"], last[0]["step"]))
-        parts.append("the estimator cuts no entry" if nothing else f"the estimator cuts {cut} of the entries")
-    if share := mean("share_direction", ".4%", "gradients"):
+        parts.append(f"its effective rank is {effective} of {mean('full', '.0f')} on average")
+    if cut := mean("cut", ".3%"):
+        parts.append(f"the estimator cuts {cut} of the entries" if means["cut"] else "the estimator cuts no entry")
+    if share := mean("share_direction", ".4%"):
         parts.append(f"the direction group has {share} of the squared gradient")
-    if cosine := mean("cosine", ".3f", "likeness"):
-        learned = mean("learned_cosine", ".3f", "likeness")
+    if cosine := mean("cosine", ".3f"):
+        learned = mean("learned_cosine", ".3f")
         since = f" ({learned} for what was learned since the start)" if learned else ""
         parts.append(f"its cosine to full fine-tuning is {cosine}{since}")
-    return f"{run['name']} ({run['method']['name']}), step {last[0]['step']}: {'; '.join(parts)}."
+    return f"{run['name']} ({run['method']['name']}), step {means['step']}: {'; '.join(parts)}."
 
 
-def _of_step(rows: list[Row], step: int) -> list[Row]:
-    """The rows of that state: another table may end at an earlier one, which is not to be taken for it."""
-    return [row for row in rows if row["step"] == step]
-
-
-def _with_full_rank(rows: list[Row]) -> list[Row]:
-    return [{**row, "full": min(row["O"], row["I"])} for row in rows]
+def at_a_glance(runs: list[Row]) -> list[Row]:
+    """One row a run: means over layers, weighted by their entries, at its last state. A table that ends at an earlier
+    one says nothing about it."""
+    rows = []
+    for run in runs:
+        row = {"run": run["name"], "method": run["method"]["name"], "step": max(run["steps"], default=0)}
+        row |= {"seed": run["seed"], "magdir": run["magnitude_direction"]}
+        for table in ("layers", "gradients", "likeness"):
+            row |= _means([found for found in run[table] if found["step"] == row["step"]])
+        rows.append(row | _means(run["first_step"]))
+    return rows
 
 
 def _means(rows: list[Row]) -> Row:
@@ -122,100 +123,91 @@ def _means(rows: list[Row]) -> Row:
     return {key: mean_over_layers(rows, key) for key in {k for r in rows for k in r} - {"layer", "step", "O", "I"}}
 
 
-def at_a_glance(runs: list[Row]) -> list[Row]:
-    """One row a run: means over layers, weighted by their entries, at its last state."""
-    rows = []
-    for run in runs:
-        row = {"run": run["name"], "method": run["method"]["name"], "step": max(run["steps"], default=0)}
-        row |= {"seed": run["seed"], "magdir": run["magnitude_direction"]}
-        for table in ("layers", "gradients", "likeness"):
-            row |= _means(_of_step(run[table], row["step"]))
-        rows.append(row | _means(run["first_step"]))
-    return rows
-
-
 def _axis(key: str) -> Axis:
     column = COLUMNS[key]
     return Axis((column.help or column.label).partition(":")[0], key in LOGARITHMIC, "%" if "%" in column.form else "g")
 
 
-def _lines(title: str, runs: list[Row], table: str, keys: str, source: Source) -> Chart:
+def _by_step(rows: list[Row], key: str) -> dict[int, list[Row]]:
+    """The rows that have the figure, by their step."""
+    return grouped((row for row in rows if row.get(key) is not None), itemgetter("step"))
+
+
+def _lines(title: str, runs: list[Row], table: str, keys: str) -> Chart:
     views = []
     for key in keys.split():
-        points = []
-        for run in runs:
-            for step in dict.fromkeys(row["step"] for row in run[table]):
-                if rows := [r for r in run[table] if r["step"] == step and r.get(key) is not None]:
-                    low, high = spread_over_layers(rows, key)
-                    points.append(
-                        {"series": run["name"], "x": step, "y": mean_over_layers(rows, key), "low": low, "high": high}
-                    )
+        points = [
+            {"series": run["name"], "x": step, "y": mean_over_layers(rows, key), "low": low, "high": high}
+            for run in runs
+            for step, rows in _by_step(run[table], key).items()
+            for low, high in [spread_over_layers(rows, key)]
+        ]
         if points:
             views.append(View(_axis(key).label, Axis("optimizer step"), _axis(key), points))
     note = "Lines are means over layers, weighted by entries; bands hold the middle 80 % of the layers."
-    return Chart(title, "lines", views, source, note)
+    return Chart(title, "lines", views, note)
 
 
-def _in_block(layer: str) -> tuple[int, str]:
-    """(number of the block, name inside it): "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj")."""
-    match = re.search(r"\.(\d+)\.", f".{layer}")
-    return (int(match[1]), f".{layer}"[match.end() :]) if match else (0, layer)
+def _in_block(layer: str) -> tuple[str, int, str]:
+    """("model.layers", 3, "mlp.up_proj") for "model.layers.3.mlp.up_proj"; ("", 0, its name) for one in no block."""
+    found = re.match(r"(?:(.*?)\.)??(\d+)\.(.*)", layer)
+    return (found[1] or "", int(found[2]), found[3]) if found else ("", 0, layer)
 
 
-def _heat(title: str, runs: list[Row], source: Source) -> Chart:
+def _heat(runs: list[Row]) -> Chart:
     views = []
     for run in runs:
-        cells = sorted(((*_in_block(row["layer"]), row) for row in last_state(run["layers"])), key=lambda cell: cell[0])
+        cells = sorted(((*_in_block(row["layer"]), row) for row in last_state(run["layers"])), key=itemgetter(1))
+        several = len({stack for stack, *_ in cells if stack}) > 1  # of blocks: an encoder and a decoder
         for key in BY_LAYER.split():
-            points = [{"label": kind, "x": str(n), "y": row[key]} for n, kind, row in cells if row.get(key) is not None]
-            if points:
-                views.append(View(f"{run['name']}: {_axis(key).label}", Axis("block"), _axis(key), points))
-    return Chart(f"{title}: by layer", "heat", views, source, "At the last state.")
-
-
-def _ranks(title: str, runs: list[Row], examples: list[Row], source: Source) -> list[Block]:
-    rows, views = [], []
-    for run in runs:
-        for step in dict.fromkeys(r["step"] for r in run["layers"]):
-            here = [r for r in run["layers"] if r["step"] == step and r.get("rank_effective") is not None]
-            for prefix, what in PARTS.items():
-                if here and here[0].get(f"{prefix}rank_effective") is not None:
-                    row = {"run": run["name"], "step": step, "what": what}
-                    row |= {name: mean_over_layers(here, f"{prefix}{name}") for name in RANKS}
-                    row["full"] = mean_over_layers(_with_full_rank(here), "full")
-                    rows.append(row | ({} if prefix else {"rank_bound": mean_over_layers(here, "rank_bound")}))
-    for prefix, what in PARTS.items():
-        for name in RANKS[:3]:
             points = [
-                {"series": run["name"], "x": i, "y": r[f"{prefix}{name}"], "label": r["layer"]}
-                for run in runs
-                for i, r in enumerate(r for r in last_state(run["layers"]) if r.get(f"{prefix}{name}") is not None)
+                {"label": kind + f" ({stack})" * (several and stack != ""), "x": str(n), "y": row[key]}
+                for stack, n, kind, row in cells
+                if row.get(key) is not None
             ]
             if points:
-                axis = Axis(COLUMNS[name].label, log=True)
-                views.append(View(f"{axis.label} of {what}", Axis("layer, in the model's order"), axis, points))
-    keys = f"run step what {' '.join(RANKS)} rank_bound full"
-    table = Table(f"{title}: ranks", columns(keys), rows, source, MEANS)
-    chart = Chart(f"{title}: ranks by layer", "dots", views, source, "At the last state.")
+                views.append(View(f"{run['name']}: {_axis(key).label}", Axis("block"), _axis(key), points))
+    return Chart("By layer", "heat", views, "At the last state.")
+
+
+def _ranks(runs: list[Row], examples: list[Row]) -> list[Block]:
+    rows = [
+        {"run": run["name"], "step": step, "what": what, "full": mean_over_layers(here, "full")}
+        | {name: mean_over_layers(here, f"{prefix}{name}") for name in RANKS}
+        | ({} if prefix else {"rank_bound": mean_over_layers(here, "rank_bound")})
+        for run in runs
+        for step in dict.fromkeys(row["step"] for row in run["layers"])
+        for prefix, what in PARTS.items()
+        if (here := _by_step(run["layers"], f"{prefix}rank_effective").get(step))
+    ]
+    views = []
+    for key, prefix, what in ((key, *part) for part in PARTS.items() for key in RANKS[:3]):
+        points = [
+            {"series": run["name"], "x": i, "y": row[prefix + key], "label": row["layer"]}
+            for run in runs
+            for i, row in enumerate(r for r in last_state(run["layers"]) if r.get(prefix + key) is not None)
+        ]
+        if points:
+            axis = Axis(COLUMNS[key].label, log=True)
+            views.append(View(f"{axis.label} of {what}", Axis("layer, in the model's order"), axis, points))
+    table = Table("Ranks", columns(f"run step what {' '.join(RANKS)} rank_bound full"), rows, MEANS)
     named = columns("what size before operation after", what="matrix")
-    bound: list[Block] = [Text(BOUND), Table(f"{title}: what ReLU and Sign do to a rank", named, examples, source)]
-    shown: list[Block] = [table, chart] if rows else []
-    return shown + (bound if examples else [])
+    bound: list[Block] = [Text(BOUND), Table("What ReLU and Sign do to a rank", named, examples)]
+    shown: list[Block] = [table, Chart("Ranks by layer", "dots", views, "At the last state.")]
+    return [*(shown if rows else []), *(bound if examples else [])]
 
 
-def _likeness(title: str, runs: list[Row], source: Source) -> list[Block]:
+def _likeness(runs: list[Row]) -> list[Block]:
     if not runs:
         return []
     ends = [(run["name"], last_state(run["likeness"])) for run in runs]
     rows = [{"run": name, "step": last[0]["step"], **_means(last)} for name, last in ends]
     note = f"To full fine-tuning ({runs[0]['reference']}) at the same step, from the same start and data."
-    return [
-        Table(f"{title}: likeness to full fine-tuning", columns(LIKE_FULL), rows, source, note),
-        _lines(f"{title}: likeness over training", runs, "likeness", LIKENESS, source),
-    ]
+    table = Table("Likeness to full fine-tuning", columns(LIKE_FULL), rows, note)
+    return [table, _lines("Likeness over training", runs, "likeness", LIKENESS)]
 
 
-def _dora(title: str, runs: list[Row], source: Source) -> Chart:
+def _dora(runs: list[Row]) -> Chart:
     points = [
         {"series": run["name"], "x": r["direction_change"], "y": r["magnitude_change"], "label": r["layer"]}
         | {"note": f"step {r['step']}"}
@@ -228,25 +220,20 @@ def _dora(title: str, runs: list[Row], source: Source) -> Chart:
     ]
     view = View("", Axis("direction change, mean of 1 − cos", log=True), Axis("magnitude change", log=True), points)
     note = "One mark a layer and state, as in the DoRA paper (figure 2). Correlation: " + "; ".join(words) + "."
-    return Chart(f"{title}: magnitude against direction", "dots", [view] if points else [], source, note)
+    return Chart("Magnitude against direction", "dots", [view] if points else [], note)
 
 
-def _contribution(title: str, runs: list[Row], source: Source) -> list[Block]:
-    views = [
-        View(
-            run["name"],
-            Axis("held-out loss (less is better)"),
-            Axis(""),
-            [_contributed(r) for r in run["contribution"]],
-        )
-        for run in runs
-        if run["contribution"]
-    ]
+def _contribution(runs: list[Row]) -> list[Block]:
     rows = [{"run": run["name"], **row} for run in runs for row in run["contribution"]]
+    axis = Axis("held-out loss (less is better)")
+    views = [
+        View(name, axis, Axis(""), [_contributed(row) for row in here])
+        for name, here in grouped(rows, itemgetter("run")).items()
+    ]
     named = columns("run group what loss spread draws", what="what was done to it")
     note = "The finished adapter with one group set back to its start, or drawn anew with the same mean and spread."
-    chart = Chart(f"{title}: what each group contributes", "intervals", views, source, note)
-    return [chart, Table(f"{title}: contribution of the groups", named, rows, source, folded=True)] if rows else []
+    chart = Chart("What each group contributes", "intervals", views, note)
+    return [chart, Table("Contribution of the groups", named, rows, folded=True)] if rows else []
 
 
 def _contributed(r: Row) -> Row:
@@ -255,7 +242,7 @@ def _contributed(r: Row) -> Row:
     return {"label": label, "x": r["loss"], **around}
 
 
-def _runs(title: str, runs: list[Row], source: Source) -> Table:
+def _runs(runs: list[Row]) -> Table:
     """Where each run lies, and what made it."""
     rows = [
         {**run, "run": run["name"], "trained": ", ".join(f"{key} {value}" for key, value in run["method"].items())}
@@ -263,4 +250,4 @@ def _runs(title: str, runs: list[Row], source: Source) -> Table:
         for run in runs
     ]
     named = columns("run folder command trained model data seed states reference", reference="compared with")
-    return Table(f"{title}: runs", named, rows, source, folded=True)
+    return Table("Runs", named, rows, folded=True)

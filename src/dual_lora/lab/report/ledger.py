@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.report.blocks import Axis, Block, Chart, Section, Source, Table, Text, View
-from dual_lora.lab.report.columns import Column, Row, columns
+from dual_lora.lab.report.columns import Column, Row, columns, grouped
 from dual_lora.lab.report.gather import short_path
 
 GROWS_WITH = {"tokens": "tokens T", "size": "size O = I", "rank": "rank r1 + r2", "adapters": "active adapters"}
@@ -12,26 +12,18 @@ GATES = (
     "work subject against threads met ratio low high at_most median unit scatter rounds share_of_cores date commit "
     "device"
 )
-MET = {"✓": True, "✗": False}
 
 
 def ledger_sections(file: Path, rows: list[Row], title: str) -> list[Section]:
     """One ledger. Rows of a kind that is not known here are shown as they are."""
-    source = source_of_ledger(file, rows)
-    kinds: dict[str, list[Row]] = {}
-    for row in rows:
-        kinds.setdefault(str(row.get("kind") or row.get("suite") or "rows"), []).append(row)
     known = {"gate": _gates, "curve": _curves}
+    kinds = grouped(rows, lambda row: str(row.get("kind") or row.get("suite") or "rows"))
     blocks = [
-        b for kind, members in kinds.items() for b in known.get(kind, _plain)(f"{title}: {kind}", members, source)
+        b for kind, members in kinds.items() for b in known.get(kind, _plain)(kind[:1].upper() + kind[1:], members)
     ]
-    return [Section(title, blocks, "Benchmarks")]
-
-
-def source_of_ledger(file: Path, rows: list[Row]) -> Source:
-    """Where a ledger's newest figures come from."""
     commit, device, date, versions = (_text(rows[-1].get(key)) for key in ("commit", "device", "date", "versions"))
-    return Source(short_path(file), "python -m benchmarks", commit, device, date, versions or "")
+    source = Source(short_path(file), "python -m benchmarks", commit, device, date, versions or "")
+    return [Section(title, blocks, "Benchmarks", title, source)]
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -40,79 +32,81 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 
 def _newest(rows: list[Row]) -> list[Row]:
-    return list({_identity(row): row for row in rows}.values())
+    return [*{_identity(row): row for row in rows}.values()]
 
 
-def _gates(title: str, rows: list[Row], source: Source) -> list[Block]:
-    newest = [_with_interval(row) | {"met": MET.get(row.get("mark", ""), row.get("mark"))} for row in _newest(rows)]
+def _gates(title: str, rows: list[Row]) -> list[Block]:
+    marks = {"✓": True, "✗": False}
+    newest = [
+        row | _interval(row) | {"met": marks.get(mark, mark), "scatter": row.get("spread")}
+        for row in _newest(rows)
+        for mark in [row.get("mark", "")]
+    ]
     met = sum(row["met"] is True for row in newest)
     points = [
         {k: row[of] / row["at_most"] for k, of in (("x", "ratio"), ("low", "low"), ("high", "high"))}
-        | {"label": f"{row['work']} · {row['against']}" + f" · {row['threads']} threads" * (row["threads"] > 1)}
+        | {"label": _name(row, rows)}
         | {"mood": {True: "good", False: "bad"}.get(row["met"], "open")}
         | {"note": f"ratio {row['ratio']:.3g}, at most {row['at_most']:.3g}"}
         for row in newest
         if row.get("at_most")
     ]
     view = View("", Axis("measured ratio over the gate's limit (1 or less is met)"), Axis(""), points)
-    shown = [row | {"scatter": row.get("spread")} for row in newest]
     return [
         Text(f"{met} of {len(newest)} limits are kept in their newest rows.", "lead"),
         Text("A gate that is stated twice, against LoRA and the unavoidable products, is met when one is kept."),
-        Chart(f"{title}s", "intervals", [view], source, "Shaded: met.", (0.0, 1.0)),
-        Table(f"{title} table", columns(GATES, low="95% from"), shown, source),
-        _history(title, rows, source),
+        Chart(f"{title}s", "intervals", [view], "Shaded: met.", (0.0, 1.0)),
+        Table(f"{title} table", columns(GATES, low="95% from"), newest),
+        _history(title, rows),
     ]
 
 
-def _history(title: str, rows: list[Row], source: Source) -> Chart:
+def _name(row: Row, rows: list[Row]) -> str:
+    """What was measured, and on which device where the rows are of several."""
+    several = len({_text(each.get("device")) for each in rows}) > 1
+    threads = f" · {row['threads']} threads" * (row["threads"] > 1)
+    return f"{row['work']} · {row['against']}{threads}" + f" · {row.get('device')}" * several
+
+
+def _history(title: str, rows: list[Row]) -> Chart:
     """Ratios of gates that were measured more than once, in the order of measuring."""
-    by_gate: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        by_gate.setdefault(_identity(row), []).append(_with_interval(row))
     views = []
-    for members in (members for members in by_gate.values() if len(members) > 1):
-        points = [
-            {"series": "measured", "x": n, "y": r["ratio"], "low": r["low"], "high": r["high"]}
-            | {"note": f"{r.get('date')}, {r.get('commit')}"}
-            for n, r in enumerate(members, 1)
-        ]
-        points += [{"series": "limit", "x": n, "y": r.get("at_most")} for n, r in enumerate(members, 1)]
-        name = "{work} · {against} · {threads} thr.".format(**members[0])
-        views.append(View(name, Axis("measurement"), Axis("ratio"), points))
-    return Chart(f"{title} history", "lines", views, source, "In the order of measuring.")
+    for members in (members for members in grouped(rows, _identity).values() if len(members) > 1):
+        numbered = [*enumerate(members, 1)]
+        points = [_measured(n, row) | {"note": f"{row.get('date')}, {row.get('commit')}"} for n, row in numbered]
+        points += [{"series": "limit", "x": n, "y": row.get("at_most")} for n, row in numbered]
+        views.append(View(_name(members[0], rows), Axis("measurement"), Axis("ratio"), points))
+    return Chart(f"{title} history", "lines", views, "In the order of measuring.")
 
 
-def _curves(title: str, rows: list[Row], source: Source) -> list[Block]:
-    curves: dict[tuple[str, str], list[Row]] = {}
-    for row in _newest(rows):
-        curves.setdefault((str(row["work"]), _text(row.get("device")) or ""), []).append(_with_interval(row))
+def _curves(title: str, rows: list[Row]) -> list[Block]:
+    curves = grouped(_newest(rows), lambda row: (str(row["work"]), _text(row.get("device")) or ""))
     several = len({device for _, device in curves}) > 1
     views = []
     for (work, device), members in curves.items():
         members.sort(key=lambda row: row["at"])
-        points = [
-            {"series": "measured", "x": r["at"], "y": r["ratio"], "low": r["low"], "high": r["high"]} for r in members
-        ]
-        points += [
-            {"series": "limit by flops", "x": r["at"], "y": r["limit"]} for r in members if r.get("limit") is not None
-        ]
+        points = [_measured(row["at"], row) for row in members]
+        points += [{"series": "limit by flops", "x": row["at"], "y": row.get("limit")} for row in members]
         grows, cost = GROWS_WITH.get(work, work), Axis(f"cost against {members[0]['against']}")
         views.append(View(grows + f" · {device}" * several, Axis(grows, log=True), cost, points))
     note = "Forward and backward, newest rows; bands are 95 % intervals of the median ratio."
-    return [Chart(f"{title}s", "lines", views, source, note)]
+    return [Chart(f"{title}s", "lines", views, note)]
 
 
-def _plain(title: str, rows: list[Row], source: Source) -> list[Block]:
+def _plain(title: str, rows: list[Row]) -> list[Block]:
     """All rows: which fields tell one measurement from another is not known, and a length would be one."""
     shown = [{k: _text(v) if isinstance(v, dict | list) else v for k, v in row.items()} for row in rows]
     keys = [k for k in dict.fromkeys(k for row in shown for k in row) if k not in ("kind", "versions", "python")]
-    return [Table(title, [_column(key, shown) for key in keys], shown, source, folded=len(shown) > 12)]
+    return [Table(title, [_column(key, shown) for key in keys], shown, folded=len(shown) > 12)]
 
 
-def _with_interval(row: Row) -> Row:
+def _measured(x: float, row: Row) -> Row:
+    return {"series": "measured", "x": x, "y": row["ratio"], **_interval(row)}
+
+
+def _interval(row: Row) -> Row:
     low, high = row.get("interval") or (row["ratio"], row["ratio"])
-    return {**row, "low": low, "high": high}
+    return {"low": low, "high": high}
 
 
 def _text(value: Any) -> str | None:

@@ -19,7 +19,7 @@
   }
 
   // ---------- theme ----------
-  const themes = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" }, names = Object.keys(themes);
+  const themes = { auto: "◐ auto", light: "☀ light", dark: "☾ dark" }, order = Object.keys(themes);
   const themeButton = document.getElementById("theme");
   function setTheme(name) {
     root.dataset.theme = name in themes ? name : "auto";
@@ -28,49 +28,38 @@
   }
   setTheme(read(site, "dual-lora-theme"));
   themeButton.addEventListener("click", () => {
-    setTheme(names[(names.indexOf(root.dataset.theme) + 1) % names.length]);
+    setTheme(order[(order.indexOf(root.dataset.theme) + 1) % order.length]);
     write(site, "dual-lora-theme", root.dataset.theme);
   });
 
   // ---------- tables: sort, filter, save ----------
-  const raw = (cell) => cell.dataset.v ?? cell.textContent;
   function sort(table, column, falling) {
-    const body = table.tBodies[0], heads = table.tHead.rows[0].cells;
+    const body = table.tBodies[0], heads = table.tHead.rows[0].cells, way = falling ? -1 : 1;
     const number = heads[column].classList.contains("n");
-    const order = new Map([...body.rows].map((row) => {
-      const value = raw(row.cells[column]);
-      return [row, number && value !== "" ? Number(value.replaceAll(",", "")) : number ? NaN : value];
-    }));
-    const compare = (a, b) => {
-      if (!number) return (falling ? -1 : 1) * a.localeCompare(b, "en", { numeric: true });
-      if (isNaN(a) || isNaN(b)) return isNaN(a) - isNaN(b); // what is not there goes last either way
-      return a === b ? 0 : (falling ? b > a : a > b) ? 1 : -1;
+    const value = (row) => {
+      const text = row.cells[column].dataset.v ?? row.cells[column].textContent;
+      return number ? parseFloat(text.replace("inf", "Infinity")) : text;
     };
-    body.append(...[...body.rows].sort((a, b) => compare(order.get(a), order.get(b))));
+    const compare = number
+      ? (a, b) => isNaN(a) - isNaN(b) || way * Math.sign(a - b) // what is not there goes last either way
+      : (a, b) => way * a.localeCompare(b, "en", { numeric: true });
+    const rows = [...body.rows].map((row) => [value(row), row]).sort(([a], [b]) => compare(a, b));
+    body.append(...rows.map(([, row]) => row));
     for (const head of heads) head.removeAttribute("aria-sort");
     heads[column].setAttribute("aria-sort", falling ? "descending" : "ascending");
   }
 
-  function save(table, kind, form) {
-    const safe = (text) => form.rules.reduce((t, [pattern, other, before]) =>
-      t.replace(new RegExp(pattern, "g"), (found) => (Object.hasOwn(other, found) ? other[found] : before + found)), text);
-    const line = (cells) => form.line[0] + cells.join(form.line[1]) + form.line[2];
-    const heads = [...table.tHead.rows[0].cells];
-    const cell = (c) => (form.exact && c.classList.contains("n") ? raw(c) : safe(c.textContent));
-    const parts = {
-      HEAD: line(heads.map((head) => safe(head.textContent))),
-      MARKS: heads.map((head) => form.marks[Number(head.classList.contains("n"))]).join(""),
-      ROWS: [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => line([...row.cells].map(cell))).join(""),
-    };
-    const text = form.layout.map((part) => parts[part] ?? part).join("");
+  const types = { csv: "text/csv", md: "text/markdown", tex: "text/x-tex" };
+  function save(table, kind, text) {
     const link = make("a", { download: table.id + "." + kind });
-    link.href = URL.createObjectURL(new Blob([text], { type: form.type + ";charset=utf-8" }));
+    link.href = URL.createObjectURL(new Blob([text], { type: types[kind] + ";charset=utf-8" }));
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
     window.lastExport = text;
   }
 
-  function useTable(table, forms) {
+  function useTable(table, written) {
+    const rows = [...table.tBodies[0].rows]; // in the order of their lines in what is saved
     [...table.tHead.rows[0].cells].forEach((head, column, heads) => head.addEventListener("click", () => {
       const now = head.getAttribute("aria-sort");
       const falling = now ? now === "ascending" : head.classList.contains("n");
@@ -79,13 +68,17 @@
     }));
     const [column, falling] = recall("sort " + table.id, [-1, false]);
     if (table.tHead.rows[0].cells[column]) sort(table, column, falling);
-    const card = table.closest(".card"), filter = card.querySelector("input[type=search]"), rows = [...table.tBodies[0].rows];
+    const card = table.closest(".card"), filter = card.querySelector("input[type=search]");
     filter?.addEventListener("input", () => {
       for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(filter.value.toLowerCase());
       card.querySelector(".status").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
     });
     for (const button of card.querySelectorAll("[data-export]")) {
-      button.addEventListener("click", () => save(table, button.dataset.export, forms[button.dataset.export]));
+      button.addEventListener("click", () => {
+        const [before, lines, after] = written[button.dataset.export];
+        const shown = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => lines[rows.indexOf(row)]);
+        save(table, button.dataset.export, before + shown.join("") + after);
+      });
     }
   }
 
@@ -94,20 +87,16 @@
   const axis = { labelColor: "var(--soft)", titleColor: "var(--ink)", gridColor: "var(--grid)", domainColor: "var(--soft)",
     tickColor: "var(--grid)", labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", titlePadding: 8, tickCount: 6,
     labelOverlap: "greedy" };
+  const names = { title: null, domain: false, ticks: false, labelColor: "var(--ink)" };
   const config = { background: null, font, view: { stroke: null }, aria: false, scale: { bandPaddingInner: 0.06 } };
 
   class Plot {
     constructor(place, views) {
       Object.assign(this, { place, views, hidden: new Set(recall("hidden " + place.id, [])), width: 0 });
       this.chosen = Math.min(recall("view " + place.id, 0), views.length - 1);
-      const part = (name, more) => (this[name] = make(name === "legend" ? "ul" : "div", { class: name, ...more }));
-      for (const name of ["ring", "tip"]) part(name, { hidden: "" });
-      part("canvas", { "aria-hidden": "true" });
-      part("said", { class: "visually-hidden", "aria-live": "polite" });
-      part("legend");
-      place.append(this.canvas, this.ring, this.tip, this.said);
-      place.after(this.legend);
       const figure = place.closest("figure"), select = figure.querySelector("select.view");
+      const parts = ["canvas", "ring", "tip", "said", "legend", "values"];
+      for (const part of parts) this[part] = figure.querySelector("." + part);
       if (select) select.value = String(this.chosen);
       select?.addEventListener("change", () => {
         this.chosen = Number(select.value);
@@ -115,7 +104,6 @@
         this.draw();
         this.fill();
       });
-      this.values = figure.querySelector("details.values");
       this.values.addEventListener("toggle", () => this.fill());
       for (const name of ["pointermove", "pointerdown"]) place.addEventListener(name, (event) => this.hover(event));
       for (const name of ["pointerleave", "blur"]) place.addEventListener(name, () => this.point(-1));
@@ -126,18 +114,22 @@
     }
 
     get view() { return this.views[this.chosen]; }
-    get spec() { return (this.place.clientWidth < 560 && this.view.narrow) || this.view.spec; }
-    get height() { return this.spec.height ?? Math.max(200, Math.min(320, this.place.clientWidth * 0.45)); }
+    get stacked() { return this.view.form === "intervals" && this.place.clientWidth < 560; } // names above their rows
+    get height() {
+      const { height } = this.view.spec;
+      return height ? height * (this.stacked ? 42 / 27 : 1) : Math.max(200, Math.min(320, this.place.clientWidth * 0.45));
+    }
     get spots() { return [...this.canvas.querySelectorAll(".spot_marks > *")]; }
 
     fit() { if (this.place.clientWidth && Math.abs(this.place.clientWidth - this.width) > 1) this.draw(); }
 
     draw() {
       this.width = this.place.clientWidth;
-      const values = this.spec.data.values.filter((row) => !this.hidden.has(row.series));
+      const values = this.view.spec.data.values.filter((row) => !this.hidden.has(row.series));
       const size = { height: this.height, width: this.width, autosize: { type: "fit-x", contains: "padding" } };
-      const shown = { ...this.spec, ...size, data: { values } };
-      const fitted = { ...config, axis: { ...axis, titleLimit: this.width - 70 } };
+      const shown = { ...this.view.spec, ...size, data: { values } };
+      const above = this.stacked && { labelAlign: "left", labelPadding: 0, labelOffset: -15 };
+      const fitted = { ...config, axis: { ...axis, titleLimit: this.width - 70 }, axisYDiscrete: { ...names, ...above } };
       const runtime = vega.parse(vegaLite.compile(shown, { config: fitted }).spec, null, { ast: true });
       this.drawn?.finalize();
       this.drawn = new vega.View(runtime, { renderer: "svg", container: this.canvas, expr: window.vegaInterpreter }).run();
@@ -159,7 +151,7 @@
 
     hover(event) {
       // The nearest point: along a line's steps first, by rows for intervals.
-      const [a, b] = this.view.narrow ? [0.2, 3] : this.view.legend ? [1, 0.5] : [1, 1];
+      const [a, b] = this.view.form === "intervals" ? [0.2, 3] : this.view.legend ? [1, 0.5] : [1, 1];
       const all = this.spots.map((spot) => {
         const box = spot.getBoundingClientRect();
         return Math.hypot(a * (box.x + box.width / 2 - event.clientX), b * (box.y + box.height / 2 - event.clientY));
@@ -223,8 +215,8 @@
     return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   }
   (async () => {
-    const { charts, forms } = JSON.parse(await unpacked("data"));
-    for (const table of document.querySelectorAll("table[id]")) useTable(table, forms);
+    const { charts, tables } = JSON.parse(await unpacked("data"));
+    for (const table of document.querySelectorAll("table[id]")) useTable(table, tables[table.id]);
     if (Object.keys(charts).length) document.head.append(make("script", {}, await unpacked("library")));
     const plots = [...document.querySelectorAll(".plot")].map((place) => new Plot(place, charts[place.id]));
     addEventListener("beforeprint", () => plots.forEach((plot) => plot.fit()));

@@ -15,28 +15,29 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from dual_lora.lab.report.blocks import Chart, Page, Section, Source, Table
+from dual_lora.lab.report.blocks import Chart, Page, Table
 from dual_lora.lab.report.charts import drawings
-from dual_lora.lab.report.columns import columns
-from dual_lora.lab.report.exports import FORMS
+from dual_lora.lab.report.columns import grouped
+from dual_lora.lab.report.exports import FORMS, lines
 
 SIGN = "Written by <code>dual-lora report</code>"  # stands in every page; by it the command knows a page of its own
 
 
-def render(page: Page, sources: list[Source], live: int = 0) -> str:
+def render(page: Page, live: int = 0) -> str:
     """The page as HTML. live: seconds after which it loads itself anew, 0 for never."""
     style, script, library = _text("page.css"), _text("page.js"), _library()
-    charts = [block for section in page.sections for block in section.blocks if isinstance(block, Chart)]
-    data = {"charts": drawings(charts), "forms": FORMS}
+    blocks = [block for section in page.sections for block in section.blocks]
+    charts = [block for block in blocks if isinstance(block, Chart)]
+    tables = {b.id: {kind: lines(b, kind) for kind in FORMS} for b in blocks if isinstance(b, Table)}
+    data = {"charts": drawings(charts), "tables": tables}
     hashes = " ".join(map(_hash, (script, library)))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["short"] = _short
     return environment.from_string(_text("page.html")).render(
         page=page,
         live=live,
         sign=SIGN,
-        groups={g: [s for s in page.sections if s.group == g] for g in dict.fromkeys(s.group for s in page.sections)},
-        provenance=Section("Provenance", [_provenance(sources)]),
+        forms=FORMS,
+        groups=grouped(page.sections, lambda section: section.group),
         style=style,
         script=script,
         policy=f"default-src 'none'; style-src {_hash(style)}; script-src {hashes}; img-src data:; base-uri 'none'; "
@@ -44,17 +45,6 @@ def render(page: Page, sources: list[Source], live: int = 0) -> str:
         library=_packed(library) if charts else "",
         data=_packed(json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)),
     )
-
-
-def _provenance(sources: list[Source]) -> Table:
-    named = columns("file command commit device finished versions")
-    return Table("Where the figures come from", named, [vars(source) for source in sources], id="sources")
-
-
-def _short(title: str) -> str:
-    """A title without what the section's heading says already: "study: scores" -> "Scores"."""
-    last = title.rpartition(": ")[2]
-    return last[:1].upper() + last[1:]
 
 
 @cache

@@ -7,23 +7,26 @@ report(["results", "benchmarks/ledger.jsonl"], "report.html")
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.report.blocks import Chart, Page, Section, Source, slug
+from dual_lora.lab.report.blocks import Chart, Page, Section, Table, slug, unused
 from dual_lora.lab.report.charts import drawings
+from dual_lora.lab.report.columns import columns
 from dual_lora.lab.report.exports import export
-from dual_lora.lab.report.gather import Material, find, gather, short_path, source_of
-from dual_lora.lab.report.insights import analysis_sections, analysis_title
-from dual_lora.lab.report.ledger import ledger_sections, source_of_ledger
+from dual_lora.lab.report.gather import Material, find, gather, short_path
+from dual_lora.lab.report.insights import analysis_name, analysis_sections
+from dual_lora.lab.report.ledger import ledger_sections
 from dual_lora.lab.report.overview import Studies, overview_sections
 from dual_lora.lab.report.page import SIGN, render
-from dual_lora.lab.report.studies import progress_sections, study_sections
+from dual_lora.lab.report.studies import progress_sections, study_name, study_sections
 from dual_lora.lab.run.write import write_atomically
 
 LIVE_SECONDS = 5
 ORDER = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
+SOURCE = "file command commit device finished versions"
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ def report(
             f"{' '.join(material.problems)}".strip()
         )
     file = _free(Path(out))
-    page, known = build_page(material, title)
-    text = render(page, known, live).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
+    page = build_page(material, title)
+    text = render(page, live).encode("utf-8", "replace").decode()  # half of a surrogate pair cannot be written
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text)
     exported = [str(path) for path in export(page, Path(tables))] if tables is not None else []
@@ -80,53 +83,41 @@ def _free(file: Path) -> Path:
     return file
 
 
-def build_page(material: Material, title: str) -> tuple[Page, list[Source]]:
+def build_page(material: Material, title: str) -> Page:
     """The page's parts: questions and answers, then verdicts, then what is under way, figures, analyses, benchmarks;
     and where they come from. One file of another shape is named and must not cost the rest, whatever it raises."""
     sections: list[Section] = []
-    sources: list[Source] = []
     whole: Studies = []
-    names: list[str] = []
-
-    def study(file: Path, results: Any) -> tuple[list[Section], Source]:
-        name = str(results["study"].get("name") or file.parent.name)
-        taken, first, again = {slug(known) for known, _ in whole}, name, 1
-        while slug(name) in taken:
-            again += 1
-            name = f"{first} ({again})"
-        names.append(name)
-        overview_sections([(name, results), (f"{name}_", results)])  # tried here; made below, of all of them
-        made = study_sections(file, results, name, len(material.studies) == 1)
-        return made, source_of(file, results.get("provenance", {}))
-
-    def running(file: Path, state: Any) -> tuple[list[Section], Source]:
-        return progress_sections(file, state), Source(short_path(file))
-
-    def analysis(file: Path, found: Any) -> tuple[list[Section], Source]:
-        names.append(analysis_title(found, names))
-        return analysis_sections(file, found, names[-1]), source_of(file, found.get("made", {}))
-
-    def ledger(file: Path, rows: Any) -> tuple[list[Section], Source]:
-        names.append("Benchmarks" if "Benchmarks" not in names else f"Benchmarks {len(names)}")
-        return ledger_sections(file, rows, names[-1]), source_of_ledger(file, rows)
-
-    kinds: list[tuple[Any, Any]] = [(study, material.studies), (running, material.running)]
-    kinds += [(analysis, material.analyses), (ledger, material.ledgers)]
-    for make, file, content in ((make, *each) for make, found in kinds for each in found):
-        try:
-            made, source = make(file, content)
-            drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
-        except Exception as error:
-            said = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            material.problems.append(f"{short_path(file)} could not be shown: {said}.")
-        else:
-            sections += made
-            sources.append(source)
-            whole += [(names[-1], content)] if make is study else []
+    alone = len(material.studies) == 1
+    kinds: list[tuple[Any, Any, Any]] = [
+        (material.studies, study_name, partial(study_sections, folded=not alone)),
+        (material.running, study_name, progress_sections),
+        (material.analyses, analysis_name, analysis_sections),
+        (material.ledgers, lambda *_: "Benchmarks", ledger_sections),
+    ]
+    for found, name_of, sections_of in kinds:
+        names: set[str] = set()
+        for file, content in found:
+            try:
+                name = unused(name_of(file, content), names)
+                made = sections_of(file, content, name)
+                if found is material.studies:  # tried here; made below, of all of them
+                    overview_sections([(name, content), (f"{name}_", content)])
+                drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
+            except Exception as error:
+                said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+                material.problems.append(f"{short_path(file)} could not be shown: {said}.")
+            else:
+                names.add(slug(name))
+                sections += made
+                whole += [(name, content)] if found is material.studies else []
     sections += overview_sections(whole) if len(whole) > 1 else []
     sections.sort(key=lambda section: ORDER.index(section.group))
     made_at = time.strftime("Made on %Y-%m-%d at %H:%M:%S")
-    return Page(title, sections, material.problems, f"{made_at}{' from ' * bool(material)}{material.counted}."), sources
+    sources = dict.fromkeys(section.source for section in sections if section.source)
+    table = Table("Where the figures come from", columns(SOURCE), [vars(source) for source in sources])
+    sections.append(Section("Provenance", [table], "Provenance"))
+    return Page(title, sections, material.problems, f"{made_at}{' from ' * bool(material)}{material.counted}.")
 
 
 def watch(
@@ -155,5 +146,7 @@ def watch(
 
 
 def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
-    """Files with times and sizes."""
-    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in find(sources) if each.exists()]
+    """Files with times and sizes; of a study under way also the folder of its runs, which begin and end there."""
+    files = find(sources)
+    files += [file.parent / "runs" for file in files if file.name == "study.json"]
+    return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in files if each.exists()]

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.report.blocks import MOODS, Axis, Block, Cards, Chart, Section, Source, Table, Text, Verdict, View
-from dual_lora.lab.report.columns import Row, columns
+from dual_lora.lab.report.blocks import Axis, Block, Cards, Chart, Section, Source, Table, Text, View, mood, place
+from dual_lora.lab.report.columns import Row, columns, grouped
 from dual_lora.lab.report.gather import short_path, source_of
 from dual_lora.lab.study import metrics
 from dual_lora.lab.study.job import settings_in_words
@@ -26,12 +27,17 @@ COST = (
 )
 
 
-def study_sections(file: Path, results: Results, name: str, alone: bool) -> list[Section]:
-    """Verdicts and details of one study. alone: no other is on the page; else the details are folded."""
+def study_name(file: Path, results: Any) -> str:
+    """What a study is called, finished or under way."""
+    return str(results["study"].get("name") or file.parent.name)
+
+
+def study_sections(file: Path, results: Results, name: str, folded: bool) -> list[Section]:
+    """Verdicts and details of one study. folded: what has its figures, where several studies are on the page."""
     source = source_of(file, results.get("provenance", {}))
     return [
-        Section(verdict_title(name), _judged(results, source, not alone), "Verdicts"),
-        Section(f"Figures: {name}", _details(results, source), "Figures", folded=not alone),
+        Section(verdict_title(name), _judged(results, folded), "Verdicts", name, source),
+        Section(f"Figures: {name}", _details(results), "Figures", name, source, folded),
     ]
 
 
@@ -45,7 +51,7 @@ def scenario(row: Mapping[str, Any]) -> str:
     return f"{row['task']} ({row['model']})" if row.get("model") else row["task"]
 
 
-def _judged(results: Results, source: Source, folded: bool) -> list[Block]:
+def _judged(results: Results, folded: bool) -> list[Block]:
     """What may be said about one study, with the figures behind it. folded: the table, which the chart shows too."""
     study, comparisons = results["study"], results["comparisons"]
     blocks: list[Block] = [Text(study.get("question") or study["name"], "lead")]
@@ -56,17 +62,16 @@ def _judged(results: Results, source: Source, folded: bool) -> list[Block]:
         blocks.append(Text(f"{len(comparisons)} comparison{'s'[: len(comparisons) != 1]}, tested together: {words}."))
     else:
         blocks.append(Text("There is nothing to compare yet.", "note"))
-    cards = [_verdict(c) for c in comparisons]
-    blocks.append(Cards(sorted(cards, key=lambda v: ("good", "bad", "same", "open").index(v.mood)), "verdicts"))
-    for metric in dict.fromkeys(c["metric"] for c in comparisons):
-        blocks.append(_differences(study, metric, [c for c in comparisons if c["metric"] == metric], source))
+    sure_first = sorted(comparisons, key=lambda c: place(c["verdict"]))
+    blocks.append(Cards([_verdict(c) for c in sure_first], "verdicts"))
+    blocks += [_differences(metric, some) for metric, some in grouped(comparisons, itemgetter("metric")).items()]
     if comparisons:
-        blocks.append(verdict_table(results, f"{VERDICTS} seeds items", source, folded))
+        blocks.append(verdict_table(results, f"{VERDICTS} seeds items", folded))
     blocks += [Text(note, "note") for note in [*amended(results), *results.get("notes", [])]]
     return blocks + [Text(f"Failed: {text}", "warning") for text in results.get("failed", [])]
 
 
-def verdict_table(results: Results, keys: str, source: Source | None = None, folded: bool = False) -> Table:
+def verdict_table(results: Results, keys: str, folded: bool = False) -> Table:
     """One row a comparison. keys: of the columns."""
     study, comparisons = results["study"], results["comparisons"]
     rows = [c | {"scenario": scenario(c)} | {key: c["spread"][key] for key in ("seeds", "items")} for c in comparisons]
@@ -75,21 +80,22 @@ def verdict_table(results: Results, keys: str, source: Source | None = None, fol
     if all(abs(score or 0.0) < SMALL for score in scores):
         named = [replace(column, form=column.form.replace(".4f", "g")) for column in named]
     note = f"Chance of any false alarm in the study: {study['level']:g} at most."
-    return Table(f"{study['name']}: verdicts", named, rows, source, note, folded)
+    return Table("Verdicts", named, rows, note, folded)
 
 
-def _verdict(c: ComparisonRow) -> Verdict:
+def _verdict(c: ComparisonRow) -> Row:
     subject = f"{c['candidate']} against {c['reference']} on {scenario(c)}"
     rest = c["sentence"].removeprefix(subject)
-    return Verdict(c["verdict"], MOODS.get(c["verdict"], "open"), subject if rest != c["sentence"] else "", rest)
+    whole = rest == c["sentence"]
+    return {"verdict": c["verdict"], "mood": mood(c["verdict"]), "subject": "" if whole else subject, "rest": rest}
 
 
-def _differences(study: dict[str, Any], metric: str, comparisons: list[ComparisonRow], source: Source) -> Chart:
+def _differences(metric: str, comparisons: list[ComparisonRow]) -> Chart:
     margin = comparisons[0].get("margin")
     points = [
         {"label": f"{c['candidate']} · {scenario(c)}", "x": c["difference"], "low": c["low"], "high": c["high"]}
-        | {"note": c["verdict"] + f" than {c['reference']}" * (MOODS.get(c["verdict"]) in ("good", "bad"))}
-        | {"mood": MOODS.get(c["verdict"], "open")}
+        | {"note": c["verdict"] + f" than {c['reference']}" * (mood(c["verdict"]) in ("good", "bad"))}
+        | {"mood": mood(c["verdict"])}
         for c in comparisons
     ]
     references = ", ".join(dict.fromkeys(c["reference"] for c in comparisons))
@@ -99,65 +105,55 @@ def _differences(study: dict[str, Any], metric: str, comparisons: list[Compariso
     )
     note += " Shaded: margin of equivalence." if margin else ""
     band = (-margin, margin) if margin else None
-    return Chart(f"{study['name']}: differences in {metric}", "intervals", [view], source, note, band, zero=True)
+    return Chart(f"Differences in {metric}", "intervals", [view], note, band, zero=True)
 
 
-def _details(results: Results, source: Source) -> list[Block]:
+def _details(results: Results) -> list[Block]:
     """Scores, tuning, cost and runs of one study."""
-    name, methods = results["study"]["name"], results["methods"]
-    search = (results["study"].get("search") or {}).get("metric")
-    better = {m["metric"]: m["better"] for m in methods}
+    methods = results["methods"]
     blocks: list[Block] = [
-        _scores_chart(name, methods, results.get("untrained", []), source),
-        score_table(results, f"{SCORES} share about", source),
-        _tuning(name, methods, search, source),
-        cost_table(results, source),
-        *_trade_offs(name, results.get("pareto", []), better, source, _incomparable(methods)),
-        _runs(name, methods, source),
+        _scores_chart(methods, results.get("untrained", [])),
+        score_table(results, f"{SCORES} share about"),
+        _tuning(methods, (results["study"].get("search") or {}).get("metric")),
+        cost_table(results),
+        *_trade_offs(results.get("pareto", []), {m["metric"]: m["better"] for m in methods}, _incomparable(methods)),
+        _runs(methods),
     ]
     return [b for b in blocks if not isinstance(b, Table) or b.rows]
 
 
-def _scores_chart(name: str, methods: list[MethodRow], untrained: list[UntrainedRow], source: Source) -> Chart:
+def _scores_chart(methods: list[MethodRow], untrained: list[UntrainedRow]) -> Chart:
     """One row a method: its mean and every seed, one picture a task."""
     views = []
-    for where in dict.fromkeys(scenario(m) for m in methods if m["score"] is not None):
-        here = [m for m in methods if scenario(m) == where and m["score"] is not None]
+    for where, here in grouped((m for m in methods if m["score"] is not None), scenario).items():
         points: list[Row] = [{"label": "(untrained)", "x": u["score"]} for u in untrained if scenario(u) == where]
         points += [
-            {
-                "label": m["method"],
-                "x": m["score"],
-                "dots": [s["score"] for s in m["seeds"] if s.get("score") is not None],
-            }
+            {"label": m["method"], "x": m["score"]}
+            | {"dots": [s["score"] for s in m["seeds"] if s.get("score") is not None]}
             | {"note": f"{len(m['seeds'])} seeds" + (f", {m['diverged']} diverged" if m["diverged"] else "")}
             for m in here
         ]
         views.append(View(where, Axis(f"{here[0]['metric']} ({here[0]['better']} is better)"), Axis(""), points))
-    return Chart(f"{name}: scores", "intervals", views, source, "Large marks are means, small ones single seeds.")
+    return Chart("Scores", "intervals", views, "Large marks are means, small ones single seeds.")
 
 
-def score_table(results: Results, keys: str, source: Source | None = None) -> Table:
+def score_table(results: Results, keys: str) -> Table:
     """One row a method, the untrained model first. keys: of the columns."""
     rows = [{**u, "scenario": scenario(u), "method": "(untrained)"} for u in results.get("untrained", [])]
     for m in results["methods"]:
+        trainable, base = m["trainable_parameters"], m.get("base_parameters")
         rows.append(
             m
             | {"scenario": scenario(m), "settings": settings_in_words(m["settings"])}
-            | {"share": _share(m["trainable_parameters"], m.get("base_parameters"))}
+            | {"share": trainable / base if trainable is not None and base else None}
             | {"seeds": sum(s["status"] != "missing" for s in m["seeds"])}
             | {"diverged": "all trials" if m.get("diverged_in_search") else m.get("diverged") or None}
             | {"mismatch": ", ".join(m.get("notes", [])) if m.get("mismatch") is None else m["mismatch"]}
         )
-    named = columns(keys, settings="chosen settings")
-    return Table(f"{results['study']['name']}: scores table", named, rows, source)
+    return Table("Scores table", columns(keys, settings="chosen settings"), rows)
 
 
-def _share(trainable: int | None, base: int | None) -> float | None:
-    return trainable / base if trainable is not None and base else None
-
-
-def cost_table(results: Results, source: Source | None = None) -> Table:
+def cost_table(results: Results) -> Table:
     """What training and use of every method cost."""
     methods, warning = results["methods"], _incomparable(results["methods"])
     rows = [
@@ -166,7 +162,7 @@ def cost_table(results: Results, source: Source | None = None) -> Table:
         if m.get("cost")
     ]
     note = f"Medians over the seeds. {warning}".rstrip()
-    return Table(f"{results['study']['name']}: cost", columns(COST + " at_a_time" * bool(warning)), rows, source, note)
+    return Table("Cost", columns(COST + " at_a_time" * bool(warning)), rows, note)
 
 
 def _incomparable(methods: list[MethodRow]) -> str:
@@ -174,14 +170,13 @@ def _incomparable(methods: list[MethodRow]) -> str:
     return "Times and speeds are not comparable: not all runs shared the machine alike." if several else ""
 
 
-def _tuning(name: str, methods: list[MethodRow], metric: str | None, source: Source) -> Chart:
+def _tuning(methods: list[MethodRow], metric: str | None) -> Chart:
     """The score of each trial over the first setting that was searched: how much a method depends on it.
 
     metric: by what trials are compared; None for the task's own.
     """
     views = []
-    for where in dict.fromkeys(scenario(m) for m in methods):
-        here = [m for m in methods if scenario(m) == where and m["trials"]]
+    for where, here in grouped((m for m in methods if m["trials"]), scenario).items():
         keys = [key for m in here for key, v in m["trials"][0]["settings"].items() if isinstance(v, int | float)]
         if not keys:
             continue
@@ -196,18 +191,16 @@ def _tuning(name: str, methods: list[MethodRow], metric: str | None, source: Sou
         y = Axis(f"{judged} on validation records ({metrics.better(judged)} is better)")
         views.append(View(where, Axis(key.rpartition(".")[2].replace("_", " "), log=True), y, points))
     note = "Trials are compared on validation records, never on test. A gap is a run that diverged."
-    return Chart(f"{name}: tuning", "lines", views, source, note)
+    return Chart("Tuning", "lines", views, note)
 
 
-def _trade_offs(
-    name: str, fronts: list[ParetoRow], better: dict[str, str], source: Source, warning: str
-) -> list[Block]:
+def _trade_offs(fronts: list[ParetoRow], better: dict[str, str], warning: str) -> list[Block]:
     """Quality against each cost, a chart a task."""
     note = f"Joined by a line: methods that no other beats in both quality and cost. {warning}".rstrip()
     blocks: list[Block] = []
-    for where in dict.fromkeys(scenario(f) for f in fronts):
+    for where, here in grouped(fronts, scenario).items():
         views = []
-        for f in (f for f in fronts if scenario(f) == where):
+        for f in here:
             points = [
                 {"series": p["method"], "x": p["cost"], "y": p["quality"], "label": p["method"], "front": p["front"]}
                 | {"note": "no other is better in both" if p["front"] else ""}
@@ -216,30 +209,30 @@ def _trade_offs(
             label, form = f["label"].replace(" [bytes]", ""), "B" if "bytes" in f["label"] else "g"
             y = Axis(f"{f['metric']} ({better.get(f['metric'], 'more')} is better)")
             views.append(View(label, Axis(label, form=form), y, points))
-        blocks.append(Chart(f"{name}: quality against cost on {where}", "dots", views, source, note))
+        blocks.append(Chart(f"Quality against cost on {where}", "dots", views, note))
     return blocks
 
 
-def _runs(name: str, methods: list[MethodRow], source: Source) -> Table:
+def _runs(methods: list[MethodRow]) -> Table:
     """Every run that the figures come from, by the name of its folder."""
-    rows: list[Row] = []
-    for m in methods:
-        runs = [("search", dict(t), t["settings"]) for t in m["trials"]]
-        runs += [("final", dict(s), m["settings"] or {}) for s in m["seeds"]]
-        rows += [
-            {**run, "run": run["key"], "scenario": scenario(m), "method": m["method"], "kind": kind}
-            | {"settings": settings_in_words(settings)}
-            for kind, run, settings in runs
-        ]
+    rows = [
+        {**run, "run": run["key"], "scenario": scenario(m), "method": m["method"], "kind": kind}
+        | {"settings": settings_in_words(settings)}
+        for m in methods
+        for kind, run, settings in (
+            *(("search", t, t["settings"]) for t in m["trials"]),
+            *(("final", s, m["settings"]) for s in m["seeds"]),
+        )
+    ]
     note = "A run's recipe, record and scores lie in the study's folder of runs under this name."
     named = columns("run scenario method kind seed settings status score seconds")
-    return Table(f"{name}: runs", named, rows, source, note, folded=True)
+    return Table("Runs", named, rows, note, folded=True)
 
 
-def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
+def progress_sections(file: Path, state: dict[str, Any], name: str) -> list[Section]:
     """A study that is under way: how far it is, what is going on, what came out so far."""
     study, runs = state["study"], state["runs"]
-    name, counts = study.get("name", file.parent.name), Counter(run["status"] for run in runs)
+    counts = Counter(run["status"] for run in runs)
     words = ", ".join(f"{n} {status}" for status, n in counts.items())
     rows = [
         job
@@ -251,7 +244,7 @@ def progress_sections(file: Path, state: dict[str, Any]) -> list[Section]:
         for job in [run["job"]]
     ]
     ended = f"{counts['done'] + counts['diverged']} of {len(runs)} runs known so far have ended ({words})."
-    blocks: list[Block] = [Text(study.get("question") or name, "lead"), Text(ended)]
     named = columns("status kind method scenario seed settings metric score seconds error")
-    table = Table(f"{name}: runs so far", named, rows, Source(short_path(file)))
-    return [Section(f"Under way: {name}", [*blocks, *([table] if rows else [])], "Under way")]
+    blocks: list[Block] = [Text(study.get("question") or name, "lead"), Text(ended)]
+    blocks += [Table("Runs so far", named, rows)] if rows else []
+    return [Section(f"Under way: {name}", blocks, "Under way", name, Source(short_path(file)))]
