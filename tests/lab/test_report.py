@@ -12,6 +12,7 @@ import report_material as material
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.report import page
 from dual_lora.lab.report.gather import find, gather
+from dual_lora.lab.report.overview import _answer
 from dual_lora.lab.report.report import report, watch
 
 
@@ -157,6 +158,17 @@ def test_answers_lead_to_their_studies_though_two_have_one_name(tmp_path):
     anchors = re.findall(r'<p class="asked"><a href="#([^"]*)">', page)
     assert len(set(anchors)) == 2
     assert set(anchors) <= set(ids)
+
+
+def test_an_answer_names_what_a_method_was_compared_with_if_that_differs():
+    results = material.study("x")
+    for c in results["comparisons"]:
+        c["verdict"] = "inconclusive"
+    first, *_, last = results["comparisons"]
+    last["reference"] = "dora"
+    ((_, _, shown),) = _answer("a study", results)["verdicts"]
+    assert f"{first['candidate']} against lora on boolq" in shown
+    assert f"{last['candidate']} against dora on arc" in shown
 
 
 def test_one_study_of_another_shape_costs_no_answer_but_its_own(tmp_path):

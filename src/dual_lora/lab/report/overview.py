@@ -70,12 +70,14 @@ def _answer(name: str, results: dict[str, Any]) -> Row:
     comparisons = results["comparisons"]
     tasks = {scenario(c) for c in comparisons}
     several = len({(scenario(c), c["metric"]) for c in comparisons}) > len(tasks)
+    references = dict.fromkeys(c["reference"] for c in comparisons)
 
     def who(c: Row) -> str:
-        return str(c["candidate"]) + f" on {scenario(c)}" * (len(tasks) > 1) + f" by {c['metric']}" * several
+        against = f" against {c['reference']}" * (len(references) > 1)
+        return str(c["candidate"]) + against + f" on {scenario(c)}" * (len(tasks) > 1) + f" by {c['metric']}" * several
 
     passed = grouped(comparisons, itemgetter("verdict"))
-    against = " or ".join(dict.fromkeys(c["reference"] for c in comparisons))
+    against = " or ".join(references)
     seeds = max((c["spread"]["seeds"] for c in comparisons), default=None)
     compared = f"against {against}, {seeds} seeds" if comparisons else "nothing to compare yet"
     compared += "" if results.get("complete", True) else "; not complete"
