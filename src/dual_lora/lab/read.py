@@ -76,7 +76,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
         try:
             row = parse_json(line) if line.strip() else {}
         except ValueError as error:
-            if number == len(lines) and not text.endswith("\n"):
+            if isinstance(error, json.JSONDecodeError) and number == len(lines) and not text.endswith("\n"):
                 break
             raise ValueError(f"line {number} is no JSON ({error})") from None
         if not isinstance(row, dict):
