@@ -150,7 +150,7 @@ def test_a_hosted_runner_does_what_a_person_types():
     import yaml
 
     jobs = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())["jobs"]
-    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
     typed = " ".join(step.get("run", "") for job in jobs.values() for step in job["steps"])
     for target in ("test", "lint", "types"):
         assert re.search(rf"make [\w ]*\b{target}\b", typed)

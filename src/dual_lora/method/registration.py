@@ -39,7 +39,7 @@ def register() -> None:
 
 
 def add_peft_type(name: str) -> None:
-    """Add a name to PEFT's enum of methods, which `register_peft_method` asks for. Works on Python 3.11 to 3.13."""
+    """Add a name to PEFT's enum of methods, which `register_peft_method` asks for. Works on Python 3.11 to 3.14."""
     from peft.utils import PeftType
 
     enum: Any = PeftType
