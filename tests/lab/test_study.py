@@ -134,6 +134,21 @@ def test_rank_is_solved_for_rising_and_falling_sizes():
     assert solve_rank(rising, 1, 2, 64) == 2
 
 
+def test_of_sizes_that_fall_on_the_whole_only_the_nearest_that_was_asked_counts():
+    asked = {}
+
+    def size(rank):  # as RandLoRA's, or one that ends in a plateau
+        asked[rank] = min(1088, 400 * rank) if plateau else 832 + 400 * (rank % 3) + 4000 // rank
+        return asked[rank]
+
+    for plateau in (False, True):
+        for target in range(300, 6000, 170):
+            asked.clear()
+            chosen = solve_rank(size, target, 1, 64)
+            nearest = min(abs(found - target) for found in asked.values())
+            assert chosen == min(rank for rank, found in asked.items() if abs(found - target) == nearest)
+
+
 def test_what_changes_no_shape_is_not_counted_again(tiny, monkeypatch):
     """Methods that differ in their activations have one size, and a rank that fits exactly is not searched further."""
     counted, count = [], Scale._count

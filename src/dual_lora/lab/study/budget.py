@@ -4,7 +4,6 @@ Parameters are counted on an empty model. Time and peak memory are measured: a f
 it gets, or at which rank.
 """
 
-import bisect
 import functools
 import json
 import math
@@ -149,25 +148,36 @@ def _routed(base: Any) -> int:
 def solve_rank(size: Callable[[int], int], target: float, step: int, top: int) -> int:
     """The rank (a multiple of `step`, at most `top`) whose size is nearest to the target.
 
-    size has to rise or fall with the rank all the way (RandLoRA's falls).
+    Sizes should rise or fall with the rank all the way. RandLoRA's fall on the whole only, and LoKr's end in a plateau:
+    of all that were asked the nearest counts, of equal ones that of the smallest rank.
     """
-    at = functools.cache(lambda multiple: size(multiple * step))
-    high = max(1, top // step)
-    first, slope = at(1), at(min(2, high)) - at(1)
-    sign = 1 if slope >= 0 else -1
+    known: dict[int, int] = {}
 
-    def reached(multiple: int) -> bool:
-        return multiple > 0 and (multiple > high or sign * at(multiple) >= sign * target)
+    def at(multiple: int) -> int:
+        rank = multiple * step
+        if rank not in known:
+            known[rank] = size(rank)
+        return known[rank]
 
-    # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
-    near = min(max(1, round(1 + (target - first) / slope)), high) if slope else 1
-    if at(near) == target:
-        return near * step
-    upper = near if reached(near) else near + 1
-    if reached(upper - 1) or not reached(upper):
-        upper = bisect.bisect_left(range(high + 1), True, lo=1, key=reached)
-    near_ones = {1, max(1, upper - 1), min(upper, high)}
-    return step * min(near_ones, key=lambda multiple: (abs(at(multiple) - target), multiple))
+    low, upper, high = 1, None, max(1, top // step)
+    rising = at(min(2, high)) >= at(1)
+    guess = _crossing(1, at(1), min(2, high), at(min(2, high)), target)
+    while low < high and (upper is None or upper - low > 1) and target not in known.values():
+        # Sizes are nearly linear in the rank, so the line through two of them almost always hits; halving never fails.
+        middle = (low + (upper or high)) // 2 if len(known) > 8 else guess
+        at_most = high if upper is None else upper - 1
+        tried = min(max(middle, low + 1), at_most)
+        if (at(tried) < target) == rising:
+            low = tried
+        else:
+            upper = tried
+        guess = _crossing(1, at(1), tried, at(tried), target)
+    return min(known, key=lambda rank: (abs(known[rank] - target), rank))
+
+
+def _crossing(a: int, size_a: int, b: int, size_b: int, target: float) -> int:
+    """Where the line through two sizes meets the target."""
+    return b if size_a == size_b else round(a + (target - size_a) * (b - a) / (size_b - size_a))
 
 
 def fit_parameters(study: Study, scale: Scale, cell: Cell, target: float | None) -> None:
