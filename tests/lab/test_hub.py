@@ -316,6 +316,14 @@ def test_what_is_damaged_is_said(name, content, copy):
         pass
 
 
+def test_what_a_record_lacks_is_named(copy):
+    record = json.loads((copy / "record.json").read_text())
+    del record["result"]["steps"]
+    (copy / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"damaged.*steps"), prepared(copy, "me/it", base_model="org/tiny"):
+        pass
+
+
 def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):
     with pytest.raises(UserError, match="give its name on the hub"), prepared(copy, "me/warm"):
         pass

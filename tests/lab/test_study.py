@@ -141,7 +141,7 @@ def test_of_sizes_that_fall_on_the_whole_only_the_nearest_that_was_asked_counts(
         asked[rank] = min(1088, 400 * rank) if plateau else 832 + 400 * (rank % 3) + 4000 // rank
         return asked[rank]
 
-    for plateau in (False, True):
+    for plateau in (False, True):  # noqa: B007 - `size` reads it
         for target in range(300, 6000, 170):
             asked.clear()
             chosen = solve_rank(size, target, 1, 64)

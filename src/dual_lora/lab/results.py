@@ -182,6 +182,8 @@ def load_ledger(path: str | Path = "benchmarks/ledger.jsonl") -> pd.DataFrame:
         return _frame(read_json_lines(Path(path)))
     except FileNotFoundError:
         raise UserError(f"There is no ledger {path}; `make bench` writes one.") from None
+    except ValueError as error:
+        raise UserError(f"The ledger {path} is damaged: {error}. Take that line out.") from None
 
 
 def _read(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:

@@ -30,7 +30,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-OPENER = urllib.request.build_opener(_NoRedirect)
+def opener() -> urllib.request.OpenerDirector:
+    """Of addresses, through the proxies that the environment names now, and to no other address."""
+    return urllib.request.build_opener(_NoRedirect)
 
 
 class ServerError(RuntimeError):
@@ -107,7 +109,7 @@ class AdapterServer:
             headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with OPENER.open(request, timeout=self.timeout) as answer:
+            with opener().open(request, timeout=self.timeout) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             said = error.read(10_000).decode(errors="replace")

@@ -101,6 +101,7 @@ def _body(
     losses = {"at the end": result["loss"], "validation": result["validation_loss"]}
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"cell": cell, "size": size, "duration": duration}
+    environment.filters["thousands"] = lambda value: f"{value + 0:,}"  # of what is undefined the sum says what
     environment.filters["figure"] = lambda value: "" if value is None else f"{value:.4f}"
     template = environment.from_string(files(__package__).joinpath("card.jinja").read_text("utf-8"))
     try:

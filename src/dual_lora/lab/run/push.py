@@ -125,7 +125,7 @@ def _clean_note(note: dict[str, Any], base: str) -> dict[str, Any]:
     recipe["model"]["path"] = base
     records = [("data", "train"), ("data", "test"), ("data", "validation"), ("evaluate", "forgetting")]
     for part, key in records:
-        if source := recipe.get(part, {}).get(key):
+        if source := (recipe.get(part) or {}).get(key):
             recipe[part][key] = source_name(source)
     recipe["data"]["tests"] = {name: source_name(at) for name, at in (recipe["data"].get("tests") or {}).items()}
     return {**note, "recipe": recipe}

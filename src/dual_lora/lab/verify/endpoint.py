@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
-from dual_lora.serving.client import OPENER
+from dual_lora.serving.client import opener
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
@@ -182,7 +182,7 @@ class Endpoint:
         return told
 
     def _read(self, request: urllib.request.Request) -> bytes:
-        with OPENER.open(request, timeout=self.timeout) as reply:
+        with opener().open(request, timeout=self.timeout) as reply:
             return bytes(reply.read(LARGEST + 1))
 
     def _said(self, path: str, error: urllib.error.HTTPError) -> str:
