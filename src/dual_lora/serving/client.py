@@ -31,7 +31,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def opener() -> urllib.request.OpenerDirector:
-    """Of addresses, through the proxies that the environment names now, and to no other address."""
+    """What opens an address: through the proxies that the environment names now, and following no redirection."""
     return urllib.request.build_opener(_NoRedirect)
 
 

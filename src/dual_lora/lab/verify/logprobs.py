@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dual_lora.lab.data.batches import accepted_arguments, left_padded, row_by_row, unwrapped
+from dual_lora.lab.data.batches import accepted_arguments, left_padded, row_by_row, to_device, unwrapped
 
 ROWS_AT_ONCE = 8
 INT4_BLOCK, INT4_LEVELS = 32, 7  # llama.cpp's Q4_0: 32 weights share a scale, whole numbers from -7 to 7
@@ -55,7 +55,7 @@ def score(model: Any, probes: Sequence[Probe]) -> Tensor:
         batch: dict[str, Any] = left_padded([list(probes[i].ids) for i in part], 0)
         if "position_ids" not in accepts:
             batch.pop("position_ids")
-        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        batch = to_device(model, batch)
         if "logits_to_keep" in accepts:
             batch["logits_to_keep"] = max(len(probes[i].ids) - min(probes[i].places) for i in part) + 1
         with torch.inference_mode():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.lab.data.batches import learns_prompts, left_padded, row_by_row
+from dual_lora.lab.data.batches import learns_prompts, left_padded, row_by_row, to_device
 from dual_lora.lab.data.encode import IGNORED, Prompter
 from dual_lora.lab.data.examples import Example, load_split, read_examples
 from dual_lora.lab.data.records import read_records
@@ -147,7 +147,7 @@ def _continued(tuned: Tuned, prompter: Prompter, questions: list[str]) -> list[P
             batch = left_padded(part, tuned.tokenizer.pad_token_id or 0)
             batch.pop("position_ids")  # generate counts positions itself
             out = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in batch.items()},
+                **to_device(model, batch),
                 max_new_tokens=CONTINUED, do_sample=False,
                 eos_token_id=ends or None, pad_token_id=tuned.tokenizer.pad_token_id,
             )  # fmt: skip
