@@ -16,7 +16,7 @@ from rich.text import Text
 import dual_lora
 from dual_lora._warning import DualLoraWarning
 from dual_lora.lab.commands.parameters import PLAIN_FLAGS
-from dual_lora.lab.errors import UserError, is_disk_full, suggest
+from dual_lora.lab.errors import UserError, described, is_disk_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
 from dual_lora.lab.progress import console
@@ -138,8 +138,7 @@ def _in_a_sentence(error: Exception) -> str:
         return "Something in the input is nested too deeply (--debug shows where)."
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first} (--debug shows where)"
+    return f"{described(error, lines=1)} (--debug shows where)"
 
 
 def _check_text(given: list[str]) -> None:

@@ -29,11 +29,16 @@ def suggest(wrong: str, known: Iterable[str], where: str = "") -> str:
     return f" Known: {', '.join(known)}." if known else ""
 
 
-def described(error: BaseException) -> str:
-    """An error in one line: its kind unless it is meant for people, its message, and what was noted on it."""
-    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    said = " ".join([str(error), *getattr(error, "__notes__", [])])
-    return (name + " ".join(said.split()))[:KEPT_OF_AN_ERROR]
+def described(error: BaseException, *plain: type[BaseException], lines: int | None = None) -> str:
+    """An error in one line: its kind, its message, and what was noted on it.
+
+    plain: kinds whose message says enough without the kind, as a UserError's does. lines: so many of the message's
+    lines and no notes, of a library that goes on with lists and advice.
+    """
+    notes = getattr(error, "__notes__", []) if lines is None else []
+    said = " ".join(" ".join([*str(error).strip().splitlines()[:lines], *notes]).split())
+    kind = "" if said and isinstance(error, (UserError, *plain)) else type(error).__name__
+    return ": ".join(filter(None, [kind, said]))[:KEPT_OF_AN_ERROR]
 
 
 @contextmanager

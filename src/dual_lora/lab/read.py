@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 
 LARGEST = 200_000_000  # bytes of a JSON file; the largest of a real study has about one million
 LARGEST_YAML = 2_000_000  # bytes; the longest shipped file has 20,000
@@ -97,7 +97,7 @@ def parse_yaml(text: str, where: str) -> Any:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
         count = _count(value, {})
     except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where} is not valid YAML: {described(error, Exception)}") from None
     except RecursionError:
         raise UserError(f"{where} is nested too deeply.") from None
     except ValueError as error:  # a date that does not exist, a number of too many digits

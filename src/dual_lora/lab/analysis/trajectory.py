@@ -11,7 +11,7 @@ from peft import set_peft_model_state_dict
 from dual_lora.lab.analysis.matrices import Difference
 from dual_lora.lab.analysis.opened_run import OpenedRun
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, full_updates, linear_layers, snapshot
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_finite_weights, check_stored_numbers
 from dual_lora.lab.patterns import Pattern
 from dual_lora.lab.read import read_object
@@ -100,7 +100,7 @@ def load_adapter_into(model: Any, folder: Path) -> None:
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{file} does not fit the run's recipe: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} does not fit the run's recipe: {described(error, Exception, lines=1)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

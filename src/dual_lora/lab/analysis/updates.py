@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dual_lora.core.reference import Factors
 from dual_lora.lab.analysis.matrices import Dense, Difference, Factored, Matrix, Saved, Update
 from dual_lora.lab.data.batches import unwrapped
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 
 ROUNDING = 2 * torch.finfo(torch.float32).eps
 GROUPS = {"magnitude": ("dual_lora_A", "dual_lora_B"), "direction": ("dual_lora_C", "dual_lora_D")}
@@ -136,7 +136,7 @@ def _effect(layer: Any, tensors: dict[str, Tensor], adapter: str) -> Matrix:
     except (NotImplementedError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{type(layer).__name__} of {type(layer).__module__} can neither be merged nor give its update: "
-            f"{' '.join(str(error).split())}"
+            f"{described(error, Exception)}"
         ) from error
     finally:
         weight.data = original

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dual_lora.lab.cost.operators import ACTIVATIONS, WORKSPACE, Bytes, MemoryTracker, bytes_of, register_own
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.empty import adapted, become_fake, empty_base, new_modules, shortened
 from dual_lora.lab.verify.logprobs import base_parameters
 
@@ -121,7 +121,7 @@ def _simulate(options: StepOptions, layers: int | None) -> Step:
         ) from error
     except RuntimeError as error:  # what the real step would raise as well: DeBERTa v1 in bf16, say
         raise UserError(
-            f"{options.name} does not run in {options.dtype}: {' '.join(str(error).split())}. Try --dtype float32."
+            f"{options.name} does not run in {options.dtype}: {described(error, Exception)}. Try --dtype float32."
         ) from error
     finally:
         log.setLevel(before)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.read import lines_of, parse_json
 
 
@@ -169,7 +169,7 @@ def _hub(name: str) -> Iterator[Record]:
     try:
         rows = datasets.load_dataset(repository, subset or None, split=split)
     except Exception as error:  # the hub client raises many kinds, each with a usable first line
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        first = described(error, Exception, lines=1)
         raise UserError(f"The hub data set {name!r} could not be loaded: {first}") from error
     for number, row in enumerate(rows, 1):
         yield Record(dict(row), f"hub:{name}, record {number}")

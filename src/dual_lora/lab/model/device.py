@@ -2,7 +2,7 @@
 
 import os
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 
 
 def is_sharded_launch() -> bool:
@@ -36,7 +36,7 @@ def check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = described(error, Exception, lines=1).rstrip(".")
         raise UserError(
             f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
         ) from None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.recipe.schema import method_in
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"The configuration of {path!r} could not be read: {str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"The configuration of {path!r} could not be read: {described(error, Exception, lines=1)}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -90,7 +92,7 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
         try:
             base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
         except (ValueError, KeyError) as error:
-            raise UserError(f"{name} has no {head} head: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{name} has no {head} head: {described(error, Exception, lines=1)}") from error
     gather_for_head(base)
     return base
 
@@ -136,7 +138,7 @@ def _without_start(method: dict[str, Any]) -> dict[str, Any]:
 
 
 def _misfit(method: dict[str, Any], name: str, error: Exception) -> UserError:
-    return UserError(f"The method {method['name']} does not fit {name}: {' '.join(str(error).split())}")
+    return UserError(f"The method {method['name']} does not fit {name}: {described(error, Exception)}")
 
 
 def new_modules(model: Any) -> list[str]:

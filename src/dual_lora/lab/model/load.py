@@ -12,7 +12,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 
 if TYPE_CHECKING:
@@ -278,8 +278,6 @@ def _clear_errors(path: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        if not isinstance(error, OSError | ValueError):
-            first = f"{type(error).__name__}: {first}"
+        first = described(error, OSError, ValueError, lines=1)
         where = "" if is_here(path) else " (there is no such folder here)"
         raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import spelled
@@ -100,8 +100,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
     try:
         return factory(task_type="CAUSAL_LM" if head == "causal" else "SEQ_CLS", **settings)
     except Exception as error:  # PEFT checks little, and what is of another kind fails anywhere
-        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
-        raise UserError(f"method {method['name']}: {kind}{' '.join(str(error).split())}") from error
+        raise UserError(f"method {method['name']}: {described(error, ValueError, TypeError)}") from error
 
 
 def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, seed: int) -> Any:
@@ -121,8 +120,8 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
-        kind = "" if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: "
-        raise UserError(f"The method does not fit the model: {kind}{' '.join(str(error).split())}") from error
+        said = described(error, ValueError, NotImplementedError)
+        raise UserError(f"The method does not fit the model: {said}") from error
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("The method left no trainable parameters: check method.target_modules.")
     model.peft_config["default"].base_model_name_or_path = base.path

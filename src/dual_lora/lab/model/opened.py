@@ -216,9 +216,8 @@ def _open_adapter(
     except Exception as error:
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
-        first = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())
-        kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
-        raise UserError(f"The adapter {adapter} does not fit {part.path}: {kind}{first}") from error
+        said = described(error, ValueError, RuntimeError, OSError, lines=2)
+        raise UserError(f"The adapter {adapter} does not fit {part.path}: {said}") from error
     check_finite_weights(brought, f"The adapter {adapter}")
     _warn_of_unread(adapter, model)
     untrained = partial(untrained_model, part, seed, labels, str(model.device))

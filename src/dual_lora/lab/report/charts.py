@@ -137,10 +137,8 @@ def _intervals(chart: Chart, view: View, points: list[Row]) -> Spec:
     """One row a point."""
     values, seen = _values(points)["values"], Counter[str]()
     for p, value in zip(points, values, strict=True):
-        mood, label = (
-            p.get("mood", ""),
-            p["label"],
-        )  # rows of one name stay rows of their own, by a number that is not seen
+        mood, label = p.get("mood", ""), p["label"]
+        # Rows of one name stay rows of their own, by a number that is not seen.
         value["row"] = label + f"{seen[label]:b}".translate(UNSEEN) * (label in seen)
         value["dots"] = [dot for dot in p.get("dots", []) if _finite(dot)]
         value["shape"] = MARKS.get(mood, "diamond" if p.get("dots") else "circle")

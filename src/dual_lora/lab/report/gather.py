@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.read import read_json, read_json_lines, regular
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.results import ANALYSIS, with_sizes
@@ -83,7 +83,7 @@ def gather(paths: list[str | Path]) -> Material:
             else:
                 _add_json(material, file, file in map(Path, paths))
         except Exception as error:  # whatever a stranger's file makes its readers raise
-            said = " ".join(str(error).split())[:200] or type(error).__name__
+            said = described(error, Exception)[:200]
             material.problems.append(f"{short_path(file)} could not be read: {said}.")
     return material
 

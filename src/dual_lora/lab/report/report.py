@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.report.blocks import Chart, Page, Section, Table, slug, unused
 from dual_lora.lab.report.charts import drawings
 from dual_lora.lab.report.columns import columns
@@ -105,8 +105,7 @@ def build_page(material: Material, title: str) -> Page:
                     overview_sections([(name, content), (f"{name}_", content)])
                 drawings([block for section in made for block in section.blocks if isinstance(block, Chart)])
             except Exception as error:
-                said = " ".join(f"{type(error).__name__} {error}".split())[:200]
-                material.problems.append(f"{short_path(file)} could not be shown: {said}.")
+                material.problems.append(f"{short_path(file)} could not be shown: {described(error)[:200]}.")
             else:
                 names.add(slug(name))
                 sections += made

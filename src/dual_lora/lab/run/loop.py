@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Ordered, mean_loss
 from dual_lora.lab.data.encode import IGNORED, Encoded
-from dual_lora.lab.errors import UserError, suggest
+from dual_lora.lab.errors import UserError, described, suggest
 from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.model.methods import is_kind
 from dual_lora.lab.patterns import Pattern
@@ -279,7 +279,7 @@ def _arguments(
         asked = {name: value for name, value in reports.items() if name in known}
         return TrainingArguments(**{**values, **part.arguments, **asked})
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"train: {' '.join(str(error).split())}") from error
+        raise UserError(f"train: {described(error, Exception)}") from error
 
 
 def check_names(part: TrainSection) -> None:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import dual_lora
-from dual_lora.lab.errors import UserError, damaged
+from dual_lora.lab.errors import UserError, damaged, described
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.run.folder import result_of, run_at
@@ -97,7 +97,7 @@ def upload(ready: Upload, *, private: bool = False) -> str:
     except OfflineModeIsEnabled:
         raise UserError("HF_HUB_OFFLINE is set, so nothing can be uploaded: unset it and start again.") from None
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        first = public(str(error).strip().splitlines()[0])
+        first = public(described(error, Exception, lines=1))
         raise UserError(f"The hub refused: {first} Sign in with `hf auth login`, or set HF_TOKEN.") from None
     return str(done.commit_url)
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from dual_lora.lab.errors import UserError
+from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
@@ -310,7 +310,9 @@ def _plain(path: str) -> tuple[Tuned, Any]:
                 "torch."
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"The model {path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"The model {path!r} could not be loaded: {described(error, Exception, lines=1)}"
+            ) from error
     if dtype not in PRECISIONS:
         dtype = "float32"
     loaded = load_model(ModelSection(path=path, dtype=dtype))  # type: ignore[arg-type]
