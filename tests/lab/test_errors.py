@@ -8,7 +8,7 @@ TWO = "size mismatch:\n    for layer 0\n    for layer 1"
 
 
 @pytest.mark.parametrize(
-    "error, plain, lines, said",
+    ("error", "plain", "lines", "said"),
     [
         (ValueError("no such\n  thing"), (), None, "ValueError: no such thing"),
         (UserError("no such thing"), (), None, "no such thing"),
