@@ -192,11 +192,11 @@ def _of_trajectory(run: str, table: str, column: str, form: str = "") -> str:
 
 def _count(what: str, verdict: str = "") -> int:
     """How many published studies there are, comparisons of different runs in them (with a verdict), of these such that
-    an earlier study in the alphabet had made, or verdicts that were amended."""
+    an earlier study in the alphabet had made, or verdicts that were amended, those of scripts' scores as well."""
     if what == "studies":
         return len(_names())
     if what == "amended":
-        return sum(len(a.get("changed", ())) for name in _names() for a in study(name)["amendments"])
+        return sum(len(a.get("changed", ())) for name in _published() for a in study(name).get("amendments", ()))
     seen: set[tuple[Any, ...]] = set()
     found, repeated = 0, 0
     for name in _names():
@@ -213,3 +213,9 @@ def _count(what: str, verdict: str = "") -> int:
 
 def _names() -> list[str]:
     return sorted(file.parent.name for file in (ROOT / "results" / "studies").glob("*/results.json"))
+
+
+def _published() -> list[str]:
+    """The studies, and what else has comparisons."""
+    files = sorted((ROOT / "results" / "worth").glob("*.json"))
+    return [*_names(), *(file.stem for file in files if not file.stem.endswith(".rates"))]

@@ -8,9 +8,12 @@ import pytest
 
 pytest.importorskip("pydantic")
 
+from dual_lora.lab.study.statistics import Spread
+from dual_lora.lab.study.verdicts import compare_spread, judge
 from evidence import __main__ as evidence
 from evidence import facts
 
+WORTH = facts.ROOT / "results" / "worth"
 SIDES = ("candidate", "reference")
 
 
@@ -119,3 +122,24 @@ def test_results_under_another_study_s_name_stop_the_script(tmp_path, monkeypatc
             facts.study("quick")
     finally:
         facts.study.cache_clear()
+
+
+def test_the_published_scores_of_scripts_are_judged_by_todays_rule():
+    """`rejudge` leaves them to `dual-lora judge`, which needs a table that is not published: nothing else sees it."""
+    files = [file for file in WORTH.glob("*.json") if "judged_from" in facts.study(file.stem)]
+    assert len(files) >= 24
+    for file in files:
+        comparisons = facts.study(file.stem)["comparisons"]
+        for c, again in zip(comparisons, judge([of_row(c) for c in comparisons]), strict=True):
+            where = f"{file.name}: {c['candidate']}, {c['task']}"
+            assert c["verdict"] == again.verdict, where
+            assert c["p_holm"] == pytest.approx(again.p_holm), where
+            assert c["p_same_holm"] == (c["p_same_holm"] and pytest.approx(again.p_same_holm)), where
+            assert (c["low"], c["same_low"]) == (pytest.approx(again.low), pytest.approx(again.same_low)), where
+
+
+def of_row(c):
+    """A published comparison before it was judged. One answer moves a recall by one of the items."""
+    spread = Spread(**{"reach": 1.0 if c["metric"] == "recall" else None} | c["spread"])
+    scores, names = (c["candidate_score"], c["reference_score"]), (c["candidate"], c["reference"])
+    return compare_spread(spread, scores, names, margin=c["margin"], confidence=c["confidence"])
