@@ -6,7 +6,8 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
                              METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired,
                              METHOD by forgetting for what it forgot
 range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
-                             ("encoder", "language model"); studies: how many, those with the same runs and costs once
+                             ("encoder", "language model") whose times compare; studies: how many, those with the same
+                             runs and costs once
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -24,7 +25,10 @@ from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
 COSTS = {"time": "train_seconds", "memory": "peak_memory"}
-MODELS = {"encoder": ("sst2", "cola"), "language model": ("e2e", "arc-easy", "boolq")}  # MiniLM's and SmolLM2's tasks
+MODELS = {  # MiniLM's and SmolLM2's tasks
+    "encoder": ("sst2", "cola"),
+    "language model": ("e2e", "arc-easy", "boolq", "20 steps", "60 steps"),
+}
 
 
 @functools.cache
@@ -122,14 +126,17 @@ def _runs(m: dict[str, Any]) -> frozenset[tuple[str, float | None]]:
 
 def _range(model: str, field: str) -> str:
     pairs = {}
-    for name in _names():
-        methods = {m["method"]: m for m in study(name)["methods"]}
-        dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
-        if dual and lora and dual["task"] in MODELS[model]:
-            pairs[_runs(dual), str(dual["cost"])] = dual, lora
+    for name in _published():
+        if any(note.startswith("Times and speeds are not comparable") for note in study(name)["notes"]):
+            continue
+        for task in MODELS[model]:
+            methods = {m["method"]: m for m in study(name)["methods"] if m["task"] == task}
+            dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
+            if dual and lora:
+                pairs[_runs(dual), str(dual["cost"])] = name, dual, lora
     if field == "studies":
-        return str(len(pairs))
-    ratios = [_ratio(dual, lora, field) for dual, lora in pairs.values()]
+        return str(len({name for name, _, _ in pairs.values()}))
+    ratios = [_ratio(dual, lora, field) for _, dual, lora in pairs.values()]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 

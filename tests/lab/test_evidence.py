@@ -70,6 +70,12 @@ def test_a_range_holds_every_study_of_its_model():
         assert low <= float(facts.quoted(f"{name}/dual_lora/time")) <= high
     low, high = map(float, facts.quoted("range/language model/memory").split(" to "))
     assert low <= float(facts.quoted("methods-boolq/dual_lora/memory")) <= high
+    low, high = map(float, facts.quoted("range/language model/time").split(" to "))
+    for task in ("20 steps", "60 steps"):
+        assert low <= float(facts.quoted(f"domain/clip@{task}/time")) <= high, "a study of results/worth counts as well"
+    notes = facts.study("confirm-e2e")["notes"]
+    assert any(note.startswith("Times and speeds are not comparable") for note in notes)
+    assert low > float(facts.quoted("confirm-e2e/dual_lora/time")), "which says so itself"
     assert facts.quoted("range/language model/time") != facts.quoted("range/encoder/time")
     with pytest.raises(ValueError, match="leads nowhere"):
         facts.quoted("range/encodr/time")
