@@ -8,6 +8,7 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
 range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
                              ("encoder", "language model") whose times compare; studies: how many, those with the same
                              runs and costs once
+ends                         which methods of which studies did best at an end of the learning rates that were tried
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +31,7 @@ MODELS = {  # MiniLM's and SmolLM2's tasks
     "encoder": ("sst2", "cola"),
     "language model": ("e2e", "arc-easy", "boolq", "20 steps", "60 steps"),
 }
+_END = re.compile(r"(.+) on \S+ did best with the (smallest|largest) train\.learning_rate tried")
 
 
 @functools.cache
@@ -56,6 +59,8 @@ def quoted(path: str) -> str:
     try:
         if name == "trajectory":
             return _of_trajectory(*rest)
+        if name == "ends":
+            return _ends()
         if name == "count":
             return str(_count(*rest))
         if name == "range":
@@ -138,6 +143,15 @@ def _range(model: str, field: str) -> str:
         return str(len({name for name, _, _ in pairs.values()}))
     ratios = [_ratio(dual, lora, field) for _, dual, lora in pairs.values()]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _ends() -> str:
+    found: dict[str, list[str]] = {}
+    for name in _published():
+        for note in study(name)["notes"]:
+            if match := _END.match(note):
+                found.setdefault(name, []).append(f"{match[1]} ({match[2]})")
+    return "; ".join(f"`{name}` {', '.join(methods)}" for name, methods in found.items())
 
 
 def _own(c: dict[str, Any], value: float, sign: bool = True) -> str:

@@ -81,6 +81,16 @@ def test_a_range_holds_every_study_of_its_model():
         facts.quoted("range/encodr/time")
 
 
+def test_searches_that_ended_at_an_end_of_their_rates_are_named():
+    """A verdict on such a method is one on the rates that were tried, and the page is all that most people read."""
+    listed, text = facts.quoted("ends"), evidence.pages()[evidence.DOCS / "explanation" / "evidence.md"]
+    assert "`start` sigma 0.05 (smallest)" in listed
+    assert "dual_lora r=256 (smallest)" in listed
+    assert listed in text
+    notes = [note for name in facts._names() for note in facts.study(name)["notes"] if "did best with" in note]
+    assert len(notes) == listed.count("(smallest)") + listed.count("(largest)")
+
+
 def test_a_difference_is_printed_in_its_metrics_own_direction():
     c = facts._comparison(facts.study("confirm-e2e"), "dual_lora")
     assert c["difference"] > 0, "better, and so less loss"
