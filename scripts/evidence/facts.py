@@ -6,7 +6,9 @@ STUDY/METHOD/FIELD           score, deviation, rate, time (against the reference
                              METHOD@TASK where a study has several tasks, METHOD vs REFERENCE where all are paired,
                              METHOD by forgetting for what it forgot
 range/MODEL/FIELD            time or memory of Dual LoRA against LoRA, smallest to largest of the studies of one model
-                             ("encoder", "language model"); studies: how many, those with the same runs and costs once
+                             ("encoder", "language model") whose times compare; studies: how many, those with the same
+                             runs and costs once
+ends                         which methods of which studies did best at an end of the learning rates that were tried
 trajectory/RUN/TABLE/COLUMN  mean over layers after training; contribution/WHAT GROUP for held-out losses
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +27,11 @@ from dual_lora.lab.results import last_state, mean_over_layers, with_sizes
 ROOT = Path(__file__).parents[2]
 DECIMALS = {"accuracy": 4, "loss": 4}  # else 3
 COSTS = {"time": "train_seconds", "memory": "peak_memory"}
-MODELS = {"encoder": ("sst2", "cola"), "language model": ("e2e", "arc-easy", "boolq")}  # MiniLM's and SmolLM2's tasks
+MODELS = {  # MiniLM's and SmolLM2's tasks
+    "encoder": ("sst2", "cola"),
+    "language model": ("e2e", "arc-easy", "boolq", "20 steps", "60 steps"),
+}
+_END = re.compile(r"(.+) on \S+ did best with the (smallest|largest) train\.learning_rate tried")
 
 
 @functools.cache
@@ -52,6 +59,8 @@ def quoted(path: str) -> str:
     try:
         if name == "trajectory":
             return _of_trajectory(*rest)
+        if name == "ends":
+            return _ends()
         if name == "count":
             return str(_count(*rest))
         if name == "range":
@@ -122,15 +131,27 @@ def _runs(m: dict[str, Any]) -> frozenset[tuple[str, float | None]]:
 
 def _range(model: str, field: str) -> str:
     pairs = {}
-    for name in _names():
-        methods = {m["method"]: m for m in study(name)["methods"]}
-        dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
-        if dual and lora and dual["task"] in MODELS[model]:
-            pairs[_runs(dual), str(dual["cost"])] = dual, lora
+    for name in _published():
+        if any(note.startswith("Times and speeds are not comparable") for note in study(name)["notes"]):
+            continue
+        for task in MODELS[model]:
+            methods = {m["method"]: m for m in study(name)["methods"] if m["task"] == task}
+            dual, lora = methods.get("dual_lora", methods.get("clip")), methods.get("lora")
+            if dual and lora:
+                pairs[_runs(dual), str(dual["cost"])] = name, dual, lora
     if field == "studies":
-        return str(len(pairs))
-    ratios = [_ratio(dual, lora, field) for dual, lora in pairs.values()]
+        return str(len({name for name, _, _ in pairs.values()}))
+    ratios = [_ratio(dual, lora, field) for _, dual, lora in pairs.values()]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def _ends() -> str:
+    found: dict[str, list[str]] = {}
+    for name in _published():
+        for note in study(name)["notes"]:
+            if match := _END.match(note):
+                found.setdefault(name, []).append(f"{match[1]} ({match[2]})")
+    return "; ".join(f"`{name}` {', '.join(methods)}" for name, methods in found.items())
 
 
 def _own(c: dict[str, Any], value: float, sign: bool = True) -> str:
@@ -192,11 +213,11 @@ def _of_trajectory(run: str, table: str, column: str, form: str = "") -> str:
 
 def _count(what: str, verdict: str = "") -> int:
     """How many published studies there are, comparisons of different runs in them (with a verdict), of these such that
-    an earlier study in the alphabet had made, or verdicts that were amended."""
+    an earlier study in the alphabet had made, or verdicts that were amended, those of scripts' scores as well."""
     if what == "studies":
         return len(_names())
     if what == "amended":
-        return sum(len(a.get("changed", ())) for name in _names() for a in study(name)["amendments"])
+        return sum(len(a.get("changed", ())) for name in _published() for a in study(name).get("amendments", ()))
     seen: set[tuple[Any, ...]] = set()
     found, repeated = 0, 0
     for name in _names():
@@ -213,3 +234,9 @@ def _count(what: str, verdict: str = "") -> int:
 
 def _names() -> list[str]:
     return sorted(file.parent.name for file in (ROOT / "results" / "studies").glob("*/results.json"))
+
+
+def _published() -> list[str]:
+    """The studies, and what else has comparisons."""
+    files = sorted((ROOT / "results" / "worth").glob("*.json"))
+    return [*_names(), *(file.stem for file in files if not file.stem.endswith(".rates"))]

@@ -407,6 +407,40 @@ def test_a_method_of_which_a_run_diverged_is_not_recommended(name, lost, use, wo
     assert re.match(words, advice.sentences[0]), advice.sentences[0]
 
 
+@pytest.mark.parametrize("loser", [LORA, DUAL])
+def test_a_loser_whose_rate_looks_wrong_is_said_to_be_one(loser, lora_wins, letters):
+    """On CoLA Dual LoRA was significantly better while the rate of LoRA's search failed in some of its final seeds."""
+    _, out, _ = lora_wins
+    gain = {"verdict": "significantly better", "difference": 0.1, "low": 0.05, "high": 0.15}
+    loss = {"verdict": "significantly worse", "difference": -0.1, "low": -0.15, "high": -0.05}
+    winner, start = (DUAL, "Use Dual LoRA: ") if loser == LORA else (LORA, "Use LoRA: ")
+
+    def said_of(**changes):
+        results = json.loads((out / "results.json").read_text())
+        for c in results["comparisons"]:
+            c |= gain if c["candidate"] == winner else loss
+        base = results["untrained"][0]["score"]
+        for m in results["methods"]:
+            seeds = [m["seeds"][0] | {"score": base / 2} for _ in range(5)]
+            rates = [{"settings": {"train.learning_rate": r}, "score": abs(r - 0.01)} for r in (0.003, 0.01, 0.03)]
+            m |= {"score": base / 2, "seeds": seeds, "trials": rates, "settings": rates[1]["settings"], "diverged": 0}
+            if m["method"] == loser:
+                for i in range(changes.get("idle", 0)):
+                    seeds[i]["score"] = base
+                m |= {"diverged": changes.get("diverged", 0)}
+                m |= {"settings": rates[changes.get("rate", 1)]["settings"]}
+        advice = judged(letters, results)
+        assert advice.use == winner
+        assert advice.sentences[0].startswith(start)
+        return advice.sentences[0].partition(" But ")[2]
+
+    end = ": with another learning rate it may do better."
+    assert said_of() == ""
+    assert said_of(idle=2) == f"2 of 5 runs of {loser} did not learn the task{end}"
+    assert said_of(diverged=1) == f"1 of 5 runs of {loser} diverged{end}"
+    assert said_of(rate=2) == f"{loser} did best with the largest train.learning_rate tried (0.03){end}"
+
+
 def test_without_any_score_there_is_no_advice(lora_wins, letters):
     results = json.loads((lora_wins[1] / "results.json").read_text()) | {"comparisons": []}
     with pytest.raises(UserError, match=r"No method has a run.*lower train\.learning_rate"):

@@ -461,6 +461,31 @@ def test_a_distance_or_a_change_is_no_metric_whose_direction_is_known(metric, tm
     assert any(f"Which way {metric} is better was not said" in note for note in results["notes"])
 
 
+def test_one_model_evaluated_again_and_again_is_named(tmp_path):
+    """A greedy evaluation gives the same answers each time: five of them are no five seeds, whatever p says."""
+    answers = {"lora": [i % 4 > 0 for i in range(60)], "mine": [i % 16 > 0 for i in range(60)]}
+    answers["same"] = answers["lora"]
+    rows = [[m, seed, i, int(right)] for m, own in answers.items() for seed in range(5) for i, right in enumerate(own)]
+    results = judge(write_table(tmp_path / "s.csv", rows))
+    assert results["comparisons"][0]["verdict"] == "significantly better"
+    (said,) = [note for note in results["notes"] if "there is one seed and no verdict" in note]
+    assert said.startswith("On task every seed of lora, mine has the same scores")
+    whole = [[m, seed, 0.8 + 0.01 * (m == "mine")] for m in ("lora", "mine") for seed in range(5)]
+    results = judge(write_table(tmp_path / "w.csv", whole, ("method", "seed", "score")))
+    assert any("there is one seed" in note for note in results["notes"])
+    rows[0][3] = 1 - rows[0][3]
+    assert not any("there is one seed" in n for n in judge(write_table(tmp_path / "r.csv", rows))["notes"])
+
+
+def test_a_method_that_is_absent_from_a_task_is_named(tmp_path):
+    rows = [*rows_of({"lora": 0.5, "mine": 0.6}, task="easy"), *rows_of({"lora": 0.5, "other": 0.5}, task="hard")]
+    columns = ("method", "task", "seed", "item", "score")
+    notes = judge(write_table(tmp_path / "s.csv", rows, columns))["notes"]
+    assert any("not compared: other on easy, mine on hard. Give a diverged run" in note for note in notes)
+    both = rows_of({"lora": 0.5, "mine": 0.6}, task="easy")
+    assert not any("not compared" in note for note in judge(write_table(tmp_path / "b.csv", both, columns))["notes"])
+
+
 def test_percent_beside_shares_is_asked_about(tmp_path):
     rows = rows_of({"a": 0.5, "b": 0.6})
     plain = judge(write_table(tmp_path / "s.csv", rows))

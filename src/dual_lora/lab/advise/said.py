@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 from dual_lora.lab.advise.pace import GOOD_SEEDS, MOST_SEEDS, TRIALS, Work, needed_records, needed_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, Length, length_of
@@ -55,7 +55,8 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     study = build_study(results["study"])
     methods = {m["method"]: m for m in results["methods"]}
     judged = {c["candidate"]: c for c in results["comparisons"]}
-    failed = {name: why for name, m in methods.items() if (why := _failed(m, results.get("untrained", [])))}
+    untrained = results.get("untrained", [])
+    failed = {name: why for name, m in methods.items() if (why := _failed(m, untrained))}
     rivals = [_rival(c, methods, name in failed) for name, c in judged.items()]
     if DUAL not in judged:
         raise UserError(
@@ -69,10 +70,12 @@ def advice_of(results: Results, whole: Study, work: Work, source: object, minute
     rival = next(r for name in (found.use, DUAL) for r in rivals if r.name == name)
     left_open = _open([r for r in rivals if not r.ruled_out], judged, methods, minutes, needed, records)
     again = f"dual-lora advise {quote(str(source))} --minutes {needed}"
+    loser = methods[LORA if found.why is Why.BETTER else rival.name]
+    doubt = _doubt(loser, untrained) if found.why in (Why.BETTER, Why.NO_GAIN) else ""
     return Advice(
         found.use,
         found.why,
-        [_answer(found, rival, judged[rival.name], methods[LORA], left_open), *about],
+        [_answer(found, rival, judged[rival.name], methods[LORA], left_open) + doubt, *about],
         [_row(m, judged.get(m["method"]), methods[LORA]) for m in results["methods"]],
         _how(study, whole, work, methods, next(iter(study.margin)), margin),
         results["notes"],
@@ -90,6 +93,22 @@ def _failed(method: MethodRow, untrained: list[UntrainedRow]) -> Why | None:
     if method["diverged_in_search"] or method["diverged"]:
         return Why.DIVERGED
     return Why.NOTHING_LEARNED if notes.why_unlearned(method, untrained) else None
+
+
+def _doubt(method: MethodRow, untrained: list[UntrainedRow]) -> str:
+    """What makes the learning rate of the method that lost look wrong: then the rates were compared, too."""
+    ended = [seed for seed in method["seeds"] if seed["score"] is not None]
+    alone = [cast(MethodRow, {**method, "seeds": [seed], "score": seed["score"]}) for seed in ended]
+    idle = sum(bool(notes.why_unlearned(run, untrained)) for run in alone)
+    if method["diverged_in_search"] or method["diverged"]:
+        why = f"{_diverged(method)} of {method['method']} diverged"
+    elif idle:
+        why = f"{idle} of {len(ended)} runs of {method['method']} did not learn the task"
+    elif end := notes.end_of_search(method):
+        why = f"{method['method']} did best with {end}"
+    else:
+        return ""
+    return f" But {why}: with another learning rate it may do better."
 
 
 def _rival(c: ComparisonRow, methods: Methods, failed: bool) -> Rival:

@@ -104,6 +104,8 @@ def judge(
             *_one_seed(paired),
             *guessed,
             *_other_units(paired),
+            *_repeated(paired, against),
+            *_absent(paired, methods),
             *scores.notes,
         ],
         "untrained": [],
@@ -173,6 +175,32 @@ def _other_units(paired: dict[Scenario, dict[str, Runs]]) -> Iterator[str]:
                 f"On {task_name(*scenario)} the scores of {', '.join(small)} lie between 0 and 1, those of "
                 f"{', '.join(large)} go up to 100: are some of them in percent?"
             )
+
+
+def _repeated(paired: dict[Scenario, dict[str, Runs]], against: str) -> Iterator[str]:
+    """Pairs whose seeds changed nothing: models that were evaluated again, and not trained again, are one seed."""
+    for scenario, own in paired.items():
+        fixed = [method for method, runs in own.items() if len(runs.seeds) > 1 and not np.ptp(runs.table, axis=0).any()]
+        reference = own[against].table
+        same = [m for m in fixed if against in fixed and not np.array_equal(own[m].table, reference)]
+        if same:
+            yield (
+                f"On {task_name(*scenario)} every seed of {', '.join([against, *same])} has the same scores, to the "
+                "last digit. If these are evaluations of one trained model each, there is one seed and no verdict."
+            )
+
+
+def _absent(paired: dict[Scenario, dict[str, Runs]], methods: list[str]) -> Iterator[str]:
+    """A method that diverged on a task may have been left out of it, and looks better by that."""
+    lacking = [
+        f"{method} on {task_name(*scenario)}" for scenario, own in paired.items() for method in methods
+        if method not in own
+    ]  # fmt: skip
+    if lacking:
+        yield (
+            f"Without any score, and so not compared: {', '.join(lacking)}. Give a diverged run the worst score of its "
+            "task, do not leave it out."
+        )
 
 
 def _study(
