@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
+from .conversion import (
+    PREFIX,
+    named_as_saved,
+    refuse_biases,
+    table,
+    truncated,
+    what_else_is_saved,
+    what_stays,
+    write_adapter,
+)
 from .fast_paths import is_read
 
 
@@ -103,7 +112,7 @@ def convert_to_dual_lora(
         warmup_steps=0,
         **what_stays(model, config, layers),
     )
-    return Start(dual, state | what_else_is_saved(model, adapter_name), kept)
+    return Start(dual, named_as_saved(state | what_else_is_saved(model, adapter_name)), kept)
 
 
 def keeps_base(config: Any) -> bool:
