@@ -215,7 +215,7 @@ class DualLoraConfig(PeftConfig):
     @property
     def steps_at_start(self) -> int:
         """Optimizer steps before a fresh adapter acts at full strength."""
-        return self.warmup_steps if self.init_weights is True and not self.inference_mode else 0
+        return self.warmup_steps if self.init_weights is True else 0
 
     @staticmethod
     def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:
