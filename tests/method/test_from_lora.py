@@ -42,7 +42,9 @@ def test_an_adapter_that_transformers_has_loaded_is_written_as_any_other(tmp_pat
     model.save_pretrained(tmp_path / "lora")
     own = llama()
     own.load_adapter(tmp_path / "lora")
-    save_as_dual_lora(tmp_path / "dual", own)
+    names = save_as_dual_lora(tmp_path / "dual", own).state_dict.keys()
+    for other in model, torch.compile(model, backend="eager"):
+        assert convert_to_dual_lora(other).state_dict.keys() == names
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "dual").eval()
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
 

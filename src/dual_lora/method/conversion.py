@@ -79,6 +79,7 @@ def convert_to_lora(
             f"rank is {rank!r}: give a whole number of at least 1 (the rank), or a number above 0 and up to 1.0 (the "
             "share of each update's energy to keep, e.g. 0.9)."
         )
+    model = getattr(model, "_orig_mod", model)  # compiled, it has other names
     layers = _linear_layers(model, adapter_name)
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     refuse_biases(config)

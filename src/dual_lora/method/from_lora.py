@@ -80,6 +80,7 @@ def convert_to_dual_lora(
     """
     if r1 is not None and r1 < 1:
         raise ValueError(f"r1 is {r1}: give a whole number of at least 1, or leave it out for LoRA's rank.")
+    model = getattr(model, "_orig_mod", model)  # compiled, it has other names
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     layers = _lora_layers(model, adapter_name)
     refuse_biases(config)
