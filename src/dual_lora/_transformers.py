@@ -21,14 +21,13 @@ def _looking_first(load_adapter: Any) -> Any:
     @functools.wraps(load_adapter)
     def wrapped(model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""
-        ours = _is_ours(peft_model_id, subfolder)
-        if ours:
+        if _is_ours(peft_model_id, subfolder):
             import_module("dual_lora.method.saved").check_file(peft_model_id, subfolder)
         before = set(getattr(model, "peft_config", {}))
         result = load_adapter(model, peft_model_id, *args, **kwargs)
-        if ours:
-            for name in set(model.peft_config) - before:
-                import_module("dual_lora.method.loaded").settle(model, name, peft_model_id, subfolder)
+        for name in set(model.peft_config) - before:
+            if model.peft_config[name].peft_type == "DUAL_LORA":
+                import_module("dual_lora.method.loaded").settle(model, name)
         return result
 
     return wrapped

@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-from peft import LoraConfig, PeftConfig, get_peft_model
-from tiny import adapted, layers, llama
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from tiny import Mlp, adapted, layer, layers, llama
 from torch import nn
 
 from dual_lora import DualLoraConfig
@@ -98,6 +98,41 @@ def test_names_of_lora_are_understood():
     config = DualLoraConfig(r=8, lora_alpha=16, lora_dropout=0.1)
     assert (config.alpha, config.dropout) == (16, 0.1)
     assert DualLoraConfig(alpha=16, lora_alpha=16).alpha == 16
+
+
+def test_ranks_written_later_count(tmp_path):
+    """`config.r = …` before the adapter is made, as for LoRA: it was shown and saved, the old ranks trained."""
+    config = DualLoraConfig(target_modules=["first", "second"])
+    config.r = 12
+    assert (config.r, config.r1, config.r2) == (12, 6, 6)
+    config.r1 = 2
+    config.r2 = 4
+    assert (config.r, config.r1, config.r2) == (6, 2, 4)
+    config.r = 6
+    assert (config.r1, config.r2) == (2, 4)  # the same total is no new one
+    copied = copy.deepcopy(config)
+    copied.r = 8
+    assert (copied.r1, copied.r2, config.r) == (4, 4, 6)
+    model = get_peft_model(Mlp(), config)
+    assert layer(model).factors("default").A.shape[0] == 2
+    assert layer(model).factors("default").C.shape[0] == 4
+    config.save_pretrained(tmp_path)
+    assert DualLoraConfig.from_pretrained(tmp_path).r == 6
+    for name, value, words in (("r", 7, "is odd"), ("r1", 0, "at least 1"), ("r2", "4", "must be a whole number")):
+        with pytest.raises(ValueError, match=words):
+            setattr(config, name, value)
+    assert (config.r, config.r1, config.r2) == (6, 2, 4)
+
+
+def test_patterns_written_later_mean_what_they_mean_when_they_are_loaded(tmp_path):
+    config = DualLoraConfig(target_modules=["first"], r=8)
+    config.rank_pattern = {"first": 4, ".*t": 6}
+    with pytest.warns(UserWarning, match="several values for one layer"):
+        model = get_peft_model(Mlp(), config)
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="several values for one layer"):
+        again = PeftModel.from_pretrained(Mlp(), tmp_path)
+    assert layer(again).r == layer(model).r == {"default": 6}
 
 
 def test_alpha_defaults_to_twice_the_ranks_of_each_layer():

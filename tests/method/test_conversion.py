@@ -42,6 +42,21 @@ def test_full_rank_is_the_same_model(base, targets, tmp_path):
     assert not torch.allclose(logits(base), logits(model), atol=1e-2)
 
 
+def test_an_adapter_that_transformers_has_loaded_is_written_as_any_other(tmp_path):
+    """Its model has names without PEFT's prefix, of which PEFT loaded nothing: the folder held the base model."""
+    model = adapted(llama(), ["q_proj", "down_proj"], modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "dual")
+    own = llama()
+    own.load_adapter(tmp_path / "dual")
+    torch.testing.assert_close(logits(own), logits(model))
+    save_as_lora(tmp_path / "lora", own, 1.0)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+    names = convert_to_lora(own, 1.0).state_dict.keys()
+    for other in model, torch.compile(model, backend="eager"):
+        assert convert_to_lora(other, 1.0).state_dict.keys() == names
+
+
 def test_the_reported_error_is_that_of_the_truncated_svd():
     model = adapted(llama(), ["q_proj"])
     with pytest.warns(UserWarning, match="ΔW is of high rank"):

@@ -36,6 +36,19 @@ def test_rank_one_is_exact(base, targets, tmp_path):
     assert not torch.allclose(logits(base), logits(model), atol=1e-2)
 
 
+def test_an_adapter_that_transformers_has_loaded_is_written_as_any_other(tmp_path):
+    """Its model has names without PEFT's prefix, of which PEFT loaded nothing: the factors kept a random start."""
+    model = lora(llama(), ["q_proj", "down_proj"], r=1)
+    model.save_pretrained(tmp_path / "lora")
+    own = llama()
+    own.load_adapter(tmp_path / "lora")
+    names = save_as_dual_lora(tmp_path / "dual", own).state_dict.keys()
+    for other in model, torch.compile(model, backend="eager"):
+        assert convert_to_dual_lora(other).state_dict.keys() == names
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "dual").eval()
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-4, rtol=1e-4)
+
+
 def test_signs_are_kept_and_the_figures_are_those_of_the_loaded_adapter(tmp_path):
     base = llama()
     model = lora(base, ["q_proj", "k_proj"], use_rslora=True)

@@ -115,6 +115,19 @@ def test_what_is_in_the_folder(folders):
     assert (config["r"], config["r1"], config["r2"], config["warmup_steps"]) == (4, 2, 2, 4)
 
 
+def test_a_state_of_a_model_that_is_no_peft_model(tmp_path):
+    """Its names have no prefix: nothing of it was loaded into a PeftModel, and nothing said so."""
+    peft, base = adapted(llama(), target_modules=["q_proj"], init_weights=False).eval(), llama()
+    torch.manual_seed(7)
+    other = adapted(base, target_modules=["q_proj"], init_weights=False).eval()
+    assert not torch.equal(logits(peft), logits(other))
+    peft.save_pretrained(tmp_path)
+    own = llama()
+    own.load_adapter(tmp_path)
+    set_peft_model_state_dict(other, get_peft_model_state_dict(own))
+    assert torch.equal(logits(peft), logits(other))
+
+
 def test_saved_twice_the_same_bytes(folders, tmp_path):
     model = WAYS["PeftModel"](folders, "adapter")
     for name in ("one", "two"):

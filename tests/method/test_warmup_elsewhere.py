@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny import adapted, factor, layers, llama, logits, points, tokens, trainable
+from tiny import adapted, factor, layers, llama, logits, points, tokens, train, trainable
 
 STEPS = 4
 
@@ -119,3 +119,33 @@ def test_transformers_own_loader_gives_what_peft_gives(saved, trained, name, exp
         compiled = torch.compile(own.eval(), backend="eager")(tokens()).logits
         torch.testing.assert_close(compiled, logits(peft.eval()))
     assert factor(own) == factor(peft) == expected
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_transformers_own_loader_of_a_state_without_a_count(trained):
+    """There is no folder to look into."""
+    model = adapted(llama(), target_modules=["q_proj"], warmup_steps=STEPS)
+    state = get_peft_model_state_dict(model) | {
+        name: torch.tensor(1, dtype=torch.int32) for name in model.state_dict() if "dual_lora_left" in name
+    }
+    state = {name.removesuffix(".default"): value for name, value in state.items()}
+    uncounted = {name: value for name, value in state.items() if "dual_lora_left" not in name}
+    assert len(state) == len(uncounted) + 2
+    for tensors, expected in (state, 0.75), (uncounted, 1.0):
+        own, config = llama(), copy.deepcopy(model.peft_config["default"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            own.load_adapter(peft_config=config, adapter_state_dict=dict(tensors), is_trainable=trained)
+        assert factor(own) == expected
+
+
+def test_a_fresh_adapter_with_the_configuration_of_a_saved_one_is_the_base(tmp_path):
+    """A saved configuration says inference_mode: as LoRA's, such an adapter changes nothing before it has trained."""
+    adapted(llama(), target_modules=["q_proj"], warmup_steps=STEPS, init_std=0.3).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.inference_mode
+    model = get_peft_model(llama(), config).eval()
+    assert torch.equal(logits(model), logits(llama().eval()))
+    model.set_adapter("default")
+    train(model, 1, loss=lambda: model(input_ids=tokens(), labels=tokens()).loss)
+    assert factor(model) == 1 / STEPS

@@ -119,6 +119,7 @@ class DualLoraConfig(PeftConfig):
         self._custom_modules: dict[type, type] | None = None
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
         self.r = self.r1 + self.r2
+        self._has_ranks = True
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
@@ -168,6 +169,17 @@ class DualLoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As usual; ranks that are written later stay consistent: a new `r` is halved, a new r1 or r2 changes `r`."""
+        if name not in ("r", "r1", "r2") or not vars(self).get("_has_ranks"):
+            super().__setattr__(name, value)
+            return
+        new = {"r1": self.r1, "r2": self.r2, name: value}
+        if name == "r" and value != new["r1"] + new["r2"]:
+            new["r1"], new["r2"] = split_rank(value, None, None)
+        r1, r2 = split_rank(None, new["r1"], new["r2"])
+        vars(self).update(r=r1 + r2, r1=r1, r2=r2)
+
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
         """Use layers of the user's own: {type of the base layer: DualLoraLayer subclass}, as LoraConfig has it.
 
@@ -203,7 +215,7 @@ class DualLoraConfig(PeftConfig):
     @property
     def steps_at_start(self) -> int:
         """Optimizer steps before a fresh adapter acts at full strength."""
-        return self.warmup_steps if self.init_weights is True and not self.inference_mode else 0
+        return self.warmup_steps if self.init_weights is True else 0
 
     @staticmethod
     def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:

@@ -79,6 +79,7 @@ def convert_to_lora(
             f"rank is {rank!r}: give a whole number of at least 1 (the rank), or a number above 0 and up to 1.0 (the "
             "share of each update's energy to keep, e.g. 0.9)."
         )
+    model = getattr(model, "_orig_mod", model)  # compiled, it has other names
     layers = _linear_layers(model, adapter_name)
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     refuse_biases(config)
@@ -96,7 +97,7 @@ def convert_to_lora(
         rows, columns = (0, widest - factor.shape[1]) if "lora_B" in key else (widest - factor.shape[0], 0)
         state[key] = nn.functional.pad(factor, (0, columns, 0, rows))
     lora = LoraConfig(r=widest, lora_alpha=widest, **what_stays(model, config, layers))
-    conversion = Conversion(lora, state | what_else_is_saved(model, adapter_name), losses)
+    conversion = Conversion(lora, named_as_saved(state | what_else_is_saved(model, adapter_name)), losses)
     if conversion.median > TOO_MUCH:
         what = f"LoRA of rank {rank}" if isinstance(rank, int) else f"LoRA with {rank:.0%} of the energy"
         warn(
@@ -168,6 +169,11 @@ def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: value for key, value in state.items() if ".lora_" not in key and ".dual_lora_" not in key}
+
+
+def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the prefix that PEFT's files have; a model into which transformers has loaded has none."""
+    return {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
 def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:

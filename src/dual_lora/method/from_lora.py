@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import PREFIX, refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
+from .conversion import (
+    PREFIX,
+    named_as_saved,
+    refuse_biases,
+    table,
+    truncated,
+    what_else_is_saved,
+    what_stays,
+    write_adapter,
+)
 from .fast_paths import is_read
 
 
@@ -71,6 +80,7 @@ def convert_to_dual_lora(
     """
     if r1 is not None and r1 < 1:
         raise ValueError(f"r1 is {r1}: give a whole number of at least 1, or leave it out for LoRA's rank.")
+    model = getattr(model, "_orig_mod", model)  # compiled, it has other names
     config: Any = getattr(model, "peft_config", {}).get(adapter_name)
     layers = _lora_layers(model, adapter_name)
     refuse_biases(config)
@@ -103,7 +113,7 @@ def convert_to_dual_lora(
         warmup_steps=0,
         **what_stays(model, config, layers),
     )
-    return Start(dual, state | what_else_is_saved(model, adapter_name), kept)
+    return Start(dual, named_as_saved(state | what_else_is_saved(model, adapter_name)), kept)
 
 
 def keeps_base(config: Any) -> bool:

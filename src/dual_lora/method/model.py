@@ -297,7 +297,7 @@ class DualLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state = saved.with_counts(state_dict, named_layers(model, adapter_name), adapter_name)
+        state = saved.with_counts(saved.with_prefix(state_dict, model), named_layers(model, adapter_name), adapter_name)
         saved.warn_if_unfinished(state, config)
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)

@@ -17,8 +17,8 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | N
 
 
 def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:
-    """What a pattern says of the layer named `key`, None if none does. Of several the first in their order counts."""
-    found = [pattern for pattern in patterns if get_pattern_key([pattern], key) == pattern]
+    """What a pattern says of the layer named `key`, None if none does. Of several the first counts."""
+    found = [pattern for pattern in sorted(patterns) if get_pattern_key([pattern], key) == pattern]
     if len({str(patterns[pattern]) for pattern in found}) > 1:
         warn(
             f"{name} has several values for one layer: {', '.join(map(repr, found))}. The first in alphabetical order "

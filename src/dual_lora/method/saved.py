@@ -38,6 +38,14 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
     check_numbers(kinds, path)
 
 
+def with_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with the names of a PeftModel, where the model is one: that of a plain model with an adapter in it, as
+    transformers loads one, has the names of that model, of which PEFT would load nothing in silence."""
+    if not any(name.startswith(PEFT_PREFIX) for name, _ in model.named_parameters()):
+        return state
+    return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+
+
 def with_counts(state: dict[str, Tensor], layers: Mapping[str, Strength], adapter_name: str) -> dict[str, Tensor]:
     """The state with a count for every layer; where there is none, what the model's layer of this name knows."""
     stems = [key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key]

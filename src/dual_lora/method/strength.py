@@ -65,14 +65,19 @@ class Strength:
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before the adapter acts at full strength."""
-        stored, (read, version, left) = self.dual_lora_left[adapter], self._read[adapter]
-        if stored.is_meta or (stored is read and version_of(stored) == version):
-            return left
+        stored = self.dual_lora_left[adapter]
+        if stored.is_meta or self.is_as_read(adapter):
+            return self._read[adapter][2]
         # A loader that runs no hook of ours (transformers' own) has put other factors in place as well; those of a low
         # precision may be FSDP2's working copies.
         self._set_steps_left(adapter, int(stored))
         mark_as_stored(f for f in self._stored(adapter) if f.dtype in FACTOR_DTYPES)
         return self._read[adapter][2]
+
+    def is_as_read(self, adapter: str) -> bool:
+        """Whether nobody has written to the count since it was read."""
+        stored, (read, version, _) = self.dual_lora_left[adapter], self._read[adapter]
+        return stored is read and version_of(stored) == version
 
     def steps_left_without(self, adapter: str) -> int:
         """The same after factors were put in place that say nothing of it: 0, but in the middle of a warm-up."""
