@@ -3,7 +3,7 @@
     python results/worth/capacity.py OUT [--loads 0.25 0.5 1 2 4] [--rank 2] [--steps 600]
     python results/worth/capacity.py OUT --of strings --rank 8
     python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.25
-    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.5 1 2 --rates 1e-3 3e-3 1e-2 \\
+    python results/worth/capacity.py OUT --of layers --rank 4 --loads 0.5 1 2 4 --rates 1e-3 3e-3 1e-2 \\
         --tuning-seeds 4 --first-seed 11
     dual-lora judge OUT/scores.csv --reference LoRA --margin 0.02 --out OUT
 
