@@ -15,6 +15,7 @@ from dual_lora.serving.files import CONFIG_BYTES, HEADER_BYTES, AdapterError
 REFUSED = {
     "biases of its own": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True),
     "biases beside trained ones": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, bias="all"),
+    "biases times a factor": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     "a bias where there is none": lambda: peft.LoraConfig(r=4, target_modules=["down_proj"], lora_bias=True),
     "norms in place of norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "a start from the base: psoft": lambda: peft.PsoftConfig(r=4, target_modules=TARGETS),

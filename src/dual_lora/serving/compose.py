@@ -103,8 +103,8 @@ class ComposedWeights:
             tensor.to(self.device, copy=True),  # some methods merge in place
             requires_grad=False,
         )
-        if bias is not None:
-            plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
+        if bias is not None:  # ones, which neither a sum nor a product (IA3's) leaves as they are
+            plain.bias = nn.Parameter(torch.ones(bias.shape, device=self.device), requires_grad=False)
         layer = copy.copy(layer)  # what a merge keeps, as the original weight, goes with the copy
         layer.merged_adapters = []
         try:
@@ -112,7 +112,7 @@ class ComposedWeights:
             merged = plain._parameters["weight"]
             if merged is None or layer.get_base_layer() is not plain:
                 raise AdapterError(f"{self.folder} replaces {own}: merge it and serve the merged folder.")
-            if bias is not None and torch.any(plain.bias):
+            if bias is not None and torch.any(plain.bias != 1):
                 raise AdapterError(f"{self.folder} changes biases as well: merge it and serve the merged folder.")
             return merged.detach().to(tensor.device, tensor.dtype)
         except AdapterError:
