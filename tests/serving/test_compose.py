@@ -223,6 +223,17 @@ def test_a_layer_that_never_passes_is_an_error(tmp_path):
         dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_a_quantised_weight_never_passes(name, kind, tmp_path):
+    """Nor where the adapter brings it whole: its numbers would be taken for quantised ones, and scaled."""
+    trained(METHODS["modules to save"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights[name] = weights[name].to(kind)
+    with pytest.raises(AdapterError, match=f"{name} is quantised"):
+        dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+
+
 @pytest.mark.parametrize("name", ["embedding", "modules to save"])
 def test_tied_embeddings_are_refused(name, tmp_path):
     trained(METHODS[name](), tmp_path, tie_word_embeddings=True)

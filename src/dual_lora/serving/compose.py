@@ -82,10 +82,11 @@ class ComposedWeights:
         left = set(self.names)
         for name, tensor in weights:
             own = self._own_name(name)
+            if own in self.names:
+                self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
             if own in self._trained:
                 tensor = self._finite(own, self._trained[own].to(tensor.device, tensor.dtype))
             elif own in self._layers:
-                self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
                 with _training_defaults():
                     tensor = self._finite(own, self._composed(own, tensor))
             left.discard(own)
