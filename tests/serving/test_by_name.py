@@ -270,6 +270,29 @@ def test_a_name_with_another_folder_is_the_other_adapter_from_now_on(server):
     assert server.run({"model": "c"}, {"model": "b"})[1][1][1] == server.one, "vLLM itself says that there is no b"
 
 
+def test_a_name_that_changes_while_its_adapter_is_loaded(server):
+    """A request that comes after the answer to the change has the new adapter, though the old one is on its way."""
+
+    async def main():
+        load = server.engine.collective_rpc
+        changed = []
+
+        async def slowly(method, args=()):
+            if not changed and method == "reload_weights":
+                changed.append(True)
+                await server.served.give_names({"b": server.one})
+                after.append(asyncio.ensure_future(server.ask({"model": "b"})))
+                await asyncio.sleep(0.01)
+            await load(method, args)
+
+        after = []
+        server.engine.collective_rpc = slowly
+        await server.ask({"model": "b"})
+        assert (await after[0])[1][1] == server.one
+
+    asyncio.run(main())
+
+
 def test_files_that_have_changed_are_not_served_in_silence(server):
     file = Path(server.other) / "adapter_model.safetensors"
     written = file.stat()
