@@ -155,11 +155,18 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
     asyncio.run(main())
 
 
-def test_a_request_in_the_background_would_outlive_its_turn(server):
-    [(status, said)] = server.run({"model": "b", "background": True})
+@pytest.mark.parametrize("model", ["b", "m"])
+def test_a_request_in_the_background_would_outlive_its_turn(model, server):
+    """One of the server's own names would go on with the weights of whoever comes next."""
+    [(status, said)] = server.run({"model": model, "background": True})
     assert status == 400
     assert "background" in said["error"]["message"]
     assert server.engine.asked == []
+
+
+def test_a_request_in_the_background_where_no_adapter_has_a_name(server):
+    server.names({"b": None})
+    assert server.run({"model": "m", "background": True})[0][1][1] == server.one
 
 
 def test_a_client_that_reads_nothing_loses_its_turn(server, monkeypatch):
