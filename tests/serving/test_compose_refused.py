@@ -20,6 +20,7 @@ REFUSED = {
     "norms in place of norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "a start from the base: psoft": lambda: peft.PsoftConfig(r=4, target_modules=TARGETS),
     "a start from the base: osf": lambda: peft.OSFConfig(target_modules=TARGETS),
+    "a start from the base: frod": lambda: peft.FrodConfig(target_modules=TARGETS, progressbar=False),
     "a start from the base: pissa": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
     "a start from the base: olora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
     "a start from the base: lora_ga": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="lora_ga"),

@@ -115,6 +115,8 @@ def method_of(folder: Path) -> Any:
             raise ValueError(f"its peft_type is {error}, which this PEFT does not know") from error
         if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
             raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
+        if config.peft_type == "FROD":
+            raise ValueError("its factors are computed from the base's weights: merge it and serve the merged folder")
         if not keeps_base(config):
             start = config.init_lora_weights
             raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
