@@ -242,9 +242,10 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
     """The PEFT model with the adapter's tensors, which are read here and nowhere else."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    on_meta = config.peft_type != "ADALORA"  # its ranks may be cut while it is loaded, which needs numbers
     try:
         adapted: Any = PeftModel.from_pretrained(
-            model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
+            model, str(folder), config=config, low_cpu_mem_usage=on_meta, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
         raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error
