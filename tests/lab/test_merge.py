@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from dual_lora import DualLoraConfig
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.opened import open_tuned
@@ -59,3 +62,53 @@ def test_merge_never_writes_over_anything(lm_values, tmp_path, tiny_lm):
         merge(tiny_lm, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert merge(tmp_path / "run/adapter", tmp_path / "half", dtype="bfloat16").dtype == "bfloat16"
+
+
+def adapter_of(tiny_lm, folder, config):
+    """(an adapter off its start, on a base whose embeddings and head are one weight; its logits)."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_lm, tie_word_embeddings=True))
+    base.save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(folder / "base")
+    model = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+        logits = model(torch.arange(8)[None]).logits
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter", logits
+
+
+METHODS = {
+    "lora": lambda **o: peft.LoraConfig(r=4, **o),
+    "dual_lora": lambda **o: DualLoraConfig(r=4, warmup_steps=0, **o),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tying", [False, True], ids=["", "kept tied"])
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="-".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_shares_a_weight_with_an_adapted_module_is_left_alone(method, targets, tying, tiny_lm, tmp_path):
+    config = METHODS[method](target_modules=targets, ensure_weight_tying=tying, task_type="CAUSAL_LM")
+    adapter, expected = adapter_of(tiny_lm, tmp_path, config)
+    model = AutoModelForCausalLM.from_pretrained(merge(adapter, tmp_path / "merged").folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.arange(8)[None]).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (METHODS["lora"](target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]), "repeats its base's layers"),
+        (METHODS["dual_lora"](target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]), "repeats its base's"),
+        (peft.LilyConfig(r=4, target_modules=["q_proj"]), "cannot be merged into its base: This method"),
+    ],
+    ids=["lora", "dual_lora", "lily"],
+)
+def test_what_has_no_merged_form_is_told_in_a_sentence(config, message, tiny_lm, tmp_path):
+    adapter, _ = adapter_of(tiny_lm, tmp_path, config)
+    with pytest.raises(UserError, match=message):
+        merge(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

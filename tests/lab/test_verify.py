@@ -124,6 +124,27 @@ def test_an_adapter_of_peft_alone(call, tiny_lm, tmp_path):
     assert (code, json.loads(out)["verdict"]) == (0, "on")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_is_trained_whole_on_a_base_in_half_precision(dtype, tiny_lm, tmp_path):
+    """Its copy is in the base's precision, and is rounded with it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dual_lora.lab.model.export import merge
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_lm), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = merge(tmp_path / "adapter", tmp_path / "merged", dtype=dtype).folder
+    assert verify(tmp_path / "adapter", against=merged, dtype=dtype).finding.word == "on"
+    assert verify(tmp_path / "adapter", against=str(tiny_lm), dtype=dtype).finding.word == "off"
+
+
 def test_an_adapter_that_changes_nothing_is_off(call, tiny_lm, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

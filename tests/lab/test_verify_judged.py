@@ -1,5 +1,6 @@
 """The judge of `verify` on numbers alone: what explains a candidate, and what does not."""
 
+import pytest
 import torch
 
 from dual_lora.lab.verify.diagnose import Known, judge
@@ -56,6 +57,13 @@ def test_what_a_strength_explains_has_its_name():
     assert judged(1.0, 0.05) == "on"
     assert judged(1.0, 2.4) == "rounded"
     assert judged(0.0, 0.05) == "off"
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_where_rounding_moves_the_strength_by_more_than_the_adapter_has_nothing_is_told(strength):
+    """The base itself was taken for the adapter: it is as near to it as bf16 is."""
+    known = Known(BASE, BASE + DIRECTION / 100, torch.arange(TOKENS) // 4, 0.023, rounded_strength=-0.4)
+    assert judge(BASE + strength * DIRECTION / 100, known, Linear(BASE, known.tuned, known.tuned)).word == "undecided"
 
 
 def in_four_bits(strength, apart):

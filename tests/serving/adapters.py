@@ -25,7 +25,7 @@ METHODS = {
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "v_proj"], save_projection=True),
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj"]),
     "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
-    "ia3": lambda: peft.IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["up_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "modules to save": lambda: DualLoraConfig(
         r=4, target_modules=TARGETS, warmup_steps=0, modules_to_save=["lm_head", "norm"]
     ),
@@ -36,7 +36,7 @@ METHODS = {
 
 def small(**other):
     torch.manual_seed(0)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             **{"hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": False, **other},
             intermediate_size=48,
@@ -46,6 +46,10 @@ def small(**other):
             attention_bias=True,
         )
     )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)  # they start at 0, which any factor leaves as it is
+    return model
 
 
 def base_with_words(folder, layers):

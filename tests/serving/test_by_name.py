@@ -155,11 +155,18 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
     asyncio.run(main())
 
 
-def test_a_request_in_the_background_would_outlive_its_turn(server):
-    [(status, said)] = server.run({"model": "b", "background": True})
+@pytest.mark.parametrize("model", ["b", "m"])
+def test_a_request_in_the_background_would_outlive_its_turn(model, server):
+    """One of the server's own names would go on with the weights of whoever comes next."""
+    [(status, said)] = server.run({"model": model, "background": True})
     assert status == 400
     assert "background" in said["error"]["message"]
     assert server.engine.asked == []
+
+
+def test_a_request_in_the_background_where_no_adapter_has_a_name(server):
+    server.names({"b": None})
+    assert server.run({"model": "m", "background": True})[0][1][1] == server.one
 
 
 def test_a_client_that_reads_nothing_loses_its_turn(server, monkeypatch):
@@ -268,6 +275,29 @@ def test_a_name_with_another_folder_is_the_other_adapter_from_now_on(server):
     server.names({"b": None})
     server.names({"c": server.other})
     assert server.run({"model": "c"}, {"model": "b"})[1][1][1] == server.one, "vLLM itself says that there is no b"
+
+
+def test_a_name_that_changes_while_its_adapter_is_loaded(server):
+    """A request that comes after the answer to the change has the new adapter, though the old one is on its way."""
+
+    async def main():
+        load = server.engine.collective_rpc
+        changed = []
+
+        async def slowly(method, args=()):
+            if not changed and method == "reload_weights":
+                changed.append(True)
+                await server.served.give_names({"b": server.one})
+                after.append(asyncio.ensure_future(server.ask({"model": "b"})))
+                await asyncio.sleep(0.01)
+            await load(method, args)
+
+        after = []
+        server.engine.collective_rpc = slowly
+        await server.ask({"model": "b"})
+        assert (await after[0])[1][1] == server.one
+
+    asyncio.run(main())
 
 
 def test_files_that_have_changed_are_not_served_in_silence(server):

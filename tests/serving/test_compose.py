@@ -7,7 +7,7 @@ import peft
 import pytest
 import safetensors
 import torch
-from adapters import METHODS, small, trained
+from adapters import METHODS, TARGETS, small, trained
 from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,6 +221,44 @@ def test_a_layer_that_never_passes_is_an_error(tmp_path):
     del weights["model.layers.1.mlp.down_proj.weight"]
     with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
         dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "lm_head.weight"])
+def test_a_quantised_weight_never_passes(name, kind, tmp_path):
+    """Nor where the adapter brings it whole: its numbers would be taken for quantised ones, and scaled."""
+    trained(METHODS["modules to save"](), tmp_path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights[name] = weights[name].to(kind)
+    with pytest.raises(AdapterError, match=f"{name} is quantised"):
+        dict(ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(weights.items()))
+
+
+def test_an_adalora_whose_ranks_were_cut(tmp_path):
+    """PEFT cannot tell its shapes on the meta device."""
+    torch.manual_seed(0)
+    config = peft.AdaLoraConfig(target_modules=TARGETS, init_r=6, target_r=2, tinit=1, tfinal=999_990, total_step=10**6)
+    model = peft.get_peft_model(small(), config)
+    small().save_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+            parameter.grad = torch.ones_like(parameter)
+    for step in range(2, 12):
+        model.base_model.update_and_allocate(step)
+    model.save_pretrained(tmp_path / "adapter")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    assert model.peft_config["default"].rank_pattern
+    expected = model.merge_and_unload().state_dict()
+    for name, weight in ComposedWeights(tmp_path / "base", tmp_path / "adapter").stream(before.items()):
+        torch.testing.assert_close(weight, expected[name], msg=name)
+
+    file = tmp_path / "adapter" / "adapter_config.json"
+    values = json.loads(file.read_text())
+    values["rank_pattern"] = {name: [True] * 100_000 for name in values["rank_pattern"]}
+    file.write_text(json.dumps(values))
+    with pytest.raises(AdapterError, match="rank_pattern is 100000, larger than all"):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["embedding", "modules to save"])

@@ -15,10 +15,12 @@ from dual_lora.serving.files import CONFIG_BYTES, HEADER_BYTES, AdapterError
 REFUSED = {
     "biases of its own": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True),
     "biases beside trained ones": lambda: peft.LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, bias="all"),
+    "biases times a factor": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
     "a bias where there is none": lambda: peft.LoraConfig(r=4, target_modules=["down_proj"], lora_bias=True),
     "norms in place of norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "a start from the base: psoft": lambda: peft.PsoftConfig(r=4, target_modules=TARGETS),
     "a start from the base: osf": lambda: peft.OSFConfig(target_modules=TARGETS),
+    "a start from the base: frod": lambda: peft.FrodConfig(target_modules=TARGETS, progressbar=False),
     "a start from the base: pissa": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="pissa"),
     "a start from the base: olora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="olora"),
     "a start from the base: lora_ga": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights="lora_ga"),

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dual_lora.serving.client import Completion
 from dual_lora.serving.rollout import VllmRollout
@@ -18,6 +19,7 @@ def test_all_of_the_trainers_sampling_is_asked_for(monkeypatch):
         **{name: getattr(args, name) for name in given},
         args=args,
         max_completion_length=8,
+        model=torch.nn.Linear(1, 1),
         state=SimpleNamespace(global_step=0),
         accelerator=SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None),
         processing_class=lambda prompt: SimpleNamespace(input_ids=[1, 2]),
@@ -51,8 +53,9 @@ def trainer(**more):
     accelerator = SimpleNamespace(is_main_process=True, unwrap_model=lambda m: m, wait_for_everyone=lambda: None)
     sampling = dict(temperature=1.0, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0)
     return SimpleNamespace(
-        state=SimpleNamespace(global_step=0), accelerator=accelerator, model="m", processing_class=Tokenizer(),
-        max_completion_length=1, args=SimpleNamespace(generation_kwargs=None), **sampling, **more,
+        state=SimpleNamespace(global_step=0), accelerator=accelerator, model=torch.nn.Linear(1, 1),
+        processing_class=Tokenizer(), max_completion_length=1, args=SimpleNamespace(generation_kwargs=None),
+        **sampling, **more,
     )  # fmt: skip
 
 
@@ -89,3 +92,14 @@ def test_a_second_training_sends_its_own_weights(monkeypatch):
     made([], one)
     made([], trainer())
     assert len(sent) == 3
+
+
+def test_weights_that_are_loaded_without_a_step_are_sent(monkeypatch):
+    """An evaluation after `load_best_model_at_end` is at the last step, and was answered by the last step's weights."""
+    made, sent = rollout(monkeypatch)
+    one = trainer()
+    made([], one)
+    one.model.load_state_dict(torch.nn.Linear(1, 1).state_dict())
+    for _ in range(2):
+        made([], one)
+    assert len(sent) == 2

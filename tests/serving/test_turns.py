@@ -135,12 +135,28 @@ def test_another_meaning_of_the_same_key():
         third, third_end = log.request("b")
         await settled()
         log.turns.prepare_again()  # while it is being prepared
+        fourth, fourth_end = log.request("b")
+        await settled()
         log.preparing.set()
         third_end.set()
-        await third
-        fourth, fourth_end = log.request("b")
         fourth_end.set()
-        await fourth
-        assert log.events.count("prepare b") == 2
+        await asyncio.gather(third, fourth)
+        assert log.events[6:10] == ["prepare b", "prepare b", "start b", "start b"], "the fourth is of the new meaning"
+
+
+def test_an_old_meaning_that_cannot_be_prepared_is_no_failure_of_the_new_one():
+    async def main():
+        log = Log(broken={"a"})
+        log.preparing.clear()
+        one, end = log.request("a")
+        await settled()
+        log.turns.prepare_again()
+        log.broken.clear()
+        log.preparing.set()
+        end.set()
+        await one
+        assert log.turns.running == 0
+
+    asyncio.run(main())
 
     asyncio.run(main())

@@ -21,6 +21,7 @@ METHODS = {
     "ia3": lambda o: peft.IA3Config(feedforward_modules=[], **o),
     "oft": lambda o: peft.OFTConfig(r=0, oft_block_size=4, **o),
     "fourierft": lambda o: peft.FourierFTConfig(n_frequency=10, **o),
+    "frod": lambda o: peft.FrodConfig(**o),
     "hra": lambda o: peft.HRAConfig(r=4, **o),
 }
 

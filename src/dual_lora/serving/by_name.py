@@ -5,7 +5,7 @@ An ASGI middleware around vLLM's own routes, for which one set of weights is all
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Container, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from email import message_from_bytes
 from email.utils import collapse_rfc2231_value
 from typing import Any
@@ -26,7 +26,7 @@ class ByName:
     So has a websocket, which says only later what it asks for: one that asks for an adapter by name is closed.
     """
 
-    def __init__(self, app: Any, turns: Turns, names: Container[str], own: str):
+    def __init__(self, app: Any, turns: Turns, names: Collection[str], own: str):
         self.app, self.turns, self.names, self.own = app, turns, names, own
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -41,10 +41,9 @@ class ByName:
             await _refuse(send, 400, f"The form has {len(model)} fields named model: give one.")
             return
         name = model if isinstance(model, str) and model in self.names else None
-        if name is not None and body.get("background"):
-            await _refuse(
-                send, 400, f"A request to {name} cannot run in the background: its turn ends with its answer."
-            )
+        if self.names and body.get("background"):
+            why = "No request can run in the background here: the turn of its adapter ends with its answer."
+            await _refuse(send, 400, why)
             return
         try:
             await self.turns.enter(name)

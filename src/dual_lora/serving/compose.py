@@ -82,10 +82,11 @@ class ComposedWeights:
         left = set(self.names)
         for name, tensor in weights:
             own = self._own_name(name)
+            if own in self.names:
+                self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
             if own in self._trained:
                 tensor = self._finite(own, self._trained[own].to(tensor.device, tensor.dtype))
             elif own in self._layers:
-                self._check_tensor(own, tuple(tensor.shape), tensor.dtype in _FLOATING)
                 with _training_defaults():
                     tensor = self._finite(own, self._composed(own, tensor))
             left.discard(own)
@@ -103,8 +104,8 @@ class ComposedWeights:
             tensor.to(self.device, copy=True),  # some methods merge in place
             requires_grad=False,
         )
-        if bias is not None:
-            plain.bias = nn.Parameter(torch.zeros(bias.shape, device=self.device), requires_grad=False)
+        if bias is not None:  # ones, which neither a sum nor a product (IA3's) leaves as they are
+            plain.bias = nn.Parameter(torch.ones(bias.shape, device=self.device), requires_grad=False)
         layer = copy.copy(layer)  # what a merge keeps, as the original weight, goes with the copy
         layer.merged_adapters = []
         try:
@@ -112,7 +113,7 @@ class ComposedWeights:
             merged = plain._parameters["weight"]
             if merged is None or layer.get_base_layer() is not plain:
                 raise AdapterError(f"{self.folder} replaces {own}: merge it and serve the merged folder.")
-            if bias is not None and torch.any(plain.bias):
+            if bias is not None and torch.any(plain.bias != 1):
                 raise AdapterError(f"{self.folder} changes biases as well: merge it and serve the merged folder.")
             return merged.detach().to(tensor.device, tensor.dtype)
         except AdapterError:
@@ -241,9 +242,10 @@ def _adapted(model: nn.Module, folder: Path, config: Any, files: Shapes, device:
     """The PEFT model with the adapter's tensors, which are read here and nowhere else."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    on_meta = config.peft_type != "ADALORA"  # its ranks may be cut while it is loaded, which needs numbers
     try:
         adapted: Any = PeftModel.from_pretrained(
-            model, str(folder), config=config, low_cpu_mem_usage=True, torch_device=str(device)
+            model, str(folder), config=config, low_cpu_mem_usage=on_meta, torch_device=str(device)
         )
     except Exception as error:  # whatever a foreign file makes PEFT raise
         raise AdapterError(f"{folder} does not fit the base model: {first_line(error)}.") from error

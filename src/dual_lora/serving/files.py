@@ -4,6 +4,7 @@ Does the one fit the other? Told by names and shapes, before anything is allocat
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from stat import S_ISREG
@@ -18,6 +19,8 @@ from dual_lora.verify.patterns import check_patterns
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_BYTES, HEADER_BYTES = 1 << 22, 1 << 24  # largest that are read; the largest real ones have a tenth of that
+# Numbers of a configuration that are no sizes: seeds, and when AdaLoRA and AdaMSS cut ranks.
+_NO_SIZE = re.compile("seed|step|warmup|tinit|tfinal|deltaT|interval")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -115,6 +118,8 @@ def method_of(folder: Path) -> Any:
             raise ValueError(f"its peft_type is {error}, which this PEFT does not know") from error
         if getattr(config, "layer_replication", None) or getattr(config, "megatron_config", None):
             raise ValueError("layers that are replicated, or Megatron's, are not those of the base's checkpoint")
+        if config.peft_type == "FROD":
+            raise ValueError("its factors are computed from the base's weights: merge it and serve the merged folder")
         if not keeps_base(config):
             start = config.init_lora_weights
             raise ValueError(f"its start ({start}) changed the base: merge it and serve the merged folder")
@@ -128,7 +133,8 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     """Raise AdapterError unless the files hold the tensors that the configuration asks for on this model.
 
     model: on the meta device, as all that is made of it: a rank of billions in somebody's configuration allocates
-    nothing. A few methods (BOFT, SHiRA) cannot be made there; of theirs no number may be larger than all dimensions.
+    nothing. A few methods (BOFT, SHiRA) cannot be made there, nor an AdaLoRA whose ranks were cut; of theirs no number
+    may be larger than all dimensions.
     """
     from peft import get_peft_model
 
@@ -142,14 +148,23 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
     try:
         with torch.device("meta"):
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except Exception:
+        check_shapes(adapted, folder, files)
+    except AdapterError:
+        raise
+    except Exception:  # what else is wrong PEFT says when it loads
         for name, value in vars(config).items():
-            if isinstance(value, int) and value > max(sizes, default=0) and "seed" not in name:
+            largest = 0 if _NO_SIZE.search(name) else _largest(value)
+            if largest > max(sizes, default=0):
                 raise AdapterError(
-                    f"{folder} does not fit the base model: {name} is {value}, larger than all of its tensors' sizes."
+                    f"{folder} does not fit the base model: {name} is {largest}, larger than all of its tensors' sizes."
                 ) from None
-        return  # what else is wrong PEFT says when it loads
-    check_shapes(adapted, folder, files)
+
+
+def _largest(value: Any) -> int:
+    """The largest number in a field of a configuration; of a list (AdaLoRA's masks) its length."""
+    if isinstance(value, dict):
+        return max(map(_largest, value.values()), default=0)
+    return value if isinstance(value, int) else len(value) if isinstance(value, list) else 0
 
 
 def check_shapes(adapted: Any, folder: Path, files: Shapes) -> None:

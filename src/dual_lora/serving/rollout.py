@@ -12,21 +12,22 @@ from .client import AdapterServer
 class VllmRollout:
     """TRL's `rollout_func`: prompts and trainer → token ids and log-probabilities.
 
-    After each optimizer step the adapter is sent anew, by the main process alone. Works in one process and under DDP;
+    After each optimizer step, or another change of its weights (the best ones may be loaded at the end), the adapter is
+    sent anew, by the main process alone. Works in one process and under DDP;
     sharded models (FSDP, ZeRO-3) save their adapter in parts and are not for it.
     """
 
     def __init__(self, url: str, model: str, timeout: float = 600.0):
         self.server = AdapterServer(url, model, timeout)
-        self._sent_at: tuple[Any, int] = None, -1  # a training's state and its step
+        self._sent_at: tuple[Any, ...] = None, -1, []  # a training's state, its step, and the versions of its weights
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, list[Any]]:
-        state, step = trainer.state, trainer.state.global_step
-        if state is not self._sent_at[0] or step != self._sent_at[1]:
+        state, now = trainer.state, (trainer.state.global_step, _versions(trainer.model))
+        if state is not self._sent_at[0] or now != self._sent_at[1:]:
             if trainer.accelerator.is_main_process:
                 self.server.send(trainer.accelerator.unwrap_model(trainer.model))
             trainer.accelerator.wait_for_everyone()
-            self._sent_at = state, step
+            self._sent_at = state, *now
         ids = [_tokens(trainer, prompt) for prompt in prompts]
         done = self.server.complete(ids, trainer.max_completion_length, **_sampling(trainer))
         return {
@@ -34,6 +35,11 @@ class VllmRollout:
             "completion_ids": [one.tokens for one in done],
             "logprobs": [one.logprobs for one in done],
         }
+
+
+def _versions(model: Any) -> list[tuple[int, int]]:
+    """Differ from those of another time where trained weights were written to, or others are in their place."""
+    return [(id(p), p._version) for p in model.parameters() if p.requires_grad]
 
 
 def _sampling(trainer: Any) -> dict[str, Any]:

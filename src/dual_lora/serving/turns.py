@@ -46,7 +46,7 @@ class Turns:
         self._go_on()
 
     def prepare_again(self) -> None:
-        """Whoever comes next is prepared for anew: the keys have another meaning now."""
+        """Who waits, or comes next, is prepared for anew: the keys have another meaning now."""
         self._now = _NOBODY
         self._outdated = True
 
@@ -68,9 +68,9 @@ class Turns:
             failed = error
         finally:
             self._preparing = None
-        if failed is None and not self._outdated:
-            self._now = key
-        self._admit(self._queue.pop(key), failed)
+        if not self._outdated:  # or else once more: who waits may have come after the change
+            self._now = key if failed is None else _NOBODY
+            self._admit(self._queue.pop(key), failed)
         self._go_on()
 
     def _admit(self, waiting: Iterable[asyncio.Future[None]], failed: Exception | None = None) -> None:

@@ -8,6 +8,7 @@ import json
 import re
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def merge(
     if not tuned.adapted and tuned.run is None:
         raise UserError(f"{source} holds no adapter to merge.")
     with quiet():
-        model = tuned.model.merge_and_unload(safe_merge=True) if tuned.adapted else tuned.model
+        model = _merged(tuned) if tuned.adapted else tuned.model
         if tuned.classes:
             model.config.id2label = dict(enumerate(tuned.classes))
             model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
@@ -72,6 +73,27 @@ def merge(
     classifies = "SequenceClassification" in type(model).__name__
     loads = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."), loads)
+
+
+def _merged(tuned: Tuned) -> Any:
+    """The base with the adapter in its weights. Raises UserError for an adapter that has no such form."""
+    from torch import nn
+
+    if any(getattr(config, "layer_replication", None) for config in tuned.model.peft_config.values()):
+        raise UserError(f"{tuned.source} repeats its base's layers (layer_replication), which no merged model does.")
+    layers = [m for m in tuned.model.modules() if hasattr(m, "get_base_layer")]
+    # Embeddings and head may share one weight: an update of the one would change both. Where both have the same one,
+    # Dual LoRA ties its factors.
+    holders = Counter(id(p) for m in tuned.model.modules() for p in m._parameters.values() if p is not None)
+    kept = {id(p) for m in layers if getattr(m, "tied", None) for p in m.get_base_layer()._parameters.values()}
+    for plain in (layer.get_base_layer() for layer in layers):
+        for name, p in plain._parameters.items():
+            if p is not None and holders[id(p)] > 1 and id(p) not in kept:
+                plain._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+    try:
+        return tuned.model.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{tuned.source} cannot be merged into its base: {error}") from error
 
 
 @dataclass
@@ -277,7 +299,7 @@ def write_mlx(lora: Path, folder: Path) -> None:
     if config.get("layer_replication"):
         raise UserError(
             "mlx-lm does not repeat a model's blocks, as this adapter does (layer_replication), and would leave them "
-            "out. Merge instead (--to merged), which mlx-lm converts."
+            "out."
         )
     factors, keys = {}, set()
     for name, tensor in load_file(lora / "adapter_model.safetensors").items():

@@ -158,7 +158,7 @@ def judge(
 
     on = residual <= bound and abs(strength - 1) <= room
     nothing = explains(off) or (off <= bound and abs(strength) <= room)
-    if (on or nothing) and error > UNSURE:
+    if (on or nothing) and (error > UNSURE or on == nothing):
         return as_("undecided", unsure)
     if on:
         return as_("on", "it gives the adapter's own log-probabilities, to the rounding")

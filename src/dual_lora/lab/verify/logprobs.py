@@ -77,6 +77,11 @@ def rows_of(probes: Sequence[Probe]) -> Tensor:
 
 def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The base's parameters by the names that they have without an adapter."""
+    return {name: parameter for name, parameter in _weights(model).items() if ".modules_to_save." not in name}
+
+
+def _weights(model: Any) -> dict[str, nn.Parameter]:
+    """The same, and those of modules that the adapter brings whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     plain = unwrapped(model)
@@ -86,17 +91,18 @@ def base_parameters(model: Any) -> dict[str, nn.Parameter]:
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
         for name, parameter in plain.named_parameters()
-        if id(parameter) not in added and ".modules_to_save." not in name
+        if id(parameter) not in added
     }
 
 
 @contextlib.contextmanager
 def other_weights(model: Any, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """The base with the weights that `change(name, weight)` makes of its own; afterwards the very tensors are back."""
+    """The model with the weights that `change(name, weight)` makes of its own, but for those that an adapter adds to
+    layers; afterwards the very tensors are back."""
     from dual_lora import composed_weights
 
     # Not the packed ones of a 4-bit base: bitsandbytes rearranges them in a forward pass.
-    named = {name: p for name, p in base_parameters(model).items() if p.is_floating_point()}
+    named = {name: p for name, p in _weights(model).items() if p.is_floating_point()}
     kept = [(parameter, parameter.data) for parameter in named.values()]
     try:
         for name, parameter in named.items():
@@ -140,7 +146,7 @@ def as_int4(model: Any) -> Iterator[None]:
     spared = {id(module.weight) for module in plain.modules() if isinstance(module, nn.Embedding)}
     head = plain.get_output_embeddings() if hasattr(plain, "get_output_embeddings") else None
     spared |= {id(weight) for weight in [getattr(head, "weight", None)] if weight is not None}
-    named = base_parameters(model)
+    named = _weights(model)
 
     def change(name: str, weight: Tensor) -> Tensor:
         return weight if weight.ndim != 2 or id(named[name]) in spared else int4(weight)
