@@ -96,6 +96,7 @@ def test_what_shares_a_weight_with_an_adapted_module_is_left_alone(method, targe
     model = AutoModelForCausalLM.from_pretrained(merge(adapter, tmp_path / "merged").folder).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(torch.arange(8)[None]).logits, expected, atol=1e-5, rtol=1e-5)
+    assert model.config.tie_word_embeddings is (tying and method == "dual_lora"), "what other programs go by"
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,14 @@ def _merged(tuned: Tuned) -> Any:
             if p is not None and holders[id(p)] > 1 and id(p) not in kept:
                 plain._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
     try:
-        return tuned.model.merge_and_unload(safe_merge=True)
+        model = tuned.model.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"{tuned.source} cannot be merged into its base: {error}") from error
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embeddings.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False  # or else servers take the embeddings for the head
+    return model
 
 
 @dataclass
