@@ -161,3 +161,22 @@ def test_a_second_tied_adapter_is_tied_as_the_first():
         torch.testing.assert_close(logits(model), want, rtol=1e-3, atol=1e-3)
         model.unmerge_adapter()
     torch.testing.assert_close(embedding.get_delta_weight("minus"), -0.5 * embedding.get_delta_weight("a"))
+
+
+def test_factors_that_are_tied_merge_into_both_weights_where_there_are_two(tmp_path):
+    """A checkpoint of two weights that its configuration ties: the head's merge was left to the embedding's weight."""
+    apart = llama()
+    apart.config.tie_word_embeddings = True
+    apart.save_pretrained(tmp_path)
+    base = type(apart).from_pretrained(tmp_path)
+    assert base.lm_head.weight is not base.model.embed_tokens.weight
+    config = DualLoraConfig(r=4, init_weights=False, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = get_peft_model(base, config).eval()
+    assert base.lm_head.tied
+    expected, before = logits(model), base.lm_head.weight.data.clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    assert torch.equal(base.lm_head.get_base_layer().weight, before)
+    assert torch.equal(logits(model), expected)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)

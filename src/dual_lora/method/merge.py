@@ -1,6 +1,6 @@
 """Exact merging: the merged weight is the rounding of W + ΣΔW of the kept original; unmerge puts the original back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class MergeLayer(FactorsLayer):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         composed_weights.drop(self)
-        if all(name in self.tied for name in (*names, *self.merged_adapters)):  # the embedding merges into the weight
+        if self._merges_with_embedding((*names, *self.merged_adapters)):
             for owner in set(self.tied.values()):
                 apart = [name for name in owner.merged_adapters if name not in self.tied]
                 owner._write_merged([*apart, *names], safe_merge)  # type: ignore[operator]
@@ -87,6 +87,15 @@ class MergeLayer(FactorsLayer):
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
         self.merged_adapters = names
+
+    def _merges_with_embedding(self, names: Iterable[str]) -> bool:
+        """Whether the embedding that has the factors of these adapters has the weight as well, and merges into it.
+
+        A checkpoint may hold two weights although its configuration ties them: transformers leaves those apart.
+        """
+        mine: Any = self.get_base_layer()
+        embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
+        return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
     def _refuse_computed(self, weight: Tensor) -> None:
         """Raise ValueError for a weight that is made anew at every call, into which a merge would vanish."""
