@@ -87,7 +87,7 @@ def test_searches_that_ended_at_an_end_of_their_rates_are_named():
     assert "`start` sigma 0.05 (smallest)" in listed
     assert "dual_lora r=256 (smallest)" in listed
     assert listed in text
-    notes = [note for name in facts._names() for note in facts.study(name)["notes"] if "did best with" in note]
+    notes = [note for name in facts._names() for note in facts.study(name)["notes"] if "learning_rate tried" in note]
     assert len(notes) == listed.count("(smallest)") + listed.count("(largest)")
 
 

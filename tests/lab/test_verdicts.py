@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -163,6 +164,20 @@ def test_of_a_search_with_several_seeds_the_mean_says_whether_its_end_was_best(t
     for f in cells:
         f.chosen = {"train.learning_rate": 1e-2}
     assert any("largest train.learning_rate tried (0.01)" in note for note in judged(tmp_path, cells)["notes"])
+
+
+def test_an_end_of_the_search_may_be_a_rule_of_the_rank(tmp_path):
+    """α of 4r is the largest of r, 2r and 4r; a setting that is no number has no end."""
+    grid = [
+        (replace(job, settings=job.settings | {"method.alpha": alpha, "method.target_modules": [alpha]}), outcome)
+        for alpha, score in (("r", 0.5), ("2r", 0.6), ("4r", 0.9))
+        for job, outcome in trials({3e-3: score})
+    ]
+    cells = [cell(tmp_path, name, [LEARNED] * 3, trials=grid) for name in ("a", "b")]
+    for f, settings in zip(cells, (grid[2][0].settings, grid[1][0].settings), strict=True):
+        f.chosen = settings
+    (note,) = [n for n in judged(tmp_path, cells)["notes"] if "tried" in n]
+    assert "a on t did best with the largest method.alpha tried (4r)" in note
 
 
 def test_a_study_says_which_level_it_really_has(tmp_path):

@@ -13,7 +13,7 @@ from dual_lora.lab.study.cell import Ended, Finished
 from dual_lora.lab.study.job import Settings, cell_name, task_name
 from dual_lora.lab.study.rows import AmendmentRow, MethodRow, Results, UntrainedRow
 from dual_lora.lab.study.search import RATE, Search, mean_scores
-from dual_lora.lab.study.study import Study
+from dual_lora.lab.study.study import Study, rank_rule
 from dual_lora.lab.study.verdicts import percent
 
 
@@ -25,13 +25,19 @@ def end_of_search(method: MethodRow) -> str:
     """Which value chosen for a method lies at an end of what was tried: it might do better outside. "" if none does."""
     means = _means(method)
     best = [score for settings, score in means if settings == method["settings"]]
-    for name, value in (method["settings"] or {}).items():
-        tried = [t["settings"][name] for t in method["trials"] if isinstance(t["settings"].get(name), int | float)]
-        if len(set(tried)) <= 2 or value not in (min(tried), max(tried)):
+    for name, chosen in (method["settings"] or {}).items():
+
+        def number(value: Any, name: str = name) -> Any:
+            return rank_rule(value, method["rank"] or 1, name)  # 2r is a number too
+
+        value = number(chosen)
+        tried = [v for t in method["trials"] if isinstance(v := number(t["settings"].get(name)), int | float)]
+        if len(set(tried)) <= 2 or value not in (ends := (min(tried), max(tried))):
             continue
-        inside = [v for v in tried if v not in (min(tried), max(tried))]
-        if not any(score in best for settings, score in means if settings.get(name) in inside):
-            return f"the {'smallest' if value == min(tried) else 'largest'} {name} tried ({value:g})"
+        inside = [v for v in tried if v not in ends]
+        if not any(score in best for settings, score in means if number(settings.get(name)) in inside):
+            written = chosen if isinstance(chosen, str) else f"{value:g}"
+            return f"the {'smallest' if value == ends[0] else 'largest'} {name} tried ({written})"
     return ""
 
 
