@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from dual_lora.lab.advise.pace import Pace, Work, needed_seeds, with_seeds
 from dual_lora.lab.advise.paired import DUAL, LORA, NO_SIGN, Length, length_of, methods_of, of_length, paired_study
 from dual_lora.lab.advise.rule import Rival, Why
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.device import best_device
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.study import perform
 from dual_lora.lab.study import statistics as stats
@@ -192,6 +194,12 @@ def test_too_few_minutes_say_how_many_are_needed(letters, tmp_path, monkeypatch)
     needed = int(str(found.value).partition("--minutes ")[2].partition(",")[0])
     with pytest.raises(UserError, match=f"Give --minutes {needed}"):
         plan(recipe, needed - 1, tmp_path / "out")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    for load, hint in ((0.5, False), (9999.0, best_device() == "cpu")):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load,) * 3)
+        with pytest.raises(UserError) as found:
+            plan(recipe, needed - 1, tmp_path / "out")
+        assert ("OMP_NUM_THREADS=1" in str(found.value)) == hint, "on cores that others use"
     enough = plan(recipe, needed, tmp_path / "out")
     assert enough.rows[0]["steps"] >= 20
     assert enough.done == 0

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dual_lora.lab.advise.paired import EXTEND, Length
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.device import crowded
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.record import read_metrics
 from dual_lora.lab.study import statistics as stats
@@ -127,7 +128,7 @@ def too_few(source: object, minutes: float, work: Work, spent: float, basis: str
         f"{minutes:g} minutes are too few for {source} here: three methods, each with {TRIALS} trials and "
         f"{least.seeds} seeds of {least.steps} steps, take about {needed} min (a step {', '.join(steps)}; the "
         f"{work.test} test records {work.test * record:.0f} s a run; by {basis}). Give --minutes {needed}, or fewer "
-        "test records (data.test_limit in the recipe)."
+        f"test records (data.test_limit in the recipe).{crowded()}"
     )
 
 

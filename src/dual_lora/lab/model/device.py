@@ -40,3 +40,13 @@ def check_device(device: str) -> None:
         raise UserError(
             f"The device {device!r} cannot be used here ({reason}): the best there is is {best_device()}."
         ) from None
+
+
+def crowded() -> str:
+    """A sentence on what helps where other programs use this machine's cores as well; "" where none do."""
+    import torch
+
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    if best_device() != "cpu" or torch.get_num_threads() == 1 or load < cores + 1:
+        return ""
+    return f" Other work uses the {cores} cores here (load {load:.1f}): OMP_NUM_THREADS=1 may be several times faster."
