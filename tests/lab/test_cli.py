@@ -106,6 +106,11 @@ def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     code, out, _ = call("generate", tiny_lm, "--max-new-tokens", 3, "--json")
     assert code == 0
     assert json.loads(out)["prompt"] == "is the fire warm ?"
+    for end in ("\n", "\r\n"):  # `echo` and editors write one, and the records' prompts have none
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"is the fire\nwarm ?{end}"))
+        assert json.loads(call("generate", tiny_lm, "--max-new-tokens", 3, "--json")[1])["prompt"] == (
+            "is the fire\nwarm ?"
+        )
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, _, err = call("generate", tiny_lm)
     assert code == 1
