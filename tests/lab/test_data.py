@@ -1,6 +1,7 @@
 """Data: every format read, every defect named with its file and line, labels on the answer alone, order by seed."""
 
 import json
+import warnings
 from collections import Counter
 from copy import deepcopy
 
@@ -207,6 +208,17 @@ def test_holdout_and_limits_are_fixed_and_apart(questions):
     assert load_split(data, "train") == train
     with pytest.raises(UserError, match=r"data\.holdout is 48, but .* holds only 48"):
         load_split(DataSection(train=str(questions / "train.json"), holdout=48), "train")
+
+
+def test_records_without_a_group_do_not_belong_together(file):
+    lines = [f"red {i} ?,yes,{i // 40 if i >= 160 else ''}" for i in range(200)]
+    source = str(file("a.csv", "\n".join(["prompt,answer,document", *lines]) + "\n"))
+    for seed in range(8):
+        data = DataSection(train=source, group="document", holdout=10, seed=seed)
+        train, held = load_split(data, "train"), load_split(data, "validation")
+        assert len(train) + len(held) == 200
+        assert 10 <= len(held) < 10 + 40, "up to a group more, as of records that have one"
+        assert not {e.group for e in train} & {e.group for e in held} - {""}
 
 
 def turns(*pairs):
@@ -441,6 +453,18 @@ def test_one_number_is_not_two_classes(other):
     assert len(class_names(codes)) == 5
     with pytest.raises(UserError, match=r"labels -1 and -1\.0 are one number"):
         class_names([*codes, Example("", text=("x",), label="-1.0")])
+
+
+@pytest.mark.parametrize("other", ["Very Good", "very  good", "very\u00a0good", "VERY GOOD"])
+def test_labels_that_look_the_same_are_said(other):
+    """Of a column that people have typed into: every spelling is a class, with a share of the records each."""
+    examples = [Example("", text=("x",), label=name) for name in ("bad", "very good", other)]
+    with pytest.warns(UserWarning, match="differ in case or blanks alone") as said:
+        assert len(class_names(examples)) == 3
+    assert repr(other) in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert class_names(examples[:2]) == ["bad", "very good"]
 
 
 def test_a_lone_quote_does_not_join_records(file):

@@ -124,8 +124,9 @@ def _parted(data: DataSection) -> tuple[list[Example], list[Example]]:
 
 
 def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
-    """Whole groups are held out, until they hold `holdout` records or a few more."""
-    sizes = Counter(example.group for example in examples)
+    """Whole groups are held out, until they hold `holdout` records or a few more. One without a group is its own."""
+    group_of = [example.group or example.where for example in examples]
+    sizes = Counter(group_of)
     groups = random.Random(data.seed).sample(sorted(sizes), len(sizes))
     before = itertools.accumulate((sizes[group] for group in groups), initial=0)
     held = {group for group, taken in zip(groups, before, strict=False) if taken < data.holdout}
@@ -134,7 +135,10 @@ def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[E
             f"data.holdout is {data.holdout}, which takes every group of {data.train} (data.group: {data.group}, "
             f"{len(groups)} in all): give fewer."
         )
-    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+    parts: tuple[list[Example], list[Example]] = [], []
+    for example, group in zip(examples, group_of, strict=True):
+        parts[group in held].append(example)
+    return parts
 
 
 def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
