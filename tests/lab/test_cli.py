@@ -99,6 +99,27 @@ def test_the_card_s_advice_can_be_followed(head, data, folder, advice):
     assert _next(recipe, Path(folder)) == advice
 
 
+@pytest.mark.parametrize(
+    ("given", "split", "advice"),
+    [
+        (["--data.test", "FILE"], "validation", "--evaluate.split test"),
+        (["--data.tests.mine", "FILE"], "train", "--evaluate.split test"),
+        (["--data.validation", "FILE"], "test", "--evaluate.split validation"),
+    ],
+)
+def test_records_that_are_not_measured_are_not_taken(call, write_recipe, lm_values, tiny_lm, given, split, advice):
+    """`--data.test mine.jsonl`, and the recipe's split is another: its figures would be taken for those of mine."""
+    file = lm_values["data"]["test"]
+    recipe = write_recipe({**lm_values, "evaluate": {"tasks": ["loss"], "split": split}})
+    own = ["evaluate", tiny_lm, "--recipe", recipe, *(file if part == "FILE" else part for part in given)]
+    code, _, err = call(*own, "--data.test-limit", 3)
+    assert code == 1
+    assert f"evaluate.split is {split}" in err
+    assert advice in " ".join(err.split())
+    code, out, _ = call(*own, *advice.split(), "--data.test-limit", 3, "--json")
+    assert (code, json.loads(out)["examples"]) == (0, 3)
+
+
 def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     import io
 
