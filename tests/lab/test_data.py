@@ -298,10 +298,39 @@ def test_a_missing_value_is_no_text(record, said, file):
 
 
 @pytest.mark.parametrize("name", ["system", "history"])
-def test_what_an_instruction_holds_and_nobody_reads_is_said(name, file):
-    record = {"instruction": "q", "output": "a", name: ["before"]}
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "answer": "a"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_what_stands_before_a_prompt_and_nobody_reads_is_said(name, record, file):
     with pytest.warns(UserWarning, match=f"hold {name}, which is not read"):
-        read_examples(file("a.jsonl", json.dumps(record) + "\n"), DataSection())
+        read_examples(file("a.jsonl", json.dumps({**record, name: ["before"]}) + "\n"), DataSection())
+
+
+def test_a_system_message_may_have_a_field_as_well(file):
+    turns = [{"role": role, "content": text} for role, text in (("system", "S"), ("user", "q"), ("assistant", "a"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_examples(file("a.jsonl", json.dumps({"messages": turns, "system": "S"}) + "\n"), DataSection())
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_tools_that_a_template_leaves_out_are_said(template, tokenizer):
+    """The answers are calls of what the prompt does not show."""
+    turns = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "red"}
+    example = Example("here", turns, ({"type": "function", "function": {"name": "look"}},), answer="red")
+    with pytest.warns(UserWarning, match="tools, which"):
+        Prompter(tokenizer, template).encode(example)
+    own = deepcopy(tokenizer)
+    own.chat_template = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + own.chat_template
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Prompter(own, "chat").encode(example)
+        Prompter(tokenizer, template).encode(Example("here", turns, answer="red"))
 
 
 def test_an_input_of_nan_is_none(file):

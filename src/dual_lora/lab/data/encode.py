@@ -87,6 +87,12 @@ class Prompter:
     def prompt_text(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> str:
         """The prompt as text, up to where the answer begins."""
         kind = self.kind
+        if tools and (kind != "chat" or "tools" not in str(self.tokenizer.chat_template)):
+            warn(
+                f"Records hold tools, which the {kind} template does not write into a prompt: say in the messages what "
+                "can be called.",
+                stacklevel=2,
+            )
         if kind == "chat":
             more = {**fixed_date(self.tokenizer), **({"tools": list(tools)} if tools else {})}
             try:

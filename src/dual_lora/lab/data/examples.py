@@ -247,12 +247,6 @@ def _instruction(record: Record) -> Example:
     text = _text(record, "instruction")
     if not _is_missing(record.values.get("input")):
         text = f"{text}\n\n{_text(record, 'input')}"
-    if unread := [name for name in ("system", "history") if not _is_missing(record.values.get(name))]:
-        warn(
-            f"Records of the form instruction hold {' and '.join(unread)}, which is not read: write them as messages "
-            "to learn with it.",
-            stacklevel=2,
-        )
     answer = _text(record, "output")
     return _generation(record, _turn(text, answer), answer)
 
@@ -272,6 +266,10 @@ def _facts(record: Record) -> Example:
 def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: tuple[Any, ...] = ()) -> Example:
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
+    before = {name: record.values.get(name) for name in ("system", "history")}
+    said = [message["content"] for message in messages]
+    if unread := [name for name, value in before.items() if not _is_missing(value) and value not in said]:
+        warn(f"Records hold {' and '.join(unread)}, which is not read: write it as one of the messages.", stacklevel=2)
     target = record.values.get("answer")
     target = answer if _is_missing(target) else _text(record, "answer")
     choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")
