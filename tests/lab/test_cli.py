@@ -99,6 +99,16 @@ def test_the_card_s_advice_can_be_followed(head, data, folder, advice):
     assert _next(recipe, Path(folder)) == advice
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_a_limit_of_the_recipe_on_other_records_is_shown(call, write_recipe, lm_values, tmp_path, said):
+    """A shipped recipe's train_limit holds for the records that --data.train names, too."""
+    lm_values["data"] |= {"train_limit": 9} if said else {}
+    own = ("--data.train", lm_values["data"]["train"], "--train.steps", 1)
+    code, out, _ = call("train", write_recipe(lm_values), "--out", tmp_path / "run", *own)
+    assert code == 0
+    assert ("data.train_limit" in out) is said
+
+
 @pytest.mark.parametrize(
     ("given", "split", "advice"),
     [
