@@ -99,6 +99,37 @@ def test_the_card_s_advice_can_be_followed(head, data, folder, advice):
     assert _next(recipe, Path(folder)) == advice
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_a_limit_of_the_recipe_on_other_records_is_shown(call, write_recipe, lm_values, tmp_path, said):
+    """A shipped recipe's train_limit holds for the records that --data.train names, too."""
+    lm_values["data"] |= {"train_limit": 9} if said else {}
+    own = ("--data.train", lm_values["data"]["train"], "--train.steps", 1)
+    code, out, _ = call("train", write_recipe(lm_values), "--out", tmp_path / "run", *own)
+    assert code == 0
+    assert ("data.train_limit" in out) is said
+
+
+@pytest.mark.parametrize(
+    ("given", "split", "advice"),
+    [
+        (["--data.test", "FILE"], "validation", "--evaluate.split test"),
+        (["--data.tests.mine", "FILE"], "train", "--evaluate.split test"),
+        (["--data.validation", "FILE"], "test", "--evaluate.split validation"),
+    ],
+)
+def test_records_that_are_not_measured_are_not_taken(call, write_recipe, lm_values, tiny_lm, given, split, advice):
+    """`--data.test mine.jsonl`, and the recipe's split is another: its figures would be taken for those of mine."""
+    file = lm_values["data"]["test"]
+    recipe = write_recipe({**lm_values, "evaluate": {"tasks": ["loss"], "split": split}})
+    own = ["evaluate", tiny_lm, "--recipe", recipe, *(file if part == "FILE" else part for part in given)]
+    code, _, err = call(*own, "--data.test-limit", 3)
+    assert code == 1
+    assert f"evaluate.split is {split}" in err
+    assert advice in " ".join(err.split())
+    code, out, _ = call(*own, *advice.split(), "--data.test-limit", 3, "--json")
+    assert (code, json.loads(out)["examples"]) == (0, 3)
+
+
 def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     import io
 
@@ -106,6 +137,11 @@ def test_generate_reads_standard_input(call, monkeypatch, tiny_lm):
     code, out, _ = call("generate", tiny_lm, "--max-new-tokens", 3, "--json")
     assert code == 0
     assert json.loads(out)["prompt"] == "is the fire warm ?"
+    for end in ("\n", "\r\n"):  # `echo` and editors write one, and the records' prompts have none
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"is the fire\nwarm ?{end}"))
+        assert json.loads(call("generate", tiny_lm, "--max-new-tokens", 3, "--json")[1])["prompt"] == (
+            "is the fire\nwarm ?"
+        )
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, _, err = call("generate", tiny_lm)
     assert code == 1

@@ -1,6 +1,7 @@
 """Data: every format read, every defect named with its file and line, labels on the answer alone, order by seed."""
 
 import json
+import warnings
 from collections import Counter
 from copy import deepcopy
 
@@ -209,6 +210,17 @@ def test_holdout_and_limits_are_fixed_and_apart(questions):
         load_split(DataSection(train=str(questions / "train.json"), holdout=48), "train")
 
 
+def test_records_without_a_group_do_not_belong_together(file):
+    lines = [f"red {i} ?,yes,{i // 40 if i >= 160 else ''}" for i in range(200)]
+    source = str(file("a.csv", "\n".join(["prompt,answer,document", *lines]) + "\n"))
+    for seed in range(8):
+        data = DataSection(train=source, group="document", holdout=10, seed=seed)
+        train, held = load_split(data, "train"), load_split(data, "validation")
+        assert len(train) + len(held) == 200
+        assert 10 <= len(held) < 10 + 40, "up to a group more, as of records that have one"
+        assert not {e.group for e in train} & {e.group for e in held} - {""}
+
+
 def turns(*pairs):
     messages = tuple({"role": role, "content": text} for role, text in pairs)
     return Example("here", messages, answer=messages[-1]["content"])
@@ -286,10 +298,39 @@ def test_a_missing_value_is_no_text(record, said, file):
 
 
 @pytest.mark.parametrize("name", ["system", "history"])
-def test_what_an_instruction_holds_and_nobody_reads_is_said(name, file):
-    record = {"instruction": "q", "output": "a", name: ["before"]}
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "q", "output": "a"},
+        {"prompt": "q", "answer": "a"},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_what_stands_before_a_prompt_and_nobody_reads_is_said(name, record, file):
     with pytest.warns(UserWarning, match=f"hold {name}, which is not read"):
-        read_examples(file("a.jsonl", json.dumps(record) + "\n"), DataSection())
+        read_examples(file("a.jsonl", json.dumps({**record, name: ["before"]}) + "\n"), DataSection())
+
+
+def test_a_system_message_may_have_a_field_as_well(file):
+    turns = [{"role": role, "content": text} for role, text in (("system", "S"), ("user", "q"), ("assistant", "a"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_examples(file("a.jsonl", json.dumps({"messages": turns, "system": "S"}) + "\n"), DataSection())
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_tools_that_a_template_leaves_out_are_said(template, tokenizer):
+    """The answers are calls of what the prompt does not show."""
+    turns = {"role": "user", "content": "sky ?"}, {"role": "assistant", "content": "red"}
+    example = Example("here", turns, ({"type": "function", "function": {"name": "look"}},), answer="red")
+    with pytest.warns(UserWarning, match="tools, which"):
+        Prompter(tokenizer, template).encode(example)
+    own = deepcopy(tokenizer)
+    own.chat_template = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + own.chat_template
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Prompter(own, "chat").encode(example)
+        Prompter(tokenizer, template).encode(Example("here", turns, answer="red"))
 
 
 def test_an_input_of_nan_is_none(file):
@@ -441,6 +482,18 @@ def test_one_number_is_not_two_classes(other):
     assert len(class_names(codes)) == 5
     with pytest.raises(UserError, match=r"labels -1 and -1\.0 are one number"):
         class_names([*codes, Example("", text=("x",), label="-1.0")])
+
+
+@pytest.mark.parametrize("other", ["Very Good", "very  good", "very\u00a0good", "VERY GOOD"])
+def test_labels_that_look_the_same_are_said(other):
+    """Of a column that people have typed into: every spelling is a class, with a share of the records each."""
+    examples = [Example("", text=("x",), label=name) for name in ("bad", "very good", other)]
+    with pytest.warns(UserWarning, match="differ in case or blanks alone") as said:
+        assert len(class_names(examples)) == 3
+    assert repr(other) in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert class_names(examples[:2]) == ["bad", "very good"]
 
 
 def test_a_lone_quote_does_not_join_records(file):

@@ -128,6 +128,16 @@ def test_options_of_a_recipe():
     assert options.with_method("lora").method == {"name": "lora", "r": 32, "target_modules": "all-linear"}
 
 
+def test_a_model_of_several_parts_is_refused_in_words(call, tmp_path):
+    """Of text and pictures: its blocks stand in parts of the configuration."""
+    from transformers import Gemma3Config
+
+    Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    code, _, err = call(tmp_path)
+    assert code == 1
+    assert "several parts" in err
+
+
 def test_options_of_a_model_know_its_head(folder):
     assert from_model("deberta-v3-base").head == "classification"
     assert from_model(str(folder)).head == "causal"

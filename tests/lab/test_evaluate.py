@@ -17,7 +17,7 @@ from dual_lora.lab.model.generate import ends_of, generate, texts_of
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
-from dual_lora.lab.recipe.schema import EvaluateSection
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run import scoring
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.evaluate import evaluate
@@ -157,6 +157,19 @@ def test_wrong_tasks_and_folders(lm_values, encoder_values, tmp_path, tiny_lm):
     (tmp_path / "run/recipe.yaml").write_text("")
     with pytest.raises(UserError, match="is not finished"):
         open_tuned(tmp_path / "run")
+
+
+def test_prompts_written_otherwise_than_in_training_are_said(lm_values, tmp_path):
+    """The recipe of other data says nothing of the template, and auto is another one than the run's."""
+    lm_values["data"]["template"], lm_values["train"]["steps"] = "alpaca", 1
+    tuned = run(build_recipe(lm_values), tmp_path / "run", progress=False).tuned
+    own, other = tuned.recipe.data, DataSection(test=lm_values["data"]["test"])
+    spec = EvaluateSection(tasks=["loss"], base=False)
+    with pytest.warns(UserWarning, match=r"template alpaca.*data\.template"):
+        evaluate(tuned, other, spec, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        evaluate(tuned, own, spec, progress=False)
 
 
 def test_damaged_and_misplaced_adapters(lm_values, encoder_values, tmp_path, tiny_lm):

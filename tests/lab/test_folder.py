@@ -130,6 +130,18 @@ def test_a_link_to_an_empty_folder_is_an_output_like_any_other(tmp_path):
     assert list((tmp_path / "real").iterdir()) == []
 
 
+def test_what_never_began_can_be_overwritten(tiny_lm, questions, tmp_path):
+    """An argument that stops a run before its first step, and the next attempt fails before anything is written."""
+    out, recipe = tmp_path / "out", values(tiny_lm, questions)
+    wrong = {**recipe, "train": {**recipe["train"], "arguments": {"adam_epsilon": "1e-6"}}}
+    with pytest.raises(UserError, match="Training could not begin"):
+        run(build_recipe(wrong), out, progress=False)
+    with pytest.raises(UserError, match="no data file"):
+        run(build_recipe({**recipe, "data": {"train": "nowhere.jsonl"}}), out, overwrite=True, progress=False)
+    assert not out.exists()
+    assert run(build_recipe(recipe), out, overwrite=True, progress=False).state == "finished"
+
+
 def test_overwrite_removes_what_the_run_wrote(copied, tiny_lm, questions):
     assert files_in(copied, OWN)[1] == []
     before = (copied / "record.json").read_bytes()

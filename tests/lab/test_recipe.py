@@ -78,6 +78,10 @@ def test_what_is_given_is_not_outweighed_by_what_the_recipe_says_otherwise():
     assert list(found.rates.items()) == [("lora_B", 4.0), (".*", 2.0)], "the first that fits counts"
     same = merged({"train": {"steps": 60, "epochs": 1.0}}, {"train": {"epochs": 1}})["train"]
     assert "steps" not in same, "epochs of the same number are asked for too"
+    held = merged({"data": {"validation": "v.jsonl", "train": "t.jsonl"}}, {"data": {"holdout": 20}})["data"]
+    assert held == {"train": "t.jsonl", "holdout": 20}, "validation records would be taken in their place"
+    kept = {"validation": "v.jsonl", "holdout": 20}
+    assert merged({"data": {"validation": "v.jsonl"}}, {"data": kept})["data"] == kept
     both = merged({"train": train}, {"train": {"epochs": 2.0, "steps": 3, "arguments": {"warmup_steps": 1}}})["train"]
     assert (both["steps"], both["arguments"]["warmup_steps"]) == (3, 1)
 

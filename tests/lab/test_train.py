@@ -96,6 +96,42 @@ def test_resume_equals_no_stop_for(method, lm_values, tmp_path, monkeypatch):
     assert metrics(tmp_path / "straight") == metrics(tmp_path / "stopped")
 
 
+def test_a_run_s_recipe_is_the_one_that_its_last_session_had(lm_values, tmp_path, monkeypatch):
+    """As its record and the adapter's note: `--resume` takes another evaluation and, on more devices, fewer rows."""
+    from dual_lora.lab.model.opened import open_tuned
+    from dual_lora.lab.recipe.read import read_recipe
+
+    lm_values["train"] |= {"steps": 6, "checkpoint_every": 2}
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Stopped):
+            run(build_recipe(lm_values), tmp_path / "run", progress=False)
+    lm_values["evaluate"] = {"tasks": ["choice"], "batch_size": 3}
+    run(build_recipe(lm_values), tmp_path / "run", resume=True, progress=False)
+    kept = read_recipe(tmp_path / "run")
+    assert kept.evaluate.tasks == ["choice"]
+    assert kept == open_tuned(tmp_path / "run").recipe
+
+
+def test_a_line_of_metrics_is_the_mean_of_all_its_steps_after_a_stop_too(lm_values, tmp_path, monkeypatch):
+    """Lines at 4, 8 and 9, checkpoints at 3 and 6, stopped after 5: the steps before a checkpoint count in the line
+    that comes after it."""
+    lm_values["train"] |= {"steps": 9, "log_every": 4, "checkpoint_every": 3}
+    recipe = build_recipe(lm_values)
+    straight_and_stopped(recipe, tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(Stopped):
+            run(recipe, tmp_path / "stopped", resume=True, progress=False)
+    run(recipe, tmp_path / "stopped", resume=True, progress=False)
+    one, other = (
+        [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in ("straight", "stopped")
+    )
+    assert [line["step"] for line in one] == [line["step"] for line in other] == [4, 8, 9]
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in other], rel=1e-6)
+
+
 def test_a_start_from_gradients_is_saved_as_a_change_of_the_untouched_base(lm_values, tmp_path):
     """LoRA-GA's start sits in the base weights as well; the saved adapter has to fit the base that everybody has."""
     from dual_lora.lab.model.opened import open_tuned

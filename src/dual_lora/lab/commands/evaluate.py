@@ -9,6 +9,7 @@ from pydantic import create_model
 
 from dual_lora.lab.commands.card import duration, figures_table, finish
 from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
+from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 
@@ -48,6 +49,7 @@ def evaluate(
     data, spec = (ground.data, ground.evaluate) if ground else (DataSection(), EvaluateSection())
     values = merged({"data": data.model_dump(), "evaluate": spec.model_dump()}, overrides)
     data, spec = DataSection.model_validate(values["data"]), EvaluateSection.model_validate(values["evaluate"])
+    _check_split(overrides.get("data", {}), spec.split)
     result = run_evaluation(tuned, data, spec)
     if recipe and ground and ground.origin and not otherwise(ground, data, spec):
         result.reported = ground.origin.reported
@@ -60,6 +62,16 @@ def evaluate(
     cut = f", {result.cut} longer than data.max_length" if result.cut else ""
     title = f"{result.source} · {result.split}, {result.examples:,} examples{cut}"
     finish(result.summary(), figures_table(title, ["", *columns], rows), json)
+
+
+def _check_split(given: dict[str, Any], split: str) -> None:
+    """Raise UserError for records that are given and would not be measured."""
+    named = {"test": given.get("test") or given.get("tests"), "validation": given.get("validation")}
+    if other := [name for name, source in named.items() if source and not named.get(split)]:
+        raise UserError(
+            f"--data.{other[0]} names {other[0]} records, and evaluate.split is {split}: add --evaluate.split "
+            f"{other[0]}, so that they are measured."
+        )
 
 
 def _shown(figure: float | str) -> str:

@@ -33,7 +33,7 @@ def generate(
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise UserError("Give a prompt after the run folder, or pipe one into standard input.")
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")  # the end of the last line, not of the prompt
     assert prompt is not None
     if not prompt.strip():
         raise UserError("The prompt is empty.")

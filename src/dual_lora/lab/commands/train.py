@@ -1,8 +1,10 @@
 """dual-lora train"""
 
+from __future__ import annotations
+
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -13,6 +15,9 @@ from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from dual_lora.lab.run.train import RunResult
 
 RecipeFlags: Any = flags(Recipe)
 
@@ -58,7 +63,7 @@ def train(
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {
         "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s",
-        "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}",
+        "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}{_limited(chosen, result)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
         "memory": f"{size(result.peak_memory)} at the peak",
@@ -70,6 +75,12 @@ def train(
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(exit_status(Stopped(result.stopped_by)))
+
+
+def _limited(recipe: Recipe, result: RunResult) -> str:
+    """That the recipe takes so many records and no more, which it does of others than its own too."""
+    read = result.examples + result.left_out * (recipe.model.head == "causal")  # a classifier's are cut
+    return f" (data.train_limit: {read:,})" if read == recipe.data.train_limit else ""
 
 
 def _next(recipe: Recipe, folder: Path) -> str:

@@ -158,6 +158,11 @@ def model_config(path: str) -> tuple[PreTrainedConfig, Head]:
             raise UserError(f"{path!r} is neither a recipe, a model folder nor a built-in model.{near}")
         return load_config(path), published_family(path).head
     config = load_config(path)
+    if not hasattr(config, "num_hidden_layers"):
+        raise UserError(
+            f"{path} is a model of several parts ({config.model_type}), and an estimate knows one stack of blocks: "
+            "give a folder with the configuration of its text model alone, or a name from --models."
+        )
     names = " ".join(getattr(config, "architectures", None) or [])
     causal = "CausalLM" in names or "LMHead" in names or not names
     return config, "causal" if causal else "classification"

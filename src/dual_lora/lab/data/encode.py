@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.examples import Example, answer_of, as_whole, text_of
 from dual_lora.lab.errors import UserError, described
 
@@ -86,6 +87,12 @@ class Prompter:
     def prompt_text(self, messages: tuple[dict[str, Any], ...], tools: tuple[Any, ...] = ()) -> str:
         """The prompt as text, up to where the answer begins."""
         kind = self.kind
+        if tools and (kind != "chat" or "tools" not in str(self.tokenizer.chat_template)):
+            warn(
+                f"Records hold tools, which the {kind} template does not write into a prompt: say in the messages what "
+                "can be called.",
+                stacklevel=2,
+            )
         if kind == "chat":
             more = {**fixed_date(self.tokenizer), **({"tools": list(tools)} if tools else {})}
             try:
@@ -183,6 +190,15 @@ def class_names(examples: list[Example]) -> list[str]:
         raise UserError(
             f"The labels {as_whole(twice[0])} and {twice[0]} are one number and would be two classes: write it "
             "in one way."
+        )
+    alike: dict[str, list[str]] = {}
+    for name in sorted(names):
+        alike.setdefault(" ".join(name.casefold().split()), []).append(name)
+    if spelled := [repr(name) for same in alike.values() if len(same) > 1 for name in same]:
+        warn(
+            f"The labels {', '.join(spelled[:6])} differ in case or blanks alone, and each is a class of its own: "
+            "write a class in one way.",
+            stacklevel=2,
         )
     # The name decides between 1 and 1.0: a set's own order is another one in every process.
     return sorted(names, key=lambda name: (0, float(name), name) if _is_number(name) else (1, 0.0, name))

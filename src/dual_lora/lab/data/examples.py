@@ -124,8 +124,9 @@ def _parted(data: DataSection) -> tuple[list[Example], list[Example]]:
 
 
 def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[Example], list[Example]]:
-    """Whole groups are held out, until they hold `holdout` records or a few more."""
-    sizes = Counter(example.group for example in examples)
+    """Whole groups are held out, until they hold `holdout` records or a few more. One without a group is its own."""
+    group_of = [example.group or example.where for example in examples]
+    sizes = Counter(group_of)
     groups = random.Random(data.seed).sample(sorted(sizes), len(sizes))
     before = itertools.accumulate((sizes[group] for group in groups), initial=0)
     held = {group for group, taken in zip(groups, before, strict=False) if taken < data.holdout}
@@ -134,7 +135,10 @@ def _parted_by_group(examples: list[Example], data: DataSection) -> tuple[list[E
             f"data.holdout is {data.holdout}, which takes every group of {data.train} (data.group: {data.group}, "
             f"{len(groups)} in all): give fewer."
         )
-    return [e for e in examples if e.group not in held], [e for e in examples if e.group in held]
+    parts: tuple[list[Example], list[Example]] = [], []
+    for example, group in zip(examples, group_of, strict=True):
+        parts[group in held].append(example)
+    return parts
 
 
 def _limited(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
@@ -243,12 +247,6 @@ def _instruction(record: Record) -> Example:
     text = _text(record, "instruction")
     if not _is_missing(record.values.get("input")):
         text = f"{text}\n\n{_text(record, 'input')}"
-    if unread := [name for name in ("system", "history") if not _is_missing(record.values.get(name))]:
-        warn(
-            f"Records of the form instruction hold {' and '.join(unread)}, which is not read: write them as messages "
-            "to learn with it.",
-            stacklevel=2,
-        )
     answer = _text(record, "output")
     return _generation(record, _turn(text, answer), answer)
 
@@ -268,6 +266,10 @@ def _facts(record: Record) -> Example:
 def _generation(record: Record, messages: tuple[Any, ...], answer: str, tools: tuple[Any, ...] = ()) -> Example:
     if not answer.strip():
         raise UserError(f"{record.where}: the answer is empty, there is nothing to learn from.")
+    before = {name: record.values.get(name) for name in ("system", "history")}
+    said = [message["content"] for message in messages]
+    if unread := [name for name, value in before.items() if not _is_missing(value) and value not in said]:
+        warn(f"Records hold {' and '.join(unread)}, which is not read: write it as one of the messages.", stacklevel=2)
     target = record.values.get("answer")
     target = answer if _is_missing(target) else _text(record, "answer")
     choices = _list(record, "choices") or _choices_in(str(messages[-2]["content"]) if len(messages) > 1 else "")

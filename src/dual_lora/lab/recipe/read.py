@@ -71,16 +71,17 @@ def problems(error: ValidationError) -> str:
 
 
 # What is dropped where something else is given in its place, and what goes with a value that is given anew.
-_IN_PLACE = {"data": (("test", "tests"), ("tests", "test")), "train": (("epochs", "steps"),)}
+_IN_PLACE = {"data": (("test", "tests"), ("tests", "test"), ("holdout", "validation")), "train": (("epochs", "steps"),)}
 _BELONGS = {"model": (("path", "revision"),)}
 
 
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``overrides`` laid over ``values``, mapping by mapping.
 
-    A new method name drops the old method's fields, another model.path the revision, and data.test the recipe's
-    data.tests (and the other way round). train.epochs drops its steps, train.lr_warmup the same among train.arguments.
-    Patterns of train.rates that are given come before the recipe's, as the first that fits counts.
+    A new method name drops the old method's fields, another model.path the revision, data.test the recipe's data.tests
+    (and the other way round), data.holdout its validation records. train.epochs drops its steps, train.lr_warmup the
+    same among train.arguments. Patterns of train.rates that are given come before the recipe's, as the first that fits
+    counts.
     """
     result = dict(values)
     for key, value in overrides.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dual_lora._warning import warn
 from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.data.records import read_records
@@ -99,6 +100,8 @@ def evaluate(
     tasks = _tasks(list(spec.tasks), examples, tuned)
     chosen = variants or [v for v in tuned.variants if spec.base or v != "base" or tuned.variants == ["base"]]
     prompter = Prompter(tuned.tokenizer, data.template)
+    if tuned.recipe is not None and examples[0].messages:
+        _check_template(prompter, Prompter(tuned.tokenizer, tuned.recipe.data.template))
     metrics: dict[str, dict[str, float]] = {v: {} for v in chosen}
     seconds: dict[str, float] = dict.fromkeys(chosen, 0.0)
     items: list[dict[str, Any]] = []
@@ -136,6 +139,16 @@ def evaluate(
         apart = [hashlib.sha256(json_text(result.other).encode()).hexdigest()[:8]] if result.other else []
         result.file = str(write_result(result, tuned.run / "evaluation" / "-".join([spec.split, *tasks, *apart])))
     return result
+
+
+def _check_template(asked: Prompter, trained: Prompter) -> None:
+    """Say that prompts are written in another way than the adapter has learned them."""
+    if asked.kind != trained.kind:
+        warn(
+            f"The run learned prompts of the template {trained.kind}, and is asked by {asked.kind}: for its own, give "
+            f"data.template: {trained.template}.",
+            stacklevel=3,
+        )
 
 
 def mean_losses(

@@ -184,6 +184,9 @@ def remove_own(folder: Path, own: Iterable[str], keep: str = "") -> None:
         with contextlib.suppress(OSError):  # something else lies in it
             while (file := file.parent) != folder:
                 file.rmdir()
+    for name in {pattern.partition("/")[0] for pattern in own if "/" in pattern}:
+        with contextlib.suppress(OSError):  # made by a run that wrote nothing into it
+            (folder / name).rmdir()
 
 
 def not_ours(folder: Path, other: Path) -> str:

@@ -284,9 +284,10 @@ def _arguments(
 
 def check_names(part: TrainSection) -> None:
     """Raise UserError for an optimizer or a further argument that transformers does not know."""
+    known = TrainingArguments.__dataclass_fields__.keys()  # of this version of transformers
     for key in part.arguments:
-        if key not in TrainingArguments.__dataclass_fields__:
-            raise UserError(f"train.arguments has no field {key!r}.{suggest(key, ARGUMENTS)}")
+        if key not in known:
+            raise UserError(f"train.arguments has no field {key!r}.{suggest(key, ARGUMENTS & known)}")
         if key not in ARGUMENTS:
             raise UserError(
                 f"train.arguments may not set {key!r}: a recipe says how to train, not where files go or what is sent "

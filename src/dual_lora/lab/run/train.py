@@ -282,9 +282,9 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
 
 def _begin(recipe: Recipe, folder: RunFolder, record: dict[str, Any], start: int) -> None:
     """Write recipe and record; of the metrics of an earlier session keep those up to the checkpoint."""
-    anew = not folder.is_run or (folder.record.is_file() and not start)  # which may take other rows at once
-    write_json(folder.record, record)  # first: a recipe alone may be the user's own
-    if anew:
+    ours = not folder.is_run or folder.record.is_file()  # a recipe alone may be the user's own
+    write_json(folder.record, record)  # first, for the same reason
+    if ours:  # on resuming too: what may change then (evaluation, rows at once) is what record and adapter say
         write_atomically(folder.recipe, recipe.to_yaml())
     kept = [line for line in read_metrics(folder.metrics) if line["step"] <= start]
     write_atomically(folder.metrics, "".join(json_text(line) + "\n" for line in kept))

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, on_signals
 from dual_lora.lab.model.device import best_device, process_count
 from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.read import read_object
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.write import json_text, mark_whole, write_json
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
-SECONDS = "seconds.json"  # in a checkpoint: the training time until then
+SECONDS = "seconds.json"  # in a checkpoint: the training time until then, and the loss since the last line
 ECHO = 10.0  # seconds within which a launcher passes on the Ctrl-C that its processes have had from the terminal
 FULL_SHARE = 0.6  # of all threads' time; two threads that wait for each other get about half
 
@@ -37,6 +38,7 @@ class Watch(TrainerCallback):
         self.losses: list[torch.Tensor] = []
         self.begun = False  # whether a step of this session has: what fails before is the checkpoint
         self.stopped_by = 0  # the signal that asked for the end
+        self._since = self._before = (0.0, 0)  # the last line: sum of losses, steps; of those, in earlier sessions
         self._start: float | None = None
         self._first = 0
         self._end: float | None = None
@@ -63,6 +65,9 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._start = self._step_ended = time.perf_counter()
         self._first = state.global_step
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            total, steps = read_object(self.folder.checkpoints / f"checkpoint-{self._first}" / SECONDS)["since_line"]
+            self._since = self._before = float(total), int(steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end = time.perf_counter()
@@ -76,6 +81,7 @@ class Watch(TrainerCallback):
         self.losses.clear()
         if not math.isfinite(loss):
             raise NotFinite(f"The loss became {loss} at step {step}.")
+        self._since = self._since[0] + loss, self._since[1] + 1
         rate = (self.tokens[step] - self.tokens[self._first]) / self.seconds()
         self.bar.to(step, f"loss {loss:.4f} · {rate:,.0f} tokens/s")
         self._look_at_threads()
@@ -105,7 +111,11 @@ class Watch(TrainerCallback):
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not self.main or not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs = {**logs, "loss": self._of_all_steps(logs["loss"])}
+        if not self.main:
             return
         if "eval_loss" in logs:
             self._pause()
@@ -114,13 +124,22 @@ class Watch(TrainerCallback):
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
 
+    def _of_all_steps(self, loss: float) -> float:
+        """Trainer's mean over this session's steps since the last line, with those of earlier sessions in it."""
+        (total, before), (_, steps) = self._before, self._since
+        self._since = self._before = 0.0, 0
+        return (total + loss * (steps - before)) / steps if before else loss
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         self._pause()
         if self.main:
             checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
-            write_json(checkpoint / SECONDS, {"seconds": round(self.earlier + self.seconds(), 3)})
+            known: dict[str, Any] = {"seconds": round(self.earlier + self.seconds(), 3)}
+            if process_count() == 1:  # of several, each knows the loss of its own rows alone
+                known["since_line"] = self._since
+            write_json(checkpoint / SECONDS, known)
             mark_whole(checkpoint)
             self.folder.keep_newest(self.keep)
         self._pause()
