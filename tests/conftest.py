@@ -21,6 +21,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(1)
+if hasattr(os, "register_at_fork"):  # OpenMP's threads stay behind in a fork: a team of several would wait for ever
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 # A build for CUDA without a GPU starts a thread for one if the first backward comes after a FakeTensorMode, and no fork
 # can train from then on.
 torch.ones(1, requires_grad=True).sum().backward()
