@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from .layer import Linear, named_layers
+from .saved import PEFT_PREFIX, named_as_saved
 
 # Above this, look at the loss on data before a LoRA stands in for the adapter.
 TOO_MUCH = 0.3
-PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -90,7 +90,7 @@ def convert_to_lora(
             raise ValueError(f"The layer {name!r} of adapter {adapter_name!r} holds NaN or infinity: it seems broken.")
         A, B, error = truncated(layer._matrix(layer.get_delta_weight(adapter_name)), rank)
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
-        losses.append(LayerLoss(name.removeprefix(PREFIX), A.shape[0], error))
+        losses.append(LayerLoss(name.removeprefix(PEFT_PREFIX), A.shape[0], error))
         advance(1)
     widest = max(loss.rank for loss in losses)
     for key, factor in state.items():  # A [rank, I] or B [O, rank]
@@ -156,7 +156,9 @@ def what_stays(model: nn.Module, config: Any, layers: dict[str, Any]) -> dict[st
 
 def _targets(model: nn.Module, layers: dict[str, Any]) -> list[str] | str:
     """What matches these layers and no other: the last parts of their names, their names, or an expression of these."""
-    whole, others = ({name.removeprefix(PREFIX) for name in names} for names in (layers, dict(model.named_modules())))
+    whole, others = (
+        {name.removeprefix(PEFT_PREFIX) for name in names} for names in (layers, dict(model.named_modules()))
+    )
     for targets in ({name.rpartition(".")[2] for name in whole}, whole):
         if whole == {name for name in others if any(f".{name}".endswith(f".{target}") for target in targets)}:
             return sorted(targets)
@@ -169,11 +171,6 @@ def what_else_is_saved(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
         return {}
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return {key: value for key, value in state.items() if ".lora_" not in key and ".dual_lora_" not in key}
-
-
-def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the prefix that PEFT's files have; a model into which transformers has loaded has none."""
-    return {PREFIX + key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
 def write_adapter(path: str | os.PathLike[str], config: PeftConfig, state: dict[str, Tensor]) -> None:

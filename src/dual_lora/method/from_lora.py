@@ -22,17 +22,9 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import DualLoraConfig
-from .conversion import (
-    PREFIX,
-    named_as_saved,
-    refuse_biases,
-    table,
-    truncated,
-    what_else_is_saved,
-    what_stays,
-    write_adapter,
-)
+from .conversion import refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
 from .fast_paths import is_read
+from .saved import PEFT_PREFIX, named_as_saved
 
 
 class LayerKept(NamedTuple):
@@ -102,8 +94,8 @@ def convert_to_dual_lora(
         factors, cosine, signs = near(layer.scaling[adapter_name] * B.float(), A.float(), ranks[0], std, name)
         for letter, factor in zip("ABCD", factors, strict=True):
             state[f"{name}.dual_lora_{letter}"] = factor
-        kept.append(LayerKept(name.removeprefix(PREFIX), *ranks, cosine, signs))
-        patterns[name.removeprefix(PREFIX)] = list(ranks)
+        kept.append(LayerKept(name.removeprefix(PEFT_PREFIX), *ranks, cosine, signs))
+        patterns[name.removeprefix(PEFT_PREFIX)] = list(ranks)
         advance(1)
     usual = max(patterns.values(), key=list(patterns.values()).count)
     dual = DualLoraConfig(

@@ -43,6 +43,11 @@ def with_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     transformers loads one, has the names of that model, of which PEFT would load nothing in silence."""
     if not any(name.startswith(PEFT_PREFIX) for name, _ in model.named_parameters()):
         return state
+    return named_as_saved(state)
+
+
+def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the prefix that PEFT's files have; a model into which transformers has loaded has none."""
     return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
