@@ -21,13 +21,15 @@ def _looking_first(load_adapter: Any) -> Any:
     @functools.wraps(load_adapter)
     def wrapped(model: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
         subfolder = (kwargs.get("adapter_kwargs") or {}).get("subfolder") or ""
+        names = list(kwargs.get("adapter_state_dict") or (args[2] if len(args) > 2 and args[2] else ()))
         if _is_ours(peft_model_id, subfolder):
-            import_module("dual_lora.method.saved").check_file(peft_model_id, subfolder)
+            names += import_module("dual_lora.method.saved").check_file(peft_model_id, subfolder)
         before = set(getattr(model, "peft_config", {}))
         result = load_adapter(model, peft_model_id, *args, **kwargs)
         for name in set(model.peft_config) - before:
             if model.peft_config[name].peft_type == "DUAL_LORA":
-                import_module("dual_lora.method.loaded").settle(model, name)
+                has_counts = not names or any("dual_lora_left" in tensor for tensor in names)
+                import_module("dual_lora.method.loaded").settle(model, name, has_counts)
         return result
 
     return wrapped

@@ -41,6 +41,11 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
+def _is_unwatched(tensor: Tensor) -> bool:
+    """Whether writes to a tensor are not seen here: made in inference mode, offloaded, or shared with processes."""
+    return version_of(tensor) is None or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
+
+
 class _Entry(NamedTuple):
     states: list[tuple[Any, ...]]
     storages: list[StorageWeakRef]  # weakly held, a freed storage's address does not come back
@@ -68,7 +73,7 @@ class ComposedWeights:
         self, layer: nn.Module, sources: list[Tensor], extra: tuple[Any, ...], make: Callable[[], Tensor]
     ) -> Tensor:
         """The layer's composed weight, made now if the kept one has other sources. [O, I]"""
-        if any(version_of(t) is None or t.is_meta for t in sources):  # meta: offloaded
+        if any(_is_unwatched(t) for t in sources):
             return make()
         kept = self._entries.get(layer)
         if kept is not None and kept.extra == extra and kept.states == [_state(t) for t in sources]:

@@ -4,39 +4,64 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import MISSING, InitVar, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .._warning import warn
 from ..core.reference import Direction, Form, Magnitude, Ste
+from . import lora_fields
 from .saved import check_file
 
 Rank = int | list[int] | tuple[int, int]
-FORMAT_VERSION = 1
+Start = bool | Literal["paper", "zero"]
+FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
+
+ALPHA = 4.0
+"""α over r by default: what one step at LoRA's rate gains is then what LoRA's gains with `lora_alpha=2*r`."""
+
+EARLIER_ALPHA = 2.0
+"""The same for the paper's start, and for adapters of earlier versions."""
+
+LORA_ALPHA = 2.0
+"""α for each unit of LoRA's `lora_alpha`, at equal strength."""
+
+PAPER_WARMUP = 50
 
 
 @dataclass
 class DualLoraConfig(PeftConfig):
-    """Configuration of Dual LoRA: ΔW = λ · α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
+    """Configuration of Dual LoRA: ΔW = α/√(r1 r2) · ReLU(B A) ⊙ Sign(D C).
 
     `r` is the total budget: `DualLoraConfig(r=16)` trains as many parameters as `LoraConfig(r=16)`, with
-    r1 = r2 = 8. `lora_alpha` and `lora_dropout` are other names of `alpha` and `dropout`. The defaults suit a learning
-    rate that suits LoRA.
+    r1 = r2 = 8. At the start B is zero, and with it ΔW. A learning rate that suits LoRA suits this method.
+
+    LoRA's names are taken as well. `lora_alpha=16` is the strength that LoRA has with it (`alpha=32`), `lora_dropout`
+    is `dropout`. LoRA's other fields are taken where they mean plain LoRA. `DualLoraConfig.paper(…)` is the paper's
+    start: Gaussian factors, whose update a warm-up brings in.
 
     Raises ValueError for ranks, scales and names that cannot be, saying what was received and what to write instead.
     """
 
     r: int | None = field(
         default=None,
-        metadata={"help": "Total rank r1 + r2, even; 8 when neither r nor r1 and r2 are given. Same size as LoRA's r."},
+        metadata={"help": "Total rank r1 + r2; 8 when neither r nor r1 and r2 are given. Same size as LoRA's r."},
     )
-    r1: int | None = field(default=None, metadata={"help": "Rank of the magnitude group (A, B). Default: r / 2."})
-    r2: int | None = field(default=None, metadata={"help": "Rank of the direction group (C, D). Default: r / 2."})
+    r1: int | None = field(
+        default=None, metadata={"help": "Rank of the magnitude group (A, B). Default: r / 2, rounded up."}
+    )
+    r2: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the direction group (C, D). Default: r / 2, rounded down, at least 1."},
+    )
     alpha: float | None = field(
         default=None,
-        metadata={"help": "Scale: ΔW is multiplied by α/√(r1 r2). Default: 2 (r1 + r2), of each layer's own ranks."},
+        metadata={
+            "help": "Scale: ΔW is multiplied by α/√(r1 r2). Twice LoRA's `lora_alpha`. Default: 4 (r1 + r2), of each "
+            "layer's own ranks; 2 (r1 + r2) with the paper's start."
+        },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter branch's input; 0 is the fastest."})
     target_modules: list[str] | str | None = field(
@@ -49,18 +74,22 @@ class DualLoraConfig(PeftConfig):
     bias: Literal["none", "all", "dual_lora_only"] = field(
         default="none", metadata={"help": "Which biases train: 'none', 'all' or 'dual_lora_only'."}
     )
-    init_weights: bool | Literal["zero"] = field(
+    init_weights: Start = field(
         default=True,
         metadata={
-            "help": "True: the paper's Gaussian start under the warm-up. 'zero': B = 0 and no warm-up needed. "
+            "help": "True: B = 0, so that ΔW = 0 at the start, and A as LoRA draws it. 'paper': Gaussian factors under "
+            "the warm-up (see `DualLoraConfig.paper`). 'zero': B = 0 and a Gaussian A, as in version 0.2. "
             "False: random factors at full strength (for tests; it changes the model's output)."
         },
     )
-    init_std: float = field(default=0.02, metadata={"help": "Standard deviation of the Gaussian start."})
-    warmup_steps: int = field(
-        default=50,
+    init_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of what is drawn from a Gaussian: C and D, or all four."}
+    )
+    warmup_steps: int | float | None = field(
+        default=None,
         metadata={
-            "help": "Optimizer steps over which ΔW is ramped in (λ from 0 to 1). About a tenth of the run. 0: no ramp."
+            "help": "Of the paper's start alone: optimizer steps over which λ rises from 0 to 1 (50 by default), or, "
+            "below 1, a share of the Trainer's run, which `DualLoraCallback` tells. 0: no warm-up."
         },
     )
     ste: Ste = field(
@@ -106,12 +135,14 @@ class DualLoraConfig(PeftConfig):
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Keep tied embeddings tied when one of them is trained, as in LoraConfig."}
     )
-    format_version: InitVar[int] = FORMAT_VERSION  # of a saved adapter; written once there is a second one
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Format of a saved adapter. Written by the package."}
+    )
 
-    def __post_init__(self, format_version: int) -> None:
-        if format_version > FORMAT_VERSION:
+    def __post_init__(self) -> None:
+        if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"This adapter is saved in format {format_version}; this version of dual-lora reads formats up to "
+                f"This adapter is saved in format {self.format_version}; this version of dual-lora reads formats up to "
                 f"{FORMAT_VERSION}. Nothing was loaded. Update the package: pip install --upgrade dual-lora."
             )
         super().__post_init__()
@@ -133,18 +164,9 @@ class DualLoraConfig(PeftConfig):
                 raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
         if not _is_positive(self.init_std):
             raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is 0.02.")
-        if not isinstance(self.warmup_steps, int) or isinstance(self.warmup_steps, bool) or self.warmup_steps < 0:
-            raise ValueError(
-                f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no ramp), got "
-                f"{self.warmup_steps!r}."
-            )
+        self._check_warmup()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "zero":
-            raise ValueError(
-                f"Unknown init_weights {self.init_weights!r}: choose True (Gaussian start under the warm-up), 'zero' "
-                "(B = 0, no warm-up) or False (random, for tests)."
-            )
         if self.bias not in ("none", "all", "dual_lora_only"):
             raise ValueError(f"Unknown bias {self.bias!r}: choose 'none', 'all' or 'dual_lora_only'.")
         if isinstance(self.target_parameters, str):
@@ -168,6 +190,30 @@ class DualLoraConfig(PeftConfig):
                     )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def _check_warmup(self) -> None:
+        if not isinstance(self.init_weights, bool) and self.init_weights not in ("paper", "zero"):
+            raise ValueError(
+                f"Unknown init_weights {self.init_weights!r}: choose True (B = 0), 'paper' (Gaussian factors under the "
+                "warm-up), 'zero' (as version 0.2 drew it) or False (random, for tests)."
+            )
+        steps = self.warmup_steps
+        if self.init_weights != "paper":
+            if steps:
+                raise ValueError(
+                    f"warmup_steps={steps!r} belongs to the paper's start, and this adapter has another: its update is "
+                    f"zero at the start and needs no warm-up. Leave it out, or write "
+                    f"DualLoraConfig.paper(warmup_steps={steps!r}, …)."
+                )
+            self.warmup_steps = None
+            return
+        if steps is None:
+            self.warmup_steps = PAPER_WARMUP
+        elif isinstance(steps, bool) or not isinstance(steps, int | float) or not (_is_whole(steps) or 0 < steps < 1):
+            raise ValueError(
+                f"warmup_steps must be a whole number of optimizer steps, 0 or more (0: no warm-up), or a share of the "
+                f"run above 0 and below 1, got {steps!r}."
+            )
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As usual; ranks that are written later stay consistent: a new `r` is halved, a new r1 or r2 changes `r`."""
@@ -194,10 +240,23 @@ class DualLoraConfig(PeftConfig):
         check_file(pretrained_model_name_or_path, subfolder)
         return config
 
+    @classmethod
+    def paper(cls, *, warmup_steps: int | float = PAPER_WARMUP, **options: Any) -> DualLoraConfig:
+        """The configuration with the paper's start: all factors from N(0, σ²), and λ from 0 to 1 over `warmup_steps`.
+
+        warmup_steps: optimizer steps, or, below 1, a share of a Trainer's run, which `DualLoraCallback` tells.
+        The other options are those of `DualLoraConfig`; `alpha` is 2 (r1 + r2) by default.
+        """
+        return cls(**{"ste": "clip"} | options | {"init_weights": "paper", "warmup_steps": warmup_steps})
+
+    def default_alpha(self, r1: int, r2: int) -> float:
+        """α of a layer of these ranks where none is set."""
+        return (ALPHA if self.init_weights is True else EARLIER_ALPHA) * (r1 + r2)
+
     lora_alpha = property(
-        lambda self: 2.0 * self.r if self.alpha is None else self.alpha,
-        lambda self, value: setattr(self, "alpha", value),
-        doc="`alpha` for code that knows LoRA; where each layer has its own default, that of `r`.",
+        lambda self: (self.default_alpha(self.r1, self.r2) if self.alpha is None else self.alpha) / LORA_ALPHA,
+        lambda self, value: setattr(self, "alpha", LORA_ALPHA * value),
+        doc="LoRA's `lora_alpha` at equal strength; where each layer has its own default, that of `r`.",
     )
     lora_dropout = property(
         lambda self: self.dropout,
@@ -209,13 +268,11 @@ class DualLoraConfig(PeftConfig):
     def form(self) -> Form:
         """The member of the family that this configuration trains."""
         return Form(
-            self.ste, self.magnitude_activation, self.direction_activation, live_zero=self.init_weights == "zero"
+            self.ste,
+            self.magnitude_activation,
+            self.direction_activation,
+            live_zero=self.init_weights in (True, "zero"),
         ).check()
-
-    @property
-    def steps_at_start(self) -> int:
-        """Optimizer steps before a fresh adapter acts at full strength."""
-        return self.warmup_steps if self.init_weights is True else 0
 
     @staticmethod
     def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:
@@ -228,26 +285,26 @@ class DualLoraConfig(PeftConfig):
 
 
 def _by_loras_names(init: Any) -> Any:
-    """The generated `__init__`, which takes LoRA's names as well. (As fields of the class they would be saved.)"""
-    named = ("alpha", "lora_alpha", None), ("dropout", "lora_dropout", 0.0)
+    """The generated `__init__`, which takes LoRA's fields as well. (As fields of the class they would be saved.)"""
+    own = set(inspect.signature(init).parameters)
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
-        for ours, theirs, unset in named:
-            value, other = options.get(ours, unset), options.pop(theirs, None)
-            if other is None:
-                continue
-            if value not in (unset, other):
-                raise ValueError(
-                    f"Got both {ours}={value} and {theirs}={other}: keep `{ours}`, which is this method's name."
-                )
-            options[ours] = other
-        init(self, *args, **options)
+        if options.get("peft_type") and "format_version" not in options and "init_weights" in options:
+            options = _of_format_1(options)
+        init(self, *args, **lora_fields.translated(options, own, LORA_ALPHA))
 
     signature = inspect.signature(init)  # PEFT looks there for what a saved configuration may hold
-    theirs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for _, name, _ in named]
+    theirs = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in lora_fields.names() - own]
     wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *theirs])  # type: ignore[attr-defined]
     return wrapped
+
+
+def _of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration that an earlier version has saved says in the present format."""
+    if saved["init_weights"] is True:
+        return saved | {"init_weights": "paper"}
+    return saved | {"warmup_steps": None}  # which played no part
 
 
 def _described(config: type) -> str:
@@ -272,19 +329,17 @@ def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") 
             raise ValueError(f"{where}: `{name}` must be a whole number, got {value!r}.")
     if r is None and r1 is None and r2 is None:
         r = 8
-    if r is not None and r < 2:
-        raise ValueError(
-            f"{where}: `r` should be a positive integer value of at least 2 (one rank for the magnitude, one for the "
-            f"direction) but the value passed is {r}."
-        )
+    if r is not None and r < 1:
+        raise ValueError(f"{where}: `r` should be a positive integer value but the value passed is {r}.")
     if r1 is None and r2 is None:
         assert r is not None
-        if r % 2:
-            raise ValueError(
-                f"{where}: the total rank r = {r} is odd and cannot be halved. Use r = {r + 1}, or give both groups a "
-                f"rank: r1={r // 2 + 1}, r2={r // 2}."
+        if r == 1:
+            warn(
+                f"{where}: `r` is 1, which two groups cannot share: this adapter has r1 = r2 = 1, as many parameters "
+                "as LoRA of rank 2.",
+                stacklevel=4,
             )
-        return r // 2, r // 2
+        return (r + 1) // 2, max(1, r // 2)
     if r is None and (r1 is None or r2 is None):
         raise ValueError(f"{where}: got r1={r1}, r2={r2}: give both, or one of them and the total `r`.")
     r1 = r - r2 if r1 is None else r1  # type: ignore[operator]
@@ -296,6 +351,10 @@ def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") 
             f"{where}: r = {r} is the total, but r1 + r2 = {r1} + {r2} = {r1 + r2}. Leave `r` out, or make them agree."
         )
     return r1, r2
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def _is_positive(value: Any) -> bool:

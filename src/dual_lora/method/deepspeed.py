@@ -9,9 +9,9 @@ import functools
 import weakref
 from typing import Any
 
+from . import scaler
 from .cache import composed_weights
 from .layer import layers_of
-from .scaler import set_grad_scaler
 
 
 def connect() -> None:
@@ -30,7 +30,8 @@ def _after_init(init: Any) -> Any:
         if not layers:
             return
         if engine.fp16_enabled():
-            set_grad_scaler(_LossScale(engine), owner=engine)  # type: ignore[arg-type]
+            engine._dual_lora_loss_scale = _LossScale(engine)
+            scaler.use(engine._dual_lora_loss_scale)
         if engine.zero_optimization_stage() == 3:
             from deepspeed.runtime.zero import register_external_parameter
 
@@ -45,14 +46,18 @@ def _after_init(init: Any) -> Any:
 def _counted(take_model_step: Any) -> Any:
     @functools.wraps(take_model_step)
     def wrapped(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        before = [(layer, a, layer.steps_left(a)) for layer in layers_of(engine.module) for a in layer.adapter_names()]
+        found = layers_of(engine.module)
+        layers = [(layer, name) for layer in found for name, state in layer.states.items() if state.warmup]
+        before = [int(layer.left(name).sum()) for layer, name in layers]
         result = take_model_step(engine, *args, **kwargs)
         composed_weights.clear()  # ZeRO writes to the factors through what it has flattened
+        if hasattr(engine, "_dual_lora_loss_scale"):
+            scaler.use(engine._dual_lora_loss_scale)
         if engine.was_step_applied():
-            for layer, adapter, left in before:
+            for left, (layer, name) in zip(before, layers, strict=True):
                 # Without ZeRO, torch's optimizer holds the factors and the step has been counted already.
-                if left and layer.steps_left(adapter) == left and layer.trainable_factors(adapter):
-                    layer.step(adapter)
+                if left and int(layer.left(name).sum()) == left and layer.trainable_factors(name):
+                    layer.count_step(name)
         return result
 
     return wrapped

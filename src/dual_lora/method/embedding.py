@@ -40,6 +40,10 @@ class Embedding(MapLayer):
             )
         return super()._matrix_shape()
 
+    def _draw_A(self, A: Tensor) -> None:
+        """As LoRA draws the factor of an embedding's columns: from N(0, 1)."""
+        nn.init.normal_(A)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As for every layer. With `max_norm`, nn.Embedding would shorten rows of W itself, and so change W + ΔW."""
         base: Any = self.get_base_layer()

@@ -33,6 +33,7 @@ class ParamWrapper(DualLoraLayer):
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: DualLoraConfig, **kwargs: Any
     ) -> None:
         self.parameter_name = parameter_name
+        self._part: dict[str, Tensor] = {}  # which experts took part since an adapter's last step, int32 [E]
         for field in ("dropout", "fan_in_fan_out"):
             if getattr(config, field):
                 raise ValueError(
@@ -122,6 +123,7 @@ class ParamWrapper(DualLoraLayer):
         adapters = [self.adapter(n) for n in names]
         scale = self._loss_scale(names, parameter)
         routing = self._routing(base, args, kwargs)
+        self._note_part(names, routing)
         if routing is not None and _loops_over_experts(base):
             experts = _Experts(weight, adapters, scale, self.fan_in_fan_out)
             with recomposing(), replaced(base, {name: experts}):
@@ -132,6 +134,22 @@ class ParamWrapper(DualLoraLayer):
         W = dual_lora_weight(weight, adapters, scale, routed=routed)
         with recomposing(Composed(W, weight, adapters, routed)), replaced(base, {name: self._from_matrix(W)}):
             return self.base_layer(*args, **kwargs)
+
+    # The paper's warm-up, of each expert for itself.
+
+    def _note_part(self, names: list[str], routing: Tensor | None) -> None:
+        """Remember which experts take part in this pass, as long as an adapter warms up and gradients are wanted."""
+        for name in names if torch.is_grad_enabled() and not is_traced() else ():
+            if self.states[name].warmup and routing is not None:
+                part = self._part.get(name)
+                if part is None:
+                    part = self._part[name] = torch.zeros(self.num_experts, dtype=torch.int32, device=routing.device)
+                chosen = routing.flatten()
+                part.index_fill_(0, chosen[(chosen >= 0) & (chosen < self.num_experts)].long(), 1)
+
+    def _taking_part(self, adapter: str) -> Tensor | int:
+        part = self._part.pop(adapter, None)
+        return 1 if part is None else part.to(self.left(adapter).device)
 
     def _routing(self, base: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
         """The experts of every token, where the module is told them; None if all have to be composed."""

@@ -14,12 +14,12 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..core.reference import Adapter, Factors, Form
+from ..core.reference import Adapter, Factors
 from . import offloaded, sharded, warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
-from .strength import Strength
+from .strength import AdapterState, Strength
 
 Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 
@@ -33,8 +33,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
-        *("r", "r1", "r2", "alpha", "scaling", "forms", "warmup_steps", "tied"),
-        *("dual_lora_dropout", "dual_lora_left", "dual_lora_scale", "dual_lora_ramp"),
+        *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
     )
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
@@ -42,25 +41,15 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, warned: Warned | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.r: dict[str, int] = {}  # r1 + r2
-        self.r1: dict[str, int] = {}
-        self.r2: dict[str, int] = {}
-        self.alpha: dict[str, float] = {}
+        self.states: dict[str, AdapterState] = {}
         self.scaling: dict[str, float] = {}
-        self.forms: dict[str, Form] = {}
-        self.warmup_steps: dict[str, int] = {}
         self.dual_lora_dropout = nn.ModuleDict()
         self.dual_lora_A = nn.ParameterDict()
         self.dual_lora_B = nn.ParameterDict()
         self.dual_lora_C = nn.ParameterDict()
         self.dual_lora_D = nn.ParameterDict()
-        self.dual_lora_left = BufferDict(persistent=True)  # optimizer steps before full strength: λ, kept here alone
-        # The count as read last, with its tensor and that one's version: so that a device is not waited for.
-        self._read: dict[str, tuple[Tensor, int | None, int]] = {}
-        self.dual_lora_scale: dict[str, Tensor] = {}  # λ α/√(r1 r2), made from it, as the operator takes it
-        self.dual_lora_ramp: dict[str, Tensor] = {}  # α/√(r1 r2) and the warm-up's steps, by which graphs compute that
-        # What the two are made of, the strength first, as code that knows LoRA writes to `scaling`.
-        self._scaled: dict[str, tuple[float, int, torch.dtype, torch.device]] = {}
+        self.dual_lora_left = BufferDict(persistent=True)
+        self.dual_lora_scale: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
@@ -111,27 +100,33 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
             raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
-        warmup.forget(self, adapter_name)
-        self.set_ranks(adapter_name, r1, r2, alpha)
-        self.forms[adapter_name], self.warmup_steps[adapter_name] = config.form, config.warmup_steps
+        alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
+        self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0))
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
-        # With low_cpu_mem_usage everything that is saved waits on the meta device to be loaded.
-        device = "meta" if self.dual_lora_A[adapter_name].device.type == "meta" else None
-        self.dual_lora_left[adapter_name] = torch.tensor(config.steps_at_start, dtype=torch.int32, device=device)
-        self._set_steps_left(adapter_name, config.steps_at_start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        mark_as_stored(self._stored(adapter_name))
+        self._begin(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _begin(self, adapter_name: str) -> None:
+        """Put the count of the paper's warm-up at its start, where the adapter has one."""
+        steps = self.states[adapter_name].warmup
+        if adapter_name in self.dual_lora_left:
+            del self.dual_lora_left[adapter_name]
+        if steps:
+            A = self.dual_lora_A[adapter_name]
+            device = "cpu" if A.is_meta else A.device  # it is no weight that waits to be loaded
+            left = torch.full(A.shape[:-2], -1 if steps < 1 else int(steps), dtype=torch.int32, device=device)
+            self.dual_lora_left[adapter_name] = left
+            warmup.watch(self)
 
     def tie(self, adapter_name: str, other: FactorsLayer) -> None:
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
         self.tied[adapter_name] = other
-        for name in ("r", "r1", "r2", "alpha", "scaling", "forms", "warmup_steps"):
-            getattr(self, name)[adapter_name] = getattr(other, name)[adapter_name]
+        self.states[adapter_name], self.scaling[adapter_name] = other.states[adapter_name], other.scaling[adapter_name]
         self._tie_again(adapter_name)
 
     def _tie_again(self, adapter_name: str) -> None:
@@ -139,18 +134,29 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
             getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
-        self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
-        self._set_steps_left(adapter_name, other.steps_left(adapter_name))
+        if adapter_name in other.dual_lora_left:
+            self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
-        """Draw the factors from N(0, σ²); with init_weights="zero" B = 0; with False at a visible strength."""
+        """Draw the factors: A as LoRA draws its own, B = 0, C and D from N(0, σ²).
+
+        With init_weights="paper" all from N(0, σ²), with "zero" all but B, with False at a visible strength.
+        """
         std = config.init_std if config.init_weights else 0.3  # for tests: it shows in a model of any width
-        for factor in self._stored(adapter_name):
-            if factor.device.type != "meta":
+        for letter, factor in zip("ABCD", self._stored(adapter_name), strict=True):
+            if factor.device.type == "meta":
+                continue
+            if letter == "A" and config.init_weights is True:
+                self._draw_A(factor)
+            elif letter == "B" and config.init_weights in (True, "zero"):
+                nn.init.zeros_(factor)
+            else:
                 nn.init.normal_(factor, std=std)
-        if config.init_weights == "zero":
-            nn.init.zeros_(self.dual_lora_B[adapter_name])
         mark_as_stored(self._stored(adapter_name))
+
+    def _draw_A(self, A: Tensor) -> None:
+        """As LoRA draws the A of a linear layer: uniformly, by the number of inputs."""
+        nn.init.uniform_(A, -(self.in_features**-0.5), self.in_features**-0.5)
 
     def _stored(self, adapter: str) -> Factors:
         return Factors(*(getattr(self, name)[adapter] for name in self.adapter_layer_names))
@@ -162,8 +168,15 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
-        factors = self.factors(name)
-        adapter = Adapter(factors, self._scale(name, factors.A), self.forms[name])
+        factors, scale, state = self.factors(name), self._scale(name), self.states[name]
+        scale = scale.to(factors.A.device)
+        if state.warmup:
+            factor = self.strength_factor(name).to(scale)
+            if factor.ndim:  # of each expert; ReLU(λ B A) = λ ReLU(B A)
+                factors = factors._replace(B=factors.B * factor[:, None, None])
+            else:
+                scale = scale * factor
+        adapter = Adapter(factors, scale, state.form)
         embedding: Any = self.tied[name].get_base_layer() if name in self.tied else None
         return adapter.without_row(getattr(embedding, "padding_idx", None))
 
@@ -178,7 +191,6 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         if chosen != list(self.active_adapters):  # switching the same ones off and on again keeps what was composed
             composed_weights.drop(self)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        warmup.watch(self)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off. What FSDP2 has sharded stays trainable while it is off.
@@ -195,7 +207,6 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
         composed_weights.drop(self)
-        self._read.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def train(self, mode: bool = True) -> FactorsLayer:
@@ -206,25 +217,26 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
-        before = {a: (self.steps_left(a), [f.data for f in self._stored(a)]) for a in self.adapter_names()}
+        factors = {a: [f.data for f in self._stored(a)] for a in self.adapter_names()}
+        counts = {a: left.clone() for a, left in self.dual_lora_left.items() if a not in self.tied}
         result = super()._apply(fn, recurse)
-        for adapter, (left, old_factors) in before.items():
-            for factor, old in zip(self._stored(adapter), old_factors, strict=True):
+        for adapter, olds in factors.items():
+            for factor, old in zip(self._stored(adapter), olds, strict=True):
                 # `.to(bfloat16)` and the like move the factors and leave their bits alone.
                 if factor.dtype not in FACTOR_DTYPES and old.dtype in FACTOR_DTYPES:
                     factor.data = old.to(factor.device)
             self.factors(adapter)
-            if not self.dual_lora_left[adapter].is_meta:
-                self._set_steps_left(adapter, left)  # `to_empty` has emptied it
-            self._make_scale(adapter)
+            self._scale(adapter)
+        for adapter, left in counts.items():  # `to_empty` has emptied it, and it does not wait on the meta device
+            device = self.dual_lora_left[adapter].device
+            self.dual_lora_left[adapter] = left.to("cpu" if device.type == "meta" else device)
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for adapter in self.adapter_names():
             mark_as_stored(self._stored(adapter))  # a copied parameter has lost what was written on it
-        if any(left for *_, left in self._read.values()):
-            warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
+        warmup.watch(self)  # a deep copy or an unpickled layer has to be counted as well
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move to the base layer's device and stay fp32: rounding fresh factors to the base's dtype flips signs."""
@@ -239,18 +251,17 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
             moved = factor if factor.device.type == "meta" else factor.detach().to(device)
             if moved.device != factor.device:
                 factors[adapter_name] = nn.Parameter(moved, factor.requires_grad)
-        if not self.dual_lora_left[adapter_name].is_meta:
+        if adapter_name in self.dual_lora_left:
             self.dual_lora_left[adapter_name] = self.dual_lora_left[adapter_name].to(device)
-        self._make_scale(adapter_name)
+        self._scale(adapter_name)
         mark_as_stored(self._stored(adapter_name))
 
 
 def _after_load(layer: FactorsLayer, incompatible_keys: Any) -> None:
-    """After load_state_dict: the count on the device is the truth; the rest is derived from it."""
+    """After load_state_dict: what is derived from the factors follows."""
     composed_weights.drop(layer)
     for adapter in layer.adapter_names():
         mark_as_stored(layer._stored(adapter))
-        layer.steps_left(adapter)
         if adapter in layer.tied:  # `assign=True` has made two parameters of one
             layer._tie_again(adapter)
-        layer._make_scale(adapter)
+        layer._scale(adapter)

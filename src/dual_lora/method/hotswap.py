@@ -22,6 +22,7 @@ from .experts import ParamWrapper
 from .layer import DualLoraLayer, layers_of, named_layers
 from .patterns import layer_options
 from .precision import mark_as_stored
+from .strength import AdapterState
 
 # What has to agree between the adapters; ranks, α and the estimator (which only training sees) need not.
 KEYS_TO_CHECK = ["magnitude_activation", "direction_activation", "dropout"]
@@ -61,25 +62,26 @@ def hotswap_from_state_dict(
             composed_weights.drop(layer)
             if adapter_name in layer.tied:
                 continue  # its factors are the embedding's
-            memory = layer._scale_memory(adapter_name)
             for letter in RANK_DIMENSION:
                 _write(getattr(layer, f"dual_lora_{letter}")[adapter_name], new.get(f"{name}.dual_lora_{letter}"))
             mark_as_stored(layer._stored(adapter_name))
-            layer.set_ranks(adapter_name, *layer_options(config, key_of(name, layer)))
-            layer.warmup_steps[adapter_name] = config.warmup_steps
-            left = new.get(f"{name}.dual_lora_left")
-            layer._set_steps_left(adapter_name, 0 if left is None else int(left))
-            layer._move_scale(adapter_name, memory)
+            r1, r2, alpha = layer_options(config, key_of(name, layer))
+            before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
+            layer.set_state(adapter_name, AdapterState(r1, r2, alpha, before.form, before.warmup))
+            if left is not None and left.any() and config.warmup_steps:
+                layer.states[adapter_name].warmup = config.warmup_steps
+                layer._begin(adapter_name)
+            layer.set_left(adapter_name, 0 if left is None else left)
+            _rescale(layer, adapter_name)
         for layer in layers.values():
             if adapter_name in layer.tied:
-                memory = layer._scale_memory(adapter_name)
                 layer.tie(adapter_name, layer.tied[adapter_name])
-                layer._move_scale(adapter_name, memory)
+                _rescale(layer, adapter_name)
 
     configs: Any = getattr(model, "peft_config", {})
     if adapter_name in configs:
         configs[adapter_name] = changed = copy.copy(configs[adapter_name])
-        changed.warmup_steps = config.warmup_steps
+        changed.init_weights, changed.warmup_steps = config.init_weights, config.warmup_steps
         _write_options(changed, model, adapter_name)
 
 
@@ -111,7 +113,8 @@ def _stored_options(layer: DualLoraLayer, adapter: str) -> tuple[int, int, float
     """Ranks of the factors as they are stored, padded or not, and the α that makes the same scale with these."""
     factors = layer._stored(adapter)
     r1, r2 = factors.A.shape[-2], factors.C.shape[-2]
-    return r1, r2, layer.alpha[adapter] * math.sqrt(r1 * r2 / (layer.r1[adapter] * layer.r2[adapter]))
+    state = layer.states[adapter]
+    return r1, r2, state.alpha * math.sqrt(r1 * r2 / (state.r1 * state.r2))
 
 
 def _check_shapes(layers: dict[str, DualLoraLayer], new: dict[str, Tensor], adapter: str) -> None:
@@ -154,11 +157,12 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
     ranks = {"A": r1, "B": r1, "C": r2, "D": r2}
     for layer in layers:
         for adapter in layer.adapter_names():
-            if layer.r1[adapter] > r1 or layer.r2[adapter] > r2:
+            state = layer.states[adapter]
+            if state.r1 > r1 or state.r2 > r2:
                 raise ValueError(
                     f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger "
-                    f"({layer.r[adapter]}). This is not possible. (r1 and r2 are {layer.r1[adapter]} and "
-                    f"{layer.r2[adapter]}, and would be {r1} and {r2}.)"
+                    f"({layer.r[adapter]}). This is not possible. (r1 and r2 are {state.r1} and {state.r2}, and would "
+                    f"be {r1} and {r2}.)"
                 )
     done: dict[Tensor, nn.Parameter] = {}  # tied layers share theirs
     for layer in layers:
@@ -176,6 +180,14 @@ def pad_ranks(model: nn.Module, target_rank: int | None, config: Any = None) -> 
     for adapter, one in named.items():
         if one is not None:
             _write_options(one, model, adapter)
+
+
+def _rescale(layer: DualLoraLayer, adapter: str) -> None:
+    """Write the adapter's strength where the old one was, for compiled models and captured CUDA graphs."""
+    before = layer.dual_lora_scale[adapter]
+    now = layer._scale(adapter)
+    if now is not before and not before.is_inference() and (before.device, before.dtype) == (now.device, now.dtype):
+        layer.dual_lora_scale[adapter] = before.copy_(now)
 
 
 def install() -> None:

@@ -23,9 +23,8 @@ from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
 from .merge import MergeLayer
-from .precision import was_written
 from .replaced import replaced
-from .scaler import check_clip_is_safe, loss_scale
+from .scaler import loss_scale
 
 # Up to so many rows of x, composing the weight costs more than using it, and inference keeps the composed weight.
 CACHED_ROWS = 256
@@ -66,13 +65,6 @@ class DualLoraLayer(MergeLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        for name in () if is_traced() else names:
-            if self.is_at_start(name) and self._may_keep() and was_written(self.dual_lora_B[name]):
-                self.warned.once(
-                    f"The factors of the Dual LoRA adapter {name!r} were written to, but no optimizer step was counted "
-                    "for it: λ is 0, and it acts as the base model. An average of another model's weights has to take "
-                    "its buffers too (`dual_lora_left`); after updates by hand call `dual_lora.count_step(model)`."
-                )
         return names
 
     def _may_keep(self, x: Tensor | None = None) -> bool:
@@ -88,8 +80,9 @@ class DualLoraLayer(MergeLayer):
 
     def _kept_weight(self, weight: Tensor, chosen: Adapters, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
         """A composed weight of the base's `weight` and these adapters, made if there is none that is still right."""
-        own = (t for n in chosen for t in (*self._stored(n), self.dual_lora_scale[n]))
-        return composed_weights.get(self, [weight, *own], (tuple(chosen), dtype), make)
+        own = [t for n in chosen for t in (*self._stored(n), self.dual_lora_scale[n])]
+        counts = [self.left(n) for n in chosen if self.states[n].warmup]
+        return composed_weights.get(self, [weight, *own, *counts], (tuple(chosen), dtype), make)
 
     def _composed(
         self, weight: Tensor | None, chosen: Adapters, operand: Tensor, keeps: bool = True, dtype: Any = None
@@ -107,10 +100,8 @@ class DualLoraLayer(MergeLayer):
 
     def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        if not (torch.is_grad_enabled() and any(map(self.clips, names))):
-            return None
-        check_clip_is_safe(operand, self.training, self.warned)
-        return loss_scale(operand.device)
+        clips = torch.is_grad_enabled() and any(map(self.clips, names))
+        return loss_scale(operand.device) if clips else None
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:

@@ -25,17 +25,20 @@ def warn_of_second_names(model: nn.Module) -> None:
             )
 
 
-def warn_unfinished(name: str, config: Any, layers: list[DualLoraLayer]) -> None:
-    """Say that an adapter trained here is merged for good below full strength: its run was shorter than the ramp.
+def warn_unfinished(name: str, config: Any, layers: dict[str, DualLoraLayer]) -> None:
+    """Say that an adapter trained here is merged for good below full strength, and where.
 
-    One that is loaded for inference has said so when it was loaded, and one without a step is no accident.
+    One that is loaded for inference has said so when it was loaded.
     """
-    left = max((layer.steps_left(name) for layer in layers), default=0)
-    if left and left < config.warmup_steps and not config.inference_mode:
+    waiting = {n: left for n, layer in layers.items() if (left := layer.steps_left(name))}
+    if waiting and not config.inference_mode:
+        first, most = next(iter(waiting)), max(waiting.values())
+        where = first if len(waiting) == 1 else f"{first} and {len(waiting) - 1} more layers"
         warn(
-            f"The Dual LoRA adapter {name!r} is merged during its warm-up, {left} of {config.warmup_steps} optimizer "
-            "steps before full strength: the merged model is what the adapter is now (λ below 1). Train it to the end "
-            "of the warm-up, or choose fewer `warmup_steps`, about a tenth of the run's.",
+            f"The Dual LoRA adapter {name!r} is merged during its warm-up ({where}: up to {most} of "
+            f"{config.warmup_steps} optimizer steps before full strength). The merged model is what the adapter is now "
+            "(λ below 1; 0 in layers that the data have not reached). Train it to the end of the warm-up, or choose "
+            "fewer `warmup_steps`, about a tenth of the run's.",
             stacklevel=4,
         )
 

@@ -31,6 +31,7 @@ from .patterns import layer_options
 from .precision import Warned
 from .quantized import dispatch_quantized
 from .quantized_rows import keep_unpacked
+from .watch_training import Watch
 
 LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {
     nn.Embedding: Embedding,
@@ -103,6 +104,7 @@ class DualLoraModel(BaseTuner):
         keep_unpacked(model)
         set_fast_paths(model)
         merge_checks.warn_of_second_names(model)
+        Watch(adapter_name, layers_of(self.model, adapter_name))
         if is_reference:
             for layer in layers_of(self.model, "default"):
                 weighted.copy_factors(layer, "default", adapter_name)
@@ -191,7 +193,7 @@ class DualLoraModel(BaseTuner):
         if merge:
             merge_checks.refuse_shared_weights(self, adapter_names)
             for name in adapter_names or self.active_adapters:
-                merge_checks.warn_unfinished(name, self.peft_config[name], layers_of(self.model, name))
+                merge_checks.warn_unfinished(name, self.peft_config[name], named_layers(self.model, name))
             merge_checks.refuse_before_any(self, adapter_names, bool(options.get("safe_merge")))
         layers = merge_checks.quantised(self.model)  # of the others none is held while they go
         model: Any = super()._unload_and_optionally_merge(merge, adapter_names=adapter_names, **options)
@@ -289,6 +291,7 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         _unmerge(model, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        saved.refuse_empty(state, adapter_name)
         saved.warn_if_not_gathered(state, adapter_name)
         saved.warn_of_scales(layers_of(model, adapter_name), adapter_name)
         return state
@@ -297,11 +300,12 @@ class DualLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        state = saved.with_counts(saved.with_prefix(state_dict, model), named_layers(model, adapter_name), adapter_name)
-        saved.warn_if_unfinished(state, config)
+        layers, state = named_layers(model, adapter_name), saved.with_prefix(state_dict, model)
+        state = saved.with_counts(state, layers, config, adapter_name)
+        saved.warn_if_unfinished({n: t for n, t in state.items() if n.endswith(".dual_lora_left")}, config)
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
-        return state
+        return saved.without_strangers(model, adapter_name, state)
 
 
 def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:

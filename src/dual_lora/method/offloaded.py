@@ -5,10 +5,11 @@ Its hooks bring a module's parameters for the time of that module's forward. A P
 
 from typing import Any
 
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 
-def present(factors: nn.ParameterDict, adapter: str) -> Tensor:
+def present(factors: nn.ParameterDict | BufferDict, adapter: str) -> Tensor:
     """The factor of an adapter; from where accelerate has put it, if it left a meta tensor in its place."""
     factor: Tensor = factors[adapter]
     hook: Any = getattr(factors, "_hf_hook", None) if factor.is_meta else None

@@ -8,12 +8,13 @@ from .._warning import warn
 from .config import DualLoraConfig
 
 
-def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float | None]:
-    """(r1, r2, α or None for the default) of the layer named `key`, patterns applied."""
+def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
+    """(r1, r2, α) of the layer named `key`, patterns applied."""
     rank = _fitting("rank_pattern", config.rank_pattern, key)
     r1, r2 = config.ranks_of([config.r1, config.r2] if rank is None else rank)  # type: ignore[list-item]
     alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
-    return r1, r2, config.alpha if alpha is None else alpha
+    alpha = config.alpha if alpha is None else alpha
+    return r1, r2, config.default_alpha(r1, r2) if alpha is None else alpha
 
 
 def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:

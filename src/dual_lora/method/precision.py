@@ -32,21 +32,9 @@ class Warned(set[str]):
 
 
 def mark_as_stored(factors: Iterable[torch.Tensor]) -> None:
-    """Remember that these parameters are the stored values themselves, not somebody's working copy, and one of them."""
+    """Remember that these parameters are the stored values themselves, not somebody's working copy."""
     for factor in factors:
-        plain = type(factor) is torch.nn.Parameter and not factor.is_meta
-        factor._dual_lora_stored = factor.detach().flatten()[:1].clone() if plain else None  # type: ignore[attr-defined]
-
-
-def was_written(factor: torch.Tensor) -> bool:
-    """Whether a parameter has other values than when it was marked, where that can be told. Waits for its device."""
-    first = getattr(factor, "_dual_lora_stored", None)
-    if first is None or factor.is_meta or (factor.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    try:
-        return not torch.equal(factor.detach().flatten()[:1], first.to(factor))
-    except RuntimeError:  # traced, or of several values at once
-        return False
+        factor._dual_lora_stored = True  # type: ignore[attr-defined]
 
 
 def in_fp32(factors: Factors, warned: Warned) -> Factors:
@@ -55,11 +43,12 @@ def in_fp32(factors: Factors, warned: Warned) -> Factors:
     if not low:
         return factors
     if all(hasattr(f, "_dual_lora_stored") for f in low):
-        warned.once(
-            f"Dual LoRA's factors were cast to {low[0].dtype} by foreign code and are fp32 again, without the bits "
-            "that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in fp32; "
-            "the base may have any dtype."
-        )
+        if factors.B.any():  # else it has not trained, and a rounded start is as good
+            warned.once(
+                f"Dual LoRA's factors were cast to {low[0].dtype} by foreign code and are fp32 again, without the bits "
+                "that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in "
+                "fp32; the base may have any dtype."
+            )
         for factor in low:
             factor.data = factor.data.float()
         mark_as_stored(low)

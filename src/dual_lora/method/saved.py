@@ -1,7 +1,7 @@
-"""A saved adapter: the four factors of every layer, and the optimizer steps left of the warm-up.
+"""A saved adapter: the four factors of every layer, and what is left of the paper's warm-up where it has one.
 
 PEFT reads the tensors; here it is checked that they are all there and fit, because what is missing would silently be
-random. Without the count (written by another program) an adapter is finished.
+random.
 """
 
 import math
@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
-from .strength import Strength
 
 PEFT_PREFIX = "base_model.model."
 
 
-def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> None:
-    """Raise ValueError if the folder's adapter file was cut short, is of another method or holds no floating-point
-    numbers, which loading would make of others in silence. A folder may have none."""
+def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> list[str]:
+    """The names of the tensors in the folder's adapter file, of which a folder may have none.
+
+    Raises ValueError if it was cut short, is of another method or holds no floating-point numbers, which loading would
+    make of others in silence.
+    """
     path = os.path.join(folder, subfolder or "", "adapter_model.safetensors")
     if not os.path.isfile(path):
-        return
+        return []
     try:
         kinds = {name: kind for name, (kind, _) in header(path).items()}
     except SafetensorError as error:
@@ -36,6 +39,7 @@ def check_file(folder: str | os.PathLike[str], subfolder: str | None = None) -> 
     if not any(".dual_lora_" in name for name in kinds):
         raise ValueError(_foreign(path, list(kinds)))
     check_numbers(kinds, path)
+    return list(kinds)
 
 
 def with_prefix(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -51,12 +55,27 @@ def named_as_saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
-def with_counts(state: dict[str, Tensor], layers: Mapping[str, Strength], adapter_name: str) -> dict[str, Tensor]:
-    """The state with a count for every layer; where there is none, what the model's layer of this name knows."""
-    stems = [key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key]
-    known = {n.removeprefix(PEFT_PREFIX): layer.steps_left_without(adapter_name) for n, layer in layers.items()}
-    counts = {stem: known.get(stem.removeprefix(PEFT_PREFIX), 0) for stem in stems}
-    return {f"{stem}.dual_lora_left": torch.tensor(n, dtype=torch.int32) for stem, n in counts.items()} | state
+def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any, adapter: str) -> dict[str, Tensor]:
+    """The state with a count of the paper's warm-up for every layer that has one, in the shape that it has there.
+
+    Without one an adapter is finished; in the middle of a warm-up the layer's own count stays (averages are put in
+    place so, and taken out again). An adapter that is loaded to be used and has ended its warm-up forgets it.
+    """
+    names = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
+    counts = {_layer(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
+    state = {key: value for key, value in state.items() if not key.endswith(".dual_lora_left")}
+    ended = config.inference_mode and not any(bool(left.any()) for left in counts.values())
+    for stem in {key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key}:
+        layer = names.get(stem.removeprefix(PEFT_PREFIX))
+        if layer is None or not layer.states[adapter].warmup:
+            continue
+        if ended:
+            layer.end_warmup(adapter)
+            continue
+        own = layer.dual_lora_left[adapter]
+        left = counts.get(_layer(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
+        state[f"{stem}.dual_lora_left"] = torch.as_tensor(left, dtype=torch.int32).expand(own.shape).clone()
+    return state
 
 
 def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
@@ -73,9 +92,20 @@ def warn_if_not_gathered(state: dict[str, Tensor], adapter_name: str) -> None:
         )
 
 
+def refuse_empty(state: dict[str, Tensor], adapter_name: str) -> None:
+    """Raise ValueError for a state without one factor, but in processes that have nothing to save."""
+    first = not dist.is_available() or not dist.is_initialized() or not dist.get_rank()
+    if first and not any(".dual_lora_" in name for name in state):
+        raise ValueError(
+            f"There is no factor of the Dual LoRA adapter {adapter_name!r} in the state that is to be saved "
+            f"({len(state)} tensors): nothing was written. Under FSDP gather it first (accelerate's `get_state_dict`, "
+            "or FullyShardedDataParallel.summon_full_params(model))."
+        )
+
+
 def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
     """Say that an adapter acts at another strength than the one it will have when it is loaded."""
-    scales = {layer.scaling[adapter_name] / usual for layer in layers if (usual := layer.usual_scaling(adapter_name))}
+    scales = {layer.scaling[adapter_name] / layer.states[adapter_name].strength for layer in layers}
     other = next((scale for scale in scales if not math.isclose(scale, 1)), None)
     if other is not None:
         warn(
@@ -86,14 +116,15 @@ def warn_of_scales(layers: list[Any], adapter_name: str) -> None:
         )
 
 
-def warn_if_unfinished(state: dict[str, Tensor], config: Any) -> None:
-    """Say that an adapter loaded for inference acts below full strength."""
-    left = max((int(v) for k, v in state.items() if k.endswith(".dual_lora_left")), default=0)
-    if left and config.inference_mode:
+def warn_if_unfinished(counts: Mapping[str, Tensor], config: Any) -> None:
+    """Say which layers of an adapter loaded for inference act below full strength."""
+    layers = sorted(_layer(name) for name, left in counts.items() if left.any())
+    if layers and config.inference_mode:
+        most = max(int(left.max()) for left in counts.values())
         warn(
-            f"This Dual LoRA adapter was saved during its warm-up, {left} of {config.warmup_steps} optimizer steps "
-            "before full strength. It is used as it was saved (λ below 1). Train it to the end of the warm-up, or "
-            "choose fewer `warmup_steps`.",
+            f"This Dual LoRA adapter was saved during its warm-up: {_some(layers)} with up to {most} of "
+            f"{config.warmup_steps} optimizer steps before full strength. It is used as it was saved (λ below 1). "
+            "Train it to the end of the warm-up, or choose fewer `warmup_steps`.",
             stacklevel=3,
         )
 
@@ -132,6 +163,18 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         f"base that it was trained on (its configuration names {config.base_model_name_or_path!r}), with its own "
         "configuration. Nothing was loaded."
     )
+
+
+def without_strangers(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the other factors of layers of which one has another shape than the model's.
+
+    PEFT raises its error for that one, or, told to ignore it (`ignore_mismatched_sizes`), leaves it as it was drawn.
+    The layer then keeps its whole start, at which it changes nothing: it is no mixture of trained and random factors.
+    """
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    mixed = {_layer(n) for n, t in state.items() if n in own and ".dual_lora_" in n and own[n] != t.shape}
+    fits = {n for n, t in state.items() if n in own and own[n] == t.shape}
+    return {n: t for n, t in state.items() if _layer(n) not in mixed or ".dual_lora_" not in n or n not in fits}
 
 
 def _layer(name: str) -> str:

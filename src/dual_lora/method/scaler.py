@@ -1,106 +1,79 @@
-"""The fp16 gradient scaler, made known to the `clip` estimator.
+"""The fp16 gradient scaler, which the `clip` estimator has to know: it looks at gradient values.
 
-The clip looks at gradient values. Under a scaler of 65,536 it would clip 12.7 % of entries that are untouched without
-one (measured), and a layer cannot see the scaler. So `clip` in fp16, by autocast or by the base's dtype, is refused
-until the scaler is known.
-
-In fp32 and bf16 nothing tells of a scaler before a step of torch's own, of which a warning is given; of any other
-class nothing does. Unknown, it makes C's and D's gradients wrong (by 59 % at the usual start, 65,536, fp32 against
-fp64); A's and B's are linear in the loss.
+Under a scaler of 65,536 the clip would act on 12.7 % of entries that are untouched without one (measured). So H is
+divided by the scaler's factor before the clip and multiplied after. Every torch.amp.GradScaler is known from the moment
+at which it is made. The one that was made or used last multiplies the loss, until optimizers step again and again
+without its being used. Whoever scales the loss otherwise says so by `grad_scaler`.
 """
 
+import functools
+import gc
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.dispatch import autocast_dtype
-from .precision import Warned
+STEPS_WITHOUT = 10  # of optimizers, several of which may share a scaler
 
-_current: torch.amp.GradScaler | None = None
-_told: weakref.WeakSet[torch.amp.GradScaler] = weakref.WeakSet()  # now or before
-
-
-def set_grad_scaler(scaler: torch.amp.GradScaler | None, owner: object = None) -> None:
-    """Make a gradient scaler known from here on, or (None) forget it.
-
-    owner: when it is gone, so is the scaler: a run that ended by an error leaves nothing to the next one.
-    """
-    global _current
-    _current = scaler
-    if scaler is not None:
-        _told.add(scaler)
-    if owner is not None:
-        weakref.finalize(owner, _forget, scaler)
-
-
-def _forget(scaler: torch.amp.GradScaler | None) -> None:
-    if _current is scaler:
-        set_grad_scaler(None)
+_said: list[Any] = []  # by `grad_scaler`, the innermost last
+_last: Any = None  # weakly: the scaler that was made or used last
+_steps = 0  # of optimizers since
 
 
 @contextmanager
-def grad_scaler(scaler: torch.amp.GradScaler) -> Iterator[None]:
-    """Train `clip` in fp16: H is divided by the scaler's factor before the clip and multiplied after.
+def grad_scaler(scaler: Any) -> Iterator[None]:
+    """Say what multiplies the loss, where it is no torch.amp.GradScaler (those are known).
 
-    >>> scaler = torch.amp.GradScaler("cuda")                           # doctest: +SKIP
-    >>> with dual_lora.grad_scaler(scaler):                             # doctest: +SKIP
-    ...     for batch in loader:
-    ...         with torch.autocast("cuda", torch.float16):
-    ...             loss = model(**batch).loss
-    ...         scaler.scale(loss).backward()
-    ...         scaler.step(optimizer); scaler.update(); optimizer.zero_grad()
+    scaler: has `is_enabled()` and `get_scale()`.
     """
-    before = _current
-    set_grad_scaler(scaler)
+    _said.append(scaler)
     try:
         yield
     finally:
-        set_grad_scaler(before)
+        _said.remove(scaler)
+
+
+def use(scaler: Any) -> None:
+    """Know a scaler from here on as the one that multiplies the loss."""
+    global _last, _steps
+    _last, _steps = weakref.ref(scaler), 0
+
+
+def after_step() -> None:
+    """After an optimizer's step: a scaler that was long not used belongs to a run that is over."""
+    global _last, _steps
+    _steps += 1
+    if _steps > STEPS_WITHOUT:
+        _last = None
 
 
 def loss_scale(device: torch.device) -> Tensor | None:
-    """The known scaler's present factor as a 0-dim tensor, or None where no scaler is known (or it is off)."""
-    if _current is None or not _current.is_enabled():
+    """The present factor on the loss as a 0-dim tensor, or None where there is none."""
+    scaler = _said[-1] if _said else None if _last is None else _last()
+    if scaler is None or not scaler.is_enabled():
         return None
     # The scaler makes its tensor on the first scale(loss), which comes after the first forward.
-    present = getattr(_current, "_scale", None)
+    present = getattr(scaler, "_scale", None)
     if present is None:
-        present = torch.full((), _current.get_scale())
+        present = torch.full((), scaler.get_scale())
     return present.to(device=device, dtype=torch.float32, copy=True)
 
 
-def check_clip_is_safe(operand: Tensor, training: bool, warned: Warned) -> None:
-    """Raise RuntimeError for `clip` in fp16 with an unknown scaler; in eval mode, mostly evaluation, warn.
+def _then_used(method: Any) -> Any:
+    @functools.wraps(method)
+    def wrapped(scaler: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(scaler, *args, **kwargs)
+        use(scaler)
+        return result
 
-    operand: what the layer computes with where autocast is off.
-    """
-    if _current is not None or (autocast_dtype(operand.device, operand.dtype) or operand.dtype) != torch.float16:
-        return
-    if training:
-        raise RuntimeError(
-            "Dual LoRA's 'clip' estimator looks at gradient values, and in fp16 a gradient scaler multiplies them by "
-            "up to 65,536 without a layer being able to see it: training would silently be another method. Make the "
-            "scaler known (`with dual_lora.grad_scaler(scaler): …`, or `dual_lora.DualLoraCallback()` in a Trainer; "
-            "without a scaler, `torch.amp.GradScaler(enabled=False)`), train in bf16, or choose ste='identity', "
-            "'hardtanh' or 'surrogate', which are indifferent to scale."
-        )
-    if not torch.compiler.is_compiling():
-        warned.once(
-            "A Dual LoRA model in eval mode runs in fp16 with gradients. To evaluate, use torch.no_grad(). "
-            "To train in eval mode, make the gradient scaler known (`with dual_lora.grad_scaler(scaler): …`): the "
-            "'clip' estimator would otherwise clip scaled gradients."
-        )
+    return wrapped
 
 
-def warn_of_unknown(scalers: list[torch.amp.GradScaler], warned: Warned) -> None:
-    """Warn of scalers that make a step of `clip` and were never made known, as can happen in fp32 and bf16."""
-    if any(scaler.is_enabled() and scaler not in _told for scaler in scalers):
-        warned.once(
-            "A gradient scaler that Dual LoRA was not told of multiplies the loss: the 'clip' estimator clips scaled "
-            "gradients, so that those of the factors C and D are wrong. Make the scaler known (`with "
-            "dual_lora.grad_scaler(scaler): …`, or `dual_lora.DualLoraCallback()` in a Trainer), train without one, as "
-            "fp32 and bf16 allow, or choose ste='identity', 'hardtanh' or 'surrogate', which are indifferent to scale."
-        )
+_Scaler: Any = torch.amp.GradScaler
+_Scaler.__init__, _Scaler.scale = _then_used(_Scaler.__init__), _then_used(_Scaler.scale)
+for _one in gc.get_objects():
+    if issubclass(type(_one), _Scaler):  # made before this package was imported
+        use(_one)

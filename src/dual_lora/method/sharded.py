@@ -244,28 +244,25 @@ def merged_part(weight: DTensor, original: Tensor, adapters: list[Adapter]) -> T
     return dispatch.compose(original, [part.of(a) for a in adapters], original.dtype)
 
 
-# A model that FSDP2's preparation empties: its tensors go to the meta device, are sharded there and filled. accelerate
-# (`fsdp_cpu_ram_efficient_loading`) takes everything in the state for a shard. The warm-up's count is a whole number
-# that every process has: it stays out of the state, and comes back from what the layer knows by heart.
+# A model that FSDP2's preparation empties: its parameters go to the meta device, are sharded there and filled.
+# accelerate (`fsdp_cpu_ram_efficient_loading`) takes everything in the state for a shard. The count of the paper's
+# warm-up is a whole number that every process has: it stays out of that state, and where it was.
 
 
 def leave_out_counts(layer: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """After state_dict() of a layer that was emptied and sharded: without its counts."""
-    for adapter in layer.adapter_names():
-        if layer.dual_lora_left[adapter].is_meta and is_sharded(layer.dual_lora_A[adapter]):
+    for adapter in layer.dual_lora_left:
+        A = layer.dual_lora_A[adapter]
+        if A.is_meta and is_sharded(A):
             state.pop(f"{prefix}dual_lora_left.{adapter}", None)
 
 
 def put_counts_in(layer: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict(): with the counts that such a layer had; a state of factors without one is finished.
-
-    In the middle of a warm-up it is not: averages are put in place so, and taken out again.
-    """
-    for adapter in layer.adapter_names():
-        left, factor = layer.dual_lora_left[adapter], state.get(f"{prefix}dual_lora_A.{adapter}")
-        if left.is_meta and factor is not None and is_sharded(factor):
-            known = torch.tensor(layer._read[adapter][2], dtype=left.dtype, device=factor.device)
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", known)
-        elif f"{prefix}dual_lora_B.{adapter}" in state:  # of trainable parameters alone
-            count = torch.tensor(layer.steps_left_without(adapter), dtype=torch.int32)
-            state.setdefault(f"{prefix}dual_lora_left.{adapter}", count)
+    """Before load_state_dict() of factors without a count: with the layer's own, as one of its own was left out; or as
+    that of an adapter that has ended its warm-up, unless the layer is in the middle of one (averages are put in place
+    so, and taken out again)."""
+    for adapter, left in layer.dual_lora_left.items():
+        B = state.get(f"{prefix}dual_lora_B.{adapter}")
+        if B is not None:
+            keeps = is_sharded(B) or 0 < layer.steps_left(adapter) < layer.states[adapter].warmup
+            state.setdefault(f"{prefix}dual_lora_left.{adapter}", left.clone() if keeps else torch.zeros_like(left))

@@ -62,12 +62,12 @@ def copy_factors(layer: DualLoraLayer, source: str, adapter_name: str) -> None:
         for new, old in zip(layer.factors(adapter_name), layer.factors(source), strict=True):
             new.data.copy_(old.data)
         mark_as_stored(layer._stored(adapter_name))
-    layer._set_steps_left(adapter_name, layer.steps_left(source))
+    layer.set_left(adapter_name, layer.left(source))
 
 
 def _refuse_undirected(layer: DualLoraLayer, adapter: str, name: str) -> None:
     """Raise ValueError for rows or columns of D C that are zero: Sign gives them +, and -D C as well."""
-    factors, form = layer.adapter(adapter).factors, layer.forms[adapter]
+    factors, form = layer.adapter(adapter).factors, layer.states[adapter].form
     if form.direction == "sign" and (factors.D.eq(0).all(-1).any() or factors.C.eq(0).all(-2).any()):
         raise ValueError(
             f"The layer {name!r} of adapter {adapter!r} has rows or columns whose direction D C is zero, so turning D "

@@ -87,14 +87,14 @@ class OpenedRun:
     def at_full_strength(self) -> Iterator[None]:
         """Dual LoRA's layers with λ = 1, as after the warm-up."""
         layers = [m for m in adapted_layers(self.model).values() if isinstance(m, DualLoraLayer)]
-        left = [m.steps_left("default") for m in layers]
+        left = [m.left("default").clone() for m in layers]
         for layer in layers:
-            layer._set_steps_left("default", 0)
+            layer.set_left("default", 0)
         try:
             yield
         finally:
             for layer, count in zip(layers, left, strict=True):
-                layer._set_steps_left("default", count)
+                layer.set_left("default", count)
 
 
 def open_run(path: str | Path, device: str | None = None) -> OpenedRun:

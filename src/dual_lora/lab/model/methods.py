@@ -76,7 +76,7 @@ def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str
             raise UserError(f"method {method['name']} has no field {key!r}.{suggest(key, known)}")
     if "target_modules" in known:
         settings.setdefault("target_modules", "all-linear")
-    if kind == "DUAL_LORA" and settings.get("warmup_steps") is None and settings.get("init_weights", True) is True:
+    if kind == "DUAL_LORA" and settings.get("init_weights") == "paper" and settings.get("warmup_steps") is None:
         settings["warmup_steps"] = max(1, round(RAMP_SHARE * steps))
     if kind == "ADALORA":
         settings.setdefault("total_step", steps)

@@ -16,6 +16,7 @@ from torch import Tensor
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
 from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, rows_of, score
+from dual_lora.method.layer import DualLoraLayer
 
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
@@ -71,7 +72,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rows=rows,
         rounding=max(rms(rounded - own), rms(base_rounded - base), 1e-6),
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
-        warms_up=any(hasattr(layer, "warmup_factor") for layer in adapted_layers(tuned.model).values()),
+        warms_up=bool(_warming(tuned)),
     )
 
 
@@ -136,8 +137,13 @@ def parts(model: Any) -> dict[str, set[str]]:
 
 def strength_notes(tuned: Any) -> list[str]:
     """What an adapter says of its own strength."""
-    layers = adapted_layers(tuned.model).values() if tuned is not None else []
-    factors = [layer.warmup_factor("default") for layer in layers if hasattr(layer, "warmup_factor")]
+    factors = [float(layer.strength_factor("default").min()) for layer in (_warming(tuned) if tuned else [])]
     if factors and min(factors) < 1:
         return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
     return []
+
+
+def _warming(tuned: Any) -> list[Any]:
+    """The layers whose adapter has the paper's warm-up, and with it a λ that may be below 1."""
+    layers = adapted_layers(tuned.model).values()
+    return [m for m in layers if isinstance(m, DualLoraLayer) and m.states["default"].warmup]

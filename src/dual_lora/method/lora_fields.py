@@ -1,0 +1,85 @@
+"""LoRA's fields, as `DualLoraConfig` takes them.
+
+What means plain LoRA is taken, so that a call of `LoraConfig(…)` stands with the class's name changed. A value that
+means another method raises ValueError: leaving it out in silence would train something else than what was asked for.
+"""
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from peft import LoraConfig
+
+_DEFAULTS = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(LoraConfig)}
+PLAIN_STARTS = (True, "gaussian")  # B = 0, A at random: as this method begins
+
+# What the values that are not LoRA's own ask for.
+MEANINGS = {
+    "use_dora": "DoRA",
+    "use_rslora": "rsLoRA's scale, lora_alpha/√r (set `lora_alpha` to r times the scale that you want)",
+    "lora_bias": "a bias in LoRA's B",
+    "loftq_config": "LoftQ's start",
+    "eva_config": "EVA's start",
+    "corda_config": "CorDA's start",
+    "lora_ga_config": "LoRA-GA's start",
+    "use_qalora": "QALoRA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow's routing",
+    "kasa_config": "KaSA",
+    "alora_invocation_tokens": "activated LoRA",
+    "megatron_config": "Megatron's parallel layers",
+    "runtime_config": "an option of DoRA's and PiSSA's starts",
+}
+
+
+def names() -> set[str]:
+    """The names of all fields of `LoraConfig`."""
+    return set(_DEFAULTS)
+
+
+def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) -> dict[str, Any]:
+    """The options of `DualLoraConfig` for what may be options of `LoraConfig`.
+
+    own: the names that `DualLoraConfig` has itself. alpha_for_each: α for each unit of `lora_alpha`.
+    Raises ValueError for what means another method, and for two names of one thing with two values.
+    """
+    result = {name: value for name, value in options.items() if name in own or name not in _DEFAULTS}
+    lora_alpha = options.get("lora_alpha")
+    if lora_alpha is not None:
+
+        def ours(alpha: Any) -> Any:  # what is no number is refused later, as it stands
+            return alpha_for_each * alpha if type(alpha) in (int, float) else alpha
+
+        _set(result, "alpha", ours(lora_alpha), "lora_alpha", lora_alpha)
+        if isinstance(pattern := options.get("alpha_pattern"), dict):  # LoRA's too, as the number beside it
+            result["alpha_pattern"] = {name: ours(alpha) for name, alpha in pattern.items()}
+    if options.get("lora_dropout") is not None:
+        _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
+    if (start := options.get("init_lora_weights")) is not None:
+        if not isinstance(start, bool) and start not in PLAIN_STARTS:
+            raise ValueError(_other("init_lora_weights", start, f"the start or variant {start!r} of LoRA"))
+        _set(result, "init_weights", bool(start), "init_lora_weights", start)
+    if result.get("bias") == "lora_only":
+        result["bias"] = "dual_lora_only"
+    for name in set(options) & set(_DEFAULTS) - own - {"lora_alpha", "lora_dropout", "init_lora_weights"}:
+        value, usual = options[name], _DEFAULTS[name]
+        if value != usual and (value or usual) and name not in ("qalora_group_size", "megatron_core"):
+            raise ValueError(_other(name, value, MEANINGS.get(name, "another method")))
+    return result
+
+
+def _set(result: dict[str, Any], ours: str, value: Any, theirs: str, given: Any) -> None:
+    if result.get(ours) not in (None, value) and not (ours == "dropout" and result[ours] == 0):
+        raise ValueError(
+            f"Got both {ours}={result[ours]} and {theirs}={given}, which is {ours}={value}: keep `{ours}`, which is "
+            "this method's name."
+        )
+    result[ours] = value
+
+
+def _other(name: str, value: Any, meaning: str) -> str:
+    return (
+        f"{name}={value!r} asks for {meaning}, which is another method than Dual LoRA. Leave it out to train Dual "
+        "LoRA, or keep LoraConfig."
+    )
