@@ -29,7 +29,7 @@ def config(method: str, targets: Any, rank: int = RANK) -> Any:
     if method == "hira":
         return HiraConfig(r=rank, target_modules=targets)
     if method == "dual":
-        return DualLoraConfig(r=rank, target_modules=targets, warmup_steps=0)
+        return DualLoraConfig.paper(r=rank, target_modules=targets, warmup_steps=0)
     raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
 
 

@@ -266,7 +266,7 @@ def test_a_right_kernel_is_timed_and_a_wrong_one_refused():
 
 def test_a_wrong_estimator_is_refused():
     layer, x, W, dy = tiny_layer()
-    layer.forms["default"] = layer.forms["default"]._replace(ste="identity")
+    layer.states["default"].form = layer.states["default"].form._replace(ste="identity")
     with pytest.raises(judge.WrongResult, match=r"d[CD] is wrong"):
         linear.check(layer, x, W, dy)
 
@@ -302,7 +302,7 @@ def test_the_step_of_a_small_llama(single, monkeypatch):
     assert set(scaling.costs) == {limit.against for limit in gates.GATES[-1].any_of} | {"two threads"}
     assert (asked[0], set(asked[1:-1]), asked[-1]) == (2, {1, 2}, torch.get_num_threads())
     for layer in made["dual"].adapted().values():
-        layer.forms["default"] = layer.forms["default"]._replace(magnitude="identity")
+        layer.states["default"].form = layer.states["default"].form._replace(magnitude="identity")
     with pytest.raises(judge.WrongResult, match="differs from naive"):
         step_work.check(made["dual"], made["naive"])
 
@@ -369,7 +369,7 @@ def test_a_wrong_gradient_of_one_of_several_adapters_is_refused():
     _, x, W, dy = tiny_layer()
     layer = curves._several("dual", W, curves.Point("adapters", 3, 40, 48, 8, 8, 3))
     linear.check(layer, x, W, dy)
-    layer.forms["more1"] = layer.forms["more1"]._replace(ste="identity")
+    layer.states["more1"].form = layer.states["more1"].form._replace(ste="identity")
     with pytest.raises(judge.WrongResult, match=r"d[CD]1 is wrong"):
         linear.check(layer, x, W, dy)
 

@@ -45,7 +45,7 @@ FULL_RATES = [3e-5, 1e-4, 3e-4, 1e-3]
 
 def dual_lora(**fields: object) -> PeftConfig:
     """Dual LoRA with r1 = r2 = 2."""
-    return DualLoraConfig(r=4, alpha=8, warmup_steps=STEPS // 20, target_modules=NAMES, **fields)
+    return DualLoraConfig.paper(r=4, alpha=8, warmup_steps=STEPS // 20, target_modules=NAMES, **fields)
 
 
 METHODS: dict[str, Callable[[], PeftConfig] | None] = {

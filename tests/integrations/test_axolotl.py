@@ -33,7 +33,7 @@ def settings(monkeypatch):
         lora_alpha=16,
         lora_dropout=0.0,
         lora_target_linear=True,
-        dual_lora={"warmup_steps": 4},
+        dual_lora={"warmup_steps": 4, "init_weights": "paper"},
     )
     PluginManager.get_instance().plugins.pop("axolotl_plugin.DualLoraPlugin")
 

@@ -29,7 +29,7 @@ def test_an_adapter_ref_with_the_configuration_of_default_is_its_copy(warmup_ste
     model.add_adapter("ref", model.peft_config["default"])
     assert torch.equal(of(model, "ref"), expected)
     for layer in layers(model).values():
-        assert layer.warmup_factor("ref") == layer.warmup_factor("default")
+        assert float(layer.warmup_factor("ref")) == float(layer.warmup_factor("default"))
         for mine, theirs in zip(layer.factors("ref"), layer.factors("default"), strict=True):
             assert mine.data_ptr() != theirs.data_ptr()
 
@@ -63,7 +63,7 @@ def test_dpo_of_a_trained_adapter_starts_at_its_reference(tiny_lm, tmp_path):
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(tiny_lm)
-    config = DualLoraConfig(r=8, warmup_steps=0, init_std=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = DualLoraConfig.paper(r=8, warmup_steps=0, init_std=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = trl.DPOTrainer(
         model=get_peft_model(base, config),
         args=trl.DPOConfig(

@@ -15,7 +15,11 @@ from dual_lora.lab.verify.logprobs import int4
 def trained(folder, values, method, seed=0, steps=40, **data):
     """A run of the tiny model, trained until its answers are another model's."""
     values = json.loads(json.dumps(values))
-    values["method"] = {"name": method, "r": 4, **({"warmup_steps": 4} if method == "dual_lora" else {})}
+    values["method"] = {
+        "name": method,
+        "r": 4,
+        **({"warmup_steps": 4, "init_weights": "paper"} if method == "dual_lora" else {}),
+    }
     values["train"] |= {"steps": steps, "learning_rate": 0.02, "seed": seed, "checkpoint_every": 1000, "log_every": 100}
     values["data"] |= data
     run(build_recipe(values), folder, progress=False)

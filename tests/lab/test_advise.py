@@ -67,7 +67,9 @@ def recipe_file(folder, name="letters", **changes):
 @pytest.fixture(scope="module")
 def lora_wins(letters):
     """The advice on a task that LoRA can learn within the steps, and Dual LoRA can't: its ramp is too long."""
-    recipe = recipe_file(letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER})
+    recipe = recipe_file(
+        letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "init_weights": "paper"}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pace, "MOST_SEEDS", 5)
         return recipe, letters / "lora-wins", advise(recipe, SOME, letters / "lora-wins", progress=False)
@@ -128,7 +130,11 @@ def test_a_recipe_that_was_changed_meanwhile_is_noticed(lora_wins, letters, tmp_
     recipe, out, _ = lora_wins
     text = recipe.read_text()
     try:
-        recipe_file(letters, "ramp", method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "ste": "identity"})
+        recipe_file(
+            letters,
+            "ramp",
+            method={"name": "dual_lora", "r": 4, "warmup_steps": NEVER, "init_weights": "paper", "ste": "identity"},
+        )
         with pytest.raises(UserError, match=r"The study has changed since it was started.*methods"):
             advise(recipe, SOME, out, progress=False)
     finally:
@@ -255,7 +261,9 @@ def test_what_the_recipe_says_of_its_method_is_kept():
 
 
 def test_a_shorter_study_has_shorter_ramps(letters):
-    recipe = recipe_file(letters, "ramped", method={"name": "dual_lora", "r": 4, "warmup_steps": 15})
+    recipe = recipe_file(
+        letters, "ramped", method={"name": "dual_lora", "r": 4, "warmup_steps": 15, "init_weights": "paper"}
+    )
     short = of_length(paired_study(recipe, 1), Length(3, 20))
     assert length_of(short) == (3, 20)
     assert {short.methods[name].fields["warmup_steps"] for name in (DUAL, NO_SIGN)} == {10}

@@ -138,9 +138,9 @@ def test_first_step_of_lora_goes_where_the_formula_says():
 
 def test_first_step_at_lambda_zero_is_nothing():
     torch.manual_seed(0)
-    model = get_peft_model(Net(), DualLoraConfig(r=6, target_modules=["first"], warmup_steps=10))
+    model = get_peft_model(Net(), DualLoraConfig.paper(r=6, target_modules=["first"], warmup_steps=10))
     assert first_step(model, batch(), loss_of, 1e-3)["first"]["gradient_cosine"] != 0  # NaN: no step at all
-    adapted_layers(model)["first"]._set_steps_left("default", 0)
+    adapted_layers(model)["first"].set_left("default", 0)
     assert first_step(model, batch(), loss_of, 1e-3)["first"]["gradient_cosine"] > 0
 
 

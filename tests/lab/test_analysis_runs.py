@@ -35,7 +35,7 @@ def runs(tmp_path_factory, tiny_lm, questions):
         "evaluate": {"tasks": ["loss"]},
     }  # fmt: skip
     methods = {
-        "dual": {"name": "dual_lora", "r": 4, "warmup_steps": 4},
+        "dual": {"name": "dual_lora", "r": 4, "warmup_steps": 4, "init_weights": "paper"},
         "lora": {"name": "lora", "r": 4},
         "pissa": {"name": "pissa", "r": 4},
         "full": {"name": "full"},

@@ -62,7 +62,7 @@ def test_train_evaluate_merge_generate(call, lm_values, write_recipe, tmp_path):
 
 def test_our_warnings_are_seen_wherever_they_point(call, lm_values, write_recipe, tmp_path):
     """That an adapter ends below full strength is told from within PEFT, whose own warnings are not shown."""
-    lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 50}
+    lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 50, "init_weights": "paper"}
     code, _, err = call("train", write_recipe(lm_values), "--out", tmp_path / "run", "--train.steps", 2)
     assert code == 0
     code, _, err = call("merge", tmp_path / "run", tmp_path / "merged")

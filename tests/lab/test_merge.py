@@ -82,7 +82,7 @@ def adapter_of(tiny_lm, folder, config):
 
 METHODS = {
     "lora": lambda **o: peft.LoraConfig(r=4, **o),
-    "dual_lora": lambda **o: DualLoraConfig(r=4, warmup_steps=0, **o),
+    "dual_lora": lambda **o: DualLoraConfig.paper(r=4, warmup_steps=0, **o),
 }
 
 

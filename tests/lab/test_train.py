@@ -403,7 +403,12 @@ def test_ramp_is_a_tenth_of_the_steps_when_left_out():
     from dual_lora.lab.model.methods import method_config
 
     assert method_config({"name": "dual_lora", "r": 4}, "causal", 200, []).warmup_steps == 20
-    assert method_config({"name": "dual_lora", "r": 4, "warmup_steps": 7}, "causal", 200, []).warmup_steps == 7
+    assert (
+        method_config(
+            {"name": "dual_lora", "r": 4, "warmup_steps": 7, "init_weights": "paper"}, "causal", 200, []
+        ).warmup_steps
+        == 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -508,7 +513,7 @@ def test_rates_move_each_group_at_its_own_pace(lm_values, tmp_path):
     from dual_lora.lab.model.load import load_model
     from dual_lora.lab.model.methods import apply_method, method_config
 
-    lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 0}
+    lm_values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 0, "init_weights": "paper"}
     lm_values["train"] |= {"steps": 1, "learning_rate": 0.01, "lr_warmup": 0.0, "arguments": {"adam_epsilon": 1e-30}}
     lm_values["train"]["rates"] = {"dual_lora_D": 4.0, "dual_lora_[CD]": 0.5}
     recipe = build_recipe(lm_values)

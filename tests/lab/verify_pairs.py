@@ -23,7 +23,7 @@ from dual_lora.lab.verify.guesses import ModelGuesses, known_of, strengths
 from dual_lora.lab.verify.logprobs import Probe, score
 
 METHODS = {
-    "dual_lora": lambda: DualLoraConfig(r=4, warmup_steps=0, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "dual_lora": lambda: DualLoraConfig.paper(r=4, warmup_steps=0, target_modules="all-linear", task_type="CAUSAL_LM"),
     "lora": lambda: LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"),
 }

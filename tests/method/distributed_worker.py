@@ -47,7 +47,7 @@ def main(kind, folder, steps, resume=None):
         model = PeftModel.from_pretrained(model, resume, is_trainable=True)
         done = json.loads(Path(resume, "seen.json").read_text())["steps"]
     else:
-        config = DualLoraConfig(r=8, warmup_steps=5, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = DualLoraConfig.paper(r=8, warmup_steps=5, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
 
     def optimizer():
@@ -89,7 +89,7 @@ def main(kind, folder, steps, resume=None):
         if world > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / world)
-        factors.append(layer.warmup_factor("default"))
+        factors.append(float(layer.warmup_factor("default")))
 
     state = full_state(kind, model)
     if rank == 0:

@@ -40,7 +40,7 @@ def leaves(layer, adapter="default"):
 
 def delta(layer, factors, adapter="default"):
     """ΔW of the reference as a matrix."""
-    return delta_weight(factors, layer.dual_lora_scale[adapter], layer.forms[adapter])
+    return delta_weight(factors, layer.dual_lora_scale[adapter], layer.states[adapter].form)
 
 
 def expect(base, weights, x, call=call_plainly):

@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 def adapted(base, seed=0, **options):
     torch.manual_seed(seed)
-    options = dict(r=4, init_weights=False, warmup_steps=4) | options
+    options = dict(r=4, init_weights=False) | options
     return get_peft_model(base, DualLoraConfig(**options))
 
 
@@ -289,7 +289,9 @@ def idle_rows_under_fsdp2(mesh, folder):
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(16, 16)), DualLoraConfig(r=2, warmup_steps=0, target_modules=["0"]))
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16)), DualLoraConfig.paper(r=2, warmup_steps=0, target_modules=["0"])
+    )
     fully_shard(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with warnings.catch_warnings():
@@ -349,7 +351,7 @@ def switched_under_fsdp2(mesh, folder):
         torch.manual_seed(0)
         model = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"])
         torch.manual_seed(5)
-        model.add_adapter("other", DualLoraConfig(r=6, init_weights=False, warmup_steps=4, target_modules=["down"]))
+        model.add_adapter("other", DualLoraConfig(r=6, init_weights=False, target_modules=["down"]))
         return model
 
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
@@ -420,7 +422,7 @@ def filled_after_sharding(mesh, folder):
     model.load_state_dict(shards, assign=True)
     for name, layer in layers(model).items():
         layer.dual_lora_scale["default"] = scales[name]  # accelerate puts back what is not in the state
-        assert layer.warmup_factor("default") == 0.5
+        assert float(layer.warmup_factor("default")) == 0.5
         assert int(layer.dual_lora_left["default"]) == 2
     assert model.state_dict().keys() == full.keys()
     x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))

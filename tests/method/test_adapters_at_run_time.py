@@ -297,8 +297,8 @@ def test_rank_pattern_for_both_groups():
         llama(), config(rank_pattern={"q_proj": [1, 5], "down_proj": 2}, alpha_pattern={"q_proj": 7})
     )
     attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
-    assert (attention.q_proj.r1["default"], attention.q_proj.r2["default"]) == (1, 5)
-    assert attention.q_proj.alpha["default"] == 7
+    assert (attention.q_proj.states["default"].r1, attention.q_proj.states["default"].r2) == (1, 5)
+    assert attention.q_proj.states["default"].alpha == 7
     assert (mlp.down_proj.r1["default"], mlp.down_proj.r2["default"]) == (1, 1)
 
 

@@ -57,7 +57,7 @@ def weights_of(base, layer, factors, out_factors):
 
 
 def update(layer, factors):
-    return delta_weight(factors, layer.dual_lora_scale["default"], layer.forms["default"])
+    return delta_weight(factors, layer.dual_lora_scale["default"], layer.states["default"].form)
 
 
 @LAYOUTS

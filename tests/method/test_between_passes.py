@@ -43,7 +43,7 @@ def gradient(kind, between=None, frozen=False, merged=False):
     torch.manual_seed(0)
     base, points = KINDS[kind]
     model, layer = adapted(base, call, warmup_steps=0 if merged else 4)
-    layer._set_steps_left("default", 0 if merged else 2)
+    layer.set_left("default", 0 if merged else 2)
     model.requires_grad_(not frozen)
     if merged:
         model.merge_adapter()

@@ -67,7 +67,7 @@ def test_inference_of_a_whole_model_at_every_lambda(name, strict):
         for left in (STEPS, STEPS // 2, 0):
             for module in model.modules():
                 if hasattr(module, "dual_lora_A"):
-                    module._set_steps_left("default", left)
+                    module.set_left("default", left)
             outputs.append(model(input_ids=tokens()).logits)
             torch.testing.assert_close(compiled(input_ids=tokens()).logits, outputs[-1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(outputs[0], outputs[-1], rtol=1e-3, atol=1e-3)
@@ -90,7 +90,7 @@ def test_the_default_backend(name, strict):
         with torch.no_grad():
             for left in (STEPS, 1, 0):
                 for layer in layers(model).values():
-                    layer._set_steps_left("default", left)
+                    layer.set_left("default", left)
                 expected = model(input_ids=tokens()).logits
                 torch.testing.assert_close(forward(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -126,7 +126,9 @@ def test_the_trainers_own_switch(tmp_path, strict):
 def with_two():
     model = build("llama", layers=1)
     torch.manual_seed(3)
-    model.add_adapter("two", DualLoraConfig(r=6, target_modules=["q_proj", "o_proj"], warmup_steps=2, init_std=0.3))
+    model.add_adapter(
+        "two", DualLoraConfig.paper(r=6, target_modules=["q_proj", "o_proj"], warmup_steps=2, init_std=0.3)
+    )
     model.base_model.set_adapter(["default", "two"])
     return model
 
@@ -148,7 +150,7 @@ def test_a_graph_for_every_choice_of_adapters():
     model = with_two().eval()
     for layer in layers(model).values():
         for name in layer.adapter_names():
-            layer._set_steps_left(name, 0)
+            layer.set_left(name, 0)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     forward = torch.compile(model, fullgraph=True, backend=counter)
     seen = []
@@ -168,7 +170,7 @@ def test_a_mixed_batch():
     model = with_two().eval()
     for layer in layers(model).values():
         for name in layer.adapter_names():
-            layer._set_steps_left(name, 0)
+            layer.set_left(name, 0)
     mixed = [["two", "__base__", "default"], ["default", "default", "two"]]
     with torch.no_grad():
         expected = [model(input_ids=tokens(), adapter_names=names).logits for names in mixed]
@@ -189,7 +191,7 @@ def test_a_mixed_batch():
 def quantised_course(kind, compiled):
     """Losses and the gradient of x while λ rises from 0 to 1, then outputs in evaluation at several λ."""
     torch.manual_seed(3)
-    model, layer, _ = wrapped(kind, warmup_steps=STEPS, init_weights=True, init_std=0.3)
+    model, layer, _ = wrapped(kind, warmup_steps=STEPS, init_weights="paper", init_std=0.3)
     x = torch.randn(5, I)
     model.train()(x)  # bitsandbytes' 8-bit layer makes its state in the first call
     forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
@@ -207,7 +209,7 @@ def quantised_course(kind, compiled):
     forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     with torch.no_grad():
         for left in (STEPS, 1, 0):
-            layer._set_steps_left("default", left)
+            layer.set_left("default", left)
             seen.append(forward(x.detach()).norm().item())
     return torch.tensor(seen)
 

@@ -138,15 +138,15 @@ def test_patterns_written_later_mean_what_they_mean_when_they_are_loaded(tmp_pat
 def test_alpha_defaults_to_twice_the_ranks_of_each_layer():
     model = adapted(r=8, rank_pattern={"second": 4})
     first, second = layers(model).values()
-    assert (first.alpha["default"], second.alpha["default"]) == (16, 8)
+    assert (first.states["default"].alpha, second.states["default"].alpha) == (16, 8)
     assert (first.scaling["default"], second.scaling["default"]) == (16 / 4, 8 / 2)
 
 
 def test_patterns():
     model = adapted(r=8, alpha=6, rank_pattern={"first": [1, 4], r".*second": 2}, alpha_pattern={"^second$": 9.0})
     first, second = layers(model).values()
-    assert (first.r1["default"], first.r2["default"], first.alpha["default"]) == (1, 4, 6)
-    assert (second.r1["default"], second.r2["default"], second.alpha["default"]) == (1, 1, 9)
+    assert (first.states["default"].r1, first.states["default"].r2, first.states["default"].alpha) == (1, 4, 6)
+    assert (second.states["default"].r1, second.states["default"].r2, second.states["default"].alpha) == (1, 1, 9)
     assert first.scaling["default"] == 6 / 2
     A, B, C, D = first.factors("default")
     assert [tuple(f.shape) for f in (A, B, C, D)] == [(1, 12), (16, 1), (4, 12), (16, 4)]

@@ -137,13 +137,13 @@ def test_conversion_is_of_the_present_lambda():
     model = adapted(llama(), ["q_proj"], warmup_steps=4)
     full = quietly(model, 1.0).state_dict
     for layer in layers(model).values():
-        layer._set_steps_left("default", 3)
+        layer.set_left("default", 3)
     quarter = quietly(model, 1.0).state_dict
     name = next(iter(layers(model)))
     product = [s[f"{name}.lora_B.weight"] @ s[f"{name}.lora_A.weight"] for s in (full, quarter)]
     torch.testing.assert_close(product[1], product[0] / 4, atol=1e-5, rtol=1e-4)
     for layer in layers(model).values():
-        layer._set_steps_left("default", 4)
+        layer.set_left("default", 4)
     assert all(loss.error == 0 for loss in quietly(model, 1).losses)  # λ = 0: nothing to lose
 
 

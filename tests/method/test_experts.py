@@ -39,7 +39,7 @@ def wrappers(model):
 def update(wrapper, factors, adapter="default"):
     """ΔW of the reference, expert by expert, in the parameter's layout."""
     each = [
-        delta_weight(Factors(*(f[e] for f in factors)), wrapper.dual_lora_scale[adapter], wrapper.forms[adapter])
+        delta_weight(Factors(*(f[e] for f in factors)), wrapper.dual_lora_scale[adapter], wrapper.states[adapter].form)
         for e in range(wrapper.num_experts)
     ]
     return wrapper._from_matrix(torch.stack(each))

@@ -161,7 +161,7 @@ def test_lambda_is_part_of_what_is_exported():
     model = adapted(init_weights=True, warmup_steps=4, init_std=0.5)
     for module in model.modules():
         if hasattr(module, "dual_lora_A"):
-            module._set_steps_left("default", 2)
+            module.set_left("default", 2)
     model = OneTensor(model)
     with torch.no_grad():
         half = model(points())

@@ -58,7 +58,7 @@ def test_signs_are_kept_and_the_figures_are_those_of_the_loaded_adapter(tmp_path
     assert layers(loaded).keys() == updates.keys()
     for kept, (name, layer) in zip(start.kept, layers(loaded).items(), strict=True):
         found, update = layer.get_delta_weight("default"), updates[name]
-        assert layer.warmup_factor("default") == 1
+        assert float(layer.warmup_factor("default")) == 1
         cosine = torch.nn.functional.cosine_similarity(found.flatten(), update.flatten(), dim=0)
         assert kept.cosine == pytest.approx(float(cosine), abs=1e-4)
         assert kept.cosine > 0.8  # a constant magnitude gives √(2/π)
@@ -84,7 +84,10 @@ def test_layers_of_other_ranks_keep_theirs(tmp_path):
     model = lora(base, ["q_proj", "v_proj"], rank_pattern={"layers.1.self_attn.v_proj": 2})
     save_as_dual_lora(tmp_path, model)
     loaded = layers(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
-    ranks = {n.removeprefix("base_model.model.model."): (m.r1["default"], m.r2["default"]) for n, m in loaded.items()}
+    ranks = {
+        n.removeprefix("base_model.model.model."): (m.states["default"].r1, m.states["default"].r2)
+        for n, m in loaded.items()
+    }
     assert ranks.pop("layers.1.self_attn.v_proj") == (2, 2)
     assert set(ranks.values()) == {(4, 4)}
 
@@ -98,7 +101,7 @@ def test_a_layer_whose_name_ends_anothers_takes_it_not_along(names, tmp_path):
     start = save_as_dual_lora(tmp_path, model)
     assert {kept.layer for kept in start.kept} == set(names)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    ranks = {n.removeprefix("base_model.model."): m.r2["default"] for n, m in layers(loaded).items()}
+    ranks = {n.removeprefix("base_model.model."): m.states["default"].r2 for n, m in layers(loaded).items()}
     assert ranks == {name: 1 if len(names) > 1 and name == names[-1] else 4 for name in names}
     as_lora = convert_to_lora(loaded, 1.0)
     again = get_peft_model(copy.deepcopy(base), as_lora.config)

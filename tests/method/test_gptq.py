@@ -45,7 +45,7 @@ def opened(checkpoint, backend, dtype, **options):
     how = (GPTQConfig if kind == "gptq" else AwqConfig)(bits=4, group_size=32, backend=backend)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how)
     torch.manual_seed(0)
-    config = DualLoraConfig(r=8, target_modules=TARGETS, warmup_steps=0, task_type="CAUSAL_LM", **options)
+    config = DualLoraConfig.paper(r=8, target_modules=TARGETS, warmup_steps=0, task_type="CAUSAL_LM", **options)
     model = get_peft_model(base, config)
     return model, list(layers(model).values())
 

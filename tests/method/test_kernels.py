@@ -37,9 +37,9 @@ def weights_of(base, layer, doubles):
         names = {"weight": layer}
     return {
         name: base.get_parameter(name).double()
-        + delta_weight(doubles[adapted], adapted.dual_lora_scale["default"].double(), adapted.forms["default"]).view(
-            base.get_parameter(name).shape
-        )
+        + delta_weight(
+            doubles[adapted], adapted.dual_lora_scale["default"].double(), adapted.states["default"].form
+        ).view(base.get_parameter(name).shape)
         for name, adapted in names.items()
     }
 
@@ -110,7 +110,7 @@ def test_quantised_bases(make):
     W = layer.quantization_backend.get_base_weight(layer.get_base_layer()).detach().double()
     doubles = Factors(*(f.detach().double().requires_grad_() for f in layer.factors("default")))
     x64 = x.detach().double().requires_grad_()
-    delta = delta_weight(doubles, layer.dual_lora_scale["default"].double(), layer.forms["default"])
+    delta = delta_weight(doubles, layer.dual_lora_scale["default"].double(), layer.states["default"].form)
     bias = layer.get_base_layer().bias
     want = nn.functional.linear(x64, W + delta, None if bias is None else bias.detach().double())
     want.backward(g.double())

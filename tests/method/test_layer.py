@@ -39,8 +39,8 @@ def by_hand(module, x, adapters=("default",)):
     """x (W + ΣΔW)ᵀ + bias from the reference's ΔW."""
     W = weight_of(module)
     for name in adapters:
-        W = W + module.warmup_factor(name) * delta_weight(
-            module.factors(name), module.scaling[name], module.forms[name]
+        W = W + float(module.warmup_factor(name)) * delta_weight(
+            module.factors(name), module.scaling[name], module.states[name].form
         )
     return nn.functional.linear(x, W, module.get_base_layer().bias)
 
@@ -62,7 +62,7 @@ def test_zero_start_is_the_base_with_live_gradients(name):
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     model(input_ids=tokens()).logits.square().mean().backward()
     for module in layers(model).values():
-        assert module.warmup_factor("default") == 1
+        assert float(module.warmup_factor("default")) == 1
         assert module.dual_lora_B["default"].grad.any()
 
 

@@ -44,7 +44,8 @@ def test_merged_weight_is_the_rounding_of_the_sum(dtype):
         total = before[name].double()
         for adapter in ("default", "b", "c"):
             total = (
-                total + delta_weight(module.factors(adapter), module.scaling[adapter], module.forms[adapter]).double()
+                total
+                + delta_weight(module.factors(adapter), module.scaling[adapter], module.states[adapter].form).double()
             )
         merged = module.get_base_layer().weight
         assert merged.dtype == dtype

@@ -111,7 +111,7 @@ def test_training_lowers_the_loss(kind):
     first = nn.Linear(I, I)
     model = get_peft_model(
         nn.Sequential(first, nn.ReLU(), KINDS[kind]()),
-        DualLoraConfig(target_modules=["0", "2"], warmup_steps=2, r=4),
+        DualLoraConfig.paper(target_modules=["0", "2"], warmup_steps=2, r=4),
     )
     layer = model.base_model.model[0]
     x, target = torch.randn(32, I), torch.randn(32, O)
@@ -474,7 +474,7 @@ def test_qlora_with_transformers_and_trl(tmp_path):
         args=arguments,
         train_dataset=data,
         processing_class=words(),
-        peft_config=DualLoraConfig(target_modules=["q_proj", "down_proj"], warmup_steps=2),
+        peft_config=DualLoraConfig.paper(target_modules=["q_proj", "down_proj"], warmup_steps=2),
     )
     layers = [m for m in trainer.model.modules() if isinstance(m, QuantizedLinear)]
     with pytest.warns(UserWarning, match=r"cast to torch\.bfloat16 by foreign code and are fp32 again"):

@@ -45,7 +45,9 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("saved")
     llama().save_pretrained(root / "base")
     base = LlamaForCausalLM.from_pretrained(root / "base")
-    options = dict(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", warmup_steps=4)
+    options = dict(
+        target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", warmup_steps=4, init_weights="paper"
+    )
     model = train_llama(adapted(base, **options), 2)
     model.save_pretrained(root / "half")
     torch.save(logits(model), root / "half.pt")
@@ -417,7 +419,7 @@ def test_shards_that_were_not_gathered_are_reported(tmp_path):
 def test_tied_layers_are_loaded_and_stay_tied(targets, low, left_out, tmp_path):
     """With both names of the shared factors in the file, as PEFT saves them, or with the embedding's alone."""
     base = llama(tie_word_embeddings=True)
-    model = adapted(base, target_modules=targets, ensure_weight_tying=True, warmup_steps=4)
+    model = adapted(base, target_modules=targets, ensure_weight_tying=True, warmup_steps=4, init_weights="paper")
     train_llama(model, 3).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -1,18 +1,18 @@
-"""The clip and the scale of the loss: gradient scalers, their refusal, and gradient accumulation."""
+"""The clip and the scale of the loss: gradient scalers are known without a word, and what accumulation does."""
 
 import gc
-import warnings
+import subprocess
+import sys
 import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from reference_layer import adapted as adapted_layer
-from tiny import adapted, points, trainable
+from tiny import adapted, points, train, trainable
 from torch import nn
 
-from dual_lora import DualLoraCallback, grad_scaler
+from dual_lora import grad_scaler
 from dual_lora.core.reference import Factors, Form, delta_weight
 from dual_lora.method import deepspeed
 from dual_lora.method import scaler as scalers
@@ -28,27 +28,21 @@ def loss_of(model, x=None):
     return 30 * model(points(64) if x is None else x).float().square().sum(1).mean()
 
 
-def fp16():
-    return torch.autocast("cpu", torch.float16)
+@pytest.fixture(autouse=True)
+def nothing_known():
+    """No scaler of another test."""
+    gc.collect()
+    scalers._last = None
 
 
-def gradients(model, scale=None, known=True, autocast=None):
+def gradients(model, scale=None, autocast=None, scaled=None):
+    """The factors' gradients, unscaled; `scaled` multiplies the loss where nobody knows it."""
     model.zero_grad()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    if not known:
-        scalers.set_grad_scaler(None)
-    context = grad_scaler(scaler) if known else torch.enable_grad()
-    with context, torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         loss = loss_of(model)
-        scaler.scale(loss).backward()
-    return {n: p.grad / (scale or 1.0) for n, p in model.named_parameters() if p.grad is not None}
-
-
-def test_clip_under_fp16_autocast_raises_a_clear_error(model):
-    with fp16(), pytest.raises(RuntimeError, match="gradient scaler") as caught:
-        model(points())
-    for way_out in ("grad_scaler(scaler)", "DualLoraCallback()", "bf16", "'identity'", "'hardtanh'", "'surrogate'"):
-        assert way_out in str(caught.value)
+        (scaler.scale(loss) * (scaled or 1.0)).backward()
+    return {n: p.grad / (scale or 1.0) / (scaled or 1.0) for n, p in model.named_parameters() if p.grad is not None}
 
 
 def layers_of_every_kind():
@@ -76,19 +70,13 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("kind", layers_of_every_kind())
-def test_clip_with_a_base_in_fp16_is_refused_too(kind):
-    """A scaler is as unknown there as under autocast: C's gradient would be wrong by nine tenths."""
+def test_a_base_in_fp16_trains_without_a_scaler(kind):
+    """None is alive, so nothing multiplies the loss: as PEFT's examples train."""
     base, x, options = layers_of_every_kind()[kind]
     model, _ = adapted_layer(base.half(), **options)
     x = x.half() if x.is_floating_point() else x
-    with pytest.raises(RuntimeError, match=r"in fp16 a gradient scaler.*GradScaler\(enabled=False\)"):
-        model.train()(x)
-    with grad_scaler(torch.amp.GradScaler("cpu", enabled=False)):
-        assert model(x).dtype == torch.float16
-    with torch.no_grad():
-        model(x)
-    with pytest.warns(UserWarning, match="runs in fp16 with gradients"):
-        model.eval()(x)
+    model.train()(x).float().sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "dual_lora_C" in n)
 
 
 def test_a_scaler_over_a_base_in_fp16():
@@ -101,45 +89,15 @@ def test_a_scaler_over_a_base_in_fp16():
     grads = []
     for scale in (1.0, 256.0):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        with grad_scaler(scaler):
-            scaler.scale(loss_of(model, x)).backward()
+        scaler.scale(loss_of(model, x)).backward()
         grads.append({n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None})
         model.zero_grad()
     for n, g in grads[0].items():
         torch.testing.assert_close(grads[1][n], g, rtol=0.02, atol=0.02 * g.abs().max().item(), msg=n)
 
 
-@pytest.mark.parametrize(
-    "options", [dict(ste="identity"), dict(ste="surrogate"), dict(direction_activation="identity")]
-)
-def test_other_estimators_are_allowed(options):
-    with fp16():
-        assert adapted(init_weights=False, **options)(points()).dtype == torch.float16
-
-
-def test_training_in_eval_mode_knows_the_scaler_too(model):
-    """Without dropout some train in eval mode; the clip acts there as well."""
-    want = gradients(model.eval())
-    got = gradients(model, scale=65536.0)
-    for name, g in got.items():
-        torch.testing.assert_close(g, want[name], msg=name)
-    with fp16(), pytest.warns(UserWarning, match=r"train in eval mode.*grad_scaler"):
-        model(points())
-
-
-def test_where_nothing_is_trained_fp16_is_allowed(model):
-    with fp16():
-        with torch.no_grad():
-            model.eval()(points())
-        with torch.no_grad():
-            model.train()(points())
-        for p in model.parameters():
-            p.requires_grad_(False)
-        model.train()(points())
-
-
 def test_bf16_autocast_needs_no_scaler(model):
-    want, got = gradients(model), gradients(model, known=False, autocast=torch.bfloat16)
+    want, got = gradients(model), gradients(model, autocast=torch.bfloat16)
     assert want.keys() == got.keys()
     for name, g in got.items():
         assert 0 < (g - want[name]).norm() < 0.05 * want[name].norm(), name
@@ -151,7 +109,7 @@ def test_a_known_scaler_changes_nothing(model):
     scaled = gradients(model, scale=65536.0)
     assert plain.keys() == scaled.keys()
     assert all(torch.equal(plain[n], scaled[n]) for n in plain)
-    unknown = gradients(model, scale=65536.0, known=False)
+    unknown = gradients(model, scaled=65536.0)
     directions = [n for n in plain if "dual_lora_C" in n or "dual_lora_D" in n]
     assert all((unknown[n] - plain[n]).abs().max() > 0.01 * plain[n].abs().max() for n in directions)
 
@@ -179,49 +137,6 @@ def test_what_an_unknown_scaler_does_to_each_factor():
         assert error == 0 if name in "AB" else error > 0.5, name
 
 
-def steps_by(scaler, model, known=False):
-    """What is said in some steps by a scaler, which is known, if at all, during the passes alone."""
-    optimizer = torch.optim.SGD(trainable(model), lr=1e-4)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(5):
-            with grad_scaler(scaler) if known else nullcontext():
-                scaler.scale(loss_of(model)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-    return [str(w.message) for w in caught if "was not told of" in str(w.message)]
-
-
-class OwnScaler(torch.amp.GradScaler):
-    def step(self, optimizer, *args, **kwargs):
-        return super().step(optimizer, *args, **kwargs)
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", [torch.amp.GradScaler, OwnScaler])
-def test_an_unknown_scaler_is_noticed_in_its_step(kind, autocast):
-    """In fp32 and bf16 nothing is refused before, as few would use a scaler there."""
-    model = adapted(init_weights=False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        (told,) = steps_by(kind("cpu", init_scale=1024.0), model)
-    assert "dual_lora.grad_scaler(scaler)" in told
-    assert "'surrogate'" in told
-
-
-def test_another_scaler_than_the_known_one_is_noticed():
-    """A Trainer's, of a run that failed, may still be known when the next loop begins."""
-    with grad_scaler(torch.amp.GradScaler("cpu", init_scale=2.0)):
-        assert steps_by(torch.amp.GradScaler("cpu", init_scale=1024.0), adapted(init_weights=False))
-
-
-@pytest.mark.parametrize("case", ["known", "disabled", "identity", "no sign"])
-def test_a_scaler_that_does_no_harm_is_not_spoken_of(case):
-    options = {"identity": dict(ste="identity"), "no sign": dict(direction_activation="identity")}.get(case, {})
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=case != "disabled")
-    assert not steps_by(scaler, adapted(init_weights=False, **options), known=case == "known")
-
-
 def test_a_known_scaler_under_fp16_autocast(model):
     plain = gradients(model, scale=1.0, autocast=torch.float16)
     scaled = gradients(model, scale=64.0, autocast=torch.float16)
@@ -233,14 +148,13 @@ def test_a_scale_that_changes_is_followed(model):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1, growth_factor=2.0)
     optimizer = torch.optim.SGD(trainable(model), lr=0.0)
     seen = []
-    with grad_scaler(scaler):
-        for _ in range(3):
-            loss = loss_of(model)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-            scaler.update()
-            optimizer.zero_grad()
+    for _ in range(3):
+        loss = loss_of(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        seen.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        scaler.update()
+        optimizer.zero_grad()
     assert scaler.get_scale() == 32.0
     for later in seen[1:]:  # step() has unscaled them
         assert all(torch.equal(seen[0][n], later[n]) for n in later)
@@ -249,25 +163,54 @@ def test_a_scale_that_changes_is_followed(model):
 @pytest.mark.parametrize("ste", ["identity", "hardtanh", "surrogate"])
 def test_the_others_are_indifferent_to_scale(ste):
     model = adapted(init_weights=False, ste=ste)
-    plain, scaled = gradients(model), gradients(model, scale=65536.0, known=False)
+    plain, scaled = gradients(model), gradients(model, scaled=65536.0)
     assert all(torch.equal(plain[n], scaled[n]) for n in plain)
 
 
-def test_the_context_ends():
-    outer, inner = torch.amp.GradScaler("cpu", init_scale=2.0), torch.amp.GradScaler("cpu", init_scale=8.0)
-    with grad_scaler(outer):
-        with grad_scaler(inner):
-            assert scalers.loss_scale(torch.device("cpu")).item() == 8
-        assert scalers.loss_scale(torch.device("cpu")).item() == 2
-    assert scalers.loss_scale(torch.device("cpu")) is None
-    with pytest.raises(KeyError), grad_scaler(outer):
+def test_what_is_said_comes_before_what_is_known():
+    known = torch.amp.GradScaler("cpu", init_scale=2.0)
+    said = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: 8.0)
+    assert scale_now() == 2
+    with grad_scaler(said):
+        assert scale_now() == 8
+    with pytest.raises(KeyError), grad_scaler(said):
         raise KeyError
-    assert scalers.loss_scale(torch.device("cpu")) is None
+    assert scale_now() == 2
+    del known
+    gc.collect()
+    assert scale_now() is None
 
 
-def test_a_disabled_scaler_is_no_scale():
-    with grad_scaler(torch.amp.GradScaler("cpu", enabled=False)):
-        assert scalers.loss_scale(torch.device("cpu")) is None
+def scale_now():
+    scale = scalers.loss_scale(torch.device("cpu"))
+    return None if scale is None else scale.item()
+
+
+class OwnScaler(torch.amp.GradScaler):
+    def scale(self, outputs):
+        return super().scale(outputs)
+
+
+def test_the_scaler_in_use_counts_and_one_of_a_run_that_is_over_does_not():
+    old, new = torch.amp.GradScaler("cpu", init_scale=4.0), OwnScaler("cpu", init_scale=16.0)
+    assert scale_now() == 16
+    old.scale(torch.ones(1))
+    assert scale_now() == 4
+    new.scale(torch.ones(1))
+    assert scale_now() == 16
+    assert torch.amp.GradScaler("cpu", enabled=False)
+    model = adapted(init_weights=False)
+    train(model, scalers.STEPS_WITHOUT + 1)
+    assert scale_now() is None
+
+
+def test_a_scaler_that_was_made_before_the_import_is_known():
+    code = (
+        "import torch; scaler = torch.amp.GradScaler('cpu', init_scale=4.0)\n"
+        "from dual_lora.method.scaler import loss_scale; print(loss_scale(torch.device('cpu')).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "4.0"
 
 
 def test_accumulation_clips_every_micro_batch_by_itself():
@@ -301,29 +244,6 @@ def test_accumulation_clips_every_micro_batch_by_itself():
     assert (accumulated - D.t() @ total.clamp(-1, 1)).abs().max() > 0.05 * accumulated.abs().max()
 
 
-def test_a_run_that_never_ended_leaves_no_scale_behind():
-    """Interrupted, the Trainer does not tell that training ends; the next run may have no scaler."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # where accelerate keeps it
-    DualLoraCallback().on_train_begin(None, None, None, optimizer=optimizer)
-    assert scalers.loss_scale(torch.device("cpu")) == 4
-    del optimizer
-    gc.collect()
-    assert scalers.loss_scale(torch.device("cpu")) is None
-
-
-def test_a_run_without_a_scaler_that_never_ended_allows_nothing_afterwards(model):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    DualLoraCallback().on_train_begin(None, None, None, optimizer=optimizer)
-    run = torch.autocast("cpu", torch.float16)
-    with run:
-        model(points())
-    del optimizer
-    gc.collect()
-    with run, pytest.raises(RuntimeError, match="Make the scaler known"):
-        model(points())
-
-
 def test_deepspeeds_scale_keeps_no_engine_alive():
     class Engine:
         def __init__(self):
@@ -337,9 +257,9 @@ def test_deepspeeds_scale_keeps_no_engine_alive():
 
     Engine.__init__ = deepspeed._after_init(Engine.__init__)
     engine = Engine()
-    assert scalers.loss_scale(torch.device("cpu")) == 8
+    assert scale_now() == 8
     alive = weakref.ref(engine)
     del engine
     gc.collect()
     assert alive() is None
-    assert scalers.loss_scale(torch.device("cpu")) is None
+    assert scale_now() is None

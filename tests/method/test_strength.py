@@ -29,7 +29,7 @@ def gradients(model, between=lambda model: None):
 def test_a_change_between_forward_and_backward_comes_after_both(change, left):
     model = adapted(warmup_steps=4, init_std=0.3)
     for m in layers(model).values():
-        m._set_steps_left("default", left)
+        m.set_left("default", left)
     want = gradients(copy.deepcopy(model))
     for ours, theirs in zip(gradients(model, CHANGES[change]), want, strict=True):
         assert theirs.any()
@@ -71,13 +71,14 @@ def test_whoever_writes_to_buffers_between_two_forwards_does_no_harm():
 def test_the_count_is_the_only_state():
     model = adapted(warmup_steps=4)
     assert [name.rpartition(".")[0].rpartition(".")[2] for name, _ in model.named_buffers()] == ["dual_lora_left"] * 2
+    assert not [*adapted(init_weights=True).named_buffers()]
 
 
 def test_a_step_writes_where_a_captured_graph_reads():
     model = adapted(warmup_steps=4)
-    before = layer(model).dual_lora_scale["default"]
+    before = layer(model).dual_lora_left["default"]
     train(model, 2)
-    assert layer(model).dual_lora_scale["default"] is before
+    assert layer(model).dual_lora_left["default"] is before
     assert factor(model) == 0.5
 
 
@@ -109,7 +110,7 @@ def test_an_adapter_made_in_inference_mode_is_like_any_other(cast):
     layer(model).set_scale("default", 0.5)
     layer(model).set_scale("default", 1.0)
     train(model, 2, x=points().to(dtype))
-    assert (layer(model).warmup_factor("default"), layer(model).steps_left("default")) == (0.5, 2)
+    assert (float(layer(model).warmup_factor("default")), layer(model).steps_left("default")) == (0.5, 2)
     model.eval()
     with torch.no_grad():
         unmerged = model(points().to(dtype))

@@ -31,7 +31,12 @@ class Watcher(TrainerCallback):
 def trainer_of(path, model=None, callbacks=(), **options):
     if model is None:
         model = adapted(
-            llama(), target_modules=["q_proj", "down_proj"], warmup_steps=5, dropout=0.1, task_type="CAUSAL_LM"
+            llama(),
+            target_modules=["q_proj", "down_proj"],
+            warmup_steps=5,
+            init_weights="paper",
+            dropout=0.1,
+            task_type="CAUSAL_LM",
         )
     options = dict(per_device_train_batch_size=2, max_steps=8, learning_rate=1e-2, save_strategy="no") | options
     arguments = TrainingArguments(

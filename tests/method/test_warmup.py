@@ -1,4 +1,4 @@
-"""λ counts optimizer steps by itself: in every kind of loop, over saving and loading; no silent no-op."""
+"""The paper's start: λ counts optimizer steps by itself, in every kind of loop, over saving, loading and copies."""
 
 import copy
 import gc
@@ -7,11 +7,15 @@ import warnings
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
-from tiny import Mlp, adapted, changed, factor, layer, layers, llama, points, state, tokens, train, trainable
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from tiny import Mlp, adapted, changed, factor, layer, layers, llama, logits, points, state, tokens, train, trainable
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.swa_utils import AveragedModel
+from transformers import TrainerState
 
-from dual_lora import DualLoraConfig
+from dual_lora import DualLoraCallback, DualLoraConfig, count_step
 from dual_lora.method import warmup
 
 
@@ -44,39 +48,121 @@ def test_the_first_step_moves_nothing_and_that_is_the_definition():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(warmup_steps=0), dict(init_weights=False), dict(init_weights="zero")], ids=str
+    "options", [dict(warmup_steps=0), *(dict(init_weights=v) for v in (True, False, "zero"))], ids=str
 )
-def test_no_ramp(options):
-    model = adapted(**(dict(warmup_steps=4) | options))
-    assert factor(model) == 1
+def test_without_a_warm_up_there_is_no_count(options):
+    model = adapted(**options)
     train(model, 2)
     assert factor(model) == 1
+    assert not [*model.named_buffers()]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adamax])
-def test_any_optimizer(kind):
+OPTIMIZERS = {kind.__name__: kind for kind in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)}
+
+
+class Holder(torch.optim.Optimizer):
+    """As SAM, Lookahead and others: an optimizer of its own around another one, with the same parameters."""
+
+    def __init__(self, inner, params=None):
+        super().__init__(inner.param_groups if params is None else params, {"lr": 0.1})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Chain(torch.optim.Optimizer):
+    """Several optimizers as one (Muon for matrices and AdamW for the rest)."""
+
+    def __init__(self, parts):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+
+class Subclass(torch.optim.AdamW):
+    """Each class's `step` is hooked, once the parent was in use as well."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+NESTED = {
+    "wrapper": lambda p: Holder(torch.optim.AdamW(p, lr=1e-3)),
+    "twice": lambda p: Holder(Holder(torch.optim.AdamW(p, lr=1e-3))),
+    "outside holds nothing": lambda p: Holder(torch.optim.AdamW(p, lr=1e-3), [nn.Parameter(torch.zeros(1))]),
+    "inside holds a part": lambda p: Holder(torch.optim.AdamW(p[:1], lr=1e-3), p),
+    "chain": lambda p: Chain([torch.optim.AdamW(p[k::3], lr=1e-3) for k in range(3)]),
+    "subclass": lambda p: (torch.optim.AdamW(p), Subclass(p, lr=1e-3))[1],
+}
+
+
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, *NESTED])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_counts_once_whatever_makes_it(kind, set_to_none):
     model = adapted(warmup_steps=10)
-    train(model, 3, optimizer=kind(trainable(model), lr=1e-3))
+    optimizer = (OPTIMIZERS | NESTED)[kind](trainable(model))
+    for _ in range(3):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none)
     assert factor(model) == pytest.approx(0.3)
 
 
 def test_lbfgs_counts_a_step_however_often_it_calls_the_closure():
     model = adapted(warmup_steps=10)
     optimizer = torch.optim.LBFGS(trainable(model), lr=1e-3, max_iter=5)
-    calls = []
+    for m in layers(model).values():
+        m.set_left("default", 8)
 
     def closure():
         optimizer.zero_grad()
         value = loss(model)
         value.backward()
-        calls.append(value)
         return value
 
-    layer(model)._set_steps_left("default", 8)
-    layers(model)["base_model.model.second"]._set_steps_left("default", 8)
     optimizer.step(closure)
-    assert len(calls) > 1
     assert factor(model) == pytest.approx(0.3)
+
+
+def test_a_step_that_failed_is_forgotten():
+    model = adapted(warmup_steps=10)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+
+    def fails():
+        raise RuntimeError("out of memory")
+
+    for other in (
+        torch.optim.SGD(trainable(model), lr=0.1),
+        Holder(torch.optim.SGD(trainable(model), lr=0.1)),
+        optimizer,
+    ):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            other.step(fails)
+    train(model, 3, optimizer=optimizer)
+    assert factor(model) == pytest.approx(0.3)
+
+
+def test_two_optimizers_on_one_gradient_count_once():
+    model = adapted(warmup_steps=10)
+    first, second = torch.optim.SGD(trainable(model), lr=0.1), torch.optim.AdamW(trainable(model), lr=1e-3)
+    for _ in range(3):
+        loss(model).backward()
+        first.step()
+        second.step()
+        first.zero_grad()
+    assert factor(model) == pytest.approx(0.3)
+
+
+def test_optimizers_made_anew_go_on_counting():
+    model, kept = adapted(warmup_steps=10), []
+    for _ in range(3):
+        kept.append(torch.optim.AdamW(trainable(model), lr=1e-3))
+        train(model, 2, optimizer=kept[-1])
+    assert factor(model) == pytest.approx(0.6)
 
 
 def test_gradient_accumulation_counts_steps_not_backward_passes():
@@ -96,101 +182,98 @@ def test_gradient_checkpointing_runs_forward_twice_and_counts_once(reentrant):
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-    for _ in range(3):
-        model(input_ids=tokens(), labels=tokens()).loss.backward()
-        optimizer.step()
+    train(model, 3, loss=lambda: model(input_ids=tokens(), labels=tokens()).loss)
     assert factor(model) == pytest.approx(0.3)
 
 
-def test_evaluation_in_the_middle_does_not_count_and_sees_the_present_strength():
-    model = adapted(warmup_steps=4)
-    optimizer = train(model, 1)
-    outputs = []
-    for _ in range(3):
-        model.eval()
-        with torch.no_grad():
-            outputs.append(model(points()))
-            assert torch.equal(model(points()), outputs[-1])
-        model.train()
-        torch.testing.assert_close(model(points()), outputs[-1], rtol=1e-5, atol=1e-6)
-        train(model, 1, optimizer=optimizer)
-    assert not torch.equal(outputs[0], outputs[1])
-    assert factor(model) == 1
-
-
-def test_optimizers_of_other_models_do_not_count():
-    model, other = adapted(warmup_steps=4), Mlp()
-    train(model, 1)
-    for _ in range(12):
-        train(other, 1, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
-    assert factor(model) == 0.25
-
-
-# Several adapters.
-
-
-def test_only_the_active_adapter_advances():
-    model = adapted(warmup_steps=4)
-    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=20, target_modules=["first", "second"]))
-    train(model, 2)
-    assert (factor(model), factor(model, "other")) == (0.5, 0)
-    train(model, 8)
-    model.set_adapter("other")
-    train(model, 5)
-    assert (factor(model), factor(model, "other")) == (1, 0.25)
-    model.set_adapter("default")
-    train(model, 1)
-    assert (factor(model), factor(model, "other")) == (1, 0.25)
-
-
-def test_an_adapter_added_after_training_advances():
-    model = adapted(warmup_steps=2)
-    train(model, 10)
-    model.add_adapter("late", DualLoraConfig(r=2, warmup_steps=4, target_modules=["first"]))
-    model.set_adapter("late")
-    train(model, 1)
-    assert factor(model, "late") == 0.25
-
-
-def test_two_active_adapters_advance_together():
-    model = adapted(warmup_steps=4)
-    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=8, target_modules=["first", "second"]))
-    model.base_model.set_adapter(["default", "other"])
-    train(model, 2)
-    assert (factor(model), factor(model, "other")) == (0.5, 0.25)
-
-
-def test_an_adapter_frozen_for_a_while_goes_on_afterwards():
-    model = adapted(warmup_steps=4)
-    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=20, target_modules=["first", "second"]))
-    model.base_model.set_adapter(["default", "other"])
-    others = [p for n, p in model.named_parameters() if n.endswith(".other")]
-    for p in others:
-        p.requires_grad_(False)
-    train(model, 10)
-    assert (factor(model), factor(model, "other")) == (1, 0)
-    for p in others:
-        p.requires_grad_(True)
-    train(model, 5)
-    assert factor(model, "other") == 0.25
-
-
-# Several optimizers.
-
-
-def test_factors_in_two_optimizers_count_once():
-    """Steps of the optimizer that holds B count; those of the one that holds A, D and C do not."""
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_accelerates_optimizers_count(accumulation):
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     model = adapted(warmup_steps=10)
-    magnitude = [p for n, p in model.named_parameters() if "dual_lora_B" in n]
-    others = [p for n, p in model.named_parameters() if "dual_lora_" in n and "dual_lora_B" not in n]
-    first, second = torch.optim.SGD(magnitude, lr=0.1), torch.optim.AdamW(others, lr=0.1)
-    for _ in range(3):
-        loss(model).backward()
-        second.step()
-        first.step()
-        second.step()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    for _ in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss(model))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert factor(model) == pytest.approx(0.6 / accumulation)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_do_not_count(fused, wrapped):
+    model = adapted(warmup_steps=10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=fused)
+    outer = Holder(optimizer)
+    outer.step = lambda: scaler.step(optimizer)
+    for k in range(5):
+        scaler.scale(loss(model) * (float("inf") if k in (1, 3) else 1)).backward()
+        outer.step() if wrapped else scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
     assert factor(model) == pytest.approx(0.3)
+
+
+def test_a_step_at_a_rate_of_zero_moves_nothing_and_does_not_count():
+    """So are the steps by which distributed checkpoints make an optimizer's state."""
+    model = adapted(warmup_steps=10)
+    train(model, 3, optimizer=torch.optim.AdamW(trainable(model), lr=0.0))
+    assert factor(model) == 0
+
+
+def zero_redundancy(rank, world, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = adapted(warmup_steps=4)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(trainable(model), optimizer_class=torch.optim.AdamW, lr=1e-2)
+    for _ in range(3):
+        ddp(points()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(factor(model), f"{results}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_zero_redundancy_optimizer_counts_on_every_process(tmp_path):
+    torch.multiprocessing.spawn(zero_redundancy, args=(2, tmp_path / "store", tmp_path), nprocs=2)
+    assert [torch.load(tmp_path / str(rank)) for rank in range(2)] == [0.75] * 2
+
+
+# What is counted: layers, experts and adapters whose factors got a gradient.
+
+
+def test_layers_in_different_optimizers_have_counts_of_their_own():
+    model = adapted(warmup_steps=10)
+    first, second = layers(model).values()
+    own = torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.SGD(second.parameters(), lr=0.1)
+    for k in range(4):
+        loss(model).backward()
+        own[0].step()
+        if k % 2:
+            own[1].step()
+    assert float(first.warmup_factor("default")) == pytest.approx(0.4)
+    assert float(second.warmup_factor("default")) == pytest.approx(0.2)
+
+
+def test_a_layer_that_the_data_never_reach_stays_the_base_and_is_named_when_it_is_merged():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(12, 3), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    torch.manual_seed(0)
+    model = adapted(Branches(), target_modules=["used", "unused"], warmup_steps=4, init_std=0.3)
+    base = copy.deepcopy(model.base_model.model.unused.get_base_layer().weight)
+    train(model, 6)
+    used, unused = layers(model).values()
+    assert (float(used.warmup_factor("default")), float(unused.warmup_factor("default"))) == (1, 0)
+    with pytest.warns(UserWarning, match=r"merged during its warm-up \(unused: up to 4 of 4"):
+        assert torch.equal(model.merge_and_unload().unused.weight, base)
 
 
 @pytest.mark.parametrize("frozen", ["B", "BA", "BAD"])
@@ -203,128 +286,95 @@ def test_steps_are_counted_when_the_first_factor_is_frozen(frozen):
     assert factor(model) == pytest.approx(0.3)
 
 
-def test_layers_in_different_optimizers_have_step_counters_of_their_own():
+def test_the_optimizer_of_the_first_factor_counts():
     model = adapted(warmup_steps=10)
-    first, second = layers(model).values()
-    own = torch.optim.SGD(first.parameters(), lr=0.1), torch.optim.SGD(second.parameters(), lr=0.1)
-    for k in range(4):
-        loss(model).backward()
-        own[0].step()
-        if k % 2:
-            own[1].step()
-    assert (first.warmup_factor("default"), second.warmup_factor("default")) == (pytest.approx(0.4), pytest.approx(0.2))
-
-
-def test_parameter_groups_and_groups_added_later():
-    model = adapted(warmup_steps=10)
-    first, second = layers(model).values()
-    optimizer = torch.optim.AdamW([{"params": trainable(first), "lr": 1e-3}])
-    optimizer.add_param_group({"params": trainable(second)})
-    train(model, 3, optimizer=optimizer)
-    assert factor(model) == pytest.approx(0.3)
-
-
-# Wrapped and scaled optimizers.
-
-
-class Wrapper(torch.optim.Optimizer):
-    """As SAM, Lookahead and others do it: an optimizer of its own around another one, with the same parameters."""
-
-    def __init__(self, inner):
-        super().__init__(inner.param_groups, {})
-        self.inner = inner
-
-    def step(self, closure=None):
-        return self.inner.step(closure)
-
-
-def test_a_wrapper_does_not_count_twice():
-    model = adapted(warmup_steps=10)
-    train(model, 3, optimizer=Wrapper(torch.optim.AdamW(trainable(model), lr=1e-3)))
-    assert factor(model) == pytest.approx(0.3)
-
-
-class Chain(torch.optim.Optimizer):
-    """Several optimizers as one (Muon for matrices and AdamW for the rest, and the like)."""
-
-    def __init__(self, parts):
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        self.parts = dict(enumerate(parts)) if len(parts) > 2 else parts
-
-    def step(self, closure=None):
-        for part in self.parts.values() if isinstance(self.parts, dict) else self.parts:
-            part.step()
-
-
-@pytest.mark.parametrize("parts", [2, 3])
-def test_optimizers_chained_in_one_do_not_count_twice(parts):
-    model = adapted(warmup_steps=10)
-    chain = Chain([torch.optim.AdamW(trainable(model)[k::parts], lr=1e-3) for k in range(parts)])
-    train(model, 3, optimizer=chain)
-    assert factor(model) == pytest.approx(0.3)
-
-
-def test_an_optimizer_prepared_by_accelerate_counts_once():
-    accelerator = Accelerator(cpu=True)
-    model = adapted(warmup_steps=10)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
+    magnitude = [p for n, p in model.named_parameters() if "dual_lora_B" in n]
+    others = [p for n, p in model.named_parameters() if "dual_lora_" in n and "dual_lora_B" not in n]
+    first, second = torch.optim.SGD(magnitude, lr=0.1), torch.optim.AdamW(others, lr=0.1)
     for _ in range(3):
-        accelerator.backward(loss(model))
-        optimizer.step()
-        optimizer.zero_grad()
+        loss(model).backward()
+        second.step()
+        first.step()
+        second.step()
     assert factor(model) == pytest.approx(0.3)
 
 
-def test_accelerate_accumulates():
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
-    model = adapted(warmup_steps=10)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable(model), lr=1e-3))
-    for _ in range(6):
-        with accelerator.accumulate(model):
-            accelerator.backward(loss(model))
-            optimizer.step()
-            optimizer.zero_grad()
-    assert factor(model) == pytest.approx(0.2)
+def test_adapters_count_for_themselves():
+    model = adapted(warmup_steps=4)
+    model.add_adapter("other", DualLoraConfig.paper(r=2, warmup_steps=20, target_modules=["first", "second"]))
+    train(model, 2)
+    assert (factor(model), factor(model, "other")) == (0.5, 0)
+    model.base_model.set_adapter(["default", "other"])
+    train(model, 5)
+    assert (factor(model), factor(model, "other")) == (1, 0.25)
+    model.set_adapter("default")
+    train(model, 1)
+    assert (factor(model), factor(model, "other")) == (1, 0.25)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_steps_that_a_gradient_scaler_skips_do_not_count(fused):
-    model = adapted(warmup_steps=10)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3, fused=fused)
-    for k in range(5):
-        value = loss(model) * (float("inf") if k in (1, 3) else 1)
-        before = state(model)
-        scaler.scale(value).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        assert bool(changed(model, before)) == (k not in (1, 3))
-    assert scaler.get_scale() < 1024
-    assert factor(model) == pytest.approx(0.3)
+def test_optimizers_of_other_models_do_not_count():
+    model, other = adapted(warmup_steps=4), Mlp()
+    train(model, 1)
+    train(other, 12, optimizer=torch.optim.SGD(other.parameters(), lr=0.1))
+    assert factor(model) == 0.25
 
 
-# Copies, saving and loading.
+# No optimizer of torch's.
+
+
+def test_updates_by_hand_are_counted_by_a_call():
+    model = adapted(warmup_steps=4)
+    model.add_adapter("idle", DualLoraConfig.paper(r=2, warmup_steps=4, target_modules=["first"]))
+    for _ in range(3):
+        loss(model).backward()
+        with torch.no_grad():
+            for p in trainable(model):
+                p -= 0.1 * p.grad
+                p.grad = None
+        count_step(model)
+    assert (factor(model), factor(model, "idle")) == (0.75, 0)
+
+
+# A share of the run.
+
+
+def test_a_share_of_the_run_becomes_steps_when_the_trainer_begins():
+    model = adapted(warmup_steps=0.25)
+    assert factor(model) == 0
+    DualLoraCallback().on_train_begin(None, TrainerState(max_steps=40), None, model=model)
+    assert model.peft_config["default"].warmup_steps == 10
+    train(model, 4)
+    assert factor(model) == pytest.approx(0.4)
+    DualLoraCallback().on_train_begin(None, TrainerState(max_steps=400), None, model=model)  # of a second call
+    assert factor(model) == pytest.approx(0.4)
+
+
+def test_a_share_of_an_unknown_run_raises_a_clear_error():
+    model = adapted(warmup_steps=0.25)
+    with pytest.raises(ValueError, match=r"warmup_steps=0.25 is a share of the run.*DualLoraCallback\(\)"):
+        train(model, 1)
+
+
+# Copies, averages, saving and loading.
 
 
 def test_deep_copies_count_for_themselves():
     model = adapted(warmup_steps=10)
     optimizer = train(model, 2)
     copied = copy.deepcopy(model)
-    assert factor(copied) == pytest.approx(0.2)
     train(copied, 3)
     assert (factor(model), factor(copied)) == (pytest.approx(0.2), pytest.approx(0.5))
     train(model, 1, optimizer=optimizer)
     assert (factor(model), factor(copied)) == (pytest.approx(0.3), pytest.approx(0.5))
 
 
-def test_moving_the_model_keeps_the_count():
+def test_an_average_with_buffers_acts_as_strongly_as_what_it_is_of():
     model = adapted(warmup_steps=4)
-    train(model, 1)
-    model.double().float()
-    assert factor(model) == 0.25
-    train(model, 1)
-    assert factor(model) == 0.5
+    averaged = AveragedModel(model, use_buffers=True).eval()
+    train(model, 6)
+    for _ in range(20):
+        averaged.update_parameters(model)
+    assert factor(averaged) == 1
 
 
 def saved(path, warmup_steps=10, steps=4):
@@ -340,79 +390,48 @@ def load(path, **options):
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_half_way_saved_loaded_and_continued(tmp_path, low):
-    model = saved(tmp_path)
-    again = load(tmp_path, is_trainable=True, low_cpu_mem_usage=low)
-    assert factor(again) == pytest.approx(0.4)
-    assert torch.equal(again(points()), model(points()))
-    train(again, 6)
-    assert factor(again) == 1
-
-
-def test_resumed_is_bit_for_bit_the_run_without_a_stop(tmp_path):
-    straight = adapted(warmup_steps=10)
+def test_resumed_is_bit_for_bit_the_run_without_a_stop(tmp_path, low):
+    straight, half = adapted(warmup_steps=10), adapted(warmup_steps=10)
     train(straight, 7, optimizer=torch.optim.SGD(trainable(straight), lr=1.0))
-    half = adapted(warmup_steps=10)
     train(half, 4, optimizer=torch.optim.SGD(trainable(half), lr=1.0))
     half.save_pretrained(tmp_path)
-    again = load(tmp_path, is_trainable=True)
+    again = load(tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+    assert factor(again) == pytest.approx(0.4)
     train(again, 3, optimizer=torch.optim.SGD(trainable(again), lr=1.0))
     assert not changed(again, state(straight))
 
 
-def test_a_finished_adapter_loads_at_full_strength(tmp_path):
+def test_a_finished_adapter_loads_at_full_strength_and_forgets_its_count(tmp_path):
     saved(tmp_path, steps=10)
-    for trainable_ in (False, True):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            assert factor(load(tmp_path, is_trainable=trainable_)) == 1
-        assert not told(caught)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert factor(load(tmp_path, is_trainable=True)) == 1
+        used = load(tmp_path)
+    assert factor(used) == 1
+    assert not [*used.named_buffers()]
+    assert not told(caught)
 
 
 def test_an_unfinished_adapter_is_used_as_saved_and_says_so(tmp_path):
     model = saved(tmp_path)
-    with pytest.warns(UserWarning, match="saved during its warm-up, 6 of 10 optimizer steps before full strength"):
+    with pytest.warns(UserWarning, match=r"saved during its warm-up: first and 1 more layers with up to 6 of 10"):
         again = load(tmp_path)
     assert factor(again) == pytest.approx(0.4)
     assert torch.equal(again(points()), model(points()))
 
 
-def test_merging_for_good_during_the_warm_up_is_said():
-    """Somebody who swaps the class name in a script of 30 steps has 50 steps of warm-up by default."""
-    model = adapted(warmup_steps=10)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        copy.deepcopy(model).merge_and_unload()  # never trained
-    assert not told(caught)
-    train(model, 4)
-    with pytest.warns(UserWarning, match="merged during its warm-up, 6 of 10 optimizer steps before full") as caught:
-        copy.deepcopy(model).merge_and_unload()
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        copy.deepcopy(model).unload()
-        train(model, 6)
-        model.merge_and_unload()
-    assert not told(caught)
-
-
-def test_a_state_without_the_count_is_finished(tmp_path):
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_state_without_the_count_is_finished(tmp_path, trained):
     saved(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(file)
-    assert any("left" in name for name in tensors)
-    save_file({n: t for n, t in tensors.items() if "left" not in n}, file)
-    for trainable_ in (False, True):
-        assert factor(load(tmp_path, is_trainable=trainable_)) == 1
+    save_file({n: t for n, t in load_file(file).items() if "left" not in n}, file)
+    assert factor(load(tmp_path, is_trainable=trained)) == 1
 
 
 def test_more_steps_left_than_the_configuration_has_are_cut(tmp_path):
     saved(tmp_path, warmup_steps=100, steps=1)
     config = DualLoraConfig.from_pretrained(tmp_path)
-    config.warmup_steps = 10
-    config.inference_mode = False
+    config.warmup_steps, config.inference_mode = 10, False
     torch.manual_seed(0)
     model = PeftModel.from_pretrained(Mlp(), tmp_path, config=config, is_trainable=True)
     assert factor(model) == 0
@@ -420,133 +439,99 @@ def test_more_steps_left_than_the_configuration_has_are_cut(tmp_path):
     assert factor(model) == 1
 
 
-def test_a_loaded_adapter_beside_another_has_its_own_count(tmp_path):
-    saved(tmp_path)
-    model = adapted(warmup_steps=20)
-    model.load_adapter(tmp_path, "loaded", is_trainable=True)
-    model.set_adapter("loaded")
-    train(model, 1)
-    assert (factor(model), factor(model, "loaded")) == (0, pytest.approx(0.5))
-
-
-def test_load_state_dict_restores_the_count():
-    model = adapted(warmup_steps=10)
-    half = copy.deepcopy(model)
-    train(half, 5)
-    model.load_state_dict(half.state_dict())
-    assert factor(model) == 0.5
-
-
-# The worst failure of such methods is a silent no-op.
-
-
-def test_an_optimizer_without_the_factors_is_noticed():
-    model = adapted(target_modules=["first"], warmup_steps=4)
-    head = [p.requires_grad_() for p in model.base_model.model.second.parameters()]
-    with pytest.warns(UserWarning, match="no optimizer held them.*do not move") as caught:
-        train(model, 30, optimizer=torch.optim.SGD(head, lr=0.1))
-    assert len(told(caught)) == 1
-    assert factor(model) == 0
-
-
-def test_factors_without_gradients_are_noticed():
-    model = adapted(target_modules=["first"], warmup_steps=4)
-    model.base_model.model.second.requires_grad_(True)
-    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-
-    def detached():
-        with torch.no_grad():
-            hidden = model.base_model.model.first(points()).tanh()
-        return model.base_model.model.second(hidden).sum()
-
-    with pytest.warns(UserWarning, match="got no gradient in optimizer step 4") as caught:
-        train(model, 8, optimizer=optimizer, loss=detached)
-    assert len(told(caught)) == 1
-
-
-@pytest.mark.parametrize("held", [3, 0])
-def test_a_process_that_holds_nothing_of_a_factor_cannot_tell(held):
-    """Of FSDP's flat shards some are empty, and get no gradient."""
-    factors = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(held))]
-    optimizer = torch.optim.SGD(factors, 0.1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warmup._check_gradients(optimizer, "default", factors, 4)
-    assert len(told(caught)) == (held > 0)
-
-
-def test_gradients_of_zero_are_noticed():
+@pytest.mark.parametrize("way", ["load_state_dict", "set_peft_model_state_dict"])
+def test_averages_put_in_place_in_the_middle_of_the_warm_up_do_not_end_it(way):
     model = adapted(warmup_steps=4)
-    with pytest.warns(UserWarning, match="exactly zero in optimizer step 4") as caught:
-        train(model, 8, loss=lambda: (model(points()) * 0).sum())
-    assert len(told(caught)) == 1
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def put(tensors):
+        if way == "load_state_dict":
+            model.load_state_dict(tensors, strict=False)
+        else:
+            set_peft_model_state_dict(model, {n.replace(".default", ""): t for n, t in tensors.items()})
+
+    train(model, 1)
+    put({name: p * 0.5 for name, p in own.items()})
+    assert factor(model) == 0.25
+    for m in layers(model).values():
+        m.set_left("default", 4)
+    put(own)
+    assert factor(model) == 1, "a state of factors alone is that of a finished adapter, before a step was made"
 
 
-def test_an_adapter_made_anew_is_watched_anew():
-    model = adapted(warmup_steps=0)
-    train(model, 6)
-    model.delete_adapter("default")
-    model.add_adapter("default", DualLoraConfig(r=4, warmup_steps=0, target_modules=["first", "second"]))
-    model.set_adapter("default")
-    with pytest.warns(UserWarning, match="exactly zero in optimizer step 4"):
-        train(model, 8, loss=lambda: (model(points()) * 0).sum())
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("counted", "expected"), [(True, 0.75), (False, 1.0)])
+@pytest.mark.parametrize("source", ["folder", "state"])
+def test_transformers_own_loader_gives_what_peft_gives(tmp_path, trained, counted, expected, source):
+    torch.manual_seed(3)
+    base = llama()
+    model = adapted(copy.deepcopy(base), target_modules=["q_proj", "down_proj"], warmup_steps=4, init_std=0.3)
+    for m in layers(model).values():
+        m.set_left("default", 1)
+    tensors = {n: t for n, t in get_peft_model_state_dict(model).items() if counted or "left" not in n}
+    model.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    own = copy.deepcopy(base)
+    if source == "folder":
+        own.load_adapter(tmp_path, is_trainable=trained)
+    else:
+        config = copy.deepcopy(model.peft_config["default"])
+        own.load_adapter(peft_config=config, adapter_state_dict=tensors, is_trainable=trained)
+    peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=trained).eval()
+    assert factor(own) == factor(peft) == expected
+    torch.testing.assert_close(logits(own.eval()), logits(peft))
 
 
-def test_a_healthy_run_warns_of_nothing():
-    """Above all not of the first step, whose gradients are zero by definition."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for options in (dict(warmup_steps=4), dict(warmup_steps=0), dict(init_weights="zero")):
-            model = adapted(**options)
-            model.add_adapter("idle", copy.deepcopy(model.peft_config["default"]))
-            train(model, 20, optimizer=torch.optim.SGD(trainable(model), lr=0.1))
-    assert not told(caught)
+# Graphs.
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_graph_sees_a_count_that_was_written_past_every_hook(inference):
+    torch._dynamo.reset()
+    model, x = adapted(warmup_steps=4, init_std=0.3).eval(), points()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=torch.__version__ >= "2.7")
+    for left in (4, 1, 0, 3):
+        with torch.no_grad():
+            for m in layers(model).values():  # as DDP's broadcast and distributed checkpoints write
+                m.dual_lora_left["default"].fill_(left)
+        with torch.inference_mode(inference):
+            torch.testing.assert_close(compiled(x), model(x))
+        assert factor(model) == 1 - left / 4
+
+
+# The list of layers that are counted.
 
 
 def counted(others):
-    """How many layers the step counter has beside others, after what nobody holds has gone."""
     gc.collect()
     return len(set(warmup._layers) - others)
 
 
-@pytest.fixture
-def others():
-    """Layers of models that something outside a test still holds, such as a compiler's caches."""
+def test_the_counted_layers_are_those_in_a_warm_up_and_keep_no_model_alive():
     gc.collect()
-    return set(warmup._layers)
-
-
-def test_finished_layers_leave_the_step_counter(others):
-    model = adapted(warmup_steps=6)
-    train(model, 5)
-    assert counted(others) == 2
-    train(model, 2)
-    assert counted(others) == 0
-
-
-def test_the_step_counter_keeps_no_model_alive(others):
-    model = adapted(warmup_steps=6)
+    others = set(warmup._layers)
+    plain, model = adapted(init_weights=True), adapted(warmup_steps=6)
     optimizer = train(model, 1)
+    train(plain, 1)
     assert counted(others) == 2
     del model, optimizer
     assert counted(others) == 0
 
 
-def test_an_adapter_chosen_later_is_watched_too():
-    model = adapted(warmup_steps=0)
-    model.add_adapter("other", DualLoraConfig(r=2, warmup_steps=0, target_modules=["first", "second"]))
-    train(model, 10)
-    model.set_adapter("other")
-    with pytest.warns(UserWarning, match="exactly zero"):
-        train(model, 5, loss=lambda: (model(points()) * 0).sum())
+def test_an_adapter_of_an_earlier_version_keeps_its_start(tmp_path):
+    """Format 1 said `init_weights=True` for Gaussian factors, and had α = 2 r."""
+    import json
 
-
-def test_a_compiled_model_follows_a_loaded_state():
-    torch._dynamo.reset()
-    model = adapted(warmup_steps=4)
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(points())
-    half = copy.deepcopy(model)
-    train(half, 2)
-    model.load_state_dict(half.state_dict())
-    torch.testing.assert_close(compiled(points()), half(points()), rtol=1e-5, atol=1e-6)
+    model = saved(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["format_version"]
+    file.write_text(json.dumps(config | {"init_weights": True, "alpha": None, "warmup_steps": 10}))
+    again = load(tmp_path, is_trainable=True)
+    assert again.peft_config["default"].init_weights == "paper"
+    assert not again.peft_config["default"].form.live_zero
+    assert layer(again).scaling["default"] == layer(model).scaling["default"] == 4
+    assert factor(again) == pytest.approx(0.4)
+    assert torch.equal(again(points()), model(points()))
+    fresh = get_peft_model(Mlp(), DualLoraConfig(**json.loads(file.read_text())))
+    assert fresh.peft_config["default"].warmup_steps == 10

@@ -14,8 +14,8 @@ from dual_lora.lab.model.load import load_tokenizer
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 METHODS = {
-    "dual-lora": lambda: DualLoraConfig(r=4, target_modules=TARGETS, warmup_steps=0),
-    "dual-lora, all layers": lambda: DualLoraConfig(r=4, target_modules="all-linear", warmup_steps=0),
+    "dual-lora": lambda: DualLoraConfig.paper(r=4, target_modules=TARGETS, warmup_steps=0),
+    "dual-lora, all layers": lambda: DualLoraConfig.paper(r=4, target_modules="all-linear", warmup_steps=0),
     "lora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS),
     "lora with biases": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, bias="all"),
     "dora": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
@@ -26,10 +26,10 @@ METHODS = {
     "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj"]),
     "shira": lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "v_proj"]),
     "ia3": lambda: peft.IA3Config(target_modules=["up_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "modules to save": lambda: DualLoraConfig(
+    "modules to save": lambda: DualLoraConfig.paper(
         r=4, target_modules=TARGETS, warmup_steps=0, modules_to_save=["lm_head", "norm"]
     ),
-    "embedding": lambda: DualLoraConfig(r=4, target_modules=["embed_tokens"], warmup_steps=0),
+    "embedding": lambda: DualLoraConfig.paper(r=4, target_modules=["embed_tokens"], warmup_steps=0),
     "tokens": lambda: peft.LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[1, 5]),
 }
 

@@ -94,7 +94,7 @@ def changed(folder, fields):
 
 def test_a_composition_leaves_nothing_for_the_next(tmp_path):
     """Neither the weights of the first stream, which would be held beside the model, nor its results."""
-    saved(DualLoraConfig(r=4, target_modules=TARGETS, warmup_steps=0), tmp_path)
+    saved(DualLoraConfig.paper(r=4, target_modules=TARGETS, warmup_steps=0), tmp_path)
     weights = load_file(tmp_path / "base" / "model.safetensors")
     composed = ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     first = dict(composed.stream(weights.items()))

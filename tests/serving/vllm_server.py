@@ -27,8 +27,8 @@ needs_vllm = [
 ]
 TARGETS = ["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"]
 METHODS = {
-    "one": lambda: DualLoraConfig(r=8, target_modules=TARGETS, warmup_steps=0),
-    "other": lambda: DualLoraConfig(r=4, target_modules="all-linear", warmup_steps=0),
+    "one": lambda: DualLoraConfig.paper(r=8, target_modules=TARGETS, warmup_steps=0),
+    "other": lambda: DualLoraConfig.paper(r=4, target_modules="all-linear", warmup_steps=0),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=TARGETS),
 }
 

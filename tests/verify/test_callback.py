@@ -11,7 +11,7 @@ from dual_lora import DualLoraConfig, VerifyAdapter
 from dual_lora.verify.callback import FILLED, label_problems
 
 CONFIGS = {
-    "dual_lora": lambda: DualLoraConfig(r=4, warmup_steps=4, task_type="CAUSAL_LM"),
+    "dual_lora": lambda: DualLoraConfig.paper(r=4, warmup_steps=4, task_type="CAUSAL_LM"),
     "lora": lambda: LoraConfig(r=4, task_type="CAUSAL_LM"),
     "dora": lambda: LoraConfig(r=4, use_dora=True, task_type="CAUSAL_LM"),
     "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),

@@ -171,7 +171,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         factors, scale, state = self.factors(name), self._scale(name), self.states[name]
         scale = scale.to(factors.A.device)
         if state.warmup:
-            factor = self.strength_factor(name).to(scale)
+            factor = self.warmup_factor(name).to(scale)
             if factor.ndim:  # of each expert; ReLU(λ B A) = λ ReLU(B A)
                 factors = factors._replace(B=factors.B * factor[:, None, None])
             else:

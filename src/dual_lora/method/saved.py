@@ -74,7 +74,8 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
             continue
         own = layer.dual_lora_left[adapter]
         left = counts.get(_layer(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        state[f"{stem}.dual_lora_left"] = torch.as_tensor(left, dtype=torch.int32).expand(own.shape).clone()
+        left = torch.as_tensor(left, dtype=torch.int32).clamp(max=max(1, int(layer.states[adapter].warmup)))
+        state[f"{stem}.dual_lora_left"] = left.expand(own.shape).clone()
     return state
 
 

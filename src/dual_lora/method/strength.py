@@ -113,10 +113,10 @@ class Strength:
         """Optimizer steps that are left, int32, 0-dim or [E]."""
         return offloaded.present(self.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
 
-    def strength_factor(self, adapter: str) -> Tensor:
+    def warmup_factor(self, adapter: str) -> Tensor:
         """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
         steps, left = self.states[adapter].warmup, self.left(adapter)
-        return 1 - (left / steps if steps >= 1 else left.abs().clamp(max=1).float())
+        return 1 - (left.clamp(0, int(steps)) / steps if steps >= 1 else left.abs().clamp(max=1).float())
 
     def steps_left(self, adapter: str) -> int:
         """Optimizer steps before all of the adapter acts at full strength; -1 before a run of unknown length."""

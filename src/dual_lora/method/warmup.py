@@ -66,6 +66,8 @@ def _warming(layer: Counted) -> list[str]:
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _layers:
         _begun[optimizer] = next(_events)
+    for one in watch_training.watches:
+        one.before_step(optimizer)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warning import warn
@@ -24,10 +25,24 @@ class Watch:
         self.own = self.foreign = 0
         watches.add(self)
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Raise TypeError for an optimizer that is made for LoRA's two factors."""
+        if type(optimizer).__name__ != "LoraFAOptimizer":
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(f) in held for f in self._factors()):
+            raise TypeError(
+                "LoRA-FA's optimizer freezes LoRA's A and projects the gradient of B: it is made for the product B A "
+                "and does not fit Dual LoRA, which has four factors. Use torch.optim.AdamW."
+            )
+
+    def _factors(self) -> list[Tensor]:
+        alive = [layer for layer in (one() for one in self.layers) if layer is not None]
+        return [f for layer in alive if self.adapter in layer.states for f in layer.trainable_factors(self.adapter)]
+
     def after_step(self, optimizer: Optimizer, held: set[int]) -> None:
         """Look at the factors after an optimizer's step; `held` are the ids of its parameters."""
-        alive = [layer for layer in (one() for one in self.layers) if layer is not None]
-        factors = [f for a in alive if self.adapter in a.states for f in a.trainable_factors(self.adapter)]
+        factors = self._factors()
         if not factors:
             watches.discard(self)
             return
@@ -40,12 +55,7 @@ class Watch:
                     "moving or sharding the model)."
                 )
             return
-        if type(optimizer).__name__ == "LoraFAOptimizer":
-            raise TypeError(
-                "LoRA-FA's optimizer would train B and D alone, by a projection that is made for B A: it does not fit "
-                "Dual LoRA. Use torch.optim.AdamW."
-            )
-        self.own += 1
+        self.own += id(factors[0]) in held  # of optimizers in one, each holds a part
         if self.own < OWN_STEPS:
             return
         grads = [f.grad for f in factors if f.grad is not None]

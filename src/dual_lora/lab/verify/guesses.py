@@ -137,7 +137,7 @@ def parts(model: Any) -> dict[str, set[str]]:
 
 def strength_notes(tuned: Any) -> list[str]:
     """What an adapter says of its own strength."""
-    factors = [float(layer.strength_factor("default").min()) for layer in (_warming(tuned) if tuned else [])]
+    factors = [float(layer.warmup_factor("default").min()) for layer in (_warming(tuned) if tuned else [])]
     if factors and min(factors) < 1:
         return [f"it was saved during its warm-up: λ is {min(factors):.2f}"]
     return []

@@ -1,0 +1,104 @@
+"""An adapter that does not train is noticed; a healthy run warns of nothing."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny import Mlp, adapted, layers, points, train, trainable
+from torch import nn
+
+from dual_lora import DualLoraConfig
+
+
+def told(caught):
+    return [str(w.message) for w in caught if "Dual LoRA" in str(w.message)]
+
+
+def test_an_optimizer_without_the_factors_is_noticed():
+    model = adapted(target_modules=["first"], init_weights=True)
+    head = [p.requires_grad_() for p in model.base_model.model.second.parameters()]
+    with pytest.warns(UserWarning, match="in 10 optimizer steps no optimizer held them: they do not move") as caught:
+        train(model, 30, optimizer=torch.optim.SGD(head, lr=0.1))
+    assert len(told(caught)) == 1
+
+
+def test_factors_without_gradients_are_noticed():
+    model = adapted(target_modules=["first"], init_weights=True)
+    model.base_model.model.second.requires_grad_(True)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+
+    def detached():
+        with torch.no_grad():
+            hidden = model.base_model.model.first(points()).tanh()
+        return model.base_model.model.second(hidden).sum()
+
+    with pytest.warns(UserWarning, match="got no gradient in optimizer step 4") as caught:
+        train(model, 8, optimizer=optimizer, loss=detached)
+    assert len(told(caught)) == 1
+
+
+def test_gradients_of_zero_are_noticed():
+    model = adapted(init_weights=True)
+    with pytest.warns(UserWarning, match="exactly zero in optimizer step 4") as caught:
+        train(model, 8, loss=lambda: (model(points()) * 0).sum())
+    assert len(told(caught)) == 1
+
+
+def test_an_adapter_made_anew_is_watched_anew():
+    model = adapted(init_weights=True)
+    train(model, 6)
+    model.delete_adapter("default")
+    model.add_adapter("default", DualLoraConfig(r=4, target_modules=["first", "second"]))
+    model.set_adapter("default")
+    with pytest.warns(UserWarning, match="exactly zero in optimizer step 4"):
+        train(model, 8, loss=lambda: (model(points()) * 0).sum())
+
+
+def test_lora_fa_raises_a_clear_error():
+    from peft.optimizers import create_lorafa_optimizer
+
+    model = adapted(init_weights=True)
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
+    with pytest.raises(TypeError, match=r"LoRA-FA.*Use torch.optim.AdamW"):
+        train(model, 1, optimizer=optimizer)
+
+
+class TwoHeads(nn.Module):
+    """Of which the data reach one, as text alone does in a model of pictures and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.unseen = Mlp(), Mlp()
+
+    def forward(self, x):
+        return self.seen(x)
+
+
+@pytest.mark.parametrize("options", [dict(init_weights=True), dict(warmup_steps=4), dict(warmup_steps=0)], ids=str)
+def test_a_healthy_run_warns_of_nothing(options):
+    """Not of layers that the data do not reach, nor of a first model that nobody trains any more."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = adapted(**options)
+        train(before, 6)
+        before(points()).sum().backward()  # gradients that no step takes
+        never = adapted(**options)
+        model = adapted(TwoHeads(), target_modules=["first", "second"], **options)
+        model.add_adapter("idle", copy.deepcopy(model.peft_config["default"]))
+        train(model, 20, optimizer=torch.optim.SGD(trainable(model), lr=0.1))
+    assert not told(caught)
+    assert never
+
+
+def test_layers_that_the_data_do_not_reach_stay_as_they_are():
+    torch.manual_seed(0)
+    base = TwoHeads()
+    model = adapted(copy.deepcopy(base), target_modules=["first", "second"], init_weights=True)
+    train(model, 20, optimizer=torch.optim.AdamW(trainable(model), lr=0.1, weight_decay=0.1))
+    assert len(layers(model)) == 4
+    assert torch.equal(model.base_model.model.unseen(points()), base.unseen(points()))
+    merged = model.merge_and_unload()
+    for (name, new), old in zip(merged.unseen.named_parameters(), base.unseen.parameters(), strict=True):
+        assert torch.equal(new, old), name
+    assert not torch.equal(merged.seen.first.weight, base.seen.first.weight)
