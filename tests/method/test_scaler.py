@@ -47,17 +47,23 @@ def gradients(model, scale=None, autocast=None, scaled=None):
 
 def layers_of_every_kind():
     """(module, input, how it is called)."""
-    expert = nn.Module()
-    expert.weight = nn.Parameter(torch.randn(4, 6))
-    expert.forward = lambda x: x @ expert.weight.t()
     return {
         "linear": (nn.Linear(6, 4), torch.randn(2, 6), {}),
         "dropout": (nn.Linear(6, 4), torch.randn(2, 6), {"dropout": 0.1}),
         "convolution": (nn.Conv1d(3, 4, 2), torch.randn(2, 3, 5), {}),
         "embedding": (nn.Embedding(9, 6), torch.arange(5), {}),
         "attention": (Attention(), torch.randn(2, 3, 8), {"target_modules": ["it.self_attn"]}),
-        "parameter": (expert, torch.randn(2, 6), {"target_modules": [], "target_parameters": ["it.weight"]}),
+        "parameter": (Expert(), torch.randn(2, 6), {"target_modules": [], "target_parameters": ["it.weight"]}),
     }
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        return x @ self.weight.t()
 
 
 class Attention(nn.Module):
