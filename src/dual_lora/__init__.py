@@ -104,7 +104,19 @@ def _connect_inductor() -> None:
     import_module(".core.decompositions", __name__).keep_in_inductor()
 
 
+def _connect_diffusers_saving() -> None:
+    import_module("peft")
+    import_module(".method.diffusers_files", __name__).connect_conversion()
+
+
+def _connect_diffusers_loading() -> None:
+    import_module("peft")
+    import_module(".method.diffusers_files", __name__).connect_loading()
+
+
 when_imported("peft", _register)
 when_imported("transformers.integrations.peft", _connect_transformers)
 when_imported("deepspeed.runtime.engine", _connect_deepspeed)
 when_imported("torch._inductor.lowering", _connect_inductor)
+when_imported("diffusers.utils.state_dict_utils", _connect_diffusers_saving)
+when_imported("diffusers.utils.peft_utils", _connect_diffusers_loading)

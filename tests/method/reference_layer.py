@@ -28,7 +28,8 @@ def call_plainly(layer, x, **kwargs):
 
 def adapted(base, call=call_plainly, adapter="default", **options):
     """(peft model, its adapted layer) over a copy of `base`, with visible random factors."""
-    options = {"target_modules": ["it"], "init_weights": False, "r": 4, **options}
+    start = {"init_weights": "paper", "init_std": 0.3} if options.get("warmup_steps") else {"init_weights": False}
+    options = {"target_modules": ["it"], "r": 4, **start, **options}
     model = get_peft_model(Holder(copy.deepcopy(base), call), DualLoraConfig(**options), adapter_name=adapter)
     return model, model.base_model.model.it
 

@@ -299,7 +299,7 @@ def test_rank_pattern_for_both_groups():
     attention, mlp = model.base_model.model.model.layers[0].self_attn, model.base_model.model.model.layers[0].mlp
     assert (attention.q_proj.states["default"].r1, attention.q_proj.states["default"].r2) == (1, 5)
     assert attention.q_proj.states["default"].alpha == 7
-    assert (mlp.down_proj.r1["default"], mlp.down_proj.r2["default"]) == (1, 1)
+    assert (mlp.down_proj.states["default"].r1, mlp.down_proj.states["default"].r2) == (1, 1)
 
 
 def test_layer_replication():

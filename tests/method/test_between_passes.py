@@ -29,7 +29,6 @@ CHANGES = {
     "a larger swap": lambda model, layer: swap_in(6, model, layer),
     "a factor": lambda model, layer: layer.dual_lora_B["default"].mul_(-3),
     "the base": lambda model, layer: next(p for p in layer.base_layer.parameters() if p.ndim > 1).mul_(-3),
-    "a step": lambda model, layer: layer.step("default"),
     "another state": lambda model, layer: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
     "a merge": lambda model, layer: model.merge_adapter(),
 }

@@ -15,10 +15,10 @@ from dual_lora.core.reference import Form
 
 
 def test_help_describes_every_field():
-    own = set(DualLoraConfig.__annotations__) - {"format_version"}
+    own = set(DualLoraConfig.__annotations__)
     for name in own:
         assert re.search(rf"^    {name} \(`.+`, default .+\): \S+", DualLoraConfig.__doc__, flags=re.MULTILINE), name
-    assert "warmup_steps (`int`, default 50): Optimizer steps over which" in DualLoraConfig.__doc__
+    assert "warmup_steps (`int | float | None`, default None): Of the paper's start alone" in DualLoraConfig.__doc__
     assert "lora_alpha" in DualLoraConfig.__doc__
 
 
@@ -32,6 +32,8 @@ def test_help_describes_every_field():
         (dict(r=16, r1=12), (12, 4)),
         (dict(r=16, r2=12), (4, 12)),
         (dict(r=7, r1=3), (3, 4)),
+        (dict(r=7), (4, 3)),
+        (dict(r=3), (2, 1)),
         (dict(r=8, r1=3, r2=5), (3, 5)),
     ],
     ids=str,
@@ -45,8 +47,6 @@ def test_ranks(given, ranks):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (dict(r=7), ["r = 7 is odd", "r = 8", "r1=4, r2=3"]),
-        (dict(r=1), ["at least 2", "is 1"]),
         (dict(r=0), ["positive integer", "is 0"]),
         (dict(r=-4), ["positive integer", "is -4"]),
         (dict(r=8.0), ["whole number", "8.0"]),
@@ -63,20 +63,22 @@ def test_ranks(given, ranks):
         (dict(alpha=float("nan")), ["alpha must be a positive number", "nan"]),
         (dict(alpha=float("inf")), ["alpha must be a positive number", "inf"]),
         (dict(alpha="16"), ["alpha must be a positive number", "'16'"]),
-        (dict(alpha=8, lora_alpha=16), ["alpha=8", "lora_alpha=16", "keep `alpha`"]),
+        (dict(alpha=8, lora_alpha=16), ["alpha=8", "lora_alpha=16", "alpha=32", "keep `alpha`"]),
+        (dict(lora_alpha="16"), ["alpha must be a positive number", "'16'"]),
         (dict(dropout=0.1, lora_dropout=0.2), ["dropout=0.1", "lora_dropout=0.2"]),
         (dict(init_std=0), ["init_std must be a positive number", "0.02"]),
         (dict(init_std=-0.1), ["init_std must be a positive number", "-0.1"]),
-        (dict(warmup_steps=-1), ["warmup_steps", "0 or more", "-1"]),
-        (dict(warmup_steps=0.1), ["warmup_steps", "whole number", "0.1"]),
+        (dict(warmup_steps=50), ["warmup_steps=50", "paper's start", "DualLoraConfig.paper(warmup_steps=50"]),
+        (dict(init_weights="paper", warmup_steps=-1), ["warmup_steps", "0 or more", "-1"]),
+        (dict(init_weights="paper", warmup_steps=1.5), ["warmup_steps", "whole number", "1.5"]),
+        (dict(init_weights="paper", warmup_steps=True), ["warmup_steps", "whole number", "True"]),
         (dict(dropout=1.0), ["dropout must be at least 0 and below 1", "1.0"]),
         (dict(dropout=-0.1), ["dropout must be at least 0 and below 1", "-0.1"]),
         (dict(ste="clamp"), ["Unknown ste 'clamp'", "'clip', 'identity', 'hardtanh', 'surrogate'"]),
         (dict(magnitude_activation="gelu"), ["Unknown magnitude", "'gelu'", "'relu', 'identity'"]),
         (dict(direction_activation="tanh"), ["Unknown direction", "'tanh'", "'sign', 'identity'"]),
         (dict(init_weights="pissa"), ["Unknown init_weights 'pissa'", "'zero'"]),
-        (dict(bias="lora_only"), ["Unknown bias 'lora_only'", "'dual_lora_only'"]),
-        (dict(rank_pattern={"q": 3}), ["rank_pattern['q']", "r = 3 is odd"]),
+        (dict(bias="some"), ["Unknown bias 'some'", "'dual_lora_only'"]),
         (dict(rank_pattern={"q": [4]}), ["rank_pattern['q']", "pair [r1, r2]"]),
         (dict(rank_pattern={"q": [4, 0]}), ["rank_pattern['q']", "at least 1"]),
         (dict(rank_pattern={"q": "8"}), ["rank_pattern['q']", "whole number"]),
@@ -96,8 +98,56 @@ def test_one_clear_error(given, words):
 
 def test_names_of_lora_are_understood():
     config = DualLoraConfig(r=8, lora_alpha=16, lora_dropout=0.1)
-    assert (config.alpha, config.dropout) == (16, 0.1)
-    assert DualLoraConfig(alpha=16, lora_alpha=16).alpha == 16
+    assert (config.alpha, config.dropout) == (32, 0.1)
+    assert DualLoraConfig(alpha=32, lora_alpha=16).alpha == 32
+    assert DualLoraConfig(lora_alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 8}
+    assert DualLoraConfig(alpha=16, alpha_pattern={"q": 4}).alpha_pattern == {"q": 4}
+
+
+def test_a_rank_of_one_takes_one_for_each_group_and_says_so():
+    with pytest.warns(UserWarning, match="`r` is 1.*r1 = r2 = 1, as many parameters as LoRA of rank 2") as caught:
+        config = DualLoraConfig(r=1)
+    assert (config.r1, config.r2, config.r) == (1, 1, 2)
+    assert caught[0].filename == __file__
+
+
+PLAIN = {
+    "use_dora": False, "use_rslora": False, "lora_bias": False, "loftq_config": {}, "init_lora_weights": True,
+    "bias": "lora_only", "eva_config": None, "megatron_core": "megatron.core", "qalora_group_size": 16,
+}  # fmt: skip
+
+
+def test_a_call_that_means_plain_lora_is_taken():
+    LoraConfig(r=8, **PLAIN)
+    config = DualLoraConfig(r=8, **PLAIN)
+    assert (config.bias, config.init_weights) == ("dual_lora_only", True)
+    assert DualLoraConfig(init_lora_weights="gaussian").init_weights is True
+    assert DualLoraConfig(init_lora_weights=False).init_weights is False
+    lora = dataclasses.asdict(LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]))
+    del lora["peft_type"]
+    assert DualLoraConfig(**lora).alpha == 32
+
+
+@pytest.mark.parametrize(
+    ("option", "meaning"),
+    [
+        (dict(use_dora=True), "DoRA"),
+        (dict(use_rslora=True), "rsLoRA"),
+        (dict(lora_bias=True), "a bias in LoRA's B"),
+        (dict(init_lora_weights="pissa"), "'pissa'"),
+        (dict(init_lora_weights="eva"), "'eva'"),
+        (dict(loftq_config={"loftq_bits": 4}), "LoftQ"),
+        (dict(use_qalora=True), "QALoRA"),
+        (dict(alora_invocation_tokens=[1]), "activated LoRA"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("source", ["call", "file"])
+def test_a_value_that_means_another_method_raises_a_clear_error(option, meaning, source):
+    (name,) = option
+    saved = dataclasses.asdict(LoraConfig(r=8)) | {"peft_type": "DUAL_LORA"} | option  # LoRA's, with its type changed
+    with pytest.raises(ValueError, match=rf"{name}=.*{re.escape(meaning)}.*another method than Dual LoRA"):
+        DualLoraConfig(**(option if source == "call" else saved))
 
 
 def test_ranks_written_later_count(tmp_path):
@@ -118,7 +168,11 @@ def test_ranks_written_later_count(tmp_path):
     assert layer(model).factors("default").C.shape[0] == 4
     config.save_pretrained(tmp_path)
     assert DualLoraConfig.from_pretrained(tmp_path).r == 6
-    for name, value, words in (("r", 7, "is odd"), ("r1", 0, "at least 1"), ("r2", "4", "must be a whole number")):
+    for name, value, words in (
+        ("r", 0, "positive integer"),
+        ("r1", 0, "at least 1"),
+        ("r2", "4", "must be a whole number"),
+    ):
         with pytest.raises(ValueError, match=words):
             setattr(config, name, value)
     assert (config.r, config.r1, config.r2) == (6, 2, 4)
@@ -135,11 +189,12 @@ def test_patterns_written_later_mean_what_they_mean_when_they_are_loaded(tmp_pat
     assert layer(again).r == layer(model).r == {"default": 6}
 
 
-def test_alpha_defaults_to_twice_the_ranks_of_each_layer():
-    model = adapted(r=8, rank_pattern={"second": 4})
+@pytest.mark.parametrize(("start", "share"), [(True, 4), ("paper", 2), ("zero", 2), (False, 2)])
+def test_alpha_defaults_to_a_share_of_the_ranks_of_each_layer(start, share):
+    model = adapted(r=8, rank_pattern={"second": 4}, init_weights=start)
     first, second = layers(model).values()
-    assert (first.states["default"].alpha, second.states["default"].alpha) == (16, 8)
-    assert (first.scaling["default"], second.scaling["default"]) == (16 / 4, 8 / 2)
+    assert (first.states["default"].alpha, second.states["default"].alpha) == (8 * share, 4 * share)
+    assert (first.scaling["default"], second.scaling["default"]) == (2 * share, 2 * share)
 
 
 def test_patterns():
@@ -161,7 +216,7 @@ def test_saved_and_read_again(tmp_path):
         target_modules=["q_proj", "v_proj"],
         exclude_modules=["x"],
         bias="dual_lora_only",
-        init_weights="zero",
+        init_weights="paper",
         init_std=0.01,
         warmup_steps=17,
         ste="hardtanh",
@@ -195,8 +250,15 @@ def test_a_configuration_survives_the_round_trip(tmp_path, options):
 
 @pytest.mark.parametrize("saved", [{}, {"ste": "clip"}, {"ste": "hardtanh"}], ids=str)
 def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "DUAL_LORA", "r": 8, **saved}))
-    assert DualLoraConfig.from_pretrained(tmp_path).form == Form(saved.get("ste", "clip"))
+    values = {"peft_type": "DUAL_LORA", "r": 8, "init_weights": True, "warmup_steps": 50, **saved}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    config = DualLoraConfig.from_pretrained(tmp_path)
+    assert config.form == Form(saved.get("ste", "clip"))
+    assert (config.init_weights, config.warmup_steps, config.default_alpha(4, 4)) == ("paper", 50, 16)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"init_weights": "zero"}))
+    config = DualLoraConfig.from_pretrained(tmp_path)
+    assert config.form == Form(saved.get("ste", "clip"), live_zero=True)
+    assert (config.warmup_steps, config.default_alpha(4, 4)) == (None, 16)
 
 
 @pytest.mark.parametrize("r", [2, 8, 16])
@@ -227,12 +289,12 @@ def test_no_matching_module_and_unsupported_layer():
 def test_loras_names_can_be_read_written_and_copied():
     """Code that LoRA and this method share reads them: None would stop it, or be taken for a value."""
     config = DualLoraConfig(r=8, lora_alpha=32, lora_dropout=0.1)
-    assert (config.lora_alpha, config.lora_dropout) == (config.alpha, config.dropout) == (32, 0.1)
+    assert (config.lora_alpha, config.alpha, config.lora_dropout, config.dropout) == (32, 64, 0.1, 0.1)
     assert DualLoraConfig(r=8).lora_alpha == 16  # what every layer of rank 8 gets
     assert DualLoraConfig(r=8).alpha is None
     config.lora_alpha, config.lora_dropout = 64, 0.2
-    assert (config.alpha, config.dropout) == (64, 0.2)
-    assert dataclasses.replace(config, alpha=8.0).lora_alpha == 8
+    assert (config.alpha, config.dropout) == (128, 0.2)
+    assert dataclasses.replace(config, alpha=8.0).lora_alpha == 4
     assert copy.deepcopy(config).lora_alpha == 64
     assert not {"lora_alpha", "lora_dropout"} & set(config.to_dict())
 
@@ -242,4 +304,4 @@ def test_a_saved_configuration_may_have_loras_names(tmp_path):
     file = tmp_path / "adapter_config.json"
     saved = json.loads(file.read_text())
     file.write_text(json.dumps(saved | {"lora_alpha": 32}))
-    assert DualLoraConfig.from_pretrained(tmp_path).alpha == 32
+    assert DualLoraConfig.from_pretrained(tmp_path).alpha == 64

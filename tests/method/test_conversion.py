@@ -17,7 +17,8 @@ from dual_lora import DualLoraConfig, convert_to_lora, save_as_lora
 
 
 def adapted(base, targets, **options):
-    options = dict(r=4, warmup_steps=0, init_weights=False) | options
+    start = dict(init_weights="paper", init_std=0.3) if options.get("warmup_steps") else dict(init_weights=False)
+    options = dict(r=4) | start | options
     config = DualLoraConfig(target_modules=targets, **options)
     return get_peft_model(copy.deepcopy(base), config).eval()
 
@@ -135,6 +136,8 @@ def test_a_trained_head_goes_along(tmp_path):
 
 def test_conversion_is_of_the_present_lambda():
     model = adapted(llama(), ["q_proj"], warmup_steps=4)
+    for layer in layers(model).values():
+        layer.set_left("default", 0)
     full = quietly(model, 1.0).state_dict
     for layer in layers(model).values():
         layer.set_left("default", 3)

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dual_lora.core.reference import delta_weight
 from dual_lora.method.hotswap import pad_ranks
+from dual_lora.method.loaded import settle
 
 models = pytest.mark.parametrize("name", MODELS)
 
@@ -55,10 +56,11 @@ def test_identity_at_strength_zero(name):
 
 
 @models
-def test_zero_start_is_the_base_with_live_gradients(name):
+@pytest.mark.parametrize("start", [True, "zero"])
+def test_zero_start_is_the_base_with_live_gradients(name, start):
     base = MODELS[name]().eval()
     before = logits(base)
-    model = adapted(base, target_modules=TARGETS[name], init_weights="zero", warmup_steps=10)
+    model = adapted(base, target_modules=TARGETS[name], init_weights=start)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
     model(input_ids=tokens()).logits.square().mean().backward()
     for module in layers(model).values():
@@ -70,7 +72,7 @@ def test_zero_start_is_the_base_with_live_gradients(name):
 def test_random_start_changes_the_model_at_once(name):
     base = MODELS[name]().eval()
     before = logits(base)
-    model = adapted(base, target_modules=TARGETS[name], init_weights=False, warmup_steps=10)
+    model = adapted(base, target_modules=TARGETS[name], init_weights=False)
     assert (logits(model) - before).abs().max() > 0.05 * before.abs().max()
 
 
@@ -326,12 +328,12 @@ def cast_after_padding(model):
 
 
 def cast_after_a_loader_of_its_own(model):
-    """As transformers' `load_adapter` puts parameters and counts in place, without load_state_dict."""
+    """As transformers' `load_adapter` puts parameters in place, without load_state_dict."""
     for module in layers(model).values():
         for name in module.adapter_layer_names:
             factors = getattr(module, name)
             factors["default"] = nn.Parameter(factors["default"].detach().clone())
-        module.dual_lora_left["default"] = module.dual_lora_left["default"].clone()
+    settle(model, "default", has_counts=True)
     model(points())
     return cast_by_data(model)
 

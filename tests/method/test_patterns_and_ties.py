@@ -60,14 +60,13 @@ def test_a_swapped_adapter_has_the_patterns_of_one_that_is_made(kind):
     state = get_peft_model_state_dict(wanted)
     hotswap.hotswap_adapter_from_state_dict(model, state, "default", wanted.peft_config["default"])
     for ours, theirs in zip(layers(model).values(), layers(wanted).values(), strict=True):
-        for name in ("r", "r1", "r2", "alpha", "scaling"):
-            assert getattr(ours, name) == getattr(theirs, name), name
+        assert (ours.states, ours.scaling) == (theirs.states, theirs.scaling)
     with torch.no_grad():
         output = (lambda m: logits(m)) if x is None else (lambda m: m(x))
         torch.testing.assert_close(output(model), output(wanted), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("new", [dict(r=6, alpha=1.0), dict(r=2, alpha=9.0, warmup_steps=3), dict(r1=1, r2=7)], ids=str)
+@pytest.mark.parametrize("new", [dict(r=6, alpha=1.0), dict(r=2, alpha=9.0), dict(r1=1, r2=7)], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_swapped_adapter_is_saved_as_it_is(kind, new, tmp_path):
     """By the ranks that are stored, which are padded, and the new strength: the old α would make it another model."""

@@ -27,15 +27,8 @@ def cast(model):
     return model
 
 
-def under_fp16_autocast():
-    model = adapted().eval()
-    with torch.autocast("cpu", torch.float16):
-        model(points())
-
-
 CASES = {
     "cast down": (cast_by_foreign_code, "were cast to"),
-    "no scaler": (under_fp16_autocast, "eval mode runs in fp16 with gradients"),
     "dropout of attention": (
         lambda: adapted(Attentions(), target_modules=["one", "two"], dropout=0.1),
         "has no effect on nn.MultiheadAttention",

@@ -60,8 +60,9 @@ def test_lora_fa_raises_a_clear_error():
 
     model = adapted(init_weights=True)
     optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
-    with pytest.raises(TypeError, match=r"LoRA-FA.*Use torch.optim.AdamW"):
+    with pytest.raises(TypeError, match=r"LoRA-FA.*make another optimizer, such as torch.optim.AdamW"):
         train(model, 1, optimizer=optimizer)
+    assert all(f.requires_grad for m in layers(model).values() for f in m.factors("default"))
 
 
 class TwoHeads(nn.Module):

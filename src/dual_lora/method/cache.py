@@ -43,7 +43,10 @@ def version_of(tensor: Tensor) -> int | None:
 
 def _is_unwatched(tensor: Tensor) -> bool:
     """Whether writes to a tensor are not seen here: made in inference mode, offloaded, or shared with processes."""
-    return version_of(tensor) is None or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
+    try:
+        return version_of(tensor) is None or tensor.is_meta or (tensor.device.type == "cpu" and tensor.is_shared())
+    except RuntimeError:  # of several values at once, as under torch.func
+        return True
 
 
 class _Entry(NamedTuple):

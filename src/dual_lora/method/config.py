@@ -337,7 +337,7 @@ def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") 
             warn(
                 f"{where}: `r` is 1, which two groups cannot share: this adapter has r1 = r2 = 1, as many parameters "
                 "as LoRA of rank 2.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return (r + 1) // 2, max(1, r // 2)
     if r is None and (r1 is None or r2 is None):

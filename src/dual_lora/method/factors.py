@@ -33,7 +33,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dual_lora_A", "dual_lora_B", "dual_lora_C", "dual_lora_D")
     other_param_names: tuple[str, ...] = (
-        *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale"),
+        *("states", "scaling", "tied", "dual_lora_dropout", "dual_lora_left", "dual_lora_scale", "_scaled"),
     )
 
     # A module first of all: were `nn.Module` named by the subclasses instead, its `train` and `_apply` would come
@@ -50,6 +50,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         self.dual_lora_D = nn.ParameterDict()
         self.dual_lora_left = BufferDict(persistent=True)
         self.dual_lora_scale: dict[str, Tensor] = {}
+        self._scaled: dict[str, float] = {}
         self._disable_adapters = False
         self.tied: dict[str, FactorsLayer] = {}  # the embedding whose weight, and whose adapter, this is
         self.warned = Warned() if warned is None else warned  # the model's own, of all its layers
@@ -127,6 +128,8 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         """Use the factors of another layer, whose weight this layer's base shares, at their ranks and strength."""
         self.tied[adapter_name] = other
         self.states[adapter_name], self.scaling[adapter_name] = other.states[adapter_name], other.scaling[adapter_name]
+        if adapter_name in self.dual_lora_left:
+            del self.dual_lora_left[adapter_name]
         self._tie_again(adapter_name)
 
     def _tie_again(self, adapter_name: str) -> None:
@@ -134,8 +137,6 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             # Not registered, as PEFT's loading with low memory would make another parameter of it.
             getattr(self, name)._parameters[adapter_name] = getattr(other, name)[adapter_name]
-        if adapter_name in other.dual_lora_left:
-            self.dual_lora_left[adapter_name] = other.dual_lora_left[adapter_name]
 
     def reset_dual_lora_parameters(self, adapter_name: str, config: DualLoraConfig) -> None:
         """Draw the factors: A as LoRA draws its own, B = 0, C and D from N(0, σ²).
@@ -168,8 +169,8 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     def adapter(self, name: str) -> Adapter:
         """Factors, scale λα/√(r1 r2) and form of an adapter, as the operator takes them."""
-        factors, scale, state = self.factors(name), self._scale(name), self.states[name]
-        scale = scale.to(factors.A.device)
+        factors, state = self.factors(name), self.states[name]
+        scale = self._scale(name, factors.A)
         if state.warmup:
             factor = self.warmup_factor(name).to(scale)
             if factor.ndim:  # of each expert; ReLU(λ B A) = λ ReLU(B A)
@@ -218,7 +219,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         composed_weights.drop(self)  # first, as a tensor subclass that is looked at cannot be moved
         factors = {a: [f.data for f in self._stored(a)] for a in self.adapter_names()}
-        counts = {a: left.clone() for a, left in self.dual_lora_left.items() if a not in self.tied}
+        counts = {adapter: left.clone() for adapter, left in self.dual_lora_left.items()}
         result = super()._apply(fn, recurse)
         for adapter, olds in factors.items():
             for factor, old in zip(self._stored(adapter), olds, strict=True):

@@ -1,15 +1,21 @@
-"""Modules of PyTorch that read the weights off their children and leave the children's forward out.
+"""Modules that read the weights off their children and leave the children's forward out.
 
-An adapter below them would be the base, without a warning. Encoder layers do so in inference alone: that is switched
-off while an adapter is below them. The others are given the composed weight to read.
+An adapter below them would be the base, without a warning, until it is merged. PyTorch's encoder layers do so in
+inference alone: that is switched off while an adapter is below them. The others are given the composed weight to read:
+PyTorch's attention and fused loss, and every module whose code says `self.NAME.weight` of a child (Mamba's `dt_proj`,
+LFM2's and Qwen3-Next's convolutions, WavLM's projections).
 """
 
+import functools
+import inspect
+import re
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..core.compose_op import also_recompose
+from .conv import Conv1d, Conv2d, Conv3d
 from .layer import DualLoraLayer, Linear
 
 # What each module looks at before it takes its fast path, and nowhere else.
@@ -28,19 +34,69 @@ def set_fast_paths(model: nn.Module) -> None:
                 setattr(module, switch, False if adapted else kept["_dual_lora_switch"])
 
 
-def is_read(parent: nn.Module, layer: nn.Module) -> bool:
-    """Whether this linear layer is one whose weight its parent reads in place of calling it."""
-    return isinstance(parent, _READERS) and type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+# Methods that read weights to make or to tie them, not to compute with.
+_SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights"}
+_READ = re.compile(
+    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|ndim|data|is_meta)))"
+)
 
 
-class ReadLinear(Linear):
-    """Dual LoRA on a linear layer whose weight is read. An attention merges its output projection itself."""
+def is_read(parent: nn.Module, name: str, layer: nn.Module) -> bool:
+    """Whether this child is one whose weight its parent reads, in place of calling it or besides."""
+    if isinstance(parent, _READERS):
+        return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
+    return type(layer) in READ_LAYERS and name in _read_by(type(parent))
+
+
+@functools.cache
+def _read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The children whose `weight` the code of a module's class reads to compute with it."""
+    if kind.__module__.startswith("torch.nn"):
+        return frozenset()
+    names: set[str] = set()
+    for method in (m for base in kind.__mro__ if base.__module__[:5] != "torch" for m in vars(base).values()):
+        if inspect.isfunction(method) and method.__name__ not in _SETTING_UP:
+            try:
+                names.update(match[1] for match in _READ.finditer(inspect.getsource(inspect.unwrap(method))))
+            except (OSError, TypeError):  # no source: made at run time, or compiled
+                continue
+    return frozenset(names)
+
+
+class ReadLayer(DualLoraLayer):
+    """Dual LoRA on a layer whose weight is read: what is read is W + ΣΔW."""
 
     takes_dropout = False
+
+    @property
+    def weight(self) -> Tensor:
+        """W + ΣΔW over the active adapters."""
+        names = self._at_work()  # first: it may take a merged update out of the weight
+        weight: Any = self.get_base_layer().weight
+        if not names:
+            return weight
+        composed = also_recompose(self._composed(weight, self._adapters(names), weight))
+        return self._from_matrix(composed)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Not: a LoRA layer in this place would be the base, for nobody calls it."""
         return False
+
+
+class ReadConv1d(ReadLayer, Conv1d):
+    """Dual LoRA on an nn.Conv1d whose weight is read."""
+
+
+class ReadConv2d(ReadLayer, Conv2d):
+    """Dual LoRA on an nn.Conv2d whose weight is read."""
+
+
+class ReadConv3d(ReadLayer, Conv3d):
+    """Dual LoRA on an nn.Conv3d whose weight is read."""
+
+
+class ReadLinear(ReadLayer, Linear):
+    """Dual LoRA on a linear layer whose weight is read. An attention merges its output projection itself."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge, without a warning about what the attention has merged already."""
@@ -54,11 +110,11 @@ class ReadLinear(Linear):
         if self.merged:
             super().unmerge(adapter_names)
 
-    @property
-    def weight(self) -> Tensor:
-        """W + ΣΔW over the active adapters."""
-        names = self._at_work()  # first: it may take a merged update out of the weight
-        weight: Any = self.get_base_layer().weight
-        if not names:
-            return weight
-        return also_recompose(self._composed(weight, self._adapters(names), weight))
+
+READ_LAYERS: dict[type[nn.Module], type[ReadLayer]] = {
+    nn.Linear: ReadLinear,
+    NonDynamicallyQuantizableLinear: ReadLinear,
+    nn.Conv1d: ReadConv1d,
+    nn.Conv2d: ReadConv2d,
+    nn.Conv3d: ReadConv3d,
+}

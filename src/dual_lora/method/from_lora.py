@@ -98,7 +98,7 @@ def convert_to_dual_lora(
         patterns[name.removeprefix(PEFT_PREFIX)] = list(ranks)
         advance(1)
     usual = max(patterns.values(), key=list(patterns.values()).count)
-    dual = DualLoraConfig(
+    dual = DualLoraConfig.paper(
         r1=usual[0],
         r2=usual[1],
         rank_pattern={f"^{re.escape(name)}": ranks for name, ranks in patterns.items() if ranks != usual},
@@ -181,7 +181,8 @@ def _lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLinear]:
                 f"The LoRA layer {name!r} ({type(layer).__name__}) is not linear; only linear layers can be converted. "
                 f"{way_out}"
             )
-        if is_read(model.get_submodule(name.rpartition(".")[0]), layer.get_base_layer()):
+        parent, _, last = name.rpartition(".")
+        if is_read(model.get_submodule(parent), last, layer.get_base_layer()):
             raise TypeError(
                 f"The LoRA layer {name!r} is read by the module above it and not called: this LoRA does nothing there, "
                 "and a Dual LoRA would. Leave it out."

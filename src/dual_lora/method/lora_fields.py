@@ -64,6 +64,8 @@ def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) ->
         result["bias"] = "dual_lora_only"
     for name in set(options) & set(_DEFAULTS) - own - {"lora_alpha", "lora_dropout", "init_lora_weights"}:
         value, usual = options[name], _DEFAULTS[name]
+        if isinstance(value, dict) and not any(value.values()):  # as a saved file has an object of switches
+            continue
         if value != usual and (value or usual) and name not in ("qalora_group_size", "megatron_core"):
             raise ValueError(_other(name, value, MEANINGS.get(name, "another method")))
     return result

@@ -25,7 +25,7 @@ from .config import DualLoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
 from .embedding import Embedding
 from .experts import ParamWrapper
-from .fast_paths import ReadLinear, is_read, set_fast_paths
+from .fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
 from .patterns import layer_options
 from .precision import Warned
@@ -139,8 +139,8 @@ class DualLoraModel(BaseTuner):
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name
-            if is_read(parent, target):
-                layer = ReadLinear(target, adapter_name, config=config, **options)
+            if is_read(parent, target_name, target):
+                layer = READ_LAYERS[type(target)](target, adapter_name, config=config, **options)
             else:
                 layer = self._create_new_module(config, adapter_name, target, **options)
             if adapter_name not in self.active_adapters:
@@ -224,7 +224,7 @@ class DualLoraModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
         inside = {id(m._out) for m in self.modules() if isinstance(m, MultiheadAttention)}
-        if any(isinstance(m, ReadLinear) and id(m) not in inside for m in self.modules()):
+        if any(isinstance(m, ReadLayer) and id(m) not in inside for m in self.modules()):
             raise TypeError(
                 "A layer whose weight is read and not called (an attention's out_proj, a fused loss's linear layer) "
                 "does not support mixed adapter batches: run the samples of each adapter as a batch of their own."
@@ -304,8 +304,19 @@ class DualLoraModel(BaseTuner):
         state = saved.with_counts(state, layers, config, adapter_name)
         saved.warn_if_unfinished({n: t for n, t in state.items() if n.endswith(".dual_lora_left")}, config)
         state = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
+        state = cls._named_as_in(model, adapter_name, state)
         saved.check_fits(model, config, adapter_name, state)
         return saved.without_strangers(model, adapter_name, state)
+
+    @classmethod
+    def _named_as_in(cls, model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state by the model's own names, also where somebody has put another `state_dict` in its method's place.
+
+        PEFT reads the names off that method, and would load nothing in silence.
+        """
+        held = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        own = {cls._remove_adapter_name_from_key(n, adapter_name): n for n, _ in held if ".dual_lora_" in n}
+        return {own.get(name, name): value for name, value in state.items()}
 
 
 def _unmerge(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ def in_fp32(factors: Factors, warned: Warned) -> Factors:
     if not low:
         return factors
     if all(hasattr(f, "_dual_lora_stored") for f in low):
-        if factors.B.any():  # else it has not trained, and a rounded start is as good
+        if not factors.B.is_meta and factors.B.any():  # else it has not trained, and a rounded start is as good
             warned.once(
                 f"Dual LoRA's factors were cast to {low[0].dtype} by foreign code and are fp32 again, without the bits "
                 "that were lost: bf16 factors flip 0.07 % of the signs and change ΔW by 4.6 %. Leave the factors in "

@@ -30,12 +30,13 @@ def register() -> None:
     else:
         add_peft_type(member)
 
-    from . import hotswap
+    from . import card, hotswap
     from .config import DualLoraConfig
     from .model import DualLoraModel
 
     register_peft_method(name=NAME, config_cls=DualLoraConfig, model_cls=DualLoraModel)
     hotswap.install()
+    card.install()
 
 
 def add_peft_type(name: str) -> None:

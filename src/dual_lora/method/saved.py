@@ -67,7 +67,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
     ended = config.inference_mode and not any(bool(left.any()) for left in counts.values())
     for stem in {key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key}:
         layer = names.get(stem.removeprefix(PEFT_PREFIX))
-        if layer is None or not layer.states[adapter].warmup:
+        if layer is None or adapter not in layer.dual_lora_left:
             continue
         if ended:
             layer.end_warmup(adapter)
@@ -151,7 +151,7 @@ def check_fits(model: nn.Module, config: Any, adapter_name: str, state: dict[str
         absent = [name for name in own if name.removeprefix(PEFT_PREFIX) not in bare]
         if absent:
             warn(
-                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep their random start.",
+                f"The saved Dual LoRA adapter lacks {_some(absent, 'factors')}: they keep the values that they have.",
                 stacklevel=3,
             )
         return

@@ -5,6 +5,7 @@ the warm-up (of experts one each), which is saved with the adapter. λ is read o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -26,7 +27,6 @@ class AdapterState:
     alpha: float
     form: Form
     warmup: float = 0
-    scaled: float | None = None  # what `dual_lora_scale` was made of
 
     @property
     def strength(self) -> float:
@@ -41,8 +41,10 @@ class Strength:
     scaling: dict[str, float]  # LoRA's name, as code that knows LoRA writes there
     dual_lora_A: nn.ParameterDict
     dual_lora_scale: dict[str, Tensor]  # `scaling` as operators take it: 0-dim, where the factors are
+    _scaled: dict[str, float]  # what that was made of
     dual_lora_left: BufferDict  # int32, 0-dim or [E]; -1: not begun, in a run of unknown length
     active_adapters: list[str]
+    tied: dict[str, Any]  # whose adapter it is, count and all, where it is not the layer's own
 
     def _stored(self, adapter: str) -> Factors:
         raise NotImplementedError
@@ -60,9 +62,14 @@ class Strength:
         return list(self.scaling)
 
     def trainable_factors(self, adapter: str) -> list[Tensor]:
-        """The trainable factors in the order B, A, D, C; the first one's optimizer counts the adapter's steps."""
+        """The trainable factors in the order B, A, D, C."""
         A, B, C, D = self._stored(adapter)
         return [f for f in (B, A, D, C) if f.requires_grad]
+
+    def counting_factor(self, adapter: str) -> Tensor | None:
+        """The factor whose optimizer counts the adapter's steps: the first that trains, or has before a switch."""
+        A, B, C, D = self._stored(adapter)
+        return next((f for f in (B, A, D, C) if f.requires_grad or f.grad is not None), None)
 
     def clips(self, adapter: str) -> bool:
         """Whether the adapter trains by the clip, which looks at the values of gradients."""
@@ -73,17 +80,18 @@ class Strength:
         """Ranks, α and form of an adapter, at the strength that they make."""
         self.states[adapter], self.scaling[adapter] = state, state.strength
 
-    def _scale(self, adapter: str) -> Tensor:
-        """`scaling` as a 0-dim tensor where the factors are, in their precision."""
-        A, scale, state = self.dual_lora_A[adapter], self.dual_lora_scale.get(adapter), self.states[adapter]
+    def _scale(self, adapter: str, A: Tensor | None = None) -> Tensor:
+        """`scaling` as a 0-dim tensor where the factor A is (by default the stored one), in its precision."""
+        A = self.dual_lora_A[adapter] if A is None else A
+        scale, value = self.dual_lora_scale.get(adapter), self.scaling[adapter]
         if torch.compiler.is_compiling() and scale is not None:  # a graph would guard every number that it looks at
             return scale.to(A.device)
         dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-        if scale is None or state.scaled != self.scaling[adapter] or (scale.device, scale.dtype) != (A.device, dtype):
+        if scale is None or self._scaled.get(adapter) != value or (scale.device, scale.dtype) != (A.device, dtype):
             # Anew, and not in place: a graph that waits for its backward has saved the one that was.
             with torch.inference_mode(False):
-                scale = torch.full((), self.scaling[adapter], dtype=dtype, device=A.device)
-            self.dual_lora_scale[adapter], state.scaled = scale, self.scaling[adapter]
+                scale = torch.full((), value, dtype=dtype, device=A.device)
+            self.dual_lora_scale[adapter], self._scaled[adapter] = scale, value
         return scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -111,7 +119,8 @@ class Strength:
 
     def left(self, adapter: str) -> Tensor:
         """Optimizer steps that are left, int32, 0-dim or [E]."""
-        return offloaded.present(self.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
+        owner = self.tied.get(adapter, self)
+        return offloaded.present(owner.dual_lora_left, adapter) if self.states[adapter].warmup else torch.tensor(0)
 
     def warmup_factor(self, adapter: str) -> Tensor:
         """λ, from 0 at the start to 1 at the end, fp32, 0-dim or [E]."""
@@ -127,7 +136,7 @@ class Strength:
     def set_left(self, adapter: str, left: Tensor | int) -> None:
         """Put a count in place, cut to the warm-up's steps. For an adapter without a warm-up it says nothing."""
         steps = self.states[adapter].warmup
-        if steps:
+        if steps and adapter not in self.tied:
             stored = self.dual_lora_left[adapter]
             given = torch.as_tensor(left, dtype=torch.int32, device=stored.device).clamp(-1, max(1, int(steps)))
             self.dual_lora_left[adapter] = given.expand(stored.shape).clone()

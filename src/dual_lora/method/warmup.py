@@ -26,8 +26,9 @@ class Counted(Protocol):
     """A layer whose adapters' steps are counted; what each method says stands at `Strength`."""
 
     states: dict[str, Any]
+    dual_lora_left: Any
 
-    def adapter_names(self) -> list[str]: ...
+    def counting_factor(self, adapter: str) -> Tensor | None: ...
     def trainable_factors(self, adapter: str) -> list[Tensor]: ...
     def count_step(self, adapter: str) -> None: ...
 
@@ -60,7 +61,7 @@ def count_step(model: nn.Module) -> None:
 
 
 def _warming(layer: Counted) -> list[str]:
-    return [name for name in layer.adapter_names() if layer.states[name].warmup]
+    return [name for name in layer.dual_lora_left if layer.states[name].warmup]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -83,7 +84,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in groups for p in group["params"]}
     for layer in list(_layers):
         for adapter in _warming(layer):
-            first = next(iter(layer.trainable_factors(adapter)), None)
+            first = layer.counting_factor(adapter)
             if first is not None and id(first) in held and first.grad is not None:
                 _count(layer, adapter, optimizer, first.grad)
         if not _warming(layer):

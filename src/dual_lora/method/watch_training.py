@@ -31,9 +31,13 @@ class Watch:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(f) in held for f in self._factors()):
+            for layer in self.layers:
+                if (alive := layer()) is not None and self.adapter in alive.states:
+                    alive.dual_lora_A[self.adapter].requires_grad_(True)  # which PEFT has frozen by LoRA's name
             raise TypeError(
                 "LoRA-FA's optimizer freezes LoRA's A and projects the gradient of B: it is made for the product B A "
-                "and does not fit Dual LoRA, which has four factors. Use torch.optim.AdamW."
+                "and does not fit Dual LoRA, which has four factors. Nothing was trained, and A is no longer frozen: "
+                "make another optimizer, such as torch.optim.AdamW."
             )
 
     def _factors(self) -> list[Tensor]:

@@ -1,0 +1,49 @@
+"""The card that PEFT, Trainer and TRL write beside an adapter says which package it needs."""
+
+import functools
+import os
+from typing import Any
+
+from peft import PeftModel
+
+TAG = "dual-lora"
+HEADING = "## How to load it"
+TEXT = f"""{HEADING}
+
+This is an adapter of [Dual LoRA](https://arxiv.org/abs/2512.03402). PEFT knows the method once its package is imported:
+
+```bash
+pip install dual-lora
+```
+
+```python
+import dual_lora
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("…")  # this folder, or its name on the hub
+```
+"""
+
+
+def install() -> None:
+    """Let PEFT's cards say so, of adapters of this method."""
+    theirs = PeftModel.create_or_update_model_card
+
+    @functools.wraps(theirs)
+    def with_package(model: Any, output_dir: str) -> None:
+        theirs(model, output_dir)
+        if any(config.peft_type == "DUAL_LORA" for config in model.peft_config.values()):
+            _add(os.path.join(output_dir, "README.md"), type(model).__name__)
+
+    PeftModel.create_or_update_model_card = with_package
+
+
+def _add(file: str, kind: str) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(file)
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), TAG})
+    if HEADING not in card.text:
+        text = TEXT.replace("AutoPeftModelForCausalLM", f"Auto{kind}" if kind != "PeftModel" else "AutoPeftModel")
+        card.text = card.text.rstrip() + "\n\n" + text
+    card.save(file)

@@ -1,0 +1,74 @@
+"""diffusers saves and loads an adapter by functions of its own that know LoRA's names alone: they learn ours.
+
+Scripts hold these functions by name, often from before this package was imported. So their code is exchanged, and not
+the name in their module. A file without metadata has no strength; as for LoRA, it is then that of `lora_alpha` = rank.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .config import DualLoraConfig
+
+_MARK = ".dual_lora_"
+
+
+def teach(function: Any, ours: str) -> Callable[..., Any]:
+    """Let a function of diffusers ask `ours`, a function of this module, first; returns what it was.
+
+    ours: takes what the function was, and its arguments.
+    """
+    original = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    original.__kwdefaults__ = function.__kwdefaults__
+    name = f"_{ours}_with_dual_lora"
+    function.__globals__[name] = lambda *args, **kwargs: globals()[ours](original, *args, **kwargs)
+    space: dict[str, Any] = {}
+    exec(f"def asked(*args, **kwargs):\n    return {name}(*args, **kwargs)", space)
+    function.__code__, function.__defaults__, function.__kwdefaults__ = space["asked"].__code__, None, None
+    return original
+
+
+def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A state as `save_lora_weights` writes it: of this method as it is."""
+    return state if any(_MARK in name for name in state) else original(state, *args, **kwargs)
+
+
+def configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """The configuration of the adapter in a state: from its metadata, or from the shapes of its factors."""
+    if not any(_MARK in name for name in state):
+        return original(state, *args, **kwargs)
+    metadata = kwargs.get("metadata") or (args[1] if len(args) > 1 else None)
+    if metadata:
+        return DualLoraConfig(**metadata)
+    ranks: dict[str, Any] = {}
+    for name, factor in state.items():
+        layer, _, letter = name.partition(_MARK)
+        if letter in ("A", "C"):
+            ranks.setdefault(layer, [0, 0])[letter == "C"] = factor.shape[-2]
+    usual = max(ranks.values(), key=[*ranks.values()].count)
+    others = {f"^{layer}": pair for layer, pair in ranks.items() if pair != usual}
+    alphas = {layer: float(sum(pair)) for layer, pair in others.items()}
+    return DualLoraConfig(
+        r1=usual[0],
+        r2=usual[1],
+        lora_alpha=sum(usual),
+        rank_pattern=others,
+        alpha_pattern=alphas,
+        target_modules=sorted(ranks),
+    )
+
+
+def connect_conversion() -> None:
+    """Teach `convert_state_dict_to_diffusers`; to be called once its module has been imported."""
+    from diffusers.utils import state_dict_utils
+
+    teach(state_dict_utils.convert_state_dict_to_diffusers, "converted")
+
+
+def connect_loading() -> None:
+    """Teach what makes a configuration in `load_lora_weights`; to be called once its module has been imported."""
+    from diffusers.utils import peft_utils
+
+    teach(peft_utils._create_lora_config, "configuration")
