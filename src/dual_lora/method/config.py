@@ -25,6 +25,9 @@ ALPHA = 4.0
 EARLIER_ALPHA = 2.0
 """The same for the paper's start, and for adapters of earlier versions."""
 
+STD, EARLIER_STD = 0.1, 0.02
+"""σ by default: of C and D with the default start, and of earlier versions and the paper's start."""
+
 LORA_ALPHA = 2.0
 """α for each unit of LoRA's `lora_alpha`, at equal strength."""
 
@@ -82,8 +85,12 @@ class DualLoraConfig(PeftConfig):
             "False: random factors at full strength (for tests; it changes the model's output)."
         },
     )
-    init_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of what is drawn from a Gaussian: C and D, or all four."}
+    init_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation σ of what is drawn from a Gaussian: C and D (default 0.1), or with another start "
+            "than the usual one A, and the paper's B, as well (0.02). For C and D it sets how fast signs turn."
+        },
     )
     warmup_steps: int | float | None = field(
         default=None,
@@ -162,8 +169,10 @@ class DualLoraConfig(PeftConfig):
         for name, alpha in alphas.items():
             if alpha is not None and not _is_positive(alpha):
                 raise ValueError(f"{name} must be a positive number, got {alpha!r}.")
+        if self.init_std is None:
+            self.init_std = STD if self.init_weights is True else EARLIER_STD
         if not _is_positive(self.init_std):
-            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is 0.02.")
+            raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
         self._check_warmup()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")

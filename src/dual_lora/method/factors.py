@@ -143,7 +143,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
         With init_weights="paper" all from N(0, σ²), with "zero" all but B, with False at a visible strength.
         """
-        std = config.init_std if config.init_weights else 0.3  # for tests: it shows in a model of any width
+        std = (config.init_std or 0.0) if config.init_weights else 0.3  # for tests: it shows in a model of any width
         for letter, factor in zip("ABCD", self._stored(adapter_name), strict=True):
             if factor.device.type == "meta":
                 continue

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, delta_weight, scaling
-from .config import DualLoraConfig
+from .config import EARLIER_STD, DualLoraConfig
 from .conversion import refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
 from .fast_paths import is_read
 from .saved import PEFT_PREFIX, named_as_saved
@@ -85,7 +85,7 @@ def convert_to_dual_lora(
         )
     state: dict[str, Tensor] = {}
     kept, patterns = [], {}
-    std = DualLoraConfig().init_std
+    std = EARLIER_STD
     for name, layer in layers.items():
         A: Tensor = layer.lora_A[adapter_name].weight  # type: ignore[assignment]
         B: Tensor = layer.lora_B[adapter_name].weight  # type: ignore[assignment]
