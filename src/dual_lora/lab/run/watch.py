@@ -17,6 +17,7 @@ from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.read import read_object
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.sealed import seal
 from dual_lora.lab.run.write import json_text, mark_whole, write_json
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
@@ -140,6 +141,8 @@ class Watch(TrainerCallback):
             if process_count() == 1:  # of several, each knows the loss of its own rows alone
                 known["since_line"] = self._since
             write_json(checkpoint / SECONDS, known)
+            if any(checkpoint.glob("global_step*")):  # DeepSpeed's
+                seal(checkpoint)
             mark_whole(checkpoint)
             self.folder.keep_newest(self.keep)
         self._pause()

@@ -12,6 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,13 @@ def _in_place_of(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed."""
-    with _in_place_of(path) as part, part.open("x", encoding="utf-8", newline="") as file:
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed.
+
+    mode: who may read and write it, before the umask.
+    """
+    opener = partial(os.open, mode=mode)
+    with _in_place_of(path) as part, open(part, "x", encoding="utf-8", newline="", opener=opener) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
