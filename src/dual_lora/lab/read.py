@@ -26,6 +26,14 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
     return file
 
 
+def own(file: Path) -> Path:
+    """The same for a file of a folder that may come from somebody else: a link there could lead to a file of the
+    user's, and show it."""
+    if file.is_symlink():
+        raise ValueError("it is a link, which is not followed out of a folder: name the file itself, or put it there")
+    return regular(file)
+
+
 @contextmanager
 def opened(file: Path, largest: int = LARGEST) -> Iterator[TextIO]:
     """A text file's lines. Raises UserError for one that is too large, not UTF-8 or no regular file."""

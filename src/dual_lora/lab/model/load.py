@@ -16,6 +16,8 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dual_lora.lab.recipe.schema import ModelSection
@@ -29,6 +31,8 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|maske
 # Of a GGUF file: architectures whose scaling of positions transformers takes over, and what it calls special tokens.
 _SCALED = ("gpt-oss",)
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+BESIDE_GGUF = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
@@ -68,8 +72,10 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
+        check_links(here.parent, lambda file: file.name in BESIDE_GGUF)
         return Location(str(here.parent), here.name)
     if here.is_dir():
+        check_links(here)
         if (here / "config.json").is_file():
             return Location(str(here))
         ggufs = sorted(here.glob("*.gguf"))
@@ -84,6 +90,23 @@ def locate(path: str, revision: str | None = None) -> Location:
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.")
     return Location(path, revision=revision)
+
+
+def check_links(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
+    """Raise UserError if a link leads out of the folder of a model or an adapter: what it shows of the user's own files
+    would be written into each run, merged model and upload.
+
+    Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
+    cache, which are links within one folder of it.
+    """
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
+        if file.is_symlink() and file.suffix not in WEIGHTS and not file.resolve().is_relative_to(root):
+            raise UserError(
+                f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
+                "file itself there (a link to weights is welcome)."
+            )
 
 
 def _in_package(name: str) -> Location:
@@ -102,7 +125,8 @@ def _in_package(name: str) -> Location:
         raise UserError(
             f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
         )
-    return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
+    found = Path(str(locations[0]))  # as it was installed, which some installers do by links
+    return Location(str(found.parent), found.name) if found.suffix == ".gguf" else Location(str(found.parent))
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:

@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
+from dual_lora.lab.model.load import UNREAD, Loaded, Location, check_links, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
 from dual_lora.lab.read import read_object
@@ -192,6 +192,7 @@ def _open_adapter(
 ) -> Tuned:
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
+    check_links(adapter)
     recipe, classes = read_note(adapter)
     if recipe:
         plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on

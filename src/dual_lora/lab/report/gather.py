@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.read import read_json, read_json_lines, regular
+from dual_lora.lab.read import own, read_json, read_json_lines
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
@@ -54,7 +54,7 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
-        for file in sorted(inside):
+        for file in sorted(inside, key=lambda file: (file.is_symlink(), file)):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
@@ -75,8 +75,10 @@ def gather(paths: list[str | Path]) -> Material:
     material = Material()
     for file in find(paths, material.problems):
         try:
+            if file not in map(Path, paths):  # what a folder brought
+                own(file)
             if file.name == "study.json":
-                if under_way := progress(regular(file)):
+                if under_way := progress(file):
                     material.running.append((file, under_way))
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)

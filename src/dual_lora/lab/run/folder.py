@@ -28,7 +28,7 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.sealed import check_seal
-from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
+from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, remove_remains, sync
 
 LOCK = ".lock"
 FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
@@ -79,7 +79,7 @@ class RunFolder:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
-        check_plain(self.path, ENTRIES)
+        check_plain(self.path, ENTRIES, single=True)
         # A run that was killed before its record stood there has left a lock and half a file: that is still empty.
         filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
         # One that was killed as it began, or was removed, may have a record and no recipe.
@@ -97,6 +97,7 @@ class RunFolder:
         sync(self.path.parent)
         busy = f"The output folder {self.path} is in use by another run; wait for it or give another --out."
         self._lock = hold(self.path / LOCK, busy)
+        remove_remains(self.path)
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)
 
@@ -147,11 +148,20 @@ def result_of(folder: RunFolder) -> Path:
     return folder.result
 
 
-def check_plain(folder: Path, names: Iterable[str]) -> None:
-    """Raise UserError if one of these entries of a folder, or anything in it, is no plain file and no plain folder."""
+def check_plain(folder: Path, names: Iterable[str], single: bool = False) -> None:
+    """Raise UserError if one of these entries of a folder, or anything in it, is no plain file and no plain folder.
+
+    single: nor a file that has another name elsewhere, as what is written into it would be there too.
+    """
     for top in (folder / name for name in names):
         for path in chain([top] if os.path.lexists(top) else [], top.rglob("*")):  # beyond the top, through no link
-            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            state = path.lstat()
+            if single and stat.S_ISREG(state.st_mode) and state.st_nlink > 1:
+                raise UserError(
+                    f"{path} has a second name elsewhere (a hard link), and training would write into both: copy the "
+                    "folder (cp -r), and go on in the copy."
+                )
+            if stat.S_IFMT(state.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
                 what = f"a link to {path.readlink()}" if path.is_symlink() else "neither a file nor a folder"
                 raise UserError(
                     f"{path} is {what}. What a run holds has to be plain files and folders inside it, so that nothing "
