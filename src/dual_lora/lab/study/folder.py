@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from dual_lora.lab import yaml_text
 from pydantic import BaseModel
 
 from dual_lora.lab.errors import UserError
@@ -192,7 +192,7 @@ class StudyFolder:
             known.precision = precision
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
         known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
-        text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
+        text = yaml_text.dump(study, sort_keys=False, allow_unicode=True, width=110)
         self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
 
