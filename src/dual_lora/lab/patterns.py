@@ -1,7 +1,12 @@
 """Regular expressions out of files, with a time limit: some search a short text for longer than anybody waits."""
 
+import os
+import re
+import subprocess
+import sys
 import time
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -18,10 +23,27 @@ def compiled(text: str) -> Any:
 
     if len(text) > LONGEST:
         raise ValueError(f"it is no regular expression of at most {LONGEST:,} characters: it has {len(text):,}")
+    _try_to_compile(text)
     try:
         return regex.compile(text)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _try_to_compile(text: str) -> None:
+    """Raise ValueError for a pattern that takes too long to compile, which has no time limit: `a{9999}` within another
+    such repeat is written out. Tried in a process that can be ended."""
+    if not re.search(r"\{|\[|\(\?", text):
+        return
+    path = os.path.dirname(os.path.dirname(find_spec("regex").origin))  # type: ignore[union-attr,type-var]
+    trial = f"import sys; sys.path.append({path!r}); import regex; regex.compile({text!r})"
+    try:
+        subprocess.run([sys.executable, "-I", "-S", "-c", trial], capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{text[:200]!r} takes too long to be compiled as a regular expression (more than {SECONDS:g} seconds): "
+            "write it without repeats inside repeats"
+        ) from None
 
 
 class Pattern:

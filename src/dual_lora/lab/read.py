@@ -27,7 +27,7 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
     return file
 
 
-def own(file: Path) -> Path:
+def unlinked(file: Path) -> Path:
     """The same for a file of a folder that may come from somebody else: a link there could lead to a file of the
     user's, and show it."""
     if file.is_symlink():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.read import own, read_json, read_json_lines
+from dual_lora.lab.read import read_json, read_json_lines, unlinked
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.study.folder import progress
@@ -76,7 +76,7 @@ def gather(paths: list[str | Path]) -> Material:
     for file in find(paths, material.problems):
         try:
             if file not in map(Path, paths):  # what a folder brought
-                own(file)
+                unlinked(file)
             if file.name == "study.json":
                 if under_way := progress(file):
                     material.running.append((file, under_way))
