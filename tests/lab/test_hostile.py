@@ -481,3 +481,44 @@ def test_a_row_is_left_out_of_json_lines_only_while_it_is_written(end, said, tmp
     else:
         with pytest.raises(ValueError, match=said):
             read_json_lines(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja"])
+@pytest.mark.parametrize("through", [False, True], ids=["pipe", "link to a pipe"])
+def test_a_pipe_in_an_adapter_is_not_waited_for(name, through, source, tmp_path):
+    adapter = shutil.copytree(source / "adapter", tmp_path / "adapter")
+    (adapter / name).unlink(missing_ok=True)
+    os.mkfifo(pipe := tmp_path / "pipe" if through else adapter / name)
+    if through:
+        (adapter / name).symlink_to(pipe)
+    with pytest.raises(UserError, match="neither a file nor a folder, so it was not read"):
+        open_tuned(adapter)
+
+
+def test_a_pipe_in_a_base_is_not_waited_for(tiny_lm, tmp_path):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        open_tuned(base)
+
+
+def test_a_number_without_an_end_in_an_adapter(source):
+    change(source / "adapter/adapter_config.json", r=10**9 + 2, r1=2, r2=10**9)
+    with pytest.raises(UserError, match=r"The adapter .* r holds 1,000,000,002, and no weight of this model"):
+        open_tuned(source)
+
+
+def test_a_configuration_of_a_weights_size_is_not_read(source):
+    change(source / "adapter/adapter_config.json", about="x" * 5_000_000)
+    with pytest.raises(UserError, match=r"could not be read: .* bytes, and at most"):
+        open_tuned(source)
+
+
+def test_a_pattern_that_takes_long_to_compile(monkeypatch):
+    from dual_lora.lab import patterns
+
+    monkeypatch.setattr(patterns, "SECONDS", 1.0)
+    with pytest.raises(ValueError, match="takes too long to be compiled"):
+        Pattern("(?:(?:(?:a{1000}){1000}){1000})", "train.rates")
+    assert Pattern(r"lora_[AB]{1}\.", "train.rates").search("x.lora_A.y")

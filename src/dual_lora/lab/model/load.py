@@ -72,10 +72,10 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        check_links(here.parent, lambda file: file.name in BESIDE_GGUF)
+        check_entries(here.parent, lambda file: file.name in BESIDE_GGUF)
         return Location(str(here.parent), here.name)
     if here.is_dir():
-        check_links(here)
+        check_entries(here)
         if (here / "config.json").is_file():
             return Location(str(here))
         ggufs = sorted(here.glob("*.gguf"))
@@ -92,9 +92,9 @@ def locate(path: str, revision: str | None = None) -> Location:
     return Location(path, revision=revision)
 
 
-def check_links(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
-    """Raise UserError if a link leads out of the folder of a model or an adapter: what it shows of the user's own files
-    would be written into each run, merged model and upload.
+def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
+    """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
+    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
 
     Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
     cache, which are links within one folder of it.
@@ -102,6 +102,8 @@ def check_links(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
         if file.is_symlink() and file.suffix not in WEIGHTS and not file.resolve().is_relative_to(root):
             raise UserError(
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
