@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -153,3 +155,23 @@ def test_a_model_s_own_code_is_never_run_unasked(trap, tiny_lm, tmp_path):
     assert not trap.exists()
     with pytest.raises(UserError, match=r"model\.attention is 'someone/kernel'"):
         build_recipe({"model": {"path": str(tiny_lm), "attention": "someone/kernel"}})
+
+
+@pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["estimate", "RECIPE"]], ids=lambda given: given[0])
+def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, trap, tiny_lm, questions, tmp_path):
+    """transformers asks whether to run it, and took the first line of whatever came through a pipe."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "theirs.py").write_text((tmp_path / "code/a_trap.py").read_text())
+    values = {"model": {"path": str(base)}, "method": {"name": "lora"}, "data": {"train": str(questions / "train.json")}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    given = [{"MODEL": str(base), "RECIPE": str(tmp_path / "recipe.yaml")}.get(part, part) for part in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "dual_lora.lab.cli", *given], input="y\n" * 5, capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hub")},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Its own code was not run: give the command at a terminal" in done.stderr
+    assert not trap.exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import report_material as material
@@ -185,3 +186,18 @@ def test_links_in_a_folder_show_no_file_of_the_user(tmp_path):
     error.write_text(json.dumps("it failed"))
     report([theirs], tmp_path / "r.html")
     assert "it failed" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["results.json", "analysis.json", "ledger.jsonl"])
+def test_a_number_that_is_none_costs_no_other_source(name, number, tmp_path):
+    """JSON has no NaN, and neither has the page: its data could not be written."""
+    folder = material.write(tmp_path / "work")
+    [file] = [file for file in folder.rglob(name)][:1]
+    text = re.sub(r"(?<=[\[:, ])-?\d+\.\d+(?=[,}\]\s])", number, file.read_text())
+    assert number in text
+    (folder / "bad").mkdir()
+    (folder / "bad" / name).write_text(text)
+    said = report([folder], tmp_path / "r.html")
+    assert said.studies >= 1
+    assert said.analyses >= 1

@@ -14,6 +14,7 @@ from typing import Any
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import Exported, export_lora, merge
+from dual_lora.lab.model.load import own_code
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.write import free_file, write_atomically
 
@@ -121,7 +122,7 @@ def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
     if os.path.lexists(file):
         return None, f"{file} is there already, and is left as it is"
     try:
-        text = modelfile(AutoTokenizer.from_pretrained(model), f"./{target.name}")
+        text = modelfile(AutoTokenizer.from_pretrained(model, **own_code()), f"./{target.name}")
     except UserError as error:
         return None, str(error)
     write_atomically(file, text)
@@ -198,7 +199,7 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         ends.append(around["assistant"][1].strip())
         _check(tokenizer, around, default, start)
         texts = [*(text for pair in around.values() for text in pair), default, start]
-        if any(sign in text for text in texts for sign in ('"""', "{{", "}}")):
+        if any(sign in text for text in texts for sign in ('"""', "{{", "}}")) or default.endswith('"'):
             raise UserError(
                 "The chat template holds signs that a Modelfile gives a meaning: write its TEMPLATE by hand."
             )
@@ -209,7 +210,10 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{branches}{{{{ end }}}}{{{{- end }}}}{start}"""')
         if default:
             lines.append(f'SYSTEM """{default}"""')
-    lines += [f'PARAMETER stop "{end}"' for end in dict.fromkeys(ends) if end]
+    for end in dict.fromkeys(ends):
+        if end and not (end.isprintable() and '"' not in end and "\\" not in end):
+            raise UserError(f"An answer ends with {end!r:.100}, which no line of a Modelfile can hold: write it by hand.")
+        lines += [f'PARAMETER stop "{end}"'] if end else []
     return "\n".join(lines) + "\n"
 
 

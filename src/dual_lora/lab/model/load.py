@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -45,7 +46,7 @@ class Location:
     revision: str | None = None  # of a name on the hub
 
     def arguments(self) -> dict[str, Any]:
-        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))}
+        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
 
 
 @dataclass
@@ -55,6 +56,18 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fresh: list[str] = field(default_factory=list)
+
+
+def own_code() -> dict[str, bool]:
+    """What transformers is told of a model's own code: nothing where a person can answer its question; elsewhere no,
+    for it would take a line that was piped in for the answer."""
+    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
+
+
+def nobody_answers(error: Exception) -> str:
+    """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
+    asked = "trust_remote_code" in str(error) and own_code()
+    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
 
 
 def is_here(path: str) -> bool:
@@ -306,4 +319,4 @@ def _clear_errors(path: str) -> Any:
     except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
         first = described(error, OSError, ValueError, lines=1)
         where = "" if is_here(path) else " (there is no such folder here)"
-        raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error
+        raise UserError(f"The model {path!r} could not be loaded{where}: {first}{nobody_answers(error)}") from error

@@ -87,10 +87,14 @@ def write_folder_atomically(target: Path, write: Callable[[Path], object], liste
         sync(*part.rglob("*"), part)
 
 
+def finite(value: Any) -> Any:
+    """A value of JSON, in which NaN and infinity, which JSON does not have and other programs refuse, become null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON text. NaN and infinity, which JSON does not have and other programs refuse, become null."""
-    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=indent, ensure_ascii=False)
+    """JSON text of the finite value."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
-from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, rows_of, score
+from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged_as_int4, rows_of, score
 
+# The base rounded with the adapter beside it, as a server has it that loads both; and what a merged file holds.
+FOUR_BITS, FOUR_BITS_MERGED = "four bits", "four bits, merged"
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
 
@@ -41,11 +43,14 @@ class ModelGuesses:
         with strengths(self.model, lambda name: 0.0 if name in missing else 1.0):
             return score(self.model, self.probes)
 
-    def coarse(self) -> Tensor | None:
+    def coarse(self) -> dict[str, Tensor]:
         if not _may_be_copied(self.model):
-            return None
+            return {}
         with as_int4(self.model):
-            return score(self.model, self.probes)
+            found = {FOUR_BITS: score(self.model, self.probes)}
+        with contextlib.suppress(Exception), merged_as_int4(self.model):  # whatever a method has against a merge
+            found[FOUR_BITS_MERGED] = score(self.model, self.probes)
+        return found
 
 
 def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | None = None) -> Known:
