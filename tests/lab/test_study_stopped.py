@@ -403,3 +403,16 @@ def test_what_lies_in_a_runs_place_is_not_removed(tiny, short, tmp_path):
     assert mine.read_text() == "years of work"
     assert len(results["failed"]) == 1
     assert "is not a run" in results["failed"][0]
+
+
+def test_a_clock_that_is_set_back_costs_no_time(tmp_path, monkeypatch):
+    """Plans and budgets go by the seconds of runs, which were negative then."""
+    from types import SimpleNamespace
+
+    from dual_lora.lab.study import perform
+
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(perform.time, "time", lambda: next(clock))
+    monkeypatch.setattr(perform, "_base", lambda *_: {"metric": None})
+    outcome = perform.perform(SimpleNamespace(key="ab12", kind="base"), tmp_path / "runs")
+    assert 0 <= outcome.seconds < 60
