@@ -308,7 +308,9 @@ def test_a_missing_value_is_no_text(record, said, file):
 def test_an_empty_text_is_one_where_it_can_be_told_from_a_missing_one(file):
     [example] = read_examples(file("a.jsonl", '{"prompt": "", "answer": "y"}\n'), DataSection())
     assert example.messages[0]["content"] == ""
-    [one, other] = read_examples(file("a.csv", "instruction,input,output,set\nx,,y,\nx,z,y,1\n"), DataSection(group="set"))
+    [one, other] = read_examples(
+        file("a.csv", "instruction,input,output,set\nx,,y,\nx,z,y,1\n"), DataSection(group="set")
+    )
     assert (one.messages[0]["content"], one.group, other.group) == ("x", "", "1")
 
 

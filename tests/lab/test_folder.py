@@ -266,7 +266,9 @@ def test_an_analysis_replaces_no_other_file(copied, tmp_path, call):
     assert json.loads((copied / "analysis/analysis.json").read_text())["runs"]
 
 
-@pytest.mark.parametrize("write", [merge, lambda source, out: export_lora(source, out, 2, limit=0)], ids=["merge", "lora"])
+@pytest.mark.parametrize(
+    "write", [merge, lambda source, out: export_lora(source, out, 2, limit=0)], ids=["merge", "lora"]
+)
 def test_an_output_is_one_commands_and_keeps_what_came_meanwhile(write, finished, tmp_path, monkeypatch):
     from dual_lora.lab.model import export
 

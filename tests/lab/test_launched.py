@@ -93,7 +93,9 @@ def test_the_first_line_after_a_resume_has_all_its_steps_on_two_processes(lm_val
         process = launched("ddp", 2, recipe, out, *more)
         printed = process.communicate(timeout=300)[0]
         assert process.returncode == 0, printed
-        return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+        return [
+            json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+        ]
 
     straight = losses()
     shutil.rmtree(out / "adapter")

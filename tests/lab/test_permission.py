@@ -165,13 +165,16 @@ def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, t
     config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
     (base / "config.json").write_text(json.dumps(config))
     (base / "theirs.py").write_text((tmp_path / "code/a_trap.py").read_text())
-    values = {"model": {"path": str(base)}, "method": {"name": "lora"}, "data": {"train": str(questions / "train.json")}}
+    values = {
+        "model": {"path": str(base)},
+        "method": {"name": "lora"},
+        "data": {"train": str(questions / "train.json")},
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     given = [{"MODEL": str(base), "RECIPE": str(tmp_path / "recipe.yaml")}.get(part, part) for part in command]
-    done = subprocess.run(
-        [sys.executable, "-m", "dual_lora.lab.cli", *given], input="y\n" * 5, capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HOME": str(tmp_path / "hub")},
-    )  # fmt: skip
+    called = [sys.executable, "-m", "dual_lora.lab.cli", *given]
+    surroundings = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(called, input="y\n" * 5, capture_output=True, text=True, check=False, env=surroundings)
     assert done.returncode == 1
     assert "Its own code was not run: give the command at a terminal" in done.stderr
     assert not trap.exists()

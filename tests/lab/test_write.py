@@ -116,19 +116,28 @@ def test_an_empty_folder_and_our_own_are_replaced(tmp_path):
 @pytest.mark.parametrize("free", [free_folder, free_file])
 def test_an_output_has_one_writer_at_a_time(free, tmp_path):
     out = tmp_path / "new/out.gguf"
-    with pytest.raises(KeyboardInterrupt), free(out):
-        with pytest.raises(UserError, match=r"out\.gguf is being written by another command"), free(out):
-            pass
-        raise KeyboardInterrupt
+
+    def stopped():
+        with free(out):
+            with pytest.raises(UserError, match=r"out\.gguf is being written by another command"):
+                free(out).__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert names(tmp_path) == [], "nothing came of it, so nothing is left"
 
 
 def test_a_file_that_came_meanwhile_stays(tmp_path):
     out = tmp_path / "out.gguf"
-    with pytest.raises(UserError, match="exists already"):
+
+    def written():
         with free_file(out) as (target, space):
             (space / target.name).write_text("new")
             out.write_text("mine")
+
+    with pytest.raises(UserError, match="exists already"):
+        written()
     assert out.read_text() == "mine"
     assert names(tmp_path) == ["out.gguf"]
 

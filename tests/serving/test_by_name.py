@@ -129,7 +129,10 @@ ENCODED = b"application/x-www-form-urlencoded"
         (ENCODED, JSON_OF_B),
         (ENCODED, b"a=1&model=b"),
         (ENCODED, b"a=1;mo%64el=%62"),
-        (FORM.replace(b"=edge", b'="edge"'), b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--edge--'),
+        (
+            FORM.replace(b"=edge", b'="edge"'),
+            b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--edge--',
+        ),
         (FORM, b'--edge\r\nContent-Disposition: form-data; x="--edge"; name="model"\r\n\r\nb\r\n--edge--\r\n'),
     ],
 )
@@ -153,7 +156,11 @@ PART, END = HEAD + b"\r\nb\r\n", b"--edge--\r\n"
         (b"multipart/form-data", PART + END, []),
         (FORM + b"; boundary=other", PART + END, []),
         (FORM + b"; Boundary*=utf-8''other", PART + END, []),
-        (FORM + b"; charset=utf-7", b'--edge\r\nContent-Disposition: form-data; name="mode+AGw-"\r\n\r\nb\r\n' + END, []),
+        (
+            FORM + b"; charset=utf-7",
+            b'--edge\r\nContent-Disposition: form-data; name="mode+AGw-"\r\n\r\nb\r\n' + END,
+            [],
+        ),
         (FORM, b"--other\r\n\r\n" + PART + END, []),
         (FORM, PART, []),
         (FORM, HEAD.replace(b"\r\n", b"\n") + b"\nb\n--edge--\n", []),
@@ -290,7 +297,9 @@ def test_a_websocket_that_says_nothing_keeps_nobody_waiting(server, monkeypatch)
             closed.append(message["type"])
 
         turns = server.served.turns
-        open_one = asyncio.ensure_future(ByName(app, turns, server.served.named, OWN)({"type": "websocket"}, silent, send))
+        open_one = asyncio.ensure_future(
+            ByName(app, turns, server.served.named, OWN)({"type": "websocket"}, silent, send)
+        )
         await asyncio.sleep(0.2)
         assert not open_one.done(), "nobody waits for its turn"
         assert (await asyncio.wait_for(server.ask({"model": "b"}), 5))[1][1] == server.other

@@ -6,7 +6,7 @@ either version takes for a number is quoted where it is a text, so that it comes
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -16,7 +16,9 @@ _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS = {
     _INT: (re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"), "-+0123456789"),
     _FLOAT: (
-        re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"),
+        re.compile(
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+        ),
         "-+.0123456789",
     ),
 }
@@ -25,7 +27,7 @@ _NUMBERS = {
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, without names that stand twice; what `<<` merges is bounded while it is merged."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
         first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -66,7 +68,7 @@ _Loader.add_constructor(_FLOAT, _Loader._float)
 
 
 def load(text: str) -> Any:
-    """What a YAML text holds. Raises yaml.YAMLError, RecursionError, or ValueError for a date or number that is none."""
+    """What a YAML text holds. Raises yaml.YAMLError, RecursionError, or ValueError for a date that is none."""
     return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
 
 

@@ -79,7 +79,9 @@ class ByName:
                     return message
             except Unclear:
                 pass
-            return await closed("A websocket is answered by the server's own adapter alone: ask for this one over HTTP.")
+            return await closed(
+                "A websocket is answered by the server's own adapter alone: ask for this one over HTTP."
+            )
 
         async def closed(why: str) -> Message:
             await send({"type": "websocket.close", "code": 1008, "reason": why})

@@ -91,7 +91,8 @@ class AdapterServer:
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(
                 f"{self.url} gives no token ids with log-probabilities for {len(prompts)} completions "
-                f"({type(error).__name__}: {error}): is it a vLLM of 0.22 or later? (Earlier ones let a request's Host header past the key.)"
+                f"({type(error).__name__}: {error}): is it a vLLM of 0.22 or later? "
+                "(Earlier ones let a request's Host header past the key.)"
             ) from error
         return done
 

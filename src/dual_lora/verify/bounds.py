@@ -78,7 +78,11 @@ def check_bounds(config: Any, model: Any) -> None:
 def _fractions(config: Any) -> set[str]:
     """Fields that are no whole numbers by their annotation: rates, weights and tolerances."""
     fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    return {field.name for field in fields if re.fullmatch(r".*\bfloat\b.*", str(field.type)) and "int" not in str(field.type)}
+    return {
+        field.name
+        for field in fields
+        if re.fullmatch(r".*\bfloat\b.*", str(field.type)) and "int" not in str(field.type)
+    }
 
 
 def _numbers(values: Mapping[str, Any], fractions: set[str]) -> Iterator[tuple[str, str, float]]:

@@ -13,7 +13,10 @@ from typing import Any
 
 SECONDS = 10.0  # for all patterns on all names, the start of a process among them
 LONGEST = 10_000  # characters of a pattern
-MOST_NAMES, MOST_PATTERNS = 20_000, 1000  # names in a list, which are compared; patterns, each of which is searched with
+MOST_NAMES, MOST_PATTERNS = (
+    20_000,
+    1000,
+)  # names in a list, which are compared; patterns, each of which is searched with
 MOST_COMPARED = 20_000_000  # names in a list times modules of the model: seconds of PEFT's time
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save")

@@ -57,7 +57,6 @@ def judge(
 
     if methods:
         from dual_lora.lab import yaml_text
-
         from dual_lora.lab.judge.peft import study_methods
 
         print(yaml_text.dump({"methods": study_methods(source)}, sort_keys=False), end="")

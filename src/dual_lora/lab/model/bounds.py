@@ -1,5 +1,5 @@
-"""What a method's configuration asks for, looked at before PEFT does it: its patterns, its numbers, and its ranks by the
-file that is to hold the factors.
+"""What a method's configuration asks for, looked at before PEFT does it: its patterns, its numbers, and its ranks by
+the file that is to hold the factors.
 
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
 """

@@ -61,8 +61,8 @@ def merge(
                     model.save_pretrained(str(folder))
                 except NotImplementedError as error:  # bitsandbytes' 4 bits, of transformers 5.24
                     raise UserError(
-                        "The base is stored quantised, and transformers cannot save what was merged into it. Give --base "
-                        "with the model that it was quantised from, and quantise the result."
+                        "The base is stored quantised, and transformers cannot save what was merged into it. Give "
+                        "--base with the model that it was quantised from, and quantise the result."
                     ) from error
                 tuned.tokenizer.save_pretrained(str(folder))
 

@@ -212,7 +212,9 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
             lines.append(f'SYSTEM """{default}"""')
     for end in dict.fromkeys(ends):
         if end and not (end.isprintable() and '"' not in end and "\\" not in end):
-            raise UserError(f"An answer ends with {end!r:.100}, which no line of a Modelfile can hold: write it by hand.")
+            raise UserError(
+                f"An answer ends with {end!r:.100}, which no line of a Modelfile can hold: write it by hand."
+            )
         lines += [f'PARAMETER stop "{end}"'] if end else []
     return "\n".join(lines) + "\n"
 

@@ -33,7 +33,13 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|maske
 _SCALED = ("gpt-oss",)
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-BESIDE_GGUF = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+BESIDE_GGUF = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab import yaml_text
-
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import parse_yaml, read_yaml_text
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dual_lora.lab import yaml_text
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from dual_lora.lab import yaml_text
 from dual_lora.lab.patterns import compiled
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names

@@ -48,8 +48,8 @@ def _in_place_of(target: Path) -> Iterator[Path]:
 
 
 def _make_way(target: Path) -> None:
-    """Empty the folder that another is to replace, of our own files. Raises UserError, and removes nothing, if it holds
-    others."""
+    """Empty the folder that another is to replace, of our own files. Raises UserError, and removes nothing, if it
+    holds others."""
     ours = {file for file, same in listed_in(target).items() if same} | {target / WHOLE}
     others = [path for path in target.rglob("*") if path not in ours and (path.is_symlink() or not path.is_dir())]
     if others:
@@ -141,14 +141,13 @@ def free_file(out: str | Path) -> Iterator[tuple[Path, Path]]:
     taken = UserError(f"The file {target} exists already: give another one.")
     if os.path.lexists(target):
         raise taken
-    with held(target):
-        with space_beside(target) as space:
-            yield target, space
-            sync(space / target.name)
-            if os.path.lexists(target):
-                raise taken
-            (space / target.name).replace(target)
-            sync(target.parent)
+    with held(target), space_beside(target) as space:
+        yield target, space
+        sync(space / target.name)
+        if os.path.lexists(target):
+            raise taken
+        (space / target.name).replace(target)
+        sync(target.parent)
 
 
 @contextmanager

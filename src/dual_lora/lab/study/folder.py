@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from dual_lora.lab import yaml_text
 from pydantic import BaseModel
 
+from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, other_settings, tensors_told, told_of, warn_of_doubt
 from dual_lora.lab.read import read_json, unlinked

@@ -222,7 +222,7 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
 
 
 class _Coarse:
-    """What rounding to four bits does to these tokens, before and after a merge; computed when it is first asked for."""
+    """What rounding to four bits does to these tokens, before a merge and after it; computed when first asked for."""
 
     def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
