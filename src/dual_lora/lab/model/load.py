@@ -116,14 +116,16 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
     link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
 
     Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
-    cache, which are links within one folder of it.
+    cache, which are links within one folder of it, and links into that cache.
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     root = folder.resolve()
-    root = root.parents[1] if root.parent.name == "snapshots" else root
+    roots = [root.parents[1] if root.parent.name == "snapshots" else root, Path(HF_HUB_CACHE).resolve()]
     for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
-        if file.is_symlink() and file.suffix not in WEIGHTS and not file.resolve().is_relative_to(root):
+        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
             raise UserError(
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
                 "file itself there (a link to weights is welcome)."

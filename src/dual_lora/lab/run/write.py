@@ -54,8 +54,8 @@ def _make_way(target: Path) -> None:
     others = [path for path in target.rglob("*") if path not in ours and (path.is_symlink() or not path.is_dir())]
     if others:
         raise UserError(
-            f"{others[0]} was put into the output folder meanwhile, or changed. Nothing was removed or written: move it "
-            "away and give the same command again, or give another output."
+            f"{others[0]} was put into the output folder meanwhile, or changed. Nothing was removed or written: move "
+            "it away and give the same command again, or give another output."
         )
     for file in sorted(ours, key=lambda file: (file.name == WHOLE, file)):
         file.unlink(missing_ok=True)

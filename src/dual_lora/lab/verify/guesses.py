@@ -48,8 +48,9 @@ class ModelGuesses:
             return {}
         with as_int4(self.model):
             found = {FOUR_BITS: score(self.model, self.probes)}
-        with contextlib.suppress(Exception), merged_as_int4(self.model):  # whatever a method has against a merge
-            found[FOUR_BITS_MERGED] = score(self.model, self.probes)
+        if _may_be_copied(self.model, LARGEST_COPIED // 3):  # what a method keeps for its unmerging is a copy, too
+            with contextlib.suppress(Exception), merged_as_int4(self.model):  # whatever it has against a merge
+                found[FOUR_BITS_MERGED] = score(self.model, self.probes)
         return found
 
 
@@ -80,11 +81,11 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
     )
 
 
-def _may_be_copied(model: Any) -> bool:
+def _may_be_copied(model: Any, largest: int = LARGEST_COPIED) -> bool:
     """Not for a base that is packed in few bits already, nor for one too large."""
     held = list(base_parameters(model).values())
     size = sum(p.numel() * p.element_size() for p in held)
-    return size <= LARGEST_COPIED and all(p.is_floating_point() for p in held)
+    return size <= largest and all(p.is_floating_point() for p in held)
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:
