@@ -32,10 +32,17 @@ class _Loader(yaml.SafeLoader):
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._seen: set[int] = set()  # mappings; what another one merges comes again, with what it merged itself
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if not hasattr(node, "as_written"):  # what another one merges comes here again, with what it merged itself
-            node.as_written = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-            if twice := [name for name, count in node.as_written.items() if count > 1 and name != "<<"]:
+        if id(node) not in self._seen:
+            self._seen.add(id(node))
+            names = Counter(
+                key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"
+            )
+            if twice := [name for name, count in names.items() if count > 1]:
                 self._refuse(f"it has the name {twice[0]!r:.100} twice", node)
         super().flatten_mapping(node)
         if len(node.value) > MOST_MERGED:
