@@ -11,6 +11,7 @@ import yaml
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -178,3 +179,32 @@ def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, t
     assert done.returncode == 1
     assert "Its own code was not run: give the command at a terminal" in done.stderr
     assert not trap.exists()
+
+
+def test_code_that_was_not_run_is_not_named_in_what_is_written(finished_plain, tmp_path):
+    """transformers saves what a base's files say of it, and llama.cpp's converter would run it unasked."""
+    merge(finished_plain, tmp_path / "merged")
+    for folder in (finished_plain, tmp_path / "merged"):
+        for file in folder.rglob("*.json"):
+            assert "evil" not in file.read_text(), file
+
+
+@pytest.fixture
+def finished_plain(tiny_lm, questions, tmp_path):
+    """A run on a base of transformers' own classes, whose files name code on a hub as well."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    codes = {
+        "config": {"AutoModelForCausalLM": "evil/x--m.M"},
+        "tokenizer_config": {"AutoTokenizer": ["evil/x--t.T", None]},
+    }
+    for name, code in codes.items():
+        file = base / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    values = {
+        "model": {"path": str(base)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json")},
+        "train": {"steps": 1, "batch_size": 4, "checkpoint_every": 1},
+    }
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    return tmp_path / "run"

@@ -6,7 +6,7 @@ either version takes for a number is quoted where it is a text, so that it comes
 
 import re
 from collections import Counter
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -26,11 +26,6 @@ _NUMBERS = {
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, without names that stand twice; what `<<` merges is bounded while it is merged."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
     def __init__(self, stream: Any):
         super().__init__(stream)
@@ -60,6 +55,12 @@ class _Loader(yaml.SafeLoader):
     def _float(self, node: yaml.ScalarNode) -> float:
         text = self.construct_scalar(node)
         return float(text.replace(".", "", 1) if text[-1] in "fFnN" else text)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -76,6 +76,12 @@ def nobody_answers(error: Exception) -> str:
     return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
 
 
+def is_plain(loaded: object) -> bool:
+    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
+    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
+    return type(loaded).__module__.startswith("transformers.")
+
+
 def is_here(path: str) -> bool:
     """Whether a model's path is on this machine, and not a name on the hub."""
     return path.startswith("package:") or Path(path).expanduser().exists()
@@ -163,6 +169,8 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
+    if is_plain(tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -189,6 +197,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
+        if is_plain(model):
+            vars(model.config).pop("auto_map", None)
         if location.gguf_file:
             forget_packing(model)
             check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
