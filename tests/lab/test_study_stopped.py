@@ -416,3 +416,15 @@ def test_a_clock_that_is_set_back_costs_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(perform, "_base", lambda *_: {"metric": None})
     outcome = perform.perform(SimpleNamespace(key="ab12", kind="base"), tmp_path / "runs")
     assert 0 <= outcome.seconds < 60
+
+
+def test_an_outcome_that_is_a_link_is_not_read(tmp_path):
+    """A study may come from somebody else, and what a file of the user's holds would stand in its results."""
+    from dual_lora.lab.study.job import Outcome, damage, read_outcome, write_outcome
+
+    write_outcome(tmp_path, Outcome(key="ab12", seconds=1.0, status="diverged", error="mine"))
+    assert read_outcome(tmp_path, "ab12").error == "mine"
+    (tmp_path / "ab12.json").rename(tmp_path / "elsewhere.json")
+    (tmp_path / "ab12.json").symlink_to(tmp_path / "elsewhere.json")
+    assert read_outcome(tmp_path, "ab12") is None
+    assert damage(tmp_path, "ab12").endswith("ab12.json is damaged.")
