@@ -166,7 +166,7 @@ def _text(record: Record, name: str) -> str:
     if record.cells and record.values.get(name, "x") == "":
         raise UserError(
             f"{record.where}: the cell {name!r} is empty. Fill it, take the line out, or give records as JSON, where "
-            "an empty text is told from a missing one."
+            "an empty text differs from a missing one."
         )
     return _written(_field(record, name), f"{record.where}: field {name!r}")
 

@@ -20,7 +20,7 @@ from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses
-from dual_lora.lab.run.write import free_folder, json_text, space_beside, write_folder_atomically
+from dual_lora.lab.run.write import free_folder, json_text, space_next_to, write_folder_atomically
 from dual_lora.verify.numbers import header
 
 REPORT = "conversion.json"
@@ -284,7 +284,7 @@ def export_mlx_lora(source: str | Path, out: str | Path, rank: int | float, **op
     rank and options are those of `export_lora`. Raises UserError for what no LoRA can hold, and for layers outside a
     model's numbered blocks, which mlx-lm has none for.
     """
-    with free_folder(out) as target, space_beside(target) as space:
+    with free_folder(out) as target, space_next_to(target) as space:
         lora = space / "lora"
         exported = export_lora(source, lora, rank, **options)
         write_folder_atomically(target, lambda folder: write_mlx(lora, folder))

@@ -33,7 +33,7 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|maske
 _SCALED = ("gpt-oss",)
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
 WEIGHTS = (".safetensors", ".bin", ".gguf")
-BESIDE_GGUF = (
+NEXT_TO_GGUF = (
     "config.json",
     "generation_config.json",
     "tokenizer_config.json",
@@ -97,7 +97,7 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
-        check_entries(here.parent, lambda file: file.name in BESIDE_GGUF)
+        check_entries(here.parent, lambda file: file.name in NEXT_TO_GGUF)
         return Location(str(here.parent), here.name)
     if here.is_dir():
         check_entries(here)

@@ -25,14 +25,14 @@ WHOLE = "complete.json"  # written last into a folder: the names and sizes of it
 REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  # globs of what a killed writer leaves
 
 
-def _beside(target: Path) -> Path:
+def _next_to(target: Path) -> Path:
     return target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
 
 
 @contextmanager
 def _in_place_of(target: Path) -> Iterator[Path]:
     """A name next to the target for what is to take its place, and does so at the end."""
-    part = _beside(target)
+    part = _next_to(target)
     try:
         yield part
         if part.is_dir() and target.is_dir():
@@ -135,13 +135,13 @@ def free_folder(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def free_file(out: str | Path) -> Iterator[tuple[Path, Path]]:
-    """A file that is not there yet, and a folder beside it to make it in: what has its name there at the end becomes
+    """A file that is not there yet, and a folder next to it to make it in: what has its name there at the end becomes
     the file. UserError for a file that is there. Held inside, as a folder is."""
     target = Path(out)
     taken = UserError(f"The file {target} exists already: give another one.")
     if os.path.lexists(target):
         raise taken
-    with held(target), space_beside(target) as space:
+    with held(target), space_next_to(target) as space:
         yield target, space
         sync(space / target.name)
         if os.path.lexists(target):
@@ -151,9 +151,9 @@ def free_file(out: str | Path) -> Iterator[tuple[Path, Path]]:
 
 
 @contextmanager
-def space_beside(target: Path) -> Iterator[Path]:
+def space_next_to(target: Path) -> Iterator[Path]:
     """A folder for what leads to the target, on the same disk, and removed at the end."""
-    space = _beside(target)
+    space = _next_to(target)
     try:
         space.mkdir()
         yield space
@@ -163,7 +163,7 @@ def space_beside(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(target: Path) -> Iterator[None]:
-    """No other command writes to the target meanwhile. What killed ones have left beside it is removed."""
+    """No other command writes to the target meanwhile. What killed ones have left next to it is removed."""
     made = [folder for folder in target.absolute().parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f".{target.name}.lock")

@@ -17,7 +17,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
 from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged_as_int4, rows_of, score
 
-# The base rounded with the adapter beside it, as a server has it that loads both; and what a merged file holds.
+# The base rounded, with the adapter next to it, as a server has it that loads both; and what a merged file holds.
 FOUR_BITS, FOUR_BITS_MERGED = "four bits", "four bits, merged"
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
