@@ -74,7 +74,7 @@ def test_training_writes_the_card(trained, tiny_lm):
 
 def test_the_card_has_the_scores_once_they_are_measured(copy):
     evaluate(copy, progress=False)
-    hub_card.hub_card.write_card(RunFolder(copy), read_recipe(copy), base_model="org/tiny", licence="apache-2.0")
+    hub_card.write_card(RunFolder(copy), read_recipe(copy), base_model="org/tiny", licence="apache-2.0")
     text = (copy / "adapter" / "README.md").read_text()
     said = metadata(text)
     assert said["base_model"] == "org/tiny"
@@ -96,7 +96,7 @@ def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
     ):
         assert measured.other in ({"data.test_limit": 3}, {"dtype": "bfloat16"})
         assert json.loads(Path(measured.file).read_text())["other"] == measured.other
-    hub_card.hub_card.write_card(RunFolder(copy), recipe)
+    hub_card.write_card(RunFolder(copy), recipe)
     said = metadata((copy / "adapter" / "README.md").read_text())["model-index"][0]["results"]
     assert {(r["dataset"]["name"], m["type"], m["value"]) for r in said for m in r["metrics"]} == {
         ("test.json", name, value) for name, value in own["tuned"].items()
@@ -106,14 +106,14 @@ def test_other_data_or_precision_are_no_scores_of_the_card(copy, questions):
 def test_scores_of_weights_that_the_run_held_before_are_left_out_and_said(copy):
     recipe, file = read_recipe(copy), copy / "adapter" / "adapter_model.safetensors"
     evaluate(copy, progress=False)
-    hub_card.hub_card.write_card(RunFolder(copy), recipe)
+    hub_card.write_card(RunFolder(copy), recipe)
     assert "model-index" in metadata((copy / "adapter" / "README.md").read_text())
     save_file({name: -weight for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
     with pytest.warns(UserWarning, match="other weights than the run holds now"):
-        hub_card.hub_card.write_card(RunFolder(copy), recipe)
+        hub_card.write_card(RunFolder(copy), recipe)
     assert "model-index" not in metadata((copy / "adapter" / "README.md").read_text())
     evaluate(copy, progress=False)
-    hub_card.hub_card.write_card(RunFolder(copy), recipe)
+    hub_card.write_card(RunFolder(copy), recipe)
     assert "model-index" in metadata((copy / "adapter" / "README.md").read_text())
 
 
@@ -162,7 +162,7 @@ def test_markup_in_a_recipe_stays_text(copy):
     values = yaml.safe_load((copy / "recipe.yaml").read_text())
     values["about"] = "<script>alert(1)</script> | [click](javascript:x)\n# Title"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
-    hub_card.hub_card.write_card(RunFolder(copy), read_recipe(copy))
+    hub_card.write_card(RunFolder(copy), read_recipe(copy))
     text = (copy / "adapter" / "README.md").read_text()
     assert "<script>" not in text
     assert "[click](" not in text
@@ -378,7 +378,7 @@ def test_what_is_measured_on_other_text_is_no_score_of_the_test_set(copy, tmp_pa
     (copy / "recipe.yaml").write_text(recipe.to_yaml())
     (copy / "adapter" / "lab.json").write_text(json.dumps({"recipe": recipe.model_dump(mode="json"), "classes": []}))
     evaluate(copy, progress=False)
-    hub_card.hub_card.write_card(RunFolder(copy), recipe)
+    hub_card.write_card(RunFolder(copy), recipe)
     said = metadata((copy / "adapter" / "README.md").read_text())["model-index"][0]["results"]
     assert {m["type"] for r in said for m in r["metrics"]} == {"choice", "loss", "perplexity"}
 
