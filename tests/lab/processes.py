@@ -11,13 +11,16 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def launched(strategy, processes, recipe, out, *more):
-    """The documented command for ``processes`` of them on CPU."""
+    """The documented command for ``processes`` of them on CPU. strategy: fsdp2-in-parts has checkpoints in parts."""
     environment = ENVIRONMENT
     if strategy == "ddp":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command += ["-m", "dual_lora.lab.cli"]
     else:
         config = CONFIGS / f"{strategy}.yaml"
+        if strategy == "fsdp2-in-parts":
+            text, config = (CONFIGS / "fsdp2.yaml").read_text(), Path(out).with_suffix(".yaml")
+            config.write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
         started = [str(ON_CPU)]
         if strategy.startswith("zero"):  # DeepSpeed asks for the CPU by itself
             started, environment = ["-m", "dual_lora.lab.cli"], {**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}

@@ -166,6 +166,14 @@ CHAT = '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "c
         ("a.xml", "<a/>", "unknown kind of data file"),
         ("a.csv", "text,text,label\nx,y,1\n", "has two columns 'text'"),
         ("a.csv", 'prompt,answer\n"x\nx",y\nx\n', r"a\.csv, line 4: 1 columns"),
+        ("a.csv", "prompt,answer\nx,y\nprompt, answer\nx,z\n", r"line 3 holds the names of the columns once more"),
+        ("a.tsv", "text\tlabel\nx\ty\ntext\tlabel\n", r"line 3 holds the names of the columns once more"),
+        ("a.csv", "prompt,answer\n,y\n", r"a\.csv, line 2: the cell 'prompt' is empty"),
+        ("a.csv", "text,label\n,1\n", r"a\.csv, line 2: the cell 'text' is empty"),
+        ("a.csv", "text,text_pair,label\nx,,1\n", r"the cell 'text_pair' is empty"),
+        ("a.csv", "instruction,input,output\n,x,y\n", r"the cell 'instruction' is empty"),
+        ("a.jsonl", '{"prompt": "x", "prompt": "z", "answer": "y"}', r"line 1: not valid JSON \(the name 'prompt' st"),
+        ("a.json", '[{"messages": [{"role": "user", "role": "x"}]}]', r"the name 'role' stands twice in one object"),
         ("a.json", '[{"instruction": "x", "output": "y", "answer": ["y"]}]', "field 'answer' is a list, expected text"),
         ("a.json", '[{"prompt": "x", "answer": "y", "choices": [{"a": 1}]}]', "record 1: a choice is a dict"),
     ],
@@ -295,6 +303,15 @@ def test_the_date_in_a_prompt_is_the_same_tomorrow(tokenizer):
 def test_a_missing_value_is_no_text(record, said, file):
     with pytest.raises(UserError, match=said):
         read_examples(file("a.jsonl", record + "\n"), DataSection())
+
+
+def test_an_empty_text_is_one_where_it_can_be_told_from_a_missing_one(file):
+    [example] = read_examples(file("a.jsonl", '{"prompt": "", "answer": "y"}\n'), DataSection())
+    assert example.messages[0]["content"] == ""
+    [one, other] = read_examples(
+        file("a.csv", "instruction,input,output,set\nx,,y,\nx,z,y,1\n"), DataSection(group="set")
+    )
+    assert (one.messages[0]["content"], one.group, other.group) == ("x", "", "1")
 
 
 @pytest.mark.parametrize("name", ["system", "history"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, is_disk_full
 
 TWO = "size mismatch:\n    for layer 0\n    for layer 1"
 
@@ -30,3 +30,16 @@ def test_what_was_noted_on_an_error_is_said_and_left_out_of_its_first_line():
     error.add_note("in the first layer")
     assert described(error) == "ValueError: no such thing in the first layer"
     assert described(error, lines=1) == "ValueError: no such thing"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "x"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/1"),
+        RuntimeError("basic_ios::clear: iostream error"),  # of torch's writer, as it is opened
+    ],
+)
+def test_a_full_disk_is_known_whoever_says_it(error):
+    assert is_disk_full(error)
+    assert not is_disk_full(RuntimeError("size mismatch"))

@@ -11,10 +11,12 @@ from dual_lora.lab import demo
 from dual_lora.lab.analysis.analyze import analyze
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import export_lora, merge
-from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run.evaluate import evaluate
 from dual_lora.lab.run.folder import OWN, RunFolder, files_in
 from dual_lora.lab.run.train import run
+from dual_lora.lab.run.write import hold
 from dual_lora.lab.study.study import Study
 
 
@@ -262,3 +264,90 @@ def test_an_analysis_replaces_no_other_file(copied, tmp_path, call):
     for _ in range(2):
         assert call("analyze", copied, "--ranks", "none", "--held-out", "0", "--no-gradients")[0] == 0
     assert json.loads((copied / "analysis/analysis.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize(
+    "write", [merge, lambda source, out: export_lora(source, out, 2, limit=0)], ids=["merge", "lora"]
+)
+def test_an_output_is_one_commands_and_keeps_what_came_meanwhile(write, finished, tmp_path, monkeypatch):
+    from dual_lora.lab.model import export
+
+    opened, said = export.open_tuned, []
+
+    def meanwhile(*given, **more):
+        with pytest.raises(UserError, match="is being written by another command"):
+            write(finished, tmp_path / "out")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.txt").write_text("years of work")
+        said.append(given)
+        monkeypatch.setattr(export, "open_tuned", opened)
+        return opened(*given, **more)
+
+    monkeypatch.setattr(export, "open_tuned", meanwhile)
+    with pytest.raises(UserError, match="was put into the output folder meanwhile"):
+        write(finished, tmp_path / "out")
+    assert said
+    assert state(tmp_path) == {"out": False, "out/thesis.txt": b"years of work"}
+
+
+SECRET = "token-of-the-user-7f3a"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.txt", "additional_chat_templates/tool_use.jinja"])
+def test_no_link_leads_out_of_a_base_model(name, tiny_lm, questions, finished, tmp_path):
+    """transformers would write what it shows into each run, merged model and upload."""
+    (secret := tmp_path / "secret").write_text(SECRET)
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    (base / name).parent.mkdir(exist_ok=True)
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(secret)
+    given = values(base, questions)
+    for command in (
+        lambda: run(build_recipe(given), tmp_path / "run", progress=False),
+        lambda: merge(finished / "adapter", tmp_path / "merged", base=str(base)),
+        lambda: open_tuned(base),
+    ):
+        with pytest.raises(UserError, match="which lies outside of its folder"):
+            command()
+    assert not any(SECRET in p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file() and p != secret
+                   and not p.is_symlink())  # fmt: skip
+
+
+def test_no_link_leads_out_of_an_adapter(finished, tmp_path):
+    (secret := tmp_path / "secret").write_text(SECRET)
+    adapter = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    (adapter / "chat_template.jinja").unlink(missing_ok=True)
+    (adapter / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(UserError, match="which lies outside of its folder"):
+        merge(adapter, tmp_path / "merged")
+
+
+def test_links_to_weights_and_within_the_hub_s_cache_are_followed(tiny_lm, tmp_path):
+    blobs, snapshot = tmp_path / "models--x/blobs", tmp_path / "models--x/snapshots/1"
+    shutil.copytree(tiny_lm, blobs)
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    open_tuned(snapshot)
+    linked = shutil.copytree(tiny_lm, tmp_path / "linked")
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(blobs / "model.safetensors")
+    open_tuned(linked)
+
+
+def test_training_writes_into_no_second_name(copied, tmp_path):
+    """torch and the list of metrics write into the files that are there."""
+    (thesis := tmp_path / "thesis").write_text("years of work")
+    for name in ("checkpoints/checkpoint-2/optimizer.pt", "metrics.jsonl", ".lock"):
+        file = copied / name
+        content = file.read_bytes() if file.exists() else b""
+        file.unlink(missing_ok=True)
+        os.link(thesis, file)
+        with pytest.raises(UserError, match=r"has a second name elsewhere"):
+            run(read_recipe(copied / "recipe.yaml"), copied, resume=True, progress=False)
+        file.unlink()
+        file.write_bytes(content)
+    os.link(thesis, study := tmp_path / "study.lock")
+    with pytest.raises(UserError, match="expected a lock of this program"):
+        hold(study, "busy")
+    assert thesis.read_text() == "years of work"

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from dual_lora.lab import yaml_text
 from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import exit_status
@@ -266,6 +267,46 @@ def test_a_yaml_bomb(text, tmp_path):
         read_recipe(tmp_path / "recipe.yaml")
 
 
+@pytest.mark.parametrize("number", ["1:" * 200_000 + "1", "-" + "9:" * 200_000 + "1.5"])
+def test_a_number_of_base_60_is_a_text(number):
+    """YAML 1.1 has such numbers, and PyYAML takes minutes for a long one."""
+    assert parse_yaml(f"a: {number}", "x") == {"a": number}
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    text = "[1e-4, 010, 0o17, 0xff, .5, 5., -1.5E+3, .inf, -.INF, +3, 1e3, 1:30, 1_000, e5]"
+    inf = math.inf
+    expected = [1e-4, 10, 15, 255, 0.5, 5.0, -1500.0, inf, -inf, 3, 1000.0, "1:30", "1_000", "e5"]
+    found = parse_yaml(text, "x")
+    assert found == expected
+    assert list(map(type, found)) == list(map(type, expected))
+    assert math.isnan(parse_yaml(".NaN", "x"))
+
+
+def test_a_text_that_looks_like_a_number_comes_back_as_a_text():
+    values = ["1e3", "1:30", "010", "1_0", "0o7", ".5", 1e-5, 3, "x"]
+    assert yaml_text.load(yaml_text.dump(values)) == yaml.safe_load(yaml_text.dump(values)) == values
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: 2\na: 3", "it has the name 'a' twice"),
+        ("x: {a: 1, a: 2}", "it has the name 'a' twice"),
+        ("x: " + "9" * 10_000, "10,000 digits"),
+        ("x: 0x" + "f" * 10_000, "10,002 digits"),
+    ],
+)
+def test_yaml_that_is_refused(text, said):
+    with pytest.raises(UserError, match=said):
+        parse_yaml(text, "x")
+
+
+def test_what_is_merged_twice_is_no_name_that_stands_twice():
+    text = "y: &y {b: 0, c: 1}\na: &x {<<: *y, b: 1}\nd: {<<: *x, b: 2}\ne: {<<: *x}"
+    assert parse_yaml(text, "x")["d"] == {"b": 2, "c": 1}
+
+
 def test_aliases_of_honest_size_are_welcome():
     assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]", "it")["b"] == {"x": 1, "y": 2}
 
@@ -440,3 +481,45 @@ def test_a_row_is_left_out_of_json_lines_only_while_it_is_written(end, said, tmp
     else:
         with pytest.raises(ValueError, match=said):
             read_json_lines(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja"])
+@pytest.mark.parametrize("through", [False, True], ids=["pipe", "link to a pipe"])
+def test_a_pipe_in_an_adapter_is_not_waited_for(name, through, source, tmp_path):
+    adapter = shutil.copytree(source / "adapter", tmp_path / "adapter")
+    (adapter / name).unlink(missing_ok=True)
+    os.mkfifo(pipe := tmp_path / "pipe" if through else adapter / name)
+    if through:
+        (adapter / name).symlink_to(pipe)
+    with pytest.raises(UserError, match="neither a file nor a folder, so it was not read"):
+        open_tuned(adapter)
+
+
+def test_a_pipe_in_a_base_is_not_waited_for(tiny_lm, tmp_path):
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    os.mkfifo(base / "model.safetensors")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        open_tuned(base)
+
+
+def test_a_number_without_an_end_in_an_adapter(source):
+    change(source / "adapter/adapter_config.json", r=10**9 + 2, r1=2, r2=10**9)
+    with pytest.raises(UserError, match=r"The adapter .* r holds 1,000,000,002, and no weight of this model"):
+        open_tuned(source)
+
+
+def test_a_configuration_of_a_weights_size_is_not_read(source):
+    change(source / "adapter/adapter_config.json", about="x" * 5_000_000)
+    with pytest.raises(UserError, match=r"could not be read: .* bytes, and at most"):
+        open_tuned(source)
+
+
+def test_a_pattern_that_takes_long_to_compile(monkeypatch):
+    from dual_lora.lab import patterns
+
+    monkeypatch.setattr(patterns, "COMPILED", 1.0)
+    for trap in ("(?:(?:(?:a{90}){90}){90}){90}", "(?:ab){1000000000}"):
+        with pytest.raises(ValueError, match="takes too long to be compiled"):
+            Pattern(trap, "train.rates")
+    assert Pattern(r"lora_[AB]{1}\.", "train.rates").search("x.lora_A.y")

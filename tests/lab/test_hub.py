@@ -21,7 +21,7 @@ from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, read_recipe
 from dual_lora.lab.run import hub_card
 from dual_lora.lab.run.evaluate import evaluate
-from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run
 from dual_lora.lab.run.push import prepared
 from dual_lora.lab.run.train import run
 from listening import listening
@@ -322,6 +322,25 @@ def test_what_a_record_lacks_is_named(copy):
     (copy / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"damaged.*steps"), prepared(copy, "me/it", base_model="org/tiny"):
         pass
+
+
+EVIL = "<script>x</script>\n\n# [mine](http://evil)"
+
+
+def test_a_record_s_names_are_text_in_the_card(copy):
+    record = json.loads((copy / "record.json").read_text())
+    record["versions"] |= {EVIL: "1"}
+    record |= {"device": EVIL, "processes": EVIL}
+    (copy / "record.json").write_text(json.dumps(record))
+    card = copy / "adapter/README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: x](http://evil)\n", 1))
+    text = hub_card.write_card(RunFolder(copy), recipe_of_run(copy)).read_text()
+    assert "<script>" not in text
+    assert "[mine]" not in text
+    assert "](http://evil)" not in text.replace("\\](http", "")
+    (copy / "record.json").write_text(json.dumps(record | {"rows_at_once": EVIL}))
+    with pytest.raises(UserError, match="damaged"):
+        hub_card.write_card(RunFolder(copy), recipe_of_run(copy))
 
 
 def test_push_refuses_before_it_speaks_to_a_hub(copy, tmp_path):

@@ -1,6 +1,7 @@
 """A run on two processes that dies in the middle goes on with two or one, and ends with the adapter of one process."""
 
 import importlib.util
+import json
 import shutil
 import signal
 import time
@@ -80,6 +81,27 @@ def test_a_killed_run_goes_on_with_any_number_of_processes(killed, lm_values, tm
     for other in others:
         for name, value in other.items():
             torch.testing.assert_close(value, expected[name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.long
+def test_the_first_line_after_a_resume_has_all_its_steps_on_two_processes(lm_values, write_recipe, tmp_path):
+    """Each process knows the loss of its own rows alone; the line has that of all, also of steps before the stop."""
+    lm_values["train"] |= {"steps": 4, "batch_size": 2, "log_every": 4, "checkpoint_every": 3, "accumulate": 2}
+    recipe, out = write_recipe(lm_values), tmp_path / "run"
+
+    def losses(*more):
+        process = launched("ddp", 2, recipe, out, *more)
+        printed = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed
+        return [
+            json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line
+        ]
+
+    straight = losses()
+    shutil.rmtree(out / "adapter")
+    for later in out.glob("checkpoints/checkpoint-4"):  # goes on from 3, in the middle of a line
+        shutil.rmtree(later)
+    assert losses("--resume") == pytest.approx(straight, rel=1e-4)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from dual_lora.lab import permission
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.export import merge
 from dual_lora.lab.model.load import load_model
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection
@@ -153,3 +156,55 @@ def test_a_model_s_own_code_is_never_run_unasked(trap, tiny_lm, tmp_path):
     assert not trap.exists()
     with pytest.raises(UserError, match=r"model\.attention is 'someone/kernel'"):
         build_recipe({"model": {"path": str(tiny_lm), "attention": "someone/kernel"}})
+
+
+@pytest.mark.parametrize("command", [["generate", "MODEL", "x"], ["estimate", "RECIPE"]], ids=lambda given: given[0])
+def test_a_line_that_is_piped_in_is_no_answer_about_a_models_own_code(command, trap, tiny_lm, questions, tmp_path):
+    """transformers asks whether to run it, and took the first line of whatever came through a pipe."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "theirs.py").write_text((tmp_path / "code/a_trap.py").read_text())
+    values = {
+        "model": {"path": str(base)},
+        "method": {"name": "lora"},
+        "data": {"train": str(questions / "train.json")},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    given = [{"MODEL": str(base), "RECIPE": str(tmp_path / "recipe.yaml")}.get(part, part) for part in command]
+    called = [sys.executable, "-m", "dual_lora.lab.cli", *given]
+    surroundings = {**os.environ, "HF_HOME": str(tmp_path / "hub")}
+    done = subprocess.run(called, input="y\n" * 5, capture_output=True, text=True, check=False, env=surroundings)
+    assert done.returncode == 1
+    assert "Its own code was not run: give the command at a terminal" in done.stderr
+    assert not trap.exists()
+
+
+def test_code_that_was_not_run_is_not_named_in_what_is_written(finished_plain, tmp_path):
+    """transformers saves what a base's files say of it, and llama.cpp's converter would run it unasked."""
+    merge(finished_plain, tmp_path / "merged")
+    for folder in (finished_plain, tmp_path / "merged"):
+        for file in folder.rglob("*.json"):
+            assert "evil" not in file.read_text(), file
+
+
+@pytest.fixture
+def finished_plain(tiny_lm, questions, tmp_path):
+    """A run on a base of transformers' own classes, whose files name code on a hub as well."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    codes = {
+        "config": {"AutoModelForCausalLM": "evil/x--m.M"},
+        "tokenizer_config": {"AutoTokenizer": ["evil/x--t.T", None]},
+    }
+    for name, code in codes.items():
+        file = base / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": code}))
+    values = {
+        "model": {"path": str(base)},
+        "method": {"name": "dual_lora", "r": 4},
+        "data": {"train": str(questions / "train.json")},
+        "train": {"steps": 1, "batch_size": 4, "checkpoint_every": 1},
+    }
+    run(build_recipe(values), tmp_path / "run", progress=False)
+    return tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 import report_material as material
@@ -151,3 +152,52 @@ def test_only_a_report_is_overwritten(tmp_path):
         report([folder], tmp_path / "fifo")
     with pytest.raises(UserError, match="exists and is no report"):
         report([folder], folder / "study" / "results.json")
+
+
+SECRET = "token-of-the-user-7f3a"
+
+
+def running(folder, key="ab12"):
+    """A study under way, of which one run failed."""
+    (folder / "runs").mkdir(parents=True)
+    job = {"kind": "final", "model": "", "task": "boolq", "method": "lora", "seed": 0, "settings": {}}
+    (folder / "study.json").write_text(json.dumps({"study": {"name": "theirs"}, "jobs": {key: job}}))
+    return folder / "runs" / f"{key}.error.json"
+
+
+def test_links_in_a_folder_show_no_file_of_the_user(tmp_path):
+    (secret := tmp_path / "secret.json").write_text(json.dumps(SECRET))
+    (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"benchmark": SECRET, "date": "2026-01-01"}) + "\n")
+    (study := tmp_path / "study-of-mine.json").write_text(
+        json.dumps(material._finite(material.study())).replace('"about": ""', f'"about": "{SECRET}"')
+    )
+    theirs = tmp_path / "theirs"
+    error = running(theirs / "one")
+    error.symlink_to(secret)
+    (theirs / "ledger.jsonl").symlink_to(rows)
+    (theirs / "results.json").symlink_to(study)
+    (theirs / "a-link").mkdir()
+    (theirs / "a-link/study.json").symlink_to(error.parents[1] / "study.json")  # does not hide the file itself
+    said = report([theirs, material.write(tmp_path / "work")], tmp_path / "r.html")
+    assert SECRET not in (tmp_path / "r.html").read_text()
+    assert sum("it is a link" in problem for problem in said.problems) == 3
+    report([rows], tmp_path / "mine.html")
+    error.unlink()
+    error.write_text(json.dumps("it failed"))
+    report([theirs], tmp_path / "r.html")
+    assert "it failed" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+@pytest.mark.parametrize("name", ["results.json", "analysis.json", "ledger.jsonl"])
+def test_a_number_that_is_none_costs_no_other_source(name, number, tmp_path):
+    """JSON has no NaN, and neither has the page: its data could not be written."""
+    folder = material.write(tmp_path / "work")
+    [file] = [file for file in folder.rglob(name)][:1]
+    text = re.sub(r"(?<=[\[:, ])-?\d+\.\d+(?=[,}\]\s])", number, file.read_text())
+    assert number in text
+    (folder / "bad").mkdir()
+    (folder / "bad" / name).write_text(text)
+    said = report([folder], tmp_path / "r.html")
+    assert said.studies >= 1
+    assert said.analyses >= 1

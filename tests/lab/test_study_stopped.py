@@ -403,3 +403,28 @@ def test_what_lies_in_a_runs_place_is_not_removed(tiny, short, tmp_path):
     assert mine.read_text() == "years of work"
     assert len(results["failed"]) == 1
     assert "is not a run" in results["failed"][0]
+
+
+def test_a_clock_that_is_set_back_costs_no_time(tmp_path, monkeypatch):
+    """Plans and budgets go by the seconds of runs, which were negative then."""
+    from types import SimpleNamespace
+
+    from dual_lora.lab.study import perform
+
+    clock = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(perform.time, "time", lambda: next(clock))
+    monkeypatch.setattr(perform, "_base", lambda *_: {"metric": None})
+    outcome = perform.perform(SimpleNamespace(key="ab12", kind="base"), tmp_path / "runs")
+    assert 0 <= outcome.seconds < 60
+
+
+def test_an_outcome_that_is_a_link_is_not_read(tmp_path):
+    """A study may come from somebody else, and what a file of the user's holds would stand in its results."""
+    from dual_lora.lab.study.job import Outcome, damage, read_outcome, write_outcome
+
+    write_outcome(tmp_path, Outcome(key="ab12", seconds=1.0, status="diverged", error="mine"))
+    assert read_outcome(tmp_path, "ab12").error == "mine"
+    (tmp_path / "ab12.json").rename(tmp_path / "elsewhere.json")
+    (tmp_path / "ab12.json").symlink_to(tmp_path / "elsewhere.json")
+    assert read_outcome(tmp_path, "ab12") is None
+    assert damage(tmp_path, "ab12").endswith("ab12.json is damaged.")

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -118,3 +119,13 @@ def test_a_line_to_be_typed_is_quoted():
         locate(f"package:{name}")
     line = str(caught.value).partition("`")[2].partition("`")[0]
     assert shlex.split(line) == ["pip", "install", "--no-deps", name]
+
+
+def test_a_traceback_shows_codes_too():
+    """`--debug` had Python print it when the terminal was no longer guarded."""
+    command = [sys.executable, "-m", "dual_lora.lab.cli", "report", "no\x1b[31msuch\x07", "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert not obeyed(done.stderr)
+    assert "no\\u001b[31msuch\\u0007" in done.stderr

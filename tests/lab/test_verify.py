@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.verify.guesses import ModelGuesses
+from dual_lora.lab.verify.logprobs import score
+from dual_lora.lab.verify.prompts import built_in_probes
 from dual_lora.lab.verify.verify import verify
 
 METHODS = ["lora", "dual_lora"]
@@ -66,6 +70,23 @@ def test_an_altered_adapter_is_not_taken_for_a_rounded_one(part, runs, tmp_path)
     save_file(tensors, altered / "adapter_model.safetensors", {"format": "pt"})
     for report in (verify(runs["dual_lora"], adapter=str(altered)), verify(altered)):
         assert not report.good, report.summary()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_guess_of_a_merged_file_in_four_bits_is_that_file(method, runs, tiny_lm, tmp_path):
+    """int4(W + ΔW), whose errors are others than those of int4(W) + ΔW; and the model is what it was afterwards."""
+    tuned = open_tuned(runs[method])
+    probes = built_in_probes(tuned)
+    before = {name: p.clone() for name, p in tuned.model.named_parameters()}
+    with torch.no_grad():
+        own = score(tuned.model, probes)
+        found = ModelGuesses(tuned.model, probes).coarse()
+        assert torch.equal(score(tuned.model, probes), own)
+    assert all(torch.equal(p, before[name]) for name, p in tuned.model.named_parameters())
+    file = open_tuned(faulty.four_bits(runs[method], tmp_path / "made", tiny_lm)["against"])
+    merged = score(file.model, probes)
+    torch.testing.assert_close(found["four bits, merged"], merged, atol=1e-3, rtol=1e-3)
+    assert (found["four bits"] - merged).abs().max() > 0.01
 
 
 @pytest.fixture

@@ -4,12 +4,15 @@ import contextlib
 import json
 import socket
 import threading
+import time
 
 import faulty
 import pytest
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.verify.endpoint import Endpoint
 from dual_lora.lab.verify.verify import verify
+from dual_lora.serving.client import AdapterServer, ServerError
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +21,11 @@ def run_folder(tiny_values, tmp_path_factory):
 
 
 @contextlib.contextmanager
-def saying(*parts, close=True):
-    """A server of bytes: the same answer to each connection. Yields its URL and the requests that it got."""
+def saying(*parts, close=True, drip=b""):
+    """A server of bytes: the same answer to each connection. Yields its URL and the requests that it got.
+
+    drip: what it goes on with, ten times a second.
+    """
     asked, end = [], threading.Event()
 
     def answer(connection):
@@ -29,6 +35,8 @@ def saying(*parts, close=True):
             asked.append(got)
             for part in parts:
                 connection.sendall(part)
+            while drip and not end.wait(0.1):
+                connection.sendall(drip)
             if not close:
                 end.wait(20)
 
@@ -128,6 +136,44 @@ def test_one_sentence(name, run_folder):
 def test_a_server_that_says_nothing(run_folder):
     with saying(close=False) as (url, _), pytest.raises(UserError, match="did not answer within 1 s"):
         verify(run_folder, endpoint=url, model="m", timeout=1)
+
+
+HEAD = b"HTTP/1.1 %s\r\nContent-Type: application/json\r\n"
+DRIPS = {
+    "a body": (HEAD % b"200 OK" + b"\r\n", b" "),
+    "an error's body": (HEAD % b"500 X" + b"Content-Length: 99999\r\n\r\n", b" "),
+    "a redirection's body": (HEAD % b"302 X" + b"Location: /x\r\nContent-Length: 99999\r\n\r\n", b" "),
+    "an error in chunks": (HEAD % b"400 X" + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    "headers": (HEAD % b"500 X", b"X: y\r\n"),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+@pytest.mark.timeout(60)
+def test_a_server_that_drips(what, run_folder):
+    head, drip = DRIPS[what]
+    began = time.monotonic()
+    with saying(head, drip=drip) as (url, _):
+        with pytest.raises(UserError, match="did not answer within 1 s"):
+            Endpoint(url, "m", timeout=1).text_tokens("x")
+        with pytest.raises(ServerError, match="did not answer within 1 s"):
+            AdapterServer(url, "m", timeout=1).complete([[1]], 1)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.timeout(60)
+def test_an_error_whose_body_never_comes():
+    with saying(HEAD % b"500 X" + b"Content-Length: 9\r\n\r\n", close=False) as (url, _):
+        with pytest.raises(UserError, match="did not answer within 1 s"):
+            Endpoint(url, "m", timeout=1).text_tokens("x")
+        with pytest.raises(ServerError, match="did not answer within 1 s"):
+            AdapterServer(url, "m", timeout=1).complete([[1]], 1)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
+def test_a_timeout_that_is_none(seconds):
+    with pytest.raises(UserError, match="--timeout is"):
+        Endpoint("http://localhost:1/v1", "m", timeout=seconds)
 
 
 @pytest.mark.parametrize("status", ["301 X", "302 X", "303 X", "307 X", "308 X"])

@@ -9,8 +9,8 @@ from dual_lora.lab.verify.diagnose import Known, judge
 class Linear:
     """Guesses of an adapter whose log-probabilities grow with its strength; four bits do to it what `coarse` says."""
 
-    def __init__(self, base, tuned, coarse):
-        self.base, self.tuned, self.rounded = base, tuned, coarse
+    def __init__(self, base, tuned, *coarse):
+        self.base, self.tuned, self.rounded = base, tuned, dict(enumerate(coarse))
 
     def scaled(self, strength):
         return self.base + strength * (self.tuned - self.base)
@@ -34,10 +34,13 @@ BASE = torch.linspace(-12, -2, TOKENS, dtype=torch.float64)
 DIRECTION = 6.6 * torch.tensor([1.0, 1.0, 1.1, 0.9] * (TOKENS // 4), dtype=torch.float64)
 
 
-def verdict(found, coarse, rounding):
-    """Of a candidate, where bf16 rounds by so much and four bits give `coarse`; all are differences from the base."""
+def verdict(found, coarse, rounding, *merged):
+    """Of a candidate, where bf16 rounds by so much and four bits give `coarse`; all are differences from the base.
+
+    merged: what four bits give after a merge."""
     known = Known(BASE, BASE + DIRECTION, torch.arange(TOKENS) // 4, rounding, warms_up=True)
-    return judge(BASE + found, known, Linear(BASE, BASE + DIRECTION, BASE + coarse)).word
+    coarse = [BASE + each for each in (coarse, *merged)]
+    return judge(BASE + found, known, Linear(BASE, BASE + DIRECTION, *coarse)).word
 
 
 def judged(strength, apart):
@@ -102,3 +105,13 @@ def test_a_fault_in_four_bits_is_a_fault():
     assert noisy(0.35, 0.5, 1.0) == "λ below 1"
     assert noisy(0.0, 0.2, 1.5) == "off"
     assert noisy(0.0, 0.1, 1.0) == "off"
+
+
+def test_four_bits_of_a_merged_file_round_otherwise():
+    """Seen behind llama.cpp's server: a strength of 1.23 left 0.152 nats of 0.327, the base's own four bits more."""
+    small = 0.15 * across(DIRECTION, 1.0, 4)
+    found = 1.23 * DIRECTION + small
+    beside, merged = 0.98 * DIRECTION + across(DIRECTION, 2.0, 5), 1.23 * DIRECTION + small / 2
+    assert verdict(found, beside, 0.03) == "other scale"
+    assert verdict(found, beside, 0.03, merged) == "rounded"
+    assert verdict(1.5 * DIRECTION + small, beside, 0.03, merged) == "other scale"

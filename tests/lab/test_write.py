@@ -6,7 +6,15 @@ import threading
 
 import pytest
 
-from dual_lora.lab.run.write import write_atomically, write_folder_atomically, write_json
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import (
+    free_file,
+    free_folder,
+    held,
+    write_atomically,
+    write_folder_atomically,
+    write_json,
+)
 
 
 def names(folder):
@@ -76,3 +84,72 @@ def test_what_is_written_is_json_for_everybody(tmp_path):
     write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5, (float("inf"), "NaN")], "b": -float("inf")})
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [None, 1.5, [None, "NaN"]], "b": None}
+
+
+def one_file(folder):
+    (folder / "a").write_text("1")
+
+
+def test_what_came_into_an_output_meanwhile_stays(tmp_path):
+    def late(folder):
+        one_file(folder)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.txt").write_text("years")
+
+    with pytest.raises(UserError, match=r"thesis\.txt was put into the output folder meanwhile"):
+        write_folder_atomically(tmp_path / "out", late)
+    assert (tmp_path / "out/thesis.txt").read_text() == "years"
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_and_our_own_are_replaced(tmp_path):
+    (tmp_path / "out/empty").mkdir(parents=True)
+    for _ in range(2):
+        write_folder_atomically(tmp_path / "out", one_file, listed=True)
+        assert names(tmp_path / "out") == ["a", "complete.json"]
+    (tmp_path / "out/a").write_text("edited")
+    with pytest.raises(UserError, match="meanwhile, or changed"):
+        write_folder_atomically(tmp_path / "out", one_file, listed=True)
+    assert (tmp_path / "out/a").read_text() == "edited"
+
+
+@pytest.mark.parametrize("free", [free_folder, free_file])
+def test_an_output_has_one_writer_at_a_time(free, tmp_path):
+    out = tmp_path / "new/out.gguf"
+
+    def stopped():
+        with free(out):
+            with pytest.raises(UserError, match=r"out\.gguf is being written by another command"):
+                free(out).__enter__()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert names(tmp_path) == [], "nothing came of it, so nothing is left"
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path):
+    out = tmp_path / "out.gguf"
+
+    def written():
+        with free_file(out) as (target, space):
+            (space / target.name).write_text("new")
+            out.write_text("mine")
+
+    with pytest.raises(UserError, match="exists already"):
+        written()
+    assert out.read_text() == "mine"
+    assert names(tmp_path) == ["out.gguf"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    """It may have a model's size, and its name is hidden."""
+    left, other, mine = (f".out.{'0f' * 8}.part", f".other.{'0f' * 8}.part", ".out.part")
+    for name in (left, other, mine):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f".out.{'aa' * 8}.part").symlink_to(tmp_path / "elsewhere")
+    with held(tmp_path / "out"):
+        assert not (tmp_path / left).exists()
+    assert names(tmp_path) == sorted([other, mine, f".out.{'aa' * 8}.part", "elsewhere"])

@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,8 +45,8 @@ class Server:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": said})
 
-    async def ask(self, body, method="POST", path="/v1/completions", kind=b"application/json", parts=2):
-        """(status, answer)."""
+    async def ask(self, body, method="POST", path="/v1/completions", kind=b"application/json", parts=2, more=()):
+        """(status, answer). more: further headers."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         cut = len(data) // parts
         left = [data[:cut], data[cut:]] if parts == 2 else [data]
@@ -57,7 +58,7 @@ class Server:
         async def send(message):
             sent.append(message)
 
-        headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode())]
+        headers = [(b"content-type", kind), (b"content-length", str(len(data)).encode()), *more]
         await self.app({"type": "http", "method": method, "path": path, "headers": headers}, receive, send)
         return sent[0]["status"], json.loads(sent[1]["body"])
 
@@ -116,6 +117,70 @@ def test_a_form_names_its_model_too(name, more, server):
     assert asyncio.run(server.ask(sound + b"--edge--\r\n", kind=FORM))[1][1] == server.one
 
 
+JSON_OF_B = b'{"model": "b"}'
+ENCODED = b"application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b'application/json; x="multipart/"', JSON_OF_B),
+        (b'application/json ; x="a;b=\\"" ; ', JSON_OF_B),
+        (ENCODED, JSON_OF_B),
+        (ENCODED, b"a=1&model=b"),
+        (ENCODED, b"a=1;mo%64el=%62"),
+        (
+            FORM.replace(b"=edge", b'="edge"'),
+            b'--edge\r\nContent-Disposition: form-data; name="model"\r\n\r\nb\r\n--edge--',
+        ),
+        (FORM, b'--edge\r\nContent-Disposition: form-data; x="--edge"; name="model"\r\n\r\nb\r\n--edge--\r\n'),
+    ],
+)
+def test_a_name_is_found_where_the_route_finds_it(kind, body, server):
+    assert asyncio.run(server.ask(body, kind=kind))[1][1] == server.other
+
+
+HEAD = b'--edge\r\nContent-Disposition: form-data; name="model"\r\n'
+PART, END = HEAD + b"\r\nb\r\n", b"--edge--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "more"),
+    [
+        (b"application/json; x=multipart/", JSON_OF_B, []),
+        (b"application/json, multipart/form-data; boundary=edge", JSON_OF_B, []),
+        (b"application/json", JSON_OF_B, [(b"Content-Type", FORM)]),
+        (b"application/json\x00", JSON_OF_B, []),
+        (b"application/json", b'{"model": "m", "model": "b"}', []),
+        (FORM, JSON_OF_B, []),
+        (b"multipart/form-data", PART + END, []),
+        (FORM + b"; boundary=other", PART + END, []),
+        (FORM + b"; Boundary*=utf-8''other", PART + END, []),
+        (
+            FORM + b"; charset=utf-7",
+            b'--edge\r\nContent-Disposition: form-data; name="mode+AGw-"\r\n\r\nb\r\n' + END,
+            [],
+        ),
+        (FORM, b"--other\r\n\r\n" + PART + END, []),
+        (FORM, PART, []),
+        (FORM, HEAD.replace(b"\r\n", b"\n") + b"\nb\n--edge--\n", []),
+        (FORM, HEAD + b'Content-Disposition: form-data; name="x"\r\n\r\nb\r\n' + END, []),
+        (FORM, HEAD + b' ; name="x"\r\n\r\nb\r\n' + END, []),
+        (FORM, HEAD.replace(b'"model"', b'"x"; name="model"') + b"\r\nb\r\n" + END, []),
+        (FORM, HEAD.replace(b'name="model"', b"name*=utf-8''model") + b"\r\nb\r\n" + END, []),
+        (FORM, HEAD.replace(b"model", b"mo\\del") + b"\r\nb\r\n" + END, []),
+        (ENCODED, b"model=m&model=b", []),
+    ],
+)
+def test_what_two_readers_read_differently_is_refused(kind, body, more, server):
+    """Another reader may take the other field, and the request would be answered with another adapter's weights."""
+    status, said = asyncio.run(server.ask(body, kind=kind, more=more))
+    assert (status, server.engine.asked) == (400, [])
+    assert said["error"]["message"].endswith(".")
+    server.names({"b": None})
+    assert asyncio.run(server.ask(body, kind=kind, more=more))[0] == 200, "without names there is nothing to confuse"
+
+
 def test_only_a_field_of_that_very_name_is_the_model(server):
     head, end = b"--edge\r\nContent-Disposition: form-data; ", b"--edge--\r\n"
     for other in (b'name="model_id"', b"name=model_version", b'filename="x"; name="xmodel"'):
@@ -146,7 +211,7 @@ def test_what_cannot_reach_the_model_waits_for_nobody(server):
         await asyncio.sleep(0.1)
         assert not waiting.done(), "it may ask the model anything"
         waiting.cancel()
-        waits = asyncio.ensure_future(server.ask(b"--edge", kind=FORM))
+        waits = asyncio.ensure_future(server.ask(b"--edge--\r\n", kind=FORM))
         await asyncio.sleep(0.1)
         assert not waits.done(), "nobody knows what a route does with it"
         server.served.turns.leave()
@@ -186,6 +251,62 @@ def test_a_client_that_reads_nothing_loses_its_turn(server, monkeypatch):
         assert (await server.ask({"model": "b"}))[0] == 200
 
     asyncio.run(main())
+
+
+def test_a_client_that_reads_slowly_loses_its_turn_too(server, monkeypatch):
+    """Its patience is one for the whole answer; a busy server's own delays are not the reader's."""
+    monkeypatch.setattr(by_name, "PATIENCE", 0.2)
+
+    async def answer(wait, count):
+        async def app(scope, receive, send):
+            for _ in range(count):
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+
+        async def receive():
+            return {"type": "http.request", "body": b"{}"}
+
+        async def slowly(message):
+            await wait()
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"2")]
+        named = ByName(app, server.served.turns, server.served.named, OWN)
+        await named({"type": "http", "method": "POST", "path": "/", "headers": headers}, receive, slowly)
+
+    async def busy():
+        time.sleep(0.01)
+
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(answer(lambda: asyncio.sleep(0.05), 100))
+    assert server.served.turns.running == 0
+    asyncio.run(answer(busy, 60))
+
+
+def test_a_websocket_that_says_nothing_keeps_nobody_waiting(server, monkeypatch):
+    monkeypatch.setattr(by_name, "PATIENCE", 0.05)
+    closed = []
+
+    async def main():
+        async def app(scope, receive, send):
+            while (await receive())["type"] != "websocket.disconnect":
+                pass
+
+        async def silent():
+            await asyncio.Event().wait()
+
+        async def send(message):
+            closed.append(message["type"])
+
+        turns = server.served.turns
+        open_one = asyncio.ensure_future(
+            ByName(app, turns, server.served.named, OWN)({"type": "websocket"}, silent, send)
+        )
+        await asyncio.sleep(0.2)
+        assert not open_one.done(), "nobody waits for its turn"
+        assert (await asyncio.wait_for(server.ask({"model": "b"}), 5))[1][1] == server.other
+        await open_one
+
+    asyncio.run(main())
+    assert closed == ["websocket.close"]
 
 
 def test_names_that_are_refused_change_nothing(server, tmp_path):

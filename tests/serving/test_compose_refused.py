@@ -145,3 +145,35 @@ def test_a_base_that_transformers_does_not_know(changed, tmp_path, monkeypatch):
     with pytest.raises(AdapterError, match="describes no model of transformers"):
         ComposedWeights(tmp_path / "base", tmp_path / "adapter")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "said"),
+    [
+        (
+            lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=TARGETS),
+            {"num_cayley_neumann_terms": 10**9},
+            "terms",
+        ),
+        (lambda: peft.PeanutConfig(r=4, target_modules=TARGETS), {"depth": 10**8}, "depth holds 100,000,000"),
+        (
+            lambda: peft.LoraConfig(r=4, target_modules=TARGETS),
+            {"target_modules": [f"x{i}" for i in range(10**5)]},
+            "names",
+        ),
+        (
+            lambda: peft.LoraConfig(r=4, target_modules=TARGETS),
+            {"target_modules": "(?i)" + "[\x00-\U0010ffff]" * 5000},
+            "1",
+        ),
+        (lambda: peft.LoraConfig(r=4, target_modules=TARGETS), {"r": 10**12}, "r holds"),
+    ],
+    ids=["terms", "depth", "names", "compiled", "rank"],
+)
+@pytest.mark.timeout(60)
+def test_numbers_and_names_without_an_end(config, field, said, tmp_path):
+    """They would hold the lock under which adapters are checked."""
+    saved(config(), tmp_path)
+    changed(tmp_path, field)
+    with pytest.raises(AdapterError, match=said):
+        ComposedWeights(tmp_path / "base", tmp_path / "adapter")

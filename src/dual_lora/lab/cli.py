@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterable
 from importlib import import_module
@@ -121,11 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(problems(cause) if isinstance(cause, ValidationError) else _said(error, wanted), given)
     except (UserError, ValidationError) as error:
         if debug:
-            raise
+            _trace()
         _fail(problems(error) if isinstance(error, ValidationError) else str(error), given)
     except Exception as error:
         if debug:
-            raise
+            _trace()
         _fail(_in_a_sentence(error), given)
 
 
@@ -175,6 +176,12 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one sentence, above a progress bar where there is one; without Python's path and line of source."""
     if os.environ.get("RANK", "0") == "0":
         console.print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
+
+
+def _trace() -> None:
+    """Python's own traceback, whose texts may come from files, while the terminal is still guarded."""
+    traceback.print_exc()
+    sys.exit(1)
 
 
 def _fail(message: str, given: list[str], code: int = 1) -> None:

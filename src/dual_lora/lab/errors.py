@@ -58,5 +58,5 @@ def is_disk_full(error: BaseException | None) -> bool:
     torch and safetensors wrap the system's error into their own kinds; the text survives.
     """
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    wrapped = (*map(os.strerror, full), "unexpected pos", "PytorchStreamWriter")
+    wrapped = (*map(os.strerror, full), "unexpected pos", "PytorchStreamWriter", "basic_ios::clear")
     return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)

@@ -1,7 +1,11 @@
 """Regular expressions out of files, with a time limit: some search a short text for longer than anybody waits."""
 
+import re
+import subprocess
+import sys
 import time
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -9,6 +13,9 @@ from dual_lora.lab.errors import UserError
 LONGEST = 10_000  # characters of a pattern
 SECONDS = 5.0  # that all searches of a pattern may take together ...
 EACH = 0.01  # ... and what every further one adds to that
+COMPILED = 10.0  # that it may take to be compiled, the start of a process among them
+# Counted repeats, which are written out: of hundreds, or several; and sets whose every character is looked up twice.
+_SLOW = re.compile(r"\{[\d,]*\d{3}|\{\d.*\{\d|\(\?[a-zA-Z]*i.*\[|\[.*\(\?[a-zA-Z]*i", re.DOTALL)
 
 
 @lru_cache
@@ -18,10 +25,29 @@ def compiled(text: str) -> Any:
 
     if len(text) > LONGEST:
         raise ValueError(f"it is no regular expression of at most {LONGEST:,} characters: it has {len(text):,}")
+    _try_to_compile(text)
     try:
         return regex.compile(text)
     except (regex.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _try_to_compile(text: str) -> None:
+    """Raise ValueError for a pattern that takes too long to compile, which has no time limit: `a{9999}` within another
+    such repeat is written out. Tried in a process that can be ended."""
+    import regex
+
+    if not _SLOW.search(text):
+        return
+    path = str(Path(regex.__file__).parents[1])
+    trial = f"import sys; sys.path.append({path!r}); import regex; regex.compile({text!r})"
+    try:
+        subprocess.run([sys.executable, "-I", "-S", "-c", trial], capture_output=True, timeout=COMPILED, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{text[:200]!r} takes too long to be compiled as a regular expression (more than {COMPILED:g} seconds): "
+            "write it without repeats inside repeats"
+        ) from None
 
 
 class Pattern:

@@ -2,13 +2,14 @@
 
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError, described
 
 LARGEST = 200_000_000  # bytes of a JSON file; the largest of a real study has about one million
@@ -24,6 +25,14 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
     if state.st_size > largest:
         raise ValueError(f"it has {state.st_size:,} bytes, and at most {largest:,} are read")
     return file
+
+
+def unlinked(file: Path) -> Path:
+    """The same for a file of a folder that may come from somebody else: a link there could lead to a file of the
+    user's, and show it."""
+    if file.is_symlink():
+        raise ValueError("it is a link, which is not followed out of a folder: name the file itself, or put it there")
+    return regular(file)
 
 
 @contextmanager
@@ -51,10 +60,10 @@ def read_json(file: Path) -> Any:
     return parse_json(regular(file).read_text(encoding="utf-8"))
 
 
-def parse_json(text: str) -> Any:
-    """The same for a text."""
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The same for a text. pairs: makes an object of its names and values."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -94,7 +103,7 @@ def read_yaml_text(file: Path) -> str:
 def parse_yaml(text: str, where: str) -> Any:
     """What a YAML text holds. Raises UserError for broken YAML, and for aliases that make very much out of little."""
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml_text.load(text)
         count = _count(value, {})
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {described(error, Exception)}") from None
@@ -105,15 +114,6 @@ def parse_yaml(text: str, where: str) -> Any:
     if count > MOST_VALUES:
         raise UserError(f"{where} holds more than {MOST_VALUES:,} values, what its aliases repeat counted again.")
     return value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader; what `<<` merges is bounded while it is merged."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, "it merges too many values", node.start_mark)
 
 
 def _count(value: Any, known: dict[int, int]) -> int:

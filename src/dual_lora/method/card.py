@@ -27,7 +27,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("…")  # this folder, or its n
 
 def install() -> None:
     """Let PEFT's cards say so, of adapters of this method."""
-    theirs = PeftModel.create_or_update_model_card
+    kind: Any = PeftModel
+    theirs = kind.create_or_update_model_card
 
     @functools.wraps(theirs)
     def with_package(model: Any, output_dir: str) -> None:
@@ -35,7 +36,7 @@ def install() -> None:
         if any(config.peft_type == "DUAL_LORA" for config in model.peft_config.values()):
             _add(os.path.join(output_dir, "README.md"), type(model).__name__)
 
-    PeftModel.create_or_update_model_card = with_package
+    kind.create_or_update_model_card = with_package
 
 
 def _add(file: str, kind: str) -> None:

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .config import DualLoraConfig
+from .config import LORA_ALPHA, DualLoraConfig
 
 _MARK = ".dual_lora_"
 
@@ -49,11 +49,11 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
             ranks.setdefault(layer, [0, 0])[letter == "C"] = factor.shape[-2]
     usual = max(ranks.values(), key=[*ranks.values()].count)
     others = {f"^{layer}": pair for layer, pair in ranks.items() if pair != usual}
-    alphas = {layer: float(sum(pair)) for layer, pair in others.items()}
+    alphas = {layer: LORA_ALPHA * sum(pair) for layer, pair in others.items()}
     return DualLoraConfig(
         r1=usual[0],
         r2=usual[1],
-        lora_alpha=sum(usual),
+        alpha=LORA_ALPHA * sum(usual),
         rank_pattern=others,
         alpha_pattern=alphas,
         target_modules=sorted(ranks),

@@ -45,7 +45,7 @@ def is_read(parent: nn.Module, name: str, layer: nn.Module) -> bool:
     """Whether this child is one whose weight its parent reads, in place of calling it or besides."""
     if isinstance(parent, _READERS):
         return type(layer) in (nn.Linear, NonDynamicallyQuantizableLinear)
-    return type(layer) in READ_LAYERS and name in _read_by(type(parent))
+    return type(layer) in READ_LAYERS and name in _read_by(type(parent))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -5,17 +5,17 @@ An ASGI middleware around vLLM's own routes, for which one set of weights is all
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from email import message_from_bytes
-from email.utils import collapse_rfc2231_value
 from typing import Any
 
+from .body import Unclear, json_object, read_body
 from .turns import Turns
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-PATIENCE = 60.0  # seconds: who does not read an answer for so long would keep all others waiting
+PATIENCE = 60.0  # seconds: who does not read an answer for so long, in all, would keep all others waiting
 
 
 class ByName:
@@ -33,15 +33,20 @@ class ByName:
         if not self._may_reach_the_model(scope):
             await self.app(scope, receive, send)
             return
+        said: dict[str, Any] = {}
         if scope["type"] == "websocket":
             receive = self._without_names(receive, send)
-        body, receive = await _read(scope, receive)
-        model = body.get("model")
-        if isinstance(model, tuple):
-            await _refuse(send, 400, f"The form has {len(model)} fields named model: give one.")
-            return
+        else:
+            whole, receive = await _read(receive)
+            try:
+                said = read_body(scope["headers"], whole)
+            except Unclear as error:
+                if self.names:
+                    await _refuse(send, 400, str(error))
+                    return
+        model = said.get("model")
         name = model if isinstance(model, str) and model in self.names else None
-        if self.names and body.get("background"):
+        if self.names and said.get("background"):
             why = "No request can run in the background here: the turn of its adapter ends with its answer."
             await _refuse(send, 400, why)
             return
@@ -51,19 +56,34 @@ class ByName:
             await _refuse(send, 503, str(error))
             return
         try:
-            await self.app(scope, receive, lambda message: asyncio.wait_for(send(message), PATIENCE))
+            await self.app(scope, receive, _patiently(send))
         finally:
             self.turns.leave()
 
     def _without_names(self, receive: Receive, send: Send) -> Receive:
-        """What comes through a websocket, up to a message that asks for an adapter by name."""
+        """What comes through a websocket, up to a message that asks for an adapter by name, or to a silence for which
+        somebody else waits."""
 
         async def checked() -> Message:
-            message = await receive()
-            name = _object_of(message.get("text") or message.get("bytes") or "").get("model")
-            if not isinstance(name, str) or name not in self.names:
-                return message
-            why = "A websocket is answered by the server's own adapter alone: ask for this one over HTTP."
+            coming = asyncio.ensure_future(receive())
+            try:
+                while not (await asyncio.wait({coming}, timeout=PATIENCE))[0]:
+                    if self.turns.somebody_waits:
+                        return await closed(f"It said nothing for {PATIENCE:g} seconds, and others wait for a turn.")
+            finally:
+                coming.cancel()
+            message = coming.result()
+            try:
+                name = json_object(message.get("text") or message.get("bytes") or "").get("model")
+                if not isinstance(name, str) or name not in self.names:
+                    return message
+            except Unclear:
+                pass
+            return await closed(
+                "A websocket is answered by the server's own adapter alone: ask for this one over HTTP."
+            )
+
+        async def closed(why: str) -> Message:
             await send({"type": "websocket.close", "code": 1008, "reason": why})
             return {"type": "websocket.disconnect", "code": 1008, "reason": why}
 
@@ -78,10 +98,26 @@ class ByName:
         return scope["method"] == "POST" and has_body and not path.startswith(self.own)
 
 
-async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Receive]:
-    """What the body says, of a form only its model (a tuple of several); and the same body to be received again."""
-    if scope["type"] != "http":
-        return {}, receive
+def _patiently(send: Send) -> Send:
+    """The same, until a request has waited for its reader for PATIENCE seconds in all."""
+    left = PATIENCE
+
+    async def sent(message: Message) -> None:
+        nonlocal left
+        sending = asyncio.ensure_future(send(message))
+        try:
+            await asyncio.sleep(0)  # what need not wait for the reader is done by then, however busy the loop is
+            began = time.monotonic()
+            await asyncio.wait_for(sending, left)
+            left -= time.monotonic() - began
+        finally:
+            sending.cancel()
+
+    return sent
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The whole body, and the same to be received again."""
     messages = [await receive()]
     while messages[-1].get("more_body"):
         messages.append(await receive())
@@ -89,33 +125,7 @@ async def _read(scope: Message, receive: Receive) -> tuple[dict[str, Any], Recei
     async def again() -> Message:
         return messages.pop(0) if messages else await receive()
 
-    whole = b"".join(message.get("body", b"") for message in messages)
-    kind = dict(scope["headers"]).get(b"content-type", b"")
-    if b"multipart/" in kind.lower():  # sound, with other fields
-        models = tuple(_models_in_form(kind, whole))
-        return {"model": models[0] if len(models) == 1 else models} if models else {}, again
-    return _object_of(whole), again
-
-
-def _models_in_form(kind: bytes, body: bytes) -> list[str]:
-    """The values of the fields named model, by the boundary that the content type gives."""
-    boundary = message_from_bytes(b"Content-Type: " + kind + b"\n\n").get_boundary()
-    found = []
-    for part in body.split(b"--" + boundary.encode("latin-1", "replace"))[1:] if boundary else []:
-        head, _, value = part.lstrip(b"\r\n").partition(b"\r\n\r\n")
-        name = message_from_bytes(head + b"\r\n\r\n").get_param("name", header="content-disposition")
-        if name is not None and collapse_rfc2231_value(name) == "model":
-            found.append(value.removesuffix(b"\r\n").decode(errors="replace"))
-    return found
-
-
-def _object_of(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; an empty one for all else, of which the route says what is wrong."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
+    return b"".join(message.get("body", b"") for message in messages), again
 
 
 async def _refuse(send: Send, status: int, why: str) -> None:

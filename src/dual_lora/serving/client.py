@@ -8,7 +8,6 @@ import json
 import math
 import os
 import tempfile
-import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
@@ -17,22 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .asking import ask
 from .files import FILES
 from .vllm_endpoint import NAMES_ROUTE, ROUTE
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key, and the question, to whatever address an answer names."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-def opener() -> urllib.request.OpenerDirector:
-    """What opens an address: through the proxies that the environment names now, and following no redirection."""
-    return urllib.request.build_opener(_NoRedirect)
+LARGEST = 1 << 30  # bytes of an answer that are read
+SAID = 10_000  # of an error, bytes that are shown
 
 
 class ServerError(RuntimeError):
@@ -50,6 +40,8 @@ class Completion:
 
 class AdapterServer:
     """A vLLM server by the address that its clients use, `http://localhost:8000/v1`, and the name of its model.
+
+    timeout: seconds for a request and its whole answer.
 
     Attributes:
         bytes_sent: what `send` has sent in all, in bytes.
@@ -99,7 +91,8 @@ class AdapterServer:
         except (LookupError, TypeError, ValueError) as error:
             raise ServerError(
                 f"{self.url} gives no token ids with log-probabilities for {len(prompts)} completions "
-                f"({type(error).__name__}: {error}): is it a vLLM of 0.10 or later?"
+                f"({type(error).__name__}: {error}): is it a vLLM of 0.22 or later? "
+                "(Earlier ones let a request's Host header past the key.)"
             ) from error
         return done
 
@@ -109,20 +102,19 @@ class AdapterServer:
             headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
         request = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
-            with opener().open(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = error.read(10_000).decode(errors="replace")
-            if 300 <= error.code < 400:
-                raise ServerError(
-                    f"{self.url}{path} sends on to another address, which is not followed: name that one."
-                ) from error
-            hint = (
-                " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if error.code == 404 else ""
-            )
-            raise ServerError(f"{self.url}{path} answers {error.code}: {said}{hint}") from error
+            reply = ask(request, self.timeout, LARGEST)
+            if reply.status < 300:
+                return json.loads(reply.body)
+        except TimeoutError as error:
+            raise ServerError(f"{self.url}{path} did not answer within {self.timeout:g} s.") from error
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ServerError(f"{self.url}{path} cannot be asked: {error}") from error
+        if reply.sends_on:
+            raise ServerError(f"{self.url}{path} sends on to another address, which is not followed: name that one.")
+        hint = " Was it started with VLLM_PLUGINS=dual_lora and --load-format dual_lora?" if reply.status == 404 else ""
+        raise ServerError(
+            f"{self.url}{path} answers {reply.status}: {reply.body[:SAID].decode(errors='replace')}{hint}"
+        )
 
 
 def _whole(numbers: Any) -> list[int]:

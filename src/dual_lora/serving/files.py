@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from dual_lora.verify.bounds import check_bounds
 from dual_lora.verify.numbers import check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 
@@ -140,6 +141,7 @@ def check_before_loading(model: nn.Module, folder: Path, config: Any, files: Sha
 
     try:
         check_patterns(config.to_dict(), model)
+        check_bounds(config, model)
     except ValueError as error:
         raise AdapterError(f"{folder} does not fit the base model: {error}") from error
     sizes = {size for shape in files.values() for size in shape} | {

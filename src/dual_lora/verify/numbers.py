@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -21,6 +22,8 @@ def header(file: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Raises OSError and SafetensorError for a file that cannot be read or is damaged.
     """
+    if not S_ISREG(Path(file).stat().st_mode):  # a pipe would be waited for
+        raise OSError(f"{file} is no regular file")
     with safe_open(str(file), framework="pt") as held:
         parts = {name: held.get_slice(name) for name in held.keys()}  # noqa: SIM118  (not a mapping)
         return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}

@@ -12,14 +12,26 @@ from collections.abc import Iterator
 from typing import Any
 
 SECONDS = 10.0  # for all patterns on all names, the start of a process among them
+LONGEST = 10_000  # characters of a pattern
+MOST_NAMES, MOST_PATTERNS = (
+    20_000,
+    1000,
+)  # names in a list, which are compared; patterns, each of which is searched with
+MOST_COMPARED = 20_000_000  # names in a list times modules of the model: seconds of PEFT's time
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save")
-# The forms in which PEFT uses a pattern, tried by the same engine in a process that can be ended.
+_COMPLEX = re.compile(r"[*+?{|].*[*+?{|]|\[|\(\?", re.DOTALL)  # with one repeat and no set a search ends soon
+# Compiled and searched with as PEFT does it, by the same engine in a process that can be ended.
 _TRIAL = r"""
 import json, re, sys
 patterns, names = json.load(sys.stdin)
 for number, pattern in enumerate(patterns):
     print(number, flush=True)
+    try:
+        re.compile(pattern)
+    except Exception as error:
+        print(json.dumps(str(error)), flush=True)
+        break
     for form in (pattern, rf"(.*\.)?({pattern})$", rf"(^|.*\.){pattern}($|\..*)", rf"(?:^|.*?\.){pattern}\.(\d+)\."):
         try:
             found = re.compile(form)
@@ -31,23 +43,28 @@ for number, pattern in enumerate(patterns):
 
 
 def check_patterns(values: dict[str, Any], model: Any) -> None:
-    """Raise ValueError for a pattern that is none, or that takes too long on the model's names.
+    """Raise ValueError for a pattern that is none, for names without an end, and for what takes too long on the model's
+    names.
 
     values: the configuration as a dictionary. model: what it is to adapt; its weights are not looked at.
     """
+    names = sorted({name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()})
+    _check_counts(values, len(names))
     tried = []
     for field, text in _patterns(values):
+        if len(text) > LONGEST:
+            raise ValueError(f"{field} has {len(text):,} characters, at most {LONGEST:,} are read.")
+        if _COMPLEX.search(text):
+            tried.append((field, text))
+            continue
         try:
             re.compile(text)
         except (re.error, RecursionError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{field} {text[:200]!r} is not a regular expression: {error}") from None
-        if len(re.findall(r"[*+?{|]", text)) > 1:  # with one repeat a search ends soon
-            tried.append((field, text))
+            raise ValueError(_is_none(field, text, error)) from None
     if not tried:
         return
-    names = sorted({name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()})
     try:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _TRIAL],
             input=json.dumps([[text for _, text in tried], names]).encode(),
             capture_output=True,
@@ -60,6 +77,27 @@ def check_patterns(values: dict[str, Any], model: Any) -> None:
             f"{field} {text[:200]!r} takes too long on this model's names (more than {SECONDS:g} seconds): write it "
             "without repeats inside repeats."
         ) from None
+    said = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    if done.returncode or isinstance(said[-1], str):
+        field, text = tried[max((each for each in said if isinstance(each, int)), default=0)]
+        raise ValueError(_is_none(field, text, said[-1] if said and isinstance(said[-1], str) else "it was not tried"))
+
+
+def _is_none(field: str, text: str, why: object) -> str:
+    return f"{field} {text[:200]!r} is not a regular expression: {why}"
+
+
+def _check_counts(values: dict[str, Any], modules: int) -> None:
+    for field, value in values.items():
+        if not isinstance(value, dict | list | tuple | set):
+            continue
+        searched = isinstance(value, dict) and field.endswith("_pattern")
+        most = MOST_PATTERNS if searched else min(MOST_NAMES, MOST_COMPARED // max(1, modules))
+        if len(value) > most and (searched or any(isinstance(each, str) for each in value)):
+            raise ValueError(
+                f"{field} has {len(value):,} names, at most {most:,} are looked for in a model of {modules:,} modules: "
+                "write fewer, or a regular expression."
+            )
 
 
 def _patterns(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -56,11 +56,10 @@ def judge(
     from dual_lora.lab.study.tables import show_results
 
     if methods:
-        import yaml
-
+        from dual_lora.lab import yaml_text
         from dual_lora.lab.judge.peft import study_methods
 
-        print(yaml.safe_dump({"methods": study_methods(source)}, sort_keys=False), end="")
+        print(yaml_text.dump({"methods": study_methods(source)}, sort_keys=False), end="")
         return
     if peft is not None:
         from dual_lora.lab.judge.peft import write_peft

@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from dual_lora.lab.cache import cached
 from dual_lora.lab.cost.options import Device, StepOptions
 from dual_lora.lab.cost.simulate import Step, batch_of, simulate
 from dual_lora.lab.errors import UserError, suggest
@@ -65,8 +65,8 @@ class Cost(NamedTuple):
 
 
 def cache_file() -> Path:
-    """Where rates are kept: $XDG_CACHE_HOME/dual-lora/calibration.json, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dual-lora" / "calibration.json"
+    """Where rates are kept."""
+    return cached("calibration.json")
 
 
 def this_device() -> Device:

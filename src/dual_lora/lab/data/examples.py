@@ -80,7 +80,7 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
     if data.fields:
         free = {o for o, t in data.fields.items() if o in _FREE and any(t in r.values for r in records)}
         renamed = [{o: r.values.get(t) if o in free else _field(r, t) for o, t in data.fields.items()} for r in records]
-        records = [Record(r.values | values, r.where) for r, values in zip(records, renamed, strict=True)]
+        records = [replace(r, values=r.values | values) for r, values in zip(records, renamed, strict=True)]
     form, _ = _FORMATS[data.format if data.format != "auto" else _guess(records[0], data.fields)]
     examples = [form(record) for record in records]
     if data.answers == "text":
@@ -90,7 +90,7 @@ def read_examples(source: str, data: DataSection) -> list[Example]:
     if data.group == "prompt":
         examples = [replace(e, group=item_of(e)) for e in examples]
     elif data.group is not None:
-        groups = (as_whole(_text(r, data.group)) for r in records)
+        groups = (as_whole(_written(_field(r, data.group), f"{r.where}: field {data.group!r}")) for r in records)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     return examples
 
@@ -163,6 +163,11 @@ def _field(record: Record, name: str) -> Any:
 
 
 def _text(record: Record, name: str) -> str:
+    if record.cells and record.values.get(name, "x") == "":
+        raise UserError(
+            f"{record.where}: the cell {name!r} is empty. Fill it, take the line out, or give records as JSON, where "
+            "an empty text differs from a missing one."
+        )
     return _written(_field(record, name), f"{record.where}: field {name!r}")
 
 

@@ -14,10 +14,14 @@ from dual_lora.lab.read import lines_of, parse_json
 
 @dataclass(frozen=True)
 class Record:
-    """Raw values and where they stand (``train.json, record 12`` or ``dev.tsv, line 7``)."""
+    """Raw values and where they stand (``train.json, record 12`` or ``dev.tsv, line 7``).
+
+    cells: they come from a table, where nothing tells an empty text from one that is missing.
+    """
 
     values: dict[str, Any]
     where: str
+    cells: bool = False
 
 
 def data_folder() -> Path:
@@ -84,7 +88,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        value = parse_json(text)
+        value = parse_json(text, _once)
         if "\\ud" in text.lower():  # perhaps half of a surrogate pair, which no tokenizer takes
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -93,6 +97,15 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{at}: not valid JSON ({error.msg}).") from None
     except ValueError as error:
         raise UserError(f"{where}: not valid JSON ({error}).") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where a name stands twice, of which the first would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"the name {twice!r:.100} stands twice in one object")
+    return value
 
 
 def _record(value: Any, where: str) -> Record:
@@ -117,13 +130,18 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
         for number, row in rows:
             if row == columns:
                 raise UserError(f"{path}, line {number} holds the names of data.columns: leave data.columns out.")
+            if [cell.strip() for cell in row] == [name.strip() for name in names]:
+                raise UserError(
+                    f"{path}, line {number} holds the names of the columns once more: were several files joined? Take "
+                    "that line out."
+                )
             if not any(cell.strip() for cell in row):
                 continue
             if len(row) != len(names):
                 raise UserError(
                     f"{path}, line {number}: {len(row)} columns, expected {len(names)} ({', '.join(names)})."
                 )
-            yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}")
+            yield Record(dict(zip(names, row, strict=True)), f"{path}, line {number}", cells=True)
 
 
 def _quoted(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -1,4 +1,5 @@
-"""What a method's configuration asks for, looked at before PEFT does it: patterns, ranks and numbers of layers.
+"""What a method's configuration asks for, looked at before PEFT does it: its patterns, its numbers, and its ranks by
+the file that is to hold the factors.
 
 A configuration may come with somebody else's adapter. PEFT draws every factor before it compares it with the file.
 """
@@ -10,15 +11,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from dual_lora.lab.errors import UserError
+from dual_lora.verify.bounds import check_bounds
 from dual_lora.verify.numbers import all_finite, check_numbers, header
 from dual_lora.verify.patterns import check_patterns
 
-MOST_LAYERS = 1000  # of a replicated model; the deepest published one has some 130
-MOST_RANK = 4096  # that is taken without a question, whatever the model's size
 MOST_OF_FILE = 100  # an adapter may become so many times as large as its file
 SMALL = 10**8  # numbers that fit into any memory
 
-_RANKS = ("r", "r1", "r2", "rank", "init_r", "rank_pattern", "num_virtual_tokens", "encoder_hidden_size")
+_RANKS = ("r", "r1", "r2", "init_r", "rank_pattern")
 _FACTORED = ("LORA", "DUAL_LORA", "ADALORA")  # every layer has factors of its own, and all of them are saved
 
 
@@ -30,30 +30,11 @@ def check_config(config: Any, model: Any, where: str, file: Path | None = None) 
     values = config.to_dict()
     try:
         check_patterns(values, model)
+        check_bounds(config, model)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-    _check_layers(values, where)
-    _check_ranks(values, model, where, file)
-
-
-def _check_layers(values: dict[str, Any], where: str) -> None:
-    ranges = values.get("layer_replication") or []
-    try:
-        count = sum(max(0, int(end) - int(start)) for start, end in ranges)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: layer_replication is {str(ranges)[:200]}, expected pairs [start, end].") from None
-    if count > MOST_LAYERS or len(ranges) > MOST_LAYERS:
-        raise UserError(
-            f"{where}: layer_replication makes a model of {count:,} layers, at most {MOST_LAYERS:,} are built."
-        )
-
-
-def _check_ranks(values: dict[str, Any], model: Any, where: str, file: Path | None) -> None:
     field, rank = max(_ranks(values), key=lambda found: found[1], default=("r", 0))
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-    most = max(MOST_RANK, *(max(shape, default=0) for shape in shapes))
-    if rank > most:
-        raise UserError(f"{where}: {field} holds {rank:,}, and no weight of this model has a dimension above {most:,}.")
     kind = getattr(values.get("peft_type"), "value", values.get("peft_type"))
     if file is None or not file.is_file() or kind not in _FACTORED:
         return

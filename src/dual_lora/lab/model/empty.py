@@ -37,7 +37,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     """
     from transformers import AutoConfig
 
-    from dual_lora.lab.model.load import Location, locate, quiet
+    from dual_lora.lab.model.load import Location, locate, nobody_answers, quiet
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = Path(path).expanduser()
@@ -56,6 +56,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
             raise
         raise UserError(
             f"The configuration of {path!r} could not be read: {described(error, Exception, lines=1)}"
+            f"{nobody_answers(error)}"
         ) from error
 
 
@@ -83,14 +84,14 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from dual_lora.lab.model.load import gather_for_head, quiet
+    from dual_lora.lab.model.load import gather_for_head, own_code, quiet
 
     factory: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with quiet(), torch.device("meta"):
         try:
-            base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
+            base = factory.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention, **own_code())
         except (ValueError, KeyError) as error:
             raise UserError(f"{name} has no {head} head: {described(error, Exception, lines=1)}") from error
     gather_for_head(base)

@@ -6,7 +6,6 @@ next to it: every layer's figures, the losses and the verdict.
 
 import json
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses
-from dual_lora.lab.run.write import free_folder, json_text, write_folder_atomically
+from dual_lora.lab.run.write import free_folder, json_text, space_next_to, write_folder_atomically
 from dual_lora.verify.numbers import header
 
 REPORT = "conversion.json"
@@ -47,32 +46,31 @@ def merge(
     The folder is a plain transformers model: it loads without this package. listed: with a list of its files (see
     `mark_whole`). Raises UserError if ``out`` holds anything, ``source`` holds no adapter, or its base cannot be saved.
     """
-    target = free_folder(out)
-    tuned = open_tuned(source, base, dtype)
-    if not tuned.adapted and tuned.run is None:
-        raise UserError(f"{source} holds no adapter to merge.")
-    with quiet():
-        model = _merged(tuned) if tuned.adapted else tuned.model
-        if tuned.classes:
-            model.config.id2label = dict(enumerate(tuned.classes))
-            model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
+    with free_folder(out) as target:
+        tuned = open_tuned(source, base, dtype)
+        if not tuned.adapted and tuned.run is None:
+            raise UserError(f"{source} holds no adapter to merge.")
+        with quiet():
+            model = _merged(tuned) if tuned.adapted else tuned.model
+            if tuned.classes:
+                model.config.id2label = dict(enumerate(tuned.classes))
+                model.config.label2id = {name: i for i, name in enumerate(tuned.classes)}
 
-        def write(folder: Path) -> None:
-            try:
-                model.save_pretrained(str(folder))
-            except NotImplementedError as error:  # bitsandbytes' 4 bits, of transformers 5.24
-                raise UserError(
-                    "The base is stored quantised, and transformers cannot save what was merged into it. Give --base "
-                    "with the model that it was quantised from, and quantise the result."
-                ) from error
-            tuned.tokenizer.save_pretrained(str(folder))
+            def write(folder: Path) -> None:
+                try:
+                    model.save_pretrained(str(folder))
+                except NotImplementedError as error:  # bitsandbytes' 4 bits, of transformers 5.24
+                    raise UserError(
+                        "The base is stored quantised, and transformers cannot save what was merged into it. Give "
+                        "--base with the model that it was quantised from, and quantise the result."
+                    ) from error
+                tuned.tokenizer.save_pretrained(str(folder))
 
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_folder_atomically(target, write, listed)
-    size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
-    classifies = "SequenceClassification" in type(model).__name__
-    loads = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
-    return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."), loads)
+            write_folder_atomically(target, write, listed)
+        size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
+        classifies = "SequenceClassification" in type(model).__name__
+        loads = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+        return MergeResult(str(out), size, str(model.dtype).removeprefix("torch."), loads)
 
 
 def _merged(tuned: Tuned) -> Any:
@@ -200,35 +198,34 @@ def exported(
 
     from dual_lora.method.conversion import write_adapter
 
-    target = free_folder(out)
-    tuned = opened or open_tuned(source, base, dtype)
-    _check_kind(tuned, source, "DUAL_LORA" if method == "lora" else "LORA")
-    records = _records(tuned, data, limit)
-    count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
-    with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
-        try:
-            made = convert(tuned.model, rank, advance=bar.advance)
-        except (ValueError, TypeError, LinAlgError) as error:
-            raise UserError(str(error)) from error
-    # What the median layer lost of its update: of a LoRA that is kept, the part at a right angle to it.
-    layers, lost = (made.losses, made.median) if method == "lora" else (made.kept, (1 - made.median**2) ** 0.5)
-    rows, results = [layer._asdict() for layer in layers], list[Exported]()
+    with free_folder(out) as target:
+        tuned = opened or open_tuned(source, base, dtype)
+        _check_kind(tuned, source, "DUAL_LORA" if method == "lora" else "LORA")
+        records = _records(tuned, data, limit)
+        count = sum(isinstance(m, BaseTunerLayer) for m in tuned.model.modules())
+        with Bar("converting layers", count, progress) as bar, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*ΔW is of high rank")  # the verdict says it
+            try:
+                made = convert(tuned.model, rank, advance=bar.advance)
+            except (ValueError, TypeError, LinAlgError) as error:
+                raise UserError(str(error)) from error
+        # What the median layer lost of its update: of a LoRA that is kept, the part at a right angle to it.
+        layers, lost = (made.losses, made.median) if method == "lora" else (made.kept, (1 - made.median**2) ** 0.5)
+        rows, results = [layer._asdict() for layer in layers], list[Exported]()
 
-    def write(folder: Path) -> None:
-        tuned.tokenizer.save_pretrained(str(folder))
-        if tuned.recipe is not None:
-            write_note(folder, tuned.recipe, tuned.classes)
-        write_adapter(folder, made.config, made.state_dict)
-        parameters, weights = _sizes(folder)
-        loss = _losses(tuned, records, lambda: open_tuned(folder, base, dtype), progress) if records else {}
-        verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
-        results.append(Exported(str(out), method, rows, parameters, weights, loss, len(records), verdict, advice))
-        (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
+        def write(folder: Path) -> None:
+            tuned.tokenizer.save_pretrained(str(folder))
+            if tuned.recipe is not None:
+                write_note(folder, tuned.recipe, tuned.classes)
+            write_adapter(folder, made.config, made.state_dict)
+            parameters, weights = _sizes(folder)
+            loss = _losses(tuned, records, lambda: open_tuned(folder, base, dtype), progress) if records else {}
+            verdict, advice = in_words(method, loss, lost, parameters / weights if method == "lora" else 0.0)
+            results.append(Exported(str(out), method, rows, parameters, weights, loss, len(records), verdict, advice))
+            (folder / REPORT).write_text(json_text(asdict(results[0]), indent=1) + "\n", encoding="utf-8")
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_folder_atomically(target, write)
-    return results[0]
+        write_folder_atomically(target, write)
+        return results[0]
 
 
 def _losses(tuned: Tuned, records: list[Example], written: Callable[[], Tuned], progress: bool) -> dict[str, float]:
@@ -287,10 +284,8 @@ def export_mlx_lora(source: str | Path, out: str | Path, rank: int | float, **op
     rank and options are those of `export_lora`. Raises UserError for what no LoRA can hold, and for layers outside a
     model's numbered blocks, which mlx-lm has none for.
     """
-    target = free_folder(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as part:
-        lora = Path(part) / "lora"
+    with free_folder(out) as target, space_next_to(target) as space:
+        lora = space / "lora"
         exported = export_lora(source, lora, rank, **options)
         write_folder_atomically(target, lambda folder: write_mlx(lora, folder))
     return replace(exported, folder=str(target))

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import Exported, export_lora, merge
+from dual_lora.lab.model.load import own_code
 from dual_lora.lab.model.opened import open_tuned
-from dual_lora.lab.run.write import write_atomically
+from dual_lora.lab.run.write import free_file, write_atomically
 
 SCRIPT, LORA_SCRIPT = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 ON_PATH = (SCRIPT, "convert-hf-to-gguf", "llama-convert-hf-to-gguf")
@@ -56,18 +56,17 @@ def export_gguf(
     converter: its script, or llama.cpp's folder; left out: $DUAL_LORA_GGUF_CONVERTER, then the PATH. Raises UserError
     where there is none or it fails.
     """
-    target = _free_file(out)
+    _check_name(out)
     command = find_converter(converter)
     quantiser = find_quantiser(command) if quantize else None
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
-        merged = merge(source, Path(part) / target.stem, base=base, dtype=dtype)
-        written = Path(part) / target.name
+    with free_file(out) as (target, space):
+        merged = merge(source, space / target.stem, base=base, dtype=dtype)
+        written = space / target.name
         tensors = _run([*command, merged.folder, "--outfile", str(written), "--outtype", outtype], written)
         if quantiser:
-            whole = written.replace(Path(part) / "whole.gguf")
+            whole = written.replace(space / "whole.gguf")
             tensors = _run([quantiser, str(whole), str(written), str(quantize)], written)
         modelfile, remark = _write_modelfile(Path(merged.folder), target)
-        written.replace(target)
     return GgufResult(str(target), target.stat().st_size, tensors, command[-1], modelfile, remark)
 
 
@@ -87,29 +86,23 @@ def export_gguf_lora(
     rank, and `data` and `limit` by name: as for `export_lora`. outtype, converter: as for `export_gguf`. A Modelfile
     needs the base's GGUF file as well, which is not known here: none is written.
     """
-    target = _free_file(out)
+    _check_name(out)
     command = _sibling(find_converter(converter), LORA_SCRIPT)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.stem}-") as part:
-        lora, written = Path(part) / target.stem, Path(part) / target.name
+    with free_file(out) as (target, space):
+        lora, written = space / target.stem, space / target.name
         tuned = open_tuned(source, base, dtype)
         model = tuned.model.get_base_model()
         model.config.architectures = [type(model).__name__]  # as a saved model has it
-        model.config.save_pretrained(part)
+        model.config.save_pretrained(space)
         exported = export_lora(source, lora, rank, base=base, dtype=dtype, opened=tuned, **measured)
-        arguments = [str(lora), "--base", part, "--outfile", str(written), "--outtype", outtype]
+        arguments = [str(lora), "--base", str(space), "--outfile", str(written), "--outtype", outtype]
         _run([*command, *arguments], written)
-        written.replace(target)
     return replace(exported, folder=str(target))
 
 
-def _free_file(out: str | Path) -> Path:
-    target = Path(out)
-    if target.suffix != ".gguf":
-        raise UserError(f"The output is {target}, expected a file name that ends in .gguf.")
-    if target.exists():
-        raise UserError(f"The file {target} exists already: give another one.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target
+def _check_name(out: str | Path) -> None:
+    if Path(out).suffix != ".gguf":
+        raise UserError(f"The output is {out}, expected a file name that ends in .gguf.")
 
 
 def _run(command: list[str], written: Path) -> int:
@@ -129,7 +122,7 @@ def _write_modelfile(model: Path, target: Path) -> tuple[str | None, str]:
     if os.path.lexists(file):
         return None, f"{file} is there already, and is left as it is"
     try:
-        text = modelfile(AutoTokenizer.from_pretrained(model), f"./{target.name}")
+        text = modelfile(AutoTokenizer.from_pretrained(model, **own_code()), f"./{target.name}")
     except UserError as error:
         return None, str(error)
     write_atomically(file, text)
@@ -206,7 +199,7 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         ends.append(around["assistant"][1].strip())
         _check(tokenizer, around, default, start)
         texts = [*(text for pair in around.values() for text in pair), default, start]
-        if any(sign in text for text in texts for sign in ('"""', "{{", "}}")):
+        if any(sign in text for text in texts for sign in ('"""', "{{", "}}")) or default.endswith('"'):
             raise UserError(
                 "The chat template holds signs that a Modelfile gives a meaning: write its TEMPLATE by hand."
             )
@@ -217,7 +210,12 @@ def modelfile(tokenizer: Any, weights: str, adapter: str | None = None) -> str:
         lines.append(f'TEMPLATE """{{{{- range .Messages }}}}{branches}{{{{ end }}}}{{{{- end }}}}{start}"""')
         if default:
             lines.append(f'SYSTEM """{default}"""')
-    lines += [f'PARAMETER stop "{end}"' for end in dict.fromkeys(ends) if end]
+    for end in dict.fromkeys(ends):
+        if end and not (end.isprintable() and '"' not in end and "\\" not in end):
+            raise UserError(
+                f"An answer ends with {end!r:.100}, which no line of a Modelfile can hold: write it by hand."
+            )
+        lines += [f'PARAMETER stop "{end}"'] if end else []
     return "\n".join(lines) + "\n"
 
 

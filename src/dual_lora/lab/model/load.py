@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -16,6 +17,8 @@ from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dual_lora.lab.recipe.schema import ModelSection
@@ -29,6 +32,14 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|maske
 # Of a GGUF file: architectures whose scaling of positions transformers takes over, and what it calls special tokens.
 _SCALED = ("gpt-oss",)
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+NEXT_TO_GGUF = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
 
 
@@ -41,7 +52,7 @@ class Location:
     revision: str | None = None  # of a name on the hub
 
     def arguments(self) -> dict[str, Any]:
-        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))}
+        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
 
 
 @dataclass
@@ -51,6 +62,24 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fresh: list[str] = field(default_factory=list)
+
+
+def own_code() -> dict[str, bool]:
+    """What transformers is told of a model's own code: nothing where a person can answer its question; elsewhere no,
+    for it would take a line that was piped in for the answer."""
+    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
+
+
+def nobody_answers(error: Exception) -> str:
+    """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
+    asked = "trust_remote_code" in str(error) and own_code()
+    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
+
+
+def is_plain(loaded: object) -> bool:
+    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
+    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
+    return type(loaded).__module__.startswith("transformers.")
 
 
 def is_here(path: str) -> bool:
@@ -68,8 +97,10 @@ def locate(path: str, revision: str | None = None) -> Location:
     if here.suffix == ".gguf":
         if not here.is_file():
             raise UserError(f"There is no model file {path}.")
+        check_entries(here.parent, lambda file: file.name in NEXT_TO_GGUF)
         return Location(str(here.parent), here.name)
     if here.is_dir():
+        check_entries(here)
         if (here / "config.json").is_file():
             return Location(str(here))
         ggufs = sorted(here.glob("*.gguf"))
@@ -84,6 +115,27 @@ def locate(path: str, revision: str | None = None) -> Location:
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UserError(f"There is no folder {path}.")
     return Location(path, revision=revision)
+
+
+def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
+    """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
+    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
+
+    Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
+    cache, which are links within one folder of it, and links into that cache.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = folder.resolve()
+    roots = [root.parents[1] if root.parent.name == "snapshots" else root, Path(HF_HUB_CACHE).resolve()]
+    for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
+        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
+            raise UserError(
+                f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
+                "file itself there (a link to weights is welcome)."
+            )
 
 
 def _in_package(name: str) -> Location:
@@ -102,7 +154,8 @@ def _in_package(name: str) -> Location:
         raise UserError(
             f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
         )
-    return locate(str(locations[0] if str(locations[0]).endswith(".gguf") else Path(str(locations[0])).parent))
+    found = Path(str(locations[0]))  # as it was installed, which some installers do by links
+    return Location(str(found.parent), found.name) if found.suffix == ".gguf" else Location(str(found.parent))
 
 
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
@@ -116,6 +169,8 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
+    if is_plain(tokenizer):
+        tokenizer.init_kwargs.pop("auto_map", None)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -142,6 +197,8 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         arguments["num_labels"] = num_labels
     with _clear_errors(part.path), quiet():
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
+        if is_plain(model):
+            vars(model.config).pop("auto_map", None)
         if location.gguf_file:
             forget_packing(model)
             check_whole(Path(location.name) / location.gguf_file, model, part.head == "causal")
@@ -280,4 +337,4 @@ def _clear_errors(path: str) -> Any:
     except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
         first = described(error, OSError, ValueError, lines=1)
         where = "" if is_here(path) else " (there is no such folder here)"
-        raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error
+        raise UserError(f"The model {path!r} could not be loaded{where}: {first}{nobody_answers(error)}") from error

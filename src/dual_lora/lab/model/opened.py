@@ -14,13 +14,14 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
+from dual_lora.lab.model.load import UNREAD, Loaded, Location, check_entries, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
 from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import read_object, regular
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
+from dual_lora.serving.files import CONFIG_BYTES
 from dual_lora.verify.numbers import header
 
 NOTE = "lab.json"  # next to the adapter's weights: the recipe and the class names
@@ -192,10 +193,12 @@ def _open_adapter(
 ) -> Tuned:
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
+    check_entries(adapter)
     recipe, classes = read_note(adapter)
     if recipe:
         plain_name(str(recipe.method["name"]))  # a method of the user's own is known to PEFT from here on
     try:
+        regular(adapter / "adapter_config.json", CONFIG_BYTES)
         config = PeftConfig.from_pretrained(str(adapter))
     except Exception as error:  # whatever a foreign file makes PEFT raise: KeyError, AttributeError, RecursionError
         raise UserError(f"The adapter {adapter} could not be read: {described(error)}") from error

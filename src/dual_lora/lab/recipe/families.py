@@ -25,8 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.read import parse_yaml, read_yaml_text
 
@@ -148,7 +147,7 @@ def _rows(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+    text = yaml_text.dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -156,7 +155,7 @@ def _text(values: dict[str, Any]) -> str:
     shown = {key: value for key, value in values.items() if key != "origin"}
     head = "Every setting says who gave it. What is not written is the laboratory's default: `recipes show --full`."
     origin = values["origin"]
-    sources = yaml.safe_dump({"origin": {"sources": origin["sources"]}}, sort_keys=False, width=110)
+    sources = yaml_text.dump({"origin": {"sources": origin["sources"]}}, sort_keys=False, width=110)
     rest = {key: origin[key] for key in ("settings", "reported")}
-    lists = textwrap.indent(yaml.safe_dump(rest, sort_keys=False, default_flow_style=None, width=110), "  ")
+    lists = textwrap.indent(yaml_text.dump(rest, sort_keys=False, default_flow_style=None, width=110), "  ")
     return f"# {head}\n{marked_yaml(shown, marks_of(origin))}{sources}{lists}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.read import read_json, read_json_lines, regular
+from dual_lora.lab.read import read_json, read_json_lines, unlinked
 from dual_lora.lab.report.blocks import Source
 from dual_lora.lab.results import ANALYSIS, with_sizes
+from dual_lora.lab.run.write import finite
 from dual_lora.lab.study.folder import progress
 
 NAMES = ("results.json", "analysis.json", "ledger.jsonl", "study.json")
@@ -54,7 +55,7 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
-        for file in sorted(inside):
+        for file in sorted(inside, key=lambda file: (file.is_symlink(), file)):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
@@ -75,8 +76,10 @@ def gather(paths: list[str | Path]) -> Material:
     material = Material()
     for file in find(paths, material.problems):
         try:
+            if file not in map(Path, paths):  # what a folder brought
+                unlinked(file)
             if file.name == "study.json":
-                if under_way := progress(regular(file)):
+                if under_way := finite(progress(file)):
                     material.running.append((file, under_way))
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)
@@ -89,14 +92,14 @@ def gather(paths: list[str | Path]) -> Material:
 
 
 def _add_ledger(material: Material, file: Path) -> None:
-    if rows := read_json_lines(file):
+    if rows := finite(read_json_lines(file)):
         material.ledgers.append((file, rows))
     else:
         material.problems.append(f"The ledger {short_path(file)} holds no rows yet.")
 
 
 def _add_json(material: Material, file: Path, named: bool) -> None:
-    value = read_json(file)
+    value = finite(read_json(file))
     if isinstance(value, dict) and value.get("format") == ANALYSIS:
         if value["version"] > 1:
             raise ValueError(f"it is of version {value['version']}, made by a newer program; this one reads version 1")

@@ -27,7 +27,8 @@ from dual_lora.lab.model.weights import is_another, warn_of_doubt
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
-from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, sync
+from dual_lora.lab.run.sealed import check_seal
+from dual_lora.lab.run.write import REMAINS, WHOLE, hold, listed_in, remove_remains, sync
 
 LOCK = ".lock"
 FILES = ("recipe.yaml", "record.json", "metrics.jsonl", LOCK)
@@ -78,7 +79,7 @@ class RunFolder:
         """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
-        check_plain(self.path, ENTRIES)
+        check_plain(self.path, ENTRIES, single=True)
         # A run that was killed before its record stood there has left a lock and half a file: that is still empty.
         filled = self.path.is_dir() and any(p.name != LOCK and p.suffix != ".part" for p in self.path.iterdir())
         # One that was killed as it began, or was removed, may have a record and no recipe.
@@ -96,6 +97,7 @@ class RunFolder:
         sync(self.path.parent)
         busy = f"The output folder {self.path} is in use by another run; wait for it or give another --out."
         self._lock = hold(self.path / LOCK, busy)
+        remove_remains(self.path)
         if overwrite and not resume:
             remove_own(self.path, OWN, keep=LOCK)
 
@@ -146,11 +148,20 @@ def result_of(folder: RunFolder) -> Path:
     return folder.result
 
 
-def check_plain(folder: Path, names: Iterable[str]) -> None:
-    """Raise UserError if one of these entries of a folder, or anything in it, is no plain file and no plain folder."""
+def check_plain(folder: Path, names: Iterable[str], single: bool = False) -> None:
+    """Raise UserError if one of these entries of a folder, or anything in it, is no plain file and no plain folder.
+
+    single: nor a file that has another name elsewhere, as what is written into it would be there too.
+    """
     for top in (folder / name for name in names):
         for path in chain([top] if os.path.lexists(top) else [], top.rglob("*")):  # beyond the top, through no link
-            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            state = path.lstat()
+            if single and stat.S_ISREG(state.st_mode) and state.st_nlink > 1:
+                raise UserError(
+                    f"{path} has a second name elsewhere (a hard link), and training would write into both: copy the "
+                    "folder (cp -r), and go on in the copy."
+                )
+            if stat.S_IFMT(state.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
                 what = f"a link to {path.readlink()}" if path.is_symlink() else "neither a file nor a folder"
                 raise UserError(
                     f"{path} is {what}. What a run holds has to be plain files and folders inside it, so that nothing "
@@ -258,16 +269,48 @@ def same_rows_at_once(folder: RunFolder, batch_size: int, processes: int) -> Non
     )
 
 
-def same_sharding(checkpoint: Path, trainer: Any) -> None:
-    """FSDP's checkpoints hold the adapter and the optimizer under other names, and Trainer reads its own kind alone."""
-    before, now = (checkpoint / "pytorch_model_fsdp.bin").is_file(), trainer.is_fsdp_enabled
-    if before == now:
+def same_sharding(checkpoint: Path | None, trainer: Any) -> None:
+    """Raise UserError for a launch that saves no adapter, and for a checkpoint that it would not read as it was
+    written, or must not unpickle.
+
+    One process, FSDP and DeepSpeed each have files of their own, and Trainer reads those of its launch alone.
+    """
+    now = _sharding_of(trainer)
+    if checkpoint is None:
         return
-    if before:
-        advice = "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too"
-    else:
-        advice = "Start it without FSDP, as before"
-    raise UserError(
-        f"The checkpoint {checkpoint} was written {'with' if before else 'without'} FSDP, and this run is "
-        f"{'with' if now else 'without'} it. {advice}."
-    )
+    before = _sharding_in(checkpoint)
+    if now != before:
+        raise UserError(f"The checkpoint {checkpoint} was written {before}, and this run is {now}. {_ADVICE[before]}.")
+    if now == _DEEPSPEED:
+        check_seal(checkpoint)
+
+
+_ALONE, _FSDP, _DEEPSPEED = "without FSDP", "with FSDP", "with DeepSpeed"
+_ADVICE = {
+    _ALONE: "Start it without FSDP and DeepSpeed, as before",
+    _FSDP: "Start it by `accelerate launch` with FSDP again; any number of processes will do, one too",
+    _DEEPSPEED: "Start it by `accelerate launch` with DeepSpeed again, on as many processes",
+}
+
+
+def _sharding_of(trainer: Any) -> str:
+    """How this launch shares out a model, which decides what files of a checkpoint it reads."""
+    if trainer.is_deepspeed_enabled:
+        return _DEEPSPEED
+    if not trainer.is_fsdp_enabled:
+        return _ALONE
+    kind = trainer.accelerator.state.fsdp_plugin.state_dict_type
+    kind = getattr(kind, "name", str(kind))
+    if kind != "FULL_STATE_DICT":
+        raise UserError(
+            f"FSDP's state_dict_type is {kind}, expected FULL_STATE_DICT: of the others transformers saves no adapter "
+            "at the end, and a checkpoint in parts is read in a way that can run code. Set fsdp_state_dict_type in "
+            "accelerate's configuration, or state_dict_type in train.arguments.fsdp_config."
+        )
+    return _FSDP
+
+
+def _sharding_in(checkpoint: Path) -> str:
+    if any(checkpoint.glob("global_step*")):
+        return _DEEPSPEED
+    return _FSDP if any(checkpoint.glob("pytorch_model_fsdp*")) else _ALONE

@@ -159,7 +159,7 @@ def known_base(card: ModelCard | None, recipe: Recipe, given: str | None) -> str
         return given
     if card is not None and BEGIN in card.text:
         said = card.data.get("base_model")
-        return said if isinstance(said, str) else None
+        return said if isinstance(said, str) and is_hub_name(said) else None
     path = recipe.model.path
     return path if is_hub_name(path) and not Path(path).exists() else None
 

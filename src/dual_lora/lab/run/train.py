@@ -194,8 +194,7 @@ def _train(
         callbacks = [*_callbacks_of(config), *checks, *more]
         with _clear_beginning(watch, checkpoint, part.arguments):
             trainer = build_trainer(model, recipe, folder, ready, watch, callbacks, reports)
-            if checkpoint:
-                same_sharding(checkpoint, trainer)
+            same_sharding(checkpoint, trainer)
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

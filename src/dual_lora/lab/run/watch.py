@@ -17,6 +17,7 @@ from dual_lora.lab.progress import Bar, console
 from dual_lora.lab.read import read_object
 from dual_lora.lab.run.failures import NotFinite, check_finite
 from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.sealed import seal
 from dual_lora.lab.run.write import json_text, mark_whole, write_json
 
 LOOK_AFTER = 30.0  # seconds of steps, before the processor time that the threads got is looked at
@@ -130,16 +131,28 @@ class Watch(TrainerCallback):
         self._since = self._before = 0.0, 0
         return (total + loss * (steps - before)) / steps if before else loss
 
+    def _since_line(self, args: Any) -> tuple[float, int]:
+        """The sum of losses, over the rows of all processes, of the steps since the last line."""
+        (before, _), (total, steps) = self._before, self._since
+        own, processes = total - before, process_count()
+        if processes > 1:
+            # Trainer has multiplied each one's loss, in place, so that their mean is that of all rows.
+            parts = torch.tensor(own, dtype=torch.float32, device=args.device)
+            torch.distributed.all_reduce(parts)
+            own = float(parts) / processes
+        return before + own, steps
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its part
         self._pause()
+        since_line = self._since_line(args)
         if self.main:
             checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
-            known: dict[str, Any] = {"seconds": round(self.earlier + self.seconds(), 3)}
-            if process_count() == 1:  # of several, each knows the loss of its own rows alone
-                known["since_line"] = self._since
+            known: dict[str, Any] = {"seconds": round(self.earlier + self.seconds(), 3), "since_line": since_line}
             write_json(checkpoint / SECONDS, known)
+            if any(checkpoint.glob("global_step*")):  # DeepSpeed's
+                seal(checkpoint)
             mark_whole(checkpoint)
             self.folder.keep_newest(self.keep)
         self._pause()

@@ -2,16 +2,19 @@
 
 The new content goes to a name of its own next to the target: drawn at random, made exclusively (mode x), so that it
 follows no link and meets no other writer. It reaches the disk and takes the target's place in one step. After a
-crash at any moment the old content is there or the new one. Nothing that was not made here is removed, but for the
-target.
+crash at any moment the old content is there or the new one. Nothing that was not made here is removed, but for a
+file that is written anew. What an output is to be is held by a lock, so that no two commands write it at once.
 """
 
+import glob
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ WHOLE = "complete.json"  # written last into a folder: the names and sizes of it
 REMAINS = tuple(f"**/.*.{'?' * 16}.part{inside}" for inside in ("", "/**/*"))  # globs of what a killed writer leaves
 
 
+def _next_to(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+
+
 @contextmanager
 def _in_place_of(target: Path) -> Iterator[Path]:
     """A name next to the target for what is to take its place, and does so at the end."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    part = _next_to(target)
     try:
         yield part
-        if part.is_dir() and target.exists():
-            shutil.rmtree(target)
+        if part.is_dir() and target.is_dir():
+            _make_way(target)
         part.replace(target)
     except BaseException:
         if part.is_dir():
@@ -40,9 +47,31 @@ def _in_place_of(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed."""
-    with _in_place_of(path) as part, part.open("x", encoding="utf-8", newline="") as file:
+def _make_way(target: Path) -> None:
+    """Empty the folder that another is to replace, of our own files. Raises UserError, and removes nothing, if it
+    holds others."""
+    ours = {file for file, same in listed_in(target).items() if same} | {target / WHOLE}
+    others = [path for path in target.rglob("*") if path not in ours and (path.is_symlink() or not path.is_dir())]
+    if others:
+        raise UserError(
+            f"{others[0]} was put into the output folder meanwhile, or changed. Nothing was removed or written: move "
+            "it away and give the same command again, or give another output."
+        )
+    for file in sorted(ours, key=lambda file: (file.name == WHOLE, file)):
+        file.unlink(missing_ok=True)
+    for folder in sorted((path for path in target.rglob("*")), reverse=True):
+        folder.rmdir()
+    if os.name == "nt":  # where no folder takes the place of another, not even of an empty one
+        target.rmdir()
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """The file has its old content or the new one at every moment. A link at `path` is replaced, not followed.
+
+    mode: who may read and write it, before the umask.
+    """
+    opener = partial(os.open, mode=mode)
+    with _in_place_of(path) as part, open(part, "x", encoding="utf-8", newline="", opener=opener) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -58,10 +87,14 @@ def write_folder_atomically(target: Path, write: Callable[[Path], object], liste
         sync(*part.rglob("*"), part)
 
 
+def finite(value: Any) -> Any:
+    """A value of JSON, in which NaN and infinity, which JSON does not have and other programs refuse, become null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON text. NaN and infinity, which JSON does not have and other programs refuse, become null."""
-    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=indent, ensure_ascii=False)
+    """JSON text of the finite value."""
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -85,20 +118,82 @@ def listed_in(folder: Path) -> dict[Path, bool]:
         return {}
 
 
-def free_folder(out: str | Path) -> Path:
-    """Where a folder may be written: one that is not there or empty; of a link, what it names. UserError otherwise."""
+@contextmanager
+def free_folder(out: str | Path) -> Iterator[Path]:
+    """Where a folder may be written: one that is not there or empty; of a link, what it names. UserError otherwise.
+
+    Held inside: no other command writes to it meanwhile.
+    """
     target = Path(out)
     if target.is_symlink():
         target = target.resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"The output folder {out} is not empty: give another one.")
-    return target
+    with held(target):
+        yield target
+
+
+@contextmanager
+def free_file(out: str | Path) -> Iterator[tuple[Path, Path]]:
+    """A file that is not there yet, and a folder next to it to make it in: what has its name there at the end becomes
+    the file. UserError for a file that is there. Held inside, as a folder is."""
+    target = Path(out)
+    taken = UserError(f"The file {target} exists already: give another one.")
+    if os.path.lexists(target):
+        raise taken
+    with held(target), space_next_to(target) as space:
+        yield target, space
+        sync(space / target.name)
+        if os.path.lexists(target):
+            raise taken
+        (space / target.name).replace(target)
+        sync(target.parent)
+
+
+@contextmanager
+def space_next_to(target: Path) -> Iterator[Path]:
+    """A folder for what leads to the target, on the same disk, and removed at the end."""
+    space = _next_to(target)
+    try:
+        space.mkdir()
+        yield space
+    finally:
+        shutil.rmtree(space, ignore_errors=True)
+
+
+@contextmanager
+def held(target: Path) -> Iterator[None]:
+    """No other command writes to the target meanwhile. What killed ones have left next to it is removed."""
+    made = [folder for folder in target.absolute().parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f".{target.name}.lock")
+    lock = hold(file, f"{target} is being written by another command: wait for it, or give another output.")
+    try:
+        remove_remains(target.parent, target.name)
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file
+            file.unlink()
+        lock.release()
+        for folder in made:  # those that nothing came into
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def remove_remains(folder: Path, name: str | None = None) -> None:
+    """Remove the folders that killed writers have left, which may have a model's size. name: of one target alone."""
+    for left in folder.glob(f".{glob.escape(name) if name else '*'}.{'[0-9a-f]' * 16}.part"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def hold(file: Path, busy: str, seconds: float = 0) -> Any:
     """A lock, which the operating system frees when its holder dies. Raises UserError, `busy` if another has it."""
     from filelock import FileLock, Timeout
 
+    if os.path.lexists(file) and not (stat.S_ISREG((state := file.lstat()).st_mode) and state.st_nlink == 1):
+        # Some versions empty the file that they lock.
+        raise UserError(f"{file} is a link or no file, expected a lock of this program: move it away.")
     lock = FileLock(file)
     try:
         lock.acquire(timeout=seconds)

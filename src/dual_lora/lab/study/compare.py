@@ -176,7 +176,7 @@ class Runner:
                     self.failed[key] = f"{job}: {error}"
                     self._say(f"failed: {self.failed[key]}")
                 bar.to(len(jobs) - len(left), self._note(left, job, outcome))
-                if time.time() - self._written > WRITE_SECONDS and self.trials:
+                if time.monotonic() - self._written > WRITE_SECONDS and self.trials:
                     self._results()
 
     def _elsewhere(self, jobs: Sequence[Job]) -> list[str]:
@@ -292,7 +292,7 @@ class Runner:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_json(self.folder.path / "results.json", results)
-        self._written = time.time()
+        self._written = time.monotonic()
         return results
 
     def _measure(self, jobs: Sequence[Job]) -> list[Outcome]:

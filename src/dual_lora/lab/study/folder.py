@@ -20,12 +20,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel
 
+from dual_lora.lab import yaml_text
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, other_settings, tensors_told, told_of, warn_of_doubt
-from dual_lora.lab.read import read_json, regular
+from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.run.write import hold, write_atomically, write_json
 from dual_lora.lab.study.job import Job, Kind, Settings, read_outcome, run_file
 from dual_lora.lab.study.read import values_in
@@ -139,7 +139,7 @@ class StudyFolder:
         self.known = Known()
         if os.path.lexists(self.file):
             try:
-                self.known = Known.model_validate_json(regular(self.file).read_bytes())
+                self.known = Known.model_validate_json(unlinked(self.file).read_bytes())
             except (OSError, ValueError):
                 if not update:
                     raise UserError(
@@ -192,7 +192,7 @@ class StudyFolder:
             known.precision = precision
         where = os.path.relpath(runs, self.path)  # relative: a folder of studies may be moved as a whole
         known.study, known.recipes, known.runs = study, recipes, None if where == "runs" else where
-        text = yaml.safe_dump(study, sort_keys=False, allow_unicode=True, width=110)
+        text = yaml_text.dump(study, sort_keys=False, allow_unicode=True, width=110)
         self.write()  # first: without it a study.yaml is somebody's own
         write_atomically(self.path / "study.yaml", text)
 
@@ -226,7 +226,7 @@ class StudyFolder:
 
 def progress(file: Path) -> Plain | None:
     """A study under way, by its study.json and its runs; None where every run has ended and the results are there."""
-    known, runs, rows = Known.model_validate_json(regular(file).read_bytes()), file.parent / "runs", []
+    known, runs, rows = Known.model_validate_json(unlinked(file).read_bytes()), file.parent / "runs", []
     inside = not known.runs and not runs.is_symlink()
     for key, job in known.jobs.items():
         row: Plain = {"status": "planned" if inside else "unknown", "job": job.model_dump()}
@@ -237,7 +237,7 @@ def progress(file: Path) -> Plain | None:
             told = outcome.model_dump(exclude={"weights"})
             row |= {"status": outcome.status, "outcome": told, "seconds": outcome.seconds}
         elif (error := run_file(runs, key, "error")).is_file():
-            row |= {"status": "failed", "error": str(read_json(error))}
+            row |= {"status": "failed", "error": str(read_json(unlinked(error)))}
         elif (runs / key).is_dir():
             row["status"] = "running"
         rows.append(row)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, print_of_weights
-from dual_lora.lab.read import read_json, regular
+from dual_lora.lab.read import read_json, unlinked
 from dual_lora.lab.recipe.read import identity
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
@@ -170,7 +170,7 @@ def _look_up(runs: Path, key: str) -> Outcome | str | None:
     if not file.is_file():
         return None
     try:
-        outcome = Outcome.model_validate_json(regular(file).read_bytes())
+        outcome = Outcome.model_validate_json(unlinked(file).read_bytes())
     except (OSError, ValueError):
         return f"{file} is damaged."
     if outcome.key != key:
@@ -206,7 +206,7 @@ def _gives(scores: NDArray[np.float64], metric: str | None, score: float | None)
 def read_scores(runs: Path, key: str, what: Literal["scores", "forgetting"] = "scores") -> NDArray[np.float64]:
     """What every item of a finished run adds to its metric [N, K]. Raises OSError or ValueError for a broken file."""
     try:
-        scores = np.asarray(read_json(run_file(runs, key, what)), dtype=np.float64)
+        scores = np.asarray(read_json(unlinked(run_file(runs, key, what))), dtype=np.float64)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"Not a table of numbers: {error}.") from None
     if scores.ndim != 2 or not np.isfinite(scores).all():

@@ -44,7 +44,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
     """
     if (done := read_outcome(runs, job.key)) is not None:
         return done
-    start, code, said = time.time(), code_version(), list[str]()
+    start, code, said = time.monotonic(), code_version(), list[str]()
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with _held(runs / job.key), _kept_warnings(said):
@@ -61,7 +61,7 @@ def perform(job: Job, runs: Path, keep: str = "adapters", at_a_time: int | None 
                     came["weights"] = print_of_weights(job.recipe.model)
             came |= {"warnings": said}
             came |= {"runs_at_a_time": at_a_time, "device": device_name()[:200], "code": code}
-            outcome = Outcome(key=job.key, seconds=round(time.time() - start, 3), **came)
+            outcome = Outcome(key=job.key, seconds=round(time.monotonic() - start, 3), **came)
             write_outcome(runs, outcome)
             _tidy(job, runs / job.key, keep)
             return outcome

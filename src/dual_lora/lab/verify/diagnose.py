@@ -6,7 +6,7 @@ found: it has to lie within the rounding, or to leave less than half of the resi
 four bits leave. Rounding is no fault.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
@@ -44,7 +44,7 @@ class Guesses(Protocol):
 
     def scaled(self, strength: float) -> Tensor | None: ...
     def parts(self) -> Iterator[tuple[str, Tensor]]: ...
-    def coarse(self) -> Tensor | None: ...
+    def coarse(self) -> Mapping[str, Tensor]: ...
 
 
 @dataclass
@@ -222,39 +222,33 @@ def _named_scale(scale: float, warms_up: bool) -> tuple[Word, str]:
 
 
 class _Coarse:
-    """What rounding to four bits does to these tokens; computed when it is first asked for."""
+    """What rounding to four bits does to these tokens, before a merge and after it; computed when first asked for."""
 
     def __init__(self, cut: Cut, known: Known, guesses: Guesses, effect: float):
         self.cut, self.known, self.guesses, self.effect = cut, known, guesses, effect
 
     @cached_property
-    def _pattern(self) -> Tensor | None:
-        return None if (pattern := self.guesses.coarse()) is None else self.cut(pattern)
-
-    @cached_property
-    def _measured(self) -> tuple[float, float]:
-        """Its distance from the adapter, and the strength that it keeps."""
-        if self._pattern is None:
-            return self.effect / 3 / COARSE, 1.0
+    def _patterns(self) -> list[tuple[Tensor, float, float]]:
+        """Each with its distance from the adapter, and the strength that it keeps."""
         base, tuned = self.known.base, self.known.tuned
-        return rms(self._pattern - tuned), projection(self._pattern - base, tuned - base, self.known.rows)[0]
-
-    def left(self, found: Tensor) -> float:
-        """The residual that it leaves of what was found."""
-        return float("inf") if self._pattern is None else rms(found - self._pattern)
+        patterns = map(self.cut, self.guesses.coarse().values())
+        return [(p, rms(p - tuned), projection(p - base, tuned - base, self.known.rows)[0]) for p in patterns]
 
     def explains(self, found: Tensor, left: float, strength: float) -> bool:
-        """Whether it explains what was found, of this strength, better than a fault that leaves so much."""
-        alike = abs(strength - self._measured[1]) <= STRENGTH
-        return self.left(found) < left * (1.0 if alike else CLEARLY)
+        """Whether one explains what was found, of this strength, better than a fault that leaves so much."""
+        return any(
+            rms(found - pattern) < left * (1.0 if abs(strength - kept) <= STRENGTH else CLEARLY)
+            for pattern, _, kept in self._patterns
+        )
 
     @property
     def limit(self) -> float:
-        return max(COARSE * self._measured[0], ROUNDINGS * self.known.rounding)
+        distances = [distance for _, distance, _ in self._patterns]
+        return max(COARSE * max(distances, default=self.effect / 3 / COARSE), ROUNDINGS * self.known.rounding)
 
     @property
     def room(self) -> float:
-        return max(KEPT, 2 * abs(1 - self._measured[1]))
+        return max(KEPT, *(2 * abs(1 - kept) for _, _, kept in self._patterns))
 
 
 def _rest(known: Known, finding: Finding, coarse: _Coarse, unpacked: bool) -> tuple[Word, str]:

@@ -11,11 +11,8 @@ import http.client
 import json
 import math
 import os
-import threading
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,10 +22,11 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.logprobs import SPACES, Probe
-from dual_lora.serving.client import opener
+from dual_lora.serving.asking import Reply, ask
 
 TOKENS = ("DUAL_LORA_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set counts
 LARGEST = 32 << 20  # bytes of an answer that are read
+LONGEST = 1_000_000  # seconds
 TOP = 20  # next tokens asked for; OpenAI allows 5
 ASKED_SINGLY = 40  # tokens asked for one by one, where the server does not echo
 NO_FLOOR = -math.inf
@@ -59,6 +57,8 @@ class Endpoint:
             raise UserError(f"--endpoint holds a password: give a token in the environment, as {TOKENS[0]}.")
         if parts.query or parts.fragment:
             raise UserError(f"--endpoint is {url!r}, expected a URL without ? and #, such as http://localhost:8000/v1.")
+        if not 0 < timeout <= LONGEST:
+            raise UserError(f"--timeout is {timeout:g}, expected seconds: more than 0, at most {LONGEST:,}.")
         path = parts.path.rstrip("/").removesuffix("/chat/completions").removesuffix("/completions")
         self.url, self.model, self.timeout = f"{parts.scheme}://{parts.netloc}{path or '/v1'}", model, timeout
 
@@ -161,44 +161,40 @@ class Endpoint:
             self.url + path, json.dumps({"model": self.model, **body}).encode(), headers, method="POST"
         )
         try:
-            text = _within(self.timeout, lambda: self._read(request))
-        except urllib.error.HTTPError as error:
-            raise _Refused(self._said(path, error), error.code) from None
+            reply = ask(request, self.timeout, LARGEST)
+        except TimeoutError:
+            raise UserError(f"{self.url} did not answer within {self.timeout:g} s (--timeout).") from None
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise UserError(f"{self.url} did not answer within {self.timeout:.0f} s (--timeout).") from None
             raise UserError(f"{self.url} cannot be reached: {_clean(str(reason) or type(error).__name__)}.") from None
         except UnicodeError:
             raise UserError(f"The token in the environment ({' or '.join(TOKENS)}) cannot be sent.") from None
-        if len(text) > LARGEST:
+        if reply.status >= 300:
+            raise _Refused(self._said(path, reply), reply.status)
+        if len(reply.body) > LARGEST:
             raise UserError(f"{self.url} answered with more than {LARGEST:,} bytes.")
         try:
-            told = json.loads(text)
+            told = json.loads(reply.body)
         except (ValueError, RecursionError):
             told = None
         if not isinstance(told, dict):
             raise UserError(f"{self.url}{path} did not answer in JSON: is it an OpenAI-compatible server?")
         return told
 
-    def _read(self, request: urllib.request.Request) -> bytes:
-        with opener().open(request, timeout=self.timeout) as reply:
-            return bytes(reply.read(LARGEST + 1))
-
-    def _said(self, path: str, error: urllib.error.HTTPError) -> str:
-        if 300 <= error.code < 400:
+    def _said(self, path: str, reply: Reply) -> str:
+        if reply.sends_on:
             return f"{self.url} sends on to another address, which is not followed: name that one."
         try:
-            told = json.loads(error.read(1 << 16))
+            told = json.loads(reply.body)
             told = told.get("error", told) if isinstance(told, dict) else told  # OpenAI's way, or FastAPI's
             text = told.get("message", told.get("detail", "")) if isinstance(told, dict) else str(told)
-        except (ValueError, OSError, RecursionError):
+        except (ValueError, RecursionError):
             text = ""
-        if error.code in (401, 403):
+        if reply.status in (401, 403):
             text = f"it wants a token, in the environment as {' or '.join(TOKENS)}"
-        elif error.code == 404:
+        elif reply.status == 404:
             text = f"no such path, or no model {self.model!r}. {_clean(str(text))}".rstrip()
-        return f"{self.url}{path} refused (HTTP {error.code}): {_clean(str(text)) or 'it said nothing'}."
+        return f"{self.url}{path} refused (HTTP {reply.status}): {_clean(str(text)) or 'it said nothing'}."
 
 
 @dataclass
@@ -282,20 +278,6 @@ def _entry(token: str, value: Any, top: dict[str, Any]) -> Entry:
     others = {name: x for name, v in top.items() if (x := _number(v)) is not None}
     numbers = {name.removeprefix("token_id:"): x for name, x in others.items() if name.startswith("token_id:")}
     return Entry(token, _number(value), others, {int(n): x for n, x in numbers.items() if n.isdecimal()})
-
-
-def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """What `work` returns; TimeoutError if it takes longer. A socket's own limit is for each byte anew."""
-    came: Future[bytes] = Future()
-
-    def run() -> None:
-        try:
-            came.set_result(work())
-        except BaseException as error:
-            came.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return came.result(seconds)
 
 
 def _number(value: Any) -> float | None:

@@ -26,7 +26,7 @@ from dual_lora.lab.model.weights import have_changed, print_of_folder
 from dual_lora.lab.progress import console
 from dual_lora.lab.read import regular
 from dual_lora.lab.verify.diagnose import Known
-from dual_lora.lab.verify.guesses import ModelGuesses, adapted_layers, known_of, parts
+from dual_lora.lab.verify.guesses import FOUR_BITS, FOUR_BITS_MERGED, ModelGuesses, adapted_layers, known_of, parts
 from dual_lora.lab.verify.logprobs import Probe, Text, base_parameters, rows_of, text_of_token
 from dual_lora.lab.verify.prompts import both, built_in_probes, most_apart
 from dual_lora.lab.verify.texts import hash_of_template, hash_of_tokenizer, plain_counts
@@ -36,7 +36,6 @@ LARGEST = 1 << 20  # bytes of a file that is read
 TOKENS, PROMPTS = 20, 5
 SAMPLED = 64  # tensors of the base, of which the first and the last numbers count
 STRENGTHS = (0.25, 0.5, 0.75, 1.5, 2.0, 3.0, 4.0)
-COARSE = "four bits"
 LOST = ("the first half of the blocks", "the second half of the blocks")
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -112,8 +111,8 @@ class StoredGuesses:
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, column) for name, column in self.columns.items() if name in LOST)
 
-    def coarse(self) -> Tensor | None:
-        return self.columns.get(COARSE)
+    def coarse(self) -> dict[str, Tensor]:
+        return {name: self.columns[name] for name in (FOUR_BITS, FOUR_BITS_MERGED) if name in self.columns}
 
 
 def make(tuned: Tuned) -> Fingerprint:
@@ -126,8 +125,7 @@ def make(tuned: Tuned) -> Fingerprint:
     if adapted_layers(tuned.model):
         columns |= {f"× {s}": pattern for s in STRENGTHS if (pattern := guesses.scaled(s)) is not None}
         columns |= {name: guesses.without(lost) for name, lost in parts(tuned.model).items() if name in LOST}
-    if (coarse := guesses.coarse()) is not None:
-        columns[COARSE] = coarse
+    columns |= guesses.coarse()
     return Fingerprint(
         method=str(getattr(config.peft_type, "value", config.peft_type)),
         base=str(config.base_model_name_or_path or ""),

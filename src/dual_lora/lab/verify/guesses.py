@@ -15,9 +15,11 @@ from torch import Tensor
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.verify.diagnose import Known, projection, rms
-from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, rows_of, score
+from dual_lora.lab.verify.logprobs import Probe, as_bf16, as_int4, base_parameters, merged_as_int4, rows_of, score
 from dual_lora.method.layer import DualLoraLayer
 
+# The base rounded, with the adapter next to it, as a server has it that loads both; and what a merged file holds.
+FOUR_BITS, FOUR_BITS_MERGED = "four bits", "four bits, merged"
 LARGEST_COPIED = 4 << 30  # bytes of base weights of which a rounded copy is made
 
 
@@ -42,11 +44,15 @@ class ModelGuesses:
         with strengths(self.model, lambda name: 0.0 if name in missing else 1.0):
             return score(self.model, self.probes)
 
-    def coarse(self) -> Tensor | None:
+    def coarse(self) -> dict[str, Tensor]:
         if not _may_be_copied(self.model):
-            return None
+            return {}
         with as_int4(self.model):
-            return score(self.model, self.probes)
+            found = {FOUR_BITS: score(self.model, self.probes)}
+        if _may_be_copied(self.model, LARGEST_COPIED // 3):  # what a method keeps for its unmerging is a copy, too
+            with contextlib.suppress(Exception), merged_as_int4(self.model):  # whatever it has against a merge
+                found[FOUR_BITS_MERGED] = score(self.model, self.probes)
+        return found
 
 
 def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | None = None) -> Known:
@@ -76,11 +82,11 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
     )
 
 
-def _may_be_copied(model: Any) -> bool:
+def _may_be_copied(model: Any, largest: int = LARGEST_COPIED) -> bool:
     """Not for a base that is packed in few bits already, nor for one too large."""
     held = list(base_parameters(model).values())
     size = sum(p.numel() * p.element_size() for p in held)
-    return size <= LARGEST_COPIED and all(p.is_floating_point() for p in held)
+    return size <= largest and all(p.is_floating_point() for p in held)
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:

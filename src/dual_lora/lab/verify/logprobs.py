@@ -155,6 +155,25 @@ def as_int4(model: Any) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def merged_as_int4(model: Any) -> Iterator[None]:
+    """The model with its adapter merged, and then rounded to four bits, as a merged file is. Raises whatever a method
+    without a merge does."""
+    from dual_lora import composed_weights
+
+    kept = [(parameter, parameter.data.clone()) for parameter in base_parameters(model).values()]
+    try:
+        model.merge_adapter()
+        with as_int4(model):
+            yield
+    finally:
+        with contextlib.suppress(Exception):  # what failed has merged nothing, or only some
+            model.unmerge_adapter()
+        for parameter, data in kept:
+            parameter.data = data
+        composed_weights.clear()
+
+
 def int4(weight: Tensor) -> Tensor:
     """[O, I] rounded to whole multiples of the largest entry of each block, divided by 7."""
     flat = weight.float().flatten()

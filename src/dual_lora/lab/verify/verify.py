@@ -306,9 +306,8 @@ def _plain(path: str) -> tuple[Tuned, Any]:
     dtype = "float32"
     if location.gguf_file is None:
         try:
-            dtype = str(getattr(AutoConfig.from_pretrained(location.name), "dtype", None) or dtype).removeprefix(
-                "torch."
-            )
+            config = AutoConfig.from_pretrained(location.name, **location.arguments())
+            dtype = str(getattr(config, "dtype", None) or dtype).removeprefix("torch.")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"The model {path!r} could not be loaded: {described(error, Exception, lines=1)}"

@@ -1,0 +1,77 @@
+"""Every number in a configuration of any method of PEFT has a bound, or costs nothing however large it is."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig, OFTConfig, PrefixTuningConfig, VBLoRAConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+
+from dual_lora.verify.bounds import FREE, check_bounds
+
+CONFIGS = sorted({config for config in PEFT_TYPE_TO_CONFIG_MAPPING.values()}, key=lambda config: config.__name__)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        return nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+
+
+class Made:
+    """A configuration as a file may have it: PEFT's own checks are not asked."""
+
+    def __init__(self, kind, **values):
+        self.__class__ = dataclasses.make_dataclass("Made", [(f.name, f.type) for f in dataclasses.fields(kind)])
+        own = {f.name: f.default if f.default is not dataclasses.MISSING else None for f in dataclasses.fields(kind)}
+        self.__dict__ |= own | values
+        self.__class__.to_dict = lambda made: dict(vars(made))
+
+
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_a_methods_own_defaults_are_welcome(kind, model):
+    check_bounds(Made(kind), model)
+
+
+@pytest.mark.parametrize("number", [10**9, 10**30, float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: kind.__name__)
+def test_every_whole_number_has_a_bound_or_is_free(kind, number, model):
+    fields = [f.name for f in dataclasses.fields(kind) if "int" in str(f.type) or "Any" in str(f.type)]
+    for name in fields:
+        for value in (number, [number], {"q_proj": number}):
+            if FREE.search(name):
+                check_bounds(Made(kind, **{name: value}), model)
+                continue
+            with pytest.raises(ValueError, match=name):
+                check_bounds(Made(kind, **{name: value}), model)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (OFTConfig(num_cayley_neumann_terms=10**9), "num_cayley_neumann_terms holds 1,000,000,000, and expected at mo"),
+        (LoraConfig(init_lora_weights="pissa_niter_999999999"), "expected at most 100 iterations"),
+        (LoraConfig(init_lora_weights="pissa_niter_" + "9" * 900), "expected at most 100 iterations"),
+        (LoraConfig(init_lora_weights="loftq", loftq_config={"loftq_iter": 10**9}), "holds loftq_iter: 1,000,000,000"),
+        (LoraConfig(rank_pattern={"q_proj": 10**8}), "rank_pattern holds 100,000,000, and no weight of this model has"),
+        (LoraConfig(layer_replication=[[0, 10**9]]), "makes a model of 1,000,000,000 layers"),
+        (VBLoRAConfig(num_vectors=10**7, vector_length=4096), "num_vectors × vector_length is 40,960,000,000 numbers"),
+        (PrefixTuningConfig(num_virtual_tokens=10, token_dim=10**12), "token_dim holds 1,000,000,000,000"),
+        (
+            PrefixTuningConfig(num_virtual_tokens=4000, token_dim=4000, num_layers=900, num_transformer_submodules=1),
+            "num_virtual_tokens × num_transformer_submodules × num_layers × token_dim is",
+        ),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_what_would_build_without_an_end(config, said, model):
+    with pytest.raises(ValueError, match=said):
+        check_bounds(config, model)
+
+
+def test_seeds_and_names_of_modules_have_no_bound(model):
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING["VERA"]
+    check_bounds(Made(kind, projection_prng_key=2**40), model)
+    check_bounds(LoraConfig(lora_alpha=10**9, init_lora_weights="pissa_niter_16", loftq_config={}), model)
+    check_bounds(Made(PEFT_TYPE_TO_CONFIG_MAPPING["ADALORA"], rank_pattern={"x": [True] * 20_000}), model)
