@@ -8,9 +8,6 @@ from pydantic import BaseModel, Field, create_model
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.schema import Precision, Recipe
 
-# A flag has no negative form, such as --no-json, unless its command names one.
-PLAIN_FLAGS = Parameter(negative_bool=(), negative_iterable=())
-
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
 DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
 Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]

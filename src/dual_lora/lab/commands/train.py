@@ -12,8 +12,10 @@ from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.commands.parameters import Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
+from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run import early
 from dual_lora.lab.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,8 +56,10 @@ def train(
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
-    from dual_lora.lab.run.hub_card import too_long
-    from dual_lora.lab.run.train import run
+    early.check(chosen, folder, resume, overwrite)
+    with stage(f"{chosen.name}: {chosen.method['name']} on {chosen.model.path}, into {folder}"):
+        from dual_lora.lab.run.hub_card import too_long
+        from dual_lora.lab.run.train import run
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +14,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
 
 if TYPE_CHECKING:
@@ -82,8 +84,45 @@ def locate(path: str, revision: str | None = None) -> Location:
             + (f", such as {' or '.join(below[:3])}." if below else ".")
         )
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"There is no folder {path}.")
+        raise UserError(f"There is no folder {path}.{meant(path)}")
     return Location(path, revision=revision)
+
+
+def check_here(path: str, revision: str | None = None) -> None:
+    """Raise UserError for a model that cannot be loaded: of a name on the hub, where nothing may be downloaded."""
+    location = locate(path, revision)
+    if is_here(path) or os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        held = try_to_load_from_cache(location.name, "config.json", revision=revision)
+    except ValueError:  # no name that a hub would have
+        held = None
+    if not isinstance(held, str):
+        raise UserError(
+            f"There is no model {path!r}: no such folder is here, the hub's cache has none of that name, and "
+            f"HF_HUB_OFFLINE forbids to download it.{meant(path)}"
+        )
+
+
+def meant(path: str) -> str:
+    """A sentence that suggests a model on this machine with nearly that name; "" where there is none."""
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        if any(f.suffix in (".gguf", ".safetensors") for f in metadata.distribution(path).files or []):
+            return f" Did you mean package:{path}?"
+    given = Path(path).expanduser()
+    beside = given.parent if given.parent.is_dir() else Path()
+    with contextlib.suppress(OSError):
+        folders = [f for f in beside.iterdir() if f.is_dir() and ((f / "config.json").is_file() or [*f.glob("*.gguf")])]
+        files = [f for f in beside.iterdir() if f.suffix == ".gguf"]
+        names = {f.name.lower(): str(f) for f in folders + files}
+        last = given.name.lower()
+        near = get_close_matches(last, names, n=1, cutoff=0.5) or [n for n in names if last in n or n in last][:1]
+        if near:
+            found = names[near[0]]
+            return f" Did you mean {found if found.startswith(('/', '.')) else f'./{found}'}?"
+    return ""
 
 
 def _in_package(name: str) -> Location:
@@ -112,7 +151,7 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     location = location or locate(path)
-    with _clear_errors(path):
+    with _clear_errors(path), _quick_reading(location):
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
@@ -140,7 +179,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if part.head != "causal":
         factory = AutoModelForSequenceClassification
         arguments["num_labels"] = num_labels
-    with _clear_errors(part.path), quiet():
+    with _clear_errors(part.path), quiet(), _quick_reading(location):
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
         if location.gguf_file:
             forget_packing(model)
@@ -171,6 +210,14 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     if device is not None or not is_sharded_launch():
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
+
+
+def _quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:
+    if location.gguf_file is None:
+        return contextlib.nullcontext()
+    from dual_lora.lab.model.read_gguf import read_once
+
+    return read_once()
 
 
 def dtype_of(part: ModelSection, device: str | None = None) -> str:
@@ -239,10 +286,10 @@ def set_special_tokens(file: Path, tokenizer: Any) -> None:
 
 @lru_cache(maxsize=8)
 def _held_in(file: Path, changed: int) -> _Held:
-    """Takes a second or two, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
-    from gguf import GGUFReader
+    """Takes a second, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
+    from dual_lora.lab.model.read_gguf import reader_of
 
-    reader = GGUFReader(file)
+    reader = reader_of(file)
 
     def field(name: str) -> Any:
         found = reader.get_field(name)
@@ -277,7 +324,10 @@ def _clear_errors(path: str) -> Any:
         yield
     except UserError:
         raise
-    except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
+    except Exception as error:
+        if memory_full(error):
+            raise
+        # Readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError.
         first = described(error, OSError, ValueError, lines=1)
-        where = "" if is_here(path) else " (there is no such folder here)"
-        raise UserError(f"The model {path!r} could not be loaded{where}: {first}") from error
+        where, near = ("", "") if is_here(path) else (" (there is no such folder here)", meant(path))
+        raise UserError(f"The model {path!r} could not be loaded{where}: {first}{near}") from error

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
@@ -211,9 +211,9 @@ def _open_adapter(
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
         brought = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if memory_full(error):
+            raise
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
         said = described(error, ValueError, RuntimeError, OSError, lines=2)

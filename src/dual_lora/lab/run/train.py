@@ -9,20 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import print_of_rows
 from dual_lora.lab.data.overlap import undeclared
-from dual_lora.lab.errors import UserError, described, is_disk_full
+from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
 from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
 from dual_lora.lab.model.weights import print_of_weights
-from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.progress import Bar, console, stage
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.failures import Diverged as Diverged
@@ -112,7 +111,7 @@ def run(
         recipe = precision.settled_here(recipe)
         if precision.leaves_open(asked) and progress and main:
             console.print(str(precision.fast_precision()))
-        with clear_failures(folder):
+        with clear_failures(folder, recipe):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
             with reported(to, task, name, folder.path) as reports:
                 return _train(recipe, asked, folder, main, progress, callbacks, reports, passing)
@@ -142,7 +141,7 @@ def _train(
     check_precision(recipe)
     if main and (why := undeclared(recipe.data)):
         warn(f"The sets are not apart: {why}", stacklevel=2)
-    ready = prepare(recipe)
+    ready = prepare(recipe, progress)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
     if any(is_kind(config, kind) for kind in OWN_LOSS):
@@ -240,7 +239,8 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
+        with stage(f"saving {target}: weights, fingerprint (for `dual-lora verify`), card", progress):
+            _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
@@ -266,7 +266,7 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
     except UserError:
         raise
     except Exception as error:
-        if watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+        if watch.begun or memory_full(error) or is_disk_full(error):
             raise
         if checkpoint is not None:
             raise UserError(
