@@ -24,6 +24,7 @@ from dual_lora.lab.terminal import Console, guarded
 COMMANDS: list[tuple[str, str, str]] = [
     ("train", "dual_lora.lab.commands.train:train", "Fine-tune a model by a recipe."),
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
+    ("predict", "dual_lora.lab.commands.predict:predict", "Label or answer every record of a file."),
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
     ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),

@@ -1,5 +1,6 @@
 """Parameters that several commands have, each with one help text; every field of a recipe as a flag."""
 
+from collections.abc import Container
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -19,10 +20,12 @@ Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
 
 
-def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
-    """``model`` with every field optional: what may be given as a flag over a recipe file."""
+def flags(model: type[BaseModel] = Recipe, only: Container[str] | None = None) -> type[BaseModel]:
+    """``model`` with every field optional: what may be given as a flag over a recipe file. only: of these fields."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
         kind: Any = field.annotation
         text = field.description or ""
         if isinstance(kind, type) and issubclass(kind, BaseModel):

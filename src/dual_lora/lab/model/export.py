@@ -17,7 +17,8 @@ from typing import Any
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
-from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
+from dual_lora.lab.model.note import write_note
+from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses

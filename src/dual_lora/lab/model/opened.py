@@ -1,7 +1,6 @@
 """Open what was trained: a run folder, an adapter folder or any plain model."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +15,12 @@ from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
 from dual_lora.lab.model.load import UNREAD, Loaded, Location, is_here, load_model, load_tokenizer
 from dual_lora.lab.model.methods import plain_name
+from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
 from dual_lora.lab.read import read_object
-from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
 from dual_lora.verify.numbers import header
-
-NOTE = "lab.json"  # next to the adapter's weights: the recipe and the class names
 
 # Methods whose adapter, switched off, leaves the base's own outputs. Of the others, and of new ones, the base is loaded
 # anew: PiSSA's start is taken out of the weights.
@@ -124,29 +121,6 @@ def open_tuned(
     return Tuned(loaded.model, loaded.tokenizer, str(source))
 
 
-def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
-    """The recipe and the classes that the laboratory noted in an adapter folder; none in one from elsewhere."""
-    file = adapter / NOTE
-    if not file.is_file():
-        return None, []
-    try:
-        note = read_object(file)
-        recipe, classes = note["recipe"], note.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."
-        ) from None
-    return build_recipe(recipe, str(file)), classes
-
-
-def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:
-    """base: a print of its weights, as they were when it was loaded; the adapter fits no others."""
-    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes} | ({"base": base} if base else {})
-    (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:
     """What tells a base, which was just loaded, from the one that the adapter was trained on; {} where nothing does.
 
@@ -176,6 +150,7 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     trained = part.model_copy(update={"path": str(folder.full_model), "revision": None})
     loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
+    name_classes(loaded.model, classes)
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
     other = _other_base(folder.full_model, part, part.path)
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path, given=other)
@@ -206,6 +181,7 @@ def _open_adapter(
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
+    name_classes(loaded.model, classes)
     other = _other_base(adapter, part, base)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:

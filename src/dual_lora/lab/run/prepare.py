@@ -22,6 +22,7 @@ from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import Loaded
+from dual_lora.lab.model.note import name_classes
 from dual_lora.lab.model.opened import load_base
 from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.schema import Recipe
@@ -70,6 +71,7 @@ def prepare(recipe: Recipe, progress: bool = False) -> Prepared:
     set_seed(part.seed)
     with stage(f"loading {recipe.model.path}", progress):
         loaded = load_base(recipe.model, part.seed, len(classes) or None)
+        name_classes(loaded.model, classes)
         ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []

@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, aligned, collator, longest_first, to_device
-from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
+from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import generate_all, search_of, specials_of
@@ -194,6 +194,18 @@ def _generated(asked: Asked, examples: list[Example]) -> list[str]:
         )
     how = spec.batch_size, spec.max_new_tokens, asked.advance, search_of(spec)
     return generate_all(asked.model, asked.tokenizer, prompts, *how)
+
+
+def class_rows(asked: Asked) -> Rows:
+    """Of each text the probabilities of the classes, in their order; of a regression its value."""
+    rows: Rows = [{}] * len(asked.examples)
+    blank = {"label": "0"} if list(asked.classes) == [VALUE] else {"label": asked.classes[0]}
+    unlabelled = replace(asked, examples=[replace(example, **blank) for example in asked.examples])
+    for part, found, _ in _encoder_logits(unlabelled):
+        told = found if list(asked.classes) == [VALUE] else found.double().softmax(1)
+        for i, values in zip(part, told.tolist(), strict=True):
+            rows[i] = {"values": values}
+    return rows
 
 
 def score_classification(asked: Asked) -> Rows:

@@ -19,7 +19,8 @@ from dual_lora.lab.model import precision
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.methods import apply_method, is_kind, method_config
-from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
+from dual_lora.lab.model.note import name_in_adapter, write_note
+from dual_lora.lab.model.opened import Tuned, untrained_model
 from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console, stage
 from dual_lora.lab.read import read_object
@@ -239,7 +240,8 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        with stage(f"saving {target}: weights, fingerprint (for `dual-lora verify`), card", progress):
+        more = "" if ready.classes or config is None else ", fingerprint (for `dual-lora verify`)"
+        with stage(f"saving {target}: weights{more}, card", progress):
             _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
@@ -310,6 +312,7 @@ def _save(
             else:
                 trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
             tuned.tokenizer.save_pretrained(str(folder))
+        name_in_adapter(folder, tuned.model, tuned.classes)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(folder, recipe, tuned.classes, base)
         complete(folder)  # before the folder is listed: fingerprint and card are ours too
