@@ -49,7 +49,7 @@ def merge(
     `mark_whole`). Raises UserError if ``out`` holds anything, ``source`` holds no adapter, or its base cannot be saved.
     """
     target = free_folder(out)
-    tuned = open_tuned(source, base, dtype)
+    tuned = open_tuned(source, base, dtype, whole=True)  # packing again would lose a part of the update
     if not tuned.adapted and tuned.run is None:
         raise UserError(f"{source} holds no adapter to merge.")
     with quiet():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
+from dual_lora.lab.model.quantize import quantization_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -175,6 +176,10 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention
+    if packed := quantization_config(part, arguments["dtype"]):
+        arguments["quantization_config"] = packed
+        if device is not None or not is_sharded_launch():
+            arguments["device_map"] = {"": device or best_device()}  # packed where it will be
     factory: Any = AutoModelForCausalLM
     if part.head != "causal":
         factory = AutoModelForSequenceClassification
@@ -207,7 +212,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     keep_unpacked(model)  # or a validation in training ends the gradients of any method on 4 bits
-    if device is not None or not is_sharded_launch():
+    if not packed and (device is not None or not is_sharded_launch()):
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
 

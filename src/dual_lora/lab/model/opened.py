@@ -98,11 +98,17 @@ class Tuned:
 
 
 def open_tuned(
-    source: str | Path, base: str | None = None, dtype: str | None = None, device: str | None = None
+    source: str | Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    whole: bool = False,
 ) -> Tuned:
     """Load a run folder, an adapter folder, or a model by folder, name, GGUF file or package.
 
     base: the base model, where the adapter's own note of it does not hold any more. dtype: precision of the base.
+    whole: the base as it was before `model.quantize` packed it.
     Raises UserError for folders that are neither, and runs that are not finished.
     """
     path = Path(source)
@@ -110,11 +116,11 @@ def open_tuned(
     if folder.is_run:
         result = result_of(folder)
         full = result == folder.full_model
-        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, run=path)
+        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, path, whole)
         tuned.given |= {"dtype": dtype} if dtype else {}
         return tuned
     if (path / "adapter_config.json").is_file():
-        return _open_adapter(path, base, dtype, device)
+        return _open_adapter(path, base, dtype, device, whole=whole)
     part = ModelSection(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
@@ -163,7 +169,12 @@ def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str
 
 
 def _open_adapter(
-    adapter: Path, base: str | None, dtype: str | None, device: str | None, run: Path | None = None
+    adapter: Path,
+    base: str | None,
+    dtype: str | None,
+    device: str | None,
+    run: Path | None = None,
+    whole: bool = False,
 ) -> Tuned:
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
@@ -177,7 +188,8 @@ def _open_adapter(
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
     another = {"path": base, "revision": None} if base and base != part.path else {}
-    part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}))
+    unpacked = {"quantize": "none"} if whole else {}
+    part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}) | unpacked)
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)

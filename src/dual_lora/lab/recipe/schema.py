@@ -15,6 +15,7 @@ from dual_lora.lab.patterns import compiled
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["none", "nf4", "fp4", "int8", "torchao-int8"]
 MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
 
 
@@ -41,6 +42,11 @@ class ModelSection(Section):
         "float32",
         description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
         "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
+    )
+    quantize: Quantize = Field(
+        "none",
+        description="Pack the base's linear layers while it is loaded: nf4, fp4 and int8 by bitsandbytes, torchao-int8 "
+        "by torchao. Merging takes the base as it was before.",
     )
     attention: str | None = Field(
         None,
@@ -312,6 +318,15 @@ class Recipe(Section):
     def _forgetting_is_a_language_models(self) -> Recipe:
         if self.evaluate.forgetting is not None and self.model.head != "causal":
             raise ValueError(f"evaluate.forgetting needs a language model, and model.head is {self.model.head}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_packed_is_not_trained(self) -> Recipe:
+        if self.model.quantize != "none" and self.method["name"] == "full":
+            raise ValueError(
+                f"model.quantize is {self.model.quantize}, and method full trains the base's weights, which would stay "
+                "packed: take an adapter, or leave model.quantize out"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -19,6 +19,7 @@ from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model.load import check_here
 from dual_lora.lab.model.names import ALIASES, OURS
+from dual_lora.lab.model.quantize import check_quantize
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
 
@@ -35,6 +36,7 @@ def check(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = 
     check_method(recipe)
     check_records(recipe)
     check_here(recipe.model.path, recipe.model.revision)
+    check_quantize(recipe.model)
 
 
 def check_records(recipe: Recipe) -> None:
