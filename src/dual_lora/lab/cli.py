@@ -33,7 +33,11 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
-    ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
+    (
+        "report",
+        "dual_lora.lab.commands.report:report",
+        "Write one HTML page of runs, studies and analyses.",
+    ),
     ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
     ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),

@@ -101,7 +101,11 @@ def score_exact_match(asked: Asked) -> Rows:
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
-        row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
+        row = {
+            "correct": _same(found, expected.strip(), spec.compare),
+            "predicted": found,
+            "expected": expected.strip(),
+        }
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
 
@@ -215,7 +219,8 @@ def score_classification(asked: Asked) -> Rows:
         nats, best = cross_entropy(found, labels, reduction="none").tolist(), found.argmax(1).tolist()
         for i, loss, number in zip(part, nats, best, strict=True):
             name = asked.classes[number]
-            rows[i] = {"correct": name == asked.examples[i].label, "predicted": name, "nats": loss}
+            right = asked.examples[i].label
+            rows[i] = {"correct": name == right, "predicted": name, "expected": right, "nats": loss}
     return rows
 
 
