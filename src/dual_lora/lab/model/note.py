@@ -59,7 +59,7 @@ def name_in_adapter(folder: Path, model: Any, classes: list[str]) -> None:
         return
     base = type(plain.get_base_model() if hasattr(plain, "get_base_model") else getattr(plain, "model", plain))
     values = read_object(file)
-    told = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    told: dict[str, Any] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     told |= {"id2label": named(classes)["id2label"]}
     values["auto_mapping"] = {**(values.get("auto_mapping") or {}), **told}
     file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

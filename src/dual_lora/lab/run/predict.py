@@ -146,8 +146,9 @@ def _print_of(
 ) -> str:
     """What the results depend on."""
     held = RunFolder(tuned.run).result if tuned.run else None
-    how = {"model": tuned.source, "weights": print_of_folder(held) if held else {}, "given": tuned.given}
-    how |= {"variant": variant, "data": data.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
+    how: dict[str, Any] = {"model": tuned.source, "weights": print_of_folder(held) if held else {}}
+    how |= {"given": tuned.given, "variant": variant}
+    how |= {"data": data.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
     text = json.dumps([how, [record.values for record in records]], sort_keys=True, default=str)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 

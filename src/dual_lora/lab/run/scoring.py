@@ -203,8 +203,8 @@ def _generated(asked: Asked, examples: list[Example]) -> list[str]:
 def class_rows(asked: Asked) -> Rows:
     """Of each text the probabilities of the classes, in their order; of a regression its value."""
     rows: Rows = [{}] * len(asked.examples)
-    blank = {"label": "0"} if list(asked.classes) == [VALUE] else {"label": asked.classes[0]}
-    unlabelled = replace(asked, examples=[replace(example, **blank) for example in asked.examples])
+    label = "0" if list(asked.classes) == [VALUE] else asked.classes[0]  # any: it is not looked at
+    unlabelled = replace(asked, examples=[replace(example, label=label) for example in asked.examples])
     for part, found, _ in _encoder_logits(unlabelled):
         told = found if list(asked.classes) == [VALUE] else found.double().softmax(1)
         for i, values in zip(part, told.tolist(), strict=True):

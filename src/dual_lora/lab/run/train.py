@@ -240,8 +240,8 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        more = "" if ready.classes or config is None else ", fingerprint (for `dual-lora verify`)"
-        with stage(f"saving {target}: weights{more}, card", progress):
+        noted = "" if ready.classes or config is None else ", fingerprint (for `dual-lora verify`)"
+        with stage(f"saving {target}: weights{noted}, card", progress):
             _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
