@@ -90,14 +90,13 @@ def test_a_classifier_s_head_is_trained_whole(kind, tiny_encoder, encoder_values
     assert json.loads(out)["metrics"]["tuned"]["accuracy"] > 0.8
 
 
-def test_what_cannot_be_packed_is_said_early(tmp_path, monkeypatch):
-    (tmp_path / "x.gguf").write_text("")
+def test_what_cannot_be_packed_is_said_early(monkeypatch):
     with pytest.raises(UserError, match="is a GGUF file, which transformers unpacks and cannot pack again"):
-        check_quantize(ModelSection(path=str(tmp_path / "x.gguf"), quantize="nf4"))
+        check_quantize(ModelSection(path="x.gguf", quantize="nf4"), is_gguf=True)
     monkeypatch.setattr("dual_lora.lab.model.quantize.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r'needs the package torchao: pip install "dual-lora\[quantized\]"'):
-        check_quantize(ModelSection(path=str(tmp_path / "x.gguf"), quantize="torchao-int8"))
-    check_quantize(ModelSection(path="anything"))
+        check_quantize(ModelSection(path="x", quantize="torchao-int8"), is_gguf=False)
+    check_quantize(ModelSection(path="anything"), is_gguf=True)
     with pytest.raises(UserError, match="method full trains the base's weights"):
         build_recipe({"model": {"path": "x", "quantize": "nf4"}, "method": {"name": "full"}})
 

@@ -66,7 +66,8 @@ def train(
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {
-        "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s",
+        "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
+        + _early(chosen, result),
         "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}{_limited(chosen, result)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
@@ -79,6 +80,12 @@ def train(
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(exit_status(Stopped(result.stopped_by)))
+
+
+def _early(recipe: Recipe, result: RunResult) -> str:
+    """That validations ended the run, and whose weights are saved."""
+    ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
+    return ended + (f", saved as of step {result.best_step}" if recipe.train.keep_best and result.best_step else "")
 
 
 def _limited(recipe: Recipe, result: RunResult) -> str:

@@ -176,7 +176,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention
-    if packed := quantization_config(part, arguments["dtype"]):
+    if packed := quantization_config(part, arguments["dtype"], location.gguf_file is not None):
         arguments["quantization_config"] = packed
         if device is not None or not is_sharded_launch():
             arguments["device_map"] = {"": device or best_device()}  # packed where it will be

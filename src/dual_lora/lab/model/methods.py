@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +127,14 @@ def _warn_of_missing(model: Any, asked: Any) -> None:
 def is_kind(config: PeftConfig | None, kind: str) -> bool:
     """Whether a configuration is that of the PEFT type ``kind``."""
     return config is not None and getattr(config.peft_type, "value", config.peft_type) == kind
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """The method's configuration, every default included, in plain values."""
+    if config is None:
+        return {"name": "full"}
+    plain = json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return dict(json.loads(plain))
 
 
 def plain_name(name: str) -> str:

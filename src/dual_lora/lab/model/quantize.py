@@ -24,13 +24,11 @@ PACKAGES = {
 WHOLE = ["lm_head", "score", "classifier", "pre_classifier", "pooler", "dense_head"]
 
 
-def check_quantize(part: ModelSection) -> None:
+def check_quantize(part: ModelSection, is_gguf: bool) -> None:
     """Raise UserError for a base that cannot be packed: the library is missing, or it lies in a GGUF file.
 
     Needs no library.
     """
-    from dual_lora.lab.model.load import locate
-
     if part.quantize == "none":
         return
     package = PACKAGES[part.quantize]
@@ -38,18 +36,18 @@ def check_quantize(part: ModelSection) -> None:
         raise UserError(
             f'model.quantize: {part.quantize} needs the package {package}: pip install "dual-lora[quantized]".'
         )
-    if locate(part.path, part.revision).gguf_file:
+    if is_gguf:
         raise UserError(
             f"model.quantize is {part.quantize}, and {part.path} is a GGUF file, which transformers unpacks and cannot "
             "pack again: name the model's folder of safetensors, or leave model.quantize out."
         )
 
 
-def quantization_config(part: ModelSection, dtype: Any) -> Any:
+def quantization_config(part: ModelSection, dtype: Any, is_gguf: bool) -> Any:
     """What `from_pretrained` is told; None for a base that stays whole. dtype: in which products are computed."""
     if part.quantize == "none":
         return None
-    check_quantize(part)
+    check_quantize(part, is_gguf)
     whole = WHOLE if part.head != "causal" else None
     if PACKAGES[part.quantize] == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig

@@ -122,7 +122,7 @@ def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 _LATER = {
     "model": ("revision", "quantize"),
     "data": ("tests", "learn_prompt", "test_prompts", "group"),
-    "train": ("label_smoothing", "rates"),
+    "train": ("label_smoothing", "rates", "patience", "keep_best"),
     "evaluate": ("beams", "length_penalty", "no_repeat_ngram", "forgetting"),
 }
 

@@ -211,10 +211,25 @@ class TrainSection(Section):
     checkpoint_every: int = Field(100, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the run after so many validations in a row without a lower loss. Needs validate_every.",
+    )
+    keep_best: bool = Field(
+        False, description="Save the weights of the lowest validation loss, not the last ones. Needs validate_every."
+    )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of transformers.TrainingArguments. A wrong name's error lists them.",
     )
+
+    @model_validator(mode="after")
+    def _the_best_needs_validations(self) -> TrainSection:
+        if (self.patience is not None or self.keep_best) and self.validate_every is None:
+            name = "keep_best" if self.keep_best else "patience"
+            raise ValueError(f"{name} goes by validation losses: set validate_every, the steps between two of them")
+        return self
 
     @field_validator("rates")
     @classmethod

@@ -17,7 +17,7 @@ from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.data.records import find
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.model.load import check_here
+from dual_lora.lab.model.load import check_here, locate
 from dual_lora.lab.model.names import ALIASES, OURS
 from dual_lora.lab.model.quantize import check_quantize
 from dual_lora.lab.recipe.schema import Recipe
@@ -36,7 +36,7 @@ def check(recipe: Recipe, folder: Path, resume: bool = False, overwrite: bool = 
     check_method(recipe)
     check_records(recipe)
     check_here(recipe.model.path, recipe.model.revision)
-    check_quantize(recipe.model)
+    check_quantize(recipe.model, locate(recipe.model.path, recipe.model.revision).gguf_file is not None)
 
 
 def check_records(recipe: Recipe) -> None:
