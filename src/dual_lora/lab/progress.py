@@ -98,7 +98,7 @@ class Bar:
         self._bar.update(self._task, completed=done, note=self._note)
 
     def also(self, what: str) -> None:
-        """Say what goes on while no unit is done: beside the bar, or as a line of a log."""
+        """Say what goes on while no unit is done: next to the bar, or as a line of a log."""
         if not self.shown:
             return
         self._bar.update(self._task, note=what)

@@ -8,7 +8,7 @@ from dual_lora.lab.data.records import Record, find, read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import FIELDS, DataSection
 
-NONE = "1"  # in the place of an answer, which no reader of a format does without; nobody is shown it
+NONE = "1"  # instead of an answer, which no reader of a format does without; nobody is shown it
 ANSWERS = ("answer", "output", "label")
 
 
@@ -46,7 +46,7 @@ def _has_header(source: str, data: DataSection) -> bool:
 
 
 def _answered(values: dict[str, Any], theirs: dict[str, str], head: str) -> dict[str, Any]:
-    """A record with something in the place of its answer."""
+    """A record with something instead of its answer."""
     filled = {name: value for name, value in values.items() if name not in theirs.values()}
     filled |= {"label": NONE} | ({"answer": NONE, "output": NONE} if head == "causal" else {})
     messages = values.get("messages")
