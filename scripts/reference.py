@@ -93,7 +93,7 @@ def _commands() -> str:
     from cyclopts import App
 
     from dual_lora.lab.cli import COMMANDS
-    from dual_lora.lab.commands.parameters import PLAIN_FLAGS
+    from dual_lora.lab.commands.plain import PLAIN_FLAGS
 
     app = App(name="dual-lora", help_format="markdown", help_flags=(), version_flags=(), default_parameter=PLAIN_FLAGS)
     for name, target, _ in COMMANDS:

@@ -20,7 +20,8 @@ from dual_lora.lab.data.encode import encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import merge
-from dual_lora.lab.model.load import Location, load_model, load_tokenizer, locate
+from dual_lora.lab.model.load import load_model, load_tokenizer
+from dual_lora.lab.model.location import Location, locate
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish
 from dual_lora.lab.errors import UserError
-from dual_lora.lab.model.load import locate
+from dual_lora.lab.model.location import locate
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.terminal import Console, guarded, shown
 

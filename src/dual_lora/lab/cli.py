@@ -11,23 +11,21 @@ from importlib import import_module
 from typing import Any
 
 from cyclopts import App, CycloptsError
-from pydantic import ValidationError
 from rich.text import Text
 
 import dual_lora
 from dual_lora._warning import DualLoraWarning
-from dual_lora.lab.commands.parameters import PLAIN_FLAGS
-from dual_lora.lab.errors import UserError, described, is_disk_full, suggest
+from dual_lora.lab.commands.plain import PLAIN_FLAGS
+from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
-from dual_lora.lab.progress import console
-from dual_lora.lab.recipe.read import problems
 from dual_lora.lab.terminal import Console, guarded
 
 # name, "module:function", one line of help. A new command is a new line.
 COMMANDS: list[tuple[str, str, str]] = [
     ("train", "dual_lora.lab.commands.train:train", "Fine-tune a model by a recipe."),
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
+    ("predict", "dual_lora.lab.commands.predict:predict", "Label or answer every record of a file."),
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
     ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
@@ -36,7 +34,11 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
     ("analyze", "dual_lora.lab.commands.analyze:analyze", "Look into what runs did to the weights."),
-    ("report", "dual_lora.lab.commands.report:report", "Write one HTML page of studies, analyses and benchmarks."),
+    (
+        "report",
+        "dual_lora.lab.commands.report:report",
+        "Write one HTML page of runs, studies and analyses.",
+    ),
     ("estimate", "dual_lora.lab.commands.estimate:estimate", "Memory, arithmetic and time before a run."),
     ("demo", "dual_lora.lab.commands.demo:demo", "Fine-tune a small model to write tool calls, before and after."),
     ("info", "dual_lora.lab.commands.info:info", "Print versions, devices, kernels and what each method can do."),
@@ -47,6 +49,12 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
 ]
 
+# Libraries whose warnings are for programmers: of kernels that this machine does not have, of every retry.
+# "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
+NOISY = (
+    *("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "hqq", "peft", "accelerate", "datasets"),
+    *("huggingface_hub", "huggingface_hub.utils._http", "httpx"),
+)
 # What people of other trainers type, and where a recipe has it.
 ELSEWHERE = {
     "--lr": "--train.learning-rate",
@@ -95,8 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     given, modules = _modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours
     if not debug:
-        # "torch" alone is set back when torch is imported, and torchao's import makes its pytree module warn.
-        for library in ("torch", "torch.utils._pytree", "torchao", "bitsandbytes", "peft", "accelerate"):
+        for library in NOISY:
             logging.getLogger(library).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
         # Our own may point at a caller in one of those: factors that do not move must not do so in silence.
@@ -118,19 +125,27 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except CycloptsError as error:
-        cause = error.__cause__ or error.__context__
-        _fail(problems(cause) if isinstance(cause, ValidationError) else _said(error, wanted), given)
-    except (UserError, ValidationError) as error:
-        if debug:
-            _trace()
-        _fail(problems(error) if isinstance(error, ValidationError) else str(error), given)
+        _fail(_of_fields(error.__cause__ or error.__context__) or _said(error, wanted), given)
     except Exception as error:
         if debug:
             _trace()
-        _fail(_in_a_sentence(error), given)
+        _fail(str(error) if isinstance(error, UserError) else _of_fields(error) or _in_a_sentence(error), given)
+
+
+def _of_fields(error: BaseException | None) -> str:
+    """What pydantic has found, "" for another error. Its import is left to the commands that have fields."""
+    if error is None or "pydantic" not in sys.modules:
+        return ""
+    from pydantic import ValidationError
+
+    from dual_lora.lab.recipe.read import problems
+
+    return problems(error) if isinstance(error, ValidationError) else ""
 
 
 def _in_a_sentence(error: Exception) -> str:
+    if said := memory_full(error):
+        return f"{said} Lower the batch size (--train.batch-size, --evaluate.batch-size), or take a smaller model."
     if is_disk_full(error):
         file = getattr(error, "filename", None)
         where = f" ({file} could not be written)" if file else ""
@@ -174,6 +189,8 @@ def _said(error: CycloptsError, command: str | None) -> str:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     """A warning in one sentence, above a progress bar where there is one; without Python's path and line of source."""
+    from dual_lora.lab.progress import console
+
     if os.environ.get("RANK", "0") == "0":
         console.print(Text.assemble(("warning: ", "bold yellow"), str(message)), soft_wrap=True)
 

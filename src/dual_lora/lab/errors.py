@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -60,3 +61,24 @@ def is_disk_full(error: BaseException | None) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     wrapped = (*map(os.strerror, full), "unexpected pos", "PytorchStreamWriter", "basic_ios::clear")
     return (isinstance(error, OSError) and error.errno in full) or any(text in str(error) for text in wrapped)
+
+
+def memory_full(error: BaseException | None) -> str:
+    """A sentence on how much memory there was no room for; "" for an error of another kind.
+
+    torch's kinds are known by their names: whoever asks may not have imported it.
+    """
+    text = str(error)
+    on_cpu = "DefaultCPUAllocator" in text or "not enough memory" in text
+    if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu):
+        return ""
+    asked = re.search(r"[Aa]llocate (\d+ bytes|[\d.]+ \wi?B)", text)  # torch on a CPU; torch on a device, numpy
+    more = f" when {_amount(asked[1])} more were asked for" if asked else ""
+    return f"The {'machine' if on_cpu or isinstance(error, MemoryError) else 'device'}'s memory is full{more}."
+
+
+def _amount(said: str) -> str:
+    from dual_lora.lab.terminal import size
+
+    number, unit = said.split()
+    return size(int(number)) if unit == "bytes" else said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from dual_lora.lab.terminal import Console
 
@@ -36,6 +38,19 @@ def lines(said: Callable[[], str], shown: bool = True) -> Iterator[None]:
     finally:
         ended.set()
         speaker.join()
+
+
+@contextlib.contextmanager
+def stage(what: str, shown: bool = True) -> Iterator[None]:
+    """Say what goes on before or after a bar: a spinner on a terminal, a line in a log."""
+    if not shown or os.environ.get("RANK", "0") != "0":
+        yield
+    elif console.is_terminal:
+        with console.status(Text(what)):
+            yield
+    else:
+        print(what, file=sys.stderr, flush=True)
+        yield
 
 
 class Bar:
@@ -81,6 +96,14 @@ class Bar:
         if note is not None:
             self._note = note
         self._bar.update(self._task, completed=done, note=self._note)
+
+    def also(self, what: str) -> None:
+        """Say what goes on while no unit is done: next to the bar, or as a line of a log."""
+        if not self.shown:
+            return
+        self._bar.update(self._task, note=what)
+        if not console.is_terminal:
+            print(what, file=sys.stderr, flush=True)
 
     def advance(self, units: int = 1) -> None:
         self.to(self.done + units)

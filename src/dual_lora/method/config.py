@@ -88,8 +88,8 @@ class DualLoraConfig(PeftConfig):
     init_std: float | None = field(
         default=None,
         metadata={
-            "help": "Standard deviation σ of what is drawn from a Gaussian: C and D (default 0.1), or with another start "
-            "than the usual one A, and the paper's B, as well (0.02). For C and D it sets how fast signs turn."
+            "help": "Standard deviation σ of C and D (default 0.1), which sets how fast signs turn. With another start "
+            "(default 0.02) also of A and, with the paper's, of B."
         },
     )
     warmup_steps: int | float | None = field(

@@ -13,6 +13,7 @@ from torch import Tensor
 from dual_lora.lab.analysis.measures import squared_norm
 from dual_lora.lab.analysis.updates import LayerUpdate, adapted_layers, base_matrix, snapshot
 from dual_lora.lab.data.batches import collator, mean_loss
+from dual_lora.lab.data.classes import classes_of
 from dual_lora.lab.data.encode import IGNORED, print_of_rows
 from dual_lora.lab.data.examples import load_split
 from dual_lora.lab.errors import UserError
@@ -23,7 +24,7 @@ from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import EvaluateSection, Recipe
 from dual_lora.lab.run.evaluate import mean_losses
 from dual_lora.lab.run.folder import RunFolder, made_of_the_same, recipe_of_run, run_at
-from dual_lora.lab.run.prepare import classes_of, in_order, show_gradients, wants_gradients
+from dual_lora.lab.run.prepare import in_order, show_gradients, wants_gradients
 from dual_lora.method.layer import DualLoraLayer
 
 
@@ -107,7 +108,7 @@ def open_run(path: str | Path, device: str | None = None) -> OpenedRun:
     record = _record(folder)
     classes = list(record.get("classes") or [])
     if recipe.model.head != "causal" and not classes:
-        classes = classes_of(recipe, load_split(recipe.data, "train"))
+        classes = classes_of(recipe.model.head, load_split(recipe.data, "train"))
     made_of_the_same(folder, {"weights": print_of_weights(recipe.model)})
     loaded = load_base(recipe.model, recipe.train.seed, len(classes) or None, device)
     config = method_config(recipe.method, recipe.model.head, int(record.get("total_steps", 1)), loaded.fresh)

@@ -12,7 +12,7 @@ from rich.table import Table
 from dual_lora.lab.commands.card import duration, figures_table, finish, size
 from dual_lora.lab.commands.parameters import Json
 from dual_lora.lab.errors import UserError, suggest
-from dual_lora.lab.recipe.schema import spelled
+from dual_lora.lab.recipe.schema import Quantize, spelled
 
 if TYPE_CHECKING:
     from dual_lora.lab.cost.options import StepOptions
@@ -42,8 +42,12 @@ def estimate(
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None, Parameter(help="Precision of the base.")] = None,
     quantisation: Annotated[
-        Literal["none", "nf4", "fp4", "int8"], Parameter(help="How the base is packed (bitsandbytes).")
-    ] = "none",
+        Quantize | None,
+        Parameter(
+            name=("--quantize", "--quantisation"),
+            help="How the base is packed, as model.quantize. [default: the recipe's, or none]",
+        ),
+    ] = None,
     checkpointing: Annotated[
         bool | None, Parameter(help="Recompute activations in backward.", negative="--no-checkpointing")
     ] = None,

@@ -1,5 +1,6 @@
 """Parameters that several commands have, each with one help text; every field of a recipe as a flag."""
 
+from collections.abc import Container
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -7,9 +8,6 @@ from pydantic import BaseModel, Field, create_model
 
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.schema import Precision, Recipe
-
-# A flag has no negative form, such as --no-json, unless its command names one.
-PLAIN_FLAGS = Parameter(negative_bool=(), negative_iterable=())
 
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
 DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
@@ -22,10 +20,12 @@ Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
 
 
-def flags(model: type[BaseModel] = Recipe) -> type[BaseModel]:
-    """``model`` with every field optional: what may be given as a flag over a recipe file."""
+def flags(model: type[BaseModel] = Recipe, only: Container[str] | None = None) -> type[BaseModel]:
+    """``model`` with every field optional: what may be given as a flag over a recipe file. only: of these fields."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
+        if only is not None and name not in only:
+            continue
         kind: Any = field.annotation
         text = field.description or ""
         if isinstance(kind, type) and issubclass(kind, BaseModel):

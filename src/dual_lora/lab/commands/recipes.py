@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from dual_lora.lab.commands.card import facts_card, figures_table, finish, size
-from dual_lora.lab.commands.parameters import PLAIN_FLAGS, Json
+from dual_lora.lab.commands.parameters import Json
+from dual_lora.lab.commands.plain import PLAIN_FLAGS
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.recipe.families import family, marked_yaml, marks_of
 from dual_lora.lab.recipe.read import FAMILIES, LISTING, read_recipe, recipe_text, shipped_recipes

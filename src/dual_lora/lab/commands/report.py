@@ -24,7 +24,9 @@ def report(
     watch: Annotated[bool, Parameter(help="Write it again whenever a source changes; Ctrl-C ends.")] = False,
     json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page from studies, analyses and the benchmark ledger.
+    """Write one self-contained HTML page from runs, studies, analyses and the benchmark ledger.
+
+    Runs, with their loss, scores, confusion matrix and wrong answers: `dual-lora report runs/mine runs/other`
 
     Example: `dual-lora report results benchmarks/ledger.jsonl --out report.html --tables tables`
 

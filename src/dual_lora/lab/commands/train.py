@@ -12,8 +12,10 @@ from dual_lora.lab.commands.card import duration, facts_card, finish, size
 from dual_lora.lab.commands.parameters import Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
+from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.read import build_recipe, merged, read_recipe
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run import early
 from dual_lora.lab.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,15 +56,18 @@ def train(
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
-    from dual_lora.lab.run.hub_card import too_long
-    from dual_lora.lab.run.train import run
+    early.check(chosen, folder, resume, overwrite)
+    with stage(f"{chosen.name}: {chosen.method['name']} on {chosen.model.path}, into {folder}"):
+        from dual_lora.lab.run.hub_card import too_long
+        from dual_lora.lab.run.train import run
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)
     share = result.trainable_parameters / result.all_parameters
     loss = f"{result.loss:.4f}" if result.loss is not None else "–"
     facts = {
-        "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s",
+        "steps": f"{result.steps} in {duration(result.seconds)}, {result.tokens_per_second:,.0f} tokens/s"
+        + _early(chosen, result),
         "examples": f"{result.examples:,}{too_long(chosen, result.left_out)}{_limited(chosen, result)}",
         "loss": loss + (f", validation {result.validation_loss:.4f}" if result.validation_loss is not None else ""),
         "trainable": f"{result.trainable_parameters:,} parameters ({share:.2%})",
@@ -75,6 +80,12 @@ def train(
     finish(result.summary(), facts_card(f"{chosen.name} · {chosen.method['name']} · {result.state}", facts), json)
     if result.state != "finished":
         raise SystemExit(exit_status(Stopped(result.stopped_by)))
+
+
+def _early(recipe: Recipe, result: RunResult) -> str:
+    """That validations ended the run, and whose weights are saved."""
+    ended = f", ended by {recipe.train.patience} validations without a lower loss" if result.stopped_early else ""
+    return ended + (f", saved as of step {result.best_step}" if recipe.train.keep_best and result.best_step else "")
 
 
 def _limited(recipe: Recipe, result: RunResult) -> str:

@@ -32,7 +32,7 @@ BUCKET = 5e8  # elements, DeepSpeed's reduce_bucket_size; allocated whole, howev
 MOST_WHOLE = 1e9  # parameters, DeepSpeed's stage3_max_live_parameters
 BLOCKS = 3  # that FSDP2 holds whole at a time
 # Bytes of one packed weight: 4 bits and a 4-byte scale for every 64 weights; 8 bits (a scale a row is next to nothing).
-PACKED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0}
+PACKED = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "int8": 1.0, "torchao-int8": 1.0}
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -71,7 +71,7 @@ def memory_of(options: StepOptions, step: Step, devices: int = 1, strategy: str 
     Raises UserError for a strategy that is not known, and for full fine-tuning of a quantised model.
     """
     if options.quantisation != "none" and options.method["name"] == "full":
-        raise UserError("Full fine-tuning needs a base that is not quantised: leave --quantisation out.")
+        raise UserError("Full fine-tuning needs a base that is not quantised: leave --quantize out.")
     shard = shard_of(options, step, devices, strategy)
     more = _dequantised(options, step)
     parts: dict[str, tuple[float, float, float]] = {}  # segment → activations, workspace, gradients

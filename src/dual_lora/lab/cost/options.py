@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from dual_lora.lab.errors import UserError, suggest
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.empty import load_config
-from dual_lora.lab.recipe.schema import Precision
+from dual_lora.lab.recipe.schema import Precision, Quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from dual_lora.lab.recipe.schema import Recipe
 
-Quantisation = Literal["none", "nf4", "fp4", "int8"]
+Quantisation = Quantize
 Device = Literal["cpu", "gpu"]
 Head = Literal["causal", "classification"]
 # What a method says of a model's layers, which another method in its place says too.
@@ -119,6 +119,7 @@ def from_recipe(recipe: Recipe, **changes: Any) -> StepOptions:
         "method": dict(recipe.method),
         "dtype": recipe.model.dtype,
         "attention": recipe.model.attention,
+        "quantisation": recipe.model.quantize,
         "batch": part.batch_size,
         "length": recipe.data.max_length,
         "accumulate": part.accumulate,

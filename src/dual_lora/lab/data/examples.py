@@ -69,14 +69,14 @@ def _tested(examples: list[Example], data: DataSection) -> list[Example]:
     return _limited(examples, data.test_limit, data.seed)
 
 
-def read_examples(source: str, data: DataSection) -> list[Example]:
-    """All examples of a source, or of several joined by " + ".
+def read_examples(source: str, data: DataSection, records: list[Record] | None = None) -> list[Example]:
+    """All examples of a source, or of several joined by " + ". records: those of the source, if they are read already.
 
     Raises UserError with file and line for the first record that lacks a field.
     """
-    if " + " in source:
+    if records is None and " + " in source:
         return [example for one in source.split(" + ") for example in read_examples(one.strip(), data)]
-    records = read_records(source, data.columns)
+    records = read_records(source, data.columns) if records is None else records
     if data.fields:
         free = {o for o, t in data.fields.items() if o in _FREE and any(t in r.values for r in records)}
         renamed = [{o: r.values.get(t) if o in free else _field(r, t) for o, t in data.fields.items()} for r in records]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from transformers import PreTrainedConfig
 
-    from dual_lora.lab.model.load import Location
+    from dual_lora.lab.model.location import Location
     from dual_lora.lab.recipe.schema import Recipe
 
 _AT_START = ("pissa", "olora", "lora_ga")  # aliases of LoRA that decompose weights before the first step
@@ -37,7 +37,8 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     """
     from transformers import AutoConfig
 
-    from dual_lora.lab.model.load import Location, locate, nobody_answers, quiet
+    from dual_lora.lab.model.load import quiet
+    from dual_lora.lab.model.location import Location, locate, nobody_answers
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = Path(path).expanduser()
@@ -84,7 +85,8 @@ def empty_base(config: Any, head: str, name: str, dtype: str = "float32", attent
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from dual_lora.lab.model.load import gather_for_head, own_code, quiet
+    from dual_lora.lab.model.load import gather_for_head, quiet
+    from dual_lora.lab.model.location import own_code
 
     factory: Any = AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
     if hasattr(config, "quantization_config"):

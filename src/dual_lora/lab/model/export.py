@@ -16,7 +16,8 @@ from typing import Any
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.load import quiet
-from dual_lora.lab.model.opened import Tuned, open_tuned, write_note
+from dual_lora.lab.model.note import write_note
+from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.progress import Bar
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.evaluate import mean_losses
@@ -47,7 +48,7 @@ def merge(
     `mark_whole`). Raises UserError if ``out`` holds anything, ``source`` holds no adapter, or its base cannot be saved.
     """
     with free_folder(out) as target:
-        tuned = open_tuned(source, base, dtype)
+        tuned = open_tuned(source, base, dtype, whole=True)  # packing again would lose a part of the update
         if not tuned.adapted and tuned.run is None:
             raise UserError(f"{source} holds no adapter to merge.")
         with quiet():

@@ -14,7 +14,7 @@ from typing import Any
 from dual_lora.lab.data.encode import fixed_date
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.export import Exported, export_lora, merge
-from dual_lora.lab.model.load import own_code
+from dual_lora.lab.model.location import own_code
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.run.write import free_file, write_atomically
 

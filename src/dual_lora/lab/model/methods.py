@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import get_peft_model
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described, suggest
+from dual_lora.lab.errors import UserError, described, memory_full, suggest
 from dual_lora.lab.model.bounds import check_config
+from dual_lora.lab.model.names import ALIASES, OURS
 from dual_lora.lab.permission import import_allowed
 from dual_lora.lab.recipe.schema import spelled
 
@@ -19,26 +21,6 @@ if TYPE_CHECKING:
 
     from dual_lora.lab.model.load import Loaded
     from dual_lora.lab.recipe.schema import ModelSection
-
-# Methods that PEFT offers as a setting of another one.
-ALIASES: dict[str, dict[str, Any]] = {
-    "dora": {"name": "lora", "use_dora": True},
-    "rslora": {"name": "lora", "use_rslora": True},
-    "pissa": {"name": "lora", "init_lora_weights": "pissa"},
-    "olora": {"name": "lora", "init_lora_weights": "olora"},
-    "lora_ga": {"name": "lora", "init_lora_weights": "lora_ga", "lora_ga_config": {}},
-}
-
-# Filled in by the laboratory, never by a recipe.
-_OURS = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "revision",
-}
 
 RAMP_SHARE = 0.1  # of the optimizer steps, for a method with warm-up whose recipe leaves it out
 
@@ -53,7 +35,7 @@ def method_fields(name: str) -> list[str]:
     kind, _ = _resolve(name)
     if kind == "full":
         return []
-    return [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in _OURS]
+    return [f.name for f in dataclasses.fields(_config_classes()[kind]) if f.init and f.name not in OURS]
 
 
 def method_config(method: dict[str, Any], head: str, steps: int, fresh: list[str]) -> PeftConfig | None:
@@ -117,9 +99,9 @@ def apply_method(loaded: Loaded, config: PeftConfig | None, base: ModelSection, 
     torch.manual_seed(seed)
     try:
         model = get_peft_model(loaded.model, config, revision=base.revision)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if memory_full(error):
+            raise
         said = described(error, ValueError, NotImplementedError)
         raise UserError(f"The method does not fit the model: {said}") from error
     if not any(p.requires_grad for p in model.parameters()):
@@ -145,6 +127,14 @@ def _warn_of_missing(model: Any, asked: Any) -> None:
 def is_kind(config: PeftConfig | None, kind: str) -> bool:
     """Whether a configuration is that of the PEFT type ``kind``."""
     return config is not None and getattr(config.peft_type, "value", config.peft_type) == kind
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """The method's configuration, every default included, in plain values."""
+    if config is None:
+        return {"name": "full"}
+    plain = json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return dict(json.loads(plain))
 
 
 def plain_name(name: str) -> str:

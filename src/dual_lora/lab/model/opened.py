@@ -1,7 +1,6 @@
 """Open what was trained: a run folder, an adapter folder or any plain model."""
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,19 +11,18 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dual_lora._warning import warn
-from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.bounds import check_config, check_finite_weights, check_stored_numbers
-from dual_lora.lab.model.load import UNREAD, Loaded, Location, check_entries, is_here, load_model, load_tokenizer
+from dual_lora.lab.model.load import UNREAD, Loaded, load_model, load_tokenizer
+from dual_lora.lab.model.location import Location, check_entries, is_here
 from dual_lora.lab.model.methods import plain_name
+from dual_lora.lab.model.note import NOTE, name_classes, read_note
 from dual_lora.lab.model.weights import is_another, other_settings, print_of_weights, told_of, warn_of_doubt
 from dual_lora.lab.read import read_object, regular
-from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import ModelSection, Recipe
 from dual_lora.lab.run.folder import RunFolder, result_of
 from dual_lora.serving.files import CONFIG_BYTES
 from dual_lora.verify.numbers import header
-
-NOTE = "lab.json"  # next to the adapter's weights: the recipe and the class names
 
 # Methods whose adapter, switched off, leaves the base's own outputs. Of the others, and of new ones, the base is loaded
 # anew: PiSSA's start is taken out of the weights.
@@ -102,11 +100,17 @@ class Tuned:
 
 
 def open_tuned(
-    source: str | Path, base: str | None = None, dtype: str | None = None, device: str | None = None
+    source: str | Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    whole: bool = False,
 ) -> Tuned:
     """Load a run folder, an adapter folder, or a model by folder, name, GGUF file or package.
 
     base: the base model, where the adapter's own note of it does not hold any more. dtype: precision of the base.
+    whole: the base as it was before `model.quantize` packed it.
     Raises UserError for folders that are neither, and runs that are not finished.
     """
     path = Path(source)
@@ -114,38 +118,15 @@ def open_tuned(
     if folder.is_run:
         result = result_of(folder)
         full = result == folder.full_model
-        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, run=path)
+        tuned = _open_full(folder, dtype, device) if full else _open_adapter(result, base, dtype, device, path, whole)
         tuned.given |= {"dtype": dtype} if dtype else {}
         return tuned
     if (path / "adapter_config.json").is_file():
-        return _open_adapter(path, base, dtype, device)
+        return _open_adapter(path, base, dtype, device, whole=whole)
     part = ModelSection(path=str(source), dtype=dtype or "float32")  # type: ignore[arg-type]
     loaded = load_model(part, device=device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {source}")
     return Tuned(loaded.model, loaded.tokenizer, str(source))
-
-
-def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
-    """The recipe and the classes that the laboratory noted in an adapter folder; none in one from elsewhere."""
-    file = adapter / NOTE
-    if not file.is_file():
-        return None, []
-    try:
-        note = read_object(file)
-        recipe, classes = note["recipe"], note.get("classes", [])
-        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-            raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."
-        ) from None
-    return build_recipe(recipe, str(file)), classes
-
-
-def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:
-    """base: a print of its weights, as they were when it was loaded; the adapter fits no others."""
-    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes} | ({"base": base} if base else {})
-    (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _other_base(adapter: Path, part: ModelSection, base: str | None) -> dict[str, str]:
@@ -177,6 +158,7 @@ def _open_full(folder: RunFolder, dtype: str | None, device: str | None) -> Tune
     trained = part.model_copy(update={"path": str(folder.full_model), "revision": None})
     loaded = load_model(trained, len(classes) or None, device)
     check_finite_weights(dict(loaded.model.named_parameters()), f"The model {folder.full_model}")
+    name_classes(loaded.model, classes)
     base = load_base(part, recipe.train.seed, len(classes) or None, device).model
     other = _other_base(folder.full_model, part, part.path)
     return Tuned(loaded.model, loaded.tokenizer, str(folder.path), recipe, classes, base, folder.path, given=other)
@@ -189,7 +171,12 @@ def load_base(part: ModelSection, seed: int, num_labels: int | None, device: str
 
 
 def _open_adapter(
-    adapter: Path, base: str | None, dtype: str | None, device: str | None, run: Path | None = None
+    adapter: Path,
+    base: str | None,
+    dtype: str | None,
+    device: str | None,
+    run: Path | None = None,
+    whole: bool = False,
 ) -> Tuned:
     import dual_lora  # noqa: F401  (registers its method with PEFT)
 
@@ -205,18 +192,20 @@ def _open_adapter(
     check_stored_numbers(adapter / "adapter_model.safetensors", f"The adapter {adapter}")
     part = recipe.model if recipe else _part_of(config, adapter)
     another = {"path": base, "revision": None} if base and base != part.path else {}
-    part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}))
+    unpacked = {"quantize": "none"} if whole else {}
+    part = part.model_copy(update=another | ({"dtype": dtype} if dtype else {}) | unpacked)
     labels = len(classes) or _labels_in(adapter) if part.head != "causal" else None
     seed = recipe.train.seed if recipe else 0
     loaded = load_base(part, seed, labels, device)
+    name_classes(loaded.model, classes)
     other = _other_base(adapter, part, base)
     check_config(config, loaded.model, f"The adapter {adapter}", adapter / "adapter_model.safetensors")
     try:
         model = PeftModel.from_pretrained(loaded.model, str(adapter), config=config)
         brought = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as error:
+        if memory_full(error):
+            raise
         if type(error).__name__ == "SafetensorError":
             raise UserError(f"The adapter file in {adapter} is damaged: {error}") from error
         said = described(error, ValueError, RuntimeError, OSError, lines=2)

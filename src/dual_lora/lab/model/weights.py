@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dual_lora._warning import warn
-from dual_lora.lab.model.load import BUFFER, locate
+from dual_lora.lab.model.load import BUFFER
+from dual_lora.lab.model.location import locate
 
 if TYPE_CHECKING:
     from dual_lora.lab.recipe.schema import ModelSection

@@ -120,9 +120,9 @@ def _restamped(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, A
 # Fields that came after the first studies: left out of a job's identity while they have their default, so that runs
 # finished before stay finished.
 _LATER = {
-    "model": ("revision",),
+    "model": ("revision", "quantize"),
     "data": ("tests", "learn_prompt", "test_prompts", "group"),
-    "train": ("label_smoothing", "rates"),
+    "train": ("label_smoothing", "rates", "patience", "keep_best"),
     "evaluate": ("beams", "length_penalty", "no_repeat_ngram", "forgetting"),
 }
 

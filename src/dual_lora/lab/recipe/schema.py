@@ -15,6 +15,7 @@ from dual_lora.lab.patterns import compiled
 
 NAME = r"^\.?[\w\-][\w.\-]*$"  # of a default folder: "." and ".." are other folders, not names
 Precision = Literal["float32", "bfloat16", "float16"]
+Quantize = Literal["none", "nf4", "fp4", "int8", "torchao-int8"]
 MOST = 10_000_000  # tokens of a text, rows of a batch: more is a slip or a trap
 
 
@@ -41,6 +42,11 @@ class ModelSection(Section):
         "float32",
         description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
         "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
+    )
+    quantize: Quantize = Field(
+        "none",
+        description="Pack the base's linear layers while it is loaded: nf4, fp4 and int8 by bitsandbytes, torchao-int8 "
+        "by torchao. Merging takes the base as it was before.",
     )
     attention: str | None = Field(
         None,
@@ -205,10 +211,25 @@ class TrainSection(Section):
     checkpoint_every: int = Field(100, ge=1, description="Steps between two checkpoints.")
     keep_checkpoints: int = Field(1, ge=1, description="Newest complete checkpoints that are kept.")
     validate_every: int | None = Field(None, ge=1, description="Steps between two validation losses.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="End the run after so many validations in a row without a lower loss. Needs validate_every.",
+    )
+    keep_best: bool = Field(
+        False, description="Save the weights of the lowest validation loss, not the last ones. Needs validate_every."
+    )
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of transformers.TrainingArguments. A wrong name's error lists them.",
     )
+
+    @model_validator(mode="after")
+    def _the_best_needs_validations(self) -> TrainSection:
+        if (self.patience is not None or self.keep_best) and self.validate_every is None:
+            name = "keep_best" if self.keep_best else "patience"
+            raise ValueError(f"{name} goes by validation losses: set validate_every, the steps between two of them")
+        return self
 
     @field_validator("rates")
     @classmethod
@@ -312,6 +333,15 @@ class Recipe(Section):
     def _forgetting_is_a_language_models(self) -> Recipe:
         if self.evaluate.forgetting is not None and self.model.head != "causal":
             raise ValueError(f"evaluate.forgetting needs a language model, and model.head is {self.model.head}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_packed_is_not_trained(self) -> Recipe:
+        if self.model.quantize != "none" and self.method["name"] == "full":
+            raise ValueError(
+                f"model.quantize is {self.model.quantize}, and method full trains the base's weights, which would stay "
+                "packed: take an adapter, or leave model.quantize out"
+            )
         return self
 
     def to_yaml(self) -> str:

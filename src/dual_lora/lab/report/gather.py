@@ -5,6 +5,7 @@ Files come from other people: one that cannot be read, is no regular file, is to
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from dual_lora.lab.errors import UserError, described
 from dual_lora.lab.read import read_json, read_json_lines, unlinked
 from dual_lora.lab.report.blocks import Source
+from dual_lora.lab.report.read_run import RECORD, read_run
 from dual_lora.lab.results import ANALYSIS, with_sizes
 from dual_lora.lab.run.write import finite
 from dual_lora.lab.study.folder import progress
@@ -28,6 +30,7 @@ class Material:
     running: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     analyses: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     ledgers: list[tuple[Path, list[dict[str, Any]]]] = field(default_factory=list)
+    runs: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -36,13 +39,14 @@ class Material:
         kinds = (
             (self.studies, "study", "studies"),
             (self.running, "study under way", "studies under way"),
+            (self.runs, "run", "runs"),
             (self.analyses, "analysis", "analyses"),
             (self.ledgers, "ledger", "ledgers"),
         )
         return ", ".join(f"{len(found)} {one if len(found) == 1 else many}" for found, one, many in kinds if found)
 
     def __bool__(self) -> bool:
-        return bool(self.studies or self.analyses or self.ledgers or self.running)
+        return bool(self.studies or self.analyses or self.ledgers or self.running or self.runs)
 
 
 def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Path]:
@@ -55,9 +59,20 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
-        for file in sorted(inside, key=lambda file: (file.is_symlink(), file)):
+        for file in sorted([*_runs_in(Path(given)), *inside], key=lambda file: (file.is_symlink(), file)):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """The record of a run that is named, and of each that lies in a named folder itself; a study's are not shown one by
+    one."""
+    if not folder.is_dir() or (folder / "study.json").exists() or (folder.parent / "study.json").exists():
+        return
+    with suppress(OSError):
+        for each in (folder, *folder.iterdir()):
+            if (each / "recipe.yaml").is_file() and (each / RECORD).is_file():
+                yield each / RECORD
 
 
 def _inside(folder: Path, problems: list[str]) -> Iterator[Path]:
@@ -81,6 +96,8 @@ def gather(paths: list[str | Path]) -> Material:
             if file.name == "study.json":
                 if under_way := finite(progress(file)):
                     material.running.append((file, under_way))
+            elif file.name == RECORD:
+                material.runs.append((file, read_run(file)))
             elif file.suffix == ".jsonl":
                 _add_ledger(material, file)
             else:

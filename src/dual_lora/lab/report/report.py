@@ -21,11 +21,13 @@ from dual_lora.lab.report.insights import analysis_name, analysis_sections
 from dual_lora.lab.report.ledger import ledger_sections
 from dual_lora.lab.report.overview import Studies, overview_sections
 from dual_lora.lab.report.page import SIGN, render
+from dual_lora.lab.report.read_run import METRICS, RECORD
+from dual_lora.lab.report.runs import run_name, run_sections
 from dual_lora.lab.report.studies import progress_sections, study_name, study_sections
 from dual_lora.lab.run.write import write_atomically
 
 LIVE_SECONDS = 5
-ORDER = ("Overview", "Verdicts", "Under way", "Figures", "Analyses", "Benchmarks")
+ORDER = ("Overview", "Verdicts", "Under way", "Runs", "Figures", "Analyses", "Benchmarks")
 SOURCE = "file command commit device finished versions"
 
 
@@ -39,6 +41,7 @@ class Report:
     studies: int
     analyses: int
     ledgers: int
+    runs: int
     exported: list[str]
     problems: list[str]
 
@@ -50,7 +53,7 @@ def report(
     tables: str | Path | None = None,
     live: int = 0,
 ) -> Report:
-    """Write one self-contained HTML page from studies, analyses and ledgers.
+    """Write one self-contained HTML page from runs, studies, analyses and ledgers.
 
     sources: files, or folders that are searched for them. tables: folder for every table as CSV, Markdown and LaTeX.
     live: seconds after which the page loads itself anew. Raises UserError for paths that are not there, if nothing that
@@ -59,7 +62,10 @@ def report(
     """
     material = gather(sources)
     if not material and not live:
-        expected = "results.json of a study (`dual-lora compare`), analysis.json (`dual-lora analyze`) or ledger.jsonl"
+        expected = (
+            "a run (`dual-lora train`), results.json of a study (`dual-lora compare`), analysis.json (`dual-lora "
+            "analyze`) or ledger.jsonl"
+        )
         raise UserError(
             f"Nothing to report lies under {', '.join(map(str, sources))}: expected {expected} (benchmarks). "
             f"{' '.join(material.problems)}".strip()
@@ -70,7 +76,7 @@ def report(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text)
     exported = [str(path) for path in export(page, Path(tables))] if tables is not None else []
-    counts = len(material.studies), len(material.analyses), len(material.ledgers)
+    counts = len(material.studies), len(material.analyses), len(material.ledgers), len(material.runs)
     return Report(str(file), len(text.encode()), material.counted, *counts, exported, material.problems)
 
 
@@ -92,6 +98,7 @@ def build_page(material: Material, title: str) -> Page:
     kinds: list[tuple[Any, Any, Any]] = [
         (material.studies, study_name, partial(study_sections, folded=not alone)),
         (material.running, study_name, progress_sections),
+        (material.runs, run_name, run_sections),
         (material.analyses, analysis_name, analysis_sections),
         (material.ledgers, lambda *_: "Benchmarks", ledger_sections),
     ]
@@ -148,4 +155,6 @@ def _marks(sources: list[str | Path]) -> list[tuple[Path, int, int]]:
     """Files with times and sizes; of a study under way also the folder of its runs, which begin and end there."""
     files = find(sources)
     files += [file.parent / "runs" for file in files if file.name == "study.json"]
+    files += [file.parent / METRICS for file in files if file.name == RECORD]
+    files += [each for file in files if file.name == RECORD for each in file.parent.glob("evaluation/*/result.json")]
     return [(each, (state := each.stat()).st_mtime_ns, state.st_size) for each in files if each.exists()]

@@ -45,7 +45,8 @@ def score_choice(asked: Asked) -> Rows:
         for i, sums in zip(part, scores, strict=True):
             values = [x / len(a) if spec.per_token else x for x, a in zip(sums, answers[i], strict=True)]
             chosen = examples[i].choices[max(range(len(values)), key=values.__getitem__)]
-            rows[i] = {"correct": chosen == examples[i].target, "predicted": chosen, "scores": values}
+            right = examples[i].target
+            rows[i] = {"correct": chosen == right, "predicted": chosen, "expected": right, "scores": values}
         asked.advance(len(part))
     told = [r["scores"] for r, e in zip(rows, examples, strict=True) if len(set(e.choices)) == len(e.choices)]
     if even := sum(sorted(scores)[-2:-1] == [max(scores)] for scores in told):

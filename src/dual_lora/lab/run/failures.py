@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
-from dual_lora.lab.errors import UserError, is_disk_full
+from dual_lora.lab.errors import UserError, is_disk_full, memory_full
 from dual_lora.lab.interrupt import Stopped
 from dual_lora.lab.read import read_object
+from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.record import memory_there, peak_memory
 from dual_lora.lab.run.write import write_json
+from dual_lora.lab.terminal import size
 
 
 class Diverged(UserError):
@@ -30,7 +33,7 @@ def check_finite(model: Any, step: int) -> None:
 
 
 @contextmanager
-def clear_failures(folder: RunFolder) -> Iterator[None]:
+def clear_failures(folder: RunFolder, recipe: Recipe) -> Iterator[None]:
     """Failures of training in one sentence, with what is left to go on from."""
     try:
         yield
@@ -42,15 +45,29 @@ def clear_failures(folder: RunFolder) -> Iterator[None]:
     except KeyboardInterrupt as error:
         number = getattr(error, "number", signal.SIGINT)
         raise Stopped(number, f"Interrupted. {_kept_checkpoint(folder)}") from None
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "The device's memory is full: lower train.batch_size (and raise train.accumulate), "
-            "or set train.gradient_checkpointing."
-        ) from error
     except Exception as error:
+        if said := memory_full(error):
+            raise UserError(f"{said} {_less_memory(recipe)}") from error
         if not is_disk_full(error):
             raise
         raise UserError(f"The disk is full, writing {folder.path} failed. {_kept_checkpoint(folder)}") from error
+
+
+def _less_memory(recipe: Recipe) -> str:
+    """What the run has taken so far and there is, and the settings that it could still change, the cheapest first."""
+    part, taken = recipe.train, f"The run had taken {size(peak_memory())} at its peak"
+    there = f" of {size(total)}" if (total := memory_there()) else ""
+    ways = []
+    if part.batch_size > 1:
+        fewer = next(n for n in range(part.batch_size // 2, 0, -1) if part.batch_size % n == 0)
+        times = part.accumulate * part.batch_size // fewer
+        ways.append(f"train.batch_size: {fewer} with train.accumulate: {times} (the same steps)")
+    if not part.gradient_checkpointing:
+        ways.append("train.gradient_checkpointing: true (some 30 % slower)")
+    if recipe.model.dtype == "float32":
+        ways.append("model.dtype: bfloat16 (half the base)")
+    ways.append(f"a smaller data.max_length (now {recipe.data.max_length})")
+    return f"{taken}{there}. What helps: {'; '.join(ways)}. `dual-lora estimate` says how much each needs."
 
 
 def _kept_checkpoint(folder: RunFolder) -> str:

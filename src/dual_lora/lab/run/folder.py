@@ -75,8 +75,8 @@ class RunFolder:
         """What to type to go on with this run."""
         return f"dual-lora train --resume --out {quote(str(self.path))}"
 
-    def open(self, resume: bool, overwrite: bool) -> None:
-        """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raise UserError where the folder cannot be taken for a run: it holds something and nothing was said."""
         if self.path.is_file():
             raise UserError(f"The output {self.path} is a file, expected a folder.")
         check_plain(self.path, ENTRIES, single=True)
@@ -93,6 +93,10 @@ class RunFolder:
                 raise UserError(not_ours(self.path, others[0]))
         if filled and not (ours or self.is_run):
             raise UserError(f"The folder {self.path} is not a run (it holds no recipe.yaml): give another --out.")
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Take the folder for a run. Raises UserError when it is in use, or holds something and nothing was said."""
+        self.check(resume, overwrite)
         self.path.mkdir(parents=True, exist_ok=True)
         sync(self.path.parent)
         busy = f"The output folder {self.path} is in use by another run; wait for it or give another --out."

@@ -15,7 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from dual_lora._warning import warn
+from dual_lora.lab.data.encode import VALUE
 from dual_lora.lab.errors import UserError, damaged
+from dual_lora.lab.model.note import named
 from dual_lora.lab.model.weights import have_changed, print_of_folder
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
@@ -119,7 +121,7 @@ def _body(
             method=name,
             settings=", ".join(f"{key} = {value}" for key, value in recipe.method.items() if key != "name"),
             head=kind,
-            labels=f", num_labels={len(record.get('classes') or [1])}" if kind != "CausalLM" else "",
+            labels="" if kind == "CausalLM" else _labels(record.get("classes") or [VALUE]),
             source=source_name(recipe.data.train or ""),
             lost=too_long(recipe, result["left_out"]),
             rows=record.get("rows_at_once", recipe.train.batch_size) * recipe.train.accumulate,
@@ -127,6 +129,14 @@ def _body(
         )
     except UndefinedError as error:  # what a damaged record lacks
         raise KeyError(error.message) from error
+
+
+def _labels(classes: list[str]) -> str:
+    """What tells the base's class of its head: the names, as Python writes them, or the number of values."""
+    names = named(classes)
+    if not names:
+        return f", num_labels={len(classes)}"
+    return "".join(f", {name}={value!a}" for name, value in names.items())
 
 
 def _results(folder: RunFolder) -> list[dict[str, Any]]:

@@ -39,10 +39,11 @@ def build_trainer(
     folder: RunFolder,
     ready: Prepared,
     watch: Watch,
+    first: Sequence[TrainerCallback],
     callbacks: Sequence[TrainerCallback],
     reports: dict[str, Any],
 ) -> Trainer:
-    """The Trainer for a run's steps over its rows, in their order. reports: see `reporting`."""
+    """The Trainer for a run's steps over its rows, in their order. first: before `watch`. reports: see `reporting`."""
     held = _with_blanks(ready.validation, recipe.evaluate.batch_size * process_count() if process_count() > 1 else 1)
     with _told(recipe) as precision:
         trainer = _Trainer(
@@ -55,7 +56,7 @@ def build_trainer(
             compute_loss_func=_Loss(
                 watch, recipe.train.label_smoothing, _labels_in(ready.validation) / max(1, len(held))
             ),
-            callbacks=[watch, *callbacks],
+            callbacks=[*first, watch, *callbacks],
             optimizers=(_optimizer(model, recipe), None),
         )
     for noisy in (PrinterCallback, ProgressCallback):

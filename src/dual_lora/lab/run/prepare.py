@@ -15,13 +15,16 @@ from transformers import set_seed
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, collator, mean_loss, to_device, training_order
-from dual_lora.lab.data.encode import VALUE, Encoded, Prompter, class_names, encode_all, encode_texts
+from dual_lora.lab.data.classes import classes_of, fit_head
+from dual_lora.lab.data.encode import Encoded, Prompter, encode_all, encode_texts
 from dual_lora.lab.data.examples import Example, load_split
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.bounds import check_config
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import Loaded
+from dual_lora.lab.model.note import name_classes
 from dual_lora.lab.model.opened import load_base
+from dual_lora.lab.progress import stage
 from dual_lora.lab.recipe.schema import Recipe
 
 GRADIENT_BATCHES = 8  # that LoRA-GA's start sees
@@ -58,18 +61,18 @@ class Prepared(InOrder):
         return collator(self.loaded.tokenizer, bool(self.classes), model)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, progress: bool = False) -> Prepared:
     """Read the data, load the model, fix the order. Raises UserError for records that do not fit the head."""
     part = recipe.train
     examples = load_split(recipe.data, "train")
-    classes = classes_of(recipe, examples)
-    if recipe.model.head == "classification" and len(classes) < 2:
-        raise UserError(f"The training records hold one class only ({classes[0]}); a classifier needs two.")
+    classes = classes_of(recipe.model.head, examples)
     held = load_split(recipe.data, "validation") if part.validate_every else []
-    _fit_head(held, recipe.model.head)
+    fit_head(held, recipe.model.head)
     set_seed(part.seed)
-    loaded = load_base(recipe.model, part.seed, len(classes) or None)
-    ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
+    with stage(f"loading {recipe.model.path}", progress):
+        loaded = load_base(recipe.model, part.seed, len(classes) or None)
+        name_classes(loaded.model, classes)
+        ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count())
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
     return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
@@ -84,22 +87,6 @@ def _warn_of_positions(config: Any, longest: int) -> None:
             f"data.max_length to {known} or less.",
             stacklevel=3,
         )
-
-
-def classes_of(recipe: Recipe, examples: list[Example]) -> list[str]:
-    """What the head tells apart: names of classes, the one value of a regression, [] for a language model."""
-    head = recipe.model.head
-    _fit_head(examples, head)
-    return class_names(examples) if head == "classification" else [VALUE] if head == "regression" else []
-
-
-def _fit_head(examples: list[Example], head: str) -> None:
-    """Raise UserError for an example that does not fit the head: of several sources each may have its own format."""
-    for example in examples:
-        if head != "causal" and not example.text:
-            raise UserError(f"{example.where}: model.head is {head}, but the record has no text and label.")
-        if head == "causal" and not example.messages:
-            raise UserError(f"{example.where}: the record has a text and a label: set model.head to classification.")
 
 
 def in_order(recipe: Recipe, examples: list[Example], tokenizer: Any, classes: list[str], processes: int) -> InOrder:

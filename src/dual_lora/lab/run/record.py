@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -76,6 +77,21 @@ def peak_memory() -> int:
         return 0
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
+
+
+def memory_there() -> int:
+    """Bytes of the accelerator's memory, or of the machine's; a container's limit where that is less. 0: not known."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    found = []
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            found.append(int(Path(limit).read_text()))
+    return min(found, default=0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.batches import Collator, aligned, collator, longest_first, to_device
-from dual_lora.lab.data.encode import IGNORED, Encoded, Prompter, encode_texts
+from dual_lora.lab.data.encode import IGNORED, VALUE, Encoded, Prompter, encode_texts
 from dual_lora.lab.data.examples import Example
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.generate import generate_all, search_of, specials_of
@@ -101,7 +101,11 @@ def score_exact_match(asked: Asked) -> Rows:
     for example, text in zip(asked.examples, _generated(asked, asked.examples), strict=True):
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
-        row = {"correct": _same(found, expected.strip(), spec.compare), "predicted": found}
+        row = {
+            "correct": _same(found, expected.strip(), spec.compare),
+            "predicted": found,
+            "expected": expected.strip(),
+        }
         rows.append(row | ({"text": text.strip()} if spec.extract else {}))  # what the answer was taken from
     return rows
 
@@ -196,6 +200,18 @@ def _generated(asked: Asked, examples: list[Example]) -> list[str]:
     return generate_all(asked.model, asked.tokenizer, prompts, *how)
 
 
+def class_rows(asked: Asked) -> Rows:
+    """Of each text the probabilities of the classes, in their order; of a regression its value."""
+    rows: Rows = [{}] * len(asked.examples)
+    label = "0" if list(asked.classes) == [VALUE] else asked.classes[0]  # any: it is not looked at
+    unlabelled = replace(asked, examples=[replace(example, label=label) for example in asked.examples])
+    for part, found, _ in _encoder_logits(unlabelled):
+        told = found if list(asked.classes) == [VALUE] else found.double().softmax(1)
+        for i, values in zip(part, told.tolist(), strict=True):
+            rows[i] = {"values": values}
+    return rows
+
+
 def score_classification(asked: Asked) -> Rows:
     """The most probable class of each text and its cross-entropy (nats)."""
     rows: Rows = [{}] * len(asked.examples)
@@ -203,7 +219,8 @@ def score_classification(asked: Asked) -> Rows:
         nats, best = cross_entropy(found, labels, reduction="none").tolist(), found.argmax(1).tolist()
         for i, loss, number in zip(part, nats, best, strict=True):
             name = asked.classes[number]
-            rows[i] = {"correct": name == asked.examples[i].label, "predicted": name, "nats": loss}
+            right = asked.examples[i].label
+            rows[i] = {"correct": name == right, "predicted": name, "expected": right, "nats": loss}
     return rows
 
 

@@ -1,6 +1,5 @@
 """Fine-tune by a recipe: transformers' Trainer with a fixed order of rows, whole checkpoints and a full record."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,22 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 from dual_lora._warning import warn
 from dual_lora.lab.data.encode import print_of_rows
 from dual_lora.lab.data.overlap import undeclared
-from dual_lora.lab.errors import UserError, described, is_disk_full
+from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full
 from dual_lora.lab.model import precision
 from dual_lora.lab.model.device import process_count
 from dual_lora.lab.model.load import quiet
-from dual_lora.lab.model.methods import apply_method, is_kind, method_config
-from dual_lora.lab.model.opened import Tuned, untrained_model, write_note
+from dual_lora.lab.model.methods import apply_method, is_kind, method_config, plain_config
+from dual_lora.lab.model.note import name_in_adapter, write_note
+from dual_lora.lab.model.opened import Tuned, untrained_model
 from dual_lora.lab.model.weights import print_of_weights
-from dual_lora.lab.progress import Bar, console
+from dual_lora.lab.progress import Bar, console, stage
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import Recipe
+from dual_lora.lab.run.best import Best, check_best, counts_from
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
 from dual_lora.lab.run.folder import (
@@ -67,12 +67,16 @@ class RunResult:
     adapter_bytes: int
     examples: int
     left_out: int  # examples longer than data.max_length
+    best_step: int | None = None  # of the lowest validation loss, where train.patience or train.keep_best ask for it
+    stopped_early: bool = False  # by train.patience
     stopped_by: int = field(default=0, compare=False)  # the signal that interrupted this session, 0 for none
     tuned: Tuned | None = field(default=None, repr=False, compare=False)
 
     def summary(self) -> dict[str, Any]:
         """Plain values, for record.json and ``--json``."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("stopped_by", "tuned")}
+        later = {"best_step", "stopped_early"}  # only where there is something to say
+        names = [f.name for f in fields(self) if f.name not in ("stopped_by", "tuned")]
+        return {name: value for name in names if (value := getattr(self, name)) or name not in later}
 
 
 def run(
@@ -112,7 +116,7 @@ def run(
         recipe = precision.settled_here(recipe)
         if precision.leaves_open(asked) and progress and main:
             console.print(str(precision.fast_precision()))
-        with clear_failures(folder):
+        with clear_failures(folder, recipe):
             task, name = names or (recipe.name, f"{recipe.method['name']}/seed-{recipe.train.seed}")
             with reported(to, task, name, folder.path) as reports:
                 return _train(recipe, asked, folder, main, progress, callbacks, reports, passing)
@@ -140,9 +144,10 @@ def _train(
     method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[])
     check_names(part)
     check_precision(recipe)
+    check_best(part)
     if main and (why := undeclared(recipe.data)):
         warn(f"The sets are not apart: {why}", stacklevel=2)
-    ready = prepare(recipe)
+    ready = prepare(recipe, progress)
     loaded, steps, tokens = ready.loaded, ready.steps, ready.tokens
     config = method_config(recipe.method, recipe.model.head, steps, loaded.fresh)
     if any(is_kind(config, kind) for kind in OWN_LOSS):
@@ -175,7 +180,7 @@ def _train(
     if checkpoint:
         same_rows_at_once(folder, part.batch_size, processes)
         made_of_the_same(folder, made_of, ", or begin anew with --overwrite or in another --out")
-    record = {"state": "running", "method": _plain(config), "seed": part.seed, "classes": ready.classes}
+    record = {"state": "running", "method": plain_config(config), "seed": part.seed, "classes": ready.classes}
     record |= {"processes": processes, "rows_at_once": part.batch_size * processes, "made_of": made_of}
     if recipe.origin is not None:
         record["origin"] = recipe.origin.model_dump(mode="json")
@@ -190,10 +195,11 @@ def _train(
 
     with Bar("training", steps, progress and main, start) as bar, quiet():
         watch = Watch(folder, bar, tokens, earlier, part.keep_checkpoints, main)
+        best = Best(part, folder, counts_from(config), main) if part.patience or part.keep_best else None
         checks = [] if config is None else [VerifyAdapter(tokenizer=loaded.tokenizer)]
         callbacks = [*_callbacks_of(config), *checks, *more]
         with _clear_beginning(watch, checkpoint, part.arguments):
-            trainer = build_trainer(model, recipe, folder, ready, watch, callbacks, reports)
+            trainer = build_trainer(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
             same_sharding(checkpoint, trainer)
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -203,7 +209,7 @@ def _train(
     lines = read_metrics(folder.metrics)
     result = RunResult(
         folder=str(folder.path),
-        state="finished" if done >= steps else "interrupted",
+        state="finished" if done >= steps or (best and best.stopped and not watch.stopped_by) else "interrupted",
         steps=done,
         loss=next((line["loss"] for line in reversed(lines) if "loss" in line), None),
         validation_loss=next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), None),
@@ -213,11 +219,15 @@ def _train(
         peak_memory=peak_memory(),
         adapter_bytes=0,
         stopped_by=watch.stopped_by,
+        best_step=best.step if best else None,
+        stopped_early=bool(best and best.stopped),
         **counts,
     )
     if result.state == "finished":
         check_finite(model, done)
         _as_opened(trainer, model)
+        if best:
+            best.put_back(model)
         target = folder.full_model if config is None else folder.adapter
         labels = len(ready.classes) or None
         untrained = partial(untrained_model, recipe.model, recipe.train.seed, labels, str(model.device))
@@ -239,7 +249,9 @@ def _train(
             text = card_text(folder, recipe, card, record={**record, "result": result.summary()}, fresh=True)
             write_atomically(card, text)
 
-        _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
+        noted = "" if ready.classes or config is None else ", fingerprint (for `dual-lora verify`)"
+        with stage(f"saving {target}: weights{noted}, card", progress):
+            _save(trainer, tuned, recipe, target, main, made_of["weights"], complete)
     if main:
         record |= {"state": result.state, "result": result.summary()}
         record["problems"] = [problem for check in checks for problem in check.problems]
@@ -265,7 +277,7 @@ def _clear_beginning(watch: Watch, checkpoint: Path | None, arguments: Iterable[
     except UserError:
         raise
     except Exception as error:
-        if watch.begun or isinstance(error, torch.OutOfMemoryError) or is_disk_full(error):
+        if watch.begun or memory_full(error) or is_disk_full(error):
             raise
         if checkpoint is not None:
             raise UserError(
@@ -309,6 +321,7 @@ def _save(
             else:
                 trainer.save_model(str(folder))  # gathers sharded weights where there are several devices
             tuned.tokenizer.save_pretrained(str(folder))
+        name_in_adapter(folder, tuned.model, tuned.classes)
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all of it stands in the recipe
         write_note(folder, recipe, tuned.classes, base)
         complete(folder)  # before the folder is listed: fingerprint and card are ours too
@@ -317,14 +330,6 @@ def _save(
         write_folder_atomically(target, write, listed=True)
     else:
         trainer.save_model(str(target.with_name(target.name + ".part")))
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """The method's configuration, every default included, in plain values."""
-    if config is None:
-        return {"name": "full"}
-    plain = json.dumps(config.to_dict(), default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    return dict(json.loads(plain))
 
 
 def _finished(folder: RunFolder) -> RunResult | None:

@@ -72,6 +72,8 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end = time.perf_counter()
+        if state.global_step >= state.max_steps:
+            self.bar.also("checking that what is saved gives the same answers")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.begun = True

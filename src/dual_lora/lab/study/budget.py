@@ -47,7 +47,7 @@ def planned_steps(recipe: Recipe, fetch: bool = False) -> int:
     if recipe.train.steps:
         return recipe.train.steps
     part = recipe.train
-    from dual_lora.lab.model.load import is_here
+    from dual_lora.lab.model.location import is_here
     from dual_lora.lab.model.weights import folder_here
 
     model, held = recipe.model, tuple(fingerprint(recipe).items())
@@ -68,7 +68,8 @@ def _rows(model: str, data: str, held: tuple[tuple[str, str], ...]) -> int:
     """
     from dual_lora.lab.data.encode import Prompter, encode_all
     from dual_lora.lab.data.examples import load_split
-    from dual_lora.lab.model.load import load_tokenizer, locate
+    from dual_lora.lab.model.load import load_tokenizer
+    from dual_lora.lab.model.location import locate
 
     records = DataSection.model_validate_json(data)
     examples = load_split(records, "train")

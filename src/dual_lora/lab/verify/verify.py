@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 
 from dual_lora.lab.errors import UserError, described
-from dual_lora.lab.model.load import load_model, load_tokenizer, locate, quiet
+from dual_lora.lab.model.load import load_model, load_tokenizer, quiet
+from dual_lora.lab.model.location import locate
 from dual_lora.lab.model.opened import Tuned, open_tuned
 from dual_lora.lab.read import read_object
 from dual_lora.lab.recipe.schema import ModelSection, Precision

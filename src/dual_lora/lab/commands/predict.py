@@ -1,0 +1,104 @@
+"""dual-lora predict"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import create_model
+
+from dual_lora.lab.commands.card import duration, facts_card, finish
+from dual_lora.lab.commands.parameters import Base, Dtype, Json, Source, flag_values, flags
+from dual_lora.lab.data.questions import read_questions
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.progress import stage
+from dual_lora.lab.recipe.read import build_recipe, merged
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection, Recipe
+from dual_lora.lab.run.folder import RunFolder, recipe_of_run, result_of
+from dual_lora.lab.run.results_file import check_columns, check_out
+
+_ASKED = ("format", "fields", "columns", "template", "choices", "max_length")
+_HOW = ("batch_size", "max_new_tokens", "beams", "length_penalty", "no_repeat_ngram", "per_token")
+_PARTS: dict[str, Any] = {
+    "data": (flags(DataSection, _ASKED) | None, None),
+    "evaluate": (flags(EvaluateSection, _HOW) | None, None),
+}
+PredictFlags: Any = create_model("PredictFlags", **_PARTS)
+
+
+def predict(
+    source: Source,
+    file: Annotated[str, Parameter(help="Records: a .csv, .jsonl, .json or .tsv file, or a .txt file, one a line.")],
+    *,
+    out: Annotated[
+        Path | None, Parameter(help="File of the results, .jsonl or .csv. [default: FILE's name with .predicted in it]")
+    ] = None,
+    limit: Annotated[int | None, Parameter(help="Only the first so many records.")] = None,
+    without_adapter: Annotated[bool, Parameter(help="Let the untrained base answer.")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, Parameter(help="Begin anew, and replace a file of results.")] = False,
+    json: Json = False,
+    given: Annotated[
+        PredictFlags | None,
+        Parameter(name="*", negative_bool="no-", show_default=False, consume_multiple=True),
+    ] = None,
+) -> None:
+    """Label or answer every record of a file: classes with probabilities, values, or texts.
+
+    Example: `dual-lora predict runs/sst2-minilm reviews.csv --out labelled.csv`
+
+    A language model that is to choose: `dual-lora predict runs/boolq questions.jsonl --data.choices true false`
+
+    After an interruption the same command goes on where it stopped.
+    """
+    overrides = flag_values(given)
+    recipe = _recipe_of(source)
+    plain = {"data": recipe.data.model_dump(), "evaluate": recipe.evaluate.model_dump()} if recipe else {}
+    settings = build_recipe({"model": {"path": source}, **merged(plain, overrides)}, "flags")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}, expected at least 1 record.")
+    head = recipe.model.head if recipe else "causal"
+    records, examples = read_questions(file, settings.data, head)
+    records, examples = records[:limit], examples[:limit]
+    target = out or _beside(file)
+    check_out(target, overwrite)
+    check_columns(records, ("predicted", "probability", "probabilities"))
+    with stage(f"{source}: {len(records):,} records of {file}, into {target}"):
+        from dual_lora.lab.model.opened import open_tuned
+        from dual_lora.lab.run.predict import predict as run_prediction
+    with stage(f"loading {source}"):
+        tuned = open_tuned(source, base, dtype)
+    result = run_prediction(
+        tuned, file, records, examples, target, settings.data, settings.evaluate,
+        variant="base" if without_adapter else None, overwrite=overwrite,
+    )  # fmt: skip
+    facts = {"records": f"{result.examples:,} in {duration(result.seconds)}"}
+    if result.resumed_from:
+        facts["records"] += f", {result.resumed_from:,} of them before the interruption"
+    if result.cut:
+        facts["cut"] = f"{result.cut:,} texts longer than {settings.data.max_length} tokens"
+    if result.counts:
+        facts["labels"] = " · ".join(f"{name} {count:,}" for name, count in result.counts.items())
+    if result.answered:
+        share = result.agree / result.answered
+        facts["agree"] = f"{result.agree:,} of {result.answered:,} with the record's own answer ({share:.1%})"
+    facts["results"] = result.file
+    finish(result.summary(), facts_card(f"predicted by {result.source}", facts), json)
+
+
+def _recipe_of(source: str) -> Recipe | None:
+    """A run's or an adapter's own recipe, read before a library is imported. Raises UserError for an unfinished run."""
+    folder = RunFolder(Path(source))
+    if folder.is_run:
+        result_of(folder)
+        return recipe_of_run(source)
+    from dual_lora.lab.model.note import read_note
+
+    return read_note(Path(source))[0]
+
+
+def _beside(file: str) -> Path:
+    path = Path(file)
+    return Path(f"{path.stem}.predicted{'.csv' if path.suffix in ('.csv', '.tsv') else '.jsonl'}")

@@ -1,0 +1,69 @@
+"""Records without an answer: what a model is asked by, in the formats that it was trained on."""
+
+from dataclasses import replace
+from typing import Any
+
+from dual_lora.lab.data.examples import Example, in_words, read_examples
+from dual_lora.lab.data.records import Record, find, read_records
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.schema import FIELDS, DataSection
+
+NONE = "1"  # instead of an answer, which no reader of a format does without; nobody is shown it
+ANSWERS = ("answer", "output", "label")
+
+
+def read_questions(source: str, data: DataSection, head: str) -> tuple[list[Record], list[Example]]:
+    """The records of a file as they are, and what each asks; a label or an answer that a record has is its `label` or
+    `answer`, and "" where it has none.
+
+    head: the model's. Raises UserError, with file and line, for a record without what is asked by.
+    """
+    records = read_records(source, None if _has_header(source, data) else data.columns)
+    if source.endswith(".txt"):
+        name = "text" if head != "causal" else "line" if data.format == "facts" else "prompt"
+        records = [Record({name: record.values["line"]}, record.where) for record in records]
+    theirs = {ours: data.fields.get(ours, ours) for ours in ANSWERS}
+    filled = [Record(_answered(record.values, theirs, head), record.where) for record in records]
+    needed = {ours: name for ours, name in data.fields.items() if ours not in theirs}
+    plain = data.model_copy(update={"fields": needed, "answers": "label", "columns": None, "group": None})
+    examples = read_examples(source, plain, filled)
+    asked = [_asked(example, record, theirs, data) for example, record in zip(examples, records, strict=True)]
+    for example in asked:
+        if head != "causal" and not example.text:
+            raise UserError(f"{example.where}: the model reads texts, and the record has no field text.")
+        if head == "causal" and not example.messages:
+            raise UserError(f"{example.where}: the model answers prompts, and the record has a text alone.")
+    return records, asked
+
+
+def _has_header(source: str, data: DataSection) -> bool:
+    """Whether a table's first line names what is asked by, although the training records' had no such line."""
+    if not data.columns or not source.endswith((".csv", ".tsv")):
+        return False
+    with find(source).open(encoding="utf-8-sig", errors="replace") as file:
+        first = file.readline().rstrip("\r\n").split("\t" if source.endswith(".tsv") else ",")
+    return not {data.fields.get(name, name) for name in FIELDS}.isdisjoint(name.strip('"') for name in first)
+
+
+def _answered(values: dict[str, Any], theirs: dict[str, str], head: str) -> dict[str, Any]:
+    """A record with something instead of its answer."""
+    filled = {name: value for name, value in values.items() if name not in theirs.values()}
+    filled |= {"label": NONE} | ({"answer": NONE, "output": NONE} if head == "causal" else {})
+    messages = values.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        before = messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        filled["messages"] = [*before, {"role": "assistant", "content": NONE}]
+    if isinstance(values.get("line"), str):
+        filled["line"] = f"{values['line'].partition('||')[0]}||{NONE}"
+    return filled
+
+
+def _asked(example: Example, record: Record, theirs: dict[str, str], data: DataSection) -> Example:
+    """The example with the record's own answer, if it has one."""
+    if data.answers == "text" and example.messages:
+        example = in_words(example)
+    if example.text:
+        label = record.values.get(theirs["label"])
+        return replace(example, label="" if label is None else str(label).strip())
+    given = record.values.get(theirs["answer"], record.values.get(theirs["output"]))
+    return replace(example, answer="" if given is None else str(given), target="", where=example.where)

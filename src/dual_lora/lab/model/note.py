@@ -1,0 +1,65 @@
+"""What the laboratory notes next to a model's or an adapter's weights: the recipe, and the names of the classes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.encode import VALUE
+from dual_lora.lab.errors import UserError, described
+from dual_lora.lab.read import read_object
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import Recipe
+
+NOTE = "lab.json"
+
+
+def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
+    """The recipe and the classes that the laboratory noted in an adapter folder; none in one from elsewhere."""
+    file = adapter / NOTE
+    if not file.is_file():
+        return None, []
+    try:
+        note = read_object(file)
+        recipe, classes = note["recipe"], note.get("classes", [])
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."
+        ) from None
+    return build_recipe(recipe, str(file)), classes
+
+
+def write_note(adapter: Path, recipe: Recipe, classes: list[str], base: dict[str, str] | None = None) -> None:
+    """base: a print of its weights, as they were when it was loaded; the adapter fits no others."""
+    note = {"recipe": recipe.model_dump(mode="json"), "classes": classes} | ({"base": base} if base else {})
+    (adapter / NOTE).write_text(json.dumps(note, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def named(classes: list[str]) -> dict[str, dict[Any, Any]]:
+    """The names in the terms of a transformers configuration; {} where the head tells no classes."""
+    if not classes or classes == [VALUE]:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+
+
+def name_classes(model: Any, classes: list[str]) -> None:
+    """Put the names into the model's configuration, where pipelines and saved models look for them."""
+    for name, value in named(classes).items():
+        setattr(model.config, name, value)
+
+
+def name_in_adapter(folder: Path, model: Any, classes: list[str]) -> None:
+    """Put the names into a saved adapter's configuration, next to the class that its base is.
+
+    PEFT keeps what stands under `auto_mapping`, and warns of every field that it does not know.
+    """
+    file, plain = folder / "adapter_config.json", getattr(model, "base_model", model)
+    if not named(classes) or not file.is_file():
+        return
+    base = type(plain.get_base_model() if hasattr(plain, "get_base_model") else getattr(plain, "model", plain))
+    values = read_object(file)
+    told: dict[str, Any] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    told |= {"id2label": named(classes)["id2label"]}
+    values["auto_mapping"] = {**(values.get("auto_mapping") or {}), **told}
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

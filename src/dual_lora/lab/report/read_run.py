@@ -1,0 +1,21 @@
+"""What a run's folder says of the run, for a page. The records that it was trained on are not opened."""
+
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.read import read_json_lines, read_object
+from dual_lora.lab.run.folder import ENTRIES, check_plain
+from dual_lora.lab.run.record import read_metrics
+
+RECORD, METRICS = "record.json", "metrics.jsonl"
+
+
+def read_run(record: Path) -> dict[str, Any]:
+    """What a run's folder says of it. Raises ValueError or OSError for what cannot be read, UserError for a link."""
+    folder = record.parent
+    check_plain(folder, ENTRIES)
+    evaluations = []
+    for file in sorted((folder / "evaluation").glob("*/result.json")):
+        items = file.with_name("items.jsonl")
+        evaluations.append((read_object(file), read_json_lines(items) if items.is_file() else []))
+    return {"record": read_object(record), "metrics": read_metrics(folder / METRICS), "evaluations": evaluations}

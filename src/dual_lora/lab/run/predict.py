@@ -1,0 +1,220 @@
+"""What a run says of records that have no answer: labels with their probabilities, or texts, in a file of results.
+
+Results are written as they come, into a file next to the one that is asked for. After an interruption the next call
+goes on where that file ends, if records, model and settings are the same.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.encode import VALUE, Prompter
+from dual_lora.lab.data.examples import Example
+from dual_lora.lab.data.records import Record
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.model.generate import check_writes, generate_all, search_of
+from dual_lora.lab.model.load import quiet
+from dual_lora.lab.model.opened import Tuned
+from dual_lora.lab.model.weights import print_of_folder
+from dual_lora.lab.progress import Bar
+from dual_lora.lab.read import lines_of, parse_json, regular
+from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
+from dual_lora.lab.run.choice import score_choice
+from dual_lora.lab.run.failures import NotFinite
+from dual_lora.lab.run.folder import RunFolder
+from dual_lora.lab.run.results_file import check_columns, check_out, unfinished_of, write_rows
+from dual_lora.lab.run.scoring import Asked, class_rows
+from dual_lora.lab.run.write import json_text
+
+BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
+
+
+@dataclass
+class Predicted:
+    """What was written. agree: of the records that have an answer of their own, how many get the same one."""
+
+    source: str
+    records: str
+    file: str
+    examples: int
+    resumed_from: int  # results of an earlier session
+    counts: dict[str, int]  # by label, where there are labels
+    answered: int
+    agree: int
+    cut: int  # texts longer than data.max_length
+    seconds: float
+
+    def summary(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def predict(
+    tuned: Tuned,
+    source: str,
+    records: list[Record],
+    examples: list[Example],
+    out: Path,
+    data: DataSection,
+    spec: EvaluateSection,
+    *,
+    variant: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Predicted:
+    """Write what the model says of each example to ``out`` (.jsonl or .csv), in the order of the records.
+
+    records, examples: see `read_questions`. variant: "base" for the untrained model. overwrite: begin anew, and replace
+    a file that is there. Raises UserError for a file that is there, and for a model that computes no numbers.
+    """
+    began = time.perf_counter()
+    check_out(out, overwrite)
+    check_columns(records, _columns(tuned, examples))
+    unfinished = unfinished_of(out)
+    told = _print_of(tuned, records, data, spec, variant)
+    if overwrite:
+        unfinished.unlink(missing_ok=True)
+    done = _gone_on_with(unfinished, told)
+    earlier = len(done)
+    ask = _asker(tuned, data, spec)
+    size = spec.batch_size * BATCHES
+    bar = Bar(f"predicting {out.name}", len(examples), progress, start=earlier)
+    file = unfinished.open("a" if unfinished.exists() else "x", encoding="utf-8")
+    with quiet(), tuned.as_variant(variant or tuned.variants[-1]) as model, bar, file:
+        if not done:
+            file.write(json_text({"of": told}) + "\n")
+        for start in range(earlier, len(examples), size):
+            try:
+                rows = ask(model, examples[start : start + size], bar.advance)
+            except NotFinite as error:
+                raise UserError(f"{tuned.source} computes NaN or infinity {error}: it says nothing.") from error
+            file.writelines(json_text(row) + "\n" for row in rows)
+            file.flush()
+            done += rows
+    write_rows(out, records, done)
+    unfinished.unlink(missing_ok=True)
+    own = [e.label or e.answer for e in examples]
+    agree = [_same(row, given) for row, given in zip(done, own, strict=True) if given]
+    labels = [str(row["predicted"]) for row in done if "probability" in row]
+    names = [*tuned.classes, *sorted({*labels} - {*tuned.classes})]
+    return Predicted(
+        source=tuned.source,
+        records=source,
+        file=str(out),
+        examples=len(examples),
+        resumed_from=earlier,
+        counts={name: labels.count(name) for name in names} if labels else {},
+        answered=len(agree),
+        agree=sum(agree),
+        cut=_cut(tuned, examples, data),
+        seconds=round(time.perf_counter() - began, 3),
+    )
+
+
+def _gone_on_with(file: Path, told: str) -> list[dict[str, Any]]:
+    """The results of an earlier session; what a kill has cut off is removed from the file."""
+    if not file.exists() and not file.is_symlink():
+        return []
+    way_out = "give --overwrite to begin anew, or another --out"
+    if file.is_symlink():
+        raise UserError(f"{file} is a link: remove it.")
+    try:
+        text = regular(file, largest=2**40).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}, the results so far, cannot be read ({error}): {way_out}.") from None
+    whole = text[: text.rfind("\n") + 1]
+    first, rest = {"of": told}, []
+    try:
+        if whole:
+            first, *rest = [parse_json(line) for line in lines_of(whole)]
+        same = first["of"] == told
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{file}, the results so far, is damaged: {way_out}.") from None
+    if not same:
+        raise UserError(f"{file} holds results of other records, another model or other settings: {way_out}.")
+    with file.open("r+", encoding="utf-8") as held:
+        held.truncate(len(whole.encode()) if rest else 0)
+    return rest
+
+
+def _print_of(
+    tuned: Tuned, records: list[Record], data: DataSection, spec: EvaluateSection, variant: str | None
+) -> str:
+    """What the results depend on."""
+    held = RunFolder(tuned.run).result if tuned.run else None
+    how: dict[str, Any] = {"model": tuned.source, "weights": print_of_folder(held) if held else {}}
+    how |= {"given": tuned.given, "variant": variant}
+    how |= {"data": data.model_dump(mode="json"), "spec": spec.model_dump(mode="json")}
+    text = json.dumps([how, [record.values for record in records]], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+Ask = Callable[[Any, list[Example], Callable[[int], None]], list[dict[str, Any]]]
+
+
+def _asker(tuned: Tuned, data: DataSection, spec: EvaluateSection) -> Ask:
+    """What makes rows of examples: of an encoder labels or values, of choices the likeliest, else texts."""
+    prompter = Prompter(tuned.tokenizer, data.template)
+
+    def classes(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
+        asked = Asked(model, examples, prompter, spec, tuned.classes, data.max_length, advance)
+        rows = [row["values"] for row in class_rows(asked)]
+        if not all(math.isfinite(value) for values in rows for value in values):
+            raise NotFinite("on these texts")
+        if tuned.classes == [VALUE]:
+            return [{"predicted": values[0]} for values in rows]
+        return [_labelled(tuned.classes, values) for values in rows]
+
+    def choices(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
+        known = [replace(e, answer=e.choices[0], target=e.choices[0]) for e in examples]
+        asked = Asked(model, known, prompter, spec, (), data.max_length, advance)
+        rows = score_choice(asked)
+        return [_labelled(e.choices, _softmax(row["scores"])) for e, row in zip(examples, rows, strict=True)]
+
+    def texts(model: Any, examples: list[Example], advance: Callable[[int], None]) -> list[dict[str, Any]]:
+        prompts = [prompter.prompt_ids(example.prompt, example.tools) for example in examples]
+        how = spec.batch_size, spec.max_new_tokens, advance, search_of(spec)
+        return [{"predicted": text.strip()} for text in generate_all(model, tuned.tokenizer, prompts, *how)]
+
+    if tuned.classes:
+        return classes
+    if data.choices:
+        return choices
+    check_writes(tuned.model)
+    return texts
+
+
+def _labelled(names: Any, probabilities: list[float]) -> dict[str, Any]:
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    told = {name: round(p, 6) for name, p in zip(names, probabilities, strict=True)}
+    return {"predicted": names[best], "probability": round(probabilities[best], 6), "probabilities": told}
+
+
+def _softmax(scores: list[float]) -> list[float]:
+    most = max(scores)
+    if not math.isfinite(most):
+        raise NotFinite("on these prompts")
+    powers = [math.exp(score - most) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+def _columns(tuned: Tuned, examples: list[Example]) -> Iterator[str]:
+    yield from ("predicted", "probability", "probabilities")
+    yield from (f"p({name})" for name in (tuned.classes or (examples[0].choices if examples else ())))
+
+
+def _same(row: dict[str, Any], given: str) -> bool:
+    said = row["predicted"]
+    if isinstance(said, float):
+        return False
+    return str(said) == given.strip()
+
+
+def _cut(tuned: Tuned, examples: list[Example], data: DataSection) -> int:
+    if not tuned.classes:
+        return 0
+    return sum(len(tuned.tokenizer(*e.text).input_ids) > data.max_length for e in examples)

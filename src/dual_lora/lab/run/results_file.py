@@ -1,0 +1,64 @@
+"""Results next to the records that they are of, as JSON lines or as a table."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dual_lora.lab.data.records import Record
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.run.write import json_text, write_atomically
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise UserError where the results cannot be written. Needs no library."""
+    if out.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"The results are to be written to {out}, expected a .jsonl or a .csv file.")
+    if out.is_dir():
+        raise UserError(f"The results are to be written to {out}, which is a folder.")
+    if out.exists() and not overwrite:
+        raise UserError(f"The file {out} is there already: give --overwrite to replace it, or another --out.")
+    if not out.parent.is_dir():
+        raise UserError(f"There is no folder {out.parent} for the results.")
+
+
+def unfinished_of(out: Path) -> Path:
+    """The results so far, while they are made."""
+    return out.with_name(f"{out.name}.unfinished")
+
+
+def check_columns(records: Sequence[Record], ours: Iterable[str]) -> None:
+    """Raise UserError for records that have a field of a name that the results need."""
+    names = {*ours}
+    for record in records:
+        if taken := sorted(names & {str(name) for name in record.values}):
+            raise UserError(
+                f"{record.where}: the record has a field {taken[0]!r}, which is the name of a result: give that field "
+                "another name."
+            )
+
+
+def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> None:
+    """Every record with its result: in a .csv file the probabilities are columns p(CLASS)."""
+    together = [{**record.values, **row} for record, row in zip(records, rows, strict=True)]
+    if out.suffix == ".jsonl":
+        write_atomically(out, "".join(json_text(row) + "\n" for row in together))
+        return
+    flat = [_flat(row) for row in together]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_atomically(out, text.getvalue())
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = {name: value for name, value in row.items() if name != "probabilities"}
+    flat |= {f"p({name})": value for name, value in row.get("probabilities", {}).items()}
+    return {name: value if isinstance(value, str | int | float) else _as_text(value) for name, value in flat.items()}
+
+
+def _as_text(value: Any) -> str:
+    return "" if value is None else json_text(value)

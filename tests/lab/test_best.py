@@ -1,0 +1,124 @@
+"""A run ends when validations bring no lower loss, and saves the weights of the lowest, whatever interrupts it."""
+
+import json
+
+import pytest
+
+from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.recipe.read import build_recipe, identity
+from dual_lora.lab.run.best import Best, check_best, counts_from
+from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.train import run
+
+
+@pytest.fixture
+def values(lm_values):
+    """A run that learns too fast to stay good: the validation loss falls, then rises."""
+    lm_values["data"] |= {"holdout": 12, "overlap": "all"}
+    lm_values["method"] = {"name": "lora", "r": 4}
+    lm_values["train"] = {
+        "steps": 60, "batch_size": 4, "checkpoint_every": 4, "log_every": 2, "learning_rate": 0.1,
+        "schedule": "constant", "validate_every": 2, "patience": 3, "keep_best": True,
+    }  # fmt: skip
+    lm_values["evaluate"] = {"tasks": ["loss"], "split": "validation", "base": False}
+    return lm_values
+
+
+def validations(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter/adapter_model.safetensors")
+
+
+def test_the_best_is_saved_and_the_run_ends_early(values, tmp_path):
+    result = run(build_recipe(values), tmp_path / "run", progress=False)
+    losses = validations(tmp_path / "run")
+    best = min(losses, key=losses.get)
+    assert (result.state, result.stopped_early, result.best_step) == ("finished", True, best)
+    assert result.steps == max(losses) == best + 6 < 60, "three validations later"
+    measured = evaluate(tmp_path / "run", progress=False).metrics["tuned"]["loss"]
+    assert measured == pytest.approx(losses[best], rel=1e-4)
+    assert measured < losses[result.steps]
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert record["result"]["best_step"] == best
+    again = run(build_recipe(values), tmp_path / "run", resume=True, progress=False)
+    assert again == result, "a finished run stays as it is"
+    assert open_tuned(tmp_path / "run").adapted
+
+
+def test_an_interrupted_run_comes_out_the_same(values, tmp_path):
+    from transformers import TrainerCallback
+
+    class Dies(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == self.at:
+                raise KeyboardInterrupt
+
+    whole = run(build_recipe(values), tmp_path / "whole", progress=False)
+    for at in (5, whole.steps - 1):
+        folder, dies = tmp_path / f"at-{at}", Dies()
+        dies.at = at
+        with pytest.raises(KeyboardInterrupt):
+            run(build_recipe(values), folder, progress=False, callbacks=[dies])
+        resumed = run(build_recipe(values), folder, resume=True, progress=False)
+        assert (resumed.steps, resumed.best_step) == (whole.steps, whole.best_step)
+        one, other = weights_of(tmp_path / "whole"), weights_of(folder)
+        assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_patience_alone_saves_the_last_weights(values, tmp_path):
+    values["train"]["keep_best"] = False
+    result = run(build_recipe(values), tmp_path / "run", progress=False)
+    losses = validations(tmp_path / "run")
+    assert result.stopped_early
+    measured = evaluate(tmp_path / "run", progress=False).metrics["tuned"]["loss"]
+    assert measured == pytest.approx(losses[result.steps], rel=1e-4)
+    assert not list((tmp_path / "run").rglob("best.safetensors"))
+
+
+def test_the_card_says_it(values, write_recipe, call, tmp_path):
+    code, out, _ = call("train", write_recipe(values), "--out", tmp_path / "run")
+    assert code == 0
+    said = " ".join(out.replace("│", " ").split())
+    assert "ended by 3 validations without a lower loss" in said
+    assert "saved as of step" in said
+
+
+def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):
+    values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 5}
+    values["train"] |= {"steps": 8, "patience": None, "learning_rate": 0.001}
+    result = run(build_recipe(values), tmp_path / "run", progress=False)
+    assert set(validations(tmp_path / "run")) == {2, 4, 6, 8}
+    assert result.best_step in (6, 8)
+    assert not result.stopped_early
+    assert counts_from(None) == 0
+
+
+def test_what_is_no_number_is_no_improvement(tmp_path):
+    from types import SimpleNamespace
+
+    recipe = build_recipe({"model": {"path": "x"}, "train": {"validate_every": 1, "patience": 2}})
+    best, control = Best(recipe.train, None, 0, True), SimpleNamespace(should_training_stop=False)
+    for step, loss in enumerate((1.0, float("nan"), 0.5, 0.5, float("inf")), 1):
+        state = SimpleNamespace(global_step=step, max_steps=9)
+        best.on_evaluate(None, state, control, metrics={"eval_loss": loss})
+    assert (best.step, best.loss, best.stopped, control.should_training_stop) == (3, 0.5, True, True)
+
+
+def test_errors_and_identity(monkeypatch):
+    from dual_lora.lab.errors import UserError
+
+    for name, value in (("patience", 2), ("keep_best", True)):
+        with pytest.raises(UserError, match=f"{name} goes by validation losses: set validate_every"):
+            build_recipe({"model": {"path": "x"}, "train": {name: value}})
+    assert not {"patience", "keep_best"} & identity(build_recipe({"model": {"path": "x"}}))["train"].keys()
+    recipe = build_recipe({"model": {"path": "x"}, "train": {"validate_every": 2, "keep_best": True}})
+    check_best(recipe.train)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP and DeepSpeed shard them"):
+        check_best(recipe.train)

@@ -1,0 +1,223 @@
+"""Every record of a file gets a label with probabilities, a value, a choice or a text; what was interrupted goes on."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from dual_lora.lab.data.questions import read_questions
+from dual_lora.lab.errors import UserError
+from dual_lora.lab.recipe.read import build_recipe
+from dual_lora.lab.recipe.schema import DataSection
+from dual_lora.lab.run.train import run
+
+
+def built(tmp_path_factory, name, values):
+    folder = tmp_path_factory.mktemp(name) / "run"
+    run(build_recipe(values), folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tiny_encoder, reviews):
+    """A run that tells warm (1) from cold (0), whose training records had no header."""
+    data = {"train": str(reviews / "train.tsv"), "columns": ["label", "sentence"], "fields": {"text": "sentence"}}
+    return built(tmp_path_factory, "classifier", {
+        "model": {"path": str(tiny_encoder), "head": "classification"}, "method": {"name": "lora", "r": 4},
+        "data": data, "train": {"steps": 40, "batch_size": 8, "learning_rate": 0.01},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory, tiny_lm, questions):
+    """A run of a language model."""
+    return built(tmp_path_factory, "writer", {
+        "model": {"path": str(tiny_lm)}, "method": {"name": "lora", "r": 4},
+        "data": {"train": str(questions / "train.json")}, "train": {"steps": 3, "batch_size": 4},
+        "evaluate": {"max_new_tokens": 3},
+    })  # fmt: skip
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    """A CSV with a header and quoted cells, and no label."""
+    file = tmp_path / "new.csv"
+    with file.open("w", newline="") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["id", "sentence"])
+        rows.writerows([f"n{i}", f"the sea, is {'warm' if i % 2 else 'cold'}"] for i in range(20))
+    return file
+
+
+def rows_of(file):
+    if file.suffix == ".csv":
+        with file.open(newline="") as opened:
+            return list(csv.DictReader(opened))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_labels_with_probabilities(classifier, sentences, call, tmp_path, suffix):
+    out = tmp_path / f"labelled{suffix}"
+    code, said, _ = call("predict", classifier, sentences, "--out", out, "--json")
+    assert code == 0
+    rows = rows_of(out)
+    assert [row["id"] for row in rows] == [f"n{i}" for i in range(20)], "every field of a record, in their order"
+    assert [row["predicted"] for row in rows] == [str(i % 2) for i in range(20)]
+    told = rows[0] | (rows[0]["probabilities"] if suffix == ".jsonl" else {})
+    names = ("0", "1") if suffix == ".jsonl" else ("p(0)", "p(1)")
+    assert sum(float(told[name]) for name in names) == pytest.approx(1, abs=1e-5)
+    assert float(rows[0]["probability"]) == max(float(told[name]) for name in names) > 0.5
+    result = json.loads(said)
+    assert result["counts"] == {"0": 10, "1": 10}
+    assert (result["answered"], result["examples"], result["resumed_from"]) == (0, 20, 0)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_probabilities_are_those_of_the_model_alone(classifier, sentences, call, tmp_path):
+    """Whatever stands in the same batch."""
+    for size in (1, 7):
+        given = ("--out", tmp_path / f"{size}.jsonl", "--evaluate.batch-size", size)
+        assert call("predict", classifier, sentences, *given)[0] == 0
+    one, seven = (rows_of(tmp_path / f"{size}.jsonl") for size in (1, 7))
+    for alone, together in zip(one, seven, strict=True):
+        assert alone["probabilities"] == pytest.approx(together["probabilities"], abs=2e-5)
+
+
+def test_records_with_labels_say_how_often_they_agree(classifier, reviews, call, tmp_path):
+    out = tmp_path / "out.jsonl"
+    code, said, _ = call("predict", classifier, reviews / "test.tsv", "--out", out)
+    assert code == 0
+    assert "agree" in said
+    assert "24 of 24" in said
+    assert all(row["predicted"] == row["label"] for row in rows_of(out))
+
+
+def test_texts_and_choices(writer, questions, call, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    asked = [record | {"output": None} for record in json.loads((questions / "test.json").read_text())]
+    for record in asked:
+        del record["answer"], record["output"]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    assert call("predict", writer, tmp_path / "asked.json", "--out", out)[0] == 0
+    rows = rows_of(out)
+    assert len(rows) == len(asked)
+    assert all(isinstance(row["predicted"], str) and row["instruction"] for row in rows)
+    alone = json.loads(call("generate", writer, asked[0]["instruction"], "--max-new-tokens", 3, "--json")[1])
+    assert rows[0]["predicted"] == alone["answer"].strip()
+    given = ("--out", tmp_path / "c.csv", "--data.choices", "true", "false", "--limit", 5)
+    assert call("predict", writer, tmp_path / "asked.json", *given)[0] == 0
+    rows = rows_of(tmp_path / "c.csv")
+    assert {row["predicted"] for row in rows} <= {"true", "false"}
+    assert len(rows) == 5
+    assert all(float(row["p(true)"]) + float(row["p(false)"]) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+def test_what_was_interrupted_goes_on(classifier, sentences, call, tmp_path, monkeypatch):
+    import dual_lora.lab.run.predict as predicting
+
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    small = ("--evaluate.batch-size", 2)
+    assert call("predict", classifier, sentences, "--out", whole, *small)[0] == 0
+    real, computed = predicting.class_rows, []
+
+    def dying(asked):
+        computed.append(len(asked.examples))
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        return real(asked)
+
+    monkeypatch.setattr(predicting, "BATCHES", 3)
+    monkeypatch.setattr(predicting, "class_rows", dying)
+    assert call("predict", classifier, sentences, "--out", parts, *small)[0] != 0
+    unfinished = tmp_path / "parts.jsonl.unfinished"
+    with unfinished.open("a") as file:
+        file.write('{"predicted": "0", "prob')  # a kill in the middle of a line
+    assert not parts.exists()
+    code, said, _ = call("predict", classifier, sentences, "--out", parts, *small, "--json")
+    assert code == 0
+    assert json.loads(said)["resumed_from"] == 6
+    assert sum(computed[2:]) == 14, "what was there is not computed again"
+    assert parts.read_text() == whole.read_text()
+    assert not unfinished.exists()
+
+
+def test_other_records_or_settings_are_not_gone_on_with(classifier, sentences, call, tmp_path):
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.unfinished").write_text('{"of": "something else"}\n{"predicted": "0"}\n')
+    code, _, err = call("predict", classifier, sentences, "--out", out)
+    assert code == 1
+    assert "results of other records, another model or other settings" in err
+    (tmp_path / "out.jsonl.unfinished").write_text("no json\n")
+    assert "is damaged" in call("predict", classifier, sentences, "--out", out)[2]
+    assert call("predict", classifier, sentences, "--out", out, "--overwrite")[0] == 0
+    code, _, err = call("predict", classifier, sentences, "--out", out)
+    assert code == 1
+    assert "is there already: give --overwrite" in err
+    (tmp_path / "link.jsonl.unfinished").symlink_to(tmp_path / "elsewhere")
+    assert "is a link" in call("predict", classifier, sentences, "--out", tmp_path / "link.jsonl")[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "message"),
+    [
+        ("id,words,more\n1,warm,x\n", (), "3 columns, expected 2 (label, sentence)"),
+        ("sentence,predicted\nwarm,1\n", (), "has a field 'predicted', which is the name of a result"),
+        ("sentence\nwarm\n", ("--limit", 0), "expected at least 1 record"),
+        ("sentence\nwarm\n", ("--out", "out.parquet"), "expected a .jsonl or a .csv file"),
+        ("sentence\n", (), "holds no records"),
+    ],
+)
+def test_errors_come_before_the_model(classifier, call, tmp_path, monkeypatch, text, given, message):
+    monkeypatch.setattr("dual_lora.lab.model.opened.open_tuned", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "x.csv").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("predict", classifier, "x.csv", *given)
+    assert code == 1
+    assert message in " ".join(err.split())
+
+
+def test_every_format_is_read_without_an_answer(tmp_path):
+    def asked(lines, data=None, head="causal", name="x.jsonl"):
+        (tmp_path / name).write_text(lines if isinstance(lines, str) else json.dumps(lines) + "\n")
+        return read_questions(str(tmp_path / name), DataSection.model_validate(data or {}), head)[1][0]
+
+    assert asked({"prompt": "a?"}).prompt == ({"role": "user", "content": "a?"},)
+    assert asked({"q": "a?"}, {"fields": {"prompt": "q", "answer": "reply"}}).prompt[0]["content"] == "a?"
+    assert asked({"prompt": "a?", "answer": "b"}).answer == "b"
+    assert asked({"instruction": "a", "input": "b"}).prompt[0]["content"] == "a\n\nb"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert list(asked({"messages": chat}).prompt) == chat
+    assert list(asked({"messages": [*chat, {"role": "assistant", "content": "x"}]}).prompt) == chat
+    assert asked("name[x]\n", {"format": "facts"}, name="x.txt").prompt[0]["content"] == "name[x]"
+    assert asked("why?\n", name="x.txt").prompt[0]["content"] == "why?"
+    assert asked("fine\n", head="classification", name="x.txt").text == ("fine",)
+    assert asked({"text": "a", "text_pair": "b"}, head="classification").text == ("a", "b")
+    assert asked({"text": "a", "label": 1}, head="classification").label == "1"
+    with pytest.raises(UserError, match=r"x.jsonl, line 1: the model answers prompts"):
+        asked({"text": "a", "label": "b"}, {"format": "text"})
+    with pytest.raises(UserError, match=r"the record has no field text|fit no format"):
+        asked({"prompt": "a"}, head="classification")
+
+
+def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, tiny_encoder):
+    """In the card's code, which runs as it is, in the adapter's configuration, and in what is merged."""
+    import re
+
+    from peft import AutoPeftModelForSequenceClassification, PeftConfig
+
+    adapter = classifier / "adapter"
+    names = {0: "0", 1: "1"}
+    told = PeftConfig.from_pretrained(str(adapter)).auto_mapping
+    assert {int(i): name for i, name in told["id2label"].items()} == names
+    assert told["base_model_class"] == "BertForSequenceClassification"
+    more = re.search(r"id2label=(\{.*?\}), label2id=(\{.*?\})", (adapter / "README.md").read_text())
+    assert eval(more[1]) == names
+    model = AutoPeftModelForSequenceClassification.from_pretrained(
+        str(adapter), id2label=eval(more[1]), label2id=eval(more[2])
+    )
+    assert model.config.id2label == names
+    assert call("merge", classifier, tmp_path / "merged")[0] == 0
+    assert json.loads((tmp_path / "merged/config.json").read_text())["label2id"] == {"0": 0, "1": 1}
+    assert Path(tiny_encoder, "config.json").is_file()
