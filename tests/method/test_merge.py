@@ -394,3 +394,49 @@ def test_a_base_weight_is_not_loaded_into_a_merged_layer():
     model.load_state_dict(other)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other[key])
+
+
+# What happens to a base between a merge and its end, and before.
+
+
+def test_a_base_that_was_changed_while_merged_is_not_lost_in_silence():
+    model = adapted(init_weights=False)
+    model.merge_adapter()
+    with torch.no_grad():
+        layer(model).get_base_layer().weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"weight was changed while \['default'\] were merged"):
+        model.unmerge_adapter()
+    other = adapted(init_weights=False)
+    other.merge_adapter()
+    copied = copy.deepcopy(other)
+    copied.unmerge_adapter()
+    other.half().float()
+    other.unmerge_adapter()
+
+
+def test_a_base_that_was_quantised_under_the_adapter_computes_and_refuses_a_merge():
+    quantization = pytest.importorskip("torchao.quantization")
+    model = adapted(init_weights=False).to(torch.bfloat16).eval()
+    x = points().bfloat16()
+    before = model(x)
+    quantization.quantize_(
+        model.base_model.model, quantization.Int8WeightOnlyConfig(), filter_fn=lambda m, name: isinstance(m, nn.Linear)
+    )
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.05)
+    with pytest.raises(ValueError, match="put in the weight's place after the adapter was added"):
+        model.merge_adapter()
+
+
+def test_jagged_nested_tensors():
+    module = layer(adapted(init_weights=False))
+    x = torch.nested.nested_tensor([torch.randn(3, 12), torch.randn(5, 12)], layout=torch.jagged)
+    y = module(x)
+    assert torch.equal(y.offsets(), x.offsets())
+    torch.testing.assert_close(y.values(), module(x.values()))
+
+
+def test_the_old_onnx_exporter_is_refused_in_words():
+    import io
+
+    with pytest.raises(NotImplementedError, match=r"dynamo=False.*dynamo=True.*merge"):
+        torch.onnx.export(adapted(init_weights=False).eval(), (points(),), io.BytesIO(), dynamo=False)

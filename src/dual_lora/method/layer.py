@@ -31,6 +31,7 @@ CACHED_ROWS = 256
 # More tokens of a sequence at once are a prompt or an evaluation: the weight is composed anew, as it may come after a
 # write that nobody saw. Fewer are decoding, of single tokens or of some that a draft model proposes.
 DECODED_TOKENS = 16
+PLAIN = (nn.Parameter, Tensor, type(None))  # weights that are what they look like, or are somewhere else
 
 
 class DualLoraLayer(MergeLayer):
@@ -65,6 +66,11 @@ class DualLoraLayer(MergeLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
+        if names and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
+                "merge the adapter first (`merge_and_unload()`)."
+            )
         return names
 
     def _may_keep(self, x: Tensor | None = None) -> bool:
@@ -122,6 +128,7 @@ class MapLayer(DualLoraLayer):
     """
 
     takes_parts = False  # whether the weight may be sharded by tensor parallelism
+    reads_codes = False  # whether the weight may be a library's codes, which else have a product of their own
     forwards: tuple[Any, ...] = ()  # of base layers that compute f and nothing else, as they were at import
 
     def _is_plain(self) -> bool:
@@ -129,6 +136,7 @@ class MapLayer(DualLoraLayer):
         base: Any = self.base_layer
         return (
             type(base).forward in self.forwards
+            and (self.reads_codes or type(base._parameters.get("weight")) in PLAIN)
             and "forward" not in vars(base)  # accelerate's hooks sit there
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
@@ -229,6 +237,8 @@ class Linear(MapLayer):
 
     def _map(self, x: Tensor, names: list[str], with_base: bool) -> Tensor:
         """One product with the composed weight: x (W + ΣΔW)ᵀ + bias, or x ΣΔWᵀ."""
+        if x.is_nested and x.layout == torch.jagged:
+            return nested_like(x, self._map(x.values(), names, with_base))
         base: Any = self.get_base_layer()
         weight = base.weight  # once: a parametrisation computes it
         if sharded.is_sharded(weight):
@@ -253,6 +263,12 @@ class Linear(MapLayer):
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
+
+
+def nested_like(x: Tensor, values: Tensor) -> Tensor:
+    """A jagged nested tensor of the lengths of `x` with other values."""
+    lengths = x.lengths() if hasattr(x, "lengths") else None
+    return torch.nested.nested_tensor_from_jagged(values, x.offsets(), lengths)
 
 
 def _drops(dropout: nn.Module) -> bool:

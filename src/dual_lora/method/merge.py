@@ -11,7 +11,7 @@ from .._warning import warn
 from ..core import dispatch
 from ..core.reference import Adapter
 from . import sharded
-from .cache import composed_weights
+from .cache import composed_weights, version_of
 from .factors import FactorsLayer
 from .precision import Warned
 
@@ -25,6 +25,7 @@ class MergeLayer(FactorsLayer):
         super().__init__(base_layer, warned)
         self.merged_adapters: list[str] = []
         self._original: dict[str, Tensor] | None = None  # the base weights' data while something is merged
+        self._versions: dict[str, int | None] = {}  # of the merged weights, as they were written
         self.register_load_state_dict_pre_hook(_refuse_while_merged)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
@@ -71,6 +72,8 @@ class MergeLayer(FactorsLayer):
         for parameter in parameters.values():
             self._refuse_computed(parameter)
         originals = self._original
+        if originals is not None:
+            self._refuse_changed(parameters)
         if originals is None:
             originals = {n: p.to_local().clone() if sharded.is_sharded(p) else p.data for n, p in parameters.items()}
         merged = originals
@@ -86,6 +89,7 @@ class MergeLayer(FactorsLayer):
                 parameter.data = merged[name]
                 torch.autograd.graph.increment_version(parameter)  # a graph that waits for its backward raises an error
         self._original = originals if names else None
+        self._versions = {name: version_of(p) for name, p in parameters.items()} if names else {}
         self.merged_adapters = names
 
     def _merges_with_embedding(self, names: Iterable[str]) -> bool:
@@ -97,6 +101,21 @@ class MergeLayer(FactorsLayer):
         embeddings: list[Any] = [name in self.tied and self.tied[name].get_base_layer() for name in names]
         return all(embedding and embedding.weight is mine.weight for embedding in embeddings)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._versions = {}  # a copy's parameters count anew
+
+    def _refuse_changed(self, parameters: dict[str, Any]) -> None:
+        """Raise RuntimeError for a weight that was written to while something is merged: its change would be lost."""
+        for name, before in self._versions.items():
+            now = version_of(parameters[name])
+            if before is not None and now is not None and now != before:
+                raise RuntimeError(
+                    f"The base's {name} was changed while {self.merged_adapters} were merged (it was trained, or "
+                    "written to), and unmerging would bring back what it was before. Unmerge first, and then change "
+                    "it; or keep the merged model (`unload()` after a copy of its weights)."
+                )
+
     def _refuse_computed(self, weight: Tensor) -> None:
         """Raise ValueError for a weight that is made anew at every call, into which a merge would vanish."""
         if not isinstance(weight, nn.Parameter):
@@ -104,6 +123,11 @@ class MergeLayer(FactorsLayer):
                 f"Cannot merge Dual LoRA into this {type(self.get_base_layer()).__name__}: its weight is no parameter "
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
+            )
+        if type(weight) is not nn.Parameter and not sharded.is_sharded(weight):
+            raise ValueError(
+                f"Cannot merge Dual LoRA into a {type(weight).__name__}, which was put in the weight's place after the "
+                "adapter was added. Merge first and quantise the result, or load the adapter on a quantised base."
             )
         if weight.dtype.itemsize == 1:
             raise ValueError(

@@ -42,6 +42,8 @@ _UNKNOWN = object()
 class QuantizedLinear(Linear):
     """Dual LoRA on a linear layer that a quantisation library has made."""
 
+    reads_codes = True
+
     takes_parts = False
 
     def __init__(self, base_layer: nn.Module, *args: Any, quantization_backend: Any, **kwargs: Any) -> None:
@@ -134,6 +136,9 @@ class QuantizedLinear(Linear):
 
     def _write_merged(self, names: list[str], safe_merge: bool) -> None:
         backend: Any = self.quantization_backend
+        if self._kept is None and find_backend(self.get_base_layer(), _UNKNOWN) is None:  # `model.dequantize()`
+            super()._write_merged(names, safe_merge)
+            return
         if names and (not backend.supports_merge or self._pre_scale() is not None):
             raise ValueError(
                 f"Cannot merge Dual LoRA into a {backend.backend_name} layer: its weight cannot be dequantised and "
