@@ -23,7 +23,18 @@ RINGS = ["core", "verify", "method", "serving", "lab"]  # from the inside out
 ALLOWED = {
     "core": {"torch", "triton"},
     # The last ones are imported where a user's model or loop has brought them.
-    "method": {"torch", "peft", "transformers", "safetensors", "deepspeed", "bitsandbytes", "torchao", "hqq"},
+    "method": {
+        "torch",
+        "peft",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "deepspeed",
+        "bitsandbytes",
+        "torchao",
+        "hqq",
+        "diffusers",
+    },
     "verify": {"torch", "peft", "transformers", "safetensors"},
     # vLLM brings the last two, and runs what imports them.
     "serving": {"torch", "peft", "transformers", "safetensors", "huggingface_hub", "vllm", "fastapi"},

@@ -406,12 +406,14 @@ def filled_after_sharding(mesh, folder):
     from torch.distributed.tensor import distribute_tensor
 
     torch.manual_seed(0)
-    whole = adapted(nn.Sequential(Block(), Block()), target_modules=["up", "down"], init_weights=True)
+    whole = adapted(
+        nn.Sequential(Block(), Block()), target_modules=["up", "down"], init_weights="paper", warmup_steps=4
+    )
     model = copy.deepcopy(whole)
     for m in (whole, model):  # two of the warm-up's four steps are over
         for layer in layers(m).values():
-            layer.step("default")
-            layer.step("default")
+            layer.count_step("default")
+            layer.count_step("default")
     full, scales = model.state_dict(), {n: m.dual_lora_scale["default"].clone() for n, m in layers(model).items()}
     model.to("meta")
     for block in model.base_model.model:

@@ -158,7 +158,7 @@ def test_the_length_of_a_prompt_is_free(first):
 
 
 def test_lambda_is_part_of_what_is_exported():
-    model = adapted(init_weights=True, warmup_steps=4, init_std=0.5)
+    model = adapted(init_weights="paper", warmup_steps=4, init_std=0.5)
     for module in model.modules():
         if hasattr(module, "dual_lora_A"):
             module.set_left("default", 2)

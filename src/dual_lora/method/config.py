@@ -10,12 +10,11 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .._warning import warn
 from ..core.reference import Direction, Form, Magnitude, Ste
 from . import lora_fields
+from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
-Rank = int | list[int] | tuple[int, int]
 Start = bool | Literal["paper", "zero"]
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
@@ -164,7 +163,7 @@ class DualLoraConfig(PeftConfig):
             # As the file has them: the first that fits counts.
             setattr(self, name, dict(sorted(getattr(self, name).items())))
         for key, rank in self.rank_pattern.items():
-            self.ranks_of(rank, where=f"rank_pattern[{key!r}]")
+            ranks_of(rank, where=f"rank_pattern[{key!r}]")
         alphas = {"alpha": self.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
         for name, alpha in alphas.items():
             if alpha is not None and not _is_positive(alpha):
@@ -283,15 +282,6 @@ class DualLoraConfig(PeftConfig):
             live_zero=self.init_weights in (True, "zero"),
         ).check()
 
-    @staticmethod
-    def ranks_of(rank: Rank, where: str = "rank") -> tuple[int, int]:
-        """(r1, r2) from a total or a pair, as `rank_pattern` takes them."""
-        if isinstance(rank, list | tuple):
-            if len(rank) != 2:
-                raise ValueError(f"{where} must be a total rank or a pair [r1, r2], got {rank!r}.")
-            return split_rank(None, rank[0], rank[1], where=where)
-        return split_rank(rank, None, None, where=where)
-
 
 def _by_loras_names(init: Any) -> Any:
     """The generated `__init__`, which takes LoRA's fields as well. (As fields of the class they would be saved.)"""
@@ -329,37 +319,6 @@ def _described(config: type) -> str:
 
 DualLoraConfig.__init__ = _by_loras_names(DualLoraConfig.__init__)  # type: ignore[method-assign]
 DualLoraConfig.__doc__ = _described(DualLoraConfig)
-
-
-def split_rank(r: int | None, r1: int | None, r2: int | None, where: str = "r") -> tuple[int, int]:
-    """(r1, r2) from any sufficient choice of the three, or ValueError with the way out."""
-    for name, value in (("r", r), ("r1", r1), ("r2", r2)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{where}: `{name}` must be a whole number, got {value!r}.")
-    if r is None and r1 is None and r2 is None:
-        r = 8
-    if r is not None and r < 1:
-        raise ValueError(f"{where}: `r` should be a positive integer value but the value passed is {r}.")
-    if r1 is None and r2 is None:
-        assert r is not None
-        if r == 1:
-            warn(
-                f"{where}: `r` is 1, which two groups cannot share: this adapter has r1 = r2 = 1, as many parameters "
-                "as LoRA of rank 2.",
-                stacklevel=5,
-            )
-        return (r + 1) // 2, max(1, r // 2)
-    if r is None and (r1 is None or r2 is None):
-        raise ValueError(f"{where}: got r1={r1}, r2={r2}: give both, or one of them and the total `r`.")
-    r1 = r - r2 if r1 is None else r1  # type: ignore[operator]
-    r2 = r - r1 if r2 is None else r2  # type: ignore[operator]
-    if r1 < 1 or r2 < 1:
-        raise ValueError(f"{where}: both ranks must be at least 1, got r1={r1}, r2={r2} (r={r}).")
-    if r is not None and r1 + r2 != r:
-        raise ValueError(
-            f"{where}: r = {r} is the total, but r1 + r2 = {r1} + {r2} = {r1 + r2}. Leave `r` out, or make them agree."
-        )
-    return r1, r2
 
 
 def _is_whole(value: Any) -> bool:

@@ -265,7 +265,7 @@ class Linear(MapLayer):
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))
 
 
-def nested_like(x: Tensor, values: Tensor) -> Tensor:
+def nested_like(x: Any, values: Tensor) -> Tensor:
     """A jagged nested tensor of the lengths of `x` with other values."""
     lengths = x.lengths() if hasattr(x, "lengths") else None
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), lengths)

@@ -18,6 +18,7 @@ from dual_lora.lab.study.budget import planned_steps
 from dual_lora.lab.study.cell import rank_field
 from dual_lora.lab.study.read import build_study
 from dual_lora.lab.study.study import Study
+from dual_lora.method.config import LORA_ALPHA
 
 LORA, DUAL, NO_SIGN = "LoRA", "Dual LoRA", "Dual LoRA without Sign"
 SPREAD = 3.0  # between two of the three learning rates that are tried; the recipe's own is in the middle
@@ -122,6 +123,8 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
         from peft import LoraConfig
 
         alpha = alpha or LoraConfig().lora_alpha
+    elif kind == "dual_lora" and alpha:
+        alpha = alpha / LORA_ALPHA  # from here on LoRA's, at equal strength
     field = rank_field(str(recipe.method["name"]))
     field = field if field in ("r", "init_r") else "r"  # others are no ranks
     r, r1, r2 = (own.pop(key, None) for key in (field, "r1", "r2"))
@@ -136,7 +139,7 @@ def methods_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     if kind != "dual_lora" and rank % 2:  # as many parameters, of unequal parts
         r1, r2, whole = rank - rank // 2, rank // 2, rank
     lora: dict[str, Any] = {"lora_alpha": alpha or "2r", **({"lora_dropout": dropout} if dropout else {})}
-    dual: dict[str, Any] = {"alpha": alpha or "2r", **({"dropout": dropout} if dropout else {})}
+    dual: dict[str, Any] = {"alpha": LORA_ALPHA * alpha if alpha else "4r", **({"dropout": dropout} if dropout else {})}
     if kind == "lora":
         lora = own
     elif kind == "dual_lora":

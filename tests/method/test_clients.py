@@ -1,0 +1,114 @@
+"""What other people's code does with an adapter, as it does it with LoRA's."""
+
+import copy
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model_state_dict
+from tiny import Mlp, adapted, layers, llama, points, state, train
+
+from dual_lora import DualLoraConfig
+
+
+def trained():
+    torch.manual_seed(0)
+    model = adapted(init_weights=True)
+    train(model, 5, optimizer=torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05))
+    return model.eval()
+
+
+def test_a_state_of_named_parameters_alone_is_the_whole_adapter(tmp_path):
+    """FastChat, LLaVA and Qwen save `named_parameters()` whose name contains `lora_`, without buffers."""
+    model = trained()
+    tensors = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Mlp(), tmp_path)
+    assert torch.equal(again(points()), model(points()))
+
+
+def test_a_model_whose_state_dict_somebody_has_put_another_in_place_of(tmp_path):
+    """As alpaca-lora does; PEFT then loads nothing of a LoRA, in silence."""
+    model = trained()
+    old = model.state_dict
+    model.state_dict = (lambda self, *_, **__: get_peft_model_state_dict(self, old())).__get__(model, type(model))
+    model.save_pretrained(tmp_path)
+    best = {n: p.detach().clone() for n, p in model.named_parameters()}
+    train(model, 3)
+    assert any(not torch.equal(p, best[n]) for n, p in model.named_parameters())
+    model.load_adapter(tmp_path, "default")
+    assert all(torch.equal(p, best[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("by", ["copy_", "lerp_"])
+def test_a_target_network_that_follows_by_data(by):
+    model, target = trained(), None
+    target = copy.deepcopy(model)
+    for _ in range(3):
+        train(model, 2)
+        for mine, theirs in zip(target.parameters(), model.parameters(), strict=True):
+            mine.data.copy_(theirs.data) if by == "copy_" else mine.data.lerp_(theirs.data, 1.0)
+        assert torch.equal(target.train()(points()), model.train()(points()))
+
+
+def test_the_card_names_the_package_its_import_and_a_tag(tmp_path):
+    model = adapted(llama(), target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=True)
+    for _ in range(2):  # a second time adds nothing
+        model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "dual-lora" in card.data.tags
+    for words in ("pip install dual-lora", "import dual_lora", "AutoPeftModelForCausalLM"):
+        assert card.text.count(words) in (1, 2)
+    assert card.text.count("How to load it") == 1
+
+
+def test_shapes_that_do_not_fit_leave_the_layer_at_its_start(tmp_path):
+    """`ignore_mismatched_sizes=True`: no mixture of trained and random factors."""
+    model = trained()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = DualLoraConfig(r1=2, r2=3, target_modules=["first", "second"])
+    other = PeftModel.from_pretrained(Mlp(), tmp_path, config=config, ignore_mismatched_sizes=True)
+    torch.manual_seed(0)
+    assert torch.equal(other(points()), Mlp()(points()))
+    with pytest.raises((RuntimeError, ValueError), match="dual_lora_C"):
+        PeftModel.from_pretrained(Mlp(), tmp_path, config=copy.deepcopy(config))
+
+
+def test_nothing_is_saved_as_an_adapter(tmp_path):
+    with pytest.raises(ValueError, match=r"no factor of the Dual LoRA adapter 'default'.*nothing was written"):
+        trained().save_pretrained(tmp_path / "empty", state_dict={})
+    assert not (tmp_path / "empty" / "adapter_model.safetensors").exists()
+
+
+def actor(model, x, before, after, results):
+    model.eval()
+    with torch.no_grad():
+        results.put(model(x).tolist())
+        before.set()
+        after.wait(60)
+        results.put(model(x).tolist())
+
+
+@pytest.mark.slow
+def test_an_actor_sees_what_the_learner_trains():
+    """Nothing that was composed is kept of tensors that processes share."""
+    model, x = trained(), points()
+    model.share_memory()
+    context = torch.multiprocessing.get_context("spawn")
+    before, after, results = context.Event(), context.Event(), context.Queue()
+    process = context.Process(target=actor, args=(model, x, before, after, results))
+    process.start()
+    assert before.wait(120)
+    first = torch.tensor(results.get(timeout=60))
+    train(model, 5, optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0))
+    after.set()
+    second = torch.tensor(results.get(timeout=60))
+    process.join(60)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, model.eval()(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_are_named_as_they_were():
+    assert set(state(trained())) >= {f"{n}.dual_lora_A.default" for n in layers(trained())}
