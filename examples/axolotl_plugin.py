@@ -1,15 +1,14 @@
 """Axolotl: this file on PYTHONPATH, `plugins: [axolotl_plugin.DualLoraPlugin]` and `adapter: dual_lora` in its YAML.
 
-`lora_r`, `lora_dropout`, `lora_target_modules`, `lora_target_linear` and `lora_model_dir` mean what they mean for LoRA.
-`lora_alpha` is Dual LoRA's α, whose scale is 2α/r: twice LoRA's for the same number. `dual_lora:` takes any other
-option of DualLoraConfig, for example `dual_lora: {warmup_steps: 100}`.
+`lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules`, `lora_target_linear` and `lora_model_dir` mean what they
+mean for LoRA. `dual_lora:` takes any other option of DualLoraConfig, for example `dual_lora: {ste: surrogate}`.
 """
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field
 
-from dual_lora import DualLoraCallback, DualLoraConfig, VerifyAdapter
+from dual_lora import DualLoraConfig, VerifyAdapter
 
 
 class DualLoraArgs(BaseModel):
@@ -32,7 +31,7 @@ class DualLoraPlugin(BasePlugin):
             return None
         options = {
             "r": cfg.lora_r,
-            "alpha": cfg.lora_alpha,
+            "lora_alpha": cfg.lora_alpha,
             "dropout": cfg.lora_dropout or 0.0,
             "target_modules": "all-linear" if cfg.lora_target_linear else cfg.lora_target_modules,
             "modules_to_save": cfg.lora_modules_to_save or None,
@@ -46,6 +45,4 @@ class DualLoraPlugin(BasePlugin):
         return get_peft_model(model, config), config
 
     def add_callbacks_pre_trainer(self, cfg, model):
-        # The first tells fp16 training of its gradient scaler; the other warns where an adapter does not learn, or is
-        # another one when it is loaded anew.
-        return [DualLoraCallback(), VerifyAdapter()]
+        return [VerifyAdapter()]  # warns where an adapter does not learn, or is another one when it is loaded anew

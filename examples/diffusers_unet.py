@@ -42,7 +42,7 @@ def loss(model, scheduler: DDPMScheduler, generator: torch.Generator, count: int
 def main(out: Path = Path("runs/diffusers"), steps: int = 100) -> tuple[PeftModel, dict[str, float]]:
     """Train, save, load again and merge; returns the adapted model and its loss before, after and merged."""
     scheduler, chance = DDPMScheduler(), torch.Generator().manual_seed(0)
-    model = get_peft_model(unet(), DualLoraConfig(r=16, target_modules=TARGETS, warmup_steps=max(1, steps // 10)))
+    model = get_peft_model(unet(), DualLoraConfig(r=16, target_modules=TARGETS))
 
     @torch.no_grad()
     def measured(model):

@@ -50,7 +50,7 @@ def main(
     base = load_model(ModelSection(path=model))
     rows = tool_calls.rows(base.tokenizer, "train", 64)  # labels: the answer and its end alone
     collate = DataCollatorForSeq2Seq(base.tokenizer)
-    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=5, task_type="CAUSAL_LM")
+    config = DualLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = Tuned(get_peft_model(base.model, config))
     trainer = lightning.Trainer(
         max_steps=steps,

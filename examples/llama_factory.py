@@ -11,14 +11,14 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dual_lora import DualLoraCallback, DualLoraConfig, VerifyAdapter
+from dual_lora import DualLoraConfig, VerifyAdapter
 
 CARRIED = {"lora_target", "lora_rank", "lora_alpha", "lora_dropout"}
 # Of LLaMA-Factory's options for LoRA, those that say nothing of the adapter that is made here.
 OTHERS = {"additional_target", "use_rslora", "use_dora", "pissa_init", "loraplus_lr_ratio", "create_new_adapter"}
 
 
-def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
+def start(arguments: dict, folder: Path) -> dict:
     """Save an untrained adapter in `folder`; the arguments that make LLaMA-Factory train it."""
     unknown = sorted(name for name in OTHERS & arguments.keys() if arguments[name])
     if unknown:
@@ -29,22 +29,20 @@ def start(arguments: dict, folder: Path, warmup_steps: int = 50) -> dict:
     targets = arguments.get("lora_target", "all")
     config = DualLoraConfig(
         r=arguments.get("lora_rank", 8),
-        alpha=arguments.get("lora_alpha"),
+        lora_alpha=arguments.get("lora_alpha"),
         dropout=arguments.get("lora_dropout", 0.0),
         target_modules="all-linear" if targets == "all" else [name.strip() for name in targets.split(",")],
-        warmup_steps=warmup_steps,
         task_type="CAUSAL_LM",
     )
     get_peft_model(base, config).save_pretrained(folder)
     return {**arguments, "finetuning_type": "lora", "adapter_name_or_path": str(folder)}
 
 
-def main(arguments: Path, folder: Path = Path("runs/llama-factory-start"), warmup_steps: int = 50) -> None:
+def main(arguments: Path, folder: Path = Path("runs/llama-factory-start")) -> None:
     """Train with the arguments of a YAML file."""
     from llamafactory.train.tuner import run_exp
 
-    callbacks = [DualLoraCallback(), VerifyAdapter()]  # the first one is for fp16
-    run_exp(start(yaml.safe_load(arguments.read_text()), folder, warmup_steps), callbacks=callbacks)
+    run_exp(start(yaml.safe_load(arguments.read_text()), folder), callbacks=[VerifyAdapter()])
 
 
 if __name__ == "__main__":

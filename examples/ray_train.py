@@ -23,7 +23,7 @@ def loop(options: dict[str, Any]) -> None:
     set_seed(0)
     base = load_model(ModelSection(path=options["model"]))
     steps = options["steps"]
-    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")
+    config = DualLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base.model, config),
         args=TrainingArguments(

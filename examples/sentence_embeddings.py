@@ -31,7 +31,7 @@ def main(
     train = [{"anchor": facts, "positive": sentence} for facts, sentence in lines if facts not in test]
 
     embedder = SentenceTransformer(locate(model).name, device="cpu")
-    config = DualLoraConfig(r=16, target_modules=["query", "key", "value"], warmup_steps=max(1, steps // 10))
+    config = DualLoraConfig(r=16, target_modules=["query", "key", "value"])
     embedder[0].model = get_peft_model(embedder[0].model, config)
 
     numbered = {facts: str(i) for i, facts in enumerate(test)}

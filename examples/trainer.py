@@ -23,14 +23,14 @@ def main(
     base = load_model(ModelSection(path=model, dtype="auto"))
     rows = Dataset.from_list(tool_calls.rows(base.tokenizer, "train", 400))  # labels: the answer and its end alone
 
-    config = DualLoraConfig(r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM")
+    config = DualLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base.model, config),
         args=TrainingArguments(
             str(out),
             max_steps=steps,
             per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,  # λ counts optimizer steps, not batches
+            gradient_accumulation_steps=2,
             learning_rate=learning_rate,
             logging_steps=max(1, steps // 8),
             save_strategy="no",

@@ -54,9 +54,7 @@ def main(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer,
-        peft_config=DualLoraConfig(
-            r=16, target_modules="all-linear", warmup_steps=max(1, steps // 10), task_type="CAUSAL_LM"
-        ),
+        peft_config=DualLoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         rollout_func=rollout,
     )
     trainer.train()

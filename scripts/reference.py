@@ -34,8 +34,8 @@ A recipe is one YAML file, and every field is a flag too: `train.steps` is `--tr
 `dual-lora recipes show NAME` prints a complete one, and a run's folder keeps its own as `recipe.yaml`.
 
 `--method.name lora --method.r 16` (or any PEFT method, or `full`) trains the same recipe with another method.
-Settings that are not given are then that method's own defaults, but for two: `target_modules` is `all-linear`, and Dual
-LoRA's `warmup_steps` is a tenth of the steps.
+Settings that are not given are then that method's own defaults, but for two: `target_modules` is `all-linear`, and with
+the paper's start (`method: {name: dual_lora, init_weights: paper}`) `warmup_steps` is a tenth of the steps.
 
 An editor completes and checks recipes by [the JSON Schema](schemas/recipe.schema.json): write it to a file with
 `dual-lora schema recipe > recipe.schema.json`, and put this into the first line of yours:
@@ -54,7 +54,11 @@ There is one more field than those below, `extends`: another study, whose fields
 CONFIG = """# DualLoraConfig
 
 The fields of the method's configuration. In a recipe they stand under `method`, as flags they are `--method.r 16`.
-There `target_modules` is `all-linear` unless it is given, and `warmup_steps` a tenth of the steps."""
+There `target_modules` is `all-linear` unless it is given. With `init_weights: paper`, `warmup_steps` is a tenth of the
+steps.
+
+[LoRA's fields](../how-to/settings.md#you-have-a-lora-configuration) are taken too: `lora_alpha`, `lora_dropout`, and
+the others where they mean plain LoRA."""
 
 CLI = """# Command line
 

@@ -29,7 +29,7 @@ assert __version__ == importlib.metadata.version("dual-lora"), __version__
 assert (pathlib.Path(dual_lora.__file__).parent / "py.typed").is_file()
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0"], warmup_steps=1))
+model = get_peft_model(net, DualLoraConfig(r=4, target_modules=["0"]))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
 x = torch.randn(16, 8)
 for _ in range(3):

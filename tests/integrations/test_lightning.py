@@ -1,8 +1,12 @@
-"""Lightning counts optimizer steps under accumulation, and a resumed run is the run without a stop."""
+"""A resumed run is the run without a stop; the paper's warm-up counts optimizer steps under accumulation."""
+
+import functools
 
 import pytest
 import torch
 from tiny import factor
+
+from dual_lora import DualLoraConfig
 
 pytest.importorskip("lightning", reason="Lightning comes with pip install '.[integrations]'")
 pytestmark = pytest.mark.slow
@@ -21,17 +25,17 @@ def test_resumed_is_the_run_without_a_stop(example, tiny_lm, tmp_path, healthy, 
     checkpoint = tmp_path / "straight" / "step=4.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(".dual_lora_" in name for name in saved)
-    assert {int(t) for name, t in saved.items() if "left" in name} == {1}
     resumed = main(str(tiny_lm), tmp_path / "resumed", steps=8, resume=checkpoint)
-    assert factor(resumed.model) == 1
     expected = factors(straight)
     assert factors(resumed).keys() == expected.keys()
     for name, tensor in factors(resumed).items():
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_the_warm_up_counts_steps_not_batches_and_goes_on(example, tiny_lm, tmp_path):
-    main = example("lightning_module").main
+def test_the_papers_warm_up_counts_steps_not_batches_and_goes_on(example, tiny_lm, tmp_path, monkeypatch):
+    module = example("lightning_module")
+    monkeypatch.setattr(module, "DualLoraConfig", functools.partial(DualLoraConfig.paper, warmup_steps=5))
+    main = module.main
     tuned = main(str(tiny_lm), tmp_path, steps=3, save_steps=2)  # of 4 batches each
     assert factor(tuned.model) == pytest.approx(3 / 5)
     resumed = main(str(tiny_lm), tmp_path, steps=4, resume=tmp_path / "step=2.ckpt")

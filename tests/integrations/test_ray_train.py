@@ -1,4 +1,4 @@
-"""Ray Train: two workers on the CPU train what one trains, Ray has the checkpoint, and λ comes to its end."""
+"""Ray Train: two workers on the CPU train what one trains, and Ray has the checkpoint."""
 
 import os
 import subprocess
@@ -33,7 +33,6 @@ def test_two_workers_train_what_one_trains(tiny_lm, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
-    assert all(count == 0 for name, count in two.items() if "left" in name), "λ has not reached 1"
     for name, value in two.items():
         torch.testing.assert_close(value, one[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     assert list((tmp_path / "two").glob("ray/checkpoint_*/checkpoint/adapter_model.safetensors"))
