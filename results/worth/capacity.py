@@ -55,7 +55,9 @@ class Setting(NamedTuple):
 
 def dual_lora(s: Setting, **fields: object) -> PeftConfig:
     """Dual LoRA with r1 = r2 = r / 2. At r = 2 its update has rank 2 at most: a sign pattern of rank 1 keeps ranks."""
-    return DualLoraConfig.paper(r=s.r, alpha=2 * s.r, warmup_steps=s.steps // 20, target_modules=s.base.target, **fields)
+    return DualLoraConfig.paper(
+        r=s.r, alpha=2 * s.r, warmup_steps=s.steps // 20, target_modules=s.base.target, **fields
+    )
 
 
 METHODS: dict[str, Callable[[Setting], PeftConfig] | None] = {

@@ -112,3 +112,14 @@ def test_an_actor_sees_what_the_learner_trains():
 
 def test_layers_are_named_as_they_were():
     assert set(state(trained())) >= {f"{n}.dual_lora_A.default" for n in layers(trained())}
+
+
+def test_trls_flags_with_the_class_exchanged(monkeypatch):
+    utils = pytest.importorskip("trl.trainer.utils", reason="TRL comes with pip install '.[integrations]'")
+    from trl import ModelConfig
+
+    monkeypatch.setattr(utils, "LoraConfig", DualLoraConfig)
+    config = utils.get_peft_config(ModelConfig(use_peft=True, lora_r=16, lora_alpha=32))
+    assert (config.peft_type, config.r, config.lora_alpha) == ("DUAL_LORA", 16, 32)
+    with pytest.raises(ValueError, match="asks for DoRA"):
+        utils.get_peft_config(ModelConfig(use_peft=True, use_dora=True))

@@ -1,4 +1,4 @@
-"""The card that PEFT, Trainer and TRL write beside an adapter says which package it needs."""
+"""The card that PEFT, Trainer and TRL write next to an adapter says which package it needs."""
 
 import functools
 import os

@@ -52,7 +52,7 @@ def translated(options: dict[str, Any], own: set[str], alpha_for_each: float) ->
             return alpha_for_each * alpha if type(alpha) in (int, float) else alpha
 
         _set(result, "alpha", ours(lora_alpha), "lora_alpha", lora_alpha)
-        if isinstance(pattern := options.get("alpha_pattern"), dict):  # LoRA's too, as the number beside it
+        if isinstance(pattern := options.get("alpha_pattern"), dict):  # LoRA's too, as that number is
             result["alpha_pattern"] = {name: ours(alpha) for name, alpha in pattern.items()}
     if options.get("lora_dropout") is not None:
         _set(result, "dropout", options["lora_dropout"], "lora_dropout", options["lora_dropout"])
