@@ -74,6 +74,7 @@ def _then_used(method: Any) -> Any:
 
 _Scaler: Any = torch.amp.GradScaler
 _Scaler.__init__, _Scaler.scale = _then_used(_Scaler.__init__), _then_used(_Scaler.scale)
-for _one in gc.get_objects():
-    if issubclass(type(_one), _Scaler):  # made before this package was imported
-        use(_one)
+for _kind in (_Scaler, *_Scaler.__subclasses__()):
+    for _one in gc.get_referrers(_kind):
+        if type(_one) is _kind:  # made before this package was imported
+            use(_one)
