@@ -250,7 +250,7 @@ def test_a_configuration_survives_the_round_trip(tmp_path, options):
 
 @pytest.mark.parametrize("saved", [{}, {"ste": "clip"}, {"ste": "hardtanh"}], ids=str)
 def test_an_older_configuration_means_what_it_meant(tmp_path, saved):
-    values = {"peft_type": "DUAL_LORA", "r": 8, "init_weights": True, "warmup_steps": 50, **saved}
+    values = {"peft_type": "DUAL_LORA", "r": 8, "init_weights": True, "init_std": 0.02, "warmup_steps": 50, **saved}
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     config = DualLoraConfig.from_pretrained(tmp_path)
     assert config.form == Form(saved.get("ste", "clip"))

@@ -269,3 +269,23 @@ def test_deepspeeds_scale_keeps_no_engine_alive():
     gc.collect()
     assert alive() is None
     assert scale_now() is None
+
+
+def test_a_scaler_with_a_scale_of_its_own_stays_known():
+    """FSDP's does not call torch's `scale`."""
+
+    class Own(torch.amp.GradScaler):
+        def scale(self, outputs):
+            self._lazy_init_scale_growth_tracker(outputs.device) if self._scale is None else None
+            return outputs * self._scale
+
+    scaler, model = Own("cpu", init_scale=16.0), adapted(init_weights=False)
+    optimizer = torch.optim.SGD(trainable(model), lr=1e-6)
+    for _ in range(scalers.STEPS_WITHOUT + 4):
+        scaler.scale(loss_of(model)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scale_now() == 16
+    assert not torch.amp.GradScaler("cpu", enabled=False).is_enabled()
+    assert scale_now() == 16

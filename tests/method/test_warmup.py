@@ -535,3 +535,34 @@ def test_an_adapter_of_an_earlier_version_keeps_its_start(tmp_path):
     assert torch.equal(again(points()), model(points()))
     fresh = get_peft_model(Mlp(), DualLoraConfig(**json.loads(file.read_text())))
     assert fresh.peft_config["default"].warmup_steps == 10
+
+
+def test_a_resumed_share_of_the_run_is_not_cut(tmp_path):
+    """The file has steps, the fresh model a share until the Trainer begins."""
+    model = adapted(warmup_steps=0.5)
+    DualLoraCallback().on_train_begin(None, TrainerState(max_steps=20), None, model=model)
+    train(model, 3)
+    model.save_pretrained(tmp_path)
+    again = adapted(warmup_steps=0.5)
+    again.load_adapter(tmp_path, "default", is_trainable=True)
+    DualLoraCallback().on_train_begin(None, TrainerState(max_steps=20), None, model=again)
+    assert factor(again) == pytest.approx(0.3)
+
+
+def test_the_count_is_shared_with_the_factors():
+    model = adapted(warmup_steps=4)
+    model.share_memory()
+    assert all(m.dual_lora_left["default"].is_shared() for m in layers(model).values())
+    train(model, 2)
+    assert factor(model) == 0.5
+    assert all(m.dual_lora_left["default"].is_shared() for m in layers(model).values())
+
+
+def test_another_optimizer_on_new_gradients_in_the_same_tensors_counts():
+    model = adapted(warmup_steps=10)
+    first, second = torch.optim.AdamW(trainable(model), lr=1e-3), torch.optim.SGD(trainable(model), lr=0.1)
+    for optimizer in (first, second, second):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert factor(model) == pytest.approx(0.3)

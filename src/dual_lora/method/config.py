@@ -289,7 +289,7 @@ def _by_loras_names(init: Any) -> Any:
 
     @functools.wraps(init)
     def wrapped(self: Any, *args: Any, **options: Any) -> None:
-        if options.get("peft_type") and "format_version" not in options and "init_weights" in options:
+        if options.get("peft_type") and "format_version" not in options and "init_std" in options:
             options = _of_format_1(options)
         init(self, *args, **lora_fields.translated(options, own, LORA_ALPHA))
 
@@ -301,7 +301,7 @@ def _by_loras_names(init: Any) -> Any:
 
 def _of_format_1(saved: dict[str, Any]) -> dict[str, Any]:
     """What a configuration that an earlier version has saved says in the present format."""
-    if saved["init_weights"] is True:
+    if saved.get("init_weights", True) is True:
         return saved | {"init_weights": "paper"}
     return saved | {"warmup_steps": None}  # which played no part
 

@@ -1,16 +1,19 @@
 """diffusers saves and loads an adapter by functions of its own that know LoRA's names alone: they learn ours.
 
 Scripts hold these functions by name, often from before this package was imported. So their code is exchanged, and not
-the name in their module. A file without metadata has no strength; as for LoRA, it is then that of `lora_alpha` = rank.
+the name in their module. A file of theirs without metadata has no strength, so α is noted next to the factors. In a
+file without either it is that of `lora_alpha` = rank, as for LoRA.
 """
 
 import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .config import LORA_ALPHA, DualLoraConfig
 
-_MARK = ".dual_lora_"
+_MARK, _ALPHA = ".dual_lora_", ".dual_lora_alpha"
 
 
 def teach(function: Any, ours: str) -> Callable[..., Any]:
@@ -30,9 +33,23 @@ def teach(function: Any, ours: str) -> Callable[..., Any]:
     return original
 
 
+def note_alpha(B: Any, layer: Any, adapter: str) -> None:
+    """Note a layer's α on its factor in a state that is about to be saved: diffusers' files have no other place."""
+    if B is not None:
+        state = layer.states[adapter]
+        B._dual_lora_alpha = layer.scaling[adapter] * (state.r1 * state.r2) ** 0.5
+
+
 def converted(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """A state as `save_lora_weights` writes it: of this method as it is."""
-    return state if any(_MARK in name for name in state) else original(state, *args, **kwargs)
+    """A state as `save_lora_weights` writes it: of this method as it is, with α where it is known."""
+    if not any(_MARK in name for name in state):
+        return original(state, *args, **kwargs)
+    alphas = {
+        name.partition(_MARK)[0] + _ALPHA: torch.tensor(factor._dual_lora_alpha)
+        for name, factor in state.items()
+        if hasattr(factor, "_dual_lora_alpha")
+    }
+    return {**state, **alphas}
 
 
 def configuration(original: Callable[..., Any], state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +59,7 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
     metadata = kwargs.get("metadata") or (args[1] if len(args) > 1 else None)
     if metadata:
         return DualLoraConfig(**metadata)
+    noted = {name.removesuffix(_ALPHA): float(state.pop(name)) for name in [*state] if name.endswith(_ALPHA)}
     ranks: dict[str, Any] = {}
     for name, factor in state.items():
         layer, _, letter = name.partition(_MARK)
@@ -49,11 +67,10 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
             ranks.setdefault(layer, [0, 0])[letter == "C"] = factor.shape[-2]
     usual = max(ranks.values(), key=[*ranks.values()].count)
     others = {f"^{layer}": pair for layer, pair in ranks.items() if pair != usual}
-    alphas = {layer: LORA_ALPHA * sum(pair) for layer, pair in others.items()}
+    alphas = {f"^{layer}": noted.get(layer, LORA_ALPHA * sum(pair)) for layer, pair in ranks.items()}
     return DualLoraConfig(
         r1=usual[0],
         r2=usual[1],
-        alpha=LORA_ALPHA * sum(usual),
         rank_pattern=others,
         alpha_pattern=alphas,
         target_modules=sorted(ranks),

@@ -229,8 +229,11 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
             self.factors(adapter)
             self._scale(adapter)
         for adapter, left in counts.items():  # `to_empty` has emptied it, and it does not wait on the meta device
-            device = self.dual_lora_left[adapter].device
-            self.dual_lora_left[adapter] = left.to("cpu" if device.type == "meta" else device)
+            made = self.dual_lora_left[adapter]
+            if made.is_meta or made.is_inference():
+                self.dual_lora_left[adapter] = left.to("cpu" if made.is_meta else made.device)
+            else:
+                made.copy_(left)  # in place: `share_memory` has put it where other processes read
         return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:

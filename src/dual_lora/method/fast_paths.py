@@ -37,7 +37,7 @@ def set_fast_paths(model: nn.Module) -> None:
 # Methods that read weights to make or to tie them, not to compute with.
 _SETTING_UP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights"}
 _READ = re.compile(
-    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|ndim|data|is_meta)))"
+    r"(?<!isinstance\()\bself\.(\w+)\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|ndim|numel|data|is_meta|requires_grad)))"
 )
 
 
@@ -57,7 +57,8 @@ def _read_by(kind: type[nn.Module]) -> frozenset[str]:
     for method in (m for base in kind.__mro__ if base.__module__[:5] != "torch" for m in vars(base).values()):
         if inspect.isfunction(method) and method.__name__ not in _SETTING_UP:
             try:
-                names.update(match[1] for match in _READ.finditer(inspect.getsource(inspect.unwrap(method))))
+                source = re.sub(r"#.*", "", inspect.getsource(inspect.unwrap(method)))
+                names.update(match[1] for match in _READ.finditer(source))
             except (OSError, TypeError):  # no source: made at run time, or compiled
                 continue
     return frozenset(names)
@@ -65,8 +66,6 @@ def _read_by(kind: type[nn.Module]) -> frozenset[str]:
 
 class ReadLayer(DualLoraLayer):
     """Dual LoRA on a layer whose weight is read: what is read is W + ΣΔW."""
-
-    takes_dropout = False
 
     @property
     def weight(self) -> Tensor:

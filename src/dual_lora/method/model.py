@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._warning import warn
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
-from . import merge_checks, saved, weighted
+from . import diffusers_files, merge_checks, saved, weighted
 from .attention import MultiheadAttention
 from .config import DualLoraConfig
 from .conv import Conv1d, Conv2d, Conv3d
@@ -104,7 +104,8 @@ class DualLoraModel(BaseTuner):
         keep_unpacked(model)
         set_fast_paths(model)
         merge_checks.warn_of_second_names(model)
-        Watch(adapter_name, layers_of(self.model, adapter_name))
+        if not self.peft_config[adapter_name].inference_mode:
+            Watch(adapter_name, layers_of(self.model, adapter_name))
         if is_reference:
             for layer in layers_of(self.model, "default"):
                 weighted.copy_factors(layer, "default", adapter_name)
@@ -291,6 +292,8 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         _unmerge(model, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for name, layer in named_layers(model, adapter_name).items():
+            diffusers_files.note_alpha(state.get(f"{name}.dual_lora_B.{adapter_name}"), layer, adapter_name)
         saved.refuse_empty(state, adapter_name)
         saved.warn_if_not_gathered(state, adapter_name)
         saved.warn_of_scales(layers_of(model, adapter_name), adapter_name)

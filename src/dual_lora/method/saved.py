@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from .._warning import warn
 from ..verify.numbers import check_numbers, header
+from .strength import most_left
 
 PEFT_PREFIX = "base_model.model."
 
@@ -63,7 +64,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
     """
     names = {name.removeprefix(PEFT_PREFIX): layer for name, layer in layers.items()}
     counts = {_layer(key): value for key, value in state.items() if key.endswith(".dual_lora_left")}
-    state = {key: value for key, value in state.items() if not key.endswith(".dual_lora_left")}
+    state = {key: value for key, value in state.items() if not key.endswith((".dual_lora_left", ".dual_lora_alpha"))}
     ended = config.inference_mode and not any(bool(left.any()) for left in counts.values())
     for stem in {key.rpartition(".dual_lora_B")[0] for key in state if ".dual_lora_B" in key}:
         layer = names.get(stem.removeprefix(PEFT_PREFIX))
@@ -74,7 +75,7 @@ def with_counts(state: dict[str, Tensor], layers: Mapping[str, Any], config: Any
             continue
         own = layer.dual_lora_left[adapter]
         left = counts.get(_layer(stem), own if 0 < layer.steps_left(adapter) < layer.states[adapter].warmup else 0)
-        left = torch.as_tensor(left, dtype=torch.int32).clamp(max=max(1, int(layer.states[adapter].warmup)))
+        left = torch.as_tensor(left, dtype=torch.int32).clamp(-1, most_left(layer.states[adapter].warmup))
         state[f"{stem}.dual_lora_left"] = left.expand(own.shape).clone()
     return state
 
@@ -172,8 +173,12 @@ def without_strangers(model: nn.Module, adapter_name: str, state: dict[str, Tens
     PEFT raises its error for that one, or, told to ignore it (`ignore_mismatched_sizes`), leaves it as it was drawn.
     The layer then keeps its whole start, at which it changes nothing: it is no mixture of trained and random factors.
     """
-    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    held = dict(model.named_parameters())
+    own = {name: parameter.shape for name, parameter in held.items()}
     mixed = {_layer(n) for n, t in state.items() if n in own and ".dual_lora_" in n and own[n] != t.shape}
+    for B in (held.get(f"{layer}.dual_lora_B.{adapter_name}") for layer in mixed):
+        if B is not None and not B.is_meta:
+            B.data.zero_()  # the paper's start has another
     fits = {n for n, t in state.items() if n in own and own[n] == t.shape}
     return {n: t for n, t in state.items() if _layer(n) not in mixed or ".dual_lora_" not in n or n not in fits}
 

@@ -37,9 +37,10 @@ def grad_scaler(scaler: Any) -> Iterator[None]:
 
 
 def use(scaler: Any) -> None:
-    """Know a scaler from here on as the one that multiplies the loss."""
+    """Know a scaler from here on as the one that multiplies the loss, if it does."""
     global _last, _steps
-    _last, _steps = weakref.ref(scaler), 0
+    if scaler.is_enabled():
+        _last, _steps = weakref.ref(scaler), 0
 
 
 def after_step() -> None:
@@ -73,7 +74,9 @@ def _then_used(method: Any) -> Any:
 
 
 _Scaler: Any = torch.amp.GradScaler
-_Scaler.__init__, _Scaler.scale = _then_used(_Scaler.__init__), _then_used(_Scaler.scale)
+# `step` too, as FSDP's own scaler has a `scale` of its own.
+for _name in ("__init__", "scale", "step"):
+    setattr(_Scaler, _name, _then_used(getattr(_Scaler, _name)))
 for _kind in (_Scaler, *_Scaler.__subclasses__()):
     for _one in gc.get_referrers(_kind):
         if type(_one) is _kind:  # made before this package was imported

@@ -34,6 +34,11 @@ class AdapterState:
         return scaling(self.alpha, self.r1, self.r2)
 
 
+def most_left(warmup: float) -> int:
+    """The most steps that can be left of a warm-up; any number, while nobody knows how long the run is."""
+    return int(warmup) if warmup >= 1 else 2**31 - 1
+
+
 class Strength:
     """The part of a layer that knows nothing of its weight."""
 
@@ -138,7 +143,7 @@ class Strength:
         steps = self.states[adapter].warmup
         if steps and adapter not in self.tied:
             stored = self.dual_lora_left[adapter]
-            given = torch.as_tensor(left, dtype=torch.int32, device=stored.device).clamp(-1, max(1, int(steps)))
+            given = torch.as_tensor(left, dtype=torch.int32, device=stored.device).clamp(-1, most_left(steps))
             self.dual_lora_left[adapter] = given.expand(stored.shape).clone()
             warmup.watch(self)
 
@@ -147,7 +152,7 @@ class Strength:
         if 0 < self.states[adapter].warmup < 1:
             left = self.left(adapter)
             self.states[adapter].warmup = steps
-            self.set_left(adapter, torch.where(left < 0, steps, left))
+            self.set_left(adapter, torch.where(left < 0, steps, left))  # which cuts it
 
     def end_warmup(self, adapter: str) -> None:
         """Forget the count of an adapter that acts at full strength."""

@@ -36,8 +36,8 @@ class Counted(Protocol):
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()  # in their warm-up
 _events = itertools.count()  # beginnings of steps and countings, in their order
 _begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-# Of a layer's adapter: when it was counted last, by which optimizer and for which gradient.
-_counted: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any]]] = weakref.WeakKeyDictionary()
+# Of a layer's adapter: when it was counted last, by which optimizer and for which gradient, in which version.
+_counted: weakref.WeakKeyDictionary[Any, dict[str, tuple[int, Any, Any, int]]] = weakref.WeakKeyDictionary()
 
 
 def watch(layer: Counted) -> None:
@@ -85,7 +85,9 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in list(_layers):
         for adapter in _warming(layer):
             first = layer.counting_factor(adapter)
-            if first is not None and id(first) in held and first.grad is not None:
+            if first is None or first.grad is None or id(first) not in held:
+                continue
+            if first.requires_grad or bool(first.grad.any()):  # zeros in place may be left from before a switch
                 _count(layer, adapter, optimizer, first.grad)
         if not _warming(layer):
             _layers.discard(layer)
@@ -96,16 +98,17 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _count(layer: Counted, adapter: str, optimizer: Optimizer, grad: Tensor) -> None:
     """Count a step, unless it is the step around one that was counted, or another optimizer's on the same gradient."""
     seen = _counted.setdefault(layer, {})
-    when, by, of = seen.get(adapter, (-1, None, None))
+    when, by, of, version = seen.get(adapter, (-1, None, None, 0))
     inside = when > _begun.get(optimizer, -1)
-    if not inside and not (by is not None and by() is not optimizer and by() is not None and of() is grad):
+    same = by is not None and by() not in (None, optimizer) and of() is grad and grad._version == version
+    if not inside and not same:
         if isinstance(layer.states[adapter].warmup, float):
             raise ValueError(
                 f"warmup_steps={layer.states[adapter].warmup} is a share of the run, and nobody has said how long the "
                 "run is. Pass `callbacks=[dual_lora.DualLoraCallback()]` to the Trainer, or give a number of steps."
             )
         layer.count_step(adapter)
-        seen[adapter] = next(_events), weakref.ref(optimizer), weakref.ref(grad)
+        seen[adapter] = next(_events), weakref.ref(optimizer), weakref.ref(grad), grad._version
 
 
 register_optimizer_step_pre_hook(torch._dynamo.disable(_before_step))

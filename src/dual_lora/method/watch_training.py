@@ -48,8 +48,9 @@ class Watch:
         """Look at the factors after an optimizer's step; `held` are the ids of its parameters."""
         factors = self._factors()
         if not factors:
-            watches.discard(self)
-            return
+            if not any(layer() for layer in self.layers):
+                watches.discard(self)
+            return  # it may be chosen to train later
         if not any(id(f) in held for f in factors):
             self.foreign += any(f.grad is not None for f in factors)
             if self.foreign == FOREIGN_STEPS:
