@@ -248,14 +248,14 @@ def methods(**method):
 
 def test_what_the_recipe_says_of_its_method_is_kept():
     found = methods(name="dual_lora", r1=4, r2=12, alpha=20, dropout=0.1, ste="hardtanh", target_modules=["q_proj"])
-    assert found[LORA] == {"name": "lora", "r": 16, "target_modules": ["q_proj"], "lora_alpha": 20, "lora_dropout": 0.1}
+    assert found[LORA] == {"name": "lora", "r": 16, "target_modules": ["q_proj"], "lora_alpha": 10, "lora_dropout": 0.1}
     assert found[DUAL]["ste"] == "hardtanh"
     assert (found[DUAL]["r1"], found[DUAL]["r2"]) == ("4r/16", "12r/16")
     assert found[NO_SIGN] == found[DUAL] | {"direction_activation": "identity"}
     assert methods(name="dual_lora", r=16, r1=4)[DUAL] == {"name": "dual_lora", "r1": "4r/16", "r2": "12r/16"}
     found = methods(name="lora", r=8, lora_alpha=32, use_rslora=True)
     assert found[LORA] == {"name": "lora", "r": 8, "lora_alpha": 32, "use_rslora": True}
-    assert found[DUAL] == {"name": "dual_lora", "alpha": 32}
+    assert found[DUAL] == {"name": "dual_lora", "alpha": 64}, "the same strength"
     assert methods(name="full")[LORA] == {"name": "lora", "r": 16, "lora_alpha": "2r"}
     assert "direction_activation" not in methods(name="dual_lora", direction_activation="identity")[DUAL]
 
@@ -466,9 +466,9 @@ def test_without_any_score_there_is_no_advice(lora_wins, letters):
 def test_an_alpha_that_is_not_written_is_the_same_for_all():
     bare = {"model": {"path": "x"}, "data": {"train": "train.jsonl"}}
     lora, dual, no_sign = methods_of(build_recipe(bare | {"method": {"name": "lora", "r": 16}})).values()
-    assert (lora.get("lora_alpha", 8), dual["alpha"], no_sign["alpha"]) == (8, 8, 8), "PEFT's default"
+    assert (lora.get("lora_alpha", 8), dual["alpha"], no_sign["alpha"]) == (8, 16, 16), "PEFT's default"
     lora, dual, _ = methods_of(build_recipe(bare | {"method": {"name": "dual_lora", "r": 16}})).values()
-    assert (lora["lora_alpha"], dual.get("alpha", "2r")) == ("2r", "2r")
+    assert (lora["lora_alpha"], dual.get("alpha", "4r")) == ("2r", "4r")
 
 
 def test_adalora_is_compared_at_its_own_rank():
