@@ -44,7 +44,8 @@ def net(seed=0):
 
 def dual(seed=0, **options):
     torch.manual_seed(seed)
-    return get_peft_model(net(), DualLoraConfig(r=8, target_modules=["first", "second"], **options))
+    start = {"init_weights": "paper"} if "warmup_steps" in options else {}
+    return get_peft_model(net(), DualLoraConfig(r=8, target_modules=["first", "second"], **start, **options))
 
 
 def dense_update(model, layer):

@@ -90,7 +90,7 @@ def test_the_card_says_it(values, write_recipe, call, tmp_path):
 
 
 def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):
-    values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 5}
+    values["method"] = {"name": "dual_lora", "r": 4, "warmup_steps": 5, "init_weights": "paper"}
     values["train"] |= {"steps": 8, "patience": None, "learning_rate": 0.001}
     result = run(build_recipe(values), tmp_path / "run", progress=False)
     assert set(validations(tmp_path / "run")) == {2, 4, 6, 8}

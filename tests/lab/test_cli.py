@@ -67,7 +67,9 @@ def test_our_warnings_are_seen_wherever_they_point(call, lm_values, write_recipe
     assert code == 0
     code, _, err = call("merge", tmp_path / "run", tmp_path / "merged")
     assert code == 0
-    assert "warning: This Dual LoRA adapter was saved during its warm-up, 48 of 50" in " ".join(err.split())
+    said = " ".join(err.split())
+    assert "warning: This Dual LoRA adapter was saved during its warm-up: " in said
+    assert "with up to 48 of 50 optimizer steps before full strength" in said
     assert "save_and_load.py" not in err
 
 

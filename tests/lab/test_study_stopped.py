@@ -188,7 +188,7 @@ def test_a_link_is_no_lock(tmp_path):
     (tmp_path / "mine").write_text("years of work")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "study.lock").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match="cannot be held"), StudyFolder(tmp_path / "out"):
+    with pytest.raises(UserError, match="is a link or no file"), StudyFolder(tmp_path / "out"):
         pass
     assert (tmp_path / "mine").read_text() == "years of work"
 

@@ -402,7 +402,9 @@ def test_examples_that_are_too_long_are_counted(lm_values, tmp_path, questions):
 def test_ramp_is_a_tenth_of_the_steps_when_left_out():
     from dual_lora.lab.model.methods import method_config
 
-    assert method_config({"name": "dual_lora", "r": 4}, "causal", 200, []).warmup_steps == 20
+    paper = {"name": "dual_lora", "r": 4, "init_weights": "paper"}
+    assert method_config({"name": "dual_lora", "r": 4}, "causal", 200, []).warmup_steps is None
+    assert method_config(paper, "causal", 200, []).warmup_steps == 20
     assert (
         method_config(
             {"name": "dual_lora", "r": 4, "warmup_steps": 7, "init_weights": "paper"}, "causal", 200, []

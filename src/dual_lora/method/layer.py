@@ -22,7 +22,7 @@ from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
-from .merge import MergeLayer
+from .merge import MergeLayer, is_code
 from .replaced import replaced
 from .scaler import loss_scale
 
@@ -31,7 +31,6 @@ CACHED_ROWS = 256
 # More tokens of a sequence at once are a prompt or an evaluation: the weight is composed anew, as it may come after a
 # write that nobody saw. Fewer are decoding, of single tokens or of some that a draft model proposes.
 DECODED_TOKENS = 16
-PLAIN = (nn.Parameter, Tensor, type(None))  # weights that are what they look like, or are somewhere else
 
 
 class DualLoraLayer(MergeLayer):
@@ -136,7 +135,7 @@ class MapLayer(DualLoraLayer):
         base: Any = self.base_layer
         return (
             type(base).forward in self.forwards
-            and (self.reads_codes or type(base._parameters.get("weight")) in PLAIN)
+            and (self.reads_codes or not is_code(base._parameters.get("weight")))
             and "forward" not in vars(base)  # accelerate's hooks sit there
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )

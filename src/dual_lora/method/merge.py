@@ -124,7 +124,7 @@ class MergeLayer(FactorsLayer):
                 "but computed from others (weight_norm, spectral_norm or another parametrisation). Remove that first: "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or remove_weight_norm(layer)."
             )
-        if type(weight) is not nn.Parameter and not sharded.is_sharded(weight):
+        if is_code(weight):
             raise ValueError(
                 f"Cannot merge Dual LoRA into a {type(weight).__name__}, which was put in the weight's place after the "
                 "adapter was added. Merge first and quantise the result, or load the adapter on a quantised base."
@@ -167,6 +167,11 @@ class MergeLayer(FactorsLayer):
     def _compose(self, weight: Tensor | None, adapters: list[Adapter], dtype: torch.dtype) -> Tensor:
         """W + ΣΔW as matrices, by whom the forward is computed as well."""
         return dispatch.compose(weight, adapters, dtype)
+
+
+def is_code(weight: Any) -> bool:
+    """Whether a weight is a library's own kind of tensor, such as torchao's, and not one of torch's."""
+    return weight is not None and type(weight).__module__.partition(".")[0] != "torch"
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -137,7 +137,7 @@ class Watch(TrainerCallback):
         """The sum of losses, over the rows of all processes, of the steps since the last line."""
         (before, _), (total, steps) = self._before, self._since
         own, processes = total - before, process_count()
-        if processes > 1:
+        if processes > 1 and torch.distributed.is_initialized():  # a launcher may have said a number and no more
             # Trainer has multiplied each one's loss, in place, so that their mean is that of all rows.
             parts = torch.tensor(own, dtype=torch.float32, device=args.device)
             torch.distributed.all_reduce(parts)

@@ -78,7 +78,7 @@ def known_of(tuned: Any, probes: list[Probe], before: tuple[Tensor, Tensor] | No
         rows=rows,
         rounding=max(rms(rounded - own), rms(base_rounded - base), 1e-6),
         rounded_strength=strength if rms(own - base) > 0 else 1.0,
-        warms_up=bool(_warming(tuned)),
+        warms_up=any(getattr(c, "warmup_steps", None) for c in getattr(tuned.model, "peft_config", {}).values()),
     )
 
 
