@@ -109,6 +109,7 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
             getattr(self, f"dual_lora_{name}")[adapter_name] = nn.Parameter(torch.empty(shape, dtype=torch.float32))
         self.reset_dual_lora_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._scale(adapter_name)
         self._begin(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
