@@ -292,11 +292,12 @@ class DualLoraModel(BaseTuner):
     ) -> Any:
         _unmerge(model, kwargs.get("state_dict") or (args[0] if args else {}))
         state = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        for name, layer in named_layers(model, adapter_name).items():
+        layers = named_layers(model, adapter_name)
+        for name, layer in layers.items():
             diffusers_files.note_alpha(state.get(f"{name}.dual_lora_B.{adapter_name}"), layer, adapter_name)
         saved.refuse_empty(state, adapter_name)
         saved.warn_if_not_gathered(state, adapter_name)
-        saved.warn_of_scales(layers_of(model, adapter_name), adapter_name)
+        saved.warn_of_scales([*layers.values()], adapter_name)
         return state
 
     @classmethod

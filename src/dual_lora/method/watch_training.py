@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warning import warn
+from .sharded import local
 
 # Steps after which something is said. Under the paper's warm-up the first step has gradients of zero by definition.
 OWN_STEPS = 4
@@ -65,7 +66,7 @@ class Watch:
             return
         grads = [f.grad for f in factors if f.grad is not None]
         # Each process looks at its own parts: asked of the others at different times, they would wait for ever.
-        parts = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+        parts = [local(g) for g in grads]
         if not grads:
             self._say(
                 f"got no gradient in optimizer step {self.own}: they do not train. Is the loss connected to the "
