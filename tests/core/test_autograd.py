@@ -24,7 +24,7 @@ FORMS = [
 
 def arguments(x, W, bias, factors, form, scale=0.5):
     dtype = factors.A.dtype
-    return x, W, bias, list(factors), [torch.tensor(scale, dtype=dtype)], [form.code], None
+    return x, W, bias, list(factors), [torch.tensor(scale, dtype=dtype)], [torch.empty(0)], [form.code], None
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -59,7 +59,19 @@ def test_opcheck(form, weight):
 def test_opcheck_backward():
     x, W, _, factors = (t if t is None or isinstance(t, tuple) else t.detach() for t in gaussian())
     factors = [f.detach() for f in factors]
-    args = torch.randn(7, 30), x, W, factors, [torch.tensor(0.5)], [Form().code], torch.tensor(8.0), True, True, True
+    args = (
+        torch.randn(7, 30),
+        x,
+        W,
+        factors,
+        [torch.tensor(0.5)],
+        [torch.empty(0)],
+        [Form().code],
+        torch.tensor(8.0),
+        True,
+        True,
+        True,
+    )
     torch.library.opcheck(torch.ops.dual_lora.linear_backward.default, args)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 import triton
 
-from dual_lora.core import blocked, dispatch, triton_launch, triton_linear
+from dual_lora.core import blocked, dispatch, triton_launch, triton_linear, whole
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
@@ -93,6 +93,12 @@ class Right:
         return True
 
 
+def plain_of(weight, adapters):
+    """Who computes without kernels: small weights at once, those that are read by rows in blocks."""
+    small = (weight is None or isinstance(weight, torch.Tensor)) and adapters[0].factors.B.ndim == 2
+    return whole if small else blocked
+
+
 @pytest.mark.parametrize(
     ("weight", "adapters", "dtype", "taken"),
     [
@@ -107,10 +113,10 @@ class Right:
 )
 def test_what_the_kernels_take(weight, adapters, dtype, taken, monkeypatch):
     monkeypatch.setattr(dispatch, "triton", lambda device: Right)
-    assert dispatch.implementation(CUDA, dtype, weight, adapters) is (Right if taken else blocked)
-    assert dispatch.implementation(torch.device("cpu"), dtype, weight, adapters) is blocked
+    assert dispatch.implementation(CUDA, dtype, weight, adapters) is (Right if taken else plain_of(weight, adapters))
+    assert dispatch.implementation(torch.device("cpu"), dtype, weight, adapters) is plain_of(weight, adapters)
     monkeypatch.setenv(dispatch.SWITCH, "plain")
-    assert dispatch.implementation(CUDA, dtype, weight, adapters) is blocked
+    assert dispatch.implementation(CUDA, dtype, weight, adapters) is plain_of(weight, adapters)
 
 
 def test_the_larger_rank_counts():
@@ -118,7 +124,7 @@ def test_the_larger_rank_counts():
     for four in (ranks, ranks[2:] + ranks[:2]):
         with mock.patch.object(dispatch, "triton", return_value=Right):
             adapters = [Adapter(Factors(*four), torch.tensor(1.0), Form())]
-            assert dispatch.implementation(CUDA, torch.bfloat16, None, adapters) is blocked
+            assert dispatch.implementation(CUDA, torch.bfloat16, None, adapters) is whole
 
 
 def test_adapters_as_an_operator_takes_them():
@@ -174,8 +180,8 @@ def test_what_cannot_be_is_said_once(found, version, words, monkeypatch):
     card(monkeypatch, **found)
     monkeypatch.setattr(triton, "__version__", version)
     with pytest.warns(UserWarning, match=f"not used on Some Card: {words}"):
-        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is blocked
+        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is whole
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is blocked
+        assert dispatch.implementation(CUDA, torch.bfloat16, None, of_rank(16)) is whole
     dispatch.triton.cache_clear()

@@ -8,7 +8,7 @@ from formula import make_case, operator, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from dual_lora.core import blocked
+from dual_lora.core import whole
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form
 
@@ -87,8 +87,8 @@ def test_tracing_records_the_operator():
 @pytest.mark.parametrize("kept", [True, False])
 def test_selective_checkpointing_keeps_the_operator_that_it_names(kept, monkeypatch):
     x, W, factors, adapters = inputs()
-    calls, forward = [], blocked.forward
-    monkeypatch.setattr(blocked, "forward", lambda *a: (calls.append(1), forward(*a))[1])
+    calls, forward = [], whole.forward
+    monkeypatch.setattr(whole, "forward", lambda *a: (calls.append(1), forward(*a))[1])
     block = lambda x: dual_lora_linear(x, W, None, adapters).tanh()  # noqa: E731
     want = torch.autograd.grad(block(x).sum(), (x, *factors))
     calls.clear()

@@ -42,7 +42,7 @@ def test_the_precision_is_the_weights(weight, adapters):
 @pytest.mark.parametrize("padding", [-1, 3])
 def test_opcheck(padding, adapters):
     indices, factors = torch.tensor([[3, 0], [10, 3]]), [f.requires_grad_() for f in adapters[0].factors]
-    rest = [adapters[0].scale], [Form().code], None
+    rest = [adapters[0].scale], [torch.empty(0)], [Form().code], None
     args = indices, torch.randn(O, I), factors, *rest, padding, None, 2.0, False, torch.float32
     torch.library.opcheck(torch.ops.dual_lora.embedding.default, args)
     back = torch.randn(2, 2, I), indices, [f.detach() for f in factors], *rest, padding, False

@@ -22,12 +22,24 @@ def of(W):
 def test_opcheck():
     x, W, bias, factors = gaussian()
     number = of(W).number
-    args = x, number, bias, list(factors), [torch.tensor(0.5)], [Form().code], None
+    args = x, number, bias, list(factors), [torch.tensor(0.5)], [torch.empty(0)], [Form().code], None
     torch.library.opcheck(torch.ops.dual_lora.linear.default, args)
     y = torch.randn(7, 30)
     torch.library.opcheck(torch.ops.dual_lora.through_rows.default, (x, y, number))
     four = [f.detach() for f in factors]
-    args = y, x.detach(), number, four, [torch.tensor(0.5)], [Form().code], torch.tensor(8.0), True, False, True
+    args = (
+        y,
+        x.detach(),
+        number,
+        four,
+        [torch.tensor(0.5)],
+        [torch.empty(0)],
+        [Form().code],
+        torch.tensor(8.0),
+        True,
+        False,
+        True,
+    )
     torch.library.opcheck(torch.ops.dual_lora.linear_backward.default, args)
     torch.library.opcheck(torch.ops.dual_lora.through_rows_backward.default, (y, number, 20))
 

@@ -6,7 +6,7 @@ from formula import FORMS, expected, make_case, name_of, operator, reference, ru
 from numerics import assert_close, assert_relative_rule
 from operands import Rows, operator_by_rows
 
-from dual_lora.core import blocked
+from dual_lora.core import blocked, tile
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 
@@ -28,7 +28,7 @@ def test_every_form(form, dtype, small_blocks):
 @pytest.mark.parametrize("form", [{}, {"ste": "surrogate"}, {"magnitude": "identity"}], ids=name_of)
 def test_scales_that_stay_on_the_device(form, small_blocks, monkeypatch):
     """As on a GPU, where to read a number would wait for the kernels before it."""
-    monkeypatch.setattr(blocked, "_number", lambda scale: scale)
+    monkeypatch.setattr(tile, "number", lambda scale: scale)
     case = make_case(T=63, I=100, O=577, forms=[form])
     assert_close(run(operator, case), truth(case), torch.float32, name_of(form))
 

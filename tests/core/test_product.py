@@ -19,6 +19,11 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def whatever_its_size(monkeypatch):
+    monkeypatch.setattr(product, "SMALL", 1)
+
+
 @pytest.fixture(params=["mkl", pytest.param("onednn", marks=needs_onednn)])
 def library(request, monkeypatch):
     monkeypatch.setattr(product, "onednn_is_faster", lambda: request.param == "onednn")

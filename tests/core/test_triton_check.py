@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
 
 from dual_lora.core import (
-    blocked,
     dispatch,
     triton_check,
     triton_compose,
     triton_gradient,
     triton_launch,
     triton_linear,
+    whole,
 )
 from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.gpu_trials import every
@@ -267,4 +267,4 @@ def test_a_wrong_gradient_kernel_leaves_backward_to_the_blocks(monkeypatch):
     monkeypatch.setattr(triton_check, "is_right", lambda launch: launch.kernel == "compose")
     x, dy, cuda = torch.randn(16, 32, device=DEVICE), torch.randn(16, 48, device=DEVICE), torch.device("cuda")
     assert dispatch.implementation(cuda, x.dtype, None, [adapter()]) is triton_linear
-    assert dispatch.implementation(cuda, x.dtype, None, [adapter()], (dy, x, None)) is blocked
+    assert dispatch.implementation(cuda, x.dtype, None, [adapter()], (dy, x, None)) is whole

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from dual_lora import DualLoraConfig
-from dual_lora.core import blocked
+from dual_lora.core import whole
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.reference import Factors, delta_weight
 from dual_lora.method import experts
@@ -81,8 +81,8 @@ def test_value_and_gradients(layout, implementation, ste):
 def test_only_routed_experts_are_composed(layout, implementation, monkeypatch):
     model = adapted(mixture(layout, implementation))
     composed = []
-    original = blocked.compose
-    monkeypatch.setattr(blocked, "compose", lambda *args, **kwargs: composed.append(1) or original(*args, **kwargs))
+    original = whole.compose
+    monkeypatch.setattr(whole, "compose", lambda *args, **kwargs: composed.append(1) or original(*args, **kwargs))
     with torch.no_grad():
         model(IDS[:, :1])  # one token goes to two of six experts, in two tensors
     assert len(composed) == 4

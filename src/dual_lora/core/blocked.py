@@ -3,30 +3,25 @@
 Three products cannot be avoided (y, dx and the masked G = dyᵀ x); everything else runs on tiles that stay in cache, in
 reused buffers, in place:
 
-    T = ReLU(P) ⊙ Sign(Q)           W_eff = W + s · T
-    dP = s · G ⊙ sign(T)            H = s · G ⊙ |T| = dP ⊙ T       (sign(0) = 0: the mask is in T)
-
 Several tiles make a block, a composed part of the weight large enough for an efficient product: whole rows in forward,
 whole columns in backward, so that every block gives complete columns of y and of dx. The weight may be a tensor or
 anything with `rows(start, stop) -> Tensor` (a quantised weight that is dequantised a few rows at a time); its blocks
 are rows in backward too, as are those of a very tall weight (an output head), and dx is summed in fp32.
 
-Sizes were chosen by `python -m benchmarks blocks`. Forms other than the paper's take the formula of `reference` tile
-by tile.
+Sizes were chosen by `python -m benchmarks blocks`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .ieee import ieee_fp32
-from .product import addmm_, factors_mm, left, mm, mm_columns
-from .reference import Adapter, Factors, Form, direction, magnitude, product_gradients, steepness
+from . import tile as tiles
+from .product import addmm_, left, mm, mm_columns
+from .reference import Adapter, Factors
 
 
 class Sizes(NamedTuple):
@@ -119,14 +114,15 @@ def backward(
             block.find_gradient(dyT, x)
         for tile in block.tiles():
             if dx is not None:
-                tile.write_composed(block.composed(tile))
+                tile.write_composed(block.composed(tile), spare=sums is None)
             if sums is None and dW is None:
                 continue
             G = block.gradient(tile)
             if dW is not None:
                 dW[tile.rows, tile.cols] = G
             for k, total in enumerate(sums or ()):
-                total.add(tile, *tile.products(k), G)
+                own = G if k == len(work.adapters) - 1 else tile.buffer("T").copy_(G)
+                total.add(tile, *tile.products(k), own)
         if dx is not None and by_rows:
             dx += mm(dy[:, block.rows], block.composed())
         elif dx is not None:
@@ -215,7 +211,7 @@ class _Block:
 
 
 class _Tile:
-    """Some rows of a block: T of every adapter, the composed weight, the weight gradient."""
+    """Some rows of a block: P and Q of every adapter, the composed weight, the weight gradient."""
 
     def __init__(self, work: _Work, rows: slice, cols: slice, in_block: slice):
         self.work, self.rows, self.cols, self.in_block = work, rows, cols, in_block
@@ -225,21 +221,14 @@ class _Tile:
         return self.work.buffer(name, self.rows, self.cols, dtype)
 
     def products(self, k: int) -> tuple[Tensor, Tensor]:
-        """(T, Q) of adapter k in the paper's form, (P, Q) in the others."""
+        """P and Q of adapter k."""
         if k not in self._products:
-            (A, B, C, D), _, form, _ = self.work.adapters[k]
-            with ieee_fp32():
-                P = factors_mm(B[self.rows], A[:, self.cols], self.buffer(f"P{k}"))
-                Q = factors_mm(D[self.rows], C[:, self.cols], self.buffer(f"Q{k}"))
-            if _is_paper(form):
-                # M where Q > 0, else -1 · M: one pass, and Sign(0) = -1 comes with it.
-                M = P.clamp_(min=0)
-                torch.ops.aten.leaky_relu_backward.grad_input(M, Q, -1.0, False, grad_input=M)
-            self._products[k] = P, Q
+            P, Q = self.buffer(f"P{k}"), self.buffer(f"Q{k}")
+            self._products[k] = tiles.products(self.work.adapters[k], self.rows, self.cols, P, Q)
         return self._products[k]
 
-    def write_composed(self, out: Tensor) -> None:
-        """W + ΣΔW of this tile, rounded once to out's dtype."""
+    def write_composed(self, out: Tensor, spare: bool = True) -> None:
+        """W + ΣΔW of this tile, rounded once to out's dtype; `spare`: P may be overwritten."""
         total = out if out.dtype in (self.work.dtype, torch.float64) else self.buffer("G")
         base = self.work.base(self.rows, self.cols)
         if base is None:
@@ -249,14 +238,9 @@ class _Tile:
             near = base if base.is_contiguous() or base.dtype != out.dtype else out.copy_(base)
             base = total.copy_(near)
         for k, (_, scale, form, _) in enumerate(self.work.adapters):
-            T, Q = self.products(k)
-            if not _is_paper(form):
-                T = magnitude(T, form) * direction(Q, form)
-            before, s = total if base is None or k else base, _number(scale)
-            if isinstance(s, Tensor):
-                torch.addcmul(before, T, s, out=total)
-            else:
-                torch.add(before, T, alpha=s, out=total)
+            P, Q = self.products(k)
+            T = tiles.update(P, Q, form, P if spare else self.buffer("T"))
+            tiles.add_update(total if base is None or k else base, T, scale, out=total)
         if total is not out:
             out.copy_(total)
 
@@ -265,30 +249,14 @@ class _FactorSums:
     """The four small gradients of one adapter, summed over tiles."""
 
     def __init__(self, adapter: Adapter, loss_scale: Tensor | None):
-        factors, self.scale, self.form, self.mean_square = adapter.whole()
-        self.loss_scale = loss_scale
-        self.grads = Factors(*map(torch.zeros_like, factors))
-        self.paper = _is_paper(self.form)
-        # The factor s of dP and dQ goes into the small products; the clip at ±1 then acts at ±1/s.
-        self.factors = Factors(*(f * self.scale for f in factors)) if self.paper else factors
-        s: Any = _number(self.scale)
-        L: Any = 1.0 if loss_scale is None else _number(loss_scale)
-        self.bound: Any = math.inf if isinstance(s, float) and s == 0 else L / abs(s)
-        self.one = self.scale.new_ones(())
-        self.steep: Any = 0.0 if self.mean_square is None else _number(steepness(self.mean_square))
+        adapter = adapter.whole()
+        self.rule = tiles.estimator(adapter, loss_scale, carries=False)
+        self.grads = Factors(*map(torch.zeros_like, adapter.factors))
+        self.factors = Factors(*(f * adapter.scale for f in adapter.factors))  # for the scale, which G does not carry
 
-    def add(self, tile: _Tile, first: Tensor, second: Tensor, G: Tensor) -> None:
-        """Mask G and add its reductions; overwrites the two products."""
-        if self.paper:
-            if self.mean_square is not None:
-                self._narrow(first, second)
-            dP = torch.sign(first, out=second).mul_(G)
-            dQ = first.mul_(dP)
-            if self.form.ste == "clip":
-                dQ.clamp_(-self.bound, self.bound)
-        else:
-            rest = self.scale, self.form, self.loss_scale, self.mean_square
-            dP, dQ = product_gradients(G, first, second, *rest)
+    def add(self, tile: _Tile, P: Tensor, Q: Tensor, G: Tensor) -> None:
+        """Add the reductions of a tile; overwrites all three."""
+        dP, dQ = self.rule.product_gradients(G, P, Q)
         A, B, C, D = self.factors
         rows, cols = tile.rows, tile.cols
         addmm_(self.grads.A[:, cols], B[rows].t(), dP)
@@ -296,27 +264,9 @@ class _FactorSums:
         addmm_(self.grads.C[:, cols], D[rows].t(), dQ)
         addmm_(self.grads.D[rows].t(), C[:, cols], dQ.t())
 
-    def _narrow(self, T: Tensor, Q: Tensor) -> None:
-        """T times the surrogate's derivative, which is above 0: T's signs and zeros, so the mask in it, stay."""
-        if isinstance(self.steep, float):
-            torch.addcmul(self.one, Q, Q, value=self.steep, out=Q)
-        else:
-            Q.mul_(Q).mul_(self.steep).add_(1)
-        T.div_(Q)
-
 
 def _spans(length: int, step: int) -> Iterator[slice]:
     """0…length in equal parts of about `step`, not below 16."""
     count = -(-length // max(step, 16))
     for k in range(count):
         yield slice(length * k // count, length * (k + 1) // count)
-
-
-def _number(scale: Tensor) -> float | Tensor:
-    """A Python number where that needs no synchronisation with a device."""
-    return scale.item() if scale.device.type == "cpu" else scale
-
-
-def _is_paper(form: Form) -> bool:
-    """Whether T = ReLU(P) ⊙ Sign(Q) carries all that backward needs."""
-    return form.magnitude == "relu" and form.direction == "sign" and form.ste != "hardtanh" and not form.live_zero

@@ -20,15 +20,9 @@ from torch._C import _functorch
 from . import blocked, dispatch
 from .reference import Adapter, Factors
 
-torch.library.define(
-    "dual_lora::weight",
-    "(Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, Tensor? routed,"
-    " ScalarType dtype) -> Tensor",
-)
-torch.library.define(
-    "dual_lora::weight_backward",
-    "(Tensor G, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, Tensor? routed) -> Tensor[]",
-)
+_ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, Tensor? routed"
+torch.library.define("dual_lora::weight", f"(Tensor? weight, {_ADAPTERS}, ScalarType dtype) -> Tensor")
+torch.library.define("dual_lora::weight_backward", f"(Tensor G, {_ADAPTERS}) -> Tensor[]")
 
 
 def dual_lora_weight(
@@ -162,8 +156,8 @@ def _result(weight: Tensor | None, factors: Sequence[Tensor], dtype: torch.dtype
 
 
 @torch.library.impl("dual_lora::weight", "default")
-def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
-    adapters, out = dispatch.adapters_of(factors, scales, forms), _result(weight, factors, dtype)
+def _weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dtype):
+    adapters, out = dispatch.adapters_of(factors, scales, mean_squares, forms), _result(weight, factors, dtype)
     if out.ndim == 2:
         return dispatch.compose(weight, adapters, dtype, out)
     if routed is not None:
@@ -173,43 +167,45 @@ def _weight(weight, factors, scales, forms, loss_scale, routed, dtype):
         if computes is not blocked:
             return computes.compose(weight, adapters, dtype, out, routed)
         for e in range(out.shape[0]) if routed is None else routed.tolist():
-            blocked.compose(None if weight is None else weight[e], of_expert(adapters, e), dtype, out[e])
+            W, own = None if weight is None else weight[e], of_expert(adapters, e)
+            dispatch.without_kernels(out.device, W, own).compose(W, own, dtype, out[e])
     return out
 
 
 @torch.library.impl("dual_lora::weight_backward", "default")
-def _weight_backward(G, factors, scales, forms, loss_scale, routed):
-    adapters = dispatch.adapters_of(factors, scales, forms)
+def _weight_backward(G, factors, scales, mean_squares, forms, loss_scale, routed):
+    adapters = dispatch.adapters_of(factors, scales, mean_squares, forms)
     computes = dispatch.implementation(G.device, G.dtype, None, adapters, (None, G, loss_scale))
     with dispatch.without_autocast(G.device):
-        if computes is not blocked:
+        if G.ndim == 2:
+            grads = computes.factor_gradients(G, adapters, loss_scale)
+        elif computes is not blocked:
             grads = computes.factor_gradients(G, adapters, loss_scale, routed)
-        elif G.ndim == 2:
-            grads = blocked.factor_gradients(G, adapters, loss_scale)
         else:
             grads = [Factors(*map(torch.zeros_like, a.factors)) for a in adapters]
             for e in range(G.shape[0]) if routed is None else routed.tolist():
-                found = blocked.factor_gradients(G[e], of_expert(adapters, e), loss_scale)
+                own = of_expert(adapters, e)
+                found = dispatch.without_kernels(G.device, None, own).factor_gradients(G[e], own, loss_scale)
                 for whole, four in zip(grads, found, strict=True):
                     for grad, g in zip(whole, four, strict=True):
                         grad[e] = g
-    return dispatch.flat_gradients(grads, factors)
+    return dispatch.flat_gradients(grads, adapters)
 
 
 @torch.library.register_fake("dual_lora::weight")
-def _(weight, factors, scales, forms, loss_scale, routed, dtype):
+def _(weight, factors, scales, mean_squares, forms, loss_scale, routed, dtype):
     dispatch.refuse_meta(factors[0] if weight is None else weight, *factors)
     return _result(weight, factors, dtype)
 
 
 @torch.library.register_fake("dual_lora::weight_backward")
-def _(G, factors, scales, forms, loss_scale, routed):
+def _(G, factors, scales, mean_squares, forms, loss_scale, routed):
     return [f.new_empty(f.shape) for f in factors]
 
 
 def _setup(ctx, inputs, output):
-    weight, factors, scales, forms, loss_scale, routed, _ = inputs
-    ctx.save_for_backward(loss_scale, routed, *factors, *scales)
+    weight, factors, scales, mean_squares, forms, loss_scale, routed, _ = inputs
+    ctx.save_for_backward(loss_scale, routed, *factors, *scales, *mean_squares)
     ctx.forms, ctx.weight_dtype = forms, None if weight is None else weight.dtype
 
 
@@ -217,10 +213,9 @@ def _backward(ctx, G):
     need_weight, need_factors, *_ = ctx.needs_input_grad
     loss_scale, routed, *rest = ctx.saved_tensors
     n = len(ctx.forms)
-    factors, scales = list(rest[: 4 * n]), list(rest[4 * n :])
-    given = G, factors, scales, ctx.forms, loss_scale, routed
+    given = G, rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], ctx.forms, loss_scale, routed
     dF = dispatch.wanted(need_factors, lambda: torch.ops.dual_lora.weight_backward(*given))
-    return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, None, None, None, None
+    return G.to(ctx.weight_dtype) if need_weight else None, dF, [None] * n, [None] * n, None, None, None, None
 
 
 torch.library.register_autograd("dual_lora::weight", _backward, setup_context=_setup)

@@ -39,15 +39,15 @@ def keep_in_inductor() -> None:
         lowering.make_fallback(operator, lowering.constrain_to_fx_strides, warn=False)
 
 
-def linear(x, weight, bias, factors, scales, forms, loss_scale):
+def linear(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
     """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
-    W = _composed(weight, adapters_of(factors, scales, forms), x.dtype)
+    W = _composed(weight, adapters_of(factors, scales, mean_squares, forms), x.dtype)
     return torch.nn.functional.linear(x, W, bias)
 
 
-def weight(weight, factors, scales, forms, loss_scale, routed, dtype):
+def weight(weight, factors, scales, mean_squares, forms, loss_scale, routed, dtype):
     """W + ΣΔW, [O, I] or [E, O, I]; with `routed`, ΔW of the other experts is zero."""
-    adapters = adapters_of(factors, scales, forms)
+    adapters = adapters_of(factors, scales, mean_squares, forms)
     if routed is None:
         return _composed(weight, adapters, dtype)
     used = torch.zeros(factors[1].shape[0], 1, 1, device=routed.device).index_fill(0, routed, 1.0)
@@ -55,13 +55,24 @@ def weight(weight, factors, scales, forms, loss_scale, routed, dtype):
 
 
 def embedding(
-    indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
+    indices,
+    weight,
+    factors,
+    scales,
+    mean_squares,
+    forms,
+    loss_scale,
+    padding_idx,
+    max_norm,
+    norm_type,
+    scale_grad_by_freq,
+    dtype,
 ):
     """Rows of W + ΣΔW, indices [...] -> [..., I]; ΔW of the padding is zero."""
     used = (indices != padding_idx).unsqueeze(-1)
     adapters = [
         Adapter(Factors(A, B[indices], C, D[indices]), scale * used, form)
-        for (A, B, C, D), scale, form, _ in adapters_of(factors, scales, forms)
+        for (A, B, C, D), scale, form, _ in adapters_of(factors, scales, mean_squares, forms)
     ]
     y = _composed(None if weight is None else weight[indices], adapters, dtype)
     if max_norm is None:

@@ -10,15 +10,16 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .._warning import warn
-from . import blocked
+from . import blocked, whole
 from .blocked import RowSource
 from .handle import Handle, source_of
 from .reference import Adapter, Factors, Form, refuse_trained
@@ -28,6 +29,7 @@ OLDEST_TRITON = (3, 4)  # earlier ones take no tuple as a constant
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_RANK = 256
 _NOTHING = nullcontext()
+_PLAIN = Tensor, Parameter
 
 
 def implementation(
@@ -37,20 +39,30 @@ def implementation(
     adapters: Sequence[Adapter],
     gradient_of: tuple[Tensor | None, Tensor, Tensor | None] | None = None,
 ) -> ModuleType:
-    """`triton_linear` or `blocked`, for x, G or a composed weight of that dtype on that device.
+    """`triton_linear`, `blocked` or, for a small weight, `whole`; for x, G or a composed weight of that dtype there.
 
     gradient_of: dy and x, or None and G, and the gradient scaler's factor, where the factors' gradients are wanted.
     """
+    plain = without_kernels(device, weight, adapters)
+    if device.type != "cuda":
+        return plain
     known = (
-        device.type == "cuda"
-        and dtype in DTYPES
+        dtype in DTYPES
         and (not isinstance(weight, Tensor) or (weight.dtype in DTYPES and weight.device == device))
         and all(a.factors.A.dtype != torch.float64 for a in adapters)
         and all(max(a.factors.A.shape[-2], a.factors.C.shape[-2]) <= LARGEST_RANK for a in adapters)
         and os.environ.get(SWITCH) != "plain"
     )
     kernels = triton(device) if known else None
-    return kernels if kernels is not None and kernels.are_right(dtype, weight, adapters, gradient_of) else blocked
+    return kernels if kernels is not None and kernels.are_right(dtype, weight, adapters, gradient_of) else plain
+
+
+def without_kernels(device: torch.device, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> ModuleType:
+    """`blocked`, or `whole` for a weight that is one of its tiles and is there."""
+    A, B, *_ = adapters[0].factors
+    tile = (blocked.CPU if device.type == "cpu" else blocked.CUDA).tile
+    small = A.shape[-1] * B.shape[-2] <= tile and B.ndim == 2 and (weight is None or isinstance(weight, Tensor))
+    return whole if small else blocked
 
 
 def compose(
@@ -117,15 +129,37 @@ def autocast_dtype(device: torch.device, dtype: torch.dtype | None = None) -> to
 def in_dtype_of(weight: Tensor, x: Tensor) -> Tensor:
     """x in the weight's precision, unless autocast chooses one; a quantised or fp8 weight leaves x its own."""
     dtype = weight.dtype
+    if x.dtype == dtype:
+        return x
     keeps = autocast_dtype(x.device, x.dtype) is not None or not dtype.is_floating_point or dtype.itemsize == 1
     return x if keeps else x.to(dtype)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """P and Q stay fp32 inside; nothing to do on a device that has no autocast."""
-    if not (torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type)):
+    if not torch._C._is_any_autocast_enabled() or not (torch.amp.is_autocast_available(device.type)):
         return _NOTHING
     return torch.autocast(device.type, enabled=False)
+
+
+def nobody_watches() -> bool:
+    """Whether nothing wants to see the operator itself: no compiler, no tracer, no mode (fake tensors, selective
+    checkpointing, counters of flops), no transform, no forward mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or _functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all of these are tensors with values, and of no class that sees operators (DTensor, fake tensors)."""
+    for t in tensors:  # noqa: SIM110 - a generator costs a call of Python for each tensor
+        if t is not None and (type(t) not in _PLAIN or t.is_meta):
+            return False
+    return True
 
 
 def refuse_transforms(x: Tensor | None, adapters: Sequence[Adapter], *others: Any) -> None:
@@ -173,34 +207,46 @@ def refuse_double_backward(ctx: Any, *grads: Any) -> None:
     )
 
 
-def adapters_of(factors: Sequence[Tensor], scales: Sequence[Tensor], forms: Sequence[int]) -> list[Adapter]:
-    """The adapters that an operator got as flat lists, four factors for each scale and form.
+class Flat(NamedTuple):
+    """Adapters as `torch.library` takes them: lists of tensors and numbers."""
 
-    A scale of more than one number is that of a part: rms(Q)² of the whole stands behind it.
-    """
-    adapters = []
-    for k, (scale, form) in enumerate(zip(scales, forms, strict=True)):
-        four, known = Factors(*factors[4 * k : 4 * k + 4]), None
-        if scale.ndim:
-            scale, known = scale[0], scale[1]
-        adapters.append(Adapter(four, scale, Form.from_code(form), known))
-    return adapters
+    factors: list[Tensor]  # four for each
+    scales: list[Tensor]
+    mean_squares: list[Tensor]  # for the parts of a matrix; for whole ones empty tensors
+    forms: list[int]
 
 
-def flat(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], list[int]]:
-    """Factors, scales and forms of adapters as an operator takes them; `adapters_of` is the inverse.
-
-    Raises ValueError for a scale that is to be trained.
-    """
+def flat(adapters: Sequence[Adapter]) -> Flat:
+    """Adapters as an operator takes them; `adapters_of` is the inverse. Raises ValueError for a scale that trains."""
     for adapter in adapters:
         refuse_trained(adapter.scale)
-    scales = [a.scale if a.mean_square is None else torch.stack([a.scale, a.mean_square]) for a in adapters]
-    return [f for a in adapters for f in a.factors], scales, [a.form.code for a in adapters]
+    unknown = adapters[0].scale.new_empty(0)
+    return Flat(
+        [f for a in adapters for f in a.factors],
+        [a.scale for a in adapters],
+        [unknown if a.mean_square is None else a.mean_square for a in adapters],
+        [a.form.code for a in adapters],
+    )
 
 
-def flat_gradients(grads: Sequence[Factors], factors: Sequence[Tensor]) -> list[Tensor]:
-    """The adapters' gradients as an operator returns them, each in its factor's dtype."""
-    return [g.to(f.dtype) for g, f in zip((g for four in grads for g in four), factors, strict=True)]
+def adapters_of(
+    factors: Sequence[Tensor], scales: Sequence[Tensor], mean_squares: Sequence[Tensor], forms: Sequence[int]
+) -> list[Adapter]:
+    """The adapters that an operator got as flat lists."""
+    fours = (Factors(*factors[k : k + 4]) for k in range(0, len(factors), 4))
+    return [
+        Adapter(four, scale, Form.from_code(form), known if known.numel() else None)
+        for four, scale, known, form in zip(fours, scales, mean_squares, forms, strict=True)
+    ]
+
+
+def flat_gradients(grads: Sequence[Factors], adapters: Sequence[Adapter]) -> list[Tensor]:
+    """The adapters' gradients in a row, each in its factor's dtype."""
+    return [
+        g if g.dtype == f.dtype else g.to(f.dtype)
+        for four, a in zip(grads, adapters, strict=True)
+        for g, f in zip(four, a.factors, strict=True)
+    ]
 
 
 def wanted(needed: Sequence[bool], compute: Callable[[], Iterable[Tensor]]) -> list[Tensor | None]:

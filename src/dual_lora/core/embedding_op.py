@@ -12,15 +12,15 @@ from torch import Tensor
 from . import blocked, dispatch
 from .reference import Adapter, Factors
 
-_ARGUMENTS = (
-    "Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale, int padding_idx,"
-    " float? max_norm, float norm_type, bool scale_grad_by_freq"
+_ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, int padding_idx"
+torch.library.define(
+    "dual_lora::embedding",
+    f"(Tensor indices, Tensor? weight, {_ADAPTERS}, float? max_norm, float norm_type, bool scale_grad_by_freq,"
+    " ScalarType dtype) -> Tensor",
 )
-torch.library.define("dual_lora::embedding", f"(Tensor indices, {_ARGUMENTS}, ScalarType dtype) -> Tensor")
 torch.library.define(
     "dual_lora::embedding_backward",
-    "(Tensor dy, Tensor indices, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
-    " int padding_idx, bool scale_grad_by_freq) -> Tensor[]",
+    f"(Tensor dy, Tensor indices, {_ADAPTERS}, bool scale_grad_by_freq) -> Tensor[]",
 )
 
 
@@ -73,10 +73,21 @@ def _rows_of(adapters: Sequence[Adapter], rows: Tensor, padding_idx: int) -> lis
 
 @torch.library.impl("dual_lora::embedding", "default")
 def _embedding(
-    indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype
+    indices,
+    weight,
+    factors,
+    scales,
+    mean_squares,
+    forms,
+    loss_scale,
+    padding_idx,
+    max_norm,
+    norm_type,
+    scale_grad_by_freq,
+    dtype,
 ):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    adapters = _rows_of(dispatch.adapters_of(factors, scales, forms), rows, padding_idx)
+    adapters = _rows_of(dispatch.adapters_of(factors, scales, mean_squares, forms), rows, padding_idx)
     with dispatch.without_autocast(indices.device):
         out = blocked.compose(None if weight is None else weight.index_select(0, rows), adapters, dtype)
     y = torch.nn.functional.embedding(inverse.view(-1), out, max_norm=max_norm, norm_type=norm_type)
@@ -84,9 +95,9 @@ def _embedding(
 
 
 @torch.library.impl("dual_lora::embedding_backward", "default")
-def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
+def _embedding_backward(dy, indices, factors, scales, mean_squares, forms, loss_scale, padding_idx, scale_grad_by_freq):
     rows, inverse = torch.unique(indices, return_inverse=True)
-    whole = [a.whole() for a in dispatch.adapters_of(factors, scales, forms)]
+    whole = [a.whole() for a in dispatch.adapters_of(factors, scales, mean_squares, forms)]
     adapters = _rows_of(whole, rows, padding_idx)
     with dispatch.without_autocast(indices.device):
         # Rows of a low precision are summed in fp32, which is what blocks want anyway.
@@ -98,23 +109,36 @@ def _embedding_backward(dy, indices, factors, scales, forms, loss_scale, padding
             B, D = (torch.zeros_like(f) for f in factors[4 * k + 1 : 4 * k + 4 : 2])
             B[rows], D[rows] = (dB * used).to(B.dtype), dD.to(D.dtype)
             out.append(Factors(dA, B, dC, D))
-    return dispatch.flat_gradients(out, factors)
+    return dispatch.flat_gradients(out, whole)
 
 
 @torch.library.register_fake("dual_lora::embedding")
-def _(indices, weight, factors, scales, forms, loss_scale, padding_idx, max_norm, norm_type, scale_grad_by_freq, dtype):
+def _(
+    indices,
+    weight,
+    factors,
+    scales,
+    mean_squares,
+    forms,
+    loss_scale,
+    padding_idx,
+    max_norm,
+    norm_type,
+    scale_grad_by_freq,
+    dtype,
+):
     dispatch.refuse_meta(indices, weight, *factors)
     return factors[0].new_empty(*indices.shape, factors[0].shape[-1], dtype=dtype)
 
 
 @torch.library.register_fake("dual_lora::embedding_backward")
-def _(dy, indices, factors, scales, forms, loss_scale, padding_idx, scale_grad_by_freq):
+def _(dy, indices, factors, scales, mean_squares, forms, loss_scale, padding_idx, scale_grad_by_freq):
     return [f.new_empty(f.shape) for f in factors]
 
 
 def _setup(ctx, inputs, output):
-    indices, _, factors, scales, forms, loss_scale, padding_idx, _, _, scale_grad_by_freq, _ = inputs
-    ctx.save_for_backward(indices, loss_scale, *factors, *scales)
+    indices, _, factors, scales, mean_squares, forms, loss_scale, padding_idx, _, _, scale_grad_by_freq, _ = inputs
+    ctx.save_for_backward(indices, loss_scale, *factors, *scales, *mean_squares)
     ctx.rest = forms, padding_idx, scale_grad_by_freq
 
 
@@ -122,9 +146,10 @@ def _backward(ctx, dy):
     indices, loss_scale, *rest = ctx.saved_tensors
     forms, padding_idx, scale_grad_by_freq = ctx.rest
     n = len(forms)
-    given = dy, indices, list(rest[: 4 * n]), list(rest[4 * n :]), forms, loss_scale, padding_idx, scale_grad_by_freq
+    lists = rest[: 4 * n], rest[4 * n : 5 * n], rest[5 * n :], forms
+    given = dy, indices, *lists, loss_scale, padding_idx, scale_grad_by_freq
     dF = dispatch.wanted(ctx.needs_input_grad[2], lambda: torch.ops.dual_lora.embedding_backward(*given))
-    return None, None, dF, [None] * n, None, None, None, None, None, None, None
+    return None, None, dF, [None] * n, [None] * n, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("dual_lora::embedding", _backward, setup_context=_setup)

@@ -7,7 +7,7 @@ after which the functions of the first way raise RuntimeError.
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,22 @@ import torch
 _lock = threading.Lock()
 _inside = 0
 _put_back: Callable[[], Any] | None = None
+_NOTHING = nullcontext()
+
+
+def ieee_fp32() -> AbstractContextManager[None]:
+    """Products of fp32 matrices are fp32 inside; the user's choice is put back."""
+    try:
+        # With nobody inside, that is the user's own choice, and nobody will put another back meanwhile.
+        if not _inside and torch._C._get_float32_matmul_precision() == "highest":
+            return _NOTHING
+    except RuntimeError:
+        pass
+    return _switched()
 
 
 @contextmanager
-def ieee_fp32() -> Iterator[None]:
-    """Products of fp32 matrices are fp32 inside; the user's choice is put back."""
+def _switched() -> Iterator[None]:
     global _inside, _put_back
     with _lock:
         if not _inside:

@@ -10,31 +10,26 @@ Eager mode calls the same two functions from a plain `torch.autograd.Function`: 
 tensors costs some 200 µs of Python a layer, which is longer than a layer takes on a GPU below T = 2048.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.nn import Parameter
 
 from . import dispatch
 from .blocked import Needs, RowSource
+from .dispatch import are_plain, nobody_watches
 from .handle import Handle, handle, source_of
-from .reference import Adapter, check_factors
+from .reference import Adapter, Factors, check_factors
 
-_PLAIN = Tensor, Parameter
 ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time
 
 # `weight` is a matrix, or a handle's number: then nothing dequantised is kept.
-torch.library.define(
-    "dual_lora::linear",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale)"
-    " -> Tensor",
-)
+_ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale"
+torch.library.define("dual_lora::linear", f"(Tensor x, Tensor? weight, Tensor? bias, {_ADAPTERS}) -> Tensor")
 torch.library.define(
     "dual_lora::linear_backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor[] factors, Tensor[] scales, int[] forms, Tensor? loss_scale,"
-    " bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
+    f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
 )
 
 
@@ -58,45 +53,32 @@ def dual_lora_linear(
     """
     if not adapters:
         raise ValueError("dual_lora_linear got no adapter: pass at least one, or use torch.nn.functional.linear.")
-    first = adapters[0].factors
-    O, I = (first.B.shape[0], first.A.shape[1]) if weight is None else weight.shape
+    A, B, *_ = adapters[0].factors
+    O, I = (B.shape[0], A.shape[1]) if weight is None else weight.shape
     check_factors(adapters, O, I)
-    if not x.is_floating_point():
+    if not x.dtype.is_floating_point:
         raise TypeError(f"x is {x.dtype}, expected a floating dtype: W + ΔW is composed in it.")
     if x.shape[-1] != I:
         raise ValueError(f"The last dimension of x is {x.shape[-1]}, but the weight [{O}, {I}] takes {I}.")
-    dispatch.refuse_transforms(x, adapters, weight, bias, loss_scale)
-    autocast = dispatch.autocast_dtype(x.device, x.dtype)
-    if autocast is not None:
-        x = x.to(autocast)
-        bias = None if bias is None else bias.to(x.dtype)
-    factors, scales, forms = dispatch.flat(adapters)
     if not (weight is None or isinstance(weight, Tensor)):
         if not isinstance(weight, Handle):
             source = weight
             weight = handle(lambda: source, source.shape)
         weight = weight.number
-    if nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors):
-        if torch.is_grad_enabled():
-            return _Linear.apply(x, weight, bias, loss_scale, forms, *factors, *scales)
-        return _linear(x, weight, bias, factors, scales, forms, loss_scale)
-    return torch.ops.dual_lora.linear(x, weight, bias, factors, scales, forms, loss_scale)
-
-
-def nobody_watches() -> bool:
-    """Whether nothing wants to see the operator itself: no compiler, no tracer, no mode (fake tensors, selective
-    checkpointing, counters of flops), no transform."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state()
-        or _functorch.peek_interpreter_stack()
-    )
-
-
-def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether all of these are tensors with values, and of no class that sees operators (DTensor, fake tensors)."""
-    return all(t is None or (type(t) in _PLAIN and not t.is_meta) for t in tensors)
+    factors = [f for a in adapters for f in a.factors]
+    direct = nobody_watches() and are_plain(x, weight, bias, loss_scale, *factors)
+    if not direct:
+        dispatch.refuse_transforms(x, adapters, weight, bias, loss_scale)
+    if not direct or torch._C._is_any_autocast_enabled():
+        autocast = dispatch.autocast_dtype(x.device, x.dtype)
+        if autocast is not None:
+            x = x.to(autocast)
+            bias = None if bias is None else bias.to(x.dtype)
+    if not direct:
+        return torch.ops.dual_lora.linear(x, weight, bias, *dispatch.flat(adapters), loss_scale)
+    if torch.is_grad_enabled():
+        return _apply(x, weight, bias, loss_scale, adapters, *factors)
+    return _linear(x, weight, bias, adapters)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -108,108 +90,140 @@ def _opened(weight: Tensor | None) -> Tensor | RowSource | None:
     return weight if weight is None or weight.ndim else source_of(weight)
 
 
-# Forward and backward for every device; "default" takes in those that this package has no kernels for (mps, xpu …) and
-# that take the blocks. Autocast is off inside, so that P and Q stay fp32.
+# Forward and backward. Autocast is off inside, so that P and Q stay fp32.
 
 
-def _linear(x, weight, bias, factors, scales, forms, loss_scale):
+def _linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapters: Sequence[Adapter]) -> Tensor:
     with dispatch.without_autocast(x.device):
-        adapters, weight = dispatch.adapters_of(factors, scales, forms), _opened(weight)
-        y = dispatch.implementation(x.device, x.dtype, weight, adapters).forward(_rows(x), weight, adapters)
+        source = _opened(weight)
+        y: Tensor = dispatch.implementation(x.device, x.dtype, source, adapters).forward(_rows(x), source, adapters)
         if bias is not None:
             y += bias
-        return y.resize_(*x.shape[:-1], y.shape[-1])  # no view: nn.ReLU(inplace=True) may follow
+        # No view: nn.ReLU(inplace=True) may follow.
+        return y if x.ndim == 2 else y.resize_(*x.shape[:-1], y.shape[-1])
 
 
-def _linear_backward(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
-    adapters = dispatch.adapters_of(factors, scales, forms)
-    needs = Needs(need_x, need_weight, need_factors)
+def _linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    adapters: Sequence[Adapter],
+    loss_scale: Tensor | None,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
+    """dx, dW and the factors' gradients in a row."""
     with dispatch.without_autocast(x.device):
         source, dy, rows = _opened(weight), _rows(dy), _rows(x)
-        of = (dy, rows, loss_scale) if need_factors else None
+        of = (dy, rows, loss_scale) if needs.factors else None
         computes = dispatch.implementation(x.device, x.dtype, source, adapters, of)
-        grads = computes.backward(dy, rows, source, adapters, loss_scale, needs)
-    out = []
-    if grads.x is not None:
-        out.append(grads.x.view(x.shape))
-    if grads.weight is not None:
-        out.append(grads.weight.to(weight.dtype))
-    if grads.factors is not None:
-        out += dispatch.flat_gradients(grads.factors, factors)
-    return out
+        dx, dW, dF = computes.backward(dy, rows, source, adapters, loss_scale, needs)
+    if dx is not None and x.ndim != 2:
+        dx = dx.view(x.shape)
+    if dW is not None and weight is not None:
+        dW = dW.to(weight.dtype)
+    return dx, dW, None if dF is None else dispatch.flat_gradients(dF, adapters)
 
 
-torch.library.impl("dual_lora::linear", "default", _linear)
-torch.library.impl("dual_lora::linear_backward", "default", _linear_backward)
+# For whoever watches: lists of tensors. "default" takes in the devices that this package has no kernels for (mps,
+# xpu …) and that take the blocks.
+
+
+@torch.library.impl("dual_lora::linear", "default")
+def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
+    return _linear(x, weight, bias, dispatch.adapters_of(factors, scales, mean_squares, forms))
+
+
+@torch.library.impl("dual_lora::linear_backward", "default")
+def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, need_x, need_weight, need_factors):
+    adapters, needs = (
+        dispatch.adapters_of(factors, scales, mean_squares, forms),
+        Needs(need_x, need_weight, need_factors),
+    )
+    dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, needs)
+    return [t for t in (dx, dW, *(dF or ())) if t is not None]
 
 
 @torch.library.register_fake("dual_lora::linear")
-def _(x, weight, bias, factors, scales, forms, loss_scale):
+def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
     dispatch.refuse_meta(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], factors[1].shape[0])
 
 
 @torch.library.register_fake("dual_lora::linear_backward")
-def _(dy, x, weight, factors, scales, forms, loss_scale, need_x, need_weight, need_factors):
+def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, need_x, need_weight, need_factors):
     like = [x] * need_x + [weight] * need_weight + [*factors] * need_factors
     return [t.new_empty(t.shape) for t in like]
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, factors, scales, forms, loss_scale = inputs
-    _keep(ctx, x, weight, bias, loss_scale, forms, (*factors, *scales))
+    x, weight, bias, factors, scales, mean_squares, forms, loss_scale = inputs
+    _keep(ctx, x, weight, bias, loss_scale, dispatch.adapters_of(factors, scales, mean_squares, forms))
 
 
-def _keep(ctx, x, weight, bias, loss_scale, forms, tensors):
+def _keep(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, loss_scale: Any, adapters: Any) -> None:
     # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
-    ctx.save_for_backward(x, weight, loss_scale, *tensors)
-    ctx.forms, ctx.bias_dtype = forms, None if bias is None else bias.dtype
+    kept = [t for factors, scale, _, mean_square in adapters for t in (*factors, scale, mean_square)]
+    ctx.save_for_backward(x, weight, loss_scale, *kept)
+    ctx.forms = [a.form for a in adapters]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(
+    ctx: Any, dy: Tensor, need_x: bool, need_weight: bool, need_bias: bool, need_factors: Sequence[bool]
+) -> tuple[Any, ...]:
+    """dx, dW, dbias and the factors' gradients; None where no gradient is wanted."""
+    x, weight, loss_scale, *kept = ctx.saved_tensors
+    dx: Any = None
+    dW: Any = None
+    dF: Any = None
+    db: Any = None
+    needs = Needs(need_x, need_weight, True in need_factors)
+    if True in needs:
+        adapters = [
+            Adapter(Factors(*kept[i : i + 4]), kept[i + 4], form, kept[i + 5])
+            for i, form in zip(range(0, len(kept), 6), ctx.forms, strict=True)
+        ]
+        # With create_graph=True the operator's own backward raises the error for a second derivative.
+        if nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight):
+            dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, needs)
+        else:
+            out = iter(torch.ops.dual_lora.linear_backward(dy, x, weight, *dispatch.flat(adapters), loss_scale, *needs))
+            dx, dW = next(out) if needs.x else None, next(out) if needs.weight else None
+            dF = list(out)
+    if need_bias:
+        db = _rows(dy).sum(0).to(ctx.bias_dtype)
+    if dF is None or False in need_factors:
+        dF = dispatch.wanted(need_factors, lambda: dF or ())
+    return dx, dW, db, dF
 
 
 def _backward(ctx, dy):
     need_x, need_weight, need_bias, need_factors, *_ = ctx.needs_input_grad
-    dx, dW, db, *dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors)
-    return dx, dW, db, dF, [None] * len(ctx.forms), None, None
-
-
-def _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors):
-    """dx, dW, dbias and the factors' gradients in a row; None where no gradient is wanted."""
-    x, weight, loss_scale, *rest = ctx.saved_tensors
-    n = 4 * len(ctx.forms)
-    needs = bool(need_x), bool(need_weight), any(need_factors)
-    out: Iterator[Tensor] = iter(())
-    if any(needs):
-        # With create_graph=True the operator's own backward raises the error for a second derivative.
-        direct = nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight)
-        function = _linear_backward if direct else torch.ops.dual_lora.linear_backward
-        out = iter(function(dy, x, weight, rest[:n], rest[n:], ctx.forms, loss_scale, *needs))
-    dx = next(out) if needs[0] else None
-    dW = next(out) if needs[1] else None
-    db = _rows(dy).sum(0).to(ctx.bias_dtype) if need_bias else None
-    return dx, dW, db, *dispatch.wanted(need_factors, lambda: out)
+    n = [None] * len(ctx.forms)
+    return *_gradients(ctx, dy, need_x, need_weight, need_bias, need_factors), n, n, None, None
 
 
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
+torch.library.register_autograd("dual_lora::linear_backward", dispatch.refuse_double_backward)
 
 
 class _Linear(torch.autograd.Function):
     """The operator without the dispatcher: the same computation, the same saved tensors, the same gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, loss_scale, forms, *tensors):
-        _keep(ctx, x, weight, bias, loss_scale, forms, tensors)
-        n = 4 * len(forms)
-        return _linear(x, weight, bias, tensors[:n], tensors[n:], forms, loss_scale)
+    def forward(ctx, x, weight, bias, loss_scale, adapters, *factors):
+        _keep(ctx, x, weight, bias, loss_scale, adapters)
+        return _linear(x, weight, bias, adapters)
 
     @staticmethod
     def backward(ctx, dy):
-        need_x, need_weight, need_bias, _, _, *need = ctx.needs_input_grad
-        n = len(ctx.forms)
-        dx, dW, db, *dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need[: 4 * n])
-        return dx, dW, db, None, None, *dF, *[None] * n
+        need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
+        dx, dW, db, dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors)
+        return dx, dW, db, None, None, *dF
 
 
-torch.library.register_autograd("dual_lora::linear_backward", dispatch.refuse_double_backward)
+# `Function.apply` without its preparation for torch.func's transforms, of which none is active here.
+_apply = super(torch.autograd.Function, _Linear).apply
 
 
 torch.library.define("dual_lora::through_rows", "(Tensor x, Tensor y, Tensor weight) -> Tensor")

@@ -15,20 +15,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 # Sums of so many terms are made in the same order by both libraries, one term after the other; MKL cuts longer ones.
 SAME_BITS = 128
+SMALL = 1 << 20
+"""Multiplications below which oneDNN is slower to call than it is fast."""
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b, in `out` or in memory of its own (oneDNN allocates what it returns), laid out like `out`."""
     if not _by_onednn(a, b):
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
+        return torch.mm(a, b, out=out)
     if out is not None and out.stride(0) == 1 != out.stride(1):
         return onednn_mm(b.t(), a.t()).t()
     return onednn_mm(a, b)
 
 
-def factors_mm(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+def factors_mm(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
     """P or Q as `mm` gives it, with the bits of torch.mm: all others have to find the same signs."""
-    if right.shape[0] <= SAME_BITS and _by_onednn(left, right) and onednn_sums_alike():
+    if _by_onednn(left, right) and right.shape[0] <= SAME_BITS and onednn_sums_alike():
         return mm(left, right, out)
     return torch.mm(left, right, out=out)
 
@@ -68,7 +70,7 @@ def addmm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def left(a: Tensor) -> Tensor:
     """`a` as `mm` takes its first operand without a copy, for one that takes part in several products."""
-    return a.contiguous() if _by_onednn(a, a) else a
+    return a.contiguous() if a.dtype == torch.float32 and a.device.type == "cpu" and onednn_is_faster() else a
 
 
 def onednn_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -82,7 +84,8 @@ def without_gaps(b: Tensor) -> Tensor:
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 < b.numel() and onednn_is_faster()
+    large = a.shape[0] * a.shape[1] * b.shape[1] >= SMALL
+    return large and a.dtype == torch.float32 and a.device.type == "cpu" and onednn_is_faster()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ This file is slow and keeps several O × I tensors for backward: it is for judgi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -81,6 +82,7 @@ class Form(NamedTuple):
         )
 
     @classmethod
+    @functools.cache
     def from_code(cls, code: int) -> Form:
         """The inverse of `code`."""
         return cls(_STES[code & 3], _MAGNITUDES[code >> 2 & 1], _DIRECTIONS[code >> 3 & 1], bool(code >> 4 & 1))
@@ -144,17 +146,19 @@ class Adapter(NamedTuple):
     def working(self) -> Adapter:
         """The same with factors in the precision that P and Q are computed in: fp32, or fp64 for fp64 factors."""
         dtype = torch.float64 if self.factors.A.dtype == torch.float64 else torch.float32
-        if all(t.dtype == dtype for t in (*self.factors, self.scale)):
+        A, B, C, D = self.factors
+        if dtype == A.dtype == B.dtype == C.dtype == D.dtype == self.scale.dtype:
             return self
         return self._replace(factors=Factors(*(f.to(dtype) for f in self.factors)), scale=self.scale.to(dtype))
 
 
 def check_factors(adapters: Sequence[Adapter], *shape: int) -> None:
-    """Raise ValueError for factors that do not make a weight of that shape, [O, I] or [E, O, I]."""
+    """Raise ValueError for factors that do not make a weight of that shape, [O, I] or [E, O, I], or a trained scale."""
     *E, O, I = shape
-    for (A, B, C, D), *_ in adapters:
-        received = A.shape, B.shape, C.shape, D.shape
-        r1, r2 = received[0][-2], received[2][-2]
+    for (A, B, C, D), scale, *_ in adapters:
+        if scale.requires_grad:
+            refuse_trained(scale)
+        r1, r2, received = A.shape[-2], C.shape[-2], (A.shape, B.shape, C.shape, D.shape)
         expected = (*E, r1, I), (*E, O, r1), (*E, r2, I), (*E, O, r2)
         if received != expected:
             got, wanted = (dict(zip("ABCD", map(tuple, shapes), strict=True)) for shapes in (received, expected))

@@ -110,6 +110,8 @@ class ComposedWeights:
 
     def drop(self, layer: nn.Module) -> None:
         """Forget the composed weight of one layer."""
+        if not self._entries:
+            return
         with self._lock:
             entry = self._entries.pop(layer, None)
             for hook in () if entry is None else entry.hooks:

@@ -161,10 +161,23 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
         nn.init.uniform_(A, -(self.in_features**-0.5), self.in_features**-0.5)
 
     def _stored(self, adapter: str) -> Factors:
-        return Factors(*(getattr(self, name)[adapter] for name in self.adapter_layer_names))
+        held: Any = self._modules
+        A, B, C, D = (held["dual_lora_A"], held["dual_lora_B"], held["dual_lora_C"], held["dual_lora_D"])
+        try:
+            return Factors(
+                A._parameters[adapter], B._parameters[adapter], C._parameters[adapter], D._parameters[adapter]
+            )
+        except KeyError:  # FSDP1 puts views in their place, which are no parameters
+            return Factors(A[adapter], B[adapter], C[adapter], D[adapter])
 
     def factors(self, adapter: str) -> Factors:
         """The four factors of an adapter, restored to fp32 if foreign code has cast them down."""
+        four = self._stored(adapter)
+        A, B, C, D = four
+        if A.dtype == B.dtype == C.dtype == D.dtype == torch.float32 and not (
+            A.is_meta or B.is_meta or C.is_meta or D.is_meta
+        ):
+            return four
         stored = Factors(*(offloaded.present(getattr(self, name), adapter) for name in self.adapter_layer_names))
         return in_fp32(stored, self.warned)
 
@@ -179,8 +192,9 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
             else:
                 scale = scale * factor
         adapter = Adapter(factors, scale, state.form)
-        embedding: Any = self.tied[name].get_base_layer() if name in self.tied else None
-        return adapter.without_row(getattr(embedding, "padding_idx", None))
+        if name not in self.tied:
+            return adapter
+        return adapter.without_row(getattr(self.tied[name].get_base_layer(), "padding_idx", None))
 
     def _adapters(self, names: Iterable[str]) -> Adapters:
         return {name: self.adapter(name) for name in names}

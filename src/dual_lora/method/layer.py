@@ -45,10 +45,9 @@ class DualLoraLayer(MergeLayer):
         return "dual_lora." + super().__repr__()
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        if x.is_complex():
+        if x.dtype.is_complex:
             raise ValueError(f"Dual LoRA takes real inputs, but got {x.dtype}: pass real and imaginary part apart.")
-        adapter_names = kwargs.get("adapter_names")
-        if adapter_names is None:
+        if not kwargs or (adapter_names := kwargs.get("adapter_names")) is None:
             return
         if len(x) != len(adapter_names):
             raise ValueError(
@@ -62,10 +61,12 @@ class DualLoraLayer(MergeLayer):
 
     def _at_work(self) -> list[str]:
         """The adapters that a forward adds to the base as it is. Takes them out of it, where they are switched off."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self._present(self.active_adapters)
-        if names and torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return []
+        names = self._present(self.active_adapters)
+        if names and torch._C._get_tracing_state() and torch.onnx.is_in_onnx_export():
             raise NotImplementedError(
                 "torch.onnx.export(…, dynamo=False) knows no operator of Dual LoRA's. Export with dynamo=True, or "
                 "merge the adapter first (`merge_and_unload()`)."
@@ -105,8 +106,8 @@ class DualLoraLayer(MergeLayer):
 
     def _loss_scale(self, names: Iterable[str], operand: Tensor) -> Tensor | None:
         """The gradient scaler's factor, where one of the adapters is trained with `clip`."""
-        clips = torch.is_grad_enabled() and any(map(self.clips, names))
-        return loss_scale(operand.device) if clips else None
+        scale = loss_scale(operand.device)
+        return scale if scale is not None and torch.is_grad_enabled() and any(map(self.clips, names)) else None
 
 
 def named_layers(model: nn.Module, adapter: str | None = None) -> dict[str, DualLoraLayer]:
@@ -136,7 +137,7 @@ class MapLayer(DualLoraLayer):
         return (
             type(base).forward in self.forwards
             and (self.reads_codes or not is_code(base._parameters.get("weight")))
-            and "forward" not in vars(base)  # accelerate's hooks sit there
+            and "forward" not in base.__dict__  # accelerate's hooks sit there
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
@@ -180,9 +181,9 @@ class MapLayer(DualLoraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """f(x; W + ΣΔW) over the active adapters; for a linear layer, x [..., I] -> y [..., O]."""
         self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
         active = self._at_work()
-        if self.disable_adapters or (adapter_names is None and not active):
+        if self._disable_adapters or (adapter_names is None and not active):
             return self.base_layer(x, *args, **kwargs)
         if not self.takes_parts:
             sharded.refuse(self.get_base_layer(), getattr(self.get_base_layer(), "weight", None))
@@ -190,9 +191,12 @@ class MapLayer(DualLoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
         # An adapter with dropout sees another input than the base, so that it needs a product of its own.
-        dropped = [n for n in active if _drops(self.dual_lora_dropout[n])]
-        own, rest = self._is_own(), [n for n in active if n not in dropped]
-        fused = rest if own or (not (args or kwargs) and self._is_plain()) else []
+        dropouts: Any = self.dual_lora_dropout._modules
+        fused = [n for n in active if not (isinstance(dropouts[n], nn.Dropout) and dropouts[n].training)]
+        plain = not (args or kwargs) and self._is_plain()
+        own = not plain and self._is_own()
+        if not (plain or own):
+            fused = []
         if fused:
             y = self._own_call(x, fused, *args, **kwargs) if own else self._map(x, fused, with_base=True)
         else:
@@ -252,8 +256,8 @@ class Linear(MapLayer):
     ) -> Tensor:
         """x (W + ΣΔW)ᵀ + bias; in inference by a composed weight that is kept while `source`, which W is of, stays."""
         keeps = source is not None and self._may_keep(x) and x.numel() <= CACHED_ROWS * self.in_features
-        if not is_traced():  # a graph would be of the lengths for which the answer was the same
-            begins = (x.dim() == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
+        if not torch.compiler.is_compiling():  # a graph would be of the lengths for which the answer was the same
+            begins = (x.ndim == 3 and x.shape[1] > DECODED_TOKENS) or (self.training and not keeps)
             if begins:
                 composed_weights.drop(self)
         adapters = [*chosen.values()]
@@ -270,14 +274,9 @@ def nested_like(x: Any, values: Tensor) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(values, x.offsets(), lengths)
 
 
-def _drops(dropout: nn.Module) -> bool:
-    """Whether it drops now: by its own mode, which Monte Carlo dropout sets apart from the model's."""
-    return isinstance(dropout, nn.Dropout) and dropout.training
-
-
 def is_traced() -> bool:
     """Whether what runs becomes a graph, of torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def is_exporting() -> bool:

@@ -15,6 +15,8 @@ from .cache import composed_weights, version_of
 from .factors import FactorsLayer
 from .precision import Warned
 
+_OF_TORCH = nn.Parameter, Tensor
+
 
 class MergeLayer(FactorsLayer):
     """Adapters that merge into the base weight and come out of it again."""
@@ -171,7 +173,7 @@ class MergeLayer(FactorsLayer):
 
 def is_code(weight: Any) -> bool:
     """Whether a weight is a library's own kind of tensor, such as torchao's, and not one of torch's."""
-    if weight is None or type(weight) in (nn.Parameter, Tensor) or torch.compiler.is_dynamo_compiling():
+    if weight is None or type(weight) in _OF_TORCH or torch.compiler.is_dynamo_compiling():
         return False
     return type(weight).__module__.partition(".")[0] != "torch"
 

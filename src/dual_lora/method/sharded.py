@@ -27,13 +27,16 @@ from ..core.dispatch import in_dtype_of
 from ..core.reference import Adapter, Factors
 from .replaced import replaced
 
+_SHARDED: tuple[type, ...] = ()
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    _SHARDED = (DTensor,)
 
 
 def is_sharded(weight: Any) -> bool:
     """Whether a weight is a DTensor, of which this process holds a part."""
-    return dist.is_available() and isinstance(weight, DTensor)
+    return isinstance(weight, _SHARDED)
 
 
 def local(tensor: Any) -> Tensor:

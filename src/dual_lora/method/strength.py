@@ -55,7 +55,8 @@ class Strength:
         raise NotImplementedError
 
     def _present(self, names: list[str]) -> list[str]:
-        return [name for name in dict.fromkeys(names) if name in self.scaling]
+        present = [name for name in names if name in self.scaling]
+        return present if len(present) < 2 else [*dict.fromkeys(present)]
 
     @property
     def r(self) -> dict[str, int]:
@@ -88,11 +89,11 @@ class Strength:
     def _scale(self, adapter: str, A: Tensor | None = None) -> Tensor:
         """`scaling` as a 0-dim tensor where the factor A is (by default the stored one), in its precision."""
         A = self.dual_lora_A[adapter] if A is None else A
-        scale, value = self.dual_lora_scale.get(adapter), self.scaling[adapter]
-        if torch.compiler.is_compiling() and scale is not None:  # a graph would guard every number that it looks at
+        scale = self.dual_lora_scale[adapter] if adapter in self.dual_lora_scale else None  # noqa: SIM401 - no call
+        if scale is not None and torch.compiler.is_dynamo_compiling():  # it would guard every number that it looks at
             return scale.to(A.device)
-        dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
-        if scale is None or self._scaled.get(adapter) != value or (scale.device, scale.dtype) != (A.device, dtype):
+        value, dtype = self.scaling[adapter], torch.float64 if A.dtype == torch.float64 else torch.float32
+        if scale is None or self._scaled[adapter] != value or scale.device != A.device or scale.dtype != dtype:
             # Anew, and not in place: a graph that waits for its backward has saved the one that was.
             with torch.inference_mode(False):
                 scale = torch.full((), value, dtype=dtype, device=A.device)

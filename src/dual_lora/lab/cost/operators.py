@@ -135,8 +135,8 @@ def _linear(x: Any, weight: Any, bias: Any, factors: Any, *rest: Any) -> int:
 
 
 def _linear_backward(
-    dy: Any, x: Any, weight: Any, factors: Any, scales: Any, forms: Any, loss_scale: Any, need_x: bool,
-    need_weight: bool, need_factors: bool,
+    dy: Any, x: Any, weight: Any, factors: Any, scales: Any, mean_squares: Any, forms: Any, loss_scale: Any,
+    need_x: bool, need_weight: bool, need_factors: bool,
 ) -> int:  # fmt: skip
     T, O, I, ranks = _sizes(x, factors)
     return linear_backward(T, O, I, ranks, need_x, need_factors)
@@ -184,7 +184,7 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
         x, weight, factors = args[0], args[1], args[3]
         return forward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on) * _copies(weight, on)
     if name == "dual_lora::linear_backward":
-        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[7], args[9]
+        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[8], args[10]
         scaled: int = sum(f.numel() for f in factors) * 4 * need_factors
         inside = backward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on, need_x, need_factors)
         return inside * _copies(weight, on) + scaled
@@ -217,12 +217,13 @@ def backward_bytes(
     if own and need_factors:
         blocks += 1 + (cols < I)  # the product, and that of the block before, which is still there
     copies = (T * O + T * cols * need_x) * itemsize if own else 0
-    return blocks * O * cols * itemsize + _tiles(O, cols, itemsize) + copies
+    return blocks * O * cols * itemsize + _tiles(O, cols, itemsize, need_x and need_factors) + copies
 
 
-def _tiles(rows: int, cols: int, itemsize: int) -> int:
-    """P and Q of one tile, and where the block is not fp32 itself its sum; all fp32."""
-    kept = 2 + (itemsize != 4) + 2 * onednn_is_faster()
+def _tiles(rows: int, cols: int, itemsize: int, both: bool = False) -> int:
+    """P and Q of one tile, where both dx and the factors' gradients want P the update, and where the block is not
+    fp32 itself its sum; all fp32."""
+    kept = 2 + both + (itemsize != 4) + 2 * onednn_is_faster()
     return kept * 4 * _part(rows, CPU.tile // cols) * cols
 
 

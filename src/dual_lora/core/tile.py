@@ -1,0 +1,95 @@
+"""The formula of `reference` on one tile, in place: what blocks and small weights are computed by.
+
+T  = m(P) ⊙ d(Q)              the update, without its scale s
+∂P = G ⊙ 1[P > 0] ⊙ d(Q)      where G carries the scale; P >= 0 with `live_zero`; no mask without ReLU
+∂Q = STE(G ⊙ m(P))
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ieee import ieee_fp32
+from .product import factors_mm
+from .reference import Adapter, Form, steepness
+
+# A normal number: where subnormal ones are flushed, such a bound would be zero.
+JUST_BELOW_ZERO = -torch.finfo(torch.float32).tiny
+_passed_above = torch.ops.aten.threshold_backward.grad_input  # G where P > a bound, else 0
+_turned = torch.ops.aten.leaky_relu_backward.grad_input  # G where Q > 0, else slope · G
+
+ALL = slice(None)
+
+
+def products(
+    adapter: Adapter, rows: slice = ALL, cols: slice = ALL, P: Tensor | None = None, Q: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """P = B A and Q = D C of a tile in true fp32, in these buffers if they are given."""
+    A, B, C, D = adapter.factors
+    if rows is not ALL:
+        B, D = B[rows], D[rows]
+    if cols is not ALL:
+        A, C = A[:, cols], C[:, cols]
+    with ieee_fp32():
+        return factors_mm(B, A, P), factors_mm(D, C, Q)
+
+
+def update(P: Tensor, Q: Tensor, form: Form, out: Tensor) -> Tensor:
+    """T, in `out`, which may be P."""
+    M = torch.clamp(P, min=0, out=out) if form.magnitude == "relu" else P
+    if form.direction != "sign":
+        return torch.mul(M, Q, out=out)
+    return _turned(M, Q, -1.0, False, grad_input=out)  # Sign(0) = -1 comes with it
+
+
+def add_update(base: Tensor, T: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """W + s T."""
+    s = number(scale)
+    return torch.addcmul(base, T, s, out=out) if isinstance(s, Tensor) else torch.add(base, T, alpha=s, out=out)
+
+
+class Estimator(NamedTuple):
+    """How an adapter's ∂P and ∂Q are made of a G that carries its scale s, or, divided by s, of a bare one."""
+
+    form: Form
+    bound: Any  # where the clip acts: a number, or a tensor where that is on a device
+    steep: Any  # the surrogate's
+
+    def product_gradients(self, G: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+        """∂P and ∂Q in the memory of G and P; Q is overwritten as well."""
+        form = self.form
+        if form.magnitude == "relu":
+            _passed_above(G, P, JUST_BELOW_ZERO if form.live_zero else 0.0, grad_input=G)
+        H = P.mul_(G)
+        if form.direction != "sign":
+            return G.mul_(Q), H
+        dP = _turned(G, Q, -1.0, False, grad_input=G)
+        if form.ste == "clip":
+            H.clamp_(-self.bound, self.bound)
+        elif form.ste == "surrogate":
+            H.div_(Q.mul_(Q).mul_(self.steep).add_(1))
+        elif form.ste == "hardtanh":
+            H.masked_fill_(Q.abs_().le(1).logical_not_(), 0.0)
+        return dP, H
+
+
+def estimator(adapter: Adapter, loss_scale: Tensor | None, carries: bool) -> Estimator:
+    """For an adapter that knows rms(Q)² of the whole; `carries`: whether G carries the scale s."""
+    form = adapter.form
+    bound: Any = math.inf
+    steep: Any = 0.0
+    if form.direction == "sign" and form.ste == "clip":
+        bound = 1.0 if loss_scale is None else number(loss_scale)
+        if not carries:
+            s: Any = number(adapter.scale)
+            bound = math.inf if isinstance(s, float) and s == 0 else bound / abs(s)
+    elif adapter.mean_square is not None:
+        steep = number(steepness(adapter.mean_square))
+    return Estimator(form, bound, steep)
+
+
+def number(scale: Tensor) -> float | Tensor:
+    """A Python number where that needs no synchronisation with a device."""
+    return scale.item() if scale.device.type == "cpu" else scale
