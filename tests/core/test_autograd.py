@@ -24,7 +24,7 @@ FORMS = [
 
 def arguments(x, W, bias, factors, form, scale=0.5):
     dtype = factors.A.dtype
-    return x, W, bias, list(factors), [torch.tensor(scale, dtype=dtype)], [torch.empty(0)], [form.code], None
+    return x, W, bias, list(factors), [torch.tensor(scale, dtype=dtype)], [torch.empty(0)], [form.code], None, 1.0
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -68,6 +68,8 @@ def test_opcheck_backward():
         [torch.empty(0)],
         [Form().code],
         torch.tensor(8.0),
+        1.0,
+        None,
         True,
         True,
         True,

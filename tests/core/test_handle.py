@@ -22,7 +22,7 @@ def of(W):
 def test_opcheck():
     x, W, bias, factors = gaussian()
     number = of(W).number
-    args = x, number, bias, list(factors), [torch.tensor(0.5)], [torch.empty(0)], [Form().code], None
+    args = x, number, bias, list(factors), [torch.tensor(0.5)], [torch.empty(0)], [Form().code], None, 1.0
     torch.library.opcheck(torch.ops.dual_lora.linear.default, args)
     y = torch.randn(7, 30)
     torch.library.opcheck(torch.ops.dual_lora.through_rows.default, (x, y, number))
@@ -36,6 +36,8 @@ def test_opcheck():
         [torch.empty(0)],
         [Form().code],
         torch.tensor(8.0),
+        1.0,
+        None,
         True,
         False,
         True,

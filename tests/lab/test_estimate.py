@@ -180,12 +180,12 @@ def test_workspace_of_the_blocks_is_what_they_allocate(T, O, I, r, dtype):
     op = torch.ops.dual_lora
     with MemoryTracker(standing) as tracker:
         y = blocked.forward(x, weight, [adapter])
-    args = (x, weight, None, factors, [adapter.scale], [torch.empty(0)], [0], None)
+    args = (x, weight, None, factors, [adapter.scale], [torch.empty(0)], [0], None, 1.0)
     expected = inner_bytes(op.linear.default, args, y, "cpu") + y.nbytes
     assert tracker.peaks["forward"].total == pytest.approx(expected, rel=0.15)
     with MemoryTracker(standing) as tracker:
         grads = blocked.backward(dy, x, weight, [adapter], None, blocked.Needs(True, False, True))
-    args = (dy, x, weight, factors, [adapter.scale], [torch.empty(0)], [0], None, True, False, True)
+    args = (dy, x, weight, factors, [adapter.scale], [torch.empty(0)], [0], None, 1.0, None, True, False, True)
     out = grads.x.nbytes + sum(f.nbytes for f in grads.factors[0])
     expected = inner_bytes(op.linear_backward.default, args, grads, "cpu") + out
     assert tracker.peaks["forward"].total == pytest.approx(expected, rel=0.15)

@@ -96,8 +96,12 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
+    of_G: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
+    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+
+    of_G: other rows of dy and x, whose product is G.
+    """
     work = _Work(weight, adapters)
     T = x.shape[0]
     by_rows = not (weight is None or isinstance(weight, Tensor)) or work.is_tall(x.dtype)
@@ -107,11 +111,12 @@ def backward(
         dx = x.new_zeros(T, work.I, dtype=wide) if by_rows else x.new_empty(T, work.I)
     dW = x.new_zeros(work.O, work.I) if needs.weight else None
     sums = [_FactorSums(a, loss_scale) for a in work.adapters] if needs.factors else None
-    dyT = left(dy.t()) if needs.factors or needs.weight else None
+    dyG, xG = of_G or (dy, x)
+    dyT = left(dyG.t()) if needs.factors or needs.weight else None
     dy = left(dy)
     for block in work.blocks(x.dtype, by_rows) if T else ():
         if dyT is not None:
-            block.find_gradient(dyT, x)
+            block.find_gradient(dyT, xG)
         for tile in block.tiles():
             if dx is not None:
                 tile.write_composed(block.composed(tile), spare=sums is None)

@@ -39,7 +39,7 @@ def keep_in_inductor() -> None:
         lowering.make_fallback(operator, lowering.constrain_to_fx_strides, warn=False)
 
 
-def linear(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
+def linear(x, weight, bias, factors, scales, mean_squares, forms, loss_scale, share):
     """x (W + ΣΔW)ᵀ + bias, x [..., I] -> [..., O]."""
     W = _composed(weight, adapters_of(factors, scales, mean_squares, forms), x.dtype)
     return torch.nn.functional.linear(x, W, bias)

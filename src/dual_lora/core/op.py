@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, tokens
 from .blocked import Needs, RowSource
 from .dispatch import are_plain, nobody_watches
 from .handle import Handle, handle, source_of
 from .reference import Adapter, Factors, check_factors
+from .tokens import EXACT
 
 ROW_BLOCK = 1 << 19  # entries of W that `through_rows` reads at a time
 
 # `weight` is a matrix, or a handle's number: then nothing dequantised is kept.
-_ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale"
+_ADAPTERS = "Tensor[] factors, Tensor[] scales, Tensor[] mean_squares, int[] forms, Tensor? loss_scale, float share"
 torch.library.define("dual_lora::linear", f"(Tensor x, Tensor? weight, Tensor? bias, {_ADAPTERS}) -> Tensor")
 torch.library.define(
     "dual_lora::linear_backward",
-    f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, bool need_x, bool need_weight, bool need_factors) -> Tensor[]",
+    f"(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, Tensor? draw, bool need_x, bool need_weight,"
+    " bool need_factors) -> Tensor[]",
 )
 
 
@@ -39,6 +41,7 @@ def dual_lora_linear(
     bias: Tensor | None,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None = None,
+    share: float = EXACT,
 ) -> Tensor:
     """y = x (W + ΣΔW)ᵀ + bias, x [..., I] -> y [..., O], for one or more adapters.
 
@@ -46,6 +49,9 @@ def dual_lora_linear(
         for one; None for the adapters' share.
     adapters: factors (kept in fp32), scale s = λα/√(r1 r2) as a 0-dim tensor, form.
     loss_scale: 0-dim tensor, the gradient scaler's present factor (only the "clip" estimator looks at it).
+    share: of the tokens, from which the factors' gradients are estimated (`tokens`); EXACT: from all of them; AUTO:
+        from as few as the variance allows. One number is then drawn from torch's generator in backward. x of three
+        dimensions is a batch of sequences.
 
     Computes in x's dtype, or in autocast's where that is on; P and Q are always fp32, and W + ΔW is rounded once.
     Raises ValueError for shapes that do not fit, TypeError for an x that is no floating tensor, RuntimeError on
@@ -75,9 +81,9 @@ def dual_lora_linear(
             x = x.to(autocast)
             bias = None if bias is None else bias.to(x.dtype)
     if not direct:
-        return torch.ops.dual_lora.linear(x, weight, bias, *dispatch.flat(adapters), loss_scale)
+        return torch.ops.dual_lora.linear(x, weight, bias, *dispatch.flat(adapters), loss_scale, share)
     if torch.is_grad_enabled():
-        return _apply(x, weight, bias, loss_scale, adapters, *factors)
+        return _apply(x, weight, bias, loss_scale, share, adapters, *factors)
     return _linear(x, weight, bias, adapters)
 
 
@@ -109,14 +115,23 @@ def _linear_backward(
     weight: Tensor | None,
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
+    share: float,
+    draw: Tensor | None,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
     """dx, dW and the factors' gradients in a row."""
     with dispatch.without_autocast(x.device):
         source, dy, rows = _opened(weight), _rows(dy), _rows(x)
-        of = (dy, rows, loss_scale) if needs.factors else None
+        sampled = None if draw is None else tokens.carriers(dy, rows, len(x) if x.ndim > 2 else 1, share, draw)
+        used = tokens.not_zero(dy)
+        if used is not None:
+            dy, rows = dy[used], rows[used]
+        of_G = sampled or (dy, rows)
+        of = (*of_G, loss_scale) if needs.factors else None
         computes = dispatch.implementation(x.device, x.dtype, source, adapters, of)
-        dx, dW, dF = computes.backward(dy, rows, source, adapters, loss_scale, needs)
+        dx, dW, dF = computes.backward(dy, rows, source, adapters, loss_scale, needs, of_G)
+    if dx is not None and used is not None:
+        dx = x.new_zeros(x.numel() // x.shape[-1], x.shape[-1]).index_copy_(0, used, dx)
     if dx is not None and x.ndim != 2:
         dx = dx.view(x.shape)
     if dW is not None and weight is not None:
@@ -129,42 +144,44 @@ def _linear_backward(
 
 
 @torch.library.impl("dual_lora::linear", "default")
-def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
+def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale, share):
     return _linear(x, weight, bias, dispatch.adapters_of(factors, scales, mean_squares, forms))
 
 
 @torch.library.impl("dual_lora::linear_backward", "default")
-def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, need_x, need_weight, need_factors):
+def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, share, draw, need_x, need_weight, need_factors):
     adapters, needs = (
         dispatch.adapters_of(factors, scales, mean_squares, forms),
         Needs(need_x, need_weight, need_factors),
     )
-    dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, needs)
+    dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, share, draw, needs)
     return [t for t in (dx, dW, *(dF or ())) if t is not None]
 
 
 @torch.library.register_fake("dual_lora::linear")
-def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale):
+def _(x, weight, bias, factors, scales, mean_squares, forms, loss_scale, share):
     dispatch.refuse_meta(x, weight, *factors)
     return x.new_empty(*x.shape[:-1], factors[1].shape[0])
 
 
 @torch.library.register_fake("dual_lora::linear_backward")
-def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, need_x, need_weight, need_factors):
+def _(dy, x, weight, factors, scales, mean_squares, forms, loss_scale, share, draw, need_x, need_weight, need_factors):
     like = [x] * need_x + [weight] * need_weight + [*factors] * need_factors
     return [t.new_empty(t.shape) for t in like]
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, factors, scales, mean_squares, forms, loss_scale = inputs
-    _keep(ctx, x, weight, bias, loss_scale, dispatch.adapters_of(factors, scales, mean_squares, forms))
+    x, weight, bias, factors, scales, mean_squares, forms, loss_scale, share = inputs
+    _keep(ctx, x, weight, bias, loss_scale, share, dispatch.adapters_of(factors, scales, mean_squares, forms))
 
 
-def _keep(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, loss_scale: Any, adapters: Any) -> None:
+def _keep(
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, loss_scale: Any, share: float, adapters: Any
+) -> None:
     # One order for both ways: gradient checkpointing may see one in forward and the other when it computes again.
     kept = [t for factors, scale, _, mean_square in adapters for t in (*factors, scale, mean_square)]
     ctx.save_for_backward(x, weight, loss_scale, *kept)
-    ctx.forms = [a.form for a in adapters]
+    ctx.forms, ctx.share = [a.form for a in adapters], share
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -183,11 +200,14 @@ def _gradients(
             Adapter(Factors(*kept[i : i + 4]), kept[i + 4], form, kept[i + 5])
             for i, form in zip(range(0, len(kept), 6), ctx.forms, strict=True)
         ]
+        sampling = needs.factors and not needs.weight and ctx.share != EXACT
+        draw = torch.rand((), device=x.device) if sampling else None
         # With create_graph=True the operator's own backward raises the error for a second derivative.
         if nobody_watches() and not torch.is_grad_enabled() and are_plain(dy, x, weight):
-            dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, needs)
+            dx, dW, dF = _linear_backward(dy, x, weight, adapters, loss_scale, ctx.share, draw, needs)
         else:
-            out = iter(torch.ops.dual_lora.linear_backward(dy, x, weight, *dispatch.flat(adapters), loss_scale, *needs))
+            given = dy, x, weight, *dispatch.flat(adapters), loss_scale, ctx.share, draw, *needs
+            out = iter(torch.ops.dual_lora.linear_backward(*given))
             dx, dW = next(out) if needs.x else None, next(out) if needs.weight else None
             dF = list(out)
     if need_bias:
@@ -200,7 +220,7 @@ def _gradients(
 def _backward(ctx, dy):
     need_x, need_weight, need_bias, need_factors, *_ = ctx.needs_input_grad
     n = [None] * len(ctx.forms)
-    return *_gradients(ctx, dy, need_x, need_weight, need_bias, need_factors), n, n, None, None
+    return *_gradients(ctx, dy, need_x, need_weight, need_bias, need_factors), n, n, None, None, None
 
 
 torch.library.register_autograd("dual_lora::linear", _backward, setup_context=_setup)
@@ -211,15 +231,15 @@ class _Linear(torch.autograd.Function):
     """The operator without the dispatcher: the same computation, the same saved tensors, the same gradients."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, loss_scale, adapters, *factors):
-        _keep(ctx, x, weight, bias, loss_scale, adapters)
+    def forward(ctx, x, weight, bias, loss_scale, share, adapters, *factors):
+        _keep(ctx, x, weight, bias, loss_scale, share, adapters)
         return _linear(x, weight, bias, adapters)
 
     @staticmethod
     def backward(ctx, dy):
-        need_x, need_weight, need_bias, _, _, *need_factors = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _, _, _, *need_factors = ctx.needs_input_grad
         dx, dW, db, dF = _gradients(ctx, dy, need_x, need_weight, need_bias, need_factors)
-        return dx, dW, db, None, None, *dF
+        return dx, dW, db, None, None, None, *dF
 
 
 # `Function.apply` without its preparation for torch.func's transforms, of which none is active here.

@@ -42,9 +42,14 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
+    of_G: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
+    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+
+    of_G: other rows of dy and x, whose product is G.
+    """
     dx = dy @ compose(weight, adapters, x.dtype) if needs.x else None
+    dy, x = of_G or (dy, x)
     dW = dy.t() @ x if needs.weight else None
     grads = None
     if needs.factors:

@@ -36,15 +36,20 @@ def backward(
     adapters: Sequence[Adapter],
     loss_scale: Tensor | None,
     needs: Needs,
+    of_G: tuple[Tensor, Tensor] | None = None,
 ) -> Gradients:
-    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32."""
+    """Gradients of `forward` for dy [T, O] and x [T, I]; those of the factors in fp32.
+
+    of_G: other rows of dy and x, whose product is G.
+    """
     dx = grads = None
     G: Any = None
     made = _products(adapters)
     if needs.x:
         dx = mm(dy, _sum(weight, made, x.dtype, spare=not needs.factors))
     if needs.weight or needs.factors:
-        G = mm(dy.t(), x)
+        dyG, xG = of_G or (dy, x)
+        G = mm(dyG.t(), xG)
     if needs.factors:
         grads = _factor_gradients(G, made, loss_scale)
     return Gradients(dx, G if needs.weight else None, grads)

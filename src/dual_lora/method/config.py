@@ -16,6 +16,7 @@ from .ranks import Rank, ranks_of, split_rank
 from .saved import check_file
 
 Start = bool | Literal["paper", "zero"]
+Sampling = float | Literal["auto"] | None
 FORMAT_VERSION = 2  # 1: the paper's start was the default, `init_weights=True`
 
 ALPHA = 4.0
@@ -110,6 +111,16 @@ class DualLoraConfig(PeftConfig):
     direction_activation: Direction = field(
         default="sign", metadata={"help": "'sign' (the method) or 'identity' (ablation without Sign)."}
     )
+    token_sampling: Sampling = field(
+        default=None,
+        metadata={
+            "help": "Share of a step's tokens from which the factors' gradients are estimated, without bias: faster, "
+            "with noise. 'auto': as few as a bound on that noise allows. None: all of them."
+        },
+    )
+    sampling_pattern: dict[str, Sampling] = field(
+        default_factory=dict, metadata={"help": "`token_sampling` of single layers by name or regular expression."}
+    )
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "Set this if the layer stores its weight as (in, out), like GPT-2's Conv1D."}
     )
@@ -157,7 +168,7 @@ class DualLoraConfig(PeftConfig):
         self.r1, self.r2 = split_rank(self.r, self.r1, self.r2)
         self.r = self.r1 + self.r2
         self._has_ranks = True
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "sampling_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ValueError(f"{name} must be a mapping of names to values, got {getattr(self, name)!r}.")
             # As the file has them: the first that fits counts.
@@ -173,6 +184,11 @@ class DualLoraConfig(PeftConfig):
         if not _is_positive(self.init_std):
             raise ValueError(f"init_std must be a positive number, got {self.init_std!r}; the default is {STD}.")
         self._check_warmup()
+        shares = {"token_sampling": self.token_sampling}
+        shares |= {f"sampling_pattern[{k!r}]": v for k, v in self.sampling_pattern.items()}
+        for name, share in shares.items():
+            if share not in (None, "auto") and not (_is_positive(share) and share <= 1):
+                raise ValueError(f"{name} must be a share above 0 and at most 1, 'auto' or None, got {share!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}.")
         if self.bias not in ("none", "all", "dual_lora_only"):

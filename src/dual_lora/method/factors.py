@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.reference import Adapter, Factors
+from ..core.tokens import EXACT
 from . import offloaded, sharded, warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -27,6 +28,7 @@ Adapters = dict[str, Adapter]  # by name, in the order in which they are added
 class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
     """Factors and life cycle of adapters. Subclasses say how the weight is a matrix [O, I]."""
 
+    samples_tokens = False  # whether gradients can be estimated from some of the tokens
     takes_dropout = True  # whether the adapter may see another input than the base
     fan_in_fan_out = False  # whether the weight is stored as [I, O]
     cast_input_dtype_enabled = True  # which PEFT's `disable_input_dtype_casting` switches; inputs fit the weight anyhow
@@ -93,16 +95,28 @@ class FactorsLayer(Strength, nn.Module, BaseTunerLayer):
 
     @torch.inference_mode(False)  # who makes or loads a model in inference mode may move or train it afterwards
     def update_layer(
-        self, adapter_name: str, r1: int, r2: int, alpha: float | None, config: DualLoraConfig, **kwargs: Any
+        self,
+        adapter_name: str,
+        r1: int,
+        r2: int,
+        alpha: float | None,
+        config: DualLoraConfig,
+        share: float = EXACT,
+        **kwargs: Any,
     ) -> None:
-        """Add an adapter, or make one of that name anew."""
+        """Add an adapter, or make one of that name anew. `share`: of the tokens, as the operator takes it."""
         base: Any = self.get_base_layer()
         sharded.refuse_bare_parts(base)
         if isinstance(getattr(base, "weight", None), Tensor) and base.weight.is_complex():
             raise ValueError(f"Dual LoRA updates real weights; that of {base} is {base.weight.dtype}: leave it out.")
         self.tied.pop(adapter_name, None)
         alpha = config.default_alpha(r1, r2) if alpha is None else float(alpha)
-        self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0))
+        if share != EXACT and not self.samples_tokens:
+            self.warned.once(
+                f"token_sampling has no effect on {type(base).__name__}: it acts in linear layers. This "
+                "layer's gradients are exact."
+            )
+        self.set_state(adapter_name, AdapterState(r1, r2, alpha, config.form, config.warmup_steps or 0, share))
         dropout = config.dropout if self.takes_dropout else 0.0
         self.dual_lora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         for name, shape in zip("ABCD", self._factor_shapes(r1, r2), strict=True):

@@ -67,7 +67,7 @@ def hotswap_from_state_dict(
             mark_as_stored(layer._stored(adapter_name))
             r1, r2, alpha = layer_options(config, key_of(name, layer))
             before, left = layer.states[adapter_name], new.get(f"{name}.dual_lora_left")
-            layer.set_state(adapter_name, AdapterState(r1, r2, alpha, before.form, before.warmup))
+            layer.set_state(adapter_name, AdapterState(r1, r2, alpha, before.form, before.warmup, before.share))
             if left is not None and left.any() and config.warmup_steps:
                 layer.states[adapter_name].warmup = config.warmup_steps
                 layer._begin(adapter_name)

@@ -18,6 +18,7 @@ from ..core.compose_op import Composed, dual_lora_weight
 from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
+from ..core.tokens import AUTO, EXACT
 from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
@@ -218,7 +219,7 @@ class MapLayer(DualLoraLayer):
 class Linear(MapLayer):
     """Dual LoRA on nn.Linear (weight [O, I]) and transformers' Conv1D (weight [I, O])."""
 
-    takes_parts = True
+    takes_parts = samples_tokens = True
     forwards: tuple[Any, ...] = (nn.Linear.forward, Conv1D.forward)
 
     def __init__(self, base_layer: nn.Module, *args: Any, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
@@ -262,7 +263,9 @@ class Linear(MapLayer):
                 composed_weights.drop(self)
         adapters = [*chosen.values()]
         if source is None or not keeps:
-            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x))
+            shares = [self.states[name].share for name in chosen]  # one G serves all of them
+            share = AUTO if AUTO in shares and EXACT not in shares else max(shares)
+            return dual_lora_linear(x, weight, bias, adapters, self._loss_scale(chosen, x), share)
         dtype = autocast_dtype(x.device, x.dtype) or x.dtype
         composed = self._kept_weight(source, chosen, dtype, partial(dispatch.compose, weight, adapters, dtype))
         return nn.functional.linear(x.to(dtype), composed, None if bias is None else bias.to(dtype))

@@ -27,7 +27,7 @@ from .embedding import Embedding
 from .experts import ParamWrapper
 from .fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
-from .patterns import layer_options
+from .patterns import layer_options, sampling_of
 from .precision import Warned
 from .quantized import dispatch_quantized
 from .quantized_rows import keep_unpacked
@@ -130,13 +130,14 @@ class DualLoraModel(BaseTuner):
         if isinstance(parent, MultiheadAttention):
             return  # its output projection, which it adapts itself
         r1, r2, alpha = layer_options(config, current_key)
+        share = sampling_of(config, current_key)
         layer: Any = target
         wrapped = isinstance(target, ParamWrapper) and target.parameter_name != parameter_name
         if isinstance(target, DualLoraLayer) and not wrapped:
-            target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, config=config)
+            target.update_layer(adapter_name, r1=r1, r2=r2, alpha=alpha, share=share, config=config)
         else:
             warned = vars(self).setdefault("_warned", Warned())
-            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "warned": warned}
+            options: dict[str, Any] = {"r1": r1, "r2": r2, "alpha": alpha, "share": share, "warned": warned}
             options |= get_quantization_kwargs(self.model)
             if parameter_name is not None:
                 options["parameter_name"] = parameter_name

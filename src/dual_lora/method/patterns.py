@@ -1,10 +1,11 @@
-"""Ranks and α of a layer by its name: `rank_pattern` and `alpha_pattern`."""
+"""What a configuration says of a layer by its name: `rank_pattern`, `alpha_pattern`, `sampling_pattern`."""
 
 from typing import Any
 
 from peft.utils.other import get_pattern_key
 
 from .._warning import warn
+from ..core.tokens import AUTO, EXACT
 from .config import DualLoraConfig
 from .ranks import ranks_of
 
@@ -16,6 +17,18 @@ def layer_options(config: DualLoraConfig, key: str) -> tuple[int, int, float]:
     alpha = _fitting("alpha_pattern", config.alpha_pattern, key)
     alpha = config.alpha if alpha is None else alpha
     return r1, r2, config.default_alpha(r1, r2) if alpha is None else alpha
+
+
+def sampling_of(config: DualLoraConfig, key: str) -> float:
+    """The share of the tokens that the layer named `key` estimates its gradients from, as the operator takes it."""
+    said = _fitting("sampling_pattern", config.sampling_pattern, key)
+    if said is None and not _is_named(config.sampling_pattern, key):
+        said = config.token_sampling
+    return EXACT if said is None else AUTO if said == "auto" else float(said)
+
+
+def _is_named(patterns: dict[str, Any], key: str) -> bool:
+    return any(get_pattern_key([pattern], key) == pattern for pattern in patterns)
 
 
 def _fitting(name: str, patterns: dict[str, Any], key: str) -> Any:

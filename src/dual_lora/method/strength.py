@@ -12,6 +12,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, scaling
+from ..core.tokens import EXACT
 from . import offloaded, warmup
 
 
@@ -20,6 +21,7 @@ class AdapterState:
     """What a layer knows of one adapter besides its factors.
 
     warmup: optimizer steps of the paper's warm-up; below 1, a share of a run whose length is not known yet; 0 for none.
+    share: of the tokens, from which gradients are estimated.
     """
 
     r1: int
@@ -27,6 +29,7 @@ class AdapterState:
     alpha: float
     form: Form
     warmup: float = 0
+    share: float = EXACT
 
     @property
     def strength(self) -> float:

@@ -136,7 +136,7 @@ def _linear(x: Any, weight: Any, bias: Any, factors: Any, *rest: Any) -> int:
 
 def _linear_backward(
     dy: Any, x: Any, weight: Any, factors: Any, scales: Any, mean_squares: Any, forms: Any, loss_scale: Any,
-    need_x: bool, need_weight: bool, need_factors: bool,
+    share: float, draw: Any, need_x: bool, need_weight: bool, need_factors: bool,
 ) -> int:  # fmt: skip
     T, O, I, ranks = _sizes(x, factors)
     return linear_backward(T, O, I, ranks, need_x, need_factors)
@@ -184,7 +184,7 @@ def inner_bytes(func: Any, args: Any, out: Any, on: str) -> int:
         x, weight, factors = args[0], args[1], args[3]
         return forward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on) * _copies(weight, on)
     if name == "dual_lora::linear_backward":
-        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[8], args[10]
+        x, weight, factors, need_x, need_factors = args[1], args[2], args[3], args[10], args[12]
         scaled: int = sum(f.numel() for f in factors) * 4 * need_factors
         inside = backward_bytes(*_sizes(x, factors)[:3], x.dtype.itemsize, on, need_x, need_factors)
         return inside * _copies(weight, on) + scaled
