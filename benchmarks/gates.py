@@ -35,6 +35,7 @@ FLOOR = "floor"  # what no exact way avoids, as products alone
 STEP = "step SmolLM2-135M 4×256 fp32"
 BF16_STEP = "step SmolLM2-135M 4×256 bf16"
 SMALL_STEP = "step MiniLM 16×24 fp32"
+SAMPLED_STEP = "step of 6 SmolLM2 blocks 4×256 fp32"
 GRPO = "GRPO step, a third of SmolLM2-135M"
 GRPO_LONG = "GRPO step, that model, completions of 256"
 
@@ -46,11 +47,15 @@ GATES: tuple[Gate, ...] = (
     Gate(STEP, (Limit("naive", 0.72), Limit("lora", 1.29, None, "1.29 by flops"))),
     _one(BF16_STEP, "lora", 1.45, 1.15, "1.29 by flops", threads=1),
     _one(SMALL_STEP, "lora", 1.60, 1.20, "1.40 by flops", threads=1),
+    _one(SMALL_STEP, "lora", 1.25, subject="quarter", threads=1),
+    _one(SAMPLED_STEP, "lora", 1.09, subject="quarter", threads=1),
+    _one(SAMPLED_STEP, "lora", 1.15, subject="auto", threads=1),
     _one(GRPO, "lora", 1.35, None, "1.26 by flops", threads=1),
     _one(GRPO_LONG, "lora", 1.10, threads=1),
     _one("memory of that step", "lora", 1.00, 0.95, threads=1),
     _one("linear 4096 T2048 fp32", "lora", 1.50, None, "1.39 by flops"),
     _one("linear 4096 T2048 fp32", "full", 1.10),
+    _one("linear 4096 T2048 fp32", "lora", 1.20, subject="quarter"),
     Gate("linear 4096 T512 fp32", (Limit("lora", 1.75, None, "1.59 by flops"), Limit(FLOOR, 1.15))),
     Gate("linear 4096 T512 bf16", (Limit("lora", 1.95, None, "1.60 by flops"), Limit(FLOOR, 1.30))),
     Gate("linear 4096 T512 nf4", (Limit("lora", 1.50), Limit(FLOOR, 1.30))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dual_lora.core.reference import Factors, Form, scaling
 RANK = 32  # r of LoRA and its relatives; r1 = r2 = RANK / 2 here
 
 METHODS = ("dual", "lora", "dora", "hira", "full", "naive")
+SAMPLED = {"quarter": 0.25, "auto": "auto"}  # ours with gradients from some of the tokens
 
 
 def config(method: str, targets: Any, rank: int = RANK) -> Any:
@@ -30,7 +32,15 @@ def config(method: str, targets: Any, rank: int = RANK) -> Any:
         return HiraConfig(r=rank, target_modules=targets)
     if method == "dual":
         return DualLoraConfig.paper(r=rank, target_modules=targets, warmup_steps=0)
+    if method in SAMPLED:
+        return DualLoraConfig.paper(r=rank, target_modules=targets, warmup_steps=0, token_sampling=SAMPLED[method])
     raise ValueError(f"Unknown method {method!r}: choose one of {', '.join(METHODS)}.")
+
+
+def pairs(variants: Iterable[str]) -> list[tuple[str, str]]:
+    """Whose costs are compared: ours with everybody's, and ours from some of the tokens with LoRA's."""
+    others = [m for m in variants if m != "dual" and m not in SAMPLED]
+    return [("dual", m) for m in others] + [(m, "lora") for m in variants if m in SAMPLED]
 
 
 def adapt(model: nn.Module, method: str, targets: Any, rank: int = RANK) -> Any:

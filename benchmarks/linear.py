@@ -47,7 +47,7 @@ def compare(
     variants: dict[str, Callable[[], object]] = {m: step(module, x, dy) for m, module in modules.items()}
     if products is not None:
         variants["floor"] = products
-    return interleave(variants, [("dual", m) for m in variants if m != "dual"], threads, seconds)
+    return interleave(variants, layers.pairs(variants), threads, seconds)
 
 
 def check(layer: Any, x: Tensor, W: Tensor, dy: Tensor) -> None:

@@ -140,7 +140,7 @@ def _gradients(adapted: dict[str, Any]) -> dict[str, Tensor]:
 def measure(made: dict[str, Training], threads: int, seconds: float, rounds: tuple[int, int] = (3, 15)) -> Measured:
     """Seconds of one step of every method."""
     variants: dict[str, Callable[[], object]] = {m: t.step for m, t in made.items()}
-    return interleave(variants, [("dual", m) for m in made if m != "dual"], threads, seconds, rounds)
+    return interleave(variants, layers.pairs(made), threads, seconds, rounds)
 
 
 def measure_scaling(dual: Training, lora: Training, threads: int, seconds: float) -> Measured:

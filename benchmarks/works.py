@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .gates import BF16_STEP, GRPO, GRPO_LONG, SMALL_STEP, STEP
+from .gates import BF16_STEP, GRPO, GRPO_LONG, SAMPLED_STEP, SMALL_STEP, STEP
 from .measure import Measured
 
 
@@ -67,9 +67,16 @@ def _bf16_step(threads: int, seconds: float) -> dict[str, Measured]:
 def _small_step(threads: int, seconds: float) -> dict[str, Measured]:
     from . import step
 
-    made = step.encoder_trainings(("dual", "lora", "naive"), 16, 24)
+    made = step.encoder_trainings(("dual", "quarter", "lora", "naive"), 16, 24)
     step.check(made["dual"], made.pop("naive"))
     return {SMALL_STEP: step.measure(made, threads, seconds, (9, 99))}
+
+
+def _sampled_step(threads: int, seconds: float) -> dict[str, Measured]:
+    from . import step
+
+    made = step.trainings(("dual", "quarter", "auto", "lora"), step.tokens(), num_hidden_layers=6)
+    return {SAMPLED_STEP: step.measure(made, threads, seconds, (5, 25))}
 
 
 _made: dict[str, Any] = {}
@@ -155,12 +162,13 @@ WORKS: tuple[Work, ...] = (
          {"O": 4096, "I": 4096, "T": 512}),
     Work(("linear 4096 T512 fp32",), linear(4096, 4096, 512, "float32", WITH_FLOOR), None,
          {"O": 4096, "I": 4096, "T": 512}),
-    Work(("linear 4096 T2048 fp32",), linear(4096, 4096, 2048, "float32", WITH_FLOOR), None,
+    Work(("linear 4096 T2048 fp32",), linear(4096, 4096, 2048, "float32", (*WITH_FLOOR, "quarter")), None,
          {"O": 4096, "I": 4096, "T": 2048}),
     Work(("linear 4096 T512 nf4", "linear 4096 T2048 nf4"), _nf4, None, {"O": 4096, "I": 4096}),
     Work((GRPO,), _grpo(GRPO, "short"), 1, {"prompts": 8, "prompt": 40, "completion": 32}),
     Work((GRPO_LONG,), _grpo(GRPO_LONG, "long"), 1, {"prompts": 8, "prompt": 40, "completion": 256}),
     Work((SMALL_STEP,), _small_step, 1, {"batch": 16, "length": 24}),
+    Work((SAMPLED_STEP,), _sampled_step, 1, {"batch": 4, "length": 256}),
     Work((BF16_STEP,), _bf16_step, 1, {"batch": 4, "length": 256}),
     Work((STEP, "threads on that step"), _step, None, {"batch": 4, "length": 256}),
 )  # fmt: skip
