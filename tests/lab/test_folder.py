@@ -351,3 +351,18 @@ def test_training_writes_into_no_second_name(copied, tmp_path):
     with pytest.raises(UserError, match="expected a lock of this program"):
         hold(study, "busy")
     assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("how", ["up", "absolute"])
+def test_a_list_in_a_run_names_nothing_outside_of_it(how, copied, mine, tmp_path):
+    """What a list names is ours, and goes when the adapter is written anew: not if it is somebody else's file."""
+    thesis = mine / "thesis.txt"
+    record = json.loads((copied / "record.json").read_text())
+    (copied / "record.json").write_text(json.dumps(record | {"state": "interrupted"}))
+    for part in ("adapter", "checkpoints/checkpoint-2"):
+        listed = json.loads((copied / part / "complete.json").read_text())
+        name = str(thesis) if how == "absolute" else os.path.relpath(thesis, copied / part)
+        (copied / part / "complete.json").write_text(json.dumps(listed | {name: thesis.stat().st_size}))
+    assert set(RunFolder(copied).whole_checkpoints()) == {4}
+    run(build_recipe(yaml.safe_load((copied / "recipe.yaml").read_text())), copied, resume=True, progress=False)
+    assert thesis.read_text() == "years of work"
