@@ -55,7 +55,7 @@ def test_diffusers_own_interface(example, tmp_path):
 
 
 def test_a_name_in_a_file_is_no_pattern():
-    """The names of layers in a stranger's file are looked for as they are: some patterns are searched without an end."""
+    """The names in a stranger's file are looked for as they are: some patterns are searched without an end."""
     from peft.utils.other import get_pattern_key
 
     from dual_lora.method.diffusers_files import configuration

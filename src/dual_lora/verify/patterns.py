@@ -108,8 +108,8 @@ def _keep_compiled(values: dict[str, Any]) -> None:
     names = [str(name) for field, each in values.items() if _is_looked_up(field, each) for name in each]
     if (count := sum(map(len, names))) > MOST_CHARACTERS:
         raise ValueError(
-            f"The names with a rank or an alpha of their own have {count:,} characters, at most {MOST_CHARACTERS:,} are "
-            "looked for: write regular expressions, of which one fits many layers."
+            f"The names with a rank or an alpha of their own have {count:,} characters, at most {MOST_CHARACTERS:,} "
+            "are looked for: write regular expressions, of which one fits many layers."
         )
     kept = getattr(re, "_MAXCACHE", None)
     if kept is not None and kept < 2 * len(names) + 512:
