@@ -107,7 +107,7 @@ def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _fitting(file: Path, model: Any) -> dict[str, torch.Tensor]:
-    """The weights in a file. Raises ValueError unless they are finite, and those that the model trains in its shapes."""
+    """The weights in a file. Raises ValueError unless they are finite and those that the model trains."""
     from safetensors.torch import load_file
 
     held = load_file(file)
