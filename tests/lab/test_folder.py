@@ -366,3 +366,19 @@ def test_a_list_in_a_run_names_nothing_outside_of_it(how, copied, mine, tmp_path
     assert set(RunFolder(copied).whole_checkpoints()) == {4}
     run(build_recipe(yaml.safe_load((copied / "recipe.yaml").read_text())), copied, resume=True, progress=False)
     assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.txt"])
+def test_a_hard_link_in_a_model_shows_no_file_of_the_user(name, copied, mine, tiny_lm, tmp_path):
+    """An archive that is unpacked in the home folder makes one to any file there."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    for folder in (base, copied / "adapter"):
+        (folder / name).unlink(missing_ok=True)
+        os.link(mine / "thesis.txt", folder / name)
+        with pytest.raises(UserError, match=r"has a second name elsewhere .*It was not read"):
+            open_tuned(folder)
+    with pytest.raises(UserError, match="has a second name elsewhere"):
+        merge(copied, tmp_path / "merged")
+    (linked := shutil.copytree(tiny_lm, tmp_path / "linked")).joinpath("model.safetensors").unlink()
+    os.link(tiny_lm / "model.safetensors", linked / "model.safetensors")
+    open_tuned(linked)

@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import has_second_name
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
@@ -92,7 +93,8 @@ def locate(path: str, revision: str | None = None) -> Location:
 
 def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
     """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
-    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
+    link out of it, a hard link too: what that shows of the user's own files would be written into each run, merged
+    model and upload.
 
     Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
     cache, which are links within one folder of it, and links into that cache.
@@ -104,7 +106,14 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
     for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
-        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
+        if file.suffix in WEIGHTS:
+            continue
+        if file.is_file() and has_second_name(file) and not file.resolve().is_relative_to(roots[1]):
+            raise UserError(
+                f"{file} has a second name elsewhere (a hard link), so it may be a file of yours that an archive was "
+                "unpacked over. It was not read: take a copy of the folder (cp -r)."
+            )
+        if file.is_symlink() and not any(map(file.resolve().is_relative_to, roots)):
             raise UserError(
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
                 "file itself there (a link to weights is welcome)."
