@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
@@ -24,6 +24,14 @@ NEXT_TO_GGUF = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+# Of a config.json what is built one after the other; the largest published models have 130 layers and 512 experts.
+MOST_OF = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1000
+    ),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 10_000),
+    "num_labels": 1_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,36 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
                 "file itself there (a link to weights is welcome)."
             )
+
+
+def check_settings(location: Location) -> None:
+    """Raise UserError for a model whose config.json has code fetched from the hub, or layers or classes built without
+    an end. One that is missing or damaged is left to whoever reads it."""
+    if location.gguf_file:
+        return
+    from transformers import PretrainedConfig
+
+    try:
+        values, _ = PretrainedConfig.get_config_dict(location.name, **location.arguments())
+    except Exception:
+        return
+    for name, value in _settings_in(values):
+        if name.endswith("attn_implementation") and "/" in str(value):
+            raise UserError(
+                f"The model {location.name} asks for the attention {value!r:.200}, whose code would be fetched from "
+                f"the hub and run. Nothing was loaded: take {name} out of its config.json."
+            )
+        most = MOST_OF.get(name)
+        if most is not None and isinstance(value, int) and value > most:
+            raise UserError(f"The model {location.name} has {name} {value:,}, expected at most {most:,}.")
+
+
+def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, those of a model's parts (text_config) too."""
+    for name, value in values.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _settings_in(value)
 
 
 def check_here(path: str, revision: str | None = None) -> None:
