@@ -146,8 +146,8 @@ def _check_same_question(whole: Study, folder: StudyFolder) -> None:
     begun = train.get("steps") if isinstance(train, dict) else None
     if type(begun) is not int or begun < 1:
         raise UserError(
-            f"{folder.path}/study.json says {begun!r:.100} of the steps of its runs, expected 1 or more: it was changed "
-            "since it was begun. Give another --out."
+            f"{folder.path}/study.json says {begun!r:.100} of the steps of its runs, expected 1 or more: it was "
+            "changed since it was begun. Give another --out."
         )
     if begun > now:
         raise UserError(
