@@ -536,3 +536,13 @@ def test_the_recipe_s_own_rate_is_among_those_that_are_tried(letters):
     train = {"steps": 30, "batch_size": 16, "learning_rate": 1.25e-3}
     study = paired_study(recipe_file(letters, "rate", train=train), 20)
     assert study.search.space["learning_rate"] == [0.00042, 1.25e-3, 0.0037]
+
+
+@pytest.mark.parametrize("train", [None, [1], {}, {"steps": "x"}, {"steps": None}, {"steps": 0}, {"steps": 1.5}])
+def test_an_earlier_study_without_its_steps_is_an_error(train, letters, tmp_path):
+    recipe = recipe_file(letters, "earlier")
+    values = paired_study(recipe, SOME).model_dump(mode="json")
+    values["overrides"] = {} if train is None else {"train": train}
+    (tmp_path / "study.json").write_text(json.dumps({"format": "dual-lora study", "study": values}))
+    with pytest.raises(UserError, match=r"of the steps of its runs, expected 1 or more.*another --out"):
+        plan(recipe, SOME, tmp_path)

@@ -1,13 +1,16 @@
 """A run ends when validations bring no lower loss, and saves the weights of the lowest, whatever interrupts it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from dual_lora.lab.model.opened import open_tuned
 from dual_lora.lab.recipe.read import build_recipe, identity
 from dual_lora.lab.run.best import Best, check_best, counts_from
 from dual_lora.lab.run.evaluate import evaluate
+from dual_lora.lab.run.folder import RunFolder
 from dual_lora.lab.run.train import run
 
 
@@ -100,8 +103,6 @@ def test_a_validation_in_the_warm_up_does_not_count(values, tmp_path):
 
 
 def test_what_is_no_number_is_no_improvement(tmp_path):
-    from types import SimpleNamespace
-
     recipe = build_recipe({"model": {"path": "x"}, "train": {"validate_every": 1, "patience": 2}})
     best, control = Best(recipe.train, None, 0, True), SimpleNamespace(should_training_stop=False)
     for step, loss in enumerate((1.0, float("nan"), 0.5, 0.5, float("inf")), 1):
@@ -122,3 +123,57 @@ def test_errors_and_identity(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="FSDP and DeepSpeed shard them"):
         check_best(recipe.train)
+
+
+@pytest.fixture(scope="module")
+def with_best(tmp_path_factory):
+    """A checkpoint's two files of the best weights, and the model that they are of."""
+    from safetensors.torch import save_file
+
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    checkpoint = folder.checkpoints / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    model = torch.nn.Linear(3, 2)
+    save_file({name: p.detach() for name, p in model.named_parameters()}, checkpoint / "best.safetensors")
+    (checkpoint / "best.json").write_text(json.dumps({"step": 2, "loss": 0.5, "without": 1}))
+    return folder, model
+
+
+def taken_up(with_best, **written):
+    folder, model = with_best
+    recipe = build_recipe({"model": {"path": "x"}, "train": {"validate_every": 1, "keep_best": True}})
+    best = Best(recipe.train, folder, 0, True)
+    best.on_train_begin(None, SimpleNamespace(global_step=4), None, model=model)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": "\x1b[31mx"}, "expected step, loss and without"),
+        ({"step": 5}, "expected step, loss and without"),
+        ({"without": 10**500}, "expected step, loss and without"),
+        ({"loss": "x"}, "expected step, loss and without"),
+        ({"loss": float("-inf")}, "expected step, loss and without"),
+        ({"weight": torch.full((2, 3), float("nan"))}, "holds NaN or infinity in weight"),
+        ({"weight": torch.zeros(1, 3)}, "holds other weights than this run trains"),
+        ({"another": torch.zeros(2)}, "holds other weights than this run trains"),
+    ],
+)
+def test_the_best_of_a_strangers_checkpoint_is_looked_at(change, said, with_best):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = with_best[0].checkpoints / "checkpoint-4"
+    assert taken_up(with_best).step == 2
+    kept = {file: file.read_bytes() for file in checkpoint.iterdir()}
+    numbers, weights = json.loads(kept[checkpoint / "best.json"]), load_file(checkpoint / "best.safetensors")
+    for name, value in change.items():
+        (weights if isinstance(value, torch.Tensor) else numbers)[name] = value
+    (checkpoint / "best.json").write_text(json.dumps(numbers))
+    save_file(weights, checkpoint / "best.safetensors")
+    try:
+        with pytest.raises(ValueError, match=said):
+            taken_up(with_best)
+    finally:
+        for file, content in kept.items():
+            file.write_bytes(content)

@@ -619,3 +619,14 @@ def test_tool_calls_as_rows_teach_the_answer_and_its_end_alone(tokenizer):
     assert row["input_ids"][: len(asked)] == asked
     assert row["labels"] == [-100] * len(asked) + row["input_ids"][len(asked) :]
     assert tokenizer.eos_token_id in row["labels"]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_name_that_stands_twice_among_many_is_found_at_once(name, tmp_path):
+    """In a time that grows with their number, and not with its square."""
+    names = [f"n{i}" for i in range(100_000)] + ["n99999"]
+    text = "{" + ", ".join(f'"{n}": 1' for n in names) + "}" if name == "a.jsonl" else ",".join(names) + "\n1\n"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"'n99999'"):
+        read_records(str(tmp_path / name))

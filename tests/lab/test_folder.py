@@ -351,3 +351,34 @@ def test_training_writes_into_no_second_name(copied, tmp_path):
     with pytest.raises(UserError, match="expected a lock of this program"):
         hold(study, "busy")
     assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("how", ["up", "absolute"])
+def test_a_list_in_a_run_names_nothing_outside_of_it(how, copied, mine, tmp_path):
+    """What a list names is ours, and goes when the adapter is written anew: not if it is somebody else's file."""
+    thesis = mine / "thesis.txt"
+    record = json.loads((copied / "record.json").read_text())
+    (copied / "record.json").write_text(json.dumps(record | {"state": "interrupted"}))
+    for part in ("adapter", "checkpoints/checkpoint-2"):
+        listed = json.loads((copied / part / "complete.json").read_text())
+        name = str(thesis) if how == "absolute" else os.path.relpath(thesis, copied / part)
+        (copied / part / "complete.json").write_text(json.dumps(listed | {name: thesis.stat().st_size}))
+    assert set(RunFolder(copied).whole_checkpoints()) == {4}
+    run(build_recipe(yaml.safe_load((copied / "recipe.yaml").read_text())), copied, resume=True, progress=False)
+    assert thesis.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "vocab.txt"])
+def test_a_hard_link_in_a_model_shows_no_file_of_the_user(name, copied, mine, tiny_lm, tmp_path):
+    """An archive that is unpacked in the home folder makes one to any file there."""
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    for folder in (base, copied / "adapter"):
+        (folder / name).unlink(missing_ok=True)
+        os.link(mine / "thesis.txt", folder / name)
+        with pytest.raises(UserError, match=r"has a second name elsewhere .*It was not read"):
+            open_tuned(folder)
+    with pytest.raises(UserError, match="has a second name elsewhere"):
+        merge(copied, tmp_path / "merged")
+    (linked := shutil.copytree(tiny_lm, tmp_path / "linked")).joinpath("model.safetensors").unlink()
+    os.link(tiny_lm / "model.safetensors", linked / "model.safetensors")
+    open_tuned(linked)

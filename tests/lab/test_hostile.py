@@ -523,3 +523,27 @@ def test_a_pattern_that_takes_long_to_compile(monkeypatch):
         with pytest.raises(ValueError, match="takes too long to be compiled"):
             Pattern(trap, "train.rates")
     assert Pattern(r"lora_[AB]{1}\.", "train.rates").search("x.lora_A.y")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"attn_implementation": "kernels-community/flash-attn"}, "code would be fetched from the hub"),
+        ({"_attn_implementation": "somebody/else@main:f"}, "code would be fetched from the hub"),
+        ({"text_config": {"attn_implementation": "somebody/else"}}, "code would be fetched from the hub"),
+        ({"attn_implementation": {"text_config": "somebody/else"}}, "code would be fetched from the hub"),
+        ({"num_hidden_layers": 10**6}, "has num_hidden_layers 1,000,000, expected at most 1,000"),
+        ({"num_labels": 10**8}, "has num_labels 100,000,000"),
+    ],
+)
+def test_a_models_settings_fetch_no_code_and_have_an_end(values, said, tiny_lm, tmp_path):
+    from dual_lora.lab.model.empty import load_config
+    from dual_lora.lab.model.load import load_model
+    from dual_lora.lab.recipe.schema import ModelSection
+
+    base = shutil.copytree(tiny_lm, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | values))
+    for attempt in (lambda: load_model(ModelSection(path=str(base))), lambda: load_config(str(base))):
+        with pytest.raises(UserError, match=said):
+            attempt()

@@ -2,14 +2,18 @@
 
 import csv
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dual_lora.lab.data.questions import read_questions
+from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.read import build_recipe
 from dual_lora.lab.recipe.schema import DataSection
+from dual_lora.lab.run.results_file import write_rows
 from dual_lora.lab.run.train import run
 
 
@@ -221,3 +225,56 @@ def test_class_names_are_where_people_look_for_them(classifier, call, tmp_path, 
     assert call("merge", classifier, tmp_path / "merged")[0] == 0
     assert json.loads((tmp_path / "merged/config.json").read_text())["label2id"] == {"0": 0, "1": 1}
     assert Path(tiny_encoder, "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["[1]"],
+        ['{"x": 1}'],
+        ['{"predicted": [1], "probability": 1, "probabilities": {}}'],
+        ['{"predicted": "0", "probability": "x", "probabilities": {}}'],
+        ['{"predicted": "0", "probability": 1, "probabilities": "x"}'],
+        ['{"predicted": "0", "probability": 1, "probabilities": {"0": 1}}'] * 21,
+    ],
+)
+def test_results_that_no_session_has_left_are_an_error(rows, classifier, sentences, call, tmp_path, monkeypatch):
+    monkeypatch.setattr("dual_lora.lab.run.predict._print_of", lambda *_: "same")
+    (tmp_path / "out.csv.unfinished").write_text("\n".join(['{"of": "same"}', *rows]) + "\n")
+    code, _, said = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
+    assert code == 1
+    assert "the results so far, is damaged" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_file_of_the_user_is_not_written_over(linked, classifier, sentences, call, tmp_path):
+    (mine := tmp_path / "mine").write_text("a text without a line feed")
+    unfinished = tmp_path / "out.csv.unfinished"
+    if linked:
+        os.link(mine, unfinished)
+    else:
+        unfinished.write_text(mine.read_text())
+    code, _, said = call("predict", classifier, sentences, "--out", tmp_path / "out.csv")
+    assert code == 1
+    assert ("is a link" if linked else "is damaged") in " ".join(said.split())
+    assert unfinished.read_text() == mine.read_text() == "a text without a line feed"
+
+
+@pytest.mark.parametrize(("said", "written"), [("=1+1", "'=1+1"), ("@x", "'@x"), ("+1", "+1"), ("-0.5", "-0.5")])
+def test_what_a_model_says_is_no_formula(said, written, tmp_path):
+    for name in ("a.csv", "a.jsonl"):
+        write_rows(tmp_path / name, [Record({"id": "=2"}, "1")], [{"predicted": said}])
+    (row,) = csv.DictReader((tmp_path / "a.csv").open(newline=""))
+    assert row == {"id": "=2", "predicted": written}, "the records are the user's"
+    assert json.loads((tmp_path / "a.jsonl").read_text())["predicted"] == said
+
+
+@pytest.mark.parametrize(("names", "why"), [(["a", "a"], "a name stands twice"), (["\ud800", "b"], "surrogates")])
+def test_class_names_of_a_stranger_are_names(names, why, classifier, sentences, call, tmp_path):
+    shutil.copytree(classifier, tmp_path / "run")
+    note = json.loads((tmp_path / "run/adapter/lab.json").read_text())
+    (tmp_path / "run/adapter/lab.json").write_text(json.dumps(note | {"classes": names}))
+    code, _, said = call("predict", tmp_path / "run", sentences, "--out", tmp_path / "out.csv")
+    assert code == 1
+    assert "the note of the recipe, is damaged" in " ".join(said.split())
+    assert why in " ".join(said.split())

@@ -201,3 +201,30 @@ def test_a_number_that_is_none_costs_no_other_source(name, number, tmp_path):
     said = report([folder], tmp_path / "r.html")
     assert said.studies >= 1
     assert said.analyses >= 1
+
+
+def test_a_link_to_a_run_is_not_followed_out_of_a_folder(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "recipe.yaml").write_text("name: x\n")
+    record = {"state": "finished", "method": {"name": "lora"}, "versions": {}, "problems": [SECRET]}
+    (mine / "record.json").write_text(json.dumps(record))
+    theirs = material.write(tmp_path / "work")
+    (theirs / "a-run").symlink_to(mine)
+    said = report([theirs], tmp_path / "r.html")
+    assert SECRET not in (tmp_path / "r.html").read_text()
+    assert "a-run is a link" in " ".join(said.problems)
+    assert report([theirs / "a-run"], tmp_path / "mine.html").runs == 1, "named, it is shown"
+    assert SECRET in (tmp_path / "mine.html").read_text()
+
+
+def test_a_hard_link_in_a_folder_shows_no_file_of_the_user(tmp_path):
+    (secret := tmp_path / "secret.json").write_text(json.dumps(SECRET))
+    (rows := tmp_path / "rows.jsonl").write_text(json.dumps({"benchmark": SECRET, "date": "2026-01-01"}) + "\n")
+    os.link(secret, running(tmp_path / "theirs/one"))
+    os.link(rows, tmp_path / "theirs/ledger.jsonl")
+    said = report([tmp_path / "theirs", material.write(tmp_path / "work")], tmp_path / "r.html")
+    assert SECRET not in (tmp_path / "r.html").read_text()
+    assert sum("it is a hard link" in problem for problem in said.problems) == 2
+    report([tmp_path / "theirs/ledger.jsonl"], tmp_path / "named.html")
+    assert SECRET in (tmp_path / "named.html").read_text()

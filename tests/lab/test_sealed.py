@@ -5,6 +5,7 @@ import pickle
 import shutil
 from types import SimpleNamespace
 
+import processes
 import pytest
 from processes import launched
 
@@ -112,3 +113,27 @@ def test_a_strangers_code_does_not_run_under_fsdp(lm_values, write_recipe, tmp_p
     assert not ran.exists()
     assert process.returncode != 0
     assert "expected FULL_STATE_DICT" in printed
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_a_strangers_code_does_not_run_under_deepspeed(lm_values, write_recipe, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    monkeypatch.setitem(processes.ENVIRONMENT, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lm_values["train"] |= {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 2, "autocast": "none"}
+    recipe, out, ran = write_recipe(lm_values), tmp_path / "run", tmp_path / "ran"
+    printed = (process := launched("zero2", 1, recipe, out)).communicate(timeout=300)[0]
+    assert process.returncode == 0, printed
+    shutil.rmtree(out / "adapter")
+    shutil.rmtree(out / "checkpoints/checkpoint-4")
+    shutil.copytree(out, theirs := tmp_path / "theirs")
+    printed = (process := launched("zero2", 1, recipe, out, "--resume")).communicate(timeout=300)[0]
+    assert process.returncode == 0, f"our own is read: {printed}"
+    states = next((theirs / "checkpoints/checkpoint-2").glob("global_step2/mp_rank_00_model_states.pt"))
+    size = states.stat().st_size
+    code = pickle.dumps(Runs(ran))
+    states.write_bytes(code + b"\0" * (size - len(code)))  # as long as before, as the list has it
+    printed = (process := launched("zero2", 1, recipe, theirs, "--resume")).communicate(timeout=300)[0]
+    assert not ran.exists()
+    assert process.returncode != 0
+    assert "no valid seal of your own runs" in printed

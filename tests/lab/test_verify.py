@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from dual_lora.lab.cli import main
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.opened import open_tuned
+from dual_lora.lab.verify import fingerprint
+from dual_lora.lab.verify.diagnose import judge
 from dual_lora.lab.verify.guesses import ModelGuesses
 from dual_lora.lab.verify.logprobs import score
 from dual_lora.lab.verify.prompts import built_in_probes
@@ -87,6 +89,37 @@ def test_the_guess_of_a_merged_file_in_four_bits_is_that_file(method, runs, tiny
     merged = score(file.model, probes)
     torch.testing.assert_close(found["four bits, merged"], merged, atol=1e-3, rtol=1e-3)
     assert (found["four bits"] - merged).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("apart", [True, False], ids=["base and adapter", "merged"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_a_server_in_four_bits_is_rounded_either_way(kind, apart, method, runs, tiny_lm, tmp_path):
+    """llama.cpp's own formats: Q(W) + ΔW, where it loads base and adapter, and Q(W + ΔW) of a merged file. Some
+    processors do the one, some the other; the second format has a least value for each block, as the K formats have."""
+    from gguf import GGMLQuantizationType, quants
+
+    made = GGMLQuantizationType[kind]
+    base = load_file(tiny_lm / "model.safetensors")
+
+    def rounded(x):
+        rows = quants.dequantize(quants.quantize(x.float().reshape(-1, 32).numpy(), made), made)
+        return torch.from_numpy(rows).reshape(x.shape).to(x.dtype)
+
+    def change(name, x):
+        if any(spared in name for spared in ("embed_tokens", "lm_head", "norm")):
+            return x
+        return rounded(base[name]) + (x - base[name]) if apart else rounded(x)
+
+    faulty.merge(runs[method], tmp_path / "served")
+    faulty.with_tensors(tmp_path / "served", change)
+    report = verify(runs[method], against=str(tmp_path / "served"))
+    assert report.finding.word == "rounded", report.summary()
+    noted = fingerprint.make(open_tuned(runs[method]))
+    assert {"four bits", "four bits, merged"} <= noted.columns.keys()
+    found = score(open_tuned(tmp_path / "served").model, noted.probes)
+    finding = judge(found, noted.known(), fingerprint.StoredGuesses(noted))
+    assert finding.word == "rounded", finding
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every number in a configuration of any method of PEFT has a bound, or costs nothing however large it is."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from dual_lora.verify.bounds import FREE, check_bounds
+from dual_lora.verify.patterns import check_patterns
 
 CONFIGS = sorted({config for config in PEFT_TYPE_TO_CONFIG_MAPPING.values()}, key=lambda config: config.__name__)
 
@@ -75,3 +77,28 @@ def test_seeds_and_names_of_modules_have_no_bound(model):
     check_bounds(Made(kind, projection_prng_key=2**40), model)
     check_bounds(LoraConfig(lora_alpha=10**9, init_lora_weights="pissa_niter_16", loftq_config={}), model)
     check_bounds(Made(PEFT_TYPE_TO_CONFIG_MAPPING["ADALORA"], rank_pattern={"x": [True] * 20_000}), model)
+
+
+def test_many_names_with_a_rank_of_their_own_are_compiled_once(monkeypatch):
+    """Each layer is looked for among all of them: `re` keeps few patterns, and would compile each anew every time."""
+    from peft.utils.other import get_pattern_key
+
+    names = {f"model.layers.{i}.self_attn.q_proj": 8 for i in range(600)}
+    check_patterns({"rank_pattern": names, "alpha_pattern": names}, nn.Linear(2, 2))
+    made = []
+    compiler = re._compiler.compile
+    monkeypatch.setattr(re._compiler, "compile", lambda *given: made.append(given) or compiler(*given))
+    for i in range(3):
+        assert get_pattern_key(names, f"x.{i}") == f"x.{i}"
+    assert len(made) <= len(names)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_names_with_a_rank_of_their_own_have_a_bound(field):
+    with pytest.raises(ValueError, match="have 4,000,000 characters, at most 200,000 are looked for"):
+        check_patterns({field: {f"{i:04}" + "x" * 3996: 8 for i in range(1000)}}, nn.Linear(2, 2))
+
+
+def test_layers_to_transform_have_a_bound(model):
+    with pytest.raises(ValueError, match="layers_to_transform names 1,000,000 layers"):
+        check_bounds(LoraConfig(target_modules=["q"], layers_to_transform=[0] * 10**6), model)

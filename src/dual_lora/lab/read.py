@@ -30,9 +30,15 @@ def regular(file: Path, largest: int = LARGEST) -> Path:
 def unlinked(file: Path) -> Path:
     """The same for a file of a folder that may come from somebody else: a link there could lead to a file of the
     user's, and show it."""
-    if file.is_symlink():
-        raise ValueError("it is a link, which is not followed out of a folder: name the file itself, or put it there")
+    if file.is_symlink() or has_second_name(file):
+        kind = "a link" if file.is_symlink() else "a hard link"
+        raise ValueError(f"it is {kind}, which is not followed out of a folder: name the file itself, or put it there")
     return regular(file)
+
+
+def has_second_name(file: Path) -> bool:
+    """Whether a file is a hard link, which an archive makes to a file that lay where it was unpacked."""
+    return file.lstat().st_nlink > 1 and not file.is_symlink()
 
 
 @contextmanager

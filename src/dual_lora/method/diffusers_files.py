@@ -5,6 +5,7 @@ the name in their module. A file of theirs without metadata has no strength, so 
 file without either it is that of `lora_alpha` = rank, as for LoRA.
 """
 
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -66,8 +67,8 @@ def configuration(original: Callable[..., Any], state: dict[str, Any], *args: An
         if letter in ("A", "C"):
             ranks.setdefault(layer, [0, 0])[letter == "C"] = factor.shape[-2]
     usual = max(ranks.values(), key=[*ranks.values()].count)
-    others = {f"^{layer}": pair for layer, pair in ranks.items() if pair != usual}
-    alphas = {f"^{layer}": noted.get(layer, LORA_ALPHA * sum(pair)) for layer, pair in ranks.items()}
+    others = {f"^{re.escape(layer)}": pair for layer, pair in ranks.items() if pair != usual}
+    alphas = {f"^{re.escape(layer)}": noted.get(layer, LORA_ALPHA * sum(pair)) for layer, pair in ranks.items()}
     return DualLoraConfig(
         r1=usual[0],
         r2=usual[1],

@@ -117,6 +117,9 @@ def _check_start(values: Mapping[str, Any]) -> None:
 
 
 def _check_layers(values: Mapping[str, Any]) -> None:
+    wanted = values.get("layers_to_transform")
+    if isinstance(wanted, list | tuple | set) and len(wanted) > MOST_LAYERS:
+        raise ValueError(f"layers_to_transform names {len(wanted):,} layers, expected at most {MOST_LAYERS:,}.")
     ranges = values.get("layer_replication") or []
     try:
         count = sum(max(0, int(end) - int(start)) for start, end in ranges)

@@ -17,6 +17,7 @@ MOST_NAMES, MOST_PATTERNS = (
     20_000,
     1000,
 )  # names in a list, which are compared; patterns, each of which is searched with
+MOST_CHARACTERS = 200_000  # of all names with values together, which are compiled; the largest real ones have 40,000
 MOST_COMPARED = 20_000_000  # names in a list times modules of the model: seconds of PEFT's time
 
 _PATTERNS = ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern", "modules_to_save")
@@ -50,6 +51,7 @@ def check_patterns(values: dict[str, Any], model: Any) -> None:
     """
     names = sorted({name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()})
     _check_counts(values, len(names))
+    _keep_compiled(values)
     tried = []
     for field, text in _patterns(values):
         if len(text) > LONGEST:
@@ -91,13 +93,31 @@ def _check_counts(values: dict[str, Any], modules: int) -> None:
     for field, value in values.items():
         if not isinstance(value, dict | list | tuple | set):
             continue
-        searched = isinstance(value, dict) and field.endswith("_pattern")
+        searched = _is_looked_up(field, value)
         most = MOST_PATTERNS if searched else min(MOST_NAMES, MOST_COMPARED // max(1, modules))
         if len(value) > most and (searched or any(isinstance(each, str) for each in value)):
             raise ValueError(
                 f"{field} has {len(value):,} names, at most {most:,} are looked for in a model of {modules:,} modules: "
                 "write fewer, or a regular expression."
             )
+
+
+def _keep_compiled(values: dict[str, Any]) -> None:
+    """PEFT looks all names up again for every layer, and `re` keeps 512 of them: with one more each is compiled anew
+    each time. Raises ValueError for more characters than are compiled in a moment."""
+    names = [str(name) for field, each in values.items() if _is_looked_up(field, each) for name in each]
+    if (count := sum(map(len, names))) > MOST_CHARACTERS:
+        raise ValueError(
+            f"The names with a rank or an alpha of their own have {count:,} characters, at most {MOST_CHARACTERS:,} "
+            "are looked for: write regular expressions, of which one fits many layers."
+        )
+    kept = getattr(re, "_MAXCACHE", None)
+    if kept is not None and kept < 2 * len(names) + 512:
+        setattr(re, "_MAXCACHE", 2 * len(names) + 512)  # noqa: B010 (not of its interface)
+
+
+def _is_looked_up(field: str, value: Any) -> bool:
+    return isinstance(value, dict) and field.endswith("_pattern")
 
 
 def _patterns(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

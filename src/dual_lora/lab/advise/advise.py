@@ -142,7 +142,13 @@ def _check_same_question(whole: Study, folder: StudyFolder) -> None:
             f"{folder.path} holds another study: {known.name}, {known.question!r}. Give the same recipe, --minutes and "
             "--margin to go on with it, or another --out."
         )
-    begun, now = length_of(known).steps, length_of(whole).steps
+    train, now = known.overrides.get("train"), length_of(whole).steps
+    begun = train.get("steps") if isinstance(train, dict) else None
+    if type(begun) is not int or begun < 1:
+        raise UserError(
+            f"{folder.path}/study.json says {begun!r:.100} of the steps of its runs, expected 1 or more: it was "
+            "changed since it was begun. Give another --out."
+        )
     if begun > now:
         raise UserError(
             f"The runs in {folder.path} have {begun} steps, and the recipe has {now} now. Give --out for a new study, "

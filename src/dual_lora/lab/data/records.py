@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -103,9 +103,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError where a name stands twice, of which the first would be lost."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
-        raise ValueError(f"the name {twice!r:.100} stands twice in one object")
+        raise ValueError(f"the name {repeated(name for name, _ in pairs)!r:.100} stands twice in one object")
     return value
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of the names that was there before; None where each is there once."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _record(value: Any, where: str) -> Record:
@@ -123,10 +128,10 @@ def _table(path: Path, columns: list[str] | None) -> Iterator[Record]:
         else:
             rows = _quoted(file, path)
         names = columns or next(rows, (0, []))[1]
-        twice = [name for i, name in enumerate(names) if name in names[:i] and not (columns and name == "_")]
-        if twice:
+        twice = repeated(name for name in names if not (columns and name == "_"))
+        if twice is not None:
             owner = "data.columns names" if columns else f"{path} has"
-            raise UserError(f"{owner} two columns {twice[0]!r}: give one of them another name.")
+            raise UserError(f"{owner} two columns {twice!r}: give one of them another name.")
         for number, row in rows:
             if row == columns:
                 raise UserError(f"{path}, line {number} holds the names of data.columns: leave data.columns out.")

@@ -38,7 +38,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
     from transformers import AutoConfig
 
     from dual_lora.lab.model.load import quiet
-    from dual_lora.lab.model.location import Location, locate, nobody_answers
+    from dual_lora.lab.model.location import Location, check_settings, locate, nobody_answers
     from dual_lora.lab.recipe.published import known_name, published_config
 
     here = Path(path).expanduser()
@@ -50,6 +50,7 @@ def load_config(path: str, revision: str | None = None, **more: Any) -> PreTrain
             if location.gguf_file:
                 file = Path(location.name, location.gguf_file).stat()
                 return copy.deepcopy(_gguf_config(location, (file.st_size, file.st_mtime_ns), **more))
+            check_settings(location)
             config: PreTrainedConfig = AutoConfig.from_pretrained(location.name, **location.arguments(), **more)
             return config
     except (OSError, ValueError) as error:

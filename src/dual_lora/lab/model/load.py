@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dual_lora._warning import warn
 from dual_lora.lab.errors import UserError, described, memory_full
 from dual_lora.lab.model.device import best_device, is_sharded_launch
-from dual_lora.lab.model.location import Location, is_here, is_plain, locate, meant, nobody_answers
+from dual_lora.lab.model.location import Location, check_settings, is_here, is_plain, locate, meant, nobody_answers
 from dual_lora.lab.model.quantize import quantization_config
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     from dual_lora.method.quantized_rows import keep_unpacked
 
     location = locate(part.path, part.revision)
+    check_settings(location)
     tokenizer = load_tokenizer(part.path, location)
     arguments: dict[str, Any] = {"dtype": getattr(torch, dtype_of(part, device)), **location.arguments()}
     if part.attention:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import metadata
@@ -14,6 +14,7 @@ from shlex import quote
 from typing import Any
 
 from dual_lora.lab.errors import UserError
+from dual_lora.lab.read import has_second_name
 
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 NEXT_TO_GGUF = (
@@ -23,6 +24,14 @@ NEXT_TO_GGUF = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+# Of a config.json what is built one after the other; the largest published models have 130 layers and 512 experts.
+MOST_OF = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 1000
+    ),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), 10_000),
+    "num_labels": 1_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ def locate(path: str, revision: str | None = None) -> Location:
 
 def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: True) -> None:
     """Raise UserError if the folder of a model or an adapter holds a pipe or a device, which would be waited for, or a
-    link out of it: what that shows of the user's own files would be written into each run, merged model and upload.
+    link out of it, a hard link too: what that shows of the user's own files would be written into each run, merged
+    model and upload.
 
     Weights may be links, which people set to save room: they are read as numbers. So may be the snapshots of the hub's
     cache, which are links within one folder of it, and links into that cache.
@@ -104,11 +114,48 @@ def check_entries(folder: Path, looked_at: Callable[[Path], bool] = lambda _: Tr
     for file in filter(looked_at, [*folder.glob("*"), *folder.glob("*/*")]):
         if file.exists() and not file.is_file() and not file.is_dir():
             raise UserError(f"{file} is neither a file nor a folder, so it was not read: remove it.")
-        if file.is_symlink() and file.suffix not in WEIGHTS and not any(map(file.resolve().is_relative_to, roots)):
+        if file.suffix in WEIGHTS:
+            continue
+        if file.is_file() and has_second_name(file) and not file.resolve().is_relative_to(roots[1]):
+            raise UserError(
+                f"{file} has a second name elsewhere (a hard link), so it may be a file of yours that an archive was "
+                "unpacked over. It was not read: take a copy of the folder (cp -r)."
+            )
+        if file.is_symlink() and not any(map(file.resolve().is_relative_to, roots)):
             raise UserError(
                 f"{file} is a link to {file.readlink()}, which lies outside of its folder. It was not read: put the "
                 "file itself there (a link to weights is welcome)."
             )
+
+
+def check_settings(location: Location) -> None:
+    """Raise UserError for a model whose config.json has code fetched from the hub, or layers or classes built without
+    an end. One that is missing or damaged is left to whoever reads it."""
+    if location.gguf_file:
+        return
+    from transformers import PretrainedConfig
+
+    try:
+        values, _ = PretrainedConfig.get_config_dict(location.name, **location.arguments())
+    except Exception:
+        return
+    for name, value in _settings_in(values):
+        if name.endswith("attn_implementation") and "/" in str(value):
+            raise UserError(
+                f"The model {location.name} asks for the attention {value!r:.200}, whose code would be fetched from "
+                f"the hub and run. Nothing was loaded: take {name} out of its config.json."
+            )
+        most = MOST_OF.get(name)
+        if most is not None and isinstance(value, int) and value > most:
+            raise UserError(f"The model {location.name} has {name} {value:,}, expected at most {most:,}.")
+
+
+def _settings_in(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, those of a model's parts (text_config) too."""
+    for name, value in values.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _settings_in(value)
 
 
 def check_here(path: str, revision: str | None = None) -> None:

@@ -23,6 +23,9 @@ def read_note(adapter: Path) -> tuple[Recipe | None, list[str]]:
         recipe, classes = note["recipe"], note.get("classes", [])
         if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"classes is {classes!r:.200}, expected a list of names")
+        "".join(classes).encode()  # half of a surrogate pair is no text
+        if len({*classes}) < len(classes):
+            raise ValueError(f"classes is {classes!r:.200}, in which a name stands twice")
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{file}, the note of the recipe, is damaged ({described(error)}): remove it and give --recipe."

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 from dual_lora.lab.report.blocks import Page, Table
+from dual_lora.lab.run.results_file import FORMULA
 from dual_lora.lab.run.write import write_atomically
 
 FORMS = {"csv": "CSV", "md": "Markdown", "tex": "LaTeX"}
 # What a line begins with, what stands between its cells, and what it ends with.
 _LINE = {"csv": ('"', '","', '"\r\n'), "md": ("| ", " | ", " |\n"), "tex": ("  ", " & ", " \\\\\n")}
-_FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>|!~:@&]|www(?=\.)")
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "−": "$-$", "±": r"$\pm$",
@@ -25,7 +25,7 @@ def _safe(text: str, kind: str) -> str:
     """A text that stays one: a spreadsheet takes what begins like a formula for one, and Markdown makes links and
     pictures of addresses."""
     if kind == "csv":
-        return "'" * bool(_FORMULA.match(text)) + text.replace('"', '""')
+        return "'" * bool(FORMULA.match(text)) + text.replace('"', '""')
     if kind == "md":
         return _MARKDOWN.sub(lambda f: "www\\" if f[0] == "www" else f"\\{f[0]}", re.sub(r"[\r\n]", " ", text))
     return "".join(_LATEX.get(sign, sign) for sign in text)

@@ -59,19 +59,24 @@ def find(paths: list[str | Path], problems: list[str] | None = None) -> list[Pat
         if not os.path.lexists(given):
             raise UserError(f"There is no {given}: give study folders, analysis files, a ledger, or a folder of them.")
         inside = _inside(Path(given), [] if problems is None else problems) if Path(given).is_dir() else [Path(given)]
-        for file in sorted([*_runs_in(Path(given)), *inside], key=lambda file: (file.is_symlink(), file)):
+        runs = _runs_in(Path(given), [] if problems is None else problems)
+        for file in sorted([*runs, *inside], key=lambda file: (file.is_symlink(), file)):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 
-def _runs_in(folder: Path) -> Iterator[Path]:
+def _runs_in(folder: Path, problems: list[str]) -> Iterator[Path]:
     """The record of a run that is named, and of each that lies in a named folder itself; a study's are not shown one by
-    one."""
+    one, and what a link leads to is shown if it is named."""
     if not folder.is_dir() or (folder / "study.json").exists() or (folder.parent / "study.json").exists():
         return
     with suppress(OSError):
         for each in (folder, *folder.iterdir()):
-            if (each / "recipe.yaml").is_file() and (each / RECORD).is_file():
+            if not ((each / "recipe.yaml").is_file() and (each / RECORD).is_file()):
+                continue
+            if each.is_symlink() and each != folder:
+                problems.append(f"{short_path(each)} is a link, which is not followed out of a folder: name it itself.")
+            else:
                 yield each / RECORD
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,19 +46,22 @@ class Best(TrainerCallback):
         """Whether enough validations in a row have brought nothing."""
         return self.patience is not None and self.without >= self.patience
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Take up what the checkpoint says, which may be a stranger's. Raises ValueError if it cannot be so."""
         if not state.global_step:
             return
         checkpoint = self.folder.checkpoints / f"checkpoint-{state.global_step}"
         if not (checkpoint / NUMBERS).is_file():
             return
-        from safetensors.torch import load_file
-
         known = read_object(checkpoint / NUMBERS)
-        self.step, self.without = known["step"], int(known["without"])
-        self.loss = math.inf if known["loss"] is None else float(known["loss"])
+        step, without, loss = (known.get(name) for name in ("step", "without", "loss"))
+        counts = all(type(count) is int and 0 <= count <= state.global_step for count in (step, without))
+        if not counts or not (loss is None or (isinstance(loss, int | float) and abs(loss) < math.inf)):
+            raise ValueError(f"{NUMBERS} holds {known!r:.200}, expected step, loss and without as it was written.")
+        self.step, self.without = step, without  # type: ignore[assignment]
+        self.loss = math.inf if loss is None else float(loss)
         if (checkpoint / WEIGHTS).is_file():
-            self.weights = load_file(checkpoint / WEIGHTS)
+            self.weights = _fitting(checkpoint / WEIGHTS, model)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
@@ -93,8 +98,25 @@ class Best(TrainerCallback):
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of what is trained, in the host's memory."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in _trained(model)}
+
+
+def _trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     plain = getattr(model, "module", model)  # of one that several processes train
-    return {name: p.detach().to("cpu", copy=True) for name, p in plain.named_parameters() if p.requires_grad}
+    return ((name, p) for name, p in plain.named_parameters() if p.requires_grad)
+
+
+def _fitting(file: Path, model: Any) -> dict[str, torch.Tensor]:
+    """The weights in a file. Raises ValueError unless they are finite and those that the model trains."""
+    from safetensors.torch import load_file
+
+    held = load_file(file)
+    known = {name: weight.shape for name, weight in _trained(model)}
+    if known != {name: weight.shape for name, weight in held.items()}:
+        raise ValueError(f"{file.name} holds other weights than this run trains.")
+    if bad := next((name for name, weight in held.items() if not torch.isfinite(weight).all()), None):
+        raise ValueError(f"{file.name} holds NaN or infinity in {bad}.")
+    return held
 
 
 def check_best(part: TrainSection) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.model.weights import is_another, warn_of_doubt
-from dual_lora.lab.read import read_object
+from dual_lora.lab.read import has_second_name, read_object
 from dual_lora.lab.recipe.read import read_recipe
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run.sealed import check_seal
@@ -160,7 +160,7 @@ def check_plain(folder: Path, names: Iterable[str], single: bool = False) -> Non
     for top in (folder / name for name in names):
         for path in chain([top] if os.path.lexists(top) else [], top.rglob("*")):  # beyond the top, through no link
             state = path.lstat()
-            if single and stat.S_ISREG(state.st_mode) and state.st_nlink > 1:
+            if single and stat.S_ISREG(state.st_mode) and has_second_name(path):
                 raise UserError(
                     f"{path} has a second name elsewhere (a hard link), and training would write into both: copy the "
                     "folder (cp -r), and go on in the copy."

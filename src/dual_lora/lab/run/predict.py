@@ -22,7 +22,7 @@ from dual_lora.lab.model.load import quiet
 from dual_lora.lab.model.opened import Tuned
 from dual_lora.lab.model.weights import print_of_folder
 from dual_lora.lab.progress import Bar
-from dual_lora.lab.read import lines_of, parse_json, regular
+from dual_lora.lab.read import has_second_name, lines_of, parse_json, regular
 from dual_lora.lab.recipe.schema import DataSection, EvaluateSection
 from dual_lora.lab.run.choice import score_choice
 from dual_lora.lab.run.failures import NotFinite
@@ -31,6 +31,7 @@ from dual_lora.lab.run.results_file import check_columns, check_out, unfinished_
 from dual_lora.lab.run.scoring import Asked, class_rows
 from dual_lora.lab.run.write import json_text
 
+_TEXT, _LABEL = {"predicted"}, {"predicted", "probability", "probabilities"}  # fields of a result
 BATCHES = 8  # at a time: their rows are sorted by length, computed, and then written
 
 
@@ -78,7 +79,7 @@ def predict(
     told = _print_of(tuned, records, data, spec, variant)
     if overwrite:
         unfinished.unlink(missing_ok=True)
-    done = _gone_on_with(unfinished, told)
+    done = _gone_on_with(unfinished, told, len(examples))
     earlier = len(done)
     ask = _asker(tuned, data, spec)
     size = spec.batch_size * BATCHES
@@ -115,30 +116,43 @@ def predict(
     )
 
 
-def _gone_on_with(file: Path, told: str) -> list[dict[str, Any]]:
-    """The results of an earlier session; what a kill has cut off is removed from the file."""
+def _gone_on_with(file: Path, told: str, most: int) -> list[dict[str, Any]]:
+    """The results of an earlier session, at most so many; what a kill has cut off is removed from the file. Raises
+    UserError for a file that no session has left."""
     if not file.exists() and not file.is_symlink():
         return []
     way_out = "give --overwrite to begin anew, or another --out"
-    if file.is_symlink():
+    if file.is_symlink() or (file.is_file() and has_second_name(file)):
         raise UserError(f"{file} is a link: remove it.")
     try:
         text = regular(file, largest=2**40).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{file}, the results so far, cannot be read ({error}): {way_out}.") from None
-    whole = text[: text.rfind("\n") + 1]
+    whole, begun = text[: text.rfind("\n") + 1], json_text({"of": told})
     first, rest = {"of": told}, []
     try:
         if whole:
             first, *rest = [parse_json(line) for line in lines_of(whole)]
+        elif not begun.startswith(text):
+            raise ValueError("it was not begun here")
         same = first["of"] == told
-    except (ValueError, TypeError, KeyError):
+        if same and not (len(rest) <= most and all(map(_is_row, rest))):
+            raise ValueError("its results are none")
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{file}, the results so far, is damaged: {way_out}.") from None
     if not same:
         raise UserError(f"{file} holds results of other records, another model or other settings: {way_out}.")
     with file.open("r+", encoding="utf-8") as held:
         held.truncate(len(whole.encode()) if rest else 0)
     return rest
+
+
+def _is_row(row: Any) -> bool:
+    """Whether a line of the file is a result, as `_asker` makes it."""
+    if not isinstance(row, dict) or not isinstance(row.get("predicted"), str | float):
+        return False
+    numbers = [row["probability"], *row["probabilities"].values()] if len(row) > 1 else []
+    return {*row} in (_TEXT, _LABEL) and all(isinstance(number, int | float) for number in numbers)
 
 
 def _print_of(

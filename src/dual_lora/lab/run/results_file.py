@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from dual_lora.lab.data.records import Record
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.run.write import json_text, write_atomically
+
+FORMULA = re.compile(r"[ \n]*[=+\-@\t\r＝＋－＠]")  # a spreadsheet takes what begins so for one
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -45,7 +48,7 @@ def write_rows(out: Path, records: Sequence[Record], rows: Sequence[dict[str, An
     if out.suffix == ".jsonl":
         write_atomically(out, "".join(json_text(row) + "\n" for row in together))
         return
-    flat = [_flat(row) for row in together]
+    flat = [_flat(row | {"predicted": _no_formula(row["predicted"])}) for row in together]
     names = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -58,6 +61,17 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in row.items() if name != "probabilities"}
     flat |= {f"p({name})": value for name, value in row.get("probabilities", {}).items()}
     return {name: value if isinstance(value, str | int | float) else _as_text(value) for name, value in flat.items()}
+
+
+def _no_formula(said: Any) -> Any:
+    """What a model says, so that a spreadsheet does not take it for a formula; a number such as +1 is none."""
+    if not isinstance(said, str) or not FORMULA.match(said):
+        return said
+    try:
+        float(said)
+    except ValueError:
+        return f"'{said}"
+    return said
 
 
 def _as_text(value: Any) -> str:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from dual_lora.lab.errors import UserError
@@ -50,16 +50,17 @@ def _in_place_of(target: Path) -> Iterator[Path]:
 def _make_way(target: Path) -> None:
     """Empty the folder that another is to replace, of our own files. Raises UserError, and removes nothing, if it
     holds others."""
-    ours = {file for file, same in listed_in(target).items() if same} | {target / WHOLE}
-    others = [path for path in target.rglob("*") if path not in ours and (path.is_symlink() or not path.is_dir())]
+    listed = {file for file, same in listed_in(target).items() if same} | {target / WHOLE}
+    files = [path for path in target.rglob("*") if path.is_symlink() or not path.is_dir()]
+    others = [path for path in files if path not in listed]
     if others:
         raise UserError(
             f"{others[0]} was put into the output folder meanwhile, or changed. Nothing was removed or written: move "
             "it away and give the same command again, or give another output."
         )
-    for file in sorted(ours, key=lambda file: (file.name == WHOLE, file)):
+    for file in sorted(files, key=lambda file: (file.name == WHOLE, file)):
         file.unlink(missing_ok=True)
-    for folder in sorted((path for path in target.rglob("*")), reverse=True):
+    for folder in sorted(target.rglob("*"), reverse=True):
         folder.rmdir()
     if os.name == "nt":  # where no folder takes the place of another, not even of an empty one
         target.rmdir()
@@ -110,12 +111,17 @@ def mark_whole(folder: Path) -> None:
 
 
 def listed_in(folder: Path) -> dict[Path, bool]:
-    """The files that were written into a folder, by its list: whether each is there in its full size."""
+    """The files that were written into a folder, by its list: whether each is there in its full size. One that the list
+    places outside of the folder is not: the list may be a stranger's."""
     try:
-        sizes = read_object(folder / WHOLE)
-        return {folder / n: (folder / n).is_file() and (folder / n).stat().st_size == size for n, size in sizes.items()}
+        return {folder / name: _is_there(folder, name, size) for name, size in read_object(folder / WHOLE).items()}
     except (OSError, ValueError):
         return {}
+
+
+def _is_there(folder: Path, name: str, size: Any) -> bool:
+    inside = not PurePath(name).anchor and ".." not in PurePath(name).parts
+    return inside and (file := folder / name).is_file() and file.stat().st_size == size
 
 
 @contextmanager
