@@ -23,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from dual_lora.core import triton_launch
+from dual_lora.core.kernels import launch as triton_launch
+from dual_lora.core.kernels.compose import compose
+from dual_lora.core.kernels.gradient import TILES, UNALIGNED, factor_gradients
 from dual_lora.core.reference import Adapter, Factors, Form, Ste
-from dual_lora.core.triton_compose import compose
-from dual_lora.core.triton_gradient import TILES, UNALIGNED, factor_gradients
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),

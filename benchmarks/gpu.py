@@ -133,9 +133,9 @@ class Card:
 def why_no_kernels(card: Card) -> str:
     """Empty if the kernels run here, right or wrong; else why they do not, as no Triton or one that refuses them."""
     try:
-        from dual_lora.core import triton_launch
-        from dual_lora.core.triton_compose import compose
-        from dual_lora.core.triton_gradient import factor_gradients
+        from dual_lora.core.kernels import launch as triton_launch
+        from dual_lora.core.kernels.compose import compose
+        from dual_lora.core.kernels.gradient import factor_gradients
 
         triton_launch.target(card.device)
         factors = Factors(*(f.to(card.device) for f in judge.exact_factors(64, 64, 16, 16)))
@@ -167,8 +167,8 @@ def correct(card: Card, shapes: Sequence[tuple[int, int, int]], kernels: bool) -
             judge.check({name: t.detach() for name, t in ours.items() if t is not None}, plain, truth)
             if not kernels:
                 continue
-            from dual_lora.core.triton_compose import compose
-            from dual_lora.core.triton_gradient import factor_gradients
+            from dual_lora.core.kernels.compose import compose
+            from dual_lora.core.kernels.gradient import factor_gradients
 
             for deterministic in (False, True):
                 [gradients] = factor_gradients(dy, x, [adapter], deterministic=deterministic)
@@ -216,7 +216,7 @@ def layer_rows(card: Card, name: str, O: int, I: int, T: int) -> Iterator[Row]:
 
 def compose_row(card: Card, name: str, O: int, I: int) -> Row:
     """The compose kernel against a copy, which reads and writes the same bytes."""
-    from dual_lora.core.triton_compose import compose
+    from dual_lora.core.kernels.compose import compose
 
     low = torch.bfloat16 if card.is_gpu else torch.float16
     W = torch.randn(O, I, device=card.device).to(low)

@@ -60,7 +60,10 @@ def without_launches() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from dual_lora.core import dispatch, triton_check, triton_launch, triton_linear
+    from dual_lora.core import dispatch
+    from dual_lora.core.kernels import check as triton_check
+    from dual_lora.core.kernels import launch as triton_launch
+    from dual_lora.core.kernels import linear as triton_linear
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None

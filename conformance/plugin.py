@@ -173,7 +173,8 @@ def _pad_each_group() -> None:
 
 if METHOD == "dual_lora":
     import dual_lora
-    from dual_lora.method import attention, conv, embedding, experts, layer
+    from dual_lora.method import layer
+    from dual_lora.method.layers import attention, conv, embedding, experts
 
     _accept_loras_conventions(dual_lora.DualLoraConfig)
     _pad_each_group()

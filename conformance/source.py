@@ -48,7 +48,7 @@ REPLACEMENTS = [
     (r"([\"'])lora_\1", r"\1dual_lora_\1"),
     (r"([\"'])lora\.", r"\1dual_lora."),
     (r"\.lora_alpha\[", r".alpha["),
-    (r"\bpeft\.tuners\.lora\.layer\.(Embedding)\b", r"dual_lora.method.embedding.\1"),
+    (r"\bpeft\.tuners\.lora\.layer\.(Embedding)\b", r"dual_lora.method.layers.embedding.\1"),
     (r"\bpeft\.tuners\.lora\.layer\.(Linear)\b", r"dual_lora.method.layer.\1"),
     (r"from peft\.tuners import lora$", "from peft.tuners import dual_lora as lora"),
     (

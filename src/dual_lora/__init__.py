@@ -11,7 +11,7 @@ load by PEFT's and transformers' own functions. The names below are imported whe
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._on_import import when_imported
+from ._patches import connect
 
 if TYPE_CHECKING:
     from ._warning import DualLoraWarning
@@ -87,36 +87,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def _register() -> None:
-    import_module(".method.registration", __name__).register()
-
-
-def _connect_deepspeed() -> None:
-    import_module("peft")
-    import_module(".method.deepspeed", __name__).connect()
-
-
-def _connect_transformers() -> None:
-    import_module("._transformers", __name__).connect()
-
-
-def _connect_inductor() -> None:
-    import_module(".core.decompositions", __name__).keep_in_inductor()
-
-
-def _connect_diffusers_saving() -> None:
-    import_module("peft")
-    import_module(".method.diffusers_files", __name__).connect_conversion()
-
-
-def _connect_diffusers_loading() -> None:
-    import_module("peft")
-    import_module(".method.diffusers_files", __name__).connect_loading()
-
-
-when_imported("peft", _register)
-when_imported("transformers.integrations.peft", _connect_transformers)
-when_imported("deepspeed.runtime.engine", _connect_deepspeed)
-when_imported("torch._inductor.lowering", _connect_inductor)
-when_imported("diffusers.utils.state_dict_utils", _connect_diffusers_saving)
-when_imported("diffusers.utils.peft_utils", _connect_diffusers_loading)
+connect()

@@ -13,8 +13,10 @@ pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need 
 
 import triton
 
-from dual_lora.core import blocked, dispatch, triton_launch, triton_linear, whole
+from dual_lora.core import blocked, dispatch, whole
 from dual_lora.core.compose_op import dual_lora_weight
+from dual_lora.core.kernels import launch as triton_launch
+from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
 

@@ -42,7 +42,7 @@ def test_rehearsal_reaches_the_end_and_records_nothing():
 def test_where_no_kernel_compiles_the_operator_is_measured_and_the_reason_said():
     code = """
 import sys
-from dual_lora.core import triton_compose
+from dual_lora.core.kernels import compose as triton_compose
 
 def refused(*args, **kwargs):
     raise RuntimeError("Input shapes should have M >= 1, N >= 1 and K >= 16")

@@ -10,15 +10,12 @@ import torch
 
 pytest.importorskip("triton", minversion="3.3", reason="the Triton kernels need triton 3.3 or later")
 
-from dual_lora.core import (
-    dispatch,
-    triton_check,
-    triton_compose,
-    triton_gradient,
-    triton_launch,
-    triton_linear,
-    whole,
-)
+from dual_lora.core import dispatch, whole
+from dual_lora.core.kernels import check as triton_check
+from dual_lora.core.kernels import compose as triton_compose
+from dual_lora.core.kernels import gradient as triton_gradient
+from dual_lora.core.kernels import launch as triton_launch
+from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.gpu_trials import every
 

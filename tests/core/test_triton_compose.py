@@ -10,8 +10,8 @@ from numerics import assert_relative_rule
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
+from dual_lora.core.kernels.compose import compose
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight
-from dual_lora.core.triton_compose import compose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = [Form(magnitude=m, direction=d) for m in ("relu", "identity") for d in ("sign", "identity")]

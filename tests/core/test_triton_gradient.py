@@ -7,8 +7,8 @@ from numerics import assert_close, assert_relative_rule
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
+from dual_lora.core.kernels.gradient import factor_gradients
 from dual_lora.core.reference import Adapter, Factors, Form, delta_weight, product_gradients
-from dual_lora.core.triton_gradient import factor_gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both_ways = pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])

@@ -6,8 +6,10 @@ from operands import Rows
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
-from dual_lora.core import blocked, dispatch, triton_check, triton_linear
+from dual_lora.core import blocked, dispatch
 from dual_lora.core.blocked import Needs
+from dual_lora.core.kernels import check as triton_check
+from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form
 from dual_lora.lab.gpu_trials import every

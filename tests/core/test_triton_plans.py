@@ -9,7 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
-from dual_lora.core import triton_gradient, triton_launch
+from dual_lora.core.kernels import gradient as triton_gradient
+from dual_lora.core.kernels import launch as triton_launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card, whose driver would be asked")
 
@@ -18,10 +19,10 @@ import torch
 from benchmarks import host
 host.without_launches()
 from triton.compiler import CompiledKernel
-from dual_lora.core import triton_gradient, triton_launch
+from dual_lora.core.kernels import gradient as triton_gradient, launch as triton_launch
 from dual_lora.core.reference import Adapter
 from dual_lora.core.reference import Factors, Form
-from dual_lora.core.triton_compose import compose
+from dual_lora.core.kernels.compose import compose
 
 launched, plans = [], triton_launch.plans
 

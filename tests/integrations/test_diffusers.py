@@ -17,8 +17,8 @@ def prediction(model):
 def test_trains_saves_loads_and_merges(example, tmp_path, healthy):
     from tiny import layers
 
-    from dual_lora.method.conv import Conv2d
     from dual_lora.method.layer import Linear
+    from dual_lora.method.layers.conv import Conv2d
 
     model, losses = example("diffusers_unet").main(tmp_path, steps=30)
     assert losses["after"] < 0.8 * losses["before"]

@@ -12,7 +12,8 @@ import torch
 
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
-from dual_lora.core import dispatch, triton_check
+from dual_lora.core import dispatch
+from dual_lora.core.kernels import check as triton_check
 from dual_lora.core.reference import Adapter
 from dual_lora.lab import gpu_check, gpu_trials
 from dual_lora.lab.cli import main

@@ -15,8 +15,8 @@ from dual_lora import DualLoraConfig
 from dual_lora.core import whole
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.reference import Factors, delta_weight
-from dual_lora.method import experts
-from dual_lora.method.experts import ParamWrapper
+from dual_lora.method.layers import experts
+from dual_lora.method.layers.experts import ParamWrapper
 
 LAYOUT = pytest.mark.parametrize("layout", MIXTURES)
 GROUPED = pytest.param(

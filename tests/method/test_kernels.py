@@ -13,7 +13,8 @@ from torch.func import functional_call
 pytest.importorskip("triton", minversion="3.4", reason="the Triton kernels need triton 3.4 or later")
 
 from dual_lora import DualLoraConfig
-from dual_lora.core import blocked, dispatch, triton_linear
+from dual_lora.core import blocked, dispatch
+from dual_lora.core.kernels import linear as triton_linear
 from dual_lora.core.reference import Factors, delta_weight
 
 

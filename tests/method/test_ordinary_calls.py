@@ -25,7 +25,7 @@ from dual_lora import (
 from dual_lora.core.compose_op import dual_lora_weight
 from dual_lora.core.embedding_op import dual_lora_embedding
 from dual_lora.core.reference import delta_weight
-from dual_lora.method.quantized_rows import row_source
+from dual_lora.method.layers.quantized_rows import row_source
 
 
 def llama(tie=False):

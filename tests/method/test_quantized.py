@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 
 from dual_lora import DualLoraConfig, DualLoraLayer, composed_weights
 from dual_lora.core import blocked
-from dual_lora.method import quantized, quantized_rows
-from dual_lora.method.quantized import QuantizedLinear
-from dual_lora.method.quantized_rows import row_source
+from dual_lora.method.layers import quantized, quantized_rows
+from dual_lora.method.layers.quantized import QuantizedLinear
+from dual_lora.method.layers.quantized_rows import row_source
 
 KIND = pytest.mark.parametrize("kind", KINDS)
 FUSED = set(KINDS) - {"int8", "torchao int8 dynamic"}

@@ -8,7 +8,7 @@ from tiny import adapted, layers, train, trainable
 from torch import nn
 from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausalLM
 
-from dual_lora.method.fast_paths import ReadConv1d, ReadLinear
+from dual_lora.method.parallel.fast_paths import ReadConv1d, ReadLinear
 
 
 class Reads(nn.Module):

@@ -14,8 +14,8 @@ from torch import nn
 
 from dual_lora import grad_scaler
 from dual_lora.core.reference import Factors, Form, delta_weight
-from dual_lora.method import deepspeed
 from dual_lora.method import scaler as scalers
+from dual_lora.method.parallel import deepspeed
 
 
 @pytest.fixture

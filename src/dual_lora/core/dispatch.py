@@ -106,7 +106,8 @@ def triton_modules() -> tuple[ModuleType, ModuleType]:
     if tuple(int(part) for part in installed.__version__.split(".")[:2]) < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         raise NotImplementedError(f"Triton is {installed.__version__}, and they need {oldest} or later")
-    from . import triton_launch, triton_linear
+    from .kernels import launch as triton_launch
+    from .kernels import linear as triton_linear
 
     return triton_linear, triton_launch
 

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dual_lora.core import triton_check, triton_compose, triton_gradient, triton_launch
+from dual_lora.core.kernels import check as triton_check
+from dual_lora.core.kernels import compose as triton_compose
+from dual_lora.core.kernels import gradient as triton_gradient
+from dual_lora.core.kernels import launch as triton_launch
+from dual_lora.core.kernels.check import Launch, Layout
+from dual_lora.core.kernels.compose import compose
 from dual_lora.core.op import dual_lora_linear
 from dual_lora.core.reference import Adapter, Factors, Form, direction
-from dual_lora.core.triton_check import Launch, Layout
-from dual_lora.core.triton_compose import compose
 
 RANK = 16  # r1 = r2
 SIZE, TOKENS = 4096, 2048  # of the measurements on a card

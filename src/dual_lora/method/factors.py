@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..core.reference import Adapter, Factors
 from ..core.tokens import EXACT
-from . import offloaded, sharded, warmup
+from . import warmup
 from .cache import composed_weights
 from .config import DualLoraConfig
+from .parallel import offloaded, sharded
 from .precision import FACTOR_DTYPES, Warned, in_fp32, mark_as_stored
 from .strength import AdapterState, Strength
 

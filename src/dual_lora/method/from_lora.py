@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core.reference import Factors, Form, delta_weight, scaling
 from .config import EARLIER_STD, DualLoraConfig
 from .conversion import refuse_biases, table, truncated, what_else_is_saved, what_stays, write_adapter
-from .fast_paths import is_read
+from .parallel.fast_paths import is_read
 from .saved import PEFT_PREFIX, named_as_saved
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .._warning import warn
 from .cache import composed_weights
 from .config import DualLoraConfig
-from .experts import ParamWrapper
 from .layer import DualLoraLayer, layers_of, named_layers
+from .layers.experts import ParamWrapper
 from .patterns import layer_options
 from .precision import mark_as_stored
 from .strength import AdapterState

@@ -19,11 +19,11 @@ from ..core.dispatch import autocast_dtype, in_dtype_of
 from ..core.handle import Handle
 from ..core.op import dual_lora_linear
 from ..core.tokens import AUTO, EXACT
-from . import sharded
 from .cache import composed_weights
 from .config import DualLoraConfig
 from .factors import Adapters
 from .merge import MergeLayer, is_code
+from .parallel import sharded
 from .replaced import replaced
 from .scaler import loss_scale
 

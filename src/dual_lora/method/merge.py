@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .._warning import warn
 from ..core import dispatch
 from ..core.reference import Adapter
-from . import sharded
 from .cache import composed_weights, version_of
 from .factors import FactorsLayer
+from .parallel import sharded
 from .precision import Warned
 
 _OF_TORCH = nn.Parameter, Tensor

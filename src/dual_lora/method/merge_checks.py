@@ -6,7 +6,7 @@ from torch import nn
 
 from .._warning import warn
 from .layer import DualLoraLayer, layers_of
-from .quantized import QuantizedLinear
+from .layers.quantized import QuantizedLinear
 
 
 def quantised(model: nn.Module) -> list[QuantizedLinear]:

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from .._warning import warn
 from ..core import decompositions  # noqa: F401 - so that torch.onnx.export finds them
 from . import diffusers_files, merge_checks, saved, weighted
-from .attention import MultiheadAttention
 from .config import DualLoraConfig
-from .conv import Conv1d, Conv2d, Conv3d
-from .embedding import Embedding
-from .experts import ParamWrapper
-from .fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .layer import DualLoraLayer, dispatch_default, layers_of, named_layers
+from .layers.attention import MultiheadAttention
+from .layers.conv import Conv1d, Conv2d, Conv3d
+from .layers.embedding import Embedding
+from .layers.experts import ParamWrapper
+from .layers.quantized import dispatch_quantized
+from .layers.quantized_rows import keep_unpacked
+from .parallel.fast_paths import READ_LAYERS, ReadLayer, is_read, set_fast_paths
 from .patterns import layer_options, sampling_of
 from .precision import Warned
-from .quantized import dispatch_quantized
-from .quantized_rows import keep_unpacked
 from .watch_training import Watch
 
 LAYERS: dict[type[nn.Module], type[DualLoraLayer]] = {

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.reference import Factors, Form, scaling
 from ..core.tokens import EXACT
-from . import offloaded, warmup
+from . import warmup
+from .parallel import offloaded
 
 
 @dataclass

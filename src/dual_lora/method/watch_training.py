@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._warning import warn
-from .sharded import local
+from .parallel.sharded import local
 
 # Steps after which something is said. Under the paper's warm-up the first step has gradients of zero by definition.
 OWN_STEPS = 4

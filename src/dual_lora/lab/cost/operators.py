@@ -8,7 +8,7 @@ Arithmetic: torch's own formulas, and those that it lacks. Dual LoRA's linear la
 4·T·O·I + 6·O·I·(r1 + r2) backward (P and Q again, four small gradients); without dx or the factors' gradients, less.
 
 Memory that a dispatch mode does not see: Dual LoRA's operator on a CPU works in blocks and tiles of the weight
-(`core/blocked.py`), on a GPU it composes one whole weight at a time (`core/triton_linear.py`). Where fp32 products go
+(`core/blocked.py`), on a GPU it composes one whole weight at a time (`core/kernels/linear.py`). Where fp32 products go
 to oneDNN (`core/product.py`) each of them comes in memory of its own, besides the buffer that waits for it. A batched
 product of half-precision matrices on a CPU copies an operand that is one matrix for the whole batch. That is how an
 output head meets the last positions of every row (transformers' `logits_to_keep`): 450 MB for eight rows of

@@ -67,7 +67,7 @@ def load_model(part: ModelSection, num_labels: int | None = None, device: str | 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from dual_lora.method.quantized_rows import keep_unpacked
+    from dual_lora.method.layers.quantized_rows import keep_unpacked
 
     location = locate(part.path, part.revision)
     check_settings(location)

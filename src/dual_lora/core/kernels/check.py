@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._warning import warn
-from . import triton_compose, triton_gradient, triton_launch
-from .blocked import RowSource
-from .reference import Adapter, Factors, Form, delta_weight, product_gradients
+from ..._warning import warn
+from ..blocked import RowSource
+from ..reference import Adapter, Factors, Form, delta_weight, product_gradients
+from . import compose as triton_compose
+from . import gradient as triton_gradient
+from . import launch as triton_launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest error against fp64, relative to the largest entry: some roundings of the dtype."""

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import dispatch
-from ..core.compose_op import recomposing
-from ..core.dispatch import refuse_meta
-from ..core.reference import Adapter, Factors
-from . import sharded
-from .config import DualLoraConfig
-from .fast_paths import ReadLinear
-from .layer import DualLoraLayer
-from .replaced import replaced
+from ...core import dispatch
+from ...core.compose_op import recomposing
+from ...core.dispatch import refuse_meta
+from ...core.reference import Adapter, Factors
+from ..config import DualLoraConfig
+from ..layer import DualLoraLayer
+from ..parallel import sharded
+from ..parallel.fast_paths import ReadLinear
+from ..replaced import replaced
 
 PACKED = ("in_proj_weight",)
 SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_launch
-from .ieee import wants_tf32
-from .reference import Adapter, Factors, steepness
-from .triton_launch import Tile
-from .triton_product import expert, product, product_gradients
+from ..ieee import wants_tf32
+from ..reference import Adapter, Factors, steepness
+from . import launch as triton_launch
+from .launch import Tile
+from .product import expert, product, product_gradients
 
 # Of the four small products: what the inputs themselves carry. By "tf32" and "bf16" ∂P, ∂Q and the factors are rounded
 # to 11 or 8 bits on their way into the matrix units, sums stay fp32. Signs and masks do not depend on it.

@@ -7,7 +7,7 @@ P and Q are fp32 sums over the rank in ascending order whatever the tile, so tha
 import triton
 import triton.language as tl
 
-from .reference import Form
+from ..reference import Form
 
 # A form reaches the kernels as Form.code, a compile-time integer; these are its bits.
 STE = tl.constexpr(Form(ste="identity").code | Form(ste="hardtanh").code | Form(ste="surrogate").code)

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import triton_check, triton_compose, triton_gradient
-from .blocked import Gradients, Needs, RowSource
-from .reference import Adapter, Factors
+from ..blocked import Gradients, Needs, RowSource
+from ..reference import Adapter, Factors
+from . import check as triton_check
+from . import compose as triton_compose
+from . import gradient as triton_gradient
 
 
 def forward(x: Tensor, weight: Tensor | RowSource | None, adapters: Sequence[Adapter]) -> Tensor:

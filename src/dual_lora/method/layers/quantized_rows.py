@@ -6,7 +6,7 @@ import torch
 from peft.utils.quantization_utils import Bnb4bitBackend, HqqBackend, QuantizationBackend, TorchaoBackend
 from torch import Tensor, nn
 
-from ..core.blocked import RowSource
+from ...core.blocked import RowSource
 
 
 def row_source(base: Any, backend: QuantizationBackend) -> RowSource:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import blocked
-from ..core.embedding_op import dual_lora_embedding
-from ..core.reference import Adapter
-from . import sharded
-from .layer import MapLayer
+from ...core import blocked
+from ...core.embedding_op import dual_lora_embedding
+from ...core.reference import Adapter
+from ..layer import MapLayer
+from ..parallel import sharded
+from ..replaced import replaced
 from .quantized import find_backend
-from .replaced import replaced
 
 
 class Embedding(MapLayer):

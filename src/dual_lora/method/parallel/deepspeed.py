@@ -9,9 +9,9 @@ import functools
 import weakref
 from typing import Any
 
-from . import scaler
-from .cache import composed_weights
-from .layer import layers_of
+from .. import scaler
+from ..cache import composed_weights
+from ..layer import layers_of
 
 
 def connect() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..core.compose_op import also_recompose
-from .conv import Conv1d, Conv2d, Conv3d
-from .layer import DualLoraLayer, Linear
+from ...core.compose_op import also_recompose
+from ..layer import DualLoraLayer, Linear
+from ..layers.conv import Conv1d, Conv2d, Conv3d
 
 # What each module looks at before it takes its fast path, and nowhere else.
 _SWITCHES = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

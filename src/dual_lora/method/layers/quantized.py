@@ -25,14 +25,14 @@ from peft.utils.quantization_utils import (
 )
 from torch import Tensor, nn
 
-from .._warning import warn
-from ..core import dispatch
-from ..core.dispatch import autocast_dtype
-from ..core.handle import Handle, handle
-from ..core.op import through_rows
-from .cache import composed_weights
-from .config import DualLoraConfig
-from .layer import Linear, is_exporting
+from ..._warning import warn
+from ...core import dispatch
+from ...core.dispatch import autocast_dtype
+from ...core.handle import Handle, handle
+from ...core.op import through_rows
+from ..cache import composed_weights
+from ..config import DualLoraConfig
+from ..layer import Linear, is_exporting
 from .quantized_rows import row_source, undo_packing_for_cpu
 
 # Where PEFT finds no `get_apply_tensor_subclass` (the model was quantised without transformers), there is no merge.

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
-from ..core.reference import Adapter
-from . import sharded
-from .config import DualLoraConfig
-from .layer import DualLoraLayer, is_exporting, is_traced
-from .replaced import replaced
+from ...core.compose_op import Composed, also_recompose, dual_lora_weight, of_expert, recomposing
+from ...core.reference import Adapter
+from ..config import DualLoraConfig
+from ..layer import DualLoraLayer, is_exporting, is_traced
+from ..parallel import sharded
+from ..replaced import replaced
 
 # How transformers calls the experts that the router chose for every token.
 ROUTING_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts", "routing_indices")

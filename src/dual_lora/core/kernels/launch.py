@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import Adapter, check_factors
+from ..reference import Adapter, check_factors
 
 RANK_CHUNK = 16
 """Ranks multiplied at a time in P = B A and Q = D C; the same in every kernel, so that they agree on every sign."""

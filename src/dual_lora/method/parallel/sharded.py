@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..core import dispatch
-from ..core.dispatch import in_dtype_of
-from ..core.reference import Adapter, Factors
-from .replaced import replaced
+from ...core import dispatch
+from ...core.dispatch import in_dtype_of
+from ...core.reference import Adapter, Factors
+from ..replaced import replaced
 
 _SHARDED: tuple[type, ...] = ()
 if dist.is_available():

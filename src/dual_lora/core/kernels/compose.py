@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_launch
-from .reference import Adapter
-from .triton_launch import Tile
-from .triton_product import direction, expert, magnitude, product
+from ..reference import Adapter
+from . import launch as triton_launch
+from .launch import Tile
+from .product import direction, expert, magnitude, product
 
 # 64 × 64 on four warps spills nothing and needs 128 to 188 registers, by the compiler's version: 8 to 16 warps share a
 # multiprocessor, and one program's loads hide under another's products.

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.compose_op import recomposing
-from ..core.dispatch import in_dtype_of
-from .layer import MapLayer
+from ...core.compose_op import recomposing
+from ...core.dispatch import in_dtype_of
+from ..layer import MapLayer
 
 
 class _Conv(MapLayer):

@@ -1,0 +1,104 @@
+"""What this package changes in other libraries, why, and what of theirs would end it: the one list.
+
+A change is made as soon as the library's own module has been imported, by anybody, so that importing this package
+imports none of them.
+"""
+
+from functools import partial
+from importlib import import_module
+from typing import NamedTuple
+
+from ._on_import import when_imported
+
+
+class Patch(NamedTuple):
+    """A change of another library."""
+
+    after: str  # the module whose import makes the time for it
+    function: str  # ours, which makes it: module:name
+    changes: tuple[str, ...]  # what is another than before: module:attribute
+    why: str
+    until: str  # the change of theirs that would end ours
+
+
+REGISTER = "dual_lora.method.registration:register"
+
+PATCHES = (
+    Patch(
+        "peft",
+        REGISTER,
+        ("peft.utils:PeftType.DUAL_LORA",),
+        "PEFT takes methods by a name in its enum alone.",
+        "PEFT: `register_peft_method` adds the name",
+    ),
+    Patch(
+        "peft",
+        REGISTER,
+        (
+            "peft.utils.hotswap:hotswap_adapter_from_state_dict",
+            "peft.utils.hotswap:prepare_model_for_compiled_hotswap",
+        ),
+        "Swapping adapters is written for LoRA's factors.",
+        "PEFT: hotswap asks the tuner",
+    ),
+    Patch(
+        "peft",
+        REGISTER,
+        ("peft:PeftModel.create_or_update_model_card",),
+        "Whoever downloads an adapter has to know which package it needs.",
+        "PEFT: a tuner says what its card adds",
+    ),
+    Patch(
+        "peft",
+        REGISTER,
+        tuple(f"torch.amp:GradScaler.{name}" for name in ("__init__", "scale", "step")),
+        "The clip acts on values of gradients, which a scaler multiplies; no layer can ask for the scaler.",
+        "PyTorch: the live scaler of a device can be asked for",
+    ),
+    Patch(
+        "transformers.integrations.peft",
+        "dual_lora._transformers:connect",
+        ("transformers.integrations.peft:PeftAdapterMixin.load_adapter",),
+        "transformers reads adapter files itself, and says nothing of a damaged one.",
+        "transformers: `load_adapter` loads by PEFT's function",
+    ),
+    Patch(
+        "deepspeed.runtime.engine",
+        "dual_lora.method.parallel.deepspeed:connect",
+        tuple(f"deepspeed.runtime.engine:DeepSpeedEngine.{name}" for name in ("__init__", "_take_model_step")),
+        "ZeRO steps flattened copies, which no hook of PyTorch's optimizers sees.",
+        "DeepSpeed: a hook after a step",
+    ),
+    Patch(
+        "torch._inductor.lowering",
+        "dual_lora.core.decompositions:keep_in_inductor",
+        (),
+        "Where CI is set, Inductor refuses operators that have a decomposition.",
+        "PyTorch: `make_fallback` refuses its own operators alone",
+    ),
+    Patch(
+        "diffusers.utils.state_dict_utils",
+        "dual_lora.method.diffusers_files:connect_conversion",
+        ("diffusers.utils.state_dict_utils:convert_state_dict_to_diffusers",),
+        "diffusers renames LoRA's keys alone.",
+        "diffusers: keys by the adapter's configuration",
+    ),
+    Patch(
+        "diffusers.utils.peft_utils",
+        "dual_lora.method.diffusers_files:connect_loading",
+        ("diffusers.utils.peft_utils:_create_lora_config",),
+        "diffusers makes a LoraConfig of every file.",
+        "diffusers: configurations by `peft_type`",
+    ),
+)
+
+
+def _called(function: str) -> None:
+    module, _, name = function.partition(":")
+    getattr(import_module(module), name)()
+
+
+def connect() -> None:
+    """Make every change in its time."""
+    for after, function in dict.fromkeys((patch.after, patch.function) for patch in PATCHES):
+        when_imported(after, partial(_called, function))

@@ -1,0 +1,1 @@
+"""The kernels for GPUs, in Triton: composing a weight, and the gradients of its factors."""

@@ -1,0 +1,1 @@
+"""Dual LoRA on each kind of layer but the linear one."""
