@@ -65,6 +65,16 @@ ELSEWHERE = {
     "--target-modules": "--method.target_modules",
     "--seed": "--train.seed",
 }
+# Earlier spellings, which still work: one thing has one name in all commands.
+RENAMED = {
+    "estimate": {
+        "--batch": "--batch-size",
+        "--length": "--max-length",
+        "--checkpointing": "--gradient-checkpointing",
+        "--no-checkpointing": "--no-gradient-checkpointing",
+        "--quantisation": "--quantize",
+    },
+}
 EVERYWHERE = (
     f"Every command: `{FLAG} NAME` lets a recipe, a study or a run import the module NAME, and so run its code; "
     "`--debug` shows where an error comes from."
@@ -118,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         for module in modules:
             allow(module)
         with on_signals(stop_at_once):
-            build_app(wanted)(given)
+            build_app(wanted)(_renamed(given, RENAMED.get(wanted or "", {})))
     except KeyboardInterrupt as error:
         _fail(str(error) or "Interrupted.", given, exit_status(error))
     except BrokenPipeError:  # the reader of our output has gone, as in `dual-lora recipes list | head -1`
@@ -177,6 +187,12 @@ def _modules(given: Iterable[str]) -> tuple[list[str], list[str]]:
         else:
             kept.append(argument)
     return kept, modules
+
+
+def _renamed(given: Iterable[str], names: dict[str, str]) -> list[str]:
+    """The arguments with today's names of options."""
+    parts = (argument.partition("=") for argument in given)
+    return [f"{names.get(name, name)}{sign}{value}" for name, sign, value in parts]
 
 
 def _said(error: CycloptsError, command: str | None) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import finish, finish_forecast, size
-from dual_lora.lab.commands.parameters import DryRun, Json
+from dual_lora.lab.commands.parameters import Device, DryRun, Json
 from dual_lora.lab.interrupt import resumable
 from dual_lora.lab.terminal import figures
 
@@ -33,6 +33,7 @@ def advise(
     update: Annotated[
         bool, Parameter(help="Go on although the recipe's data or the code have changed; what is valid is kept.")
     ] = False,
+    device: Device = None,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -47,7 +48,9 @@ def advise(
     """
     from dual_lora.lab.advise.advise import advise as run
     from dual_lora.lab.advise.advise import plan
+    from dual_lora.lab.model.device import use_device
 
+    use_device(device)
     question: dict[str, Any] = {"metric": metric, "margin": margin}
     if dry_run:
         finish_forecast(plan(recipe, minutes, out, **question), json)

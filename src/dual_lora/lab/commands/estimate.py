@@ -34,8 +34,8 @@ def estimate(
         str | None,
         Parameter(help="Names separated by commas, or all-linear. [default: all-linear]"),
     ] = None,
-    batch: Annotated[int | None, Parameter(help="Rows per device and forward pass.")] = None,
-    length: Annotated[int | None, Parameter(help="Tokens of a row, padding included.")] = None,
+    batch: Annotated[int | None, Parameter(name="--batch-size", help="Rows per device and forward pass.")] = None,
+    length: Annotated[int | None, Parameter(name="--max-length", help="Tokens of a row, padding included.")] = None,
     logits: Annotated[
         int | None,
         Parameter(help="Last positions whose logits are computed (answers only). [default: all]"),
@@ -44,12 +44,17 @@ def estimate(
     quantisation: Annotated[
         Quantize | None,
         Parameter(
-            name=("--quantize", "--quantisation"),
+            name="--quantize",
             help="How the base is packed, as model.quantize. [default: the recipe's, or none]",
         ),
     ] = None,
     checkpointing: Annotated[
-        bool | None, Parameter(help="Recompute activations in backward.", negative="--no-checkpointing")
+        bool | None,
+        Parameter(
+            name="--gradient-checkpointing",
+            help="Recompute activations in backward.",
+            negative="--no-gradient-checkpointing",
+        ),
     ] = None,
     optimizer: Annotated[
         Literal["adamw", "adamw_8bit", "lion", "sgd", "momentum", "adafactor"] | None,
@@ -75,11 +80,11 @@ def estimate(
 ) -> None:
     """Memory, arithmetic and time of a training step before it runs, without weights and without a device.
 
-    Example: `dual-lora estimate llama-3-8b --length 2048 --batch 1 --checkpointing --on gpu`
+    Example: `dual-lora estimate llama-3-8b --max-length 2048 --batch-size 1 --gradient-checkpointing --on gpu`
 
     Many devices: `dual-lora estimate llama-3-70b-eight-cards --devices 8 --strategy fsdp2 --on gpu`
 
-    What fits: `dual-lora estimate qwen3-4b --fits 24GB --checkpointing --on gpu`
+    What fits: `dual-lora estimate qwen3-4b --fits 24GB --gradient-checkpointing --on gpu`
 
     Your recipe: `dual-lora estimate boolq-smollm2`
     """

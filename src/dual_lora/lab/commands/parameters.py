@@ -6,9 +6,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import BaseModel, Field, create_model
 
+from dual_lora.lab.model.device import check_device_name
 from dual_lora.lab.read import parse_yaml
 from dual_lora.lab.recipe.schema import Precision, Recipe
 
+# Fields that other commands have as options of their own: there the same short names hold.
+SHORT = {"dtype": "--dtype", "quantize": "--quantize", "gradient_checkpointing": "--gradient-checkpointing"}
 Json = Annotated[bool, Parameter(help="End with one line of JSON on standard output.")]
 DryRun = Annotated[bool, Parameter(help="Check everything, show runs, sizes and time, and run nothing.")]
 Source = Annotated[str, Parameter(help="Run folder, adapter folder, or a model by folder, name or package:NAME.")]
@@ -18,6 +21,20 @@ ReportTo = Annotated[
 ]
 Base = Annotated[str | None, Parameter(help="Base model of an adapter, if it has moved.")]
 Dtype = Annotated[Precision | None, Parameter(help="Precision of the base weights. [default: the run's, else float32]")]
+AutoDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"] | None,
+    Parameter(
+        help="Precision of the base weights; auto: bfloat16 where the device is faster with it, else float32. "
+        "[default: the run's, else auto]"
+    ),
+]
+Device = Annotated[
+    str | None,
+    Parameter(
+        help="Where to compute: cpu, cuda, cuda:1, mps. [default: the best there is]",
+        validator=lambda _, device: check_device_name(device),
+    ),
+]
 
 
 def flags(model: type[BaseModel] = Recipe, only: Container[str] | None = None) -> type[BaseModel]:
@@ -33,7 +50,10 @@ def flags(model: type[BaseModel] = Recipe, only: Container[str] | None = None) -
         elif not field.is_required():
             default = field.get_default(call_default_factory=True)
             text += "" if default in (None, "", {}, []) else f" [default: {default}]"
-        fields[name] = (kind | None, Field(None, description=text))
+        given: Any = kind | None
+        if name in SHORT:
+            given = Annotated[given, Parameter(name=(name.replace("_", "-"), SHORT[name]))]
+        fields[name] = (given, Field(None, description=text))
     return create_model(model.__name__, **fields)
 
 

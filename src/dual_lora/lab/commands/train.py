@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dual_lora.lab.commands.card import duration, facts_card, finish, size
-from dual_lora.lab.commands.parameters import Json, ReportTo, flag_values, flags
+from dual_lora.lab.commands.parameters import Device, Json, ReportTo, flag_values, flags
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.interrupt import Stopped, exit_status
 from dual_lora.lab.progress import stage
@@ -38,6 +38,7 @@ def train(
         ),
     ] = None,
     report_to: ReportTo = (),
+    device: Device = None,
     json: Json = False,
     given: Annotated[
         RecipeFlags | None,
@@ -58,8 +59,11 @@ def train(
     folder = out or Path("runs") / chosen.name
     early.check(chosen, folder, resume, overwrite)
     with stage(f"{chosen.name}: {chosen.method['name']} on {chosen.model.path}, into {folder}"):
+        from dual_lora.lab.model.device import use_device
         from dual_lora.lab.run.hub_card import too_long
         from dual_lora.lab.run.train import run
+
+        use_device(device)
 
     looks = _looks(chosen, folder, analyze_every)
     result = run(chosen, folder, resume=resume, overwrite=overwrite, callbacks=looks, report_to=report_to)

@@ -39,9 +39,10 @@ class ModelSection(Section):
         "causal", description="Language model, or an encoder with a fresh head for classes or for one number."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
+        "auto",
         description="Precision of the base weights (factors of Dual LoRA stay float32). auto: bfloat16 where this "
-        "device is faster with it, float32 elsewhere; chosen once, when the run starts.",
+        "device is faster with it, float32 elsewhere and for method full, whose weights are trained; chosen once, when "
+        "the run starts.",
     )
     quantize: Quantize = Field(
         "none",
