@@ -58,10 +58,10 @@ def use_device(device: str | None) -> None:
     if kind == "cuda":
         cards, wanted = torch.cuda.device_count(), int(number or 0)
         if wanted >= cards:
-            there = (
-                f"{cards} here, cuda:0 to cuda:{cards - 1}" if cards > 1 else "one here, cuda:0" if cards else "none"
+            there = {0: "no card of CUDA", 1: "one card of CUDA, cuda:0"}.get(
+                cards, f"{cards} cards of CUDA, from 0 on"
             )
-            raise UserError(f"There is no device {device!r}: of CUDA's cards there is {there}. {_instead()}")
+            raise UserError(f"There is no device {device!r}: here is {there}. {_instead()}")
         given = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
         os.environ[VISIBLE] = given[wanted] if wanted < len(given) else str(wanted)
     elif kind == "cpu":
