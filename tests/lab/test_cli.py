@@ -197,7 +197,7 @@ def test_recipes(call, tmp_path, monkeypatch):
         (["evaluate", "OUT/none/of/this"], "no folder"),
         (
             ["evaluate", "OUT", "--dtype", "float8"],
-            'Invalid value "float8" for --dtype. Choose from: "auto", "float32"',
+            'Invalid value "float8" for --dtype. Choose from: "auto"',
         ),
         (["evaluate", "OUT", "--data.max-length", "2"], "data.max_length is 2"),
         (["evaluate", "OUT", "--recipe", "nosuch"], "no recipe 'nosuch'"),

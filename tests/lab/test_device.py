@@ -62,8 +62,8 @@ def test_one_card_of_several_is_left(visible, asked, left, cards, monkeypatch):
     ("count", "asked", "said"),
     [
         (0, "cuda", r"There is no device 'cuda': here is no card of CUDA\. Give --device cpu"),
-        (1, "cuda:1", r"one card of CUDA, cuda:0\. Give --device cuda, or"),
-        (2, "cuda:2", r"2 cards of CUDA, from 0 on"),
+        (1, "cuda:1", r"one of CUDA, cuda:0\. Give --device cuda, or"),
+        (2, "cuda:2", r"2 of CUDA, from 0 on"),
     ],
 )
 def test_a_card_that_is_not_there(count, asked, said, cards):
