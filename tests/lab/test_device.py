@@ -61,9 +61,9 @@ def test_one_card_of_several_is_left(visible, asked, left, cards, monkeypatch):
 @pytest.mark.parametrize(
     ("count", "asked", "said"),
     [
-        (0, "cuda", r"There is no device 'cuda': here is no card of CUDA\. Give --device cpu"),
-        (1, "cuda:1", r"one of CUDA, cuda:0\. Give --device cuda, or"),
-        (2, "cuda:2", r"2 of CUDA, from 0 on"),
+        (0, "cuda", r"There is no device 'cuda': found: no CUDA card\. Give --device cpu"),
+        (1, "cuda:1", r"one CUDA card, cuda:0\. Give --device cuda, or"),
+        (2, "cuda:2", r"2 CUDA cards, from cuda:0 on"),
     ],
 )
 def test_a_card_that_is_not_there(count, asked, said, cards):

@@ -58,10 +58,8 @@ def use_device(device: str | None) -> None:
     if kind == "cuda":
         cards, wanted = torch.cuda.device_count(), int(number or 0)
         if wanted >= cards:
-            there = {0: "no card of CUDA", 1: "one card of CUDA, cuda:0"}.get(
-                cards, f"{cards} cards of CUDA, from 0 on"
-            )
-            raise UserError(f"There is no device {device!r}: here is {there}. {_instead()}")
+            there = {0: "no CUDA card", 1: "one CUDA card, cuda:0"}.get(cards, f"{cards} CUDA cards, from cuda:0 on")
+            raise UserError(f"There is no device {device!r}: found: {there}. {_instead()}")
         given = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
         os.environ[VISIBLE] = given[wanted] if wanted < len(given) else str(wanted)
     elif kind == "cpu":
