@@ -30,6 +30,11 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
+    (
+        "check-data",
+        "dual_lora.lab.commands.check_data:check_data",
+        "What would be trained on: labels, lengths, duplicates, errors.",
+    ),
     ("compare", "dual_lora.lab.commands.compare:compare", "Compare methods by a study, with verdicts."),
     ("advise", "dual_lora.lab.commands.advise:advise", "Should I use Dual LoRA here? A small study on your data."),
     ("judge", "dual_lora.lab.commands.judge:judge", "Verdicts on scores that others made: CSV, lm-eval, PEFT."),
@@ -46,7 +51,11 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("schema", "dual_lora.lab.commands.recipes:schema", "Print the JSON Schema of a recipe or a study, for editors."),
     ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
     ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
-    ("recipes", "dual_lora.lab.commands.recipes:app", "List, show and copy the shipped recipes."),
+    (
+        "recipes",
+        "dual_lora.lab.commands.recipes:app",
+        "Begin a recipe for your data; list, show, copy shipped ones.",
+    ),
 ]
 
 # Libraries whose warnings are for programmers: of kernels that this machine does not have, of every retry.

@@ -191,6 +191,14 @@ def _list(record: Record, name: str) -> list[Any]:
 _FREE = {"input", "tools", "choices"}  # fields that a record need not have
 
 
+def guess_format(record: Record, data: DataSection) -> str:
+    """The format that records like this one have. Raises UserError where none fits."""
+    values = record.values | {
+        ours: record.values[theirs] for ours, theirs in data.fields.items() if theirs in record.values
+    }
+    return _guess(replace(record, values=values), data.fields)
+
+
 def _guess(record: Record, named: Container[str]) -> str:
     """The format of a record: one of which a field was named in data.fields, before any other that fits."""
     fitting = [form for form, (_, keys) in _FORMATS.items() if keys <= set(record.values)]
