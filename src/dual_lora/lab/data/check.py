@@ -11,9 +11,8 @@ from typing import Any
 
 from dual_lora.lab.data.classes import fit_head
 from dual_lora.lab.data.encode import Encoded, Prompter, class_names
-from dual_lora.lab.data.examples import Example, guess_format, item_of, read_examples
+from dual_lora.lab.data.examples import Example, guess_format, item_of, read_examples, records_of
 from dual_lora.lab.data.overlap import undeclared
-from dual_lora.lab.data.records import read_records
 from dual_lora.lab.errors import UserError
 from dual_lora.lab.recipe.schema import DataSection
 
@@ -94,7 +93,7 @@ def _checked(name: str, source: str, data: DataSection, head: str, tokenizer: An
 
 
 def _read(result: Checked, source: str, data: DataSection, head: str) -> None:
-    records = read_records(source, data.columns)
+    records = records_of(source, data)
     result.records += len(records)
     names = dict.fromkeys(str(name) for record in records for name in record.values)
     result.columns = list(dict.fromkeys([*result.columns, *names]))
@@ -166,7 +165,7 @@ def _long(examples: list[Example], data: DataSection, head: str, tokenizer: Any)
     elif head == "causal":
         prompter = Prompter(tokenizer, data.template, data.learn_prompt)
         for example in examples:
-            yield _ids(prompter.encode(example))
+            yield from map(_ids, prompter.pieces(example, data.max_length))
     else:
         for example in examples:
             yield len(tokenizer(*example.text).input_ids)

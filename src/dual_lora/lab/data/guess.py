@@ -49,7 +49,7 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
             raise UserError(f"There is no column {theirs!r} for {ours}: found {', '.join(names)}.")
     if names == ["line"]:
         facts = all("||" in str(record.values["line"]) for record in seen)
-        return Guess("facts", "causal", {}, names) if facts else _unknown(names)
+        return Guess("facts" if facts else "document", "causal", {}, names)
     found = {ours: _named(names, known) for ours, known in NAMES.items()} | given
     if found["messages"] and isinstance(seen[0].values.get(found["messages"]), list):
         return _made("chat", "causal", found, names, ("messages",))
@@ -63,6 +63,8 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
         return labelled
     if found["prompt"] and found["answer"] and found["prompt"] != found["answer"]:
         return _made("prompt", "causal", found, names, ("prompt", "answer"))
+    if len(names) == 1 and found["text"]:
+        return _made("document", "causal", found, names, ("text",))
     return _by_values(seen, names)
 
 

@@ -59,7 +59,7 @@ class ModelSection(Section):
 class DataSection(Section):
     train: str | None = Field(
         None,
-        description="Training records: a .json, .jsonl, .tsv, .csv or .txt file, or hub:NAME[,SUBSET][:SPLIT]. "
+        description="Training records: .json, .jsonl, .tsv, .csv, .parquet or .txt, or hub:NAME[,SUBSET][:SPLIT]. "
         "Relative paths are sought in the working folder, then in $DUAL_LORA_DATA (default ../shared/data). "
         "Several sources are joined by ' + '.",
     )
@@ -84,10 +84,10 @@ class DataSection(Section):
         description="How many records of a set may have their prompt (or text, or group) in another of train, "
         "validation and test. More of them: a study is refused, a run warns. all: for tasks of memorisation.",
     )
-    format: Literal["auto", "chat", "instruction", "prompt", "facts", "text"] = Field(
+    format: Literal["auto", "chat", "instruction", "prompt", "facts", "text", "document"] = Field(
         "auto",
         description="chat: messages; instruction: instruction, input, output[, answer]; prompt: prompt, answer; "
-        "facts: facts||sentence lines; text: text[, text_pair], label.",
+        "facts: facts||sentence lines; text: text[, text_pair], label; document: text alone, learned whole.",
     )
     columns: list[str] | None = Field(
         None, description="Names of the columns of a .tsv or .csv file without a header line, in their order."

@@ -61,8 +61,11 @@ class Asked:
 
 def score_loss(asked: Asked) -> Rows:
     """Summed negative log-likelihood (nats) of each answer and its number of tokens."""
-    encoded = [asked.prompter.encode(example) for example in asked.examples]
-    return loss_rows(asked.model, asked.tokenizer, encoded, asked.spec.batch_size, asked.advance)
+    parts = [asked.prompter.pieces(example, asked.max_length) for example in asked.examples]
+    encoded = [row for rows in parts for row in rows]
+    rows = iter(loss_rows(asked.model, asked.tokenizer, encoded, asked.spec.batch_size, asked.advance))
+    together = ([next(rows) for _ in part] for part in parts)  # a text without a prompt has several
+    return [part[0] if len(part) == 1 else {n: sum(row[n] for row in part) for n in part[0]} for part in together]
 
 
 def loss_rows(
