@@ -15,7 +15,7 @@ from rich.text import Text
 
 import dual_lora
 from dual_lora._warning import DualLoraWarning
-from dual_lora.lab.commands.plain import PLAIN_FLAGS
+from dual_lora.lab.commands.plain import HELP_ALL, PLAIN_FLAGS, show_all
 from dual_lora.lab.errors import UserError, described, is_disk_full, memory_full, suggest
 from dual_lora.lab.interrupt import exit_status, on_signals, stop_at_once
 from dual_lora.lab.permission import FLAG, allow
@@ -51,6 +51,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("schema", "dual_lora.lab.commands.recipes:schema", "Print the JSON Schema of a recipe or a study, for editors."),
     ("card", "dual_lora.lab.commands.hub:card", "Write a run's card for a model hub."),
     ("push", "dual_lora.lab.commands.hub:push", "Upload a run's adapter and card to a model hub."),
+    ("completion", "dual_lora.lab.commands.completion:completion", "Complete commands and options with the tab key."),
     (
         "recipes",
         "dual_lora.lab.commands.recipes:app",
@@ -90,8 +91,11 @@ EVERYWHERE = (
 )
 
 
-def build_app(wanted: str | None = None) -> App:
-    """The application. Only the module of the command ``wanted`` is imported, the others show their line of help."""
+def build_app(wanted: str | None = None, everything: bool = False) -> App:
+    """The application. Only the module of the command ``wanted`` is imported, the others show their line of help.
+
+    everything: all of them, for what lists every option.
+    """
     app = App(
         name="dual-lora",
         help="Dual LoRA: fine-tune, evaluate and compare. Example: `dual-lora train boolq-smollm2`",
@@ -104,7 +108,7 @@ def build_app(wanted: str | None = None) -> App:
         print_error=False,
     )
     for name, target, text in COMMANDS:
-        if name == wanted:
+        if everything or name == wanted:
             module, _, function = target.partition(":")
             app.command(getattr(import_module(module), function), name=name)
         else:
@@ -118,6 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["help"]:
         given = [*given[1:], "--help"]
+    show_all(HELP_ALL in given)
+    given = ["--help" if a == HELP_ALL else a for a in given]
     debug = "--debug" in given
     given, modules = _modules(a for a in given if a != "--debug")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries would tear ours

@@ -54,6 +54,8 @@ def train(
     After an interruption: `dual-lora train --resume --out runs/mine`
 
     On several devices: `accelerate launch -m dual_lora.lab.cli train boolq-smollm2`.
+
+    Every field of a recipe is an option; below are the usual ones, and `dual-lora train --help-all` shows all.
     """
     chosen = _chosen(recipe, flag_values(given), out, resume)
     folder = out or Path("runs") / chosen.name
