@@ -27,6 +27,7 @@ COMMANDS: list[tuple[str, str, str]] = [
     ("evaluate", "dual_lora.lab.commands.evaluate:evaluate", "Measure a run, an adapter or a model."),
     ("predict", "dual_lora.lab.commands.predict:predict", "Label or answer every record of a file."),
     ("generate", "dual_lora.lab.commands.generate:generate", "Answer a prompt, word by word."),
+    ("chat", "dual_lora.lab.commands.chat:chat", "Talk with a run, an adapter or a model."),
     ("merge", "dual_lora.lab.commands.export:merge", "Write the merged model as a plain folder."),
     ("export", "dual_lora.lab.commands.export:export", "Write an adapter for other programs: merged, GGUF, LoRA."),
     ("verify", "dual_lora.lab.commands.verify:verify", "Is an adapter on, and does what is served agree?"),
