@@ -29,6 +29,7 @@ class Example:
     label: str = ""
     part: str = ""  # the test set among several (data.tests)
     group: str = ""  # what it belongs to (data.group)
+    rejected: str = field(default="", repr=False)  # an answer that is worse (preference)
     whole: bool = field(default=False, repr=False)  # a text without a prompt, learned from its beginning
 
     @property
@@ -315,6 +316,18 @@ def _document(record: Record) -> Example:
     return Example(record.where, ({"role": "assistant", "content": text},), answer=text, target=text, whole=True)
 
 
+def _preference(record: Record) -> Example:
+    """Texts, or conversations of which the last messages differ."""
+    chosen, rejected = value_of(record, "chosen"), value_of(record, "rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        before = record.values.get("prompt")
+        before = before if isinstance(before, list) else _turn(text_in(record, "prompt"), "")[:1] if before else ()
+        one, other = (_chat(replace(record, values={"messages": [*before, *m]})) for m in (chosen, rejected))
+        return replace(one, rejected=other.answer)
+    chosen, rejected = text_in(record, "chosen"), text_in(record, "rejected")
+    return replace(_generation(record, _turn(text_in(record, "prompt"), chosen), chosen), rejected=rejected)
+
+
 # Of each format what makes an example of a record, and the fields by which it is known.
 _FORMATS: dict[str, tuple[Callable[[Record], Example], set[str]]] = {
     "chat": (_chat, {"messages"}),
@@ -323,4 +336,5 @@ _FORMATS: dict[str, tuple[Callable[[Record], Example], set[str]]] = {
     "text": (_labelled_text, {"text", "label"}),
     "facts": (_facts, {"line"}),
     "document": (_document, {"text"}),
+    "preference": (_preference, {"chosen", "rejected"}),
 }

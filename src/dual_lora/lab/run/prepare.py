@@ -51,6 +51,8 @@ class Prepared(InOrder):
     loaded: Loaded
     validation: list[Encoded]
     classes: list[str]
+    examples: list[Example]  # of the rows, as they were read
+    held: list[Example]  # of the validation rows
 
     @property
     def tokens(self) -> list[int]:
@@ -73,6 +75,7 @@ def prepare(recipe: Recipe, progress: bool = False, ends: Sequence[int] = ()) ->
     classes = classes_of(recipe.model.head, examples)
     held = load_split(recipe.data, "validation") if part.validate_every else []
     fit_head(held, recipe.model.head)
+    check_examples(recipe, [*examples, *held])
     set_seed(part.seed)
     with stage(f"loading {recipe.model.path}", progress):
         loaded = load_base(recipe.model, part.seed, len(classes) or None)
@@ -80,7 +83,19 @@ def prepare(recipe: Recipe, progress: bool = False, ends: Sequence[int] = ()) ->
         ordered = in_order(recipe, examples, loaded.tokenizer, classes, process_count(), ends)
     _warn_of_positions(loaded.model.config, max(len(row.input_ids) for row in ordered.rows))
     validation = _validating(recipe, held, loaded.tokenizer, classes) if held else []
-    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes)
+    kept = {row.where for row in ordered.rows}
+    own = [example for example in examples if example.where in kept]
+    return Prepared(**vars(ordered), loaded=loaded, validation=validation, classes=classes, examples=own, held=held)
+
+
+def check_examples(recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Raise UserError for records without what the objective needs."""
+    name = recipe.objective.name
+    for example in examples if name != "sft" else ():
+        if example.whole or not example.prompt:
+            raise UserError(f"{example.where}: objective {name} needs a prompt.")
+        if name == "dpo" and not example.rejected:
+            raise UserError(f"{example.where}: objective dpo needs the fields prompt, chosen and rejected.")
 
 
 def _warn_of_positions(config: Any, longest: int) -> None:
@@ -109,6 +124,8 @@ def in_order(
     part = recipe.train
     rows, left_out = _encoded(recipe, examples, tokenizer, classes)
     rows_a_step = part.batch_size * part.accumulate * processes
+    if recipe.objective.name == "grpo":  # a prompt has several answers
+        rows_a_step = max(1, rows_a_step // recipe.objective.completions)
     asked = part.steps or len(rows) * part.epochs / rows_a_step
     if asked * rows_a_step > MOST_ROWS:
         raise UserError(

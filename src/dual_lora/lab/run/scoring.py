@@ -105,7 +105,7 @@ def score_exact_match(asked: Asked) -> Rows:
         found = answer_in(text, spec.extract, example.target) if spec.extract else text.strip()
         expected = special.sub("", _expected(example, spec.extract) if spec.extract else example.answer)
         row = {
-            "correct": _same(found, expected.strip(), spec.compare),
+            "correct": same_answer(found, expected.strip(), spec.compare),
             "predicted": found,
             "expected": expected.strip(),
         }
@@ -243,7 +243,8 @@ def _encoder_logits(asked: Asked) -> Iterator[tuple[list[int], torch.Tensor, tor
         yield part, found.float(), labels
 
 
-def _same(found: str, expected: str, compare: str) -> bool:
+def same_answer(found: str, expected: str, compare: str) -> bool:
+    """Whether two answers are the same text, or the same JSON value."""
     # é in one sign or in two is the same text, and many tokenizers write one of them only.
     if compare == "text":
         return unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", expected)

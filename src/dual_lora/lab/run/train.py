@@ -24,6 +24,7 @@ from dual_lora.lab.model.weights import print_of_weights
 from dual_lora.lab.progress import Bar, console, stage
 from dual_lora.lab.recipe.schema import Recipe
 from dual_lora.lab.run import longer
+from dual_lora.lab.run.aligned import build_aligned, check_objective
 from dual_lora.lab.run.best import Best, check_best, counts_from
 from dual_lora.lab.run.failures import Diverged as Diverged
 from dual_lora.lab.run.failures import check_finite, clear_failures, note_failure
@@ -147,6 +148,7 @@ def _train(
     check_names(part)
     check_precision(recipe)
     check_best(part)
+    check_objective(recipe, method_config(recipe.method, recipe.model.head, steps=10**6, fresh=[]))
     if main and (why := undeclared(recipe.data)):
         warn(f"The sets are not apart: {why}", stacklevel=2)
     start, checkpoint = folder.last_checkpoint()
@@ -207,7 +209,8 @@ def _train(
         callbacks = [*_callbacks_of(config), *checks, *more]
         callbacks += [longer.Longer(ends[-1], progress and main)] if ends else []
         with _clear_beginning(watch, checkpoint, part.arguments):
-            trainer = build_trainer(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
+            build = build_trainer if recipe.objective.name == "sft" else build_aligned
+            trainer = build(model, recipe, folder, ready, watch, [best] if best else [], callbacks, reports)
             same_sharding(checkpoint, trainer)
             with watch.interruptible():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
