@@ -66,9 +66,9 @@ def build_trainer(
 
 @contextmanager
 def told(recipe: Recipe) -> Iterator[str]:
-    """Inside, the recipe counts, whatever a launcher's configuration says to transformers and accelerate.
+    """Inside, the recipe counts, whatever a launcher's configuration says. Yields the mixed precision for Trainer.
 
-    Yields the mixed precision for Trainer. DeepSpeed's alone is left to its own configuration: see `_mixed_precision`.
+    DeepSpeed's alone is left to its own configuration: see `_mixed_precision`.
     """
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
     told = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
