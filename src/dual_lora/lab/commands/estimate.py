@@ -98,15 +98,15 @@ def estimate(
         raise UserError("Say what to estimate: a recipe, a model folder, or a built-in model (--models lists them).")
     from dual_lora.lab.cost import calibrate as speed
     from dual_lora.lab.cost.side_by_side import largest, parse_size, side_by_side
-    from dual_lora.lab.progress import console, lines
+    from dual_lora.lab.progress import Working, lines
 
     doing = ""
-    with console.status("") as status, lines(lambda: doing):
+    with Working() as working, lines(lambda: doing):
 
         def say(text: str) -> None:
             nonlocal doing
             doing = text
-            status.update(text)
+            working.say(text)
 
         rates = speed.calibrate(lambda text: say(f"calibrating: {text}")) if calibrate else speed.known_rates()
         if what is None:
