@@ -13,7 +13,7 @@ from dual_lora.lab.run.write import write_atomically
 
 
 def source_of(recipe: str | None, base: str | None, data: str | None, test: str | None, out: Path | None) -> str:
-    """The recipe's file or name. Of flags a recipe is written beside the study's folder, the same one each time.
+    """The recipe's file or name. Of flags a recipe is written next to the study's folder, the same one each time.
 
     Raises UserError for flags that name too little, and where another recipe lies there already.
     """

@@ -36,7 +36,7 @@ def check_objective(recipe: Recipe, config: Any) -> None:
     if kind not in BESIDE_THE_BASE - {"ADALORA"}:
         raise UserError(
             f"objective {name} compares with the base, which is the model with its adapter off: take dual_lora, lora "
-            f"or another adapter beside the base, not {recipe.method['name']}."
+            f"or another adapter that leaves the base as it is, not {recipe.method['name']}."
         )
     unread = {"train.label_smoothing": part.label_smoothing, "train.rates": part.rates} | {
         "data.learn_prompt": recipe.data.learn_prompt

@@ -66,10 +66,7 @@ def build_trainer(
 
 @contextmanager
 def told(recipe: Recipe) -> Iterator[str]:
-    """Inside, the recipe counts, whatever a launcher's configuration says. Yields the mixed precision for Trainer.
-
-    DeepSpeed's alone is left to its own configuration: see `_mixed_precision`.
-    """
+    """Inside, the recipe counts, whatever a launcher says. Yields the precision for Trainer, see `_mixed_precision`."""
     under_deepspeed, asked = _deepspeed(), _mixed_precision(recipe)
     told = {"ACCELERATE_MIXED_PRECISION": "no" if asked == "none" else asked}
     if under_deepspeed:  # transformers refuses other values than the recipe's
