@@ -91,6 +91,17 @@ def test_a_first_recipe_trains(table, tiny_encoder, call):
     assert "exists already" in err
 
 
+def test_preferences_begin_with_dpo(tmp_path, tiny_lm, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"is {i} red ?", "chosen": "true", "rejected": "false"} for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = call("recipes", "init", "mine.yaml", "--data", "x.jsonl", "--base", tiny_lm)
+    assert code == 0, err
+    recipe = read_recipe("mine.yaml")
+    assert (recipe.objective.name, recipe.data.format, recipe.train.learning_rate) == ("dpo", "preference", 1e-4)
+    assert recipe.data.max_length == 128  # with room for a template
+
+
 def test_a_class_of_several_lines_stays_out_of_the_comments(tmp_path, tiny_encoder, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"text": f"sea {i}", "label": "good\nname: other" if i % 2 else "bad"} for i in range(8)]

@@ -53,6 +53,8 @@ def guess(records: list[Record], given: Mapping[str, str] | None = None) -> Gues
     found = {ours: _named(names, known) for ours, known in NAMES.items()} | given
     if found["messages"] and isinstance(seen[0].values.get(found["messages"]), list):
         return _made("chat", "causal", found, names, ("messages",))
+    if not given and {"chosen", "rejected"} <= set(names):
+        return Guess("preference", "causal", {}, names)
     if not given and {"instruction", "output"} <= set(names):
         return _made("instruction", "causal", found, names, ("instruction", "output"))
     first = _named(names, FIRST_OF_PAIR)

@@ -11,7 +11,12 @@ from dual_lora.lab.recipe.schema import Recipe
 HELD_OUT = 0.1  # of the records, where there is no test set
 MOST_HELD = 500
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+TEMPLATE = 240  # characters that a chat template may write around a record
 CHARACTERS = 3  # a token, at the least: of English four or five
+RATES = (
+    "1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
+    "1.0e-4  # try 3e-5 and 3e-4 too",
+)
 ABOUT = {
     "classification": "tells classes apart",
     "regression": "tells a number",
@@ -28,7 +33,9 @@ def starter(
     named = f": {', '.join(short)}{', …' if len(found.classes) > len(short) else ''}" if short else ""
     seen = f"{len(found.classes)} classes{named}" if found.classes else ABOUT[found.head]
     held = max(0, min(MOST_HELD, max(1, round(HELD_OUT * count)), count - 1))
-    length = next((n for n in LENGTHS if n * CHARACTERS >= longest), LENGTHS[-1])
+    around = TEMPLATE if found.head == "causal" else 0
+    length = next((n for n in LENGTHS if n * CHARACTERS >= longest + around), LENGTHS[-1])
+    preferred = found.format == "preference"
     lines = [
         f"# A first recipe for {_value(data)}: {count:,} records, {seen}. Every choice below is yours to change.",
         f"# Look at the data:  dual-lora check-data {name}.yaml",
@@ -56,10 +63,14 @@ def starter(
         lines.append(f"  fields: {{{pairs}}}  # ours: the name in the file")
     lines += [
         f"  max_length: {length}  # tokens; `dual-lora check-data` counts what is longer",
+        *(
+            ["objective:", "  name: dpo  # chosen answers become likelier than rejected ones; sft: learn the chosen"]
+            * preferred
+        ),
         "train:",
         "  epochs: 3",
         "  batch_size: 8",
-        "  learning_rate: 1.0e-3  # try 3e-4 and 3e-3 too; 1e-5 to 1e-4 for method full",
+        f"  learning_rate: {RATES[preferred]}",
         f"  validate_every: {max(1, min(50, count // 16 or 1))}  # steps",
         "  keep_best: true  # save the weights of the lowest validation loss",
         "  # patience: 3  # end after so many validations without a lower one",
